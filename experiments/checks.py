@@ -1,0 +1,258 @@
+"""Compares a configuration with `experiments.schema`, before any process starts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+import torch
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import schema
+from experiments.schema import Limit
+from resist_lightning.models import SECTIONS_OF_DEPTH
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. One line: key, value, limit, way out."""
+
+
+def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
+    """Check everything that ``train.py`` will use.
+
+    Args:
+        cfg: the composed configuration.
+        sweep: whether it is one job of a sweep.
+
+    Raises:
+        ConfigError: at the first value that is impossible.
+    """
+    check_keys(cfg, schema.Train, "")
+    check_keys(cfg.trainer, schema.Trainer, "trainer")
+    check_keys(cfg.optimizer, schema.Optimizer, "optimizer")
+    for section, known in (("strategy", schema.STRATEGIES), ("model", schema.MODELS), ("data", schema.DATA)):
+        _check_by_target(cfg, section, known)
+    _check_targets(cfg.callbacks, "callbacks")
+    _check_targets(cfg.logger, "logger")
+    _check_workers(cfg)
+    _check_blocks(cfg)
+    _check_start(cfg, sweep)
+    _check_steps(cfg)
+
+
+def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
+    """Check everything that ``evaluate.py`` is told directly; the rest comes from the run.
+
+    Raises:
+        ConfigError: at the first value that is impossible.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt_path"):
+        raise ConfigError("ckpt_path is missing: name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt")
+    check_keys(cfg, schema.Evaluate, "")
+    _check_by_target(cfg, "strategy", schema.STRATEGIES)
+    if is_plain(cfg.strategy) and cfg.devices > 1:
+        raise ConfigError(f"devices={cfg.devices}: strategy=single uses one process; set devices=1 or strategy=resist")
+
+
+def is_plain(strategy: DictConfig) -> bool:
+    """Whether this is Lightning's own training in one process."""
+    return schema.STRATEGIES[strategy._target_] is schema.Plain
+
+
+def check_keys(section: Mapping[str, Any], expected: type, prefix: str) -> None:
+    """Check the keys, types and limits of one section against a dataclass.
+
+    Args:
+        section: the values.
+        expected: a dataclass of `experiments.schema`.
+        prefix: name of the section in messages; empty for the root.
+
+    Raises:
+        ConfigError: an unknown key, a missing key, a wrong type or a value outside its limits.
+    """
+    known = {item.name: item for item in fields(expected)}
+    hints = get_type_hints(expected)
+    for key in map(str, section):
+        full_key = f"{prefix}.{key}" if prefix else key
+        if key not in known:
+            raise ConfigError(_unknown(full_key, prefix, section, known))
+        _check_value(full_key, section, key, known[key], hints[key])
+    missing = [key for key in known if key not in section]
+    if missing:
+        raise ConfigError(f"{prefix or 'the configuration'} lacks {', '.join(missing)}")
+
+
+def _check_value(full_key: str, section: Mapping[str, Any], key: str, item: Field[Any], hint: Any) -> None:
+    if key.endswith("_dir") and isinstance(section, DictConfig) and OmegaConf.is_interpolation(section, key):
+        return  # it may depend on Hydra's run folder, which does not exist yet
+    try:
+        value = section[key]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{full_key}: cannot be resolved ({error})") from error
+    if isinstance(value, DictConfig):
+        if hint is not Any:
+            check_keys(value, hint, full_key)
+        return
+    limit: Limit = item.metadata.get("limit", Limit())
+    problem = f"{full_key}={_shown(value)}: must be {_expectation(hint, limit)}{_way_out(limit.hint)}"
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(_one_value(hint)), {"value": value})["value"]
+    except OmegaConfBaseException as error:
+        raise ConfigError(problem) from error
+    if typed is not None and not _within(typed, limit):
+        raise ConfigError(problem)
+
+
+def _one_value(hint: Any) -> type:
+    """A dataclass with one field ``value`` of this type: OmegaConf converts and refuses as Hydra does."""
+    return make_dataclass("OneValue", [("value", hint, field(default=MISSING))])
+
+
+def _within(value: Any, limit: Limit) -> bool:
+    if limit.choices and value not in limit.choices:
+        return False
+    bounds: list[tuple[float | None, Callable[[Any, float], bool]]] = [
+        (limit.least, lambda a, b: a >= b),
+        (limit.above, lambda a, b: a > b),
+        (limit.most, lambda a, b: a <= b),
+        (limit.below, lambda a, b: a < b),
+    ]
+    return all(bound is None or holds(value, bound) for bound, holds in bounds)
+
+
+def _expectation(hint: Any, limit: Limit) -> str:
+    words = [_type_in_words(hint)]
+    if limit.choices:
+        words = ["one of " + ", ".join(map(str, limit.choices))]
+    names = (
+        ("at least", limit.least),
+        ("above", limit.above),
+        ("at most", limit.most),
+        ("below", limit.below),
+    )
+    words += [f"{name} {bound:g}" for name, bound in names if bound is not None]
+    return ", ".join(words)
+
+
+def _type_in_words(hint: Any) -> str:
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "bool": "true or false",
+        "NoneType": "null",
+        "list": "a list",
+    }
+    members = getattr(hint, "__args__", (hint,)) if not hasattr(hint, "__origin__") else (hint.__origin__,)
+    return " or ".join(names.get(getattr(member, "__name__", str(member)), str(member)) for member in members)
+
+
+def _unknown(full_key: str, prefix: str, section: Mapping[str, Any], known: Iterable[str]) -> str:
+    visible = [key for key in known if not key.startswith("_") and key != "object"]
+    key = full_key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, visible, n=1)
+    where = f"{prefix}={_name_of(section)}" if prefix == "strategy" else prefix or "the configuration"
+    suggestion = f"; did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else ""
+    settings = ", ".join(visible) or "no settings"
+    return f"{full_key}={_shown(section[key])}: unknown key; {where} has {settings}{suggestion}"
+
+
+def _name_of(section: Mapping[str, Any]) -> str:
+    return schema.STRATEGY_NAMES.get(str(section.get("_target_")), "?")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _way_out(hint: str) -> str:
+    return f" ({hint})" if hint else ""
+
+
+def _check_by_target(cfg: DictConfig, section: str, known: Mapping[str, type]) -> None:
+    node = cfg[section]
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if target not in known:
+        raise ConfigError(f"{section}._target_={target}: must be one of {', '.join(known)}; choose by {section}=NAME")
+    if OmegaConf.is_missing(node, "folder"):
+        raise ConfigError(f"{section}.folder is missing: name the folder of the images, {section}.folder=PATH")
+    check_keys(node, known[target], section)
+
+
+def _check_targets(section: Any, name: str) -> None:
+    if section is None:
+        return
+    if not isinstance(section, DictConfig):
+        raise ConfigError(f"{name}={section}: must be a group of named entries; choose by {name}=NAME")
+    for key, node in section.items():
+        if node is None:
+            continue
+        if not (isinstance(node, DictConfig) and node.get("_target_")):
+            raise ConfigError(f"{name}.{key}={node}: must have a _target_, or be null to leave it out")
+        _check_arguments(node, f"{name}.{key}")
+
+
+def _check_arguments(node: DictConfig, prefix: str) -> None:
+    """Callbacks and loggers may be anyone's: their keys must be arguments of what they name."""
+    try:
+        arguments = inspect.signature(get_object(node._target_)).parameters
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix}._target_={node._target_}: cannot be imported ({error})") from error
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return
+    for key in map(str, node):
+        if not key.startswith("_") and key not in arguments:
+            raise ConfigError(_unknown(f"{prefix}.{key}", prefix, node, arguments))
+
+
+def _check_workers(cfg: DictConfig) -> None:
+    workers = cfg.trainer.devices * cfg.trainer.num_nodes
+    if workers > 1 and is_plain(cfg.strategy):
+        raise ConfigError(
+            f"trainer.devices={cfg.trainer.devices} with strategy=single: one process is one worker; "
+            "set trainer.devices=1, or strategy=resist, local_sgd or ddp"
+        )
+    shared = cfg.strategy.get("parallel_devices")
+    if shared is not None and len(shared) != cfg.trainer.devices:
+        raise ConfigError(
+            f"strategy.parallel_devices={list(shared)}: must name one device for each of the "
+            f"trainer.devices={cfg.trainer.devices} workers"
+        )
+    if shared is None and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
+        found = torch.cuda.device_count()
+        if found and cfg.trainer.devices > found:
+            raise ConfigError(
+                f"trainer.devices={cfg.trainer.devices}: this host has {found} GPU(s); set "
+                f"trainer.devices={found} or trainer.accelerator=cpu, or let workers share a GPU by "
+                "strategy.parallel_devices=[cuda:0,cuda:0]"
+            )
+
+
+def _check_blocks(cfg: DictConfig) -> None:
+    least = cfg.strategy.get("min_blocks")
+    if least is None or cfg.strategy.get("blocks") is not None or "depth" not in cfg.model:
+        return
+    blocks = SECTIONS_OF_DEPTH[cfg.model.depth][2] - 1
+    if least > blocks:
+        raise ConfigError(
+            f"strategy.min_blocks={least}: model.depth={cfg.model.depth} has {blocks} blocks to partition; "
+            f"set strategy.min_blocks={blocks} or less, or take a deeper model"
+        )
+
+
+def _check_start(cfg: DictConfig, sweep: bool) -> None:
+    if sweep and cfg.strategy.get("start_method") == "popen" and cfg.trainer.devices > 1:
+        raise ConfigError(
+            "strategy.start_method=popen: re-runs the command line in every worker, and in a sweep each "
+            "worker would run the whole sweep; set strategy.start_method=spawn"
+        )
+
+
+def _check_steps(cfg: DictConfig) -> None:
+    if cfg.trainer.max_epochs is None and cfg.trainer.max_steps == -1:
+        raise ConfigError("trainer.max_epochs=null with trainer.max_steps=-1: would never end; set one of the two")

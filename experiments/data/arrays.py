@@ -1,0 +1,62 @@
+"""Images as one array of bytes, and the deterministic subsets that are taken of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Images(NamedTuple):
+    """Pixels, uint8 (images, channels, height, width), and labels, int64 (images,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def take(self, indices: Tensor) -> Images:
+        """These images, in this order."""
+        return Images(self.pixels[indices], self.labels[indices])
+
+
+class ArrayDataset(Dataset[Images]):
+    """A data set whose loader fetches a batch with one indexing operation instead of one per image."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def __getitem__(self, index: int) -> Images:
+        return self.images.take(torch.as_tensor(index))
+
+    def __getitems__(self, indices: list[int]) -> Images:
+        """A whole batch: the loader prefers this to ``__getitem__``."""
+        return self.images.take(torch.as_tensor(indices))
+
+
+def holdout(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split ``range(count)`` at random into the larger part and a hold-out of ``fraction``, both in rising
+    order.
+
+    A pure function of its arguments: no global generator is read or moved. Both parts have at least one
+    element.
+
+    Raises:
+        ValueError: fewer than two elements.
+    """
+    if count < 2:
+        raise ValueError(f"{count} image(s) cannot be split in two; at least 2 are needed")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = min(max(round(count * fraction), 1), count - 1)
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def first_per_class(labels: Tensor, limit: int | None) -> Tensor:
+    """Indices of the first ``limit`` images of every class, in rising order; all where it is None."""
+    if limit is None:
+        return torch.arange(len(labels))
+    chosen = [torch.nonzero(labels == label).flatten()[:limit] for label in labels.unique()]
+    return torch.cat(chosen).sort().values

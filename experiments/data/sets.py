@@ -1,0 +1,126 @@
+"""Data sets that come from a library or from nowhere: digits, CIFAR, random images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+
+from experiments.data.arrays import Images, holdout
+from experiments.data.module import ImageData, Loading
+
+DIGITS_TEST_SEED = 0
+DIGITS_TEST_SHARE = 360 / 1797
+
+
+class Digits(ImageData):
+    """The 1797 handwritten digits of scikit-learn: 8 x 8 grey pixels, 10 classes, 360 of them for the test.
+
+    Args:
+        crop_padding: padding of the random crop, in pixels. There are no flips: a mirrored digit is another
+            sign.
+        loading: keyword arguments of `Loading`.
+    """
+
+    num_classes = 10
+
+    def __init__(self, *, crop_padding: int = 1, **loading: Any) -> None:
+        super().__init__(Loading(**loading), mean=(0.305,), std=(0.376,), crop_padding=crop_padding, flip=False)
+
+    def read(self, *, train: bool) -> Images:
+        bunch = load_digits()
+        pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+        images = Images(pixels, torch.from_numpy(bunch.target).long())
+        trained, tested = holdout(len(images.labels), DIGITS_TEST_SHARE, DIGITS_TEST_SEED)
+        return images.take(trained if train else tested)
+
+
+class _CIFAR(ImageData):
+    """CIFAR, downloaded by torchvision into ``folder`` where it is not there yet."""
+
+    source: ClassVar[type[torchvision.datasets.CIFAR10]]
+
+    def __init__(self, folder: str, mean: tuple[float, ...], std: tuple[float, ...], loading: dict[str, Any]) -> None:
+        super().__init__(Loading(**loading), mean=mean, std=std)
+        self.folder = Path(folder)
+
+    def prepare_data(self) -> None:
+        """Download; Lightning calls it in one process per host."""
+        for train in (True, False):
+            self.source(str(self.folder), train=train, download=True)
+
+    def read(self, *, train: bool) -> Images:
+        data = self.source(str(self.folder), train=train)
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return Images(pixels, torch.tensor(data.targets))
+
+
+class CIFAR10(_CIFAR):
+    """CIFAR-10: 50000 training and 10000 test images of 32 x 32 in colour, 10 classes.
+
+    Args:
+        folder: where the files are or shall be.
+        loading: keyword arguments of `Loading`.
+    """
+
+    num_classes = 10
+    source = torchvision.datasets.CIFAR10
+
+    def __init__(self, folder: str, **loading: Any) -> None:
+        super().__init__(folder, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), loading)
+
+
+class CIFAR100(_CIFAR):
+    """CIFAR-100: as CIFAR-10, with 100 classes.
+
+    Args:
+        folder: where the files are or shall be.
+        loading: keyword arguments of `Loading`.
+    """
+
+    num_classes = 100
+    source = torchvision.datasets.CIFAR100
+
+    def __init__(self, folder: str, **loading: Any) -> None:
+        super().__init__(folder, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), loading)
+
+
+class Fake(ImageData):
+    """Random images with random labels: for speed and plumbing; there is nothing to learn.
+
+    Args:
+        train_size: images for training and validation.
+        test_size: images for the test.
+        image_size: height and width, in pixels.
+        channels: channels of an image.
+        classes: number of classes.
+        loading: keyword arguments of `Loading`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_size: int = 512,
+        test_size: int = 128,
+        image_size: int = 32,
+        channels: int = 3,
+        classes: int = 10,
+        **loading: Any,
+    ) -> None:
+        super().__init__(Loading(**loading), mean=(0.5,) * channels, std=(0.25,) * channels)
+        self.sizes = {True: train_size, False: test_size}
+        self.shape = (channels, image_size, image_size)
+        self.classes = classes
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes
+
+    def read(self, *, train: bool) -> Images:
+        generator = torch.Generator().manual_seed(int(train))
+        count = self.sizes[train]
+        pixels = torch.randint(256, (count, *self.shape), dtype=torch.uint8, generator=generator)
+        return Images(pixels, torch.randint(self.classes, (count,), generator=generator))

@@ -1,0 +1,135 @@
+"""Evaluates a checkpoint: by default as the plain LightningModule, without this package's strategy.
+
+python experiments/evaluate.py ckpt_path=RUN_DIR/checkpoints/last.ckpt
+python experiments/evaluate.py ckpt_path=RUN_DIR/checkpoints/last.ckpt strategy=resist devices=2
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in spawned workers, which import this file
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import schema
+from experiments.build import build_data, build_module, build_strategy
+from experiments.checks import ConfigError, check_evaluate, is_plain
+from experiments.data.module import ImageData
+from experiments.launch import check_command_line, readable_errors
+from experiments.quiet import hush
+
+hush()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    with readable_errors():
+        check_evaluate(cfg)
+        checkpoint = Path(cfg.ckpt_path)
+        if not checkpoint.is_file():
+            raise ConfigError(f"ckpt_path={checkpoint}: no such file; name one of RUN_DIR/checkpoints/*.ckpt")
+        trained = run_config(checkpoint, cfg.run_dir)
+        trained.trainer.accelerator = cfg.accelerator
+        trained.trainer.devices = cfg.devices
+        strategy = None if is_plain(cfg.strategy) else own_strategy(cfg.strategy, trained.strategy)
+        L.seed_everything(cfg.seed, workers=True)
+        data = build_data(trained.data)
+        module = build_module(trained, data)
+        metrics = evaluate(module, data, trained, checkpoint=checkpoint, strategy=strategy, split=cfg.split)
+        name = schema.STRATEGY_NAMES[cfg.strategy._target_]
+        line = {"checkpoint": str(checkpoint), "strategy": name, "split": cfg.split, **metrics}
+        Path(cfg.output_dir, "evaluation.json").write_text(json.dumps(line, indent=1) + "\n")
+        accuracy, loss = metrics["accuracy"], metrics["loss"]
+        print(f"{cfg.split} accuracy {accuracy:.4f}, loss {loss:.4f} ({name}): {checkpoint}")
+
+
+def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        ConfigError: no ``.hydra/config.yaml`` in the run folder, or in any folder above the checkpoint.
+    """
+    folders = [Path(run_dir)] if run_dir else list(checkpoint.resolve().parents)
+    for folder in folders:
+        stored = folder / ".hydra" / "config.yaml"
+        if stored.is_file():
+            loaded = OmegaConf.load(stored)
+            assert isinstance(loaded, DictConfig)
+            return loaded
+    raise ConfigError(
+        f"no .hydra/config.yaml in {folders[0] if run_dir else f'a folder above {checkpoint}'}: "
+        "name the folder of the training, run_dir=RUN_DIR"
+    )
+
+
+def evaluate(
+    module: L.LightningModule,
+    data: ImageData,
+    cfg: DictConfig,
+    *,
+    checkpoint: Path | None,
+    strategy: DictConfig | None = None,
+    split: str = "test",
+) -> dict[str, float]:
+    """Loss and accuracy of the full model.
+
+    Args:
+        module: the plain module.
+        data: where the images come from.
+        cfg: the configuration of the training; accelerator, devices and limits are taken from it.
+        checkpoint: a file whose weights are loaded; None takes the module as it is.
+        strategy: the strategy to evaluate under; None for one plain process, which needs no more than
+            Lightning.
+        split: ``test`` or ``val``.
+
+    Returns:
+        ``accuracy`` (0 to 1) and ``loss``.
+    """
+    if strategy is None and checkpoint is not None:
+        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    trainer = L.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=1 if strategy is None else cfg.trainer.devices,
+        strategy="auto" if strategy is None else build_strategy(strategy),
+        precision=cfg.trainer.precision,
+        limit_test_batches=cfg.trainer.limit_test_batches,
+        limit_val_batches=cfg.trainer.limit_val_batches,
+        fast_dev_run=cfg.trainer.fast_dev_run,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run = trainer.test if split == "test" else trainer.validate
+    path = str(checkpoint) if strategy is not None and checkpoint is not None else None
+    (metrics,) = run(module, datamodule=data, ckpt_path=path, verbose=False)
+    return {"accuracy": metrics[f"{split}/acc"], "loss": metrics[f"{split}/loss"]}
+
+
+def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:
+    """The strategy of the training, with the settings that this command line changes.
+
+    Raises:
+        ConfigError: another strategy than that of the training.
+    """
+    if wanted._target_ != trained._target_:
+        asked, own = (schema.STRATEGY_NAMES[section._target_] for section in (wanted, trained))
+        raise ConfigError(f"strategy={asked}: this run was trained with {own}; set strategy={own} or single")
+    merged = trained.copy()
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0].lstrip("+")
+        if key.startswith("strategy."):
+            OmegaConf.update(merged, key.removeprefix("strategy."), OmegaConf.select(wanted, key.partition(".")[2]))
+    return merged
+
+
+if __name__ == "__main__":
+    check_command_line("evaluate", check_evaluate)
+    main()

@@ -1,0 +1,263 @@
+"""The pictures of a run: who held which block, loss and accuracy, bytes over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from experiments.results import Curve
+from experiments.words import bytes_in_words, run_in_words, strategy_in_words
+from resist_lightning.accounting import TRAINING_KINDS
+
+# Okabe and Ito's colours: told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
+)  # fmt: skip
+WORKER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
+GREY, LIGHT, INK = "#6B6B6B", "#E3E3E3", "#222222"
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": LIGHT,
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.2,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+Rounds = Sequence[Sequence[Sequence[int]]]
+"""For each round and worker, the blocks it held."""
+
+SHOWN_ROUNDS = 60
+LABEL_GAP = 36
+"""Least distance between two labels of lines, in points: two lines of text."""
+
+
+def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
+    """Who held which block in which round; of a long run, the first rounds.
+
+    Few workers that share no block: one map of blocks over rounds, coloured by holder. Otherwise: a map per worker.
+    """
+    blocks, workers = [name.removeprefix("net.") for name in summary["blocks"]], summary["workers"]
+    shown = summary["partitions"][:SHOWN_ROUNDS]
+    overlap = any(sum(map(len, held)) > len(blocks) for held in shown)
+    one_map = workers <= 4 and not overlap
+    with mpl.rc_context(STYLE):
+        if one_map:
+            figure = _figure(10, 1.9 + 0.26 * len(blocks))
+            _draw_holders(figure, shown, blocks)
+        else:
+            rows = -(-workers // 2)
+            figure = _figure(13, 1.5 + rows * max(0.8, 0.075 * len(blocks)))
+            _draw_workers(figure, shown, blocks)
+        rounds = f"{len(summary['partitions'])} rounds"
+        if len(shown) < len(summary["partitions"]):
+            rounds = f"the first {len(shown)} of {rounds}"
+        _title(
+            figure,
+            f"Who held which block: {len(blocks)} blocks, {workers} workers",
+            f"{rounds} of {summary['local_steps_per_round']} local steps{_moved(summary['partitions'])}",
+        )
+        return _save(figure, path)
+
+
+def _draw_holders(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
+    axes = figure.add_subplot()
+    for worker in range(len(shown[0])):
+        _fill(axes, shown, worker, _colour(worker))
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=9)
+    _round_axis(axes, len(shown), len(blocks))
+    handles = [Patch(color=_colour(worker), label=f"worker {worker}") for worker in range(len(shown[0]))]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1, handleheight=1)
+
+
+def _draw_workers(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
+    rows = -(-len(shown[0]) // 2)
+    for worker in range(len(shown[0])):
+        axes = figure.add_subplot(rows, 2, worker + 1)
+        axes.set_facecolor("#F1F1F1")
+        _fill(axes, shown, worker, _colour(worker))
+        axes.set_yticks([0, len(blocks) - 1], [blocks[0], blocks[-1]], fontsize=8)
+        axes.set_title(f"worker {worker}", loc="left", fontsize=10, pad=3)
+        _round_axis(axes, len(shown), len(blocks))
+        axes.label_outer()
+
+
+def _fill(axes: Axes, shown: Rounds, worker: int, colour: str) -> None:
+    cells = [Rectangle((index + 0.5, block - 0.5), 1, 1) for index, held in enumerate(shown) for block in held[worker]]
+    axes.add_collection(PatchCollection(cells, facecolor=colour, edgecolor="white", linewidth=0.6))
+
+
+def _round_axis(axes: Axes, rounds: int, blocks: int) -> None:
+    axes.set(xlim=(0.5, rounds + 0.5), ylim=(blocks - 0.5, -0.5), xlabel="round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _moved(partitions: Rounds) -> str:
+    new = [
+        block not in before[worker]
+        for before, after in pairwise(partitions)
+        for worker, own in enumerate(after)
+        for block in own
+    ]
+    return f"; each round, {sum(new) / len(new):.0%} of a worker's blocks are new to it" if new else ""
+
+
+def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str, Any]) -> Path:
+    """Loss and accuracy over local steps, with the steps where the learning rate fell."""
+    raw, tested = curves.get("train/loss", Curve()), results["test"]["accuracy"]
+    with mpl.rc_context(STYLE):
+        figure = _figure(11, 4.6)
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        loss_axes.plot(raw.steps, raw.values, color=SKY, alpha=0.4, linewidth=0.9)
+        smooth = smoothed(raw)
+        validation = curves.get("val/loss", Curve())
+        _line(loss_axes, smooth, BLUE, _who_trained(results))
+        _line(loss_axes, validation, ORANGE, "validation, full model", marker="o")
+        top = max([*smooth.values[:1], *validation.values[:1]], default=1)
+        loss_axes.set(ylabel="cross entropy", ylim=(0, top * 1.05))
+
+        _line(accuracy_axes, curves.get("train/acc", Curve()), BLUE, "")
+        _line(accuracy_axes, curves.get("val/acc", Curve()), ORANGE, "", marker="o")
+        accuracy_axes.axhline(tested, color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)), label="test, full model")
+        accuracy_axes.set(ylabel="accuracy", ylim=(None, 1.01))
+        accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for axes in (loss_axes, accuracy_axes):
+            axes.grid(True, axis="y")
+            axes.set(xlabel="local steps", xlim=(0, results["local_steps"]))
+            _mark_rate_drops(axes, _rate(curves))
+        figure.legend(loc="outside lower center", ncols=3)
+        _title(figure, f"{run_in_words(results)}: test accuracy {tested:.1%}", _rounds_in_words(results))
+        return _save(figure, path)
+
+
+def _who_trained(results: Mapping[str, Any]) -> str:
+    if results["workers"] == 1:
+        return "training"
+    return "training, sub-network of worker 0" if results["strategy"] == "resist" else "training, worker 0"
+
+
+def smoothed(curve: Curve, reach: int = 7) -> Curve:
+    """Mean over each point and up to ``reach`` neighbours on either side."""
+    parts = [curve.values[max(0, i - reach) : i + reach + 1] for i in range(len(curve.values))]
+    return Curve(curve.steps, [sum(part) / len(part) for part in parts])
+
+
+def _line(axes: Axes, curve: Curve, colour: str, label: str, marker: str | None = None) -> None:
+    if curve.steps:
+        axes.plot(curve.steps, curve.values, color=colour, label=label, marker=marker, markersize=3)
+
+
+def _rate(curves: Mapping[str, Curve]) -> Curve:
+    return next((curve for name, curve in sorted(curves.items()) if name.startswith("lr-")), Curve())
+
+
+def _mark_rate_drops(axes: Axes, rate: Curve) -> None:
+    for step, before, after in zip(rate.steps[1:], rate.values, rate.values[1:], strict=False):
+        if after < before:
+            axes.axvline(step, color=GREY, linewidth=1, linestyle=":")
+            axes.annotate(
+                f"learning rate {after:.2g}", (step, 0.5), xycoords=("data", "axes fraction"),
+                xytext=(3, 0), textcoords="offset points", va="center", rotation=90, fontsize=8.5, color=GREY,
+            )  # fmt: skip
+
+
+def _rounds_in_words(results: Mapping[str, Any]) -> str:
+    if not results["rounds"]:
+        return f"{results['local_steps']} steps"
+    return f"{results['local_steps']} local steps in {results['rounds']} rounds"
+
+
+def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
+    """Bytes that worker 0 has sent by each step, beside what DDP and local SGD would have sent."""
+    name, last = strategy_in_words(summary["strategy"]), summary["local_steps"]
+    total = sum(summary["sent_bytes"].get(kind, [0])[0] for kind in TRAINING_KINDS)
+    syncs = [step for step, _ in summary["sent_by_round"]]
+    ours = ([*syncs, last], [*(sent for _, sent in summary["sent_by_round"]), total])
+    averaged = [summary["local_sgd_bytes"] * (index + 1) / len(syncs) for index in range(len(syncs))]
+    dense = [max(1, last * part // 200) for part in range(201)]
+    lines = [
+        (GREY, "DDP, by closed form", dense, [summary["ddp_bytes"] * step / last for step in dense]),
+        (ORANGE, "local SGD, by closed form", [*syncs, last], [*averaged, summary["local_sgd_bytes"]]),
+        (BLUE, f"{name}, measured", *ours),
+    ]
+    if summary["strategy"] == "local_sgd":
+        del lines[1]
+    with mpl.rc_context(STYLE):
+        figure = _figure(10, 4.8)
+        axes = figure.add_subplot()
+        for colour, _, steps, sent in lines:
+            axes.plot(steps, sent, color=colour, drawstyle="default" if colour == GREY else "steps-post")
+            axes.plot(last, sent[-1], "o", color=colour, markersize=6, clip_on=False)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_in_words(value)))
+        axes.grid(True, axis="y")
+        axes.set(xlim=(0, last), xlabel="local steps", ylabel="sent by worker 0 so far (logarithmic)")
+        _title(figure, f"Bytes that one of {summary['workers']} workers sends", _savings(name, summary, total))
+        _label_ends(figure, axes, last, [(colour, label, sent[-1]) for colour, label, _, sent in lines])
+        return _save(figure, path)
+
+
+def _label_ends(figure: Figure, axes: Axes, last: float, ends: Sequence[tuple[str, str, float]]) -> None:
+    """Write each line's name at its right end, moved apart where two ends are close."""
+    figure.draw_without_rendering()
+    points_per_pixel = 72 / figure.dpi
+    above = float("inf")
+    for colour, label, value in sorted(ends, key=lambda end: -end[2]):
+        own = axes.transData.transform((last, value))[1] * points_per_pixel
+        placed = min(own, above - LABEL_GAP)
+        above = placed
+        axes.annotate(
+            f"{label}\n{bytes_in_words(value)}", (last, value), xytext=(12, placed - own), va="center",
+            textcoords="offset points", color=colour, fontweight="bold", fontsize=10.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _savings(name: str, summary: Mapping[str, Any], total: float) -> str:
+    if not total:
+        return ""
+    words = f"{name} sends {summary['ddp_bytes'] / total:.3g} times less than DDP"
+    if summary["strategy"] == "local_sgd":
+        return words
+    return f"{words} and {summary['local_sgd_bytes'] / total:.3g} times less than local SGD with the same rounds"
+
+
+def _colour(worker: int) -> str:
+    return WORKER_COLOURS[worker % len(WORKER_COLOURS)]
+
+
+def _title(figure: Figure, title: str, subtitle: str) -> None:
+    """A bold line and a grey one, flush left, at the same distance from the top of every figure."""
+    inch = 1 / figure.get_figheight()
+    figure.text(0.01, 1 - 0.08 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
+    figure.text(0.01, 1 - 0.38 * inch, subtitle, va="top", fontsize=11, color=GREY)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.68 * inch))
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

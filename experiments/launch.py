@@ -1,0 +1,131 @@
+"""From a command line to a checked configuration: what is wrong is one line, and nothing has started yet."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.checks import ConfigError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+BAD_CONFIG_EXIT_CODE = 2
+
+
+class Check(Protocol):
+    """Raises ConfigError if a composed configuration cannot run."""
+
+    def __call__(self, cfg: DictConfig, *, sweep: bool = False) -> None: ...
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the process with exit code 2 and the message on one line."""
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    sys.exit(BAD_CONFIG_EXIT_CODE)
+
+
+def check_command_line(config_name: str, check: Check, arguments: Sequence[str] | None = None) -> None:
+    """Compose and check every job that the command line asks for, before Hydra starts the first.
+
+    Other flags than ``--multirun`` (``--cfg job``, ``--help``) are left to Hydra, and so is the check to the
+    job.
+
+    Args:
+        config_name: the root configuration in ``conf/``.
+        check: raises ConfigError.
+        arguments: the command line without the program; by default the process's own.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {argument for argument in given if argument.startswith("-")}
+    if flags - {"-m", "--multirun"}:
+        return
+    overrides = [argument for argument in given if argument not in flags]
+    with readable_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for job, sweep in _jobs(config_name, overrides, multirun=bool(flags)):
+            check(_composed(config_name, job), sweep=sweep)
+
+
+def make(node: DictConfig, key: str, **arguments: Any) -> Any:
+    """Instantiate a section; what its constructor refuses becomes a ConfigError."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | TypeError):
+            raise ConfigError(f"{key}: {cause}") from error
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:
+    parsed = _parse(overrides)
+    single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    hydra_node = _composed(config_name, single, hydra=True).hydra
+    sweep = multirun or hydra_node.mode == RunMode.MULTIRUN
+    if not sweep:
+        yield list(overrides), False
+        return
+    swept = _parse([f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()])
+    for combination in itertools.product(*map(_values, [*swept, *parsed])):
+        yield list(combination), True
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            raise ConfigError(f"{override}: cannot be read as an override, key=value ({error})") from error
+    return parsed
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
+    """Compose; a key that Hydra does not know is let through: the check names it with its neighbours."""
+    wanted = list(overrides)
+    for _ in range(len(wanted) + 1):
+        try:
+            return compose(config_name, wanted, return_hydra_config=hydra)
+        except (HydraException, OmegaConfBaseException) as error:
+            unknown = re.search(r"Could not override '([^']+)'", str(error))
+            forced = [_forced(item, unknown.group(1)) for item in wanted] if unknown else wanted
+            if forced == wanted:
+                raise ConfigError(str(error).partition("Config search path")[0]) from error
+            wanted = forced
+    raise AssertionError("every override is forced at most once")
+
+
+def _forced(override: str, key: str) -> str:
+    return f"++{override}" if override.split("=", 1)[0] == key else override
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

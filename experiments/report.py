@@ -1,0 +1,143 @@
+"""The table, ``results.json`` and the pictures of a run; train.py calls it, and it can be called again.
+
+python experiments/report.py RUN_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.figures import draw_accuracy, draw_bytes, draw_partition
+from experiments.launch import fail
+from experiments.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
+from experiments.words import bytes_in_words, run_in_words, seconds_in_words
+
+Row = tuple[str, str, str]
+"""What, how much in this run, and what to compare it with."""
+
+
+def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Write ``results.json``, ``report.txt`` and the PNGs of a finished run, and print the table.
+
+    Args:
+        folder: the run folder.
+        console: where the table is printed; by default standard output.
+
+    Returns:
+        The results, as in ``results.json``.
+
+    Raises:
+        ValueError: the folder is not that of a finished run.
+    """
+    results = collect(folder)
+    write_results(folder, results)
+    curves, summary = read_curves(folder), read_json(folder, SUMMARY_FILE)
+    drawn = [draw_accuracy(folder / "accuracy.png", curves, results)] if curves else []
+    if summary and summary["blocks"]:
+        drawn.append(draw_partition(folder / "partition.png", summary))
+    if summary and summary["sent_by_round"] and summary["workers"] > 1:
+        drawn.append(draw_bytes(folder / "bytes.png", summary))
+    table = make_table(results)
+    (console or Console()).print(table)
+    with (folder / "report.txt").open("w") as file:
+        Console(file=file, width=110).print(table)
+    written = ", ".join(["results.json", "report.txt", *(path.name for path in drawn)])
+    (console or Console()).print(f"[dim]{folder}:[/dim] {written}", soft_wrap=True)
+    return results
+
+
+def make_table(results: Mapping[str, Any]) -> Table:
+    """Accuracy, parameters held, bytes sent and time: what was measured, and what to compare it with."""
+    table = Table(title=headline(results), title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("this run", justify="right")
+    table.add_column("to compare")
+    for rows in (_accuracy_rows, _parameter_rows, _byte_rows, _time_rows):
+        for row in rows(results):
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """What ran, in one line: ``ResIST, 2 workers, 2000 local steps in 40 rounds of 50``."""
+    words = run_in_words(results)
+    if results["local_steps"] is not None:
+        words += f", {results['local_steps']} local steps"
+    if results["rounds"] is not None:
+        words += f" in {results['rounds']} rounds of {results['local_steps_per_round']}"
+    return words
+
+
+def _accuracy_rows(results: Mapping[str, Any]) -> list[Row]:
+    best = results["validation"]["best_accuracy"]
+    looked = "" if best is None else f"best in validation {best:.2%}"
+    return [
+        ("test accuracy, full model", f"{results['test']['accuracy']:.2%}", looked),
+        ("test loss", f"{results['test']['loss']:.4f}", ""),
+    ]
+
+
+def _parameter_rows(results: Mapping[str, Any]) -> list[Row]:
+    counted = results["parameters"]
+    return [
+        ("parameters, full model", f"{counted['full']:,}", ""),
+        ("held by one worker, at most", f"{counted['held_by_one_worker']:,}", f"{counted['held_share']:.1%} of them"),
+    ]
+
+
+def _byte_rows(results: Mapping[str, Any]) -> list[Row]:
+    sent = results["sent_bytes"]
+    own = ("sent by one worker", bytes_in_words(sent["training"]))
+    if results["workers"] == 1:
+        return [(*own, "one worker talks to nobody")]
+    if not sent["measured"]:
+        return [(*own, "closed form, not measured")]
+    if not sent["training"]:
+        return [(*own, "no round was completed")]
+    kinds = {"shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state"}
+    parts = [f"{word} {bytes_in_words(sent['by_kind'][k])}" for k, word in kinds.items() if sent["by_kind"].get(k)]
+    rows = [(*own, ", ".join(parts))]
+    for key, name in (("local_sgd", "local SGD"), ("ddp", "DDP")):
+        ratio = f"{sent[f'{key}_ratio']:.3g} times as much"
+        rows.append((f"  {name} would have sent", bytes_in_words(sent[key]), ratio))
+    aside = sum(sent["by_kind"].get(kind, 0) for kind in ("evaluation", "checkpoint", "start", "control"))
+    rows.append(("to start, evaluate and save", bytes_in_words(aside), "not part of the training"))
+    return rows
+
+
+def _time_rows(results: Mapping[str, Any]) -> list[Row]:
+    seconds = results["seconds"]
+    rows = []
+    if seconds["compute"] is not None:
+        total = seconds["compute"] + seconds["sync"]
+        for name in ("compute", "sync"):
+            share = f"{seconds[name] / total:.1%} of the time in batches" if total else ""
+            rows.append((f"time in {name}", seconds_in_words(seconds[name]), share))
+    if seconds["training"] is not None:
+        looked = f"validating and saving {seconds_in_words(seconds['validation'])}"
+        rows.append(("time in training", seconds_in_words(seconds["training"]), looked))
+    rows.append(("wall time", seconds_in_words(seconds["wall"]), "with the start of the workers"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run")
+    try:
+        report(parser.parse_args().run_dir)
+    except ValueError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The files of a run folder, and the one dictionary of results that is made of them.
+
+``run.json`` (train.py), ``clock.json`` (Clock), ``resist_summary.json`` (RoundMonitor; only with rounds) and
+``csv/metrics.csv`` go in; ``results.json`` comes out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.clock import CLOCK_FILE
+from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes
+
+RUN_FILE = "run.json"
+SUMMARY_FILE = "resist_summary.json"
+RESULTS_FILE = "results.json"
+BYTES_PER_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logged quantity over local steps."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+def write_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Keep what only the main process knows, with the versions and the machine."""
+    stamped = {**run, "made_with": _made_with(), "overrides": _overrides(folder)}
+    (folder / RUN_FILE).write_text(json.dumps(stamped, indent=1) + "\n")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """A file of the run folder, or None where the run did not write it."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Everything in ``csv/metrics.csv``, by name; empty without the CSV logger."""
+    path = folder / "csv" / "metrics.csv"
+    curves: dict[str, Curve] = {}
+    if not path.exists():
+        return curves
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if name != "step" and value:
+                    curve = curves.setdefault(name, Curve())
+                    curve.steps.append(int(row["step"]))
+                    curve.values.append(float(value))
+    return curves
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """The results of a run.
+
+    Raises:
+        ValueError: the folder is not that of a finished run.
+    """
+    run = read_json(folder, RUN_FILE)
+    if run is None:
+        raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")
+    summary = read_json(folder, SUMMARY_FILE)
+    clock = read_json(folder, CLOCK_FILE) or {}
+    validation = read_curves(folder).get("val/acc", Curve())
+    return {
+        **{key: run[key] for key in ("strategy", "workers", "seed", "test", "checkpoint")},
+        "validation": {"best_accuracy": max(validation.values, default=None)},
+        "local_steps": summary["local_steps"] if summary else clock.get("steps"),
+        "epochs": clock.get("epochs"),
+        "rounds": summary["rounds"] if summary else None,
+        "local_steps_per_round": summary["local_steps_per_round"] if summary else None,
+        "parameters": _parameters(run, summary),
+        "sent_bytes": _sent(run, summary, clock),
+        "seconds": _seconds(run, summary, clock),
+        "overrides": run["overrides"],
+        "made_with": run["made_with"],
+    }
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _parameters(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    full = run["full_parameters"]
+    held = summary["held_parameters_max"] if summary else full
+    return {"full": full, "held_by_one_worker": held, "held_share": held / full}
+
+
+def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes sent by one worker in training, mean over workers, beside what DDP and local SGD would send."""
+    if summary is None:
+        by_closed_form = ddp_bytes(BYTES_PER_PARAMETER * run["full_parameters"], run["workers"], clock.get("steps", 0))
+        sent = by_closed_form if run["strategy"] == "ddp" else 0
+        return {"measured": False, "training": sent, "ddp": by_closed_form, "local_sgd": None, "by_kind": {}}
+    by_kind = {kind: sum(sent) / len(sent) for kind, sent in summary["sent_bytes"].items()}
+    training = sum(by_kind.get(kind, 0) for kind in TRAINING_KINDS)
+    return {
+        "measured": True,
+        "training": training,
+        "ddp": summary["ddp_bytes"],
+        "local_sgd": summary["local_sgd_bytes"],
+        "ddp_ratio": _ratio(summary["ddp_bytes"], training),
+        "local_sgd_ratio": _ratio(summary["local_sgd_bytes"], training),
+        "by_kind": by_kind,
+    }
+
+
+def _seconds(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapping[str, Any]) -> dict[str, Any]:
+    """Worker 0's. Compute is the time in batches without the syncs."""
+    sync = summary["seconds"]["sync"] if summary else None
+    compute = summary["seconds"]["training"] - sync if summary and sync is not None else None
+    return {
+        "wall": run["wall_seconds"],
+        "training": clock.get("training_seconds"),
+        "validation": clock.get("validation_seconds"),
+        "compute": compute,
+        "sync": sync,
+    }
+
+
+def _ratio(other: float, own: float) -> float | None:
+    return other / own if own else None
+
+
+def _made_with() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("torch", "torchvision", "lightning")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    threads = torch.get_num_threads()
+    return {"python": platform.python_version(), **packages, "cpu_threads": threads, "gpu": gpu}
+
+
+def _overrides(folder: Path) -> list[str]:
+    path = folder / ".hydra" / "overrides.yaml"
+    return [str(item) for item in OmegaConf.load(path)] if path.exists() else []

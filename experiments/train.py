@@ -1,0 +1,165 @@
+"""Trains, tests the full model and reports; everything lands in Hydra's run folder.
+
+python experiments/train.py model.depth=38 trainer.devices=2 strategy.local_steps=50
+python experiments/train.py strategy=single trainer.devices=1
+python experiments/train.py -m strategy.local_steps=10,50 trainer.devices=1,2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in spawned workers, which import this file
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from experiments import schema
+from experiments.build import build_data, build_module, build_strategy
+from experiments.checks import ConfigError, check_train
+from experiments.evaluate import evaluate
+from experiments.launch import check_command_line, make, readable_errors
+from experiments.quiet import hush
+from experiments.report import report
+from experiments.results import write_run
+
+ROUND_STRATEGIES = ("resist", "local_sgd")
+
+hush()
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """One job; returns its test accuracy, for sweepers that optimise."""
+    with readable_errors():
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        check_train(cfg, sweep=sweep)
+        with cpu_threads(cfg.threads):
+            return run(cfg)
+
+
+def run(cfg: DictConfig) -> float:
+    """Fit, test and report.
+
+    Returns:
+        Test accuracy of the full model, 0 to 1; not a number in processes that do not report.
+
+    Raises:
+        ConfigError: what only the model, the data or the devices can tell is impossible.
+    """
+    L.seed_everything(cfg.seed, workers=True)
+    torch.set_float32_matmul_precision("high")
+    data = build_data(cfg.data)
+    module = build_module(cfg, data)
+    full_parameters = sum(p.numel() for p in module.parameters())
+    trainer = build_trainer(cfg)
+    if trainer.local_rank == 0:
+        data.prepare_data()  # here and not in a worker: the others would wait for it, no longer than their timeout
+    started = time.perf_counter()
+    fit(trainer, module, data)
+    wall_seconds = time.perf_counter() - started
+    if not trainer.is_global_zero:  # under torchrun every worker comes here; one of them reports
+        return float("nan")
+    if trainer.interrupted:
+        raise ConfigError("the training was interrupted; there is nothing to report")
+    checkpoint = tested_checkpoint(cfg, trainer)
+    metrics = evaluate(module, data, cfg, checkpoint=checkpoint, strategy=testing_strategy(cfg))
+    write_run(
+        Path(cfg.output_dir),
+        {
+            "strategy": schema.STRATEGY_NAMES[cfg.strategy._target_],
+            "workers": cfg.trainer.devices * cfg.trainer.num_nodes,
+            "seed": cfg.seed,
+            "full_parameters": full_parameters,
+            "wall_seconds": wall_seconds,
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "test": metrics,
+        },
+    )
+    return report(Path(cfg.output_dir))["test"]["accuracy"]
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Give this process and the workers that it starts so many threads; None leaves it to torch and Lightning."""
+    if threads is None:
+        yield
+        return
+    usual, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:  # the next job of a sweep may want another number
+        torch.set_num_threads(usual)
+        os.environ.pop("OMP_NUM_THREADS")
+        if told is not None:
+            os.environ["OMP_NUM_THREADS"] = told
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """The trainer with its strategy, callbacks and loggers; an entry that is null is left out."""
+    name = schema.STRATEGY_NAMES[cfg.strategy._target_]
+    chosen = {key: node for key, node in (cfg.callbacks or {}).items() if node is not None}
+    if name not in ROUND_STRATEGIES:
+        chosen.pop("round_monitor", None)
+    callbacks = [make(node, f"callbacks.{key}") for key, node in chosen.items()]
+    loggers = [make(node, f"logger.{key}") for key, node in (cfg.logger or {}).items() if node is not None]
+    return make(
+        cfg.trainer,
+        "trainer",
+        strategy=build_strategy(cfg.strategy),
+        callbacks=callbacks,
+        logger=loggers or False,
+        enable_checkpointing="model_checkpoint" in chosen,
+        enable_progress_bar=cfg.trainer.enable_progress_bar and "progress_bar" in chosen,
+    )
+
+
+def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Train; what the strategy refuses before it starts a process becomes a ConfigError."""
+    try:
+        trainer.fit(module, datamodule=data)
+    except ValueError as error:
+        # An error of a worker comes wrapped; a bare one is the strategy's own check of model and settings.
+        if trainer.num_devices > 1 and trainer.strategy.__class__.__module__.startswith("resist_lightning"):
+            raise ConfigError(str(error)) from error
+        raise
+
+
+def tested_checkpoint(cfg: DictConfig, trainer: L.Trainer) -> Path | None:
+    """The file whose model is tested; None for the model as the training left it."""
+    saved = trainer.checkpoint_callback
+    if cfg.ckpt_path is None or (saved is None and cfg.ckpt_path in ("best", "last")):
+        return None
+    if cfg.ckpt_path == "best":
+        best: Any = getattr(saved, "best_model_path", "")
+        return Path(best) if best else None
+    if cfg.ckpt_path == "last":
+        last = Path(cfg.output_dir) / "checkpoints" / "last.ckpt"
+        return last if last.exists() else None
+    return Path(cfg.ckpt_path)
+
+
+def testing_strategy(cfg: DictConfig) -> DictConfig | None:
+    """None, for the plain module in one process: exact, as no image is counted twice to fill up a worker's
+    batch.
+
+    Statistics of each batch are not in a checkpoint, so with that policy the strategy must evaluate.
+    """
+    return cfg.strategy if cfg.strategy.get("batch_norm") == "batch" else None
+
+
+if __name__ == "__main__":
+    check_command_line("train", check_train)
+    main()

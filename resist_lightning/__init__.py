@@ -1,0 +1,23 @@
+"""Train deep residual networks on workers that are joined by slow links and have little memory.
+
+``import resist_lightning`` registers the strategies ``resist`` and ``local_sgd`` with Lightning.
+"""
+
+from resist_lightning.config import Config
+from resist_lightning.engine import Engine
+from resist_lightning.errors import BlockSelectionError, PartialModelError, WorkersDisagree
+from resist_lightning.simulator import Simulator
+from resist_lightning.strategies import LocalSGDStrategy, ResISTStrategy, register_strategies
+
+__all__ = [
+    "BlockSelectionError",
+    "Config",
+    "Engine",
+    "LocalSGDStrategy",
+    "PartialModelError",
+    "ResISTStrategy",
+    "Simulator",
+    "WorkersDisagree",
+]
+
+register_strategies()

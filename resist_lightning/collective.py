@@ -1,0 +1,193 @@
+"""The few verbs that talk to other workers; every byte is counted. The only module that imports torch.distributed.
+
+All verbs work on flat buffers. Over gloo, tensors on a GPU are staged through the host, so that several workers can
+share one GPU (NCCL refuses that).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.accounting import all_reduce_bytes
+
+
+class Collective(ABC):
+    """What one worker can say to the others.
+
+    Attributes:
+        sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.accounting.KINDS`).
+    """
+
+    def __init__(self, worker: int, workers: int) -> None:
+        self.worker = worker
+        self.workers = workers
+        self.sent_bytes: Counter[str] = Counter()
+
+    @abstractmethod
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Numbers of all workers. Collective: every worker must call this, in the same order."""
+
+    @abstractmethod
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+
+        Collective: every worker must call this, in the same order, with the same size and data type.
+        """
+
+    @abstractmethod
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
+
+    @abstractmethod
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Send and receive flat buffers, all at once.
+
+        Not a collective of all: only pairs of workers that have a message take part, and both must call it.
+
+        Args:
+            sends: for each target worker, flat buffers to send.
+            receives: for each source worker, flat buffers to fill.
+            kinds: bytes of ``sends`` by kind.
+        """
+
+
+class SoloCollective(Collective):
+    """One worker alone: nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(worker=0, workers=1)
+
+    @override
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Its own numbers."""
+        return [list(numbers)]
+
+    @override
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        """Nothing to do."""
+
+    @override
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Nothing to do."""
+
+    @override
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Nothing to do."""
+
+
+class GroupCollective(Collective):
+    """The workers of torch.distributed's default group. Creates no group of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(worker=dist.get_rank(), workers=dist.get_world_size())
+        self._stage = dist.get_backend() == "gloo"
+        self._device = torch.device("cpu" if self._stage else "cuda")
+
+    @override
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Numbers of all workers, as float64. Collective: every worker must call this, in the same order."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
+        dist.all_gather(gathered, mine)
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return [row.tolist() for row in gathered]
+
+    @override
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by its mean (integers: maximum). Collective: every worker must call this, in order."""
+        floating = flat.is_floating_point()
+        wire = self._to_wire(flat)
+        dist.all_reduce(wire, op=dist.ReduceOp.SUM if floating else dist.ReduceOp.MAX)
+        if floating:
+            wire.div_(self.workers)
+        self._from_wire(wire, flat)
+        self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
+
+    @override
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
+        wire = self._to_wire(flat)
+        dist.broadcast(wire, src=0)
+        self._from_wire(wire, flat)
+        if self.worker == 0:
+            self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
+
+    @override
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Send and receive flat buffers; both sides of a pair must call it."""
+        assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
+        incoming = [(peer, tag, flat) for peer, flats in sorted(receives.items()) for tag, flat in enumerate(flats)]
+        outgoing = [(peer, tag, flat) for peer, flats in sorted(sends.items()) for tag, flat in enumerate(flats)]
+        landing = [self._landing(flat) for _, _, flat in incoming]
+        # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
+        # an exchange takes twice as long (docs/decisions/0004-receives-first.md).
+        operations = [
+            *(
+                dist.P2POp(dist.irecv, land, peer, tag=tag)
+                for (peer, tag, _), land in zip(incoming, landing, strict=True)
+            ),
+            *(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag) for peer, tag, flat in outgoing),
+        ]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        for (_, _, flat), land in zip(incoming, landing, strict=True):
+            self._from_wire(land, flat)
+        self.sent_bytes.update(kinds)
+
+    def _to_wire(self, flat: Tensor) -> Tensor:
+        return flat.cpu() if self._stage else flat
+
+    def _landing(self, flat: Tensor) -> Tensor:
+        return torch.empty_like(flat, device="cpu") if self._stage and flat.is_cuda else flat
+
+    def _from_wire(self, wire: Tensor, flat: Tensor) -> None:
+        if wire is not flat:
+            flat.copy_(wire)
+
+
+def default_collective() -> Collective:
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
+    if group_exists() and dist.get_world_size() > 1:
+        return GroupCollective()
+    return SoloCollective()
+
+
+def group_exists() -> bool:
+    """Whether torch.distributed's default group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Tensors of all workers, stacked. Collective: every worker must call this, in the same order."""
+    tensor = tensor.contiguous()
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor, group=group)
+    return torch.stack(gathered)
+
+
+def destroy_group() -> None:
+    """Leave torch.distributed's default group. Collective: every worker must call this."""
+    dist.destroy_process_group()

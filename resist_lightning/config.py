@@ -1,0 +1,74 @@
+"""The settings of a run, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from torch import nn
+
+MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
+NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
+BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+PAPER_MIN_BLOCKS = 5
+"""Section 4 of the paper: a minimum of five blocks per worker works best."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a run trains.
+
+    Args:
+        local_steps: local steps per round, at least 1.
+        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer.
+        blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
+            glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
+        seed: seed of the partitions; 0 is a seed.
+        momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the paper), ``keep``
+            (state of shared layers and of blocks that stay), ``travel`` (as keep, and state goes with its block).
+        batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
+            training batches), ``running`` (mean of the workers' running statistics), ``batch`` (of each batch).
+        warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
+        test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
+            chance that a block is held: mean blocks per worker / number of blocks.
+        recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    local_steps: int = 50
+    min_blocks: int | None = None
+    blocks: BlockChoice = None
+    seed: int = 0
+    momentum: MomentumPolicy = "reset"
+    batch_norm: NormPolicy = "recalibrate"
+    warmup_rounds: int = 0
+    test_scale: float | None = None
+    recalibration_batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
+        _check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
+        _check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
+        _check_integer("seed", self.seed, 0, "0 is a seed")
+        if self.min_blocks is not None:
+            _check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
+        check_choice("momentum", self.momentum, get_args(MomentumPolicy))
+        check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
+        if self.test_scale is not None and not 0 < self.test_scale <= 1:
+            raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_integer(name: str, value: object, least: int, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least} ({hint}).")

@@ -1,0 +1,72 @@
+"""The header of every sync: what all workers must agree on before they mix weights. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from enum import IntEnum
+
+from resist_lightning.errors import WorkersDisagree
+
+
+class Purpose(IntEnum):
+    """Why the workers meet."""
+
+    START = 0
+    SYNC = 1
+    EVALUATION = 2
+    CHECKPOINT = 3
+    FINISH = 4
+    HOST = 5
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a worker says of itself at the beginning of a sync.
+
+    Args:
+        purpose: a :class:`Purpose`.
+        round: its round.
+        step: its local steps in the round.
+        stop: whether it was asked to stop.
+        layout: a number that stands for its blocks, shapes and settings.
+    """
+
+    purpose: int
+    round: int
+    step: int
+    stop: int
+    layout: int
+
+
+def check_headers(headers: Sequence[Header]) -> None:
+    """Compare the headers of all workers.
+
+    Raises:
+        WorkersDisagree: naming each field that differs, with every worker's value.
+    """
+    differing = [field.name for field in fields(Header) if len({getattr(h, field.name) for h in headers}) > 1]
+    if not differing:
+        return
+    values = "; ".join(f"{name}: " + _values(name, headers) for name in differing)
+    raise WorkersDisagree(
+        f"workers came to a sync in different states ({values}). No weights were mixed. Likely causes: one worker "
+        "stopped, ran out of data or skipped batches on its own; a loader of unknown length that ends at different "
+        "steps; or workers started with different code, models or settings."
+    )
+
+
+def header_numbers(header: Header) -> list[float]:
+    """The header as numbers, to be sent."""
+    return [float(value) for value in astuple(header)]
+
+
+def read_header(numbers: Sequence[float]) -> Header:
+    """The header from received numbers."""
+    return Header(*(int(number) for number in numbers[: len(fields(Header))]))
+
+
+def _values(name: str, headers: Sequence[Header]) -> str:
+    read = [getattr(header, name) for header in headers]
+    shown = [Purpose(value).name.lower() for value in read] if name == "purpose" else [str(value) for value in read]
+    return ", ".join(f"worker {worker} {value}" for worker, value in enumerate(shown))

@@ -1,0 +1,157 @@
+"""What a worker's model consists of: shared tensors, partitionable blocks, and the schedule of the rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from resist_lightning.accounting import Sizes
+from resist_lightning.blocks import Block, left_out, select_blocks, summary
+from resist_lightning.config import PAPER_MIN_BLOCKS, Config
+from resist_lightning.norm import norms_with_statistics
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.rounds import Schedule
+from resist_lightning.scaling import coverage, foldable
+
+
+class Layout:
+    """The parts of a model, and who trains which when.
+
+    Args:
+        module: the user's module, complete.
+        config: the settings of the run.
+        workers: number of workers.
+
+    Raises:
+        BlockSelectionError: if the blocks cannot be chosen as asked.
+        ValueError: if ``min_blocks`` is above the number of blocks, or the module synchronises batch norm.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, workers: int) -> None:
+        _refuse_sync_batch_norm(module)
+        self.module = module
+        self.config = config
+        self.blocks: tuple[Block, ...] = select_blocks(module, config.blocks)
+        count = len(self.blocks)
+        least = min(PAPER_MIN_BLOCKS, count) if config.min_blocks is None else config.min_blocks
+        self.schedule = Schedule(count, workers, least, config.seed, config.local_steps, config.warmup_rounds)
+        self.schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
+        self.scale = coverage(self.schedule) if config.test_scale is None else config.test_scale
+        in_blocks = {id(tensor) for block in self.blocks for tensor in block.tensors().values()}
+        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+        self.shared: dict[str, Tensor] = {name: tensor for name, tensor in named if id(tensor) not in in_blocks}
+
+    @property
+    def partial(self) -> bool:
+        """Whether some worker lacks a block in some round."""
+        held = self.schedule.partition(self.config.warmup_rounds).held
+        return any(len(blocks) < len(self.blocks) for blocks in held)
+
+    def changing(self) -> set[str]:
+        """Names of the tensors that training can change now: trainable parameters, and buffers.
+
+        A parameter that is frozen everywhere is equal everywhere, and an average would round it.
+        """
+        parameters = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return parameters | {name for name, _ in self.module.named_buffers()}
+
+    def sizes(self, states: OptimizerStates) -> Sizes:
+        """Bytes of the parts, for the closed form of a sync."""
+        travels = self.config.momentum == "travel"
+        changing = self.changing()
+        blocks = [block.tensors() for block in self.blocks]
+        return Sizes(
+            shared=_bytes_by_dtype(tensor for name, tensor in self.shared.items() if name in changing),
+            blocks=tuple(sum(_bytes_by_dtype(tensors.values()).values()) for tensors in blocks),
+            averaged=tuple(
+                _bytes_by_dtype(tensor for name, tensor in tensors.items() if name in changing) for tensors in blocks
+            ),
+            states=tuple(states.bytes(block.module.parameters()) if travels else 0 for block in self.blocks),
+        )
+
+    def digest(self) -> int:
+        """A number that is the same on workers with the same model and settings."""
+        named: list[tuple[str, Tensor]] = [*self.module.named_parameters(), *self.module.named_buffers()]
+        parts = [f"{name}:{tuple(t.shape)}:{t.dtype}:{t.requires_grad}" for name, t in named]
+        settings = (self.schedule, self.scale, self.config.momentum, self.config.batch_norm)
+        text = repr((parts, [block.name for block in self.blocks], settings))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def describe(self) -> str:
+        """A sentence that says what was chosen."""
+        workers = self.schedule.workers
+        if not self.blocks:
+            return f"All parameters are shared by {workers} worker(s); rounds of {self.config.local_steps} local steps."
+        counts = sorted(map(len, self.schedule.partition(self.config.warmup_rounds).held), reverse=True)
+        return (
+            f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
+            f"{', '.join(map(str, counts))} a worker: {summary([block.name for block in self.blocks])}; "
+            f"all else is shared. Rounds of {self.config.local_steps} local steps; test-time scale {self.scale:.4g}."
+        )
+
+    def warn(self) -> None:
+        """Say what of the settings has less effect than a user may think."""
+        unused = left_out(self.module, self.config.blocks)
+        if unused:
+            warnings.warn(
+                f"{summary(unused)} match `blocks` but change the shape of their input: shared.", stacklevel=3
+            )
+        if not self.blocks or self.schedule.workers == 1:
+            return
+        self._warn_of_plain_checkpoints()
+        if not self.partial and self.config.min_blocks is None:
+            warnings.warn(
+                f"nothing is partitioned: the default min_blocks={PAPER_MIN_BLOCKS} gives every worker all "
+                f"{len(self.blocks)} blocks. Set a lower min_blocks (0 to {len(self.blocks) - 1}), choose more "
+                "`blocks`, or use strategy='local_sgd'.",
+                stacklevel=3,
+            )
+        if any(not held for held in self.schedule.partition(self.config.warmup_rounds).held):
+            warnings.warn(
+                f"{self.schedule.workers} workers for {len(self.blocks)} blocks with min_blocks=0: some workers train "
+                "shared layers only in each round.",
+                stacklevel=3,
+            )
+
+    def _warn_of_plain_checkpoints(self) -> None:
+        """Name what a checkpoint, as a plain model, cannot carry."""
+        hooked = [block.name for block in self.blocks if not foldable(block)]
+        if hooked and self.scale != 1:
+            warnings.warn(
+                f"the test-time scale of {summary(hooked)} does not fold into a weight: a hook scales them, and a "
+                "checkpoint does not evaluate to the reported metrics without this package. Declare "
+                "`residual_branch_end` in the block's class (docs/adding-a-model.md).",
+                stacklevel=4,
+            )
+        if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
+            warnings.warn(
+                "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "
+                "its running statistics elsewhere. Build the network with track_running_stats=False, or choose "
+                "batch_norm='recalibrate'.",
+                stacklevel=4,
+            )
+
+
+def _refuse_sync_batch_norm(module: nn.Module) -> None:
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.SyncBatchNorm)]
+    if names:
+        raise ValueError(
+            f"{names[0]} is a SyncBatchNorm: it would communicate in every step, in a sub-network that differs between "
+            "workers. Use BatchNorm; its statistics are averaged at each sync."
+        )
+
+
+def _bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[str(tensor.dtype)] += tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def parameters_of(blocks: Sequence[Block]) -> list[nn.Parameter]:
+    """The parameters of some blocks."""
+    return [parameter for block in blocks for parameter in block.module.parameters()]

@@ -1,0 +1,154 @@
+"""Batch-norm statistics of the full model.
+
+Running statistics are gathered in thin, unscaled sub-networks and need not fit the scaled full network. So they are
+re-estimated on inputs that the network saw in training (``recalibrate``), taken as they are (``running``), or replaced
+by the statistics of each evaluated batch (``batch``, as in the paper's CIFAR code).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+Call: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def norms_with_statistics(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch-norm layers that keep running statistics, by name."""
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, _BatchNorm) and child.running_mean is not None and child.running_var is not None
+    }
+
+
+class InputRecorder:
+    """Remembers the inputs of the last training batches, to re-estimate batch-norm statistics with.
+
+    What counts is the outermost module that contains a batch norm and is called: the network, or the user's whole
+    module where ``training_step`` calls ``self(x)``.
+
+    Args:
+        module: the user's module.
+        calls: number of calls to remember; each keeps its batch in memory.
+
+    Attributes:
+        calls: the remembered calls, oldest first.
+        still: names of the batch norms that were in evaluation mode in the last one: their statistics do not train.
+    """
+
+    def __init__(self, module: nn.Module, calls: int) -> None:
+        self.calls: deque[Call] = deque(maxlen=calls)
+        self.still: frozenset[str] = frozenset()
+        self._norms = norms_with_statistics(module)
+        self._depth = 0
+        names = {""} | {name[:end] for name in self._norms for end in _dots(name)}
+        self._handles: list[RemovableHandle] = []
+        for name in names:
+            watched = module.get_submodule(name)
+            self._handles.append(watched.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(watched.register_forward_hook(self._leave, always_call=True))
+
+    def remove(self) -> None:
+        """Take the hooks off and forget the inputs."""
+        for handle in self._handles:
+            handle.remove()
+        self.calls.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A forward inside a backward is activation checkpointing, which runs a part of the network a second time.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._depth == 0 and not in_backward and module.training and torch.is_grad_enabled():
+            self.calls.append((module, tree_map(_detach, args), tree_map(_detach, kwargs)))
+            self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+
+
+def recalibrate(
+    module: nn.Module,
+    calls: Iterable[Call],
+    forward_context: Callable[[], AbstractContextManager[Any]],
+    still: Collection[str] = (),
+) -> list[Tensor]:
+    """Re-estimate the running statistics of ``module`` as the plain mean over recorded calls.
+
+    Everything but batch norm runs in evaluation mode, so dropout is off and no random number is drawn by it. Layers
+    that the calls do not reach, and those named in ``still``, keep their statistics.
+
+    Returns:
+        The running means and variances of all other layers.
+    """
+    norms = [norm for name, norm in norms_with_statistics(module).items() if name not in still]
+    modes = {child: child.training for child in module.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+    module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean instead of an exponential one
+        norm.train()
+    with torch.no_grad(), forward_context():
+        for called, args, kwargs in calls:
+            called(*args, **kwargs)
+    for child, mode in modes.items():
+        child.training = mode
+    for norm in norms:
+        norm.momentum = momenta[norm]
+        reached = int(_counter(norm)) > 0
+        for (name, buffer), old in zip(norm.named_buffers(), before[norm], strict=True):
+            if name == "num_batches_tracked" or not reached:
+                buffer.copy_(old)
+    return [_statistic(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+
+
+class BatchStatistics:
+    """Makes batch norm normalise each batch by its own statistics, in evaluation too, and leaves its buffers alone.
+
+    Args:
+        norms: the layers.
+    """
+
+    def __init__(self, norms: Iterable[_BatchNorm]) -> None:
+        self._norms = list(norms)
+        for norm in self._norms:
+            norm.__dict__["forward"] = partial(_normalise_by_batch, norm)
+
+    def remove(self) -> None:
+        """Give the layers their own forward back."""
+        for norm in self._norms:
+            del norm.__dict__["forward"]
+        self._norms = []
+
+
+def _normalise_by_batch(norm: _BatchNorm, x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+
+def _statistic(norm: _BatchNorm, name: str) -> Tensor:
+    statistic = getattr(norm, name)
+    assert isinstance(statistic, Tensor)
+    return statistic
+
+
+def _counter(norm: _BatchNorm) -> Tensor:
+    return _statistic(norm, "num_batches_tracked")
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _dots(name: str) -> list[int]:
+    return [position for position, character in enumerate(name) if character == "."]

@@ -1,0 +1,117 @@
+"""What becomes of optimizer state when blocks change hands.
+
+Addressed by parameter, never by position: an optimizer is built on the full model and keeps its parameter groups.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_STATEFUL_AT_ONCE = "makes its state when it is built, before a worker knows its blocks; choose another optimizer"
+
+
+class OptimizerStates:
+    """The state of all optimizers of a worker.
+
+    Args:
+        optimizers: the user's optimizers, built on the full model.
+
+    Raises:
+        ValueError: for an optimizer that cannot work with absent parameters (LBFGS, Adagrad).
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = list(optimizers)
+        self._slots = [[_probe(optimizer, group) for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def check_travel(self) -> None:
+        """Check that the state can go with its block.
+
+        Raises:
+            ValueError: for a slot that is neither a number nor has the shape of its parameter.
+        """
+        for optimizer, groups in zip(self._optimizers, self._slots, strict=True):
+            odd = [name for slots in groups for name, slot in slots.items() if slot.dim() and slot.shape != (2, 3)]
+            if odd:
+                raise ValueError(
+                    f"momentum='travel' cannot move {odd[0]!r} of {type(optimizer).__name__}, which has another shape "
+                    "than its parameter; use momentum='keep' or 'reset'."
+                )
+
+    def reset(self) -> None:
+        """Forget all state: every optimizer starts again."""
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+
+    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget the state of some parameters."""
+        for optimizer in self._optimizers:
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+
+    def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """The state tensors of some parameters, in a fixed order; missing ones are made, filled with zeros.
+
+        For an absent parameter: tensors on the meta device, which only tell shape and data type.
+        """
+        found: list[Tensor] = []
+        for parameter, optimizer, slots in self._slots_of(parameters):
+            state = {} if parameter.is_meta else optimizer.state[parameter]
+            for name, example in slots.items():
+                if state.get(name) is None:
+                    state[name] = _empty_slot(parameter, example)
+                found.append(state[name])
+        return found
+
+    def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes of the state of some parameters, present or not; makes none."""
+        return sum(
+            (parameter.numel() if example.dim() else 1) * example.element_size()
+            for parameter, _, slots in self._slots_of(parameters)
+            for example in slots.values()
+        )
+
+    def _slots_of(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, Optimizer, dict[str, Tensor]]]:
+        for parameter in parameters:
+            for optimizer, groups in zip(self._optimizers, self._slots, strict=True):
+                for group, slots in zip(optimizer.param_groups, groups, strict=False):
+                    if parameter.requires_grad and any(parameter is member for member in group["params"]):
+                        yield parameter, optimizer, slots
+
+
+def _empty_slot(parameter: nn.Parameter, example: Tensor) -> Tensor:
+    if example.dim() == 0:
+        return torch.zeros_like(example, device="meta" if parameter.is_meta else None)
+    return torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+
+
+def _probe(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that an optimizer keeps for a parameter of a group, found by letting a twin of it take one step."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(f"{name} flattens all parameters into one vector, and a worker does not have them all.")
+    first = next(iter(group["params"]), torch.zeros(()))
+    dummy = nn.Parameter(torch.zeros(2, 3, dtype=first.dtype, device=first.device))
+    dummy.grad = torch.zeros_like(dummy)
+    twin = copy.copy(optimizer)
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**group, "params": [dummy]}]
+    twin._optimizer_step_pre_hooks = OrderedDict()
+    twin._optimizer_step_post_hooks = OrderedDict()
+    try:
+        type(twin).step(twin)  # not twin.step: a scheduler replaces that by one bound to the original
+    except KeyError as error:
+        raise ValueError(
+            f"{name} makes its state when it is built and cannot restart without it (missing: {error}); choose an "
+            "optimizer that makes its state in the first step, such as SGD or AdamW."
+        ) from error
+    return {key: value for key, value in twin.state[dummy].items() if isinstance(value, Tensor)}

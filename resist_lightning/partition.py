@@ -1,0 +1,100 @@
+"""Who holds which residual block in a round: a pure function of (blocks, workers, minimum, seed, round).
+
+Every worker computes the same partition by itself; nothing is sent and no random generator is read or moved.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which worker holds which block in one round.
+
+    Args:
+        held: for each worker, in order, the indices of its blocks in ascending order.
+        blocks: number of partitionable blocks.
+    """
+
+    held: tuple[tuple[int, ...], ...]
+    blocks: int
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return len(self.held)
+
+    def holders(self, block: int) -> tuple[int, ...]:
+        """The workers that hold ``block``, in ascending order."""
+        return tuple(worker for worker, held in enumerate(self.held) if block in held)
+
+
+def blocks_per_worker(blocks: int, workers: int, min_blocks: int) -> tuple[int, ...]:
+    """How many blocks each worker gets (section 4 of the paper: an equal share, but never below a minimum depth).
+
+    Args:
+        blocks: number of partitionable blocks, 0 or more.
+        workers: number of workers, at least 1.
+        min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
+
+    Returns:
+        One count per worker. Counts differ by at most one; the first workers have the larger ones.
+
+    Raises:
+        ValueError: if an argument is outside its limits.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+    if not 0 <= min_blocks <= blocks:
+        raise ValueError(
+            f"min_blocks={min_blocks} is impossible with {blocks} partitionable block(s): it must lie between 0 and "
+            f"{blocks}. Lower min_blocks, or choose a deeper network or more `blocks`."
+        )
+    least = max(blocks // workers, min_blocks)
+    extra = max(blocks - workers * least, 0)
+    return tuple(least + (1 if worker < extra else 0) for worker in range(workers))
+
+
+def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round: int) -> Partition:
+    """Draw the partition of a round by the circular deal.
+
+    The blocks are laid on a circle in a random order; worker after worker, in a random order, takes the next ones::
+
+        circle:  f a d | b e c | f a ...        3 workers, 6 blocks, min_blocks = 3
+                 w1      w0      w2             every block is held, no worker holds one twice,
+                                                numbers of holders differ by at most one
+
+    Args:
+        blocks: number of partitionable blocks, 0 or more.
+        workers: number of workers, at least 1.
+        min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
+        seed: seed of the whole run; 0 is a seed.
+        round: number of the round, counted from 0.
+
+    Returns:
+        The same partition for the same arguments, on every machine and in every version of Python.
+
+    Raises:
+        ValueError: if an argument is outside its limits (see :func:`blocks_per_worker`).
+    """
+    counts = blocks_per_worker(blocks, workers, min_blocks)
+    circle = _shuffled(blocks, f"{seed}/{round}/block")
+    held: list[tuple[int, ...]] = [()] * workers
+    start = 0
+    for worker in _shuffled(workers, f"{seed}/{round}/worker"):
+        held[worker] = tuple(sorted(circle[(start + i) % blocks] for i in range(counts[worker])))
+        start += counts[worker]
+    return Partition(tuple(held), blocks)
+
+
+def everything(blocks: int, workers: int) -> Partition:
+    """The trivial partition: every worker holds every block (warm-up rounds and the full model)."""
+    return Partition((tuple(range(blocks)),) * workers, blocks)
+
+
+def _shuffled(count: int, key: str) -> list[int]:
+    """The numbers below ``count`` in an order drawn from ``key``: sorted by a hash, so it depends on nothing else."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{key}/{index}".encode()).digest())

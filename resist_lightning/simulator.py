@@ -1,0 +1,216 @@
+"""A reference of the method: S workers in one process, written as plainly as the paper and without its machinery.
+
+Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. It shares
+only the partition and the choice of blocks with the engine, so tests use it as the oracle; and on one device it trains
+sub-networks of any number of workers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.blocks import Block, select_blocks
+from resist_lightning.config import Config, NormPolicy
+from resist_lightning.layout import Layout
+from resist_lightning.norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.rounds import Clock
+from resist_lightning.scaling import ScaleHooks, fold, foldable
+
+
+@dataclass
+class SimulatedWorker:
+    """One worker: train ``module`` with ``optimizers``, as if it were alone.
+
+    Args:
+        module: a complete copy of the network; blocks that the worker lacks are skipped.
+        optimizers: the worker's optimizers.
+        blocks: the partitionable blocks of ``module``.
+        recorder: remembers the last training inputs.
+    """
+
+    module: nn.Module
+    optimizers: list[Optimizer]
+    blocks: tuple[Block, ...]
+    recorder: InputRecorder
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+
+class Simulator:
+    """Simulates S workers.
+
+    ::
+
+        simulator = Simulator(model, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9), Config(), workers=4)
+        for batches in zip(*loaders):                       # one loader per worker
+            for worker, (x, y) in zip(simulator.workers, batches):
+                worker.optimizers[0].zero_grad()
+                loss_function(worker.module(x), y).backward()
+                worker.optimizers[0].step()
+            simulator.after_step()
+        evaluate(simulator.full_model())
+
+    Args:
+        module: the network; it is copied, not changed.
+        make_optimizers: builds the optimizer(s) of a copy.
+        config: the settings, as for the engine.
+        workers: number of simulated workers, at least 1.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+        config: Config,
+        workers: int,
+    ) -> None:
+        layout = Layout(module, config, workers)
+        self.config = config
+        self.schedule = layout.schedule
+        self.scale = layout.scale
+        self.clock = Clock(config.local_steps)
+        self._template = copy.deepcopy(module)
+        self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self._block_of = {name: i for i, block in enumerate(layout.blocks) for name in block.tensors()}
+        self._partial = layout.partial
+        self._warmup_hooks: list[ScaleHooks] = []
+        self._begin_round()
+
+    def after_step(self) -> None:
+        """Count a local step of all workers, and sync if the round is complete."""
+        self.clock.tick()
+        if self.clock.due:
+            self._sync()
+
+    def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
+        """A copy of the full model: mean over holders, scaled, with batch-norm statistics by the policy.
+
+        Args:
+            batch_norm: another policy than that of the settings, to compare on one training.
+            scale: another test-time scale, in (0, 1].
+        """
+        batch_norm = batch_norm or self.config.batch_norm
+        scale = self.scale if scale is None else scale
+        state = self._means()
+        full = copy.deepcopy(self._template)
+        blocks = select_blocks(full, self.config.blocks)
+        with torch.no_grad():
+            for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
+                tensor.copy_(state[name])
+        if scale != 1:
+            fold(blocks, scale)
+            ScaleHooks([block for block in blocks if not foldable(block)], scale)
+        if batch_norm == "batch":
+            BatchStatistics(norms_with_statistics(full).values())
+        elif batch_norm == "recalibrate" and self._partial and all(w.recorder.calls for w in self.workers):
+            self._recalibrate(full)
+        return full
+
+    def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
+        made = make_optimizers(module)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        recorder = InputRecorder(module, self.config.recalibration_batches)
+        return SimulatedWorker(module, optimizers, select_blocks(module, self.config.blocks), recorder)
+
+    def _sync(self) -> None:
+        before = self.schedule.partition(self.clock.round)
+        state = self._means()
+        momenta = self._block_momenta(before.held)
+        self.clock.next_round()
+        after = self.schedule.partition(self.clock.round)
+        for index, worker in enumerate(self.workers):
+            with torch.no_grad():
+                for name, tensor in worker.tensors().items():
+                    tensor.copy_(state[name])
+            stays = set(before.held[index]) & set(after.held[index])
+            everywhere = {b for b in stays if len(before.holders(b)) == len(after.holders(b)) == len(self.workers)}
+            kept = stays if self.config.momentum == "keep" else everywhere
+            self._treat_momentum(worker, kept, set(after.held[index]), momenta)
+        self._begin_round()
+
+    def _means(self) -> dict[str, Tensor]:
+        """Every tensor's mean over the workers that held it (the paper's formula); integers: the maximum."""
+        partition = self.schedule.partition(self.clock.round)
+        everyone = tuple(range(len(self.workers)))
+        copies = [worker.tensors() for worker in self.workers]
+        means: dict[str, Tensor] = {}
+        for name in copies[0]:
+            holders = partition.holders(self._block_of[name]) if name in self._block_of else everyone
+            values = torch.stack([copies[worker][name].detach() for worker in holders])
+            means[name] = values.mean(0) if values.is_floating_point() else values.max(0).values
+        return means
+
+    def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Tensor]:
+        """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
+        gathered: dict[tuple[int, str, str], list[Tensor]] = {}
+        for worker, blocks in zip(self.workers, held, strict=True):
+            for name, parameter in worker.module.named_parameters():
+                if self._block_of.get(name) in blocks:
+                    for number, optimizer in enumerate(worker.optimizers):
+                        for slot, value in optimizer.state.get(parameter, {}).items():
+                            if isinstance(value, Tensor):
+                                gathered.setdefault((number, name, slot), []).append(value)
+        return {key: torch.stack(values).mean(0) for key, values in gathered.items()}
+
+    def _treat_momentum(
+        self,
+        worker: SimulatedWorker,
+        kept: set[int],
+        holds: set[int],
+        momenta: dict[tuple[int, str, str], Tensor],
+    ) -> None:
+        for number, optimizer in enumerate(worker.optimizers):
+            if self.config.momentum == "reset":
+                optimizer.state.clear()
+                continue
+            for name, parameter in worker.module.named_parameters():
+                block = self._block_of.get(name)
+                if block is None or block in kept:
+                    continue
+                optimizer.state.pop(parameter, None)
+                if self.config.momentum == "travel" and block in holds:
+                    slots = {s: v.clone() for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)}
+                    if slots:
+                        optimizer.state[parameter] = slots
+
+    def _begin_round(self) -> None:
+        partition = self.schedule.partition(self.clock.round)
+        for hooks in self._warmup_hooks:
+            hooks.remove()
+        warmup = self.schedule.is_warmup(self.clock.round)
+        self._warmup_hooks = [ScaleHooks(worker.blocks, self.scale) for worker in self.workers] if warmup else []
+        for index, worker in enumerate(self.workers):
+            for number, block in enumerate(worker.blocks):
+                for parameter in block.module.parameters():
+                    parameter.grad = None
+                if number in partition.held[index]:
+                    block.module.__dict__.pop("forward", None)
+                else:
+                    block.module.forward = _skip
+
+    def _recalibrate(self, full: nn.Module) -> None:
+        """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
+        still = self.workers[0].recorder.still
+        statistics: list[list[Tensor]] = []
+        for worker in self.workers:
+            twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
+            calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
+            statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
+        norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
+        own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+        for tensor, *values in zip(own, *statistics, strict=True):
+            tensor.copy_(torch.stack(values).mean(0))
+
+
+def _skip(x: Any) -> Any:
+    """A block that a worker lacks."""
+    return x

@@ -1,0 +1,112 @@
+"""The workers of a run as Lightning's ``DDPStrategy`` sees them: how they talk, and when they must not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from resist_lightning.collective import destroy_group, gather_tensor, group_exists
+from resist_lightning.engine import Engine
+from resist_lightning.presence import present_to_cpu
+from resist_lightning.strategies.launch import StartMethod
+
+
+class GroupStrategy(DDPStrategy):
+    """A ``DDPStrategy`` that never wraps a module in DDP, and never waits for anybody after an error.
+
+    Lightning shards data and reduces metrics for subclasses of ``DDPStrategy`` only.
+    """
+
+    def __init__(
+        self,
+        *,
+        parallel_devices: list[torch.device] | None,
+        process_group_backend: str | None,
+        timeout: timedelta,
+        start_method: StartMethod,
+    ) -> None:
+        super().__init__(
+            parallel_devices=parallel_devices,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.engine: Engine | None = None
+        self._owns_group = False
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        devices = self.parallel_devices or []
+        if self._process_group_backend is None and self.root_device.type == "cuda" and len(set(devices)) < len(devices):
+            return "gloo"  # NCCL refuses several ranks on one GPU
+        return str(super()._get_process_group_backend())
+
+    @override
+    def setup_environment(self) -> None:
+        """Called in each worker when it starts; joins the group, unless the user's program has done so."""
+        self._owns_group = not group_exists()
+        super().setup_environment()
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Called by Lightning around saving and loading. Collective; nothing after an error."""
+        if self._may_talk():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Called by Lightning's callbacks. Collective; after an error, the worker's own object."""
+        return super().broadcast(obj, src) if self._may_talk() else obj
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Called for metrics and joint decisions. Collective; after an error, the worker's own value."""
+        return super().reduce(tensor, group, reduce_op) if self._may_talk() else tensor
+
+    @override
+    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
+        """Called by users. Collective. Lightning's own way is deprecated by torch, and warns each time."""
+        if sync_grads or not group_exists() or not self._may_talk():
+            return super().all_gather(tensor, group=group, sync_grads=sync_grads)
+        return gather_tensor(tensor.detach(), group)
+
+    @override
+    def teardown(self) -> None:
+        """Called at the end, after an error too: leave the group, and move to the CPU what this worker has."""
+        if self._owns_group and group_exists() and not self.interrupted:
+            # Without this, gloo aborted 5 of 30 processes at exit.
+            self.barrier()
+            destroy_group()
+        # Lightning would move the whole module, and fail on absent blocks.
+        module, self._lightning_module = self._lightning_module, None
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            present_to_cpu(module)
+        elif module is not None:
+            module.cpu()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an error or the user has ended the run, so that nothing may be sent any more."""
+        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        return trainer is not None and trainer.interrupted
+
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _may_talk(self) -> bool:
+        """False after an error. In training, first meet, so that nothing pairs with another worker's sync."""
+        if self.interrupted:
+            return False
+        if self.engine is not None and self.engine.running:
+            self.engine.meet()
+        return True

@@ -1,0 +1,130 @@
+"""Starting the workers: settings and modules are checked before any process is started."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, Protocol, TypeAlias
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+_AVERAGING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging")
+
+
+class _Checked(Protocol):
+    def check_before_launch(self, trainer: pl.Trainer) -> None: ...
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher by re-running the script, and of processes that exist already (torchrun, SLURM)."""
+
+    def __init__(self, strategy: _Checked, environment: ClusterEnvironment, processes: int, nodes: int) -> None:
+        super().__init__(environment, processes, nodes)
+        self._checked = strategy
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            self._checked.check_before_launch(trainer)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+class ProcessLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher by spawn, fork or forkserver."""
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            checked: Any = self._strategy
+            checked.check_before_launch(trainer)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Called in worker 0 at the end: what the main process needs beside the weights, to save or go on."""
+        buffer = io.BytesIO()
+        strategy: Any = trainer.strategy
+        torch.save(strategy.resume_state, buffer)
+        return {**super().get_extra_results(trainer), "resume_state": buffer.getvalue()}
+
+    @override
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        """Called in the main process with worker 0's extra results."""
+        super().update_main_process_results(trainer, extra)
+        strategy: Any = trainer.strategy
+        strategy.resume_state = torch.load(io.BytesIO(extra["resume_state"]), weights_only=True)
+
+
+def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:
+    """Refuse ways to start workers that are known to go wrong.
+
+    Raises:
+        ValueError: for MPS, for a start method that ignores the processes that exist already, and for ``popen`` in a
+            Hydra sweep.
+    """
+    if isinstance(accelerator, MPSAccelerator):
+        raise ValueError("several workers cannot share an MPS device; use accelerator='cpu'.")
+    if start_method != "popen" and environment.creates_processes_externally:
+        raise ValueError(
+            f"start_method={start_method!r} would start workers a second time: {type(environment).__name__} has "
+            "started them already. Use start_method='popen' (strategy='resist' or 'local_sgd') there."
+        )
+    if start_method == "popen" and _in_hydra_sweep() and not environment.creates_processes_externally:
+        raise ValueError(
+            "start_method='popen' re-runs the command line in every worker, and in a Hydra sweep (--multirun) each "
+            "worker would run the whole sweep. Use start_method='spawn' (strategy='resist_spawn' or 'local_sgd_spawn')."
+        )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that read all parameters while a worker has only some, and name those that cost messages.
+
+    Raises:
+        ValueError: for stochastic weight averaging and its relatives.
+    """
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        names = {base.__name__ for base in type(callback).__mro__}
+        if isinstance(callback, StochasticWeightAveraging) or names & set(_AVERAGING_CALLBACKS):
+            raise ValueError(
+                f"{type(callback).__name__} averages the parameters of every epoch or step, and a worker does not hold "
+                "them all while it trains. Remove it, or average checkpoints after the training."
+            )
+        if isinstance(callback, Timer) or getattr(callback, "_train_time_interval", None) is not None:
+            rank_zero_warn(
+                f"{type(callback).__name__} sends a message after every batch, so the workers wait for each other in "
+                "every step. Limit the training by steps or epochs instead."
+            )
+
+
+def warn_of_messages(trainer: pl.Trainer) -> None:
+    """Name metrics that the module reduces over the workers in every batch; once, where Python warns once."""
+    results: Any = getattr(trainer.fit_loop.epoch_loop, "_results", {})
+    for result in results.values():
+        meta = result.meta
+        if meta.on_step and meta.sync.should:
+            rank_zero_warn(
+                f"self.log({meta.name!r}, sync_dist=True) sends a message after every batch, so the workers wait for "
+                "each other in every step. Log it with on_step=False, on_epoch=True."
+            )
+
+
+def _in_hydra_sweep() -> bool:
+    """Asked of a Hydra that the user's program has loaded; this package does not import it."""
+    module: Any = sys.modules.get("hydra.core.hydra_config")
+    if module is None or not module.HydraConfig.initialized():
+        return False
+    return str(module.HydraConfig.get().mode).endswith("MULTIRUN")

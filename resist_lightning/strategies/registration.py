@@ -1,0 +1,44 @@
+"""Names for ``Trainer(strategy=...)``, with the launchers that Lightning's own ``ddp`` has."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from resist_lightning.strategies.local_sgd import LocalSGDStrategy
+from resist_lightning.strategies.resist import ResISTStrategy
+
+_LAUNCHERS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+
+
+def register_strategies() -> None:
+    """Register ``resist`` and ``local_sgd`` and their variants ``_spawn``, ``_fork`` and ``_notebook``."""
+    for strategy in (ResISTStrategy, LocalSGDStrategy):
+        for suffix, start_method in _LAUNCHERS.items():
+            StrategyRegistry.register(
+                strategy.strategy_name + suffix,
+                strategy,
+                description=f"{strategy.__name__} with start_method={start_method!r}",
+                override=True,
+                start_method=start_method,
+            )
+    _refuse_pytorch_lightning()
+
+
+def _refuse_pytorch_lightning() -> None:
+    """`pytorch_lightning` has a registry and class tree of its own; say so instead of failing obscurely there."""
+    other: Any = sys.modules.get("pytorch_lightning.strategies")
+    if other is None:
+        return
+
+    def refuse(**_: Any) -> None:
+        raise ValueError(
+            "resist-lightning works with `import lightning as L`, whose classes differ from those of "
+            "`pytorch_lightning`. Use lightning.Trainer, and lightning.LightningModule for your module."
+        )
+
+    for strategy in (ResISTStrategy, LocalSGDStrategy):
+        for suffix in _LAUNCHERS:
+            other.StrategyRegistry.register(strategy.strategy_name + suffix, refuse, override=True)

@@ -1,0 +1,269 @@
+"""What the strategies have in common: Lightning calls, the engine acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from resist_lightning.collective import default_collective, group_exists
+from resist_lightning.config import Config, check_choice
+from resist_lightning.engine import Engine
+from resist_lightning.layout import Layout
+from resist_lightning.strategies.epochs import end_epochs_together
+from resist_lightning.strategies.group import GroupStrategy
+from resist_lightning.strategies.host import LightningHost
+from resist_lightning.strategies.launch import (
+    ProcessLauncher,
+    ScriptLauncher,
+    StartMethod,
+    check_callbacks,
+    refuse_launch,
+    warn_of_messages,
+)
+from resist_lightning.strategies.lightning_patches import LoopPatches
+
+DataPolicy: TypeAlias = Literal["shard", "copy"]
+
+CHECKPOINT_KEY = "resist_lightning"
+"""Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""
+
+
+class SubnetStrategy(GroupStrategy):
+    """Base of the strategies: every worker trains its part of the module and syncs once a round.
+
+    The arguments are explained where users meet them, in :class:`~resist_lightning.ResISTStrategy`.
+    """
+
+    strategy_name: str
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        data: DataPolicy,
+        parallel_devices: list[torch.device] | None,
+        process_group_backend: str | None,
+        timeout: timedelta,
+        start_method: StartMethod,
+    ) -> None:
+        check_choice("data", data, get_args(DataPolicy))
+        check_choice("start_method", start_method, get_args(StartMethod))
+        super().__init__(
+            parallel_devices=parallel_devices,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.config = config
+        self._data = data
+        self._patches: LoopPatches | None = None
+        self._stepped = False
+        self._resume_state: dict[str, Any] = {}
+        self._resume_for: nn.Module | None = None
+        self._saved: dict[str, Any] = {}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._layer_sync is not None:
+            raise ValueError(
+                "sync_batchnorm=True contradicts local training: it would communicate in every step. Leave it out; "
+                "batch-norm statistics are averaged at each sync."
+            )
+        refuse_launch(self.cluster_environment, self.accelerator, self._start_method)
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+
+    def check_before_launch(self, trainer: pl.Trainer) -> None:
+        """Called by the launcher, before any process starts: raise for what cannot work."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_callbacks(trainer)
+        module = self.lightning_module
+        if module is not None and not is_overridden("configure_model", module):
+            Layout(module, self.config, self.num_nodes * self.num_processes)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Called by Lightning for each loader: a part of the data per worker, or all of it in an own order."""
+        kwargs = super().distributed_sampler_kwargs
+        if self._data == "copy" and self._trainer().state.stage == RunningStage.TRAINING:
+            return {
+                "num_replicas": 1,
+                "rank": 0,
+                "seed": self.config.seed * kwargs["num_replicas"] + self.global_rank,
+            }
+        return kwargs
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Called by Lightning for each loader: training ends for all workers with the shortest one.
+
+        Collective: every worker calls this, in the same order.
+        """
+        trainer = self._trainer()
+        if trainer.state.stage == RunningStage.TRAINING:
+            end_epochs_together(trainer, dataloader, default_collective())
+        return dataloader
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Called when the module is complete and loaded: make optimizers and the engine."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            check_callbacks(trainer)
+            self.setup_optimizers(trainer)
+        elif group_exists():
+            _sync_module_states(self.model)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            self._make_engine(trainer)
+
+    @override
+    def on_train_start(self) -> None:
+        """Called last before the first batch: from here on a worker holds its part only."""
+        assert self.engine is not None
+        self.engine.restore(self.resume_state)
+        self.engine.start()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Called before each batch: the one place where a sync happens in training."""
+        assert self.engine is not None
+        self._stepped = False
+        self.engine.sync_if_due()
+        if batch_idx == 1:  # the first batch has logged
+            warn_of_messages(self._trainer())
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Called for every step of every optimizer; the first one in a batch makes it a local step."""
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if not self._stepped and self.engine is not None and self.engine.running:
+            self._stepped = True
+            self.engine.count_step()
+        return output
+
+    @override
+    def on_train_end(self) -> None:
+        """Called last after the training, unless it was interrupted: the module becomes the full model."""
+        if self.engine is not None and self.engine.running:
+            self.engine.finish()
+            self.resume_state = self.engine.checkpoint_state()
+
+    @override
+    def on_validation_start(self) -> None:
+        """Called after the callbacks' and the module's own: assemble the full model."""
+        if self.engine is not None and self.engine.running:
+            self.engine.begin_observation()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Called after ModelCheckpoint has saved: go on with the sub-network."""
+        if self.engine is not None and self.engine.observing:
+            self.engine.end_observation()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
+        engine = self.engine
+        if engine is None or not engine.running:
+            self._saved = self.resume_state
+            return super().lightning_module_state_dict()
+        if self.interrupted:
+            return {}  # save_checkpoint refuses to write it
+        if engine.observing:
+            return self._copy_full_model(engine)
+        with engine.full_model("checkpoint"):
+            return self._copy_full_model(engine)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Settings of the parameter groups. State restarts at a resume, as it does at every sync by default."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return {**inner.state_dict(), "state": {}}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint that is a model; what only this package needs stands under a key of its own."""
+        if self.engine is not None and self.engine.running and self.interrupted:
+            rank_zero_warn(f"{filepath} is not written: after an error no worker can assemble the full model.")
+            return
+        if self._saved:
+            checkpoint[CHECKPOINT_KEY], self._saved = self._saved, {}
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the full model; what belongs to the training is restored in :meth:`setup`."""
+        super().load_model_state_dict(checkpoint, strict=strict)
+        self.resume_state = checkpoint.get(CHECKPOINT_KEY, {})
+
+    @override
+    def teardown(self) -> None:
+        """Called at the end, after an error too."""
+        if self._patches is not None:
+            self._patches.remove()
+            self._patches = None
+        super().teardown()
+        if self.engine is not None:
+            self.engine.abandon()
+
+    @property
+    def resume_state(self) -> dict[str, Any]:
+        """What the module's weights do not say of the training that made them; empty for any other module."""
+        return self._resume_state if self._resume_for is self.lightning_module else {}
+
+    @resume_state.setter
+    def resume_state(self, state: dict[str, Any]) -> None:
+        self._resume_state, self._resume_for = state, self.lightning_module
+
+    def _make_engine(self, trainer: pl.Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        optimizers = [o._optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
+        self.engine = Engine(
+            module,
+            optimizers,
+            self.config,
+            forward_context=self.precision_plugin.forward_context,
+            host=LightningHost(trainer),
+        )
+        rank_zero_info(f"{type(self).__name__}: {self.engine.layout.describe()}")
+        self._patches = LoopPatches(trainer)
+
+    def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
+        self._saved = engine.checkpoint_state()
+        state = super().lightning_module_state_dict()
+        return {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
+        }

@@ -1,0 +1,39 @@
+"""Wall time that a worker spends outside local steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+
+class Seconds:
+    """Adds up wall time.
+
+    Args:
+        device: waited for before the clock is read, if it is a GPU.
+
+    Attributes:
+        sync: seconds in syncs: averaging, hand-over, and packing.
+        observe: seconds for assembling the full model and going back, without the evaluation itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sync = 0.0
+        self.observe = 0.0
+        self._device = device
+
+    @contextmanager
+    def timed(self, what: Literal["sync", "observe"]) -> Iterator[None]:
+        """Add the time inside to ``what``."""
+        start = self._now()
+        yield
+        setattr(self, what, getattr(self, what) + self._now() - start)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,25 @@
+"""Composes configurations as the command line does, without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from experiments.launch import CONF
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Compose:
+    """``composed("strategy=ddp", ...)``: the configuration of ``train.py`` with these overrides."""
+
+    def make(*overrides: str, config_name: str = "train") -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose(config_name, [f"output_dir={tmp_path}", *overrides])
+
+    return make

@@ -1,0 +1,127 @@
+"""A wrong command line is one line on stderr and exit code 2, before there is a folder or a process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.checks import check_evaluate, check_train
+from experiments.launch import check_command_line
+
+BAD = {
+    "strategy.local_stepps=10": r"local_stepps=10: unknown key.*did you mean strategy\.local_steps\?",
+    "+strategy.local_stepps=10": r"local_stepps=10: unknown key.*did you mean strategy\.local_steps\?",
+    "strategy.local_steps=ten": r"strategy\.local_steps=ten: must be a whole number, at least 1 \(.*50",
+    "strategy.local_steps=0": r"strategy\.local_steps=0: must be a whole number, at least 1 \(.*50",
+    "strategy.local_steps=1.5": r"strategy\.local_steps=1\.5: must be a whole number",
+    "strategy.local_steps=null": r"strategy\.local_steps=null: must be a whole number",
+    "strategy.min_blocks=-1": r"strategy\.min_blocks=-1: must be a whole number or null, at least 0",
+    "strategy.min_blocks=6 model.depth=26": r"min_blocks=6: model\.depth=26 has 5 blocks.*min_blocks=5 or less",
+    "strategy.momentum=restart": r"strategy\.momentum=restart: must be one of reset, keep, travel",
+    "strategy.test_scale=1.5": r"strategy\.test_scale=1\.5: must be a number or null, above 0, at most 1",
+    "strategy.timeout.seconds=0": r"strategy\.timeout\.seconds=0: must be a number, above 0",
+    "strategy.parallel_devices=[cpu]": r"strategy\.parallel_devices=\['cpu'\].*trainer\.devices=2",
+    "strategy.seed=${nope}": r"strategy\.seed: cannot be resolved",
+    "strategy=rsist": r"Could not find 'strategy/rsist'.*resist",
+    "strateg=resist": r"strateg=resist: unknown key.*did you mean strategy\?",
+    "strategy=single": r"trainer\.devices=2 with strategy=single.*trainer\.devices=1",
+    "strategy=single strategy.local_steps=50 trainer.devices=1": r"strategy=single has no settings",
+    "strategy=local_sgd strategy.min_blocks=2": r"min_blocks=2: unknown key; strategy=local_sgd has",
+    "trainer.devices=0": r"trainer\.devices=0: must be a whole number, at least 1",
+    "trainer.devices=two": r"trainer\.devices=two: must be a whole number",
+    "trainer.max_epochs=null": r"trainer\.max_epochs=null with trainer\.max_steps=-1: would never end",
+    "trainer.accelerator=tpu": r"trainer\.accelerator=tpu: must be one of auto, cpu",
+    "trainer.strategy=ddp": r"trainer\.strategy=ddp: unknown key",
+    "model.depth=50": r"model\.depth=50: must be one of 14, 26, 38, 101, 152, 200",
+    "model.width_multiplier=0": r"model\.width_multiplier=0: must be a number, above 0",
+    "model=torchvision model.name=resnet51": r"model\.name=resnet51: must be one of .*resnet50",
+    "data.batch_size=0": r"data\.batch_size=0: must be a whole number, at least 1",
+    "data.holdout=1": r"data\.holdout=1: must be a number, above 0, below 1",
+    "data=image_folder": r"data\.folder is missing.*data\.folder=PATH",
+    "optimizer.lr=0": r"optimizer\.lr=0: must be a number, above 0",
+    "optimizer.nesterov=true": r"optimizer\.nesterov=true: unknown key; optimizer has lr",
+    "seed=-1": r"seed=-1: must be a whole number, at least 0",
+    "+extra=1": r"extra=1: unknown key; the configuration has seed",
+    "callbacks.model_checkpoint.monitorr=x": r"unknown key.*callbacks\.model_checkpoint\.monitor\?",
+    "callbacks.model_checkpoint._target_=no.where": r"_target_=no\.where: cannot be imported",
+    "logger.csv=on": r"logger\.csv=.*must have a _target_",
+    "strategy.local_steps": r"strategy\.local_steps: cannot be read as an override",
+    "strategy.local_steps=10,50": r"Ambiguous value for argument 'strategy\.local_steps=10,50'.*--multirun",
+    "-m strategy.local_steps=10,0": r"strategy\.local_steps=0: must be a whole number, at least 1",
+    "--multirun trainer.devices=1,2 strategy=single": r"trainer\.devices=2 with strategy=single",
+    "-m seed=1,2 strategy.start_method=popen": r"strategy\.start_method=popen:.*strategy\.start_method=spawn",
+}
+GOOD = [
+    "",
+    "model.depth=101 trainer.devices=4 strategy.local_steps=50 trainer.accelerator=cpu",
+    "-m strategy.local_steps=10,50 trainer.devices=1,2 trainer.accelerator=cpu",
+    "strategy=single trainer.devices=1",
+    "strategy.blocks=[section2.*,section3.*] trainer.accelerator=cpu",
+    "strategy.start_method=popen trainer.accelerator=cpu",
+    "seed=0 strategy.min_blocks=0 trainer.accelerator=cpu",
+    "callbacks.progress_bar=null logger=none trainer.accelerator=cpu",
+    "hparams_search=local_steps trainer.accelerator=cpu",
+]
+
+
+def message_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        check_command_line("train", check_train, line.split())
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_value_is_one_line_that_names_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = message_of(line, capsys)
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert re.search(BAD[line], message), message
+
+
+@pytest.mark.parametrize("line", GOOD)
+def test_a_good_command_line_passes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_command_line("train", check_train, line.split())
+
+
+def test_more_workers_than_gpus_names_the_ways_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    message = message_of("trainer.devices=2", capsys)
+    assert "trainer.devices=2: this host has 1 GPU(s)" in message
+    assert "trainer.accelerator=cpu" in message
+    check_command_line("train", check_train, ["strategy.parallel_devices=[cuda:0,cuda:0]"])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "ckpt_path is missing"),
+        ("ckpt_path=x split=train", "split=train: must be one of test, val"),
+        ("ckpt_path=x devices=2", "devices=2: strategy=single uses one process"),
+        ("ckpt_path=x checkpoint=y", "checkpoint=y: unknown key"),
+    ],
+)
+def test_a_bad_evaluation_is_one_line(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check_command_line("evaluate", check_evaluate, line.split())
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
+
+
+def test_the_real_program_ends_with_code_2_and_leaves_no_folder(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "experiments" / "train.py"), "strategy.local_steps=0"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: strategy.local_steps=0: must be")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

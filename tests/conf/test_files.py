@@ -1,0 +1,161 @@
+"""Every file in conf/ composes, passes the check and instantiates; the schema says what the code takes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+from experiments import schema
+from experiments.build import build_data, build_module, build_strategy
+from experiments.checks import check_evaluate, check_train
+from experiments.classifier import LitClassifier
+from experiments.data.module import ImageData, Loading
+from experiments.launch import CONF, _jobs
+from experiments.train import build_trainer
+from resist_lightning.models import PreActResNet
+from tests.conf.conftest import Compose
+
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
+GROUPS = {
+    "strategy", "model", "data", "trainer", "callbacks", "logger", "experiment", "debug", "hparams_search",
+}  # fmt: skip
+NEEDED = {"data/image_folder": ["data.folder=."], "experiment/cifar10_jpeg": ["data.folder=."]}
+
+
+def options(group: str) -> list[str]:
+    found = [name.partition("/")[2] for name in FILES if name.startswith(f"{group}/")]
+    assert found, f"conf/{group} has no files"
+    return found
+
+
+def overrides(group: str, option: str) -> list[str]:
+    one_worker = ["trainer.devices=1"] if (group, option) == ("strategy", "single") else []
+    return [f"{group}={option}", *one_worker, *NEEDED.get(f"{group}/{option}", [])]
+
+
+def test_these_are_all_groups_and_the_tests_below_see_them() -> None:
+    assert {name.partition("/")[0] for name in FILES if "/" in name} == GROUPS
+    assert {name for name in FILES if "/" not in name} == {"train", "evaluate"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "/" in name])
+def test_every_option_composes_and_passes_the_check(name: str, composed: Compose) -> None:
+    group, _, option = name.partition("/")
+    check_train(composed(*overrides(group, option), "trainer.accelerator=cpu"))
+
+
+@pytest.mark.parametrize("option", options("strategy"))
+def test_every_strategy_instantiates_into_a_trainer(option: str, composed: Compose) -> None:
+    cfg = composed(*overrides("strategy", option), "trainer.accelerator=cpu")
+    trainer = build_trainer(cfg)
+    assert trainer.num_devices == cfg.trainer.devices
+    target = cfg.strategy._target_
+    if option != "single":
+        assert type(trainer.strategy) is get_object(target)
+    monitored = any(type(callback).__name__ == "RoundMonitor" for callback in trainer.callbacks)
+    assert monitored == (option in ("resist", "local_sgd"))
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_every_model_instantiates_for_its_data(option: str, composed: Compose) -> None:
+    cfg = composed(f"model={option}", "data=digits")
+    module = build_module(cfg, build_data(cfg.data))
+    assert module.eval()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("option", options("data"))
+def test_every_data_module_instantiates_with_the_values_of_its_file(option: str, composed: Compose) -> None:
+    cfg = composed(*overrides("data", option), "data.batch_size=7", "data.eval_batch_size=9")
+    data = instantiate(cfg.data, _convert_="all")
+    assert isinstance(data, ImageData)
+    assert (data.loading.batch_size, data.loading.eval_batch_size) == (7, 9)
+
+
+@pytest.mark.parametrize("option", options("callbacks"))
+def test_every_callback_instantiates(option: str, composed: Compose) -> None:
+    cfg = composed(f"callbacks={option}")
+    made = {type(instantiate(node)).__name__ for node in cfg.callbacks.values()}
+    expected = {"RichProgressBar", "ModelCheckpoint", "LearningRateMonitor", "Clock", "RoundMonitor"}
+    assert made == expected | ({"EarlyStopping"} if option == "early_stopping" else set())
+
+
+@pytest.mark.parametrize("option", options("logger"))
+def test_every_logger_instantiates_into_the_run_folder(option: str, composed: Compose, tmp_path: Path) -> None:
+    made = [instantiate(node) for node in composed(f"logger={option}").logger.values()]
+    expected = {"csv": 1, "tensorboard": 1, "default": 2, "none": 0}[option]
+    assert len(made) == expected
+    assert all(Path(logger.log_dir).is_relative_to(tmp_path) for logger in made)
+
+
+@pytest.mark.parametrize("option", [*options("experiment"), None])
+def test_every_experiment_builds_its_module_and_trainer(option: str | None, composed: Compose) -> None:
+    chosen = overrides("experiment", option) if option else []
+    cfg = composed(*chosen, "trainer.accelerator=cpu", "model.width_multiplier=0.05")
+    data = build_data(without_folder(cfg))
+    assert build_trainer(cfg).max_epochs == cfg.trainer.max_epochs
+    assert build_module(cfg, data).hparams["lr"] == cfg.optimizer.lr
+
+
+def without_folder(cfg: Any) -> Any:
+    """The data section; a folder of images that this machine does not have is replaced by random images."""
+    fake = OmegaConf.load(CONF / "data" / "fake.yaml")
+    return fake if cfg.data._target_.endswith("ImageFolder") else cfg.data
+
+
+@pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "single"])
+def test_the_demo_runs_with_every_strategy(strategy: str, composed: Compose) -> None:
+    devices = 1 if strategy == "single" else 2
+    check_train(composed("experiment=demo", f"strategy={strategy}", f"trainer.devices={devices}"))
+
+
+@pytest.mark.parametrize("option", options("debug"))
+def test_every_debug_option_changes_the_trainer(option: str, composed: Compose) -> None:
+    changed, usual = composed(f"debug={option}").trainer, composed().trainer
+    assert changed != usual
+    build_trainer(composed(f"debug={option}", "trainer.accelerator=cpu"))
+
+
+@pytest.mark.parametrize("option", options("hparams_search"))
+def test_every_search_is_a_grid_of_good_jobs(option: str, composed: Compose) -> None:
+    with_sweep = [f"hparams_search={option}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        jobs = list(_jobs("train", with_sweep, multirun=False))
+    assert len(jobs) > 1
+    assert all(sweep for _, sweep in jobs)
+    assert len({tuple(job) for job, _ in jobs}) == len(jobs)
+    for job, _ in jobs:
+        check_train(composed(*job, "trainer.accelerator=cpu"), sweep=True)
+
+
+def test_the_evaluation_composes(composed: Compose) -> None:
+    check_evaluate(composed("ckpt_path=last.ckpt", config_name="evaluate"))
+
+
+TARGETS = {**schema.STRATEGIES, **schema.MODELS, **schema.DATA}
+GIVEN_BY_TRAIN = {"num_classes", "in_channels"}
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith(("resist", "experiments"))])
+def test_the_schema_of_a_section_has_exactly_what_its_target_takes(target: str) -> None:
+    taken = set(inspect.signature(get_object(target)).parameters)
+    if target in schema.DATA:
+        taken = taken - {"loading"} | {item.name for item in fields(Loading)}
+    if target == "resist_lightning.models.preact_resnet":
+        taken = taken - {"options"} | set(inspect.signature(PreActResNet).parameters) - {"sections"}
+    assert taken - GIVEN_BY_TRAIN == {item.name for item in fields(TARGETS[target])} - {"_target_"}
+
+
+def test_the_schema_of_the_trainer_and_the_optimizer_are_arguments_that_exist() -> None:
+    for expected, target in ((schema.Trainer, L.Trainer), (schema.Optimizer, LitClassifier)):
+        known = {item.name for item in fields(expected)} - {"_target_"}
+        assert known <= set(inspect.signature(target).parameters)
+    assert build_strategy(OmegaConf.load(CONF / "strategy" / "single.yaml")) == "auto"

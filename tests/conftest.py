@@ -1,0 +1,33 @@
+"""For all tests: nothing may be left behind, and hypothesis finds the same examples everywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.helpers.leaks import MARK, no_leaks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ[MARK] = str(os.getpid())
+
+# No deadline: the machine may be busy. No database and always the same examples: CI finds what we find.
+hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fail the test that leaves an environment variable, a process group, a process, a thread or a file."""
+    with no_leaks(ROOT):
+        yield
+
+
+@pytest.fixture
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT

@@ -1,0 +1,69 @@
+"""The verbs that talk, each by itself, over gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from resist_lightning.collective import GroupCollective, SoloCollective, default_collective, destroy_group, group_exists
+from tests.helpers.processes import run_workers
+
+
+def verbs(worker):
+    collective = default_collective()
+    assert isinstance(collective, GroupCollective)
+    assert (collective.worker, collective.workers) == (worker, dist.get_world_size())
+
+    numbers = collective.gather_numbers([worker, 2.0**48 - 1])
+    mean = torch.tensor([1.0, 10.0 * worker])
+    collective.mean_(mean, "shared")
+    largest = torch.tensor([worker, -worker])
+    collective.mean_(largest, "shared")
+    flags = torch.tensor([worker == 1, False])
+    collective.mean_(flags, "shared")
+    first = torch.tensor([7 * worker + 5])
+    collective.broadcast_(first, "start")
+    return numbers, mean.tolist(), largest.tolist(), flags.tolist(), first.item(), dict(collective.sent_bytes)
+
+
+def test_the_verbs_and_what_they_count():
+    results = run_workers(verbs, 3)
+    for worker, (numbers, mean, largest, flags, first, sent) in enumerate(results):
+        assert numbers == [[w, 2.0**48 - 1] for w in range(3)]
+        assert mean == pytest.approx([1.0, 10.0])
+        assert (largest, flags, first) == ([2, 0], [True, False], 5)
+        shared = 11 + 22 + 3  # 4/3 of 8, 16 and 2 bytes, rounded up
+        assert sent == {"control": 32, "shared": shared, **({"start": 16} if worker == 0 else {})}
+
+
+def ring(worker):
+    """Two buffers to the right, one to the left."""
+    collective = GroupCollective()
+    workers, right, left = collective.workers, (worker + 1) % collective.workers, (worker - 1) % collective.workers
+    sends = {right: [torch.full((3,), worker), torch.full((2,), worker / 2)], left: [torch.full((1,), 10 + worker)]}
+    receives = {left: [torch.zeros(3, dtype=torch.int64), torch.zeros(2)], right: [torch.zeros(1, dtype=torch.int64)]}
+    collective.exchange(sends, receives, {"hand_over": 24, "state": 8, "merge": 8})
+    assert receives[left][0].tolist() == [left] * 3
+    assert receives[left][1].tolist() == [left / 2] * 2
+    assert receives[right][0].tolist() == [10 + right]
+    collective.exchange({}, {}, {})
+    with pytest.raises(AssertionError):
+        collective.exchange({}, {}, {"hand_over": 1})
+    return workers, dict(collective.sent_bytes)
+
+
+def test_messages_of_several_buffers_arrive_in_order():
+    assert run_workers(ring, 3) == [(3, {"hand_over": 24, "state": 8, "merge": 8})] * 3
+
+
+def alone(worker):
+    kinds = [type(default_collective()) is SoloCollective, group_exists()]
+    destroy_group()
+    return [*kinds, group_exists(), type(default_collective()) is SoloCollective]
+
+
+def test_a_group_of_one_is_no_group():
+    assert run_workers(alone, 1) == [[True, True, False, True]]
+    assert not group_exists()
+    assert isinstance(default_collective(), SoloCollective)

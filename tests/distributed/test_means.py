@@ -1,0 +1,159 @@
+"""Contract 3: after a sync every tensor is the mean over the workers that held it; one holder means an exact copy.
+
+Each worker plants numbers of its own in every tensor that it has, and syncs without training; what must come out is
+computed from the same numbers, in double precision, with no process.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resist_lightning import Config, Engine
+from resist_lightning.partition import Partition, draw_partition, everything
+from tests.helpers.nets import small_preact
+from tests.helpers.processes import run_workers
+
+ROUNDS = 3
+START = -1
+
+# Rounding of a mean of up to four numbers of about 1; two roundings at most are as large as the sum.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+
+CHANNELS_LAST = torch.float64  # the networks of this data type are in that memory format
+
+CASES = {
+    (2, "partition"): (torch.float32, torch.float64),
+    (3, "partition"): (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    (3, "overlap"): (torch.float32, torch.bfloat16),
+    (4, "overlap"): (torch.float32, torch.float16),
+    (3, "everything"): (torch.float32, torch.float16),
+    (3, "warm-up"): (torch.float32,),
+}
+CONFIGS = {
+    "partition": Config(local_steps=1, min_blocks=0),
+    "overlap": Config(local_steps=1, min_blocks=3, seed=1),
+    "everything": Config(local_steps=1, min_blocks=4),
+    "warm-up": Config(local_steps=1, min_blocks=1, warmup_rounds=1),
+}
+
+
+def partition_of(case: str, workers: int, round: int) -> Partition:
+    config = CONFIGS[case]
+    if round < config.warmup_rounds:
+        return everything(4, workers)
+    return draw_partition(4, workers, config.min_blocks, config.seed, round)
+
+
+def make(dtype: torch.dtype) -> nn.Module:
+    """Floats of one kind, and buffers of other kinds in a block and outside."""
+    net = small_preact().to(dtype)
+    if dtype == CHANNELS_LAST:
+        net = net.to(memory_format=torch.channels_last)
+    for owner in (net, net.section3[2]):
+        owner.register_buffer("flags", torch.zeros(5, dtype=torch.bool))
+        owner.register_buffer("table", torch.zeros(2, 2, dtype=torch.int32))
+        owner.register_buffer("bytes", torch.zeros(3, dtype=torch.uint8))
+        owner.register_buffer("precise", torch.zeros(3, dtype=torch.float64))
+    return net
+
+
+def planted(name: str, tensor: Tensor, worker: int, round: int) -> Tensor:
+    """The numbers of a worker: another for every worker, round and tensor."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {worker} {round}".encode()))
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+    return torch.randint(0, 2 if tensor.dtype == torch.bool else 100, tensor.shape, generator=generator).to(
+        tensor.dtype
+    )
+
+
+def plant(model: nn.Module, worker: int, round: int) -> None:
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_meta:
+                tensor.copy_(planted(name, tensor, worker, round))
+
+
+def present(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+
+
+def sync_what_was_planted(worker: int, case: str, dtypes: tuple[torch.dtype, ...]) -> list[list[dict[str, Tensor]]]:
+    """For each data type: what the worker has after the start, and after the sync of each round."""
+    results = []
+    for dtype in dtypes:
+        model = make(dtype)
+        engine = Engine(model, [], CONFIGS[case])
+        plant(model, worker, START)
+        engine.start()
+        seen = [present(model)]
+        for round in range(ROUNDS):
+            plant(model, worker, round)
+            engine.after_step()
+            seen.append(present(model))
+            assert dtype != CHANNELS_LAST or all_channels_last(model)
+        engine.abandon()
+        results.append(seen)
+    return results
+
+
+def all_channels_last(model: nn.Module) -> bool:
+    images = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    return bool(images) and all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+
+
+def block_of(name: str) -> int | None:
+    head, _, tail = name.partition(".")
+    index = int(tail.split(".")[0]) if head == "section3" else 0
+    return index - 1 if index else None
+
+
+@pytest.mark.parametrize(("workers", "case"), CASES, ids=str)
+def test_after_a_sync_every_tensor_is_the_mean_over_its_holders(workers, case):
+    dtypes = CASES[workers, case]
+    results = run_workers(sync_what_was_planted, workers, case, dtypes)
+    for number, dtype in enumerate(dtypes):
+        empty = make(dtype).state_dict()
+        seen = [results[worker][number] for worker in range(workers)]
+        assert_all_took_worker_0_s_weights(empty, [history[0] for history in seen], partition_of(case, workers, 0))
+        for round in range(ROUNDS):
+            after = [history[round + 1] for history in seen]
+            assert_mean_over_holders(empty, after, case, round)
+
+
+def assert_all_took_worker_0_s_weights(
+    empty: dict[str, Tensor], seen: list[dict[str, Tensor]], first: Partition
+) -> None:
+    for worker, state in enumerate(seen):
+        assert set(state) == expected_names(empty, first, worker)
+        for name, tensor in state.items():
+            assert torch.equal(tensor, planted(name, empty[name], 0, START)), name
+
+
+def assert_mean_over_holders(empty: dict[str, Tensor], seen: list[dict[str, Tensor]], case: str, round: int) -> None:
+    workers = len(seen)
+    before, after = (partition_of(case, workers, number) for number in (round, round + 1))
+    for worker, state in enumerate(seen):
+        assert set(state) == expected_names(empty, after, worker)
+        for name, tensor in state.items():
+            block = block_of(name)
+            holders = range(workers) if block is None else before.holders(block)
+            values = torch.stack([planted(name, empty[name], holder, round) for holder in holders])
+            if len(values) == 1:
+                assert torch.equal(tensor, values[0]), name
+            elif tensor.is_floating_point():
+                mean = values.double().mean(0)
+                assert (tensor.double() - mean).abs().max() <= TOLERANCE[tensor.dtype], name
+                assert tensor.numel() < 3 or not torch.equal(tensor, values[0])
+            else:
+                assert torch.equal(tensor, values.amax(0) if tensor.dtype != torch.bool else values.any(0)), name
+            first = next(other for other in seen if name in other)
+            assert torch.equal(tensor, first[name]), f"{name} differs between workers"
+
+
+def expected_names(empty: dict[str, Tensor], partition: Partition, worker: int) -> set[str]:
+    return {name for name in empty if block_of(name) is None or block_of(name) in partition.held[worker]}

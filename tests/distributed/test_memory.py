@@ -1,0 +1,207 @@
+"""Contract 5: absent means absent, on allocated bytes, at every step of training.
+
+With Q bytes shared, k blocks of b bytes and m optimizer slots a worker keeps (2 + m)(Q + k b), and not a byte more;
+in a sync, beside that, the flat buffers that it sends and receives.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from resist_lightning import Config, Engine
+from tests.helpers.memory import allocate_large_tensors_apart, allocated_bytes, can_ask_malloc, storage_bytes
+from tests.helpers.nets import MlpBlock, mlp
+from tests.helpers.processes import run_workers
+
+WIDTH, BLOCKS, STEPS = 256, 6, 6
+BLOCK_BYTES = 4 * (2 * WIDTH * 2 * WIDTH + 3 * WIDTH)
+SHARED_BYTES = 4 * (3 * WIDTH + WIDTH + 4 * WIDTH + 4)
+NOISE_BYTES = 400_000  # what Python and torch allocate besides; less than one weight of a block
+
+SLOTS = {"sgd": 1, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Bytes at one moment: kept by parameters, gradients and state; got from malloc; in flat buffers of a sync."""
+
+    when: str
+    kept: int
+    allocated: int
+    buffers: int = 0
+
+
+def optimizer_for(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def measure(worker: int, cases: list[tuple[str, Config]]) -> list[tuple[list[Sample], list[int]]]:
+    allocate_large_tensors_apart()
+    gc.disable()  # what is freed must be free at once, without a search for cycles
+    for case in cases:  # what libraries make once is theirs
+        measure_one(worker, *case, patience_seconds=0)
+    return [measure_one(worker, *case, patience_seconds=0.5) for case in cases]
+
+
+def measure_one(worker: int, name: str, config: Config, *, patience_seconds: float) -> tuple[list[Sample], list[int]]:
+    before = allocated_bytes()
+    model = mlp(MlpBlock, BLOCKS, WIDTH)
+    optimizer = optimizer_for(name, model)
+    engine = Engine(model, [optimizer], config)
+    samples: list[Sample] = []
+    observing = False
+
+    def sample(when: str, buffers: int = 0) -> None:
+        kept = storage_bytes(model, [optimizer])
+        if observing:
+            samples.append(Sample("observing", kept, allocated_bytes() - before, buffers))
+        else:
+            allocated = settled_bytes(before + kept + buffers + NOISE_BYTES, patience_seconds) - before
+            samples.append(Sample(when, kept, allocated, buffers))
+
+    engine.start()
+    sample("start")
+    held = []
+    with watched(engine, sample):
+        for step in range(STEPS):
+            held.append(len(engine.partition.held[worker]))
+            optimizer.zero_grad()
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            model(x).square().sum().backward()
+            sample("backward")
+            optimizer.step()
+            sample("step")
+            assert_nothing_of_absent_blocks(model, optimizer, engine, worker)
+            engine.after_step()
+            sample("after")
+            assert_nothing_of_absent_blocks(model, optimizer, engine, worker)
+            if step == 2:
+                observing = True
+                with engine.full_model():
+                    pass
+                observing = False
+                sample("observed")
+    engine.abandon()
+    return samples, held
+
+
+def settled_bytes(limit: int, patience_seconds: float) -> int:
+    """Allocated bytes; gloo's threads may hold on to the last buffers for a moment."""
+    deadline = time.monotonic() + patience_seconds
+    while (allocated := allocated_bytes()) > limit and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return allocated
+
+
+@contextmanager
+def watched(engine: Engine, sample: Any) -> Iterator[None]:
+    """Sample where buffers are packed and about to be sent."""
+    verbs = engine.collective
+    mean_, exchange = verbs.mean_, verbs.exchange
+
+    def watch_mean(flat, kind):
+        sample("mean", flat.nbytes)
+        mean_(flat, kind)
+
+    def watch_exchange(sends, receives, kinds):
+        flats = [flat for side in (sends, receives) for flats in side.values() for flat in flats]
+        sample("exchange", sum(flat.nbytes for flat in flats))
+        exchange(sends, receives, kinds)
+
+    verbs.mean_, verbs.exchange = watch_mean, watch_exchange
+    yield
+    verbs.mean_, verbs.exchange = mean_, exchange
+
+
+def assert_nothing_of_absent_blocks(model: nn.Module, optimizer: Any, engine: Engine, worker: int) -> None:
+    held = engine.partition.held[worker]
+    for index, block in enumerate(model.body):
+        for parameter in block.parameters():
+            assert parameter.is_meta == (index not in held)
+            if index not in held:
+                assert parameter.grad is None
+                assert parameter not in optimizer.state
+
+
+CASES = {
+    2: [("sgd", Config(local_steps=2, min_blocks=0, blocks="body.*", test_scale=0.3))],
+    3: [
+        ("sgd", Config(local_steps=1, min_blocks=0, blocks="body.*", momentum="travel")),
+        ("adamw", Config(local_steps=2, min_blocks=3, blocks="body.*")),
+        ("adamw", Config(local_steps=1, min_blocks=1, blocks="body.*", momentum="travel")),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def measured(request: pytest.FixtureRequest) -> list[tuple[str, int, list[Sample], list[int]]]:
+    """Optimizer, worker, samples, and the number of blocks held at each step."""
+    cases = CASES[request.param]
+    results = run_workers(measure, request.param, cases)
+    return [
+        (name, worker, *results[worker][number])
+        for number, (name, _) in enumerate(cases)
+        for worker in range(request.param)
+    ]
+
+
+def bound(name: str, blocks: int) -> int:
+    """(2 + m)(Q + k b), and the counts of steps that Adam keeps: four bytes for each parameter tensor."""
+    numbers = 4 * (4 + 4 * blocks) if name == "adamw" else 0
+    return (2 + SLOTS[name]) * (SHARED_BYTES + blocks * BLOCK_BYTES) + numbers
+
+
+def test_the_sizes_above_are_those_of_the_network():
+    net = mlp(MlpBlock, BLOCKS, WIDTH)
+    assert storage_bytes(net.body[0]) == BLOCK_BYTES
+    assert storage_bytes(net) == SHARED_BYTES + BLOCKS * BLOCK_BYTES
+
+
+def test_after_every_step_a_worker_keeps_exactly_its_share(measured):
+    for name, _, samples, held in measured:
+        kept = [sample.kept for sample in samples if sample.when == "step"]
+        assert kept == [bound(name, blocks) for blocks in held]
+        assert all(blocks < BLOCKS for blocks in held)
+        assert samples[0].kept == SHARED_BYTES + held[0] * BLOCK_BYTES
+
+
+def test_at_no_moment_does_a_worker_keep_more_than_its_share(measured):
+    for name, _, samples, held in measured:
+        assert {"start", "backward", "step", "mean", "exchange", "after", "observed"} <= {s.when for s in samples}
+        for sample in samples:
+            if sample.when != "observing":  # the full model is assembled then
+                assert sample.kept <= bound(name, max(held)), sample
+
+
+@pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
+def test_the_process_has_not_allocated_more_either(measured):
+    """Beside parameters, gradients and state: in a sync its flat buffers, which are gone afterwards."""
+    for name, _, samples, held in measured:
+        first = samples[: [sample.when for sample in samples].index("observing")]
+        assert_within(first, bound(name, max(held)))
+        steps = [sample.allocated for sample in first if sample.when == "step"]
+        assert bound(name, max(held)) - NOISE_BYTES < max(steps) < bound(name, BLOCKS) - BLOCK_BYTES
+
+
+@pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
+def test_an_observation_leaves_no_memory_behind(measured):
+    for name, _, samples, held in measured:
+        later = samples[[sample.when for sample in samples].index("observed") :]
+        assert_within(later, bound(name, max(held)))
+
+
+def assert_within(samples: list[Sample], bound_bytes: int) -> None:
+    assert samples
+    for sample in samples:
+        assert sample.allocated <= bound_bytes + sample.buffers + NOISE_BYTES, sample

@@ -1,0 +1,255 @@
+"""Contracts 6 and 8: observing changes nothing, and what is observed is the full model as if the round ended there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resist_lightning import Config, Engine, Simulator
+from resist_lightning.accounting import TRAINING_KINDS
+from tests.helpers.processes import run_workers
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    clone_state,
+    make_model,
+    make_optimizer,
+    train_step,
+)
+from tests.helpers.wire import collectives_so_far
+
+STEPS = 5
+RUNS = {
+    "momentum travels": Run(Config(local_steps=3, min_blocks=2, momentum="travel"), steps=STEPS, optimizer="adamw"),
+    "another scale": Run(Config(local_steps=2, min_blocks=1, test_scale=0.3), steps=STEPS),
+    "running statistics": Run(Config(local_steps=3, min_blocks=0, batch_norm="running"), steps=STEPS),
+    "warm-up": Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1), steps=STEPS),
+    "batch statistics": Run(Config(local_steps=2, min_blocks=1, batch_norm="batch"), steps=STEPS),
+}
+
+
+@dataclass
+class History:
+    """What a worker had after each step, and what it saw of the full model there."""
+
+    trained: list[dict[str, Tensor]]
+    random: Tensor
+    full: list[dict[str, Tensor]]
+    logits: list[Tensor]
+    silent_ends: bool
+
+
+def train(worker: int, run: Run, *, observe: bool) -> History:
+    torch.manual_seed(worker)
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config)
+    engine.start()
+    history = History([], torch.empty(0), [], [], True)
+    for step in range(run.steps):
+        train_step(model, optimizer, batch_of(worker, step))
+        engine.count_step()
+        if observe:
+            look(engine, history, worker)
+        engine.sync_if_due()
+        if observe and step % 2:
+            look(engine, History([], torch.empty(0), [], [], True), worker)
+        history.trained.append(all_that_is_trained(model, optimizer))
+    torch.rand(worker + 1)
+    history.random = torch.get_rng_state()
+    engine.abandon()
+    return history
+
+
+def look(engine: Engine, history: History, worker: int) -> None:
+    """Evaluate as users do: evaluation mode, no gradient, random numbers drawn, and back to training."""
+    sent = [engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS]
+    with engine.full_model("checkpoint" if len(history.full) % 2 else "evaluation") as full:
+        torch.rand(worker + 3)
+        with torch.no_grad():
+            history.logits.append(full.eval()(batch_of(0, 99)[0]))
+        history.full.append(clone_state(full))
+        full.train()
+        before = collectives_so_far()
+    history.silent_ends &= collectives_so_far() == before
+    assert [engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS] == sent
+
+
+def all_that_is_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, buffers, gradients and optimizer state that the worker has, by name."""
+    found = {name: t.detach().clone() for name, t in model.state_dict().items() if not t.is_meta}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"{name} gradient"] = parameter.grad.clone()
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name} {slot}"] = value.clone()
+    return found
+
+
+def train_both(worker: int) -> dict[str, tuple[History, History]]:
+    return {name: (train(worker, run, observe=False), train(worker, run, observe=True)) for name, run in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def histories() -> list[dict[str, tuple[History, History]]]:
+    """For each of three workers and each run: alone, and observed at every step."""
+    return run_workers(train_both, 3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_observed_at_every_step_the_training_is_the_same_bit_for_bit(histories, name):
+    for worker in histories:
+        plain, observed = worker[name]
+        assert len(plain.trained) == STEPS
+        for before, after in zip(plain.trained, observed.trained, strict=True):
+            assert_equal_states(after, before, exactly=True)
+        assert torch.equal(plain.random, observed.random)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(histories, name):
+    for step, (state, logits) in enumerate(simulated(RUNS[name], workers=3)):
+        first = histories[0][name][1].full[step]
+        assert_equal_states(first, state)
+        for worker in histories:
+            assert_equal_states(worker[name][1].full[step], first, exactly=True)
+            torch.testing.assert_close(worker[name][1].logits[step], logits, rtol=1e-3, atol=1e-4)
+
+
+def simulated(run: Run, workers: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """The oracle's full model after each step, before the sync that may follow it."""
+    simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers)
+    seen = []
+    for step in range(run.steps):
+        for number, worker in enumerate(simulator.workers):
+            train_step(worker.module, worker.optimizers[0], batch_of(number, step))
+        full = simulator.full_model().eval()
+        with torch.no_grad():
+            seen.append((clone_state(full), full(batch_of(0, 99)[0])))
+        simulator.after_step()
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "batch statistics"])
+def test_a_checkpoint_is_a_plain_model_that_computes_what_was_observed(histories, name):
+    """With batch statistics it cannot be: the library warns of that (tests/unit/test_layout.py)."""
+    for step in range(STEPS):
+        seen = histories[0][name][1]
+        plain = make_model(RUNS[name])
+        plain.load_state_dict(seen.full[step], strict=True)
+        with torch.no_grad():
+            logits = plain.eval()(batch_of(0, 99)[0])
+        torch.testing.assert_close(logits, seen.logits[step], rtol=0, atol=0)
+
+
+def test_going_back_to_training_sends_nothing(histories):
+    assert all(worker[name][1].silent_ends for worker in histories for name in RUNS)
+
+
+class WritesData(torch.optim.Optimizer):
+    """As some optimizers outside of torch do, it writes where autograd's version counters do not see it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+def make_written(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return WritesData(model.parameters())
+
+
+def make_blocks_only(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Everything shared is frozen; the blocks, held by two of three workers each, train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("section3.") and not name.startswith("section3.0."))
+    return torch.optim.SGD(model.parameters(), 0.05)
+
+
+def make_usual(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05)
+
+
+SIGHTS = {
+    "before the step is counted": (make_usual, False),
+    "weights written through .data": (make_written, True),
+    "only blocks train": (make_blocks_only, True),
+}
+
+
+def see_after_one_step(worker: int) -> dict[str, dict[str, Tensor]]:
+    run = Run(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
+    sights = {}
+    for name, (make, count) in SIGHTS.items():
+        model = make_model(run)
+        optimizer = make(model)
+        engine = Engine(model, [optimizer], run.config)
+        engine.start()
+        train_step(model, optimizer, batch_of(worker, 0))
+        if count:
+            engine.count_step()
+        with engine.full_model() as full:
+            sights[name] = clone_state(full)
+        engine.abandon()
+    return sights
+
+
+@pytest.fixture(scope="module")
+def seen_after_one_step() -> list[dict[str, dict[str, Tensor]]]:
+    return run_workers(see_after_one_step, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "before the step is counted",
+        "weights written through .data",
+        "only blocks train",
+    ],
+)
+def test_whoever_wrote_the_weights_the_full_model_is_the_mean(seen_after_one_step, name):
+    """Whether there is something to average must not be guessed from what one worker can see."""
+    make, _ = SIGHTS[name]
+    run = Run(Config(local_steps=5, min_blocks=3, batch_norm="running", test_scale=1.0), steps=1)
+    simulator = Simulator(make_model(run), make, run.config, 3)
+    for number, worker in enumerate(simulator.workers):
+        train_step(worker.module, worker.optimizers[0], batch_of(number, 0))
+    expected = simulator.full_model().state_dict()
+    for worker in seen_after_one_step:
+        assert_equal_states(worker[name], expected)
+
+
+def observe_then_sync(worker: int, run: Run) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """At the end of each round: the full model as seen, and what the worker has after the sync."""
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config)
+    engine.start()
+    seen = []
+    for step in range(run.steps):
+        train_step(model, optimizer, batch_of(worker, step))
+        engine.count_step()
+        with engine.full_model() as full:
+            state = clone_state(full)
+        engine.sync_if_due()
+        seen.append((state, {name: t.clone() for name, t in model.state_dict().items() if not t.is_meta}))
+    engine.abandon()
+    return seen
+
+
+def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for_bit() -> None:
+    """With the scale and the statistics left alone; merged blocks are merged at the same owner."""
+    run = Run(Config(local_steps=1, min_blocks=3, batch_norm="running", test_scale=1.0), steps=4)
+    for rounds in run_workers(observe_then_sync, 3, run):
+        assert len(rounds) == 4
+        for seen, synced in rounds:
+            assert_equal_states({name: seen[name] for name in synced}, synced, exactly=True)

@@ -1,0 +1,111 @@
+"""Optimizer state in real processes: several optimizers, several groups, each policy; against the simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning import Config, Engine, Simulator
+from resist_lightning.accounting import sync_bytes
+from resist_lightning.plan import plan_sync
+from tests.helpers.processes import run_workers
+from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model
+
+STEPS = 7
+
+
+def two_optimizers(model: nn.Module) -> list[Optimizer]:
+    """AdamW on weights of four dimensions, SGD on the rest; so every block has parameters of both."""
+    images = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
+    return [torch.optim.AdamW(images, lr=1e-2), torch.optim.SGD(others, lr=0.05, momentum=0.9)]
+
+
+def two_groups(model: nn.Module) -> list[Optimizer]:
+    """One group without momentum, one with."""
+    weights = [p for name, p in model.named_parameters() if name.endswith("conv1.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("conv1.weight")]
+    groups = [{"params": weights, "momentum": 0.0}, {"params": others, "momentum": 0.9}]
+    return [torch.optim.SGD(groups, lr=0.05)]
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), lr=1e-2)]
+
+
+CASES = {
+    f"{make.__name__}, {momentum}": (make, Config(local_steps=2, min_blocks=2, momentum=momentum, batch_norm="running"))
+    for make in (two_optimizers, two_groups, adamw)
+    for momentum in ("reset", "keep", "travel")
+}
+
+
+def double_model() -> nn.Module:
+    """In double precision: after a restart Adam steps by the sign of a gradient, which single precision may flip."""
+    return make_model(Run(Config(), STEPS)).double()
+
+
+def step_all(model: nn.Module, optimizers: list[Optimizer], batch: tuple[Tensor, Tensor]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    nn.functional.cross_entropy(model.train()(batch[0].double()), batch[1]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def train_all(worker: int) -> dict[str, tuple[dict[str, Tensor], list[tuple[int, int]]]]:
+    return {name: train(worker, *case) for name, case in CASES.items()}
+
+
+def train(worker: int, make, config: Config) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """The full model at the end; and for each sync the bytes of state that were sent, and that had to be."""
+    model = double_model()
+    optimizers = make(model)
+    engine = Engine(model, optimizers, config)
+    engine.start()
+    sent = []
+    for step in range(STEPS):
+        step_all(model, optimizers, batch_of(worker, step))
+        before, counted = engine.partition, engine.collective.sent_bytes["state"]
+        engine.after_step()
+        if engine.partition != before:
+            expected = sync_bytes(plan_sync(before, engine.partition), engine.sizes(), engine.collective.workers)
+            sent.append((engine.collective.sent_bytes["state"] - counted, expected[worker]["state"]))
+    engine.finish()
+    return clone_state(model), sent
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[dict[str, tuple[dict[str, Tensor], list[tuple[int, int]]]]]:
+    return run_workers(train_all, 3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_train_what_the_simulator_trains(trained, name):
+    make, config = CASES[name]
+    simulator = Simulator(double_model(), make, config, 3)
+    for step in range(STEPS):
+        for number, worker in enumerate(simulator.workers):
+            step_all(worker.module, worker.optimizers, batch_of(number, step))
+        simulator.after_step()
+    expected = simulator.full_model().state_dict()
+    for worker in trained:
+        assert_equal_states(worker[name][0], expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_is_sent_only_where_it_travels_and_then_all_of_it(trained, name):
+    for worker in trained:
+        assert len(worker[name][1]) == 3
+        assert all(sent == expected for sent, expected in worker[name][1])
+    total = sum(sent for worker in trained for sent, _ in worker[name][1])
+    assert (total > 0) == name.endswith("travel")
+
+
+@pytest.mark.parametrize("make", ["two_optimizers", "two_groups", "adamw"])
+def test_the_three_policies_train_three_different_models(trained, make):
+    stems = [trained[0][f"{make}, {momentum}"][0]["stem.weight"] for momentum in ("reset", "keep", "travel")]
+    assert not torch.allclose(stems[0], stems[1])
+    assert not torch.allclose(stems[1], stems[2])

@@ -1,0 +1,83 @@
+"""S real gloo processes train what the reference simulator trains (contracts 3 and 9)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from resist_lightning import Config
+from tests.helpers.processes import run_workers
+from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
+
+RUNS = {
+    "two workers": (2, Run(Config(local_steps=3, min_blocks=1), steps=11)),
+    "three workers": (3, Run(Config(local_steps=2, min_blocks=1, seed=5), steps=7)),
+    "four workers": (4, Run(Config(local_steps=2, min_blocks=0), steps=6)),
+    "overlap": (3, Run(Config(local_steps=2, min_blocks=3), steps=8)),
+    "more workers than blocks": (4, Run(Config(local_steps=2, min_blocks=0), sections=(1, 1, 3, 1), steps=6)),
+    "all blocks everywhere": (2, Run(Config(local_steps=2, min_blocks=4), steps=5)),
+    "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), steps=5)),
+    "warm-up": (2, Run(Config(local_steps=2, min_blocks=1, warmup_rounds=2), steps=9)),
+    "keep": (3, Run(Config(local_steps=2, min_blocks=2, momentum="keep"), steps=9)),
+    "travel": (3, Run(Config(local_steps=2, min_blocks=2, momentum="travel"), steps=9)),
+    "travel with AdamW": (2, Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=9, optimizer="adamw")),
+    "running statistics": (2, Run(Config(local_steps=3, min_blocks=1, batch_norm="running"), steps=7)),
+    "another scale": (2, Run(Config(local_steps=3, min_blocks=1, test_scale=0.3), steps=7)),
+    "frozen": (3, Run(Config(local_steps=2, min_blocks=3), steps=7, frozen=("section3.2", "section1"))),
+}
+
+
+def train(worker: int, run: Run) -> dict[str, Any]:
+    return train_engine(worker, run)[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_train_what_the_simulator_trains(name: str) -> None:
+    workers, run = RUNS[name]
+
+    states = run_workers(train, workers, run)
+
+    expected = train_simulator(run, workers).full_model().state_dict()
+    assert_equal_states(states[0], expected)
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+
+
+def test_observing_in_the_middle_of_a_round_changes_nothing() -> None:
+    run = Run(Config(local_steps=3, min_blocks=1), steps=8)
+    watched = Run(Config(local_steps=3, min_blocks=1), steps=8, observe_at=(0, 1, 2, 4, 6))
+
+    plain, observed = run_workers(train, 2, run), run_workers(train, 2, watched)
+
+    assert_equal_states(observed[0], plain[0], exactly=True)
+
+
+def test_one_worker_is_plain_training_with_momentum_restarts() -> None:
+    run = Run(Config(local_steps=3), steps=7)
+    _, state = train_engine(0, run)
+
+    from tests.helpers.training import batch_of, clone_state, make_model, make_optimizer, train_step
+
+    model = make_model(run)
+    for step in range(run.steps):
+        if step % 3 == 0:
+            optimizer = make_optimizer(run, model)
+        train_step(model, optimizer, batch_of(0, step))
+    assert_equal_states(state, clone_state(model), exactly=True)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    workers, run = RUNS["frozen"]
+
+    states = run_workers(train, workers, run)
+
+    from tests.helpers.training import make_model
+
+    frozen = {name: p for name, p in make_model(run).named_parameters() if not p.requires_grad}
+    assert any("section3.2" in name for name in frozen)
+    for name, parameter in frozen.items():
+        scale = 1.0 if not name.endswith("conv2.weight") or "section3" not in name else 0.0
+        if scale:
+            torch.testing.assert_close(states[0][name], parameter.detach(), rtol=0, atol=0)

@@ -1,0 +1,192 @@
+"""Contract 4: what is sent is the closed form, exactly; and between two syncs nobody says a word.
+
+Each number of workers trains all runs in one set of processes; what crossed the wire is seen in torch's dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from resist_lightning import Config, Engine
+from resist_lightning.accounting import TRAINING_KINDS, sync_bytes
+from resist_lightning.layout import Layout
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.plan import plan_sync
+from tests.helpers.processes import run_workers
+from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
+from tests.helpers.wire import Call, Wire, collectives_so_far, groups, sent_bytes
+
+RUNS = {
+    "no overlap": Run(Config(local_steps=2, min_blocks=0), steps=8),
+    "deeper": Run(Config(local_steps=2, min_blocks=0), steps=4, sections=(2, 1, 9, 1)),
+    "overlap": Run(Config(local_steps=1, min_blocks=3, seed=3), steps=4),
+    "warm-up": Run(Config(local_steps=1, min_blocks=1, warmup_rounds=2), steps=4),
+    "travel": Run(Config(local_steps=1, min_blocks=1, momentum="travel"), steps=3),
+    "travel with AdamW": Run(Config(local_steps=1, min_blocks=3, momentum="travel"), steps=3, optimizer="adamw"),
+    "frozen": Run(Config(local_steps=1, min_blocks=4), steps=3, frozen=("section3.2", "section1")),
+    "local SGD": Run(Config(local_steps=1, blocks=[], batch_norm="running"), steps=2),
+}
+WITHOUT_OVERLAP = ("no overlap", "deeper")
+
+
+@dataclass
+class Sync:
+    """One step of one worker: what it said while training, and in the sync if there was one."""
+
+    training: list[Call]
+    syncing: list[Call]
+    numbers: tuple[int, int, int]
+    groups: int
+    counted: Counter[str]
+
+
+def talk(worker: int) -> dict[str, list[Sync]]:
+    return {name: talk_in(worker, run) for name, run in RUNS.items()}
+
+
+def talk_in(worker: int, run: Run) -> list[Sync]:
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config)
+    engine.start()
+    steps = []
+    for step in range(run.steps):
+        counted = Counter(engine.collective.sent_bytes)
+        with Wire() as wire:
+            first = collectives_so_far()
+            train_step(model, optimizer, batch_of(worker, step))
+            training, second = wire.take(), collectives_so_far()
+            engine.after_step()
+            syncing, third = wire.take(), collectives_so_far()
+        sent = Counter(engine.collective.sent_bytes)
+        sent.subtract(counted)
+        steps.append(Sync(training, syncing, (first, second, third), groups(), sent))
+    engine.abandon()
+    return steps
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def said(request: pytest.FixtureRequest) -> list[dict[str, list[Sync]]]:
+    """For each worker, what it said in each run."""
+    return run_workers(talk, request.param)
+
+
+def syncs_of(run: Run, steps: list[Sync]) -> list[Sync]:
+    syncs = steps[run.config.local_steps - 1 :: run.config.local_steps]
+    assert len(syncs) == run.steps // run.config.local_steps > 0
+    return syncs
+
+
+def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said):
+    workers = len(said)
+    kinds = Counter()
+    for name, run in RUNS.items():
+        model = make_model(run)
+        layout = Layout(model, run.config, workers)
+        sizes = layout.sizes(OptimizerStates([make_optimizer(run, model)]))
+        for worker in range(workers):
+            for round, sync in enumerate(syncs_of(run, said[worker][name])):
+                plan = plan_sync(layout.schedule.partition(round), layout.schedule.partition(round + 1))
+                expected = sync_bytes(plan, sizes, workers)[worker]
+                assert {kind: sync.counted[kind] for kind in TRAINING_KINDS} == expected, (name, worker, round)
+                kinds.update(expected)
+    assert all(kinds[kind] > 0 for kind in TRAINING_KINDS)
+
+
+def test_bytes_counted_are_those_that_crossed_the_wire(said):
+    workers = len(said)
+    for name in RUNS:
+        for worker in range(workers):
+            for step in said[worker][name]:
+                wire = sent_bytes(step.syncing, worker, workers)
+                assert step.counted["shared"] == wire["allreduce_"]
+                assert step.counted["merge"] + step.counted["hand_over"] + step.counted["state"] == wire["send"]
+                assert step.counted["control"] == wire["allgather_"]
+                assert sum(step.counted.values()) == sum(wire.values())
+
+
+def test_without_overlap_the_bytes_are_what_one_counts_by_hand(said):
+    workers = len(said)
+    for name in WITHOUT_OVERLAP:
+        run = RUNS[name]
+        model, schedule = make_model(run), Layout(make_model(run), run.config, workers).schedule
+        sizes = [tensor_bytes(model.section3[index + 1]) for index in range(schedule.blocks)]
+        whole = tensor_bytes(model)
+        shared = {dtype: whole[dtype] - sum(size[dtype] for size in sizes) for dtype in whole}
+        for worker in range(workers):
+            for round, sync in enumerate(syncs_of(run, said[worker][name])):
+                before, after = schedule.partition(round), schedule.partition(round + 1)
+                leaving = set(before.held[worker]) - set(after.held[worker])
+                assert +sync.counted == +Counter(
+                    shared=sum(-(-2 * (workers - 1) * size // workers) for size in shared.values()),
+                    hand_over=sum(sizes[block].total() for block in leaving),
+                    control=sync.counted["control"],
+                )
+                assert sync.counted["control"] <= 8 * 10 * (workers - 1)
+
+
+def tensor_bytes(module: torch.nn.Module) -> Counter[torch.dtype]:
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in module.state_dict().values():
+        sizes[tensor.dtype] += tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(said):
+    silent = 0
+    for worker in said:
+        for name, steps in worker.items():
+            syncs = {id(step) for step in syncs_of(RUNS[name], steps)}
+            for step in steps:
+                first, second, third = step.numbers
+                assert step.training == []
+                assert second == first
+                assert third - second == len(step.syncing)
+                assert bool(step.syncing) == (id(step) in syncs)
+                assert step.groups == 1
+                silent += id(step) not in syncs
+    assert silent > 0
+
+
+def test_the_number_of_collectives_and_messages_does_not_depend_on_the_number_of_tensors(said):
+    """A header, an all-reduce per data type, and for every peer and data type one message to merge, one to move."""
+    workers = len(said)
+    data_types = 2  # float32, and int64 of the batches that batch norm has seen
+    for worker in said:
+        for name, steps in worker.items():
+            for sync in syncs_of(RUNS[name], steps):
+                verbs = [call.verb for call in sync.syncing]
+                assert verbs[:3] == ["allgather_", "allreduce_", "allreduce_"]
+                assert set(verbs[3:]) <= {"send", "recv_"}
+                phases = 1 if name in WITHOUT_OVERLAP else 2
+                for verb in ("send", "recv_"):
+                    peers = Counter((call.peer, call.dtype) for call in sync.syncing if call.verb == verb)
+                    assert max(peers.values(), default=0) <= phases
+                    assert verbs.count(verb) <= phases * data_types * (workers - 1)
+
+
+def test_every_receive_is_posted_before_any_send(said):
+    """Over gloo, two workers that send first take turns on the link (design, section 4)."""
+    for worker in said:
+        for name in WITHOUT_OVERLAP:
+            for sync in syncs_of(RUNS[name], worker[name]):
+                verbs = [call.verb for call in sync.syncing[3:]]
+                assert verbs == sorted(verbs)  # "recv_" before "send"
+
+
+def test_what_one_sends_another_receives(said):
+    sent, received = Counter(), Counter()
+    for worker, runs in enumerate(said):
+        for steps in runs.values():
+            for step in steps:
+                for call in step.syncing:
+                    if call.verb == "send":
+                        sent[worker, call.peer, call.payload_bytes, call.dtype] += 1
+                    elif call.verb == "recv_":
+                        received[call.peer, worker, call.payload_bytes, call.dtype] += 1
+    assert sent == received
+    assert sent.total() > 0

@@ -1,0 +1,97 @@
+"""What the pages say is so: snippets run, links lead somewhere, tables show their result files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments.benchmarks import tables
+from resist_lightning.blocks import select_blocks
+from tests.helpers.programs import ROOT, run_program
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")])
+
+PRELUDE = """
+import lightning as L, torch
+from torch.utils.data import DataLoader, TensorDataset
+
+class LitClassifier(L.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+datamodule = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)), 2)
+
+if __name__ == "__main__":
+"""
+
+
+def snippets(page: str) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert found
+    return found
+
+
+def test_the_first_snippet_trains(tmp_path: Path) -> None:
+    snippet = snippets("README.md")[0]
+    (tmp_path / "script.py").write_text(PRELUDE + "".join(f"    {line}\n" for line in snippet.splitlines()))
+
+    output = run_program(["script.py"], tmp_path, PL_TRAINER_MAX_STEPS="2")
+
+    assert "blocks are partitioned over 2 worker(s)" in output
+    assert "`max_steps=2` reached" in output
+
+
+def test_the_settings_are_real() -> None:
+    scope: dict[str, object] = {}
+    exec(snippets("README.md")[1], scope)
+    assert scope["strategy"].config.min_blocks == 5
+    assert scope["baseline"].config.blocks == []
+
+
+def test_the_loop_without_lightning_trains() -> None:
+    from resist_lightning.models import preact_resnet
+
+    model = preact_resnet(14, width_multiplier=1 / 16)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))] * 2
+    scope = {"model": model, "optimizer": optimizer, "loader": loader, "torch": torch}
+
+    exec(snippets("README.md")[2], scope)
+
+    assert scope["engine"].clock.total_steps == 2
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_a_block_with_one_line_is_recognised() -> None:
+    define, look = snippets("docs/adding-a-model.md")
+    scope = {"nn": nn, "Tensor": Tensor}
+    exec(define, scope)
+    stages = [nn.Sequential(*(scope["MyBlock"](4) for _ in range(3))) for _ in range(4)]
+    model = nn.ModuleDict({f"stage{number}": stage for number, stage in enumerate(stages, 1)})
+
+    assert [block.name for block in select_blocks(model)] == ["stage3.1", "stage3.2"]
+    assert len(select_blocks(model, "stage2.*")) == 3
+    exec(look, {"model": model})
+
+
+def test_tables_show_their_result_files() -> None:
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.PLACE.search(text)
+        assert tables.filled(text) == text, "run python experiments/benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target

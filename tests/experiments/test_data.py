@@ -1,0 +1,156 @@
+"""The data modules: sizes, splits, loaders, and what the strategies' data policies make of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import DistributedSampler
+
+from experiments.data import CIFAR10, CIFAR100, Digits, Fake
+from experiments.data.module import ImageData
+from resist_lightning import ResISTStrategy
+
+
+def ready(data: ImageData) -> ImageData:
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+def sizes(data: ImageData) -> tuple[int, int, int]:
+    parts = (data.train_images, data.val_images, data.test_images)
+    assert all(part is not None for part in parts)
+    return tuple(len(part.labels) for part in parts)  # type: ignore[union-attr,return-value]
+
+
+def test_digits_are_all_there_once() -> None:
+    data = ready(Digits())
+    assert sizes(data) == (1293, 144, 360)
+    parts = [data.train_images, data.val_images, data.test_images]
+    pixels = torch.cat([part.pixels for part in parts if part is not None])
+    assert pixels.shape == (1797, 1, 8, 8)
+    assert pixels.dtype == torch.uint8
+    from sklearn.datasets import load_digits
+
+    expected = torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8)
+
+    def row(images: torch.Tensor) -> list[tuple[int, ...]]:
+        return sorted(tuple(image.flatten().tolist()) for image in images)
+
+    assert row(pixels) == row(expected)
+    assert set(torch.cat([part.labels for part in parts if part is not None]).tolist()) == set(range(10))
+
+
+def test_digits_are_split_alike_in_every_process_and_normalised() -> None:
+    torch.manual_seed(1)
+    first = ready(Digits())
+    torch.manual_seed(2)
+    second = ready(Digits())
+    assert first.test_images is not None
+    assert second.test_images is not None
+    assert torch.equal(first.test_images.pixels, second.test_images.pixels)
+    pixels = torch.cat([images for images, _ in first.test_dataloader()])
+    assert abs(float(pixels.mean())) < 0.05
+    assert abs(float(pixels.std()) - 1) < 0.05
+
+
+def test_batches_have_the_sizes_asked_for_and_the_last_is_kept_or_dropped() -> None:
+    kept = ready(Fake(train_size=50, test_size=9, batch_size=20, eval_batch_size=4, image_size=8))
+    shapes = [tuple(images.shape) for images, _ in kept.train_dataloader()]
+    assert shapes == [(20, 3, 8, 8), (20, 3, 8, 8), (5, 3, 8, 8)]
+    assert [len(labels) for _, labels in kept.val_dataloader()] == [4, 1]
+    assert [len(labels) for _, labels in kept.test_dataloader()] == [4, 4, 1]
+    dropped = ready(Fake(train_size=50, batch_size=20, drop_last=True))
+    assert [len(labels) for _, labels in dropped.train_dataloader()] == [20, 20]
+
+
+def test_only_training_images_are_augmented() -> None:
+    data = ready(Fake(train_size=20, test_size=10, image_size=8, batch_size=100, eval_batch_size=100))
+    again = [torch.cat([images for images, _ in data.test_dataloader()]) for _ in range(2)]
+    assert torch.equal(*again)
+    plain = ready(Fake(train_size=20, image_size=8, batch_size=100, augment=False))
+    (augmented, labels), (original, plain_labels) = (
+        next(iter(data.train_dataloader())),
+        next(iter(plain.train_dataloader())),
+    )
+    lost = [not any(torch.equal(image, other) for other in original) for image in augmented]
+    assert sum(lost) > 10
+    assert sorted(labels.tolist()) == sorted(plain_labels.tolist())
+
+
+def test_validating_does_not_move_the_global_generator() -> None:
+    data = ready(Fake(train_size=20, test_size=10))
+    before = torch.get_rng_state()
+    assert len(list(data.val_dataloader())) > 0
+    assert len(list(data.test_dataloader())) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_limits_take_the_first_of_each_class() -> None:
+    data = ready(Fake(train_size=300, test_size=100, classes=4, limit=10, limit_test=3))
+    assert sizes(data) == (36, 4, 12)
+    assert data.test_images is not None
+    everything = ready(Fake(train_size=300, test_size=100, classes=4)).test_images
+    assert everything is not None
+    first = [everything.pixels[everything.labels == label][:3] for label in range(4)]
+    for label in range(4):
+        assert torch.equal(data.test_images.pixels[data.test_images.labels == label], first[label])
+
+
+def test_a_loader_before_setup_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="setup"):
+        Fake().train_dataloader()
+
+
+@pytest.mark.parametrize(("module", "classes"), [(CIFAR10, 10), (CIFAR100, 100)])
+def test_cifar_turns_torchvisions_arrays_into_channels_first(
+    module: type[ImageData], classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def source(root: str, **options: Any) -> Any:
+        asked.append({"root": root, **options})
+        pixels = np.arange(20 * 4 * 5 * 3, dtype=np.uint32).astype(np.uint8).reshape(20, 4, 5, 3)
+        return SimpleNamespace(data=pixels, targets=list(range(20)))
+
+    monkeypatch.setattr(module, "source", staticmethod(source))
+    data = module("somewhere", batch_size=3)  # type: ignore[call-arg]
+    data.prepare_data()
+    assert asked == [{"root": "somewhere", "train": train, "download": True} for train in (True, False)]
+    images = data.read(train=False)
+    assert asked[-1] == {"root": "somewhere", "train": False}
+    assert images.pixels.shape == (20, 3, 4, 5)
+    assert images.pixels[7, 2, 1, 3] == source("").data[7, 1, 3, 2]
+    assert data.num_classes == classes
+
+
+POLICIES = {"shard": 1.0, "copy": 2.0}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_workers_get_shards_or_copies_of_the_training_images(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ready(Fake(train_size=80, image_size=8, batch_size=8))
+    assert data.train_images is not None
+    orders = [order_of(worker, policy, data, monkeypatch) for worker in range(2)]
+    count = len(data.train_images.labels)
+    assert [len(order) for order in orders] == [count * POLICIES[policy] / 2] * 2
+    assert orders[0] != orders[1]
+    seen = sorted([*orders[0], *orders[1]])
+    assert seen == sorted([*range(count)] * int(POLICIES[policy]))
+
+
+def order_of(worker: int, policy: Any, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The training images of a worker, in its order, by the sampler that the strategy asks Lightning for."""
+    strategy = ResISTStrategy(data=policy, parallel_devices=[torch.device("cpu")] * 2)
+    strategy._local_rank = worker
+    trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING))
+    monkeypatch.setattr(strategy, "_trainer", lambda: trainer)
+    environment = SimpleNamespace(global_rank=lambda: worker, local_rank=lambda: worker)
+    strategy.cluster_environment = environment  # type: ignore[assignment]
+    arguments = {"seed": 0, **strategy.distributed_sampler_kwargs}
+    return list(DistributedSampler(data.train_dataloader().dataset, shuffle=True, **arguments))

@@ -1,0 +1,131 @@
+"""The main job as a user starts it: train, test the full model, report; then evaluate the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.train import cpu_threads
+
+SMALL = [
+    "model.depth=26", "model.width_multiplier=0.125", "threads=1",
+    "trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=csv",
+]  # fmt: skip
+
+TINY = [*SMALL, "data.limit=20", "data.limit_test=10", "trainer.max_epochs=1"]
+
+
+def program(root: Path, name: str, *arguments: str, folder: Path, timeout: float = 240) -> str:
+    """Run a program of ``experiments/`` in a process group of its own, and return what it printed."""
+    command = [sys.executable, str(root / "experiments" / name), *arguments]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{name} {' '.join(arguments)} did not end within {timeout} s:\n{output}")
+    assert process.returncode == 0, output
+    return output
+
+
+def read(folder: Path, name: str = "results.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.timeout(600)
+def test_resist_with_two_workers_learns_the_digits_and_its_checkpoint_is_a_model(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = [*SMALL, "strategy.min_blocks=2", "strategy.local_steps=5", "optimizer.lr=0.1", "trainer.max_epochs=4"]
+    output = program(root, "train.py", *small, f"hydra.run.dir={run}", folder=tmp_path)
+    results = read(run)
+    assert results["test"]["accuracy"] > 0.8, output
+    assert (results["workers"], results["rounds"], results["local_steps"]) == (2, 17, 84)
+    assert 0.5 < results["parameters"]["held_share"] < 1
+    assert results["sent_bytes"]["ddp_ratio"] > results["sent_bytes"]["local_sgd_ratio"] > 1
+    assert f"{results['test']['accuracy']:.2%}" in output
+    for name in ("partition.png", "accuracy.png", "bytes.png", "report.txt", ".hydra/config.yaml", "csv/metrics.csv"):
+        assert (run / name).stat().st_size > 0, name
+
+    best = Path(results["checkpoint"])
+    keys = torch.load(best, weights_only=True)["state_dict"].keys()
+    assert all(key.startswith("net.") for key in keys)
+    for options in (["strategy=single"], ["strategy=resist", "devices=2"]):
+        where = tmp_path / options[0].partition("=")[2]
+        program(root, "evaluate.py", f"ckpt_path={best}", *options, f"hydra.run.dir={where}", folder=tmp_path)
+        found = read(where, "evaluation.json")
+        assert found["accuracy"] == pytest.approx(results["test"]["accuracy"], abs=1e-6), options
+        assert found["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4), options
+
+
+@pytest.mark.timeout(600)
+def test_the_same_command_runs_the_other_strategies_with_workers(root: Path, tmp_path: Path) -> None:
+    chosen = ["strategy=local_sgd,ddp", "trainer.devices=2", f"hydra.sweep.dir={tmp_path}/sweep"]
+    program(root, "train.py", "-m", *TINY, *chosen, folder=tmp_path)
+    found = [read(folder) for folder in sorted((tmp_path / "sweep").glob("[01]"))]
+    assert [results["strategy"] for results in found] == ["local_sgd", "ddp"]
+    assert [results["sent_bytes"]["measured"] for results in found] == [True, False]
+    for results in found:
+        assert results["workers"] == 2
+        assert results["local_steps"] == math.ceil(90 / 32)
+        assert results["parameters"]["held_share"] == 1
+
+
+def test_the_same_command_runs_one_plain_process(root: Path, tmp_path: Path) -> None:
+    small = [*TINY, "trainer.devices=1", "strategy=single"]
+    program(root, "train.py", *small, f"hydra.run.dir={tmp_path}/run", folder=tmp_path)
+    results = read(tmp_path / "run")
+    assert (results["strategy"], results["workers"], results["sent_bytes"]["training"]) == ("single", 1, 0)
+    assert results["local_steps"] == math.ceil(180 / 32)
+    assert (tmp_path / "run" / "accuracy.png").exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_sweep_gives_every_job_its_own_folder_workers_and_results(root: Path, tmp_path: Path) -> None:
+    small = [*SMALL, "data.limit=15", "data.limit_test=5", "trainer.max_epochs=1", "strategy.min_blocks=0"]
+    grid = ["strategy.local_steps=1,3", "trainer.devices=1,2"]
+    program(root, "train.py", "-m", *grid, *small, f"hydra.sweep.dir={tmp_path}/sweep", folder=tmp_path, timeout=600)
+    found = {}
+    for folder in sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir()):
+        results, clock = read(folder), read(folder, "clock.json")
+        key = (results["local_steps_per_round"], results["workers"])
+        found[key] = (clock["workers"], results["rounds"])
+        assert 0 <= results["test"]["accuracy"] <= 1
+        assert (folder / "report.txt").exists()
+    steps = {1: math.ceil(135 / 32), 2: math.ceil(68 / 32)}
+    assert found == {
+        (local_steps, workers): (workers, math.ceil(steps[workers] / local_steps))
+        for local_steps in (1, 3)
+        for workers in (1, 2)
+    }
+
+
+def test_a_model_that_cannot_be_partitioned_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "experiments" / "train.py"), *SMALL, "strategy.blocks=layer9.*"]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "layer9.*" in errors[0]
+    assert "net.section3.1-5" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_threads_are_given_to_this_process_and_its_workers_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with cpu_threads(usual + 1):
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (usual + 1, str(usual + 1))
+    with cpu_threads(None):
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (usual, "7")

@@ -1,0 +1,205 @@
+"""The report of a run, from small files written by hand: every number is computed here by other means."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from experiments.figures import smoothed
+from experiments.report import report
+from experiments.results import Curve, collect, read_curves
+from experiments.words import bytes_in_words, seconds_in_words
+
+RUN = {
+    "strategy": "resist", "workers": 2, "seed": 0, "full_parameters": 1000, "wall_seconds": 95.0,
+    "checkpoint": "best.ckpt", "test": {"accuracy": 0.975, "loss": 0.125}, "overrides": [], "made_with": {},
+}  # fmt: skip
+SUMMARY = {
+    "strategy": "resist", "workers": 2, "rounds": 3, "local_steps": 25, "local_steps_per_round": 10,
+    "blocks": ["net.section3.1", "net.section3.2", "net.section3.3"],
+    "shared_parameters": 700, "full_parameters": 1000, "held_parameters": [800, 900],
+    "held_parameters_max": 900, "scale": 0.5,
+    "seconds": {"training": 8.0, "sync": 2.0, "observe": 1.0},
+    "sent_bytes": {
+        "shared": [4000, 4000], "hand_over": [1000, 3000], "merge": [0, 0], "state": [0, 0],
+        "evaluation": [500, 700], "checkpoint": [0, 0], "start": [40, 0], "control": [8, 8],
+    },
+    "ddp_bytes": 300_000, "local_sgd_bytes": 12_000,
+    "partitions": [[[0], [1, 2]], [[0, 1], [2]], [[0, 1, 2], [0]]],
+    "sent_by_round": [[10, 2000], [20, 5000]],
+}  # fmt: skip
+CLOCK = {"workers": 2, "steps": 25, "epochs": 5, "training_seconds": 9.0, "validation_seconds": 3.0}
+METRICS = """step,train/loss,val/loss,val/acc,lr-SGD
+4,2.0,,,0.1
+9,1.0,,,0.1
+9,,1.5,0.5,
+14,0.5,,,0.01
+24,0.25,,,0.01
+24,,0.5,0.75,
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path, RUN, SUMMARY)
+    return tmp_path
+
+
+def write(folder: Path, run: Any, summary: Any = None) -> None:
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "clock.json").write_text(json.dumps(CLOCK))
+    (folder / "csv").mkdir()
+    (folder / "csv" / "metrics.csv").write_text(METRICS)
+    if summary:
+        (folder / "resist_summary.json").write_text(json.dumps(summary))
+
+
+def reported(folder: Path) -> tuple[dict[str, Any], str]:
+    screen = io.StringIO()
+    results = report(folder, Console(file=screen, width=140))
+    return results, screen.getvalue()
+
+
+def test_the_numbers_of_a_run_with_rounds(folder: Path) -> None:
+    results, _ = reported(folder)
+    assert results["test"]["accuracy"] == 0.975
+    assert results["validation"]["best_accuracy"] == 0.75
+    assert results["parameters"] == {"full": 1000, "held_by_one_worker": 900, "held_share": 0.9}
+    sent = results["sent_bytes"]
+    assert sent["training"] == 6000  # (4000 + 1000 + 4000 + 3000) / 2 workers
+    assert (sent["ddp_ratio"], sent["local_sgd_ratio"]) == (50.0, 2.0)
+    assert sent["by_kind"]["evaluation"] == 600
+    assert results["seconds"] == {
+        "wall": 95.0, "training": 9.0, "validation": 3.0, "compute": 6.0, "sync": 2.0,
+    }  # fmt: skip
+    assert (results["local_steps"], results["rounds"], results["epochs"]) == (25, 3, 5)
+
+
+def test_the_table_shows_them_with_units(folder: Path) -> None:
+    _, text = reported(folder)
+    shown = " ".join(text.replace("│", " ").split())
+    for expected in (
+        "ResIST, 2 workers, 25 local steps in 3 rounds of 10",
+        "test accuracy, full model 97.50% best in validation 75.00%",
+        "parameters, full model 1,000",
+        "held by one worker, at most 900 90.0% of them",
+        "sent by one worker 6 kB shared 4 kB, hand-over 2 kB",
+        "local SGD would have sent 12 kB 2 times as much",
+        "DDP would have sent 300 kB 50 times as much",
+        "time in compute 6.00 s 75.0% of the time in batches",
+        "time in sync 2.00 s 25.0% of the time in batches",
+        "wall time 95.0 s",
+    ):
+        assert expected in shown
+    assert (folder / "report.txt").read_text().count("97.50%") == 1
+    assert json.loads((folder / "results.json").read_text())["test"] == RUN["test"]
+
+
+def colours(path: Path) -> set[tuple[int, ...]]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 200
+        counted = image.convert("RGB").getcolors(maxcolors=1 << 24)
+    return {colour for count, colour in counted if count > 100}  # type: ignore[misc,union-attr]
+
+
+BLUE, ORANGE = (0, 114, 178), (230, 159, 0)
+
+
+def test_the_pictures_are_drawn_in_the_colours_of_their_lines(folder: Path) -> None:
+    reported(folder)
+    for name in ("partition.png", "accuracy.png", "bytes.png"):
+        assert {BLUE, ORANGE} <= colours(folder / name), name
+
+
+def test_a_partition_of_one_holder_has_one_colour(tmp_path: Path) -> None:
+    write(tmp_path, RUN, {**SUMMARY, "partitions": [[[0, 1, 2], []]]})
+    reported(tmp_path)
+    with Image.open(tmp_path / "partition.png") as image:
+        counts = {colour: count for count, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}  # type: ignore[union-attr]
+    assert counts[BLUE] > 20 * counts[ORANGE] > 0  # orange in the legend only
+
+
+@pytest.mark.parametrize("workers", [3, 4, 8])
+def test_more_workers_and_overlap_are_drawn_too(tmp_path: Path, workers: int) -> None:
+    held = [[index % 3, (index + 1) % 3] for index in range(workers)]
+    sent = {kind: [100] * workers for kind in SUMMARY["sent_bytes"]}  # type: ignore[attr-defined]
+    write(
+        tmp_path, {**RUN, "workers": workers}, {**SUMMARY, "workers": workers, "partitions": [held], "sent_bytes": sent}
+    )
+    reported(tmp_path)
+    assert len(colours(tmp_path / "partition.png")) > workers
+
+
+def test_local_sgd_has_no_partition_to_draw(tmp_path: Path) -> None:
+    run = {**RUN, "strategy": "local_sgd"}
+    write(tmp_path, run, {**SUMMARY, "strategy": "local_sgd", "blocks": [], "partitions": [[[], []]] * 3})
+    _, text = reported(tmp_path)
+    assert not (tmp_path / "partition.png").exists()
+    assert (tmp_path / "bytes.png").exists()
+    assert text.startswith("Local SGD, 2 workers")
+
+
+def test_ddp_shows_the_closed_form_and_says_so(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "strategy": "ddp", "workers": 4})
+    results, text = reported(tmp_path)
+    assert results["sent_bytes"]["training"] == 25 * 4 * 1000 * 2 * 3 // 4
+    assert not results["sent_bytes"]["measured"]
+    assert "closed form, not measured" in text
+    assert not (tmp_path / "bytes.png").exists()
+
+
+def test_one_process_sends_nothing_and_holds_everything(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "strategy": "single", "workers": 1})
+    results, text = reported(tmp_path)
+    assert results["sent_bytes"]["training"] == 0
+    assert results["parameters"]["held_share"] == 1
+    assert "One process, 25 local steps" in text
+
+
+def test_a_run_without_logger_and_callbacks_still_has_its_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({**RUN, "strategy": "single", "workers": 1}))
+    results, text = reported(tmp_path)
+    assert results["test"]["accuracy"] == 0.975
+    assert "97.50%" in text
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_another_folder_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no run\.json"):
+        collect(tmp_path)
+    command = [sys.executable, str(root / "experiments" / "report.py"), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+
+
+def test_curves_skip_what_was_not_logged_in_a_step(folder: Path) -> None:
+    curves = read_curves(folder)
+    assert curves["train/loss"] == Curve([4, 9, 14, 24], [2.0, 1.0, 0.5, 0.25])
+    assert curves["val/acc"] == Curve([9, 24], [0.5, 0.75])
+
+
+def test_smoothing_is_a_mean_over_neighbours() -> None:
+    assert smoothed(Curve([1, 2, 3], [1.0, 2.0, 6.0]), reach=1).values == [1.5, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (87_700_000, "87.7 MB"), (186_400_000, "186 MB"), (4.5e9, "4.5 GB")],
+)
+def test_bytes_are_decimal(count: float, words: str) -> None:
+    assert bytes_in_words(count) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.256, "0.26 s"), (75.04, "75.0 s"), (303, "5 min 3 s")])
+def test_seconds(seconds: float, words: str) -> None:
+    assert seconds_in_words(seconds) == words

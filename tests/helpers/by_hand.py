@@ -1,0 +1,110 @@
+"""The method on a chain of scalars, in plain Python: no torch, no engine, no simulator. Only the partition is given.
+
+The network is y = s * (1 + w_1) * ... * (1 + w_L) * x with loss y: every gradient is known by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+HELD = Sequence[Sequence[int]]
+
+
+class Link(nn.Module):
+    """x + w x."""
+
+    residual_branch_end = "weight"
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        nn.init.constant_(self.weight.weight, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight(x)
+
+
+def chain(stem: float, links: Sequence[float]) -> nn.Sequential:
+    """The network, as a module with ``body`` of blocks; double precision."""
+    net = nn.Sequential()
+    net.add_module("stem", nn.Linear(1, 1, bias=False, dtype=torch.float64))
+    nn.init.constant_(net.stem.weight, stem)
+    net.add_module("body", nn.Sequential(*map(Link, links)))
+    return net
+
+
+def input_of(worker: int, step: int) -> float:
+    return 0.5 + 0.25 * ((3 * worker + 7 * step) % 5)
+
+
+@dataclass
+class Worker:
+    stem: float
+    links: dict[int, float]
+    velocity: dict[int | str, float] = field(default_factory=dict)
+
+
+def train(
+    stem: float,
+    links: Sequence[float],
+    rounds: Sequence[HELD],
+    local_steps: int,
+    *,
+    lr: float,
+    beta: float = 0.0,
+    momentum: str = "reset",
+) -> tuple[float, list[float]]:
+    """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders."""
+    workers = [Worker(stem, {block: links[block] for block in held}) for held in rounds[0]]
+    step = 0
+    for number, held in enumerate(rounds):
+        for _ in range(local_steps):
+            for index, worker in enumerate(workers):
+                _step(worker, input_of(index, step), lr, beta)
+            step += 1
+        if number + 1 < len(rounds):
+            _sync(workers, held, rounds[number + 1], len(links), momentum)
+    return _mean([w.stem for w in workers]), [_mean([w.links[b] for w in workers if b in w.links]) for b in _all(links)]
+
+
+def _step(worker: Worker, x: float, lr: float, beta: float) -> None:
+    product = 1.0
+    for weight in worker.links.values():
+        product *= 1 + weight
+    gradients: dict[int | str, float] = {"stem": product * x}
+    for block, weight in worker.links.items():
+        gradients[block] = worker.stem * product / (1 + weight) * x
+    for name, gradient in gradients.items():
+        worker.velocity[name] = beta * worker.velocity.get(name, 0.0) + gradient
+    worker.stem -= lr * worker.velocity["stem"]
+    for block in worker.links:
+        worker.links[block] -= lr * worker.velocity[block]
+
+
+def _sync(workers: list[Worker], before: HELD, after: HELD, blocks: int, momentum: str) -> None:
+    stem = _mean([worker.stem for worker in workers])
+    holders = {block: [i for i, held in enumerate(before) if block in held] for block in range(blocks)}
+    links = {block: _mean([workers[i].links[block] for i in who]) for block, who in holders.items()}
+    speeds = {block: _mean([workers[i].velocity.get(block, 0.0) for i in who]) for block, who in holders.items()}
+    for worker, old, new in zip(workers, before, after, strict=True):
+        worker.stem = stem
+        worker.links = {block: links[block] for block in new}
+        kept: dict[int | str, float] = {}
+        if momentum != "reset":
+            kept["stem"] = worker.velocity["stem"]
+            kept.update({block: worker.velocity[block] for block in set(old) & set(new)})
+        if momentum == "travel":
+            kept.update({block: speeds[block] for block in new})
+        worker.velocity = kept
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _all(links: Sequence[float]) -> range:
+    return range(len(links))

@@ -1,0 +1,31 @@
+"""A user who has a checkpoint and Lightning, and not this package.
+
+``python -m tests.helpers.evaluate_plain WORKERS PATH...`` prints the metrics of every checkpoint as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from tests.helpers.plain import Classifier, evaluate
+
+
+def main(workers: int, paths: list[str]) -> None:
+    torch.set_num_threads(1)
+    metrics = {}
+    for path in paths:
+        loaded = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True, strict=True)
+        metrics[path] = evaluate(loaded, workers)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        by_hand = Classifier(**checkpoint["hyper_parameters"])
+        by_hand.load_state_dict(checkpoint["state_dict"], strict=True)
+        assert evaluate(by_hand, workers) == metrics[path]
+    assert not [name for name in sys.modules if name.split(".")[0] in ("resist_lightning", "hydra_plugins")]
+    sys.stdout.write(json.dumps(metrics) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

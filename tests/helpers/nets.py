@@ -1,0 +1,106 @@
+"""Small networks for tests: known ones, and ones that the package does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from resist_lightning.models import PreActBlock, PreActResNet
+
+
+def small_preact(**options: object) -> PreActResNet:
+    """About 10,000 parameters; four partitionable blocks, section3.1 to section3.4."""
+    return PreActResNet((1, 1, 5, 1), 4, width_multiplier=1 / 16, **options)
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory."""
+    with torch.device("meta"):
+        return make()
+
+
+class OwnForward(BasicBlock):
+    """torchvision's block, computing something else: where its branch ends is unknown."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + 0.5 * torch.tanh(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))))
+
+
+class Renamed(Bottleneck):
+    """torchvision's block under another name, with its forward."""
+
+
+class NarrowBottleneck(Bottleneck):
+    """As torchvision's ResNeXt builds them; small."""
+
+    def __init__(self, inplanes: int, planes: int, *args: object, **kwargs: object) -> None:
+        super().__init__(inplanes, planes, *args, **{**kwargs, "groups": 2, "base_width": 32})
+
+
+class MlpBlock(nn.Module):
+    """A residual block that declares where its branch ends."""
+
+    residual_branch_end = "out"
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.inside = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(functional.gelu(self.inside(x)))
+
+
+class Undeclared(nn.Module):
+    """A residual block of a kind that nobody knows."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.inside = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.inside(x))
+
+
+def mlp(block: type[nn.Module], blocks: int = 4, width: int = 6) -> nn.Sequential:
+    """Linear, ``body`` of residual blocks, linear."""
+    net = nn.Sequential()
+    net.add_module("stem", nn.Linear(3, width))
+    net.add_module("body", nn.Sequential(*(block(width) for _ in range(blocks))))
+    net.add_module("head", nn.Linear(width, 4))
+    return net
+
+
+def narrow_resnet(block: type[nn.Module] = BasicBlock, layers: tuple[int, ...] = (1, 1, 3, 1)) -> ResNet:
+    """torchvision's ResNet with few blocks; its widths are fixed."""
+    return ResNet(block, list(layers), num_classes=4)
+
+
+def randomise_norms(module: nn.Module) -> None:
+    """Weights, biases and statistics of batch norm that are neither 0 nor 1."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.uniform_(child.bias, -1.0, 1.0)
+            nn.init.uniform_(child.running_mean, -1.0, 1.0)
+            nn.init.uniform_(child.running_var, 0.5, 1.5)
+
+
+def residual_block(kind: str) -> tuple[nn.Module, Tensor]:
+    """A block of a kind that folds, in evaluation mode, and an input that its last activation leaves alone."""
+    made: dict[str, Callable[[], nn.Module]] = {
+        "preact": lambda: PreActBlock(8, 8),
+        "basic": lambda: BasicBlock(8, 8),
+        "bottleneck": lambda: Bottleneck(32, 8),
+        "resnext": lambda: NarrowBottleneck(32, 8),
+        "renamed": lambda: Renamed(32, 8),
+    }
+    torch.manual_seed(3)
+    block = made[kind]().eval()
+    randomise_norms(block)
+    channels = 8 if kind in ("preact", "basic") else 32
+    return block, torch.rand(2, channels, 6, 6)

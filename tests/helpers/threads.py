@@ -1,0 +1,91 @@
+"""Workers as threads of one process: the verbs of a collective in plain Python, for tests of what calls them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_lightning.collective import Collective
+
+SECONDS = 20.0
+
+
+class Room:
+    """Where the workers of a test meet."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.barrier = threading.Barrier(workers, timeout=SECONDS)
+        self.table: dict[Any, Any] = {}
+        self.log: list[tuple[int, str, str]] = []
+
+    def share(self, worker: int, value: Any) -> list[Any]:
+        """The values of all workers, in order."""
+        self.table[worker] = value
+        self.barrier.wait()
+        values = [self.table[index] for index in range(self.workers)]
+        self.barrier.wait()
+        return values
+
+
+class ThreadCollective(Collective):
+    """One worker in a room. Messages are copied, so that nobody sees another's memory."""
+
+    def __init__(self, room: Room, worker: int) -> None:
+        super().__init__(worker, room.workers)
+        self.room = room
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        self.room.log.append((self.worker, "gather_numbers", "control"))
+        return [list(row) for row in self.room.share(self.worker, list(numbers))]
+
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        self.room.log.append((self.worker, "mean_", kind))
+        stacked = torch.stack(self.room.share(self.worker, flat.clone()))
+        flat.copy_(stacked.mean(0) if flat.is_floating_point() else stacked.max(0).values)
+
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        self.room.log.append((self.worker, "broadcast_", kind))
+        flat.copy_(self.room.share(self.worker, flat.clone())[0])
+
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        self.room.log.append((self.worker, "exchange", "+".join(sorted(kinds))))
+        offered = self.room.share(
+            self.worker, {peer: [flat.clone() for flat in flats] for peer, flats in sends.items()}
+        )
+        wanted = {peer: offered[peer].get(self.worker, []) for peer in range(self.workers) if peer != self.worker}
+        assert {peer for peer, flats in wanted.items() if flats} == set(receives), "a message nobody waits for"
+        for peer, flats in receives.items():
+            for flat, came in zip(flats, wanted[peer], strict=True):
+                assert (flat.dtype, flat.shape) == (came.dtype, came.shape)
+                flat.copy_(came)
+        self.sent_bytes.update(kinds)
+
+
+def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[list[Any], Room]:
+    """Call ``target(collective, *args)`` for each worker; returns the values in order, and the room."""
+    room = Room(workers)
+
+    def work(worker: int) -> Any:
+        try:
+            return target(ThreadCollective(room, worker), *args)
+        except BaseException:
+            room.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, worker) for worker in range(workers)]
+    failures = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures], room

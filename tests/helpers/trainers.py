@@ -1,0 +1,153 @@
+"""Lightning Trainers as workers of one group, in forked processes: they cost a second, where a launcher takes ten.
+
+``run_trainers`` gives every worker what torchrun gives it: ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. So a
+``Trainer`` in it finds processes that exist already, and its strategy makes the process group and destroys it.
+The launchers themselves are tested by ``tests/integration/test_launchers.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from resist_lightning import Config, Engine, LocalSGDStrategy, ResISTStrategy, Simulator
+from resist_lightning.strategies.subnet import SubnetStrategy
+from tests.helpers.plain import Classifier, batch_of, stream
+from tests.helpers.processes import run_workers, run_workers_to_the_end
+from tests.helpers.worker import Outcome
+
+DEVICES = "RESIST_LIGHTNING_TEST_DEVICES"  # not WORLD_SIZE, which Lightning deletes when a Trainer has done its work
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+"""A Trainer without its defaults, which are tested where they matter."""
+
+
+def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    """Call ``target(worker, *args)`` in ``workers`` processes in which a Trainer can be made; see ``run_workers``."""
+    return run_workers(_with_environment, workers, target, args, timeout=timeout)
+
+
+def run_trainers_to_the_end(
+    target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0
+) -> list[Outcome]:
+    """As ``run_trainers``, but no failure ends the others; see ``run_workers_to_the_end``."""
+    return run_workers_to_the_end(_with_environment, workers, target, args, timeout=timeout)
+
+
+def make_trainer(strategy: Any, **options: Any) -> L.Trainer:
+    """A Trainer of this process's worker, with ``QUIET`` unless ``options`` say otherwise."""
+    return L.Trainer(**{"strategy": strategy, "devices": int(os.environ.get(DEVICES, "1")), **QUIET, **options})
+
+
+def make_strategy(face: str = "resist", **options: Any) -> SubnetStrategy:
+    """``ResISTStrategy`` with rounds of three steps and one block at least, or ``LocalSGDStrategy``, as options say."""
+    if face == "local_sgd":
+        return LocalSGDStrategy(**{"local_steps": 3, **options})
+    return ResISTStrategy(**{"local_steps": 3, "min_blocks": 1, **options})
+
+
+def fit(worker: int, module: L.LightningModule, epoch: int, strategy: Any = None, **options: Any) -> L.Trainer:
+    """Train ``module`` on this worker's stream, by default for one epoch; returns the Trainer."""
+    validation = options.pop("val_dataloaders", None)
+    trainer = make_trainer(strategy or make_strategy(), **{"max_epochs": 1, **options})
+    trainer.fit(module, stream(worker, epoch), validation)
+    return trainer
+
+
+def train_by_hand(
+    worker: int,
+    module: Classifier,
+    config: Config,
+    steps: int,
+    each_step: Callable[[Engine, int], None] | None = None,
+) -> Engine:
+    """The same training in a plain PyTorch loop, with the engine and without Lightning; in a group."""
+    optimizer = module.configure_optimizers()
+    engine = Engine(module, [optimizer], config)
+    engine.start()
+    module.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        module.training_step(batch_of(worker, step), step).backward()
+        optimizer.step()
+        engine.after_step()
+        if each_step is not None:
+            each_step(engine, step)
+    engine.finish()
+    return engine
+
+
+def train_in_one_process(
+    module: Classifier, config: Config, workers: int, steps: int, first_step: int = 0
+) -> Simulator:
+    """The same training by the reference simulator; it may begin at the border of any round."""
+    simulator = Simulator(module, lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
+    simulator.clock.round = first_step // config.local_steps
+    simulator._begin_round()
+    for step in range(first_step, first_step + steps):
+        for number, worker in enumerate(simulator.workers):
+            assert isinstance(worker.module, Classifier)
+            worker.module.train()
+            worker.optimizers[0].zero_grad()
+            worker.module.training_step(batch_of(number, step), step).backward()
+            worker.optimizers[0].step()
+        simulator.after_step()
+    return simulator
+
+
+def traces(module: nn.Module) -> list[str]:
+    """What a strategy may have left on a module: hooks, replaced forwards, absent or scaled parameters."""
+    found = []
+    for name, child in module.named_modules():
+        hooks = [*child._forward_hooks.values(), *child._forward_pre_hooks.values(), *child._backward_hooks.values()]
+        found += [f"{name}: {hook}" for hook in hooks]
+        found += [f"{name}: {key} replaced" for key in ("forward", "__call__") if key in vars(child)]
+    found += [f"{name}: absent" for name, value in module.state_dict().items() if value.is_meta]
+    found += [
+        f"{name}: gradient" for name, value in module.named_parameters() if value.grad is not None and value.is_meta
+    ]
+    return found
+
+
+def _with_environment(worker: int, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Leave the group of ``run_workers`` and set the variables by which Lightning makes one of its own."""
+    workers = dist.get_world_size()
+    port = _agree_on_a_port(worker)
+    dist.destroy_process_group()
+    variables = {
+        "OMP_NUM_THREADS": "1",  # or Lightning would choose, and threads change the last bit
+        "LOCAL_RANK": str(worker),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(workers),
+        DEVICES: str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(variables)
+    rank_zero_only.rank = worker  # as if Lightning had been imported with these variables
+    return target(worker, *args)
+
+
+def _agree_on_a_port(worker: int) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = torch.tensor([free.getsockname()[1]])
+    dist.broadcast(port, src=0)
+    dist.barrier()
+    return int(port.item())

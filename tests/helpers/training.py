@@ -1,0 +1,102 @@
+"""The same small training by real processes and by the reference simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning import Config, Engine, Simulator
+from resist_lightning.models import PreActResNet
+
+CLASSES = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """A small training run; picklable, so that workers build it by themselves."""
+
+    config: Config
+    steps: int
+    sections: tuple[int, ...] = (1, 1, 5, 1)
+    optimizer: str = "sgd"
+    frozen: tuple[str, ...] = ()
+    observe_at: tuple[int, ...] = field(default=())
+
+
+def make_model(run: Run) -> nn.Module:
+    """A pre-activation network of about 10,000 parameters, the same in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = PreActResNet(run.sections, CLASSES, width_multiplier=1 / 16)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in run.frozen):
+            parameter.requires_grad_(False)
+    return model
+
+
+def make_optimizer(run: Run, model: nn.Module) -> Optimizer:
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def batch_of(worker: int, step: int) -> tuple[Tensor, Tensor]:
+    """The batch that a worker sees at a step."""
+    generator = torch.Generator().manual_seed(1000 * worker + step)
+    x = torch.randn(8, 3, 8, 8, generator=generator)
+    return x, torch.randint(0, CLASSES, (8,), generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    model.train()
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def train_engine(
+    worker: int, run: Run, each_step: Callable[[Engine, int], None] | None = None
+) -> tuple[Engine, dict[str, Tensor]]:
+    """Train this process's worker to the end; returns the engine and the full model's state."""
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config)
+    engine.start()
+    for step in range(run.steps):
+        train_step(model, optimizer, batch_of(worker, step))
+        engine.after_step()
+        if step in run.observe_at:
+            with engine.full_model():
+                model.eval()(batch_of(0, 0)[0])
+        if each_step is not None:
+            each_step(engine, step)
+    engine.finish()
+    return engine, clone_state(model)
+
+
+def train_simulator(run: Run, workers: int) -> Simulator:
+    """The same training by the oracle."""
+    simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers)
+    for step in range(run.steps):
+        for number, worker in enumerate(simulator.workers):
+            train_step(worker.module, worker.optimizers[0], batch_of(number, step))
+        simulator.after_step()
+    return simulator
+
+
+def clone_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any], *, exactly: bool = False) -> None:
+    """Same names, same values; fails on an empty state."""
+    assert expected
+    assert actual.keys() == expected.keys()
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)

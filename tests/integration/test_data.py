@@ -1,0 +1,187 @@
+"""Loaders that differ between workers, and who sees which part of the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from resist_lightning import Config, WorkersDisagree
+from tests.helpers.plain import Classifier, batch_of, held_out, stream
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import (
+    fit,
+    make_strategy,
+    make_trainer,
+    run_trainers,
+    run_trainers_to_the_end,
+    train_by_hand,
+)
+from tests.helpers.training import assert_equal_states, clone_state
+
+LENGTHS = (7, 5)
+
+
+# Loaders of known length: all workers end with the shortest.
+
+
+def fit_uneven(worker: int, options: dict[str, Any]) -> tuple[int, list[str], dict[str, Tensor]]:
+    module = Classifier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(worker, module, LENGTHS[worker], max_epochs=2, val_dataloaders=held_out(worker), **options)
+    told = [str(warning.message) for warning in caught if "batches; every epoch ends" in str(warning.message)]
+    return trainer.global_step, told, clone_state(module)
+
+
+def cut_by_hand(worker: int, steps: int) -> dict[str, Tensor]:
+    module = Classifier()
+    train_by_hand(worker, module, Config(local_steps=3, min_blocks=1), steps)
+    return clone_state(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"), [({}, 5), ({"limit_train_batches": 0.5}, 2), ({"limit_train_batches": 4}, 4)], ids=str
+)
+def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, Any], batches: int) -> None:
+    results = run_trainers(fit_uneven, 2, options)
+
+    expected = run_workers(cut_by_hand, 2, 2 * batches)[0]
+    for steps, _, state in results:
+        assert steps == 2 * batches
+        assert_equal_states(state, expected, exactly=True)
+    (mine, *others), theirs = results[0][1], results[1][1]
+    assert "[7, 5] batches" in mine
+    assert "Shard the data evenly" in mine
+    assert (others, theirs) == ([], [])
+
+
+def fit_uneven_then_even(worker: int) -> list[int]:
+    trainer = make_trainer(make_strategy(), max_epochs=1)
+    trainer.fit(Classifier(), stream(worker, LENGTHS[worker]))
+    steps = [trainer.global_step]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Classifier(), stream(worker, 9))
+    return [*steps, trainer.global_step - steps[0]]
+
+
+@pytest.mark.xfail(strict=True, reason="the Trainer keeps the limit of the uneven loaders, and says nothing any more")
+def test_later_loaders_are_not_cut_to_the_length_of_earlier_ones() -> None:
+    assert run_trainers(fit_uneven_then_even, 2) == [[5, 9], [5, 9]]
+
+
+# Loaders of unknown length: an error on all workers.
+
+
+class Unsized(IterableDataset[tuple[Tensor, Tensor]]):
+    def __init__(self, worker: int, batches: int) -> None:
+        self.worker, self.batches = worker, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (batch_of(self.worker, step) for step in range(self.batches))
+
+
+def fit_unsized(worker: int, lengths: tuple[int, int], folder: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    module, options = Classifier(), dict(options)
+    callbacks = [ModelCheckpoint(folder)] if options.pop("saves", False) else []
+    validation = held_out(worker) if options.pop("validates", False) else None
+    trainer = make_trainer(
+        make_strategy(), **{"max_epochs": 2, **options}, enable_checkpointing=bool(callbacks), callbacks=callbacks
+    )
+    trainer.fit(module, DataLoader(Unsized(worker, lengths[worker]), batch_size=None), validation)
+    return clone_state(module)
+
+
+def assert_all_raise(folder: Path, options: dict[str, Any]) -> None:
+    for outcome in run_trainers_to_the_end(fit_unsized, 2, LENGTHS, str(folder), options, timeout=10):
+        assert isinstance(outcome.error, WorkersDisagree), outcome
+        assert "ran out of data" in str(outcome.error)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"validates": True, "saves": True}, {"saves": True}, {"saves": True, "reload_dataloaders_every_n_epochs": 1}],
+    ids=["alone", "with validation", "with a checkpoint after each epoch", "with new loaders after each epoch"],
+)
+def test_loaders_of_unknown_length_that_end_apart_stop_all_workers(options: dict[str, Any], tmp_path: Path) -> None:
+    """ModelCheckpoint and Lightning's loops talk on their own account: it must not pair with another worker's sync."""
+    assert_all_raise(tmp_path, options)
+
+
+def test_loaders_of_unknown_length_work_if_all_workers_take_the_same_steps(tmp_path: Path) -> None:
+    """The borders of their epochs may differ: they are no borders of rounds."""
+    results = run_trainers(fit_unsized, 2, LENGTHS, str(tmp_path), {"max_steps": 8, "max_epochs": -1})
+
+    assert_equal_states(results[0], results[1], exactly=True)
+
+
+# Who sees what.
+
+SAMPLES = 24
+
+
+class Numbered(Dataset[tuple[Tensor, Tensor, int]]):
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        images, labels = batch_of(0, index)
+        return images[0], labels[0], index
+
+
+class Seeing(Classifier):
+    """Notes the numbers of the samples that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: dict[int, list[int]] = {}
+        self.validated: dict[int, list[int]] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trained.setdefault(self.current_epoch, []).extend(batch[2].tolist())
+        return super().training_step(batch[:2], batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.setdefault(self.current_epoch, []).extend(batch[2].tolist())
+        super().validation_step(batch[:2], batch_idx)
+
+
+def see(worker: int, data: str) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    module = Seeing()
+    trainer = make_trainer(make_strategy(data=data), max_epochs=2, use_distributed_sampler=True)
+    trainer.fit(module, DataLoader(Numbered(), 4, shuffle=True), DataLoader(Numbered(), 4))
+    return module.trained, module.validated
+
+
+@pytest.mark.parametrize("data", ["shard", "copy"])
+def test_each_worker_sees_its_part_of_the_data_or_all_of_it_in_its_own_order(data: str) -> None:
+    everything = list(range(SAMPLES))
+    mine, theirs = run_trainers(see, 2, data)
+
+    for epoch in range(2):
+        assert sorted(mine[1][epoch] + theirs[1][epoch]) == everything, "validation is not sharded"
+        if data == "shard":
+            assert sorted(mine[0][epoch] + theirs[0][epoch]) == everything
+        else:
+            assert sorted(mine[0][epoch]) == sorted(theirs[0][epoch]) == everything
+            orders = [mine[0][epoch], theirs[0][epoch], everything]
+            assert len({tuple(order) for order in orders}) == 3
+        assert len(mine[0][epoch]) == len(theirs[0][epoch])
+    for trained, _ in (mine, theirs):
+        assert trained[0] != trained[1], "the second epoch has the order of the first"
+
+
+def test_a_stream_is_made_for_one_pass() -> None:
+    """What the tests of epochs rely on."""
+    loader = stream(0, 2)
+    seen = [images for _ in range(2) for images, _ in loader]
+    assert all(torch.equal(images, batch_of(0, step)[0]) for step, images in enumerate(seen))
+    assert len(seen) == 4

@@ -1,0 +1,247 @@
+"""Nobody hangs and nothing half-finished is saved when one worker fails (contract 12)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from resist_lightning import WorkersDisagree
+from tests.helpers.plain import Classifier, held_out, stream
+from tests.helpers.processes import WorkersTimedOut
+from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.worker import Outcome
+
+SOON_SECONDS = 10.0
+
+
+class Failing(Classifier):
+    """Worker 1 raises: in a training step, in validation, or at the end."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def fail(self, where: str) -> None:
+        if self.where == where and self.trainer.global_rank == 1:
+            raise KeyError(f"a mistake in {where}")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 4:  # in the second round
+            self.fail("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.fail("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        self.fail("on_train_end")
+
+
+def fit_and_fail(worker: int, where: str, folder: str, callback: str) -> str:
+    module = Failing(where)
+    callbacks: list[L.Callback] = []
+    if callback == "ModelCheckpoint":
+        callbacks = [ModelCheckpoint(folder, monitor="val/loss", save_last=True)]
+    if callback == "save_on_exception":
+        callbacks = [ModelCheckpoint(folder, monitor="val/loss", save_on_exception=True)]
+    if callback == "OnExceptionCheckpoint":
+        callbacks = [OnExceptionCheckpoint(folder)]
+    try:
+        fit(worker, module, 8, callbacks=callbacks, enable_checkpointing=True, val_dataloaders=held_out(worker))
+    except KeyError:
+        assert worker == 1
+        if where == "training_step":
+            absent = [parameter for parameter in module.parameters() if parameter.is_meta]
+            assert absent
+            with pytest.raises(RuntimeError, match=r"meta"):
+                absent[0].sum().item()
+        raise
+    return "finished"
+
+
+def run_and_fail(where: str, folder: Path, callback: str) -> list[Outcome]:
+    return run_trainers_to_the_end(fit_and_fail, 2, where, str(folder), callback, timeout=SOON_SECONDS)
+
+
+def assert_all_ended(outcomes: list[Outcome], where: str, folder: Path) -> None:
+    assert repr(outcomes[1].error) == repr(KeyError(f"a mistake in {where}"))
+    assert isinstance(outcomes[0].error, RuntimeError)  # from gloo: its peer is gone
+    saved = list(folder.rglob("*.ckpt"))
+    assert len(saved) == (2 if where == "on_train_end" else 0)  # after the epoch's validation
+    for path in saved:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        Classifier().load_state_dict(state, strict=True)
+        assert not any(value.is_meta for value in state.values())
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step", "on_train_end"])
+def test_an_exception_on_one_worker_ends_all_with_the_error_and_no_half_a_checkpoint(
+    where: str, tmp_path: Path
+) -> None:
+    assert_all_ended(run_and_fail(where, tmp_path, "ModelCheckpoint"), where, tmp_path)
+
+
+@pytest.mark.parametrize("callback", ["OnExceptionCheckpoint", "save_on_exception"])
+def test_so_it_does_where_a_callback_saves_on_exceptions(callback: str, tmp_path: Path) -> None:
+    assert_all_ended(run_and_fail("training_step", tmp_path, callback), "training_step", tmp_path)
+
+
+# Signals: Slurm and torchrun end workers by SIGTERM, which Lightning turns into an exception after the batch.
+
+
+class Signalled(Classifier):
+    def __init__(self, workers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.workers = workers
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 4 and self.trainer.global_rank in self.workers:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def fit_until_signalled(worker: int, workers: tuple[int, ...], folder: str) -> None:
+    callbacks = [OnExceptionCheckpoint(folder)]
+    fit(worker, Signalled(workers), 8, callbacks=callbacks, enable_checkpointing=True)
+
+
+HANDLER = "Lightning's handler broadcasts, and pairs with the other worker's header"
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [(0, 1), pytest.param((1,), marks=pytest.mark.xfail(strict=True, raises=WorkersTimedOut, reason=HANDLER))],
+    ids=["all workers", "one worker"],
+)
+def test_a_signal_to_end_ends_all_workers(workers: tuple[int, ...], tmp_path: Path) -> None:
+    outcomes = run_trainers_to_the_end(fit_until_signalled, 2, workers, str(tmp_path), timeout=SOON_SECONDS)
+
+    for worker, outcome in enumerate(outcomes):
+        assert isinstance(outcome.error, SIGTERMException if worker in workers else RuntimeError), outcome
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+# Workers that go different ways.
+
+
+class StopsAlone(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 4:
+            trainer.should_stop = True
+
+
+def stop_alone(worker: int) -> None:
+    fit(worker, Classifier(), 8, callbacks=[StopsAlone()])
+
+
+def start_differently(worker: int) -> None:
+    fit(worker, Classifier(), 8, make_strategy(seed=worker))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [(stop_alone, r"stop: worker 0 0, worker 1 1"), (start_differently, r"layout: worker 0 \d+, worker 1 \d+")],
+    ids=["one worker stops alone", "settings differ"],
+)
+def test_workers_that_disagree_stop_with_an_error_that_says_so(target: Any, message: str) -> None:
+    outcomes = run_trainers_to_the_end(target, 2, timeout=SOON_SECONDS)
+
+    for outcome in outcomes:
+        assert isinstance(outcome.error, WorkersDisagree)
+        with pytest.raises(WorkersDisagree, match=message):
+            raise outcome.error
+
+
+# What a user may do wrong with the module.
+
+
+class KeepsGraphs(Classifier):
+    """Keeps losses, whose graphs backward has used up, or outputs whose graphs still hold the weights."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.kept: list[torch.Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.kept.append(loss if self.what == "losses" else self.net(batch[0]))
+        return loss
+
+
+def keep_graphs(worker: int, what: str) -> int:
+    module = KeepsGraphs(what)
+    fit(worker, module, 8)
+    return len(module.kept)
+
+
+def test_a_graph_that_holds_the_weights_of_a_block_gives_a_clear_error() -> None:
+    assert run_trainers(keep_graphs, 2, "losses") == [8, 8]
+
+    for outcome in run_trainers_to_the_end(keep_graphs, 2, "outputs", timeout=SOON_SECONDS):
+        assert isinstance(outcome.error, RuntimeError)
+        assert "section3" in str(outcome.error)
+        assert "cannot be handed over" in str(outcome.error)
+        assert "detach losses and outputs before you keep them" in str(outcome.error)
+
+
+class ReadsEverything(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        sum(parameter.sum().item() for parameter in module.parameters())
+
+
+class Averaging(WeightAveraging):
+    """A user's own kind."""
+
+
+def read_everything(worker: int) -> None:
+    fit(worker, Classifier(), 8, callbacks=[ReadsEverything()])
+
+
+def test_reading_a_parameter_that_a_worker_lacks_raises() -> None:
+    for outcome in run_trainers_to_the_end(read_everything, 2, timeout=SOON_SECONDS):
+        assert isinstance(outcome.error, RuntimeError)
+        assert "meta" in str(outcome.error)
+
+
+def refuse_averaging(worker: int) -> bool:
+    with pytest.raises(
+        ValueError, match=r"Averaging averages the parameters .* average checkpoints after the training"
+    ):
+        fit(worker, Classifier(), 8, callbacks=[Averaging()])
+    return dist.is_initialized()
+
+
+def test_callbacks_that_average_weights_are_refused_in_workers_too() -> None:
+    assert run_trainers(refuse_averaging, 2) == [False, False]
+
+
+# After an error.
+
+
+def fit_after_an_error(worker: int) -> list[str]:
+    broken = Failing("training_step")
+    broken.fail = lambda where: (_ for _ in ()).throw(KeyError("on all workers"))  # type: ignore[method-assign]
+    trainer = make_trainer(make_strategy(), max_epochs=1)
+    with pytest.raises(KeyError, match="on all workers"):
+        trainer.fit(broken, stream(worker, 8))
+    left = [key for key in ("_broadcast_sigterm_tensor",) if key in vars(trainer.fit_loop.epoch_loop)]
+    left += [key for key in ("run",) if key in vars(trainer.fit_loop.epoch_loop.val_loop)]
+    module = Classifier()
+    fit(worker, module, 8)
+    return left + [name for name, parameter in module.named_parameters() if parameter.is_meta]
+
+
+def test_after_an_error_on_all_workers_another_trainer_works() -> None:
+    assert run_trainers(fit_after_an_error, 2) == [[], []]

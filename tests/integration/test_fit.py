@@ -1,0 +1,162 @@
+"""``Trainer.fit`` gives the weights of the plain engine loop, bit for bit, and those of the reference simulator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import pytest
+import torch.distributed as dist
+
+from resist_lightning import Config
+from resist_lightning.partition import draw_partition
+from tests.helpers.plain import Classifier, held_out
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import (
+    QUIET,
+    fit,
+    make_strategy,
+    run_trainers,
+    traces,
+    train_by_hand,
+    train_in_one_process,
+)
+from tests.helpers.training import assert_equal_states, clone_state
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: how many workers, with which strategy, for how many steps in epochs of which length."""
+
+    workers: int
+    options: dict[str, Any] = field(default_factory=dict)
+    face: str = "resist"
+    steps: int = 11
+    epoch: int = 4
+    optimizer: str = "sgd"
+
+    @property
+    def config(self) -> Config:
+        if self.face == "local_sgd":
+            return Config(local_steps=3, blocks=[], batch_norm="running", **self.options)
+        return Config(**{"local_steps": 3, "min_blocks": 1, **self.options})
+
+    def held(self, worker: int, step: int) -> list[int]:
+        """The blocks that a worker has at a step."""
+        number, config = step // 3, self.config
+        if self.face == "local_sgd" or number < config.warmup_rounds:
+            return [0, 1, 2, 3]
+        assert config.min_blocks is not None
+        return list(draw_partition(4, self.workers, config.min_blocks, config.seed, number).held[worker])
+
+    def module(self) -> Classifier:
+        return Classifier(optimizer=self.optimizer)
+
+
+CASES = {
+    "one worker": Case(1),
+    "two workers": Case(2),
+    "three workers, two of them with every block": Case(3, {"min_blocks": 3, "momentum": "keep"}),
+    "three workers, momentum travels with AdamW": Case(3, {"momentum": "travel", "seed": 5}, optimizer="adamw"),
+    "warm-up, its own scale, running statistics": Case(
+        2, {"warmup_rounds": 2, "test_scale": 0.3, "batch_norm": "running"}, steps=10
+    ),
+    "local SGD": Case(2, face="local_sgd"),
+    "an end on the border of a round": Case(2, steps=12),
+    # The mean over holders must not depend, in its last bit, on who computes it and for whom.
+    "an end on the border of a round, blocks with several holders": Case(3, {"min_blocks": 3}, steps=12),
+    "an end on the border of the warm-up": Case(3, {"min_blocks": 3, "warmup_rounds": 4}, steps=12),
+}
+EXPECTED_LEFT = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
+class Watcher(L.Callback):
+    """Notes which blocks the worker has in each batch, and that nothing is left of the others."""
+
+    def __init__(self) -> None:
+        self.held: list[list[int]] = []
+        self.left: list[str] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        present = {}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name.startswith("net.section3.") and name[13] != "0":
+                assert present.setdefault(int(name[13]) - 1, not tensor.is_meta) != tensor.is_meta
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta and (parameter.grad is not None or parameter in trainer.optimizers[0].state):
+                self.left.append(name)
+            if not parameter.is_meta and parameter.grad is None:
+                self.left.append(f"{name} has no gradient")
+        self.held.append(sorted(block for block, here in present.items() if here))
+
+
+def by_trainer(worker: int, case: Case) -> dict[str, Any]:
+    before = dict(os.environ)
+    module, watcher = case.module(), Watcher()
+    identities = [id(parameter) for parameter in module.parameters()]
+    strategy = make_strategy(case.face, **case.options)
+    trainer = fit(worker, module, case.epoch, strategy, max_epochs=-1, max_steps=case.steps, callbacks=[watcher])
+    changed = {key for key in before.keys() | os.environ.keys() if before.get(key) != os.environ.get(key)}
+    return {
+        "state": clone_state(module),
+        "held": watcher.held,
+        "left of absent blocks": watcher.left,
+        "traces": traces(module),
+        "same objects": identities == [id(parameter) for parameter in module.parameters()],
+        "group left": dist.is_initialized(),
+        "variables": changed - EXPECTED_LEFT,
+        "steps": trainer.global_step,
+        "patched": [key for key in ("_broadcast_sigterm_tensor",) if key in vars(trainer.fit_loop.epoch_loop)]
+        + [key for key in ("run",) if key in vars(trainer.fit_loop.epoch_loop.val_loop)],
+    }
+
+
+def by_hand(worker: int, case: Case) -> dict[str, Any]:
+    module = case.module()
+    train_by_hand(worker, module, case.config, case.steps)
+    return clone_state(module)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
+    case = CASES[name]
+
+    results = run_trainers(by_trainer, case.workers, case)
+
+    expected = run_workers(by_hand, case.workers, case)
+    simulated = train_in_one_process(case.module(), case.config, case.workers, case.steps).full_model().state_dict()
+    assert_equal_states(results[0]["state"], simulated)
+    for worker, result in enumerate(results):
+        assert result["held"] == [case.held(worker, step) for step in range(case.steps)]
+        assert_equal_states(result["state"], expected[0], exactly=True)
+        assert result["steps"] == case.steps
+        assert result["same objects"]
+        assert not result["group left"]
+        assert [result["traces"], result["variables"], result["patched"]] == [[], set(), []]
+        assert result["left of absent blocks"] == []
+
+
+# Options of the Trainer that make a training short.
+
+SHORT: dict[str, tuple[dict[str, Any], int]] = {
+    "fast_dev_run": ({"fast_dev_run": True}, 1),
+    "overfit_batches": ({"overfit_batches": 2}, 2),
+    "no batches": ({"limit_train_batches": 0}, 0),
+    "no epochs": ({"max_epochs": 0}, 0),
+    "barebones": ({"barebones": True, **dict.fromkeys(QUIET.keys() - {"accelerator", "use_distributed_sampler"})}, 4),
+}
+
+
+def train_shortly(worker: int) -> dict[str, tuple[int, list[str]]]:
+    found = {}
+    for name, (options, _) in SHORT.items():
+        module = Classifier()
+        trainer = fit(worker, module, 4, val_dataloaders=held_out(worker), **options)
+        found[name] = (trainer.global_step, traces(module))
+    return found
+
+
+def test_the_shortest_trainings_end_with_the_full_model_too() -> None:
+    assert run_trainers(train_shortly, 2) == [{name: (steps, []) for name, (_, steps) in SHORT.items()}] * 2

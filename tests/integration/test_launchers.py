@@ -1,0 +1,142 @@
+"""The ways to start workers that users have: they train the same, bit for bit. The slowest tests of the suite."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from resist_lightning import Config
+from tests.helpers.launched import STEPS, train
+from tests.helpers.plain import Classifier, evaluate
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import make_trainer, train_by_hand
+from tests.helpers.training import assert_equal_states, clone_state
+
+PATIENCE_SECONDS = 200  # for importing Lightning in several processes on a busy machine
+SCRIPT = [sys.executable, "-m", "tests.helpers.launched"]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
+    *("--rdzv-endpoint=localhost:0", "-m", "tests.helpers.launched"),
+]
+
+pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
+
+
+def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own, all of which is gone afterwards."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def by_hand(worker: int) -> dict[str, Any]:
+    module = Classifier()
+    train_by_hand(worker, module, Config(local_steps=3, min_blocks=1), STEPS)
+    return clone_state(module)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """The weights that a plain loop with the engine gives, and their metrics."""
+    state = run_workers(by_hand, 2)[0]
+    module = Classifier()
+    module.load_state_dict(state)
+    return {"state": state, "metrics": {f"val/{key}": value for key, value in evaluate(module, 2).items()}}
+
+
+def assert_as_expected(found: dict[str, Any], expected: dict[str, Any], start_method: str) -> None:
+    assert_equal_states(found["state"], expected["state"], exactly=True)
+    assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+    assert Path(found["best"]).name == f"{start_method}-step={STEPS}.ckpt"
+    assert (found["group left"], found["training"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("command", "start_method", "workers"),
+    [(SCRIPT, "popen", (0, 1)), (TORCHRUN, "popen", (0, 1)), (SCRIPT, "spawn", (0,))],
+    ids=["script", "torchrun", "spawn"],
+)
+def test_launchers_train_what_the_plain_loop_trains(
+    command: list[str], start_method: str, workers: tuple[int, ...], expected: Any, root: Path, tmp_path: Path
+) -> None:
+    ended = run([*command, start_method, str(tmp_path)], root)
+
+    assert ended.returncode == 0, ended.stdout
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"{start_method}-worker{w}.pt" for w in workers]
+    for worker in workers:
+        found = torch.load(tmp_path / f"{start_method}-worker{worker}.pt", weights_only=False)
+        assert_as_expected(found, expected, start_method)
+        if start_method == "popen":
+            assert found["tested"] == found["metrics"]
+    assert ended.stdout.count("4 residual blocks are partitioned over 2 worker(s), 2, 2 a worker") == 1
+
+
+def test_an_error_in_one_worker_of_a_script_ends_it_and_is_seen(root: Path, tmp_path: Path) -> None:
+    ended = run([*SCRIPT, "popen", str(tmp_path), "fail"], root)
+
+    assert ended.returncode != 0
+    assert "KeyError: 'a mistake in training_step'" in ended.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# Fork: from a worker that has imported everything, so that it costs no more than the training.
+
+
+def as_a_main_process() -> None:
+    """Leave the group of ``run_workers``: the launcher starts the workers."""
+    dist.destroy_process_group()
+    rank_zero_only.rank = 0
+
+
+def fork(_: int, folder: str) -> dict[str, Any]:
+    as_a_main_process()
+    return train("fork", folder, Classifier())
+
+
+def test_forked_workers_train_what_the_plain_loop_trains(expected: Any, tmp_path: Path) -> None:
+    assert_as_expected(run_workers(fork, 1, str(tmp_path))[0], expected, "fork")
+
+
+def fork_and_save(_: int, folder: str) -> None:
+    from resist_lightning import ResISTStrategy
+    from tests.helpers.launched import Data
+
+    as_a_main_process()
+    strategy = ResISTStrategy(local_steps=3, min_blocks=1, start_method="fork")
+    trainer = make_trainer(strategy, max_epochs=1, devices=2)
+    trainer.fit(Classifier(), datamodule=Data())
+    trainer.save_checkpoint(f"{folder}/end.ckpt")
+
+
+def test_a_checkpoint_saved_by_the_main_process_of_forked_workers_can_be_resumed(tmp_path: Path) -> None:
+    run_workers(fork_and_save, 1, str(tmp_path))
+
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert saved["resist_lightning"]["scale"] == 0.5
+    assert (saved["resist_lightning"]["round"], saved["resist_lightning"]["step"]) == (2, 2)

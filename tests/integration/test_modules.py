@@ -1,0 +1,365 @@
+"""Modules as users write them: frozen parts, late models, other precisions, networks beside the one that trains."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from resist_lightning import Config, Engine
+from tests.helpers.plain import Classifier, batch_of, held_out, make_net
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, train_by_hand
+from tests.helpers.training import assert_equal_states, clone_state
+
+CONFIG = Config(local_steps=3, min_blocks=1)
+State = dict[str, Tensor]
+
+
+def trained(worker: int, module: type[Classifier], options: dict[str, Any]) -> State:
+    made = module()
+    fit(worker, made, 8, **options)
+    return clone_state(made)
+
+
+def by_hand(worker: int) -> State:
+    module = Classifier()
+    train_by_hand(worker, module, CONFIG, 8)
+    return clone_state(module)
+
+
+# Modules that train as the ordinary one does.
+
+
+class CallsItself(Classifier):
+    def __init__(self) -> None:
+        super().__init__(calls="self")
+
+
+class Late(Classifier):
+    """Its network is made in ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = make_net()
+
+
+class Different(Classifier):
+    """Other weights and statistics on every worker but worker 0."""
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.global_rank:
+            with torch.no_grad():
+                for tensor in [*self.parameters(), *self.buffers()]:
+                    tensor.fill_(self.trainer.global_rank)
+
+
+@pytest.mark.parametrize("module", [CallsItself, Late, Different])
+def test_it_trains_as_the_ordinary_module_does(module: type[Classifier]) -> None:
+    expected = run_workers(by_hand, 2)[0]
+
+    for state in run_trainers(trained, 2, module, {}):
+        assert_equal_states(state, expected, exactly=True)
+
+
+# Precisions.
+
+
+def trained_in(worker: int, precision: str) -> State:
+    module = Classifier()
+    fit(worker, module, 8, precision=precision)
+    return clone_state(module)
+
+
+def by_hand_in(worker: int, precision: str) -> State:
+    module = Classifier()
+    if precision == "bf16-true":
+        module.bfloat16()
+    mixed = partial(torch.autocast, "cpu", dtype=torch.bfloat16, cache_enabled=False)
+    context = mixed if precision == "bf16-mixed" else nullcontext
+    optimizer = module.configure_optimizers()
+    engine = Engine(module, [optimizer], CONFIG, forward_context=context)
+    engine.start()
+    module.train()
+    for step in range(8):
+        images, labels = batch_of(worker, step)
+        optimizer.zero_grad()
+        with context():
+            loss = module.training_step((images.bfloat16() if precision == "bf16-true" else images, labels), step)
+        loss.backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
+def test_other_precisions_train_as_the_plain_loop_does(precision: str, dtype: torch.dtype) -> None:
+    expected = run_workers(by_hand_in, 2, precision)[0]
+
+    for state in run_trainers(trained_in, 2, precision):
+        assert_equal_states(state, expected, exactly=True)
+        assert state["net.stem.weight"].dtype == dtype
+        assert state["net.stem.weight"].isfinite().all()
+
+
+# Fine-tuning.
+
+STILL = ("section1", "section2")
+LATER = "section3"
+LATER_RATE = 0.02
+
+
+class Unfreezes(BaseFinetuning):
+    """The third section trains from the second epoch on, which begins in the middle of a round."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze([getattr(pl_module.net, name) for name in (*STILL, LATER)], train_bn=True)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.section3, optimizer, lr=LATER_RATE)
+
+
+class UnfreezesByHand(L.Callback):
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        freeze(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            unfreeze(pl_module, trainer.optimizers[0])
+
+
+def convolutions(module: nn.Module) -> list[nn.Parameter]:
+    return [child.weight for child in module.modules() if isinstance(child, nn.Conv2d)]
+
+
+def freeze(module: Any) -> None:
+    for name in (*STILL, LATER):
+        for weight in convolutions(getattr(module.net, name)):
+            weight.requires_grad_(False)
+
+
+def unfreeze(module: Any, optimizer: torch.optim.Optimizer) -> None:
+    for weight in convolutions(module.net.section3):
+        weight.requires_grad_(True)
+    optimizer.add_param_group({"params": convolutions(module.net.section3), "lr": LATER_RATE})
+
+
+class FineTuned(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def fine_tune(worker: int, callback: type[L.Callback]) -> State:
+    module = FineTuned()
+    fit(worker, module, 4, max_epochs=2, callbacks=[callback()])
+    return clone_state(module)
+
+
+def fine_tune_by_hand(worker: int) -> State:
+    module = FineTuned().train()
+    freeze(module)
+    optimizer = module.configure_optimizers()
+    engine = Engine(module, [optimizer], CONFIG)
+    engine.start()
+    for step in range(8):
+        if step == 4:
+            unfreeze(module, optimizer)
+        optimizer.zero_grad()
+        module.training_step(batch_of(worker, step), step).backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+BY_VALUE = "BaseFinetuning.filter_on_optimizer compares parameters by value, which an absent one does not have"
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [UnfreezesByHand, pytest.param(Unfreezes, marks=pytest.mark.xfail(strict=True, reason=BY_VALUE))],
+)
+def test_frozen_parts_stay_and_may_be_unfrozen_in_the_middle_of_a_round(callback: type[L.Callback]) -> None:
+    results, expected = run_trainers(fine_tune, 2, callback), run_workers(fine_tune_by_hand, 2)[0]
+
+    start = clone_state(FineTuned())
+    still = [n for n in start if any(f"net.{s}." in n for s in STILL) and ("conv" in n or "shortcut" in n)]
+    later = [name for name in start if f"net.{LATER}." in name and "conv1" in name]
+    assert len(still) == 5
+    assert len(later) == 5
+    for state in results:
+        assert_equal_states(state, expected, exactly=True)
+        for name in still:
+            torch.testing.assert_close(state[name], start[name], rtol=0, atol=0)
+        for name in later:
+            assert not torch.equal(state[name], start[name])
+
+
+# Networks beside the one that trains.
+
+
+class WithTeacher(Classifier):
+    """A network whose batch norm is never in training mode, called without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
+        self.teacher[1].running_mean.fill_(5.0)
+        self.teacher[1].running_var.fill_(2.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.teacher.eval()
+        with torch.no_grad():
+            hint = self.teacher(batch[0]).mean()
+        return super().training_step(batch, batch_idx) + hint
+
+
+class WithFrozenStatistics(Classifier):
+    """The batch norms of its first sections keep their statistics, as is usual in fine-tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for norm in self.norms():
+            norm.running_mean.fill_(5.0)
+            norm.running_var.fill_(2.0)
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        return [child for child in self.net.section1.modules() if isinstance(child, nn.BatchNorm2d)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for norm in self.norms():
+            norm.eval()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [WithTeacher, WithFrozenStatistics],
+)
+def test_batch_norms_that_do_not_train_keep_their_statistics(module: type[Classifier]) -> None:
+    statistics = {name: value for name, value in clone_state(module()).items() if (value == 5.0).all()}
+    assert statistics
+    for state in run_trainers(trained, 2, module, {}):
+        for name, value in statistics.items():
+            torch.testing.assert_close(state[name], value)
+
+
+# Tools of Lightning that fit by themselves.
+
+
+class Tunable(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 0.05
+
+
+def tune(worker: int, folder: str, tunes: bool) -> State:
+    module = Tunable()
+    data = DataLoader([batch_of(worker, step) for step in range(8)], batch_size=None)  # type: ignore[arg-type]
+    trainer = make_trainer(make_strategy(), max_epochs=1, default_root_dir=folder)
+    if tunes:
+        found = Tuner(trainer).lr_find(module, data, num_training=7, update_attr=False)
+        assert found is not None
+        assert len(found.results["lr"]) == 7
+    trainer.fit(module, data)
+    return clone_state(module)
+
+
+def test_a_search_for_the_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
+    untuned, tuned = (run_trainers(tune, 2, str(tmp_path), tunes) for tunes in (False, True))
+
+    for state in tuned:
+        assert_equal_states(state, untuned[0], exactly=True)
+
+
+# What a module may ask of the other workers.
+
+
+class Gathering(Classifier):
+    def __init__(self, action: Any) -> None:
+        super().__init__()
+        self.action = action
+
+    def on_validation_epoch_end(self) -> None:
+        mine = torch.full((2,), float(self.global_rank))
+        with warnings.catch_warnings():
+            warnings.simplefilter(self.action)
+            self.gathered = self.all_gather({"rank": mine})["rank"]
+            self.largest = self.trainer.strategy.reduce(mine.clone(), reduce_op="max")
+            self.told = self.trainer.strategy.broadcast({"from": self.global_rank})
+
+
+def gather(worker: int, action: str) -> tuple[Any, Any, Any]:
+    module = Gathering(action)
+    fit(worker, module, 4, val_dataloaders=held_out(worker))
+    return module.gathered, module.largest, module.told
+
+
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_module_may_gather_reduce_and_broadcast_in_validation(action: str) -> None:
+    for gathered, largest, told in run_trainers(gather, 2, action):
+        assert gathered.tolist() == [[0, 0], [1, 1]]
+        assert largest.tolist() == [1, 1]
+        assert told == {"from": 0}
+
+
+# Warnings.
+
+
+class Talkative(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss, sync_dist=True)
+        self.log("train/epoch_loss", functional.relu(loss), on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+
+WARNINGS = {
+    "Timer": "Timer sends a message after every batch",
+    "log": "self.log('train/loss', sync_dist=True) sends a message after every batch",
+    "other logs": "self.log('train/epoch_loss",
+    "loaders": "the workers' training loaders have",
+    "nothing partitioned": "nothing is partitioned: the default min_blocks=5",
+    "shape": "match `blocks` but change the shape",
+}
+
+
+def warn_of_much(worker: int) -> dict[str, int]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # what Python does by itself: once for each place
+        strategy = make_strategy(min_blocks=None, blocks="section3.*")
+        fit(
+            worker,
+            Talkative(),
+            4 + worker,
+            strategy,
+            max_epochs=3,
+            max_time="00:01:00:00",
+            val_dataloaders=held_out(worker),
+        )
+    messages = [str(warning.message) for warning in caught]
+    return {name: sum(text in message for message in messages) for name, text in WARNINGS.items()}
+
+
+def test_warnings_come_once_and_from_one_worker() -> None:
+    mine, theirs = run_trainers(warn_of_much, 2)
+
+    assert mine == dict.fromkeys(WARNINGS, 1) | {"other logs": 0}
+    assert theirs == dict.fromkeys(WARNINGS, 0)

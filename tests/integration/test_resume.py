@@ -1,0 +1,157 @@
+"""Training that goes on: from a checkpoint, with other workers, or by fitting again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from resist_lightning import Config
+from tests.helpers.plain import Classifier, held_out, stream
+from tests.helpers.trainers import QUIET, make_strategy, make_trainer, run_trainers, train_in_one_process
+from tests.helpers.training import assert_equal_states, clone_state
+
+State = dict[str, Tensor]
+EPOCH = 9  # three rounds, and more than the eight batches that batch norm is re-estimated on
+
+
+def unbroken(worker: int, folder: str, options: dict[str, Any]) -> State:
+    """Two epochs, and a checkpoint after each."""
+    module = Classifier()
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = make_trainer(make_strategy(**options), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
+    trainer.fit(module, stream(worker, EPOCH))
+    return clone_state(module)
+
+
+def resumed(worker: int, folder: str, options: dict[str, Any]) -> tuple[State, tuple[int, int]]:
+    """The second epoch, from the checkpoint after the first."""
+    module = Classifier(seed=1)  # the checkpoint's weights are taken
+    trainer = make_trainer(make_strategy(**options), max_epochs=2)
+    trainer.fit(module, stream(worker, EPOCH, start=EPOCH), ckpt_path=f"{folder}/epoch=0.ckpt")
+    return clone_state(module), (trainer.global_step, trainer.strategy.engine.clock.total_steps)
+
+
+def assert_resumes(workers: int, folder: Path, options: dict[str, Any]) -> None:
+    expected = run_trainers(unbroken, workers, str(folder), options)[0]
+
+    for state, steps in run_trainers(resumed, workers, str(folder), options):
+        assert_equal_states(state, expected, exactly=True)
+        assert steps == (2 * EPOCH, 2 * EPOCH)
+
+
+@pytest.mark.parametrize(
+    ("workers", "options"),
+    [(2, {}), (2, {"batch_norm": "running", "warmup_rounds": 1}), (2, {"face": "local_sgd"}), (3, {"min_blocks": 3})],
+    ids=["resist", "running statistics, warm-up", "local SGD", "blocks with several holders"],
+)
+def test_a_run_resumed_on_the_border_of_a_round_is_the_unbroken_run(
+    workers: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    assert_resumes(workers, tmp_path, options)
+
+
+# Another number of workers.
+
+
+def test_a_checkpoint_of_two_workers_resumes_with_three(tmp_path: Path) -> None:
+    config = Config(local_steps=3, min_blocks=1)
+    run_trainers(unbroken, 2, str(tmp_path), {})
+
+    results = run_trainers(resumed, 3, str(tmp_path), {})
+
+    # After a sync, every simulated worker has the means, unscaled; three of them go on in round 3.
+    before = train_in_one_process(Classifier(), config, 2, EPOCH)
+    module = Classifier()
+    module.load_state_dict(before.workers[0].module.state_dict())
+    after = train_in_one_process(module, config, 3, EPOCH, first_step=EPOCH)
+    expected = after.full_model().state_dict()
+    for state, _ in results:
+        assert_equal_states(state, expected)
+        assert_equal_states(state, results[0][0], exactly=True)
+
+
+def test_a_checkpoint_resumes_in_plain_lightning(tmp_path: Path) -> None:
+    run_trainers(unbroken, 2, str(tmp_path), {})
+    module = Classifier(seed=1)
+
+    trainer = L.Trainer(**QUIET, devices=1, max_epochs=2)
+    trainer.fit(module, stream(0, EPOCH, start=EPOCH), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    assert trainer.global_step == 2 * EPOCH
+    assert not torch.equal(module.net.stem.weight, saved["net.stem.weight"])
+
+
+# Fitting again.
+
+
+def fit_twice(worker: int, first: int, then: int) -> tuple[State, State, bool]:
+    module, data = Classifier(), stream(worker, EPOCH)
+    trainer = make_trainer(make_strategy(), max_epochs=first)
+    trainer.fit(module, data)
+    between = clone_state(module)
+    trainer.validate(module, held_out(worker), verbose=False)
+    trainer.fit_loop.max_epochs = then
+    trainer.fit(module, data)
+    return between, clone_state(module), module.training
+
+
+def test_fitting_again_with_the_same_trainer_goes_on(tmp_path: Path) -> None:
+    expected = run_trainers(unbroken, 2, str(tmp_path), {})[0]
+
+    for between, state, _ in run_trainers(fit_twice, 2, 1, 2):
+        assert_equal_states(state, expected, exactly=True)
+        assert not torch.equal(between["net.stem.weight"], state["net.stem.weight"])
+
+
+def test_fitting_again_with_nothing_left_to_do_leaves_the_full_model(tmp_path: Path) -> None:
+    for between, state, _ in run_trainers(fit_twice, 2, 1, 1):
+        assert_equal_states(state, between, exactly=True)
+
+
+class SavesBeforeTraining(L.Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def save_before_training_goes_on(worker: int, folder: str) -> State:
+    module = Classifier(seed=1)
+    trainer = make_trainer(make_strategy(), max_epochs=2, callbacks=[SavesBeforeTraining(f"{folder}/start.ckpt")])
+    trainer.fit(module, stream(worker, EPOCH, start=EPOCH), ckpt_path=f"{folder}/epoch=0.ckpt")
+    return clone_state(module)
+
+
+def test_a_checkpoint_saved_before_training_goes_on_is_the_one_that_was_loaded(tmp_path: Path) -> None:
+    run_trainers(unbroken, 2, str(tmp_path), {})
+    run_trainers(save_before_training_goes_on, 2, str(tmp_path))
+
+    loaded, saved = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("epoch=0", "start"))
+    assert_equal_states(saved["state_dict"], loaded["state_dict"], exactly=True)
+    assert saved["resist_lightning"].keys() == loaded["resist_lightning"].keys()
+
+
+def fit_with_two_trainers(worker: int) -> list[State]:
+    states = []
+    for _ in range(2):
+        module = Classifier()
+        make_trainer(make_strategy(), max_epochs=2).fit(module, stream(worker, EPOCH))
+        states.append(clone_state(module))
+    return states
+
+
+def test_a_second_trainer_in_the_process_trains_the_same(tmp_path: Path) -> None:
+    expected = run_trainers(unbroken, 2, str(tmp_path), {})[0]
+
+    for states in run_trainers(fit_with_two_trainers, 2):
+        assert len(states) == 2
+        for state in states:
+            assert_equal_states(state, expected, exactly=True)

@@ -1,0 +1,166 @@
+"""RoundMonitor's summary and logs against numbers counted by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
+from resist_lightning.partition import draw_partition
+from tests.helpers.plain import Classifier, stream
+from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers
+
+STEPS = 8  # two rounds of three steps, and two steps
+SYNCS = 2
+BLOCKS = [f"net.section3.{number}" for number in range(1, 5)]
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Parameters and buffers: four bytes a number, but eight for batch norm's counters."""
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    return 4 * parameters(module) + sum(2 * 4 * norm.num_features + 8 for norm in norms)
+
+
+def statistics_bytes(module: nn.Module) -> int:
+    return sum(8 * norm.num_features for norm in module.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+FULL = Classifier()
+BLOCK_BYTES = held_bytes(FULL.net.section3[1])
+SHARED_BYTES = held_bytes(FULL) - 4 * BLOCK_BYTES
+GRADIENT_BYTES = 4 * parameters(FULL)
+
+
+def handed_over(before: list[list[int]], after: list[list[int]], worker: int) -> int:
+    """Bytes of the blocks that ``worker`` has and the other one gets."""
+    other = 1 - worker
+    return BLOCK_BYTES * len((set(after[other]) - set(before[other])) & set(before[worker]))
+
+
+def monitored(worker: int, folder: str, face: str) -> None:
+    monitor = RoundMonitor(every_n_rounds=2)
+    fit(
+        worker, Classifier(), STEPS, make_strategy(face), callbacks=[monitor], default_root_dir=folder,
+        logger=CSVLogger(folder, name="", version=""), log_every_n_steps=1,
+    )  # fmt: skip
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row.get("sync/round")]
+
+
+def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
+    run_trainers(monitored, 2, str(tmp_path), "resist")
+
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    partitions = [[list(held) for held in draw_partition(4, 2, 1, 0, number).held] for number in range(3)]
+    moved = [sum(handed_over(partitions[i], partitions[i + 1], w) for i in range(SYNCS)) for w in range(2)]
+    assert sum(moved) > 0
+    expected = {
+        "strategy": "resist",
+        "workers": 2,
+        "rounds": 3,
+        "local_steps": STEPS,
+        "local_steps_per_round": 3,
+        "blocks": BLOCKS,
+        "full_parameters": parameters(FULL),
+        "shared_parameters": parameters(FULL) - 4 * parameters(FULL.net.section3[1]),
+        "held_parameters": [parameters(FULL) - 2 * parameters(FULL.net.section3[1])] * 2,
+        "held_parameters_max": parameters(FULL) - 2 * parameters(FULL.net.section3[1]),
+        "scale": 0.5,
+        "partitions": partitions,
+        # For two workers an all-reduce sends as much as it reduces.
+        "ddp_bytes": STEPS * GRADIENT_BYTES,
+        "local_sgd_bytes": SYNCS * held_bytes(FULL),
+    }
+    assert {key: summary[key] for key in expected} == expected
+    sent = summary["sent_bytes"]
+    assert sent["shared"] == [SYNCS * SHARED_BYTES] * 2
+    assert sent["hand_over"] == moved
+    assert sent["merge"] == sent["state"] == sent["checkpoint"] == [0, 0]
+    # At the end: shared tensors, every block to the one that lacks it, and batch norm's statistics.
+    assert sent["evaluation"] == [SHARED_BYTES + 2 * BLOCK_BYTES + statistics_bytes(FULL)] * 2
+    assert sent["start"] == [held_bytes(FULL), 0]
+    assert all(0 < control < 2000 for control in sent["control"])
+    first = SHARED_BYTES + handed_over(partitions[0], partitions[1], 0)
+    assert summary["sent_by_round"] == [[3, first], [6, 2 * SHARED_BYTES + moved[0]]]
+    seconds = summary["seconds"]
+    assert 0 < seconds["sync"] < seconds["training"]
+    assert seconds["observe"] > 0
+
+    (row,) = logged(tmp_path)  # one of two rounds
+    assert float(row["sync/round"]) == 2
+    assert 0 < float(row["sync/share_of_time"]) < 1
+    assert float(row["sync/sent_MB_per_round"]) == pytest.approx((2 * SHARED_BYTES + moved[0]) / 2 / 1e6)
+    assert int(row["step"]) == 7
+
+
+def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
+    run_trainers(monitored, 2, str(tmp_path), "local_sgd")
+
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    assert (summary["strategy"], summary["rounds"], summary["blocks"]) == ("local_sgd", 3, [])
+    assert summary["sent_bytes"]["shared"] == [SYNCS * held_bytes(FULL)] * 2
+    assert summary["sent_bytes"]["hand_over"] == [0, 0]
+    assert summary["local_sgd_bytes"] == summary["sent_bytes"]["shared"][0]
+    assert summary["held_parameters"] == [parameters(FULL)] * 2
+    assert summary["scale"] == 1
+
+
+# Where there is nothing to observe.
+
+
+def monitored_under_ddp(worker: int, folder: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(worker, Classifier(), 2, "ddp", callbacks=[RoundMonitor()], default_root_dir=folder)
+    return [str(warning.message) for warning in caught if "RoundMonitor" in str(warning.message)]
+
+
+def test_under_another_strategy_it_says_that_it_has_nothing_to_report(tmp_path: Path) -> None:
+    mine, theirs = run_trainers(monitored_under_ddp, 2, str(tmp_path))
+
+    assert mine == ["RoundMonitor has nothing to report under DDPStrategy."]
+    assert theirs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# A run that goes on.
+
+
+def monitored_again(worker: int, folder: str) -> dict[str, Any]:
+    trainer = make_trainer(make_strategy(), max_epochs=1, default_root_dir=folder)
+    trainer.fit(Classifier(), stream(worker, 9))
+    trainer.save_checkpoint(f"{folder}/end.ckpt")
+    monitor = RoundMonitor()
+    again = make_trainer(make_strategy(), max_epochs=2, default_root_dir=folder, callbacks=[monitor])
+    data = stream(worker, 9, start=9)
+    again.fit(Classifier(), data, ckpt_path=f"{folder}/end.ckpt")
+    return monitor.summary(again.strategy, again.strategy.engine)
+
+
+def test_after_a_resume_there_is_one_row_for_each_sync(tmp_path: Path) -> None:
+    summary = run_trainers(monitored_again, 2, str(tmp_path))[0]
+
+    assert [step for step, _ in summary["sent_by_round"]] == [12, 15]
+    assert [sent > 0 for _, sent in summary["sent_by_round"]] == [True, True]
+
+
+def test_after_a_resume_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
+    summary = run_trainers(monitored_again, 2, str(tmp_path))[0]
+
+    assert summary["sent_bytes"]["shared"] == [SYNCS * SHARED_BYTES] * 2
+    assert summary["local_sgd_bytes"] == SYNCS * held_bytes(FULL)
+    assert summary["ddp_bytes"] == 9 * GRADIENT_BYTES

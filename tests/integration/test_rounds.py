@@ -1,0 +1,274 @@
+"""What counts as a local step, and where a sync falls (contract 11): against plain loops in their own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from resist_lightning import Config, Engine
+from tests.helpers.plain import Classifier, batch_of, held_out, make_net
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import fit, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+
+CONFIG = Config(local_steps=3, min_blocks=1)
+
+
+class Notes(L.Callback):
+    """Notes, for every batch, the round and the local step at its end."""
+
+    def __init__(self) -> None:
+        self.clock: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        engine = trainer.strategy.engine
+        self.clock.append((engine.clock.round, engine.clock.step))
+
+
+def assert_all_equal(results: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    for result in results:
+        assert_equal_states(result, expected[0], exactly=True)
+
+
+# Gradient accumulation: epochs of five batches, two batches a step, so that steps fall on batches 2, 4 and 5.
+
+
+def accumulate(worker: int) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    module, notes = Classifier(), Notes()
+    fit(worker, module, 5, accumulate_grad_batches=2, max_epochs=2, callbacks=[notes], gradient_clip_val=0.5)
+    return clone_state(module), notes.clock
+
+
+def accumulate_by_hand(worker: int) -> dict[str, Tensor]:
+    module = Classifier().train()
+    optimizer = module.configure_optimizers()
+    engine = Engine(module, [optimizer], CONFIG)
+    engine.start()
+    for epoch in range(2):
+        for group in ((0, 1), (2, 3), (4,)):
+            optimizer.zero_grad()
+            for number in group:
+                (module.training_step(batch_of(worker, 5 * epoch + number), 0) / 2).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+            optimizer.step()
+            engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
+    results = run_trainers(accumulate, 2)
+
+    assert_all_equal([state for state, _ in results], run_workers(accumulate_by_hand, 2))
+    # The sync of round 0, complete with batch 5, comes with the next batch.
+    expected = [(0, 0), (0, 1), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 1), (1, 2), (1, 3)]
+    assert [clock for _, clock in results] == [expected] * 2
+
+
+# Manual optimization: two networks, two optimizers, one of which steps twice in every batch.
+
+
+class TwoPlayers(L.LightningModule):
+    """Two networks that train against each other, as a GAN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.player = make_net(seed=1)
+        self.rival = make_net(seed=2)
+        self.changed: list[int] = []
+
+    def losses(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mine, theirs = self.player(batch[0]), self.rival(batch[0])
+        return functional.cross_entropy(mine, batch[1]), functional.mse_loss(theirs, mine.detach())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        present = [parameter.is_meta for parameter in self.parameters()]
+        first, second = self.optimizers()
+        for optimizer, number in ((first, 0), (second, 1), (second, 1)):
+            others = [p for group in (second, first)[number].param_groups for p in group["params"] if not p.is_meta]
+            before = [parameter.detach().clone() for parameter in others]
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(batch)[number])
+            optimizer.step()
+            self.changed += [i for i, pair in enumerate(zip(others, before, strict=True)) if not torch.equal(*pair)]
+            self.changed += [-1] if present != [parameter.is_meta for parameter in self.parameters()] else []
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [
+            torch.optim.SGD(self.player.parameters(), 0.05, momentum=0.9),
+            torch.optim.SGD(self.rival.parameters(), 0.02, momentum=0.9),
+        ]
+
+
+def play(worker: int) -> tuple[dict[str, Tensor], list[tuple[int, int]], list[int]]:
+    module, notes = TwoPlayers(), Notes()
+    fit(worker, module, 8, callbacks=[notes])
+    return clone_state(module), notes.clock, module.changed
+
+
+def play_by_hand(worker: int) -> dict[str, Tensor]:
+    module = TwoPlayers().train()
+    first, second = module.configure_optimizers()
+    engine = Engine(module, [first, second], CONFIG)
+    engine.start()
+    for step in range(8):
+        for optimizer, number in ((first, 0), (second, 1), (second, 1)):
+            optimizer.zero_grad()
+            module.losses(batch_of(worker, step))[number].backward()
+            optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
+    results = run_trainers(play, 2)
+
+    assert_all_equal([state for state, *_ in results], run_workers(play_by_hand, 2))
+    expected = [(number // 3, number % 3 + 1) for number in range(8)]
+    assert [clock for _, clock, _ in results] == [expected] * 2
+    assert [changed for *_, changed in results] == [[], []]
+
+
+# Mixed precision: the loss of worker 1 overflows in its second batch, so its scaler skips a step and halves its scale.
+
+
+class Overflowing(Classifier):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        worker, number = batch_idx
+        loss = super().training_step(batch, number)
+        return loss * float("inf") if (worker, number) == (1, 1) else loss
+
+
+class OverflowingUnderLightning(Overflowing):
+    def __init__(self, worker: int) -> None:
+        super().__init__()
+        self.worker = worker
+        self.scales: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+        return super().training_step(batch, (self.worker, batch_idx))
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+
+
+def overflow(worker: int) -> tuple[dict[str, Tensor], list[float]]:
+    module = OverflowingUnderLightning(worker)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler())
+    plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)  # only the scaler is of interest
+    fit(worker, module, 8, plugins=[plugin])
+    return clone_state(module), module.scales
+
+
+def overflow_by_hand(worker: int) -> dict[str, Tensor]:
+    module = Overflowing().train()
+    optimizer, scales = module.configure_optimizers(), scaler()
+    engine = Engine(module, [optimizer], CONFIG)
+    engine.start()
+    for step in range(8):
+        optimizer.zero_grad()
+        scales.scale(module.training_step(batch_of(worker, step), (worker, step))).backward()
+        scales.step(optimizer)
+        scales.update(512.0 if step == 2 else None)  # agreed upon at the first sync
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync() -> None:
+    results = run_trainers(overflow, 2)
+
+    assert_all_equal([state for state, _ in results], run_workers(overflow_by_hand, 2))
+    assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 5, [1024.0] * 2 + [512.0] * 6]
+
+
+# Learning rates: per step, and after every epoch on a plateau.
+
+
+class Scheduled(Classifier):
+    def __init__(self, scheduler: str) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.scheduler == "step":
+            scheduler: Any = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # No loss improves by so much: the rate falls after every epoch but the first.
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.1, patience=0, threshold=1e9, threshold_mode="abs"
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+RATES = {
+    "step": [0.05 * 0.5 ** (step // 2) for step in range(12)],
+    "plateau": [0.05 * 0.1 ** max(step // 4 - 1, 0) for step in range(12)],
+}
+
+
+def schedule(worker: int, scheduler: str) -> tuple[dict[str, Tensor], list[float]]:
+    module = Scheduled(scheduler)
+    fit(worker, module, 4, max_epochs=3, val_dataloaders=held_out(worker))
+    return clone_state(module), module.rates
+
+
+def schedule_by_hand(worker: int, rates: list[float]) -> dict[str, Tensor]:
+    module = Classifier().train()
+    optimizer = Classifier.configure_optimizers(module)
+    engine = Engine(module, [optimizer], CONFIG)
+    engine.start()
+    for step, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        module.training_step(batch_of(worker, step), step).backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+@pytest.mark.parametrize("scheduler", RATES)
+def test_learning_rate_schedules_go_on_across_syncs(scheduler: str) -> None:
+    results = run_trainers(schedule, 2, scheduler)
+
+    for _, rates in results:
+        assert rates == pytest.approx(RATES[scheduler], rel=1e-12)
+    assert_all_equal([state for state, _ in results], run_workers(schedule_by_hand, 2, results[0][1]))
+
+
+# Epochs: a border of an epoch is no border of a round.
+
+
+def train_in_epochs(worker: int, lengths: list[int]) -> list[tuple[dict[str, Tensor], list[tuple[int, int]]]]:
+    results = []
+    for length in lengths:
+        module, notes = Classifier(), Notes()
+        fit(worker, module, length, max_epochs=-1, max_steps=11, callbacks=[notes])
+        results.append((clone_state(module), notes.clock))
+    return results
+
+
+def test_rounds_run_across_the_borders_of_epochs() -> None:
+    results = run_trainers(train_in_epochs, 2, [20, 4, 1])
+
+    in_one_epoch, clock = results[0][0]
+    assert clock == [(number // 3, number % 3 + 1) for number in range(11)]
+    for state, same_clock in [*results[0], *results[1]]:
+        assert_equal_states(state, in_one_epoch, exactly=True)
+        assert same_clock == clock

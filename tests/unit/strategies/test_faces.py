@@ -1,0 +1,144 @@
+"""What ``ResISTStrategy`` and ``LocalSGDStrategy`` take as arguments, and what they refuse."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.trainer.states import RunningStage
+
+from resist_lightning import LocalSGDStrategy, ResISTStrategy
+
+BAD = {
+    "local_steps": [(0, "at least 1 (1 averages after every step)"), (-3, "at least 1"), (2.5, "whole number")],
+    "min_blocks": [(-1, "at least 0 (0 allows workers without any block)"), (1.0, "whole number")],
+    "blocks": [([], "use strategy='local_sgd'"), ("", "use strategy='local_sgd'")],
+    "seed": [(-1, "at least 0 (0 is a seed)"), (None, "whole number")],
+    "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
+    "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
+    "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
+    "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
+    "data": [("foo", "choose one of 'shard', 'copy'")],
+    "start_method": [("thread", "choose one of 'popen', 'spawn', 'fork', 'forkserver'")],
+}
+CASES = [(name, value, hint) for name, rows in BAD.items() for value, hint in rows]
+OF_LOCAL_SGD = ("local_steps", "momentum", "data", "start_method")
+
+
+@pytest.mark.parametrize(("name", "value", "hint"), CASES)
+def test_a_bad_value_is_refused_with_its_name_its_value_and_a_way_out(name: str, value: Any, hint: str) -> None:
+    for face in (ResISTStrategy, LocalSGDStrategy) if name in OF_LOCAL_SGD else (ResISTStrategy,):
+        with pytest.raises(ValueError, match=name) as caught:
+            face(**{name: value})
+
+        assert hint.replace(", 'travel'", "") in str(caught.value).replace(", 'travel'", "")
+        assert name == "blocks" or repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("face", [ResISTStrategy, LocalSGDStrategy])
+@pytest.mark.parametrize("option", ["local_step", "find_unused_parameters", "ddp_comm_hook", "model_averaging_period"])
+def test_an_unknown_option_is_refused(face: Callable[..., Any], option: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        face(**{option: 1})
+
+
+@pytest.mark.parametrize("option", ["min_blocks", "blocks", "seed", "batch_norm", "warmup_rounds", "test_scale"])
+def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        LocalSGDStrategy(**{option: 1})  # type: ignore[arg-type]
+
+
+def test_options_have_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        ResISTStrategy(50)  # type: ignore[misc]
+
+
+def test_local_sgd_refuses_momentum_that_would_travel_with_blocks_it_does_not_have() -> None:
+    with pytest.raises(ValueError, match=r"momentum='travel'"):
+        LocalSGDStrategy(momentum="travel")  # type: ignore[arg-type]
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = ResISTStrategy().config
+    assert (config.local_steps, config.min_blocks, config.blocks, config.seed) == (50, None, None, 0)
+    assert (config.momentum, config.batch_norm, config.warmup_rounds, config.test_scale) == (
+        "reset",
+        "recalibrate",
+        0,
+        None,
+    )
+    assert LocalSGDStrategy().config.blocks == []
+
+
+def test_every_option_arrives() -> None:
+    def third(name: str, module: Any) -> bool:
+        return name == "layer3.1"
+
+    options = {
+        "local_steps": 7, "min_blocks": 2, "blocks": third, "seed": 3, "momentum": "keep", "batch_norm": "batch",
+        "warmup_rounds": 4, "test_scale": 0.25,
+    }  # fmt: skip
+    strategy = ResISTStrategy(
+        **options, process_group_backend="gloo", timeout=timedelta(seconds=5), start_method="fork"
+    )
+
+    assert {name: getattr(strategy.config, name) for name in options} == options
+    assert strategy.process_group_backend == "gloo"
+    assert strategy._timeout == timedelta(seconds=5)
+    assert strategy._start_method == "fork"
+
+
+def test_a_strategy_can_be_sent_to_spawned_workers() -> None:
+    copy = pickle.loads(pickle.dumps(ResISTStrategy(blocks=["layer3.*"], local_steps=7)))
+    assert copy.config == ResISTStrategy(blocks=["layer3.*"], local_steps=7).config
+
+
+def test_the_timeout_of_a_worker_that_waits_is_shorter_than_lightnings_half_hour() -> None:
+    assert timedelta(minutes=1) <= ResISTStrategy()._timeout <= timedelta(minutes=15)  # type: ignore[operator]
+
+
+CUDA = [torch.device("cuda", number) for number in (0, 1)]
+CPU = [torch.device("cpu")] * 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "given", "backend"),
+    [(CPU, None, "gloo"), (CUDA, None, "nccl"), ([CUDA[0]] * 2, None, "gloo"), (CUDA, "gloo", "gloo")],
+    ids=["CPU", "two GPUs", "one GPU twice", "as the user says"],
+)
+def test_the_backend_fits_the_devices(devices: list[torch.device], given: str | None, backend: str) -> None:
+    strategy = ResISTStrategy(parallel_devices=devices, process_group_backend=given)
+    strategy.cluster_environment = LightningEnvironment()
+
+    assert strategy._get_process_group_backend() == backend
+
+
+@pytest.mark.parametrize("data", ["shard", "copy"])
+@pytest.mark.parametrize("stage", [RunningStage.TRAINING, RunningStage.VALIDATING, RunningStage.TESTING])
+def test_only_training_sees_all_of_the_data(
+    data: Any, stage: RunningStage, trainer_with: Callable[..., L.Trainer]
+) -> None:
+    seeds = set()
+    for rank in range(2):
+        trainer = trainer_with(ResISTStrategy(data=data, seed=5))
+        trainer.strategy._lightning_module = L.LightningModule()
+        trainer.strategy.lightning_module.trainer = trainer
+        trainer.strategy.cluster_environment.set_global_rank(rank)
+        trainer.state.stage = stage
+
+        kwargs = trainer.strategy.distributed_sampler_kwargs
+
+        if data == "copy" and stage == RunningStage.TRAINING:
+            assert (kwargs["num_replicas"], kwargs["rank"]) == (1, 0)
+            seeds.add(kwargs["seed"])
+        else:
+            assert kwargs == {"num_replicas": 2, "rank": rank}
+            seeds.add(rank)
+        trainer.strategy.cluster_environment.set_global_rank(0)
+    assert len(seeds) == 2

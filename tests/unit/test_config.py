@@ -1,0 +1,70 @@
+"""Bad input gets a clear error before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from resist_lightning import Config
+
+
+def test_defaults_are_the_paper_s():
+    config = Config()
+    assert (config.local_steps, config.min_blocks, config.momentum, config.seed) == (50, None, "reset", 0)
+    assert (config.blocks, config.warmup_rounds, config.test_scale) == (None, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("local_steps", 0, "local_steps=0 .*at least 1"),
+        ("local_steps", -5, "local_steps=-5"),
+        ("local_steps", 2.5, r"local_steps=2\.5 .*whole number"),
+        ("local_steps", True, "local_steps=True .*whole number"),
+        ("local_steps", "10", "local_steps='10' .*whole number"),
+        ("local_steps", None, "local_steps=None"),
+        ("min_blocks", -1, "min_blocks=-1 .*at least 0"),
+        ("min_blocks", 1.0, r"min_blocks=1\.0 .*whole number"),
+        ("seed", -1, "seed=-1 .*at least 0"),
+        ("seed", None, "seed=None"),
+        ("warmup_rounds", -1, "warmup_rounds=-1 .*at least 0"),
+        ("recalibration_batches", 0, "recalibration_batches=0 .*at least 1"),
+        ("momentum", "restart", "momentum='restart' .*'reset', 'keep', 'travel'"),
+        ("momentum", None, "momentum=None"),
+        ("batch_norm", "sync", "batch_norm='sync' .*'recalibrate', 'running', 'batch'"),
+        ("test_scale", 0.0, r"test_scale=0\.0 .*\(0, 1\]"),
+        ("test_scale", 1.5, r"test_scale=1\.5"),
+        ("test_scale", -0.5, r"test_scale=-0\.5"),
+        ("test_scale", float("nan"), "test_scale=nan"),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_limit(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"local_steps": 1},
+        {"seed": 0},
+        {"seed": 2**40},
+        {"min_blocks": 0},
+        {"test_scale": 1.0},
+        {"test_scale": 1e-3},
+        {"momentum": "travel", "batch_norm": "batch", "warmup_rounds": 3},
+    ],
+)
+def test_values_at_the_limits_are_taken(options):
+    assert {name: getattr(Config(**options), name) for name in options} == options
+
+
+def test_settings_cannot_change_during_a_run():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().local_steps = 3
+
+
+def test_a_misspelt_option_is_an_error():
+    with pytest.raises(TypeError, match="local_step"):
+        Config(local_step=3)

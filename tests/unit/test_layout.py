@@ -1,0 +1,225 @@
+"""What belongs to whom, how many bytes it has, and what the user is told."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from resist_lightning import Config
+from resist_lightning.blocks import BlockSelectionError
+from resist_lightning.layout import Layout, parameters_of
+from resist_lightning.optimizer_state import OptimizerStates
+from tests.helpers.nets import Undeclared, mlp, narrow_resnet, small_preact
+
+
+def test_what_is_not_in_a_block_is_shared_buffers_included():
+    net = small_preact()
+    layout = Layout(net, Config(min_blocks=1), 2)
+    blocks = [f"section3.{index}." for index in (1, 2, 3, 4)]
+    names = [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
+    assert list(layout.shared) == [name for name in names if not any(name.startswith(block) for block in blocks)]
+    state = net.state_dict(keep_vars=True)
+    assert all(tensor is state[name] for name, tensor in layout.shared.items())
+    assert [id(p) for p in parameters_of(layout.blocks)] == [
+        id(p) for name, p in net.named_parameters() if any(name.startswith(block) for block in blocks)
+    ]
+
+
+def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
+    assert Layout(small_preact(), Config(), 4).schedule.min_blocks == 4
+    deep = narrow_resnet(layers=(1, 1, 8, 1))
+    assert Layout(deep, Config(), 4).schedule.min_blocks == 5
+    assert Layout(deep, Config(min_blocks=0), 4).schedule.min_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "partial", "scale"),
+    [
+        (Config(), 2, False, 1.0),
+        (Config(min_blocks=1), 2, True, 0.5),
+        (Config(min_blocks=3), 2, True, 0.75),
+        (Config(min_blocks=1), 1, False, 1.0),
+        (Config(blocks=[]), 3, False, 1.0),
+        (Config(min_blocks=0, warmup_rounds=5), 4, True, 0.25),
+        (Config(min_blocks=1, test_scale=0.3), 2, True, 0.3),
+    ],
+)
+def test_whether_anything_is_partitioned_and_how_it_is_scaled(config, workers, partial, scale):
+    layout = Layout(small_preact(), config, workers)
+    assert layout.partial is partial
+    assert layout.scale == pytest.approx(scale)
+
+
+def by_hand(tensors, dtype):
+    return sum(t.numel() * t.element_size() for t in tensors if t.dtype == dtype)
+
+
+def test_sizes_count_parameters_and_buffers_once_by_data_type():
+    net = small_preact()
+    sizes = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    blocks = [list(net.section3[index].state_dict().values()) for index in (1, 2, 3, 4)]
+    everything = list(net.state_dict().values())
+    for dtype in (torch.float32, torch.int64):
+        inside = [by_hand(tensors, dtype) for tensors in blocks]
+        assert sizes.shared[str(dtype)] == by_hand(everything, dtype) - sum(inside) > 0
+        assert [averaged[str(dtype)] for averaged in sizes.averaged] == inside
+    assert list(sizes.blocks) == [sum(by_hand(t, d) for d in (torch.float32, torch.int64)) for t in blocks]
+    assert sizes.states == (0, 0, 0, 0)
+
+
+def test_frozen_parameters_are_not_averaged_but_travel_with_their_block():
+    net = small_preact()
+    plain = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    frozen = [net.stem.weight, net.section3[2].conv1.weight]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    sizes = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    assert plain.shared["torch.float32"] - sizes.shared["torch.float32"] == 4 * frozen[0].numel()
+    assert plain.averaged[1]["torch.float32"] - sizes.averaged[1]["torch.float32"] == 4 * frozen[1].numel()
+    assert sizes.blocks == plain.blocks
+
+
+@pytest.mark.parametrize(("optimizer", "slots", "numbers"), [("SGD", 1, 0), ("AdamW", 2, 1)])
+def test_state_that_travels_has_its_size(optimizer, slots, numbers):
+    net = small_preact()
+    options = {"momentum": 0.9} if optimizer == "SGD" else {}
+    states = OptimizerStates([getattr(torch.optim, optimizer)(net.parameters(), lr=0.1, **options)])
+    block = list(net.section3[1].parameters())
+    expected = 4 * slots * sum(p.numel() for p in block) + 4 * numbers * len(block)
+    assert Layout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(states).states == (expected,) * 4
+    assert Layout(net, Config(min_blocks=1, momentum="keep"), 2).sizes(states).states == (0,) * 4
+
+
+@pytest.mark.parametrize("name", ["SGD", "Rprop", "NAdam"])
+def test_asking_for_sizes_makes_no_state(name):
+    """Zeros are not where Rprop, NAdam, or SGD with dampening begin: a report of bytes would change the training."""
+    net = small_preact()
+    optimizer = getattr(torch.optim, name)(net.parameters(), **({"momentum": 0.9} if name == "SGD" else {}))
+    Layout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(OptimizerStates([optimizer]))
+    assert not optimizer.state
+
+
+BASE = Config(min_blocks=1)
+
+
+def digest(config=BASE, workers=2, change=lambda _: None):
+    net = small_preact()
+    change(net)
+    return Layout(net, config, workers).digest()
+
+
+def test_the_digest_does_not_depend_on_the_weights():
+    assert digest() == digest()
+    assert digest(change=lambda net: nn.init.zeros_(net.stem.weight)) == digest()
+    assert 0 <= digest() < 2**48
+
+
+def widen(net):
+    net.head = nn.Linear(net.head.in_features, 5)
+
+
+def rename(net):
+    net.classifier = net.head
+    del net.head
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"config": Config(min_blocks=1, seed=1)},
+        {"config": Config(min_blocks=1, local_steps=49)},
+        {"config": Config(min_blocks=2)},
+        {"config": Config(min_blocks=1, blocks="section3.[123]")},
+        {"config": Config(min_blocks=1, warmup_rounds=1)},
+        {"config": Config(min_blocks=1, momentum="keep")},
+        {"config": Config(min_blocks=1, batch_norm="running")},
+        {"config": Config(min_blocks=1, test_scale=0.4)},
+        {"workers": 3},
+        {"change": widen},
+        {"change": rename},
+        {"change": lambda net: net.double()},
+        {"change": lambda net: net.head.bias.requires_grad_(False)},
+    ],
+)
+def test_the_digest_tells_models_and_settings_apart(other):
+    assert digest(**other) != digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.register_buffer("mean", torch.zeros(3)),
+        lambda net: setattr(net.section1[0], "bn1", nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+)
+def test_the_digest_tells_buffers_apart(change):
+    assert digest(change=change) != digest()
+
+
+def test_the_description_says_what_was_chosen():
+    text = Layout(small_preact(), Config(min_blocks=1, local_steps=7), 3).describe()
+    assert "4 residual blocks" in text
+    assert "3 worker(s), 2, 1, 1 a worker" in text
+    assert "section3.1-4" in text
+    assert "7 local steps" in text
+    assert "scale 0.3333" in text
+    assert "All parameters are shared by 2" in Layout(small_preact(), Config(blocks=[]), 2).describe()
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "message"),
+    [
+        (Config(), 2, r"nothing is partitioned: the default min_blocks=5 gives every worker all 4.*0 to 3"),
+        (Config(min_blocks=0), 5, r"5 workers for 4 blocks with min_blocks=0: some workers train shared layers only"),
+        (Config(min_blocks=1, blocks="section[23].*"), 2, r"section2\.0, section3\.0 match `blocks` but change the"),
+    ],
+)
+def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, message):
+    with pytest.warns(UserWarning, match=message):
+        Layout(small_preact(), config, workers).warn()
+
+
+@pytest.mark.parametrize(
+    ("config", "workers"),
+    [(Config(), 1), (Config(min_blocks=4), 2), (Config(min_blocks=1), 2), (Config(blocks=[]), 3)],
+)
+def test_what_the_user_asked_for_does_not_warn(config, workers):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Layout(small_preact(), config, workers).warn()
+
+
+@pytest.mark.parametrize("least", [5, 99])
+def test_an_explicit_minimum_above_the_number_of_blocks_is_an_error(least):
+    with pytest.raises(ValueError, match=f"min_blocks={least} is impossible with 4 partitionable"):
+        Layout(small_preact(), Config(min_blocks=least), 2)
+
+
+def test_a_minimum_that_only_the_warm_up_could_give_is_an_error_at_once():
+    with pytest.raises(ValueError, match="min_blocks=5 is impossible"):
+        Layout(small_preact(), Config(min_blocks=5, warmup_rounds=9), 2)
+
+
+def test_synchronised_batch_norm_is_refused_by_name():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(small_preact())
+    with pytest.raises(ValueError, match=r"section1\.0\.bn1 is a SyncBatchNorm.*Use BatchNorm"):
+        Layout(net, Config(min_blocks=1), 2)
+
+
+def test_a_network_without_blocks_is_an_error_unless_none_are_asked_for():
+    with pytest.raises(BlockSelectionError):
+        Layout(nn.Linear(3, 3), Config(), 2)
+    assert Layout(nn.Linear(3, 3), Config(blocks=[]), 2).blocks == ()
+
+
+def test_a_checkpoint_that_cannot_be_a_plain_model_warns():
+    with pytest.warns(UserWarning, match=r"scale of body\.0-3 does not fold into a weight"):
+        Layout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn()
+    with pytest.warns(UserWarning, match="batch_norm='batch'.*track_running_stats=False"):
+        Layout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Layout(small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2).warn()

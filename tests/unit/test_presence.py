@@ -1,0 +1,231 @@
+"""Contracts 5 and 10: absent means absent, and the user's objects stay the user's objects."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from resist_lightning.blocks import recognise, select_blocks
+from resist_lightning.models import PreActBlock
+from resist_lightning.presence import Presence, Residency, present_to_cpu
+from tests.helpers.memory import storage_bytes
+from tests.helpers.nets import MlpBlock, OwnForward, residual_block, small_preact
+
+
+def absent(block):
+    presence = Presence(recognise("block", block))
+    presence.free()
+    return presence
+
+
+def facts(module):
+    """What must not change of every parameter and buffer."""
+    return {
+        name: (id(t), type(t), t.shape, t.dtype, t.stride(), t.requires_grad, t.is_leaf, dict(t.__dict__))
+        for name, t in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def test_freeing_and_allocating_keeps_all_but_the_values():
+    block = PreActBlock(4, 4).to(memory_format=torch.channels_last)
+    block.bn1.weight.requires_grad_(False)
+    block.conv1.weight.partition_dim = 3
+    before = facts(block)
+    presence = Presence(recognise("block", block))
+    for _ in range(3):
+        presence.free()
+        assert facts(block) == before
+        assert not presence.present
+        presence.allocate()
+        assert facts(block) == before
+        assert presence.present
+    assert block.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert {tensor.device.type for tensor in presence.block.tensors().values()} == {"cpu"}
+
+
+def test_a_subclass_of_parameter_stays_one():
+    class Special(nn.Parameter):
+        pass
+
+    block = PreActBlock(4, 4)
+    block.conv1.weight = Special(block.conv1.weight.data)
+    presence = absent(block)
+    presence.allocate()
+    assert type(block.conv1.weight) is Special
+
+
+@pytest.mark.parametrize("kind", ["preact", "basic", "bottleneck"])
+def test_an_absent_block_is_exactly_the_identity_and_a_present_one_computes_again(kind):
+    block, x = residual_block(kind)
+    values = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
+    y = block(x).detach()
+    presence = absent(block)
+    assert block(x) is x
+    presence.allocate()
+    block.load_state_dict(values)
+    torch.testing.assert_close(block(x), y, rtol=0, atol=0)
+    assert "forward" not in block.__dict__
+
+
+def test_gradients_pass_an_absent_block_untouched():
+    block, x = residual_block("basic")
+    absent(block)
+    x = x.requires_grad_()
+    (3 * block(x)).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3))
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+def test_a_forward_of_the_instance_s_own_comes_back():
+    block, x = residual_block("preact")
+    block.forward = lambda _: "its own"
+    presence = absent(block)
+    assert block(x) is x
+    presence.allocate()
+    assert block(x) == "its own"
+
+
+@pytest.mark.parametrize(
+    "read", [lambda t: t.sum().item(), lambda t: t.tolist(), lambda t: t.numpy(), lambda t: float(t.flatten()[0])]
+)
+def test_reading_an_absent_value_raises(read):
+    block, _ = residual_block("preact")
+    absent(block)
+    for tensor in (block.conv1.weight.detach(), block.bn1.running_mean):
+        with pytest.raises((RuntimeError, NotImplementedError, TypeError), match=r"[mM]eta"):
+            read(tensor)
+
+
+def test_the_bytes_are_really_given_back():
+    block = MlpBlock(64)
+    block(torch.randn(2, 64)).sum().backward()
+    assert storage_bytes(block) == 2 * 4 * sum(p.numel() for p in block.parameters())
+    kept = [parameter.untyped_storage().nbytes() for parameter in block.parameters()]
+    presence = absent(block)
+    assert sum(kept) > 0
+    assert storage_bytes(block) == 0
+    gc.collect()
+    shapes = {tuple(parameter.shape) for parameter in block.parameters()}
+    alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and tuple(t.shape) in shapes]
+    assert all(tensor.is_meta for tensor in alive)
+    presence.allocate()
+    assert storage_bytes(block) == sum(kept)
+
+
+def test_optimizer_schedulers_and_clipping_stay_valid_over_many_cycles():
+    net = small_preact()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    presences = [Presence(block) for block in select_blocks(net)]
+    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for cycle in range(4):
+        gone, here = presences[cycle % 4], presences[(cycle + 1) % 4]
+        gone.free()
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 8, 8)).sum().backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        assert torch.isfinite(norm)
+        assert all(p.grad is None for p in gone.block.module.parameters())
+        assert all(p.grad is not None for p in here.block.module.parameters())
+        gone.allocate()
+        for parameter in gone.block.module.parameters():
+            nn.init.normal_(parameter, std=0.1)
+            optimizer.state.pop(parameter, None)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == parameters
+    assert [id(p) for p in net.parameters()] == parameters
+
+
+def test_a_tensor_that_a_graph_still_needs_says_which_and_why():
+    block, x = residual_block("preact")
+    kept = block(x).sum()
+    held = [tensor.view(-1) for tensor in block.parameters()]
+    with pytest.raises(RuntimeError, match=r"block\..* cannot be handed over.*autograd graph.*detach"):
+        absent(block)
+    assert kept.requires_grad
+    del held
+
+
+def test_a_loss_that_the_loop_still_holds_after_backward_is_no_hindrance():
+    block, x = residual_block("preact")
+    output = block(x)
+    loss = output.sum()
+    loss.backward()
+    presence = absent(block)
+    assert not presence.present
+    assert loss.grad_fn is not None
+
+
+def test_a_worker_holds_the_blocks_that_it_is_told_to_and_no_others():
+    net = small_preact()
+    blocks = select_blocks(net)
+    residency = Residency(blocks)
+    assert residency.held() == list(blocks)
+    for keep in ({0, 2}, {1, 2}, set(), {3}, {0, 1, 2, 3}, range(4)):
+        before = residency.held()
+        assert residency.leaving(keep) == [
+            block for index, block in enumerate(blocks) if block in before and index not in keep
+        ]
+        residency.hold(keep)
+        assert residency.held() == [blocks[index] for index in sorted(keep)]
+        for index, block in enumerate(blocks):
+            assert {tensor.is_meta for tensor in block.tensors().values()} == {index not in keep}
+
+
+def test_a_network_with_absent_blocks_can_be_copied_and_pickled():
+    net = small_preact()
+    Presence(select_blocks(net)[0]).free()
+    x = torch.randn(2, 3, 8, 8)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)
+
+
+def test_what_is_present_moves_to_the_cpu_and_the_rest_stays_absent():
+    net = small_preact()
+    Presence(select_blocks(net)[1]).free()
+    present_to_cpu(net)
+    assert {name for name, parameter in net.named_parameters() if parameter.is_meta} == {
+        name for name, _ in net.named_parameters() if name.startswith("section3.2.")
+    }
+
+
+def test_a_block_with_a_forward_of_its_class_s_own_is_bypassed_too():
+    block = OwnForward(4, 4)
+    x = torch.randn(1, 4, 3, 3)
+    absent(block)
+    assert block(x) is x
+
+
+def test_gradient_hooks_of_a_parameter_survive_an_absence():
+    """Contract 10: callbacks stay valid. swap_tensors takes the hooks away with the memory, silently."""
+    block, x = residual_block("preact")
+    weight, seen = block.conv1.weight, []
+    handles = [
+        weight.register_hook(lambda gradient: seen.append("hook")),
+        weight.register_hook(lambda gradient: 0 * gradient),
+        weight.register_post_accumulate_grad_hook(lambda parameter: seen.append("post")),
+    ]
+
+    def backward():
+        seen.clear()
+        block.zero_grad()
+        block(x).sum().backward()
+        return seen, bool(block.conv1.weight.grad.any())
+
+    values = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    presence = Presence(recognise("block", block))
+    for _ in range(3):
+        assert backward() == (["hook", "post"], False)
+        presence.free()
+        presence.allocate()
+        block.load_state_dict(values)
+    assert backward() == (["hook", "post"], False)
+    for handle in handles:
+        handle.remove()
+    assert backward() == ([], True)
