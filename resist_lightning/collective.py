@@ -6,13 +6,17 @@ share one GPU (NCCL refuses that).
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from resist_lightning.accounting import all_reduce_bytes
@@ -178,6 +182,52 @@ def default_collective() -> Collective:
 def group_exists() -> bool:
     """Whether torch.distributed's default group exists."""
     return dist.is_available() and dist.is_initialized()
+
+
+_stores: dict[tuple[int, str, int], Store] = {}
+_groups_joined: Counter[tuple[int, str, int]] = Counter()
+
+
+def join_group(
+    backend: str,
+    *,
+    address: str,
+    port: int,
+    worker: int,
+    workers: int,
+    timeout: timedelta,
+    device: torch.device | None = None,
+) -> None:
+    """Make torch.distributed's default group. Collective: every worker must call this, equally often.
+
+    All groups that a process joins one after the other share one store, each under a name of its own. A store that
+    ends with its group, or in which the next group uses the old names (under torchrun), shows a quick worker where
+    the others *were*; it is then refused the connection.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        address: of worker 0's host.
+        port: where worker 0, or torchrun, serves the store.
+        worker: this worker's number.
+        workers: how many there are.
+        timeout: for the making of the group and for everything said in it.
+        device: of this worker, where the backend should bind to it.
+    """
+    key = (os.getpid(), address, port)
+    if key not in _stores:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
+    store = _stores[key]
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"resist_lightning/{_groups_joined[key]}", store),
+        rank=worker,
+        world_size=workers,
+        timeout=timeout,
+        device_id=device,
+    )
+    _groups_joined[key] += 1
 
 
 def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

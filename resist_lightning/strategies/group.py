@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-from resist_lightning.collective import destroy_group, gather_tensor, group_exists
+from resist_lightning.collective import destroy_group, gather_tensor, group_exists, join_group
 from resist_lightning.engine import Engine
 from resist_lightning.presence import present_to_cpu
 from resist_lightning.strategies.launch import StartMethod
@@ -51,6 +51,25 @@ class GroupStrategy(DDPStrategy):
         """Called in each worker when it starts; joins the group, unless the user's program has done so."""
         self._owns_group = not group_exists()
         super().setup_environment()
+
+    @override
+    def setup_distributed(self) -> None:
+        """Called by ``setup_environment``. Lightning would let the next group of a process use the last one's names."""
+        if not group_exists():
+            self.set_world_ranks()
+            environment = self.cluster_environment
+            assert environment is not None
+            assert self._timeout is not None
+            join_group(
+                self._get_process_group_backend(),
+                address=environment.main_address,
+                port=environment.main_port,
+                worker=self.global_rank,
+                workers=self.world_size,
+                timeout=self._timeout,
+                device=self.root_device if self.root_device.type == "cuda" else None,
+            )
+        super().setup_distributed()
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

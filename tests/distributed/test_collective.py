@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from resist_lightning.collective import GroupCollective, SoloCollective, default_collective, destroy_group, group_exists
+from resist_lightning.collective import (
+    GroupCollective,
+    SoloCollective,
+    default_collective,
+    destroy_group,
+    group_exists,
+    join_group,
+)
 from tests.helpers.processes import run_workers
 
 
@@ -67,3 +78,27 @@ def test_a_group_of_one_is_no_group():
     assert run_workers(alone, 1) == [[True, True, False, True]]
     assert not group_exists()
     assert isinstance(default_collective(), SoloCollective)
+
+
+def rejoin(worker, port):
+    """Groups one after the other; worker 0 comes late each time, so that its last address is all there is to find."""
+    workers = dist.get_world_size()
+    destroy_group()
+    sums = []
+    for group in range(3):
+        time.sleep(0 if worker else 0.3)
+        join_group(
+            "gloo", address="127.0.0.1", port=port, worker=worker, workers=workers, timeout=timedelta(seconds=20)
+        )
+        sums.append(sum(row[0] for row in default_collective().gather_numbers([worker + group])))
+        if group < 2:
+            dist.barrier()
+            destroy_group()
+    return sums
+
+
+def test_a_quick_worker_does_not_find_the_group_before():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert run_workers(rejoin, 2, port) == [[1, 3, 5]] * 2
