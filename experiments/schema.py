@@ -13,6 +13,7 @@ from typing import Any
 import torchvision
 from omegaconf import MISSING
 
+from resist_lightning.accounting import WIRE_FORMATS
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
 RESNETS = tuple(
@@ -49,6 +50,7 @@ class Rounds:
 
     _target_: str = MISSING
     local_steps: int = limited(least=1, hint="the paper takes 50; 1 averages after every step")
+    wire: str = limited(choices=tuple(WIRE_FORMATS), hint="bits of a parameter at a sync; fp32 sends it as it is")
     data: str = limited(choices=("shard", "copy"), hint="copy is the paper's: all images on every worker")
     parallel_devices: list[str] | None = MISSING
     process_group_backend: str | None = limited(choices=("gloo", "nccl"), hint="null chooses by the device")

@@ -39,20 +39,75 @@ def parameter_server_bytes(subnet_bytes: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
+class WireFormat:
+    """How trainable parameters look on the wire: groups of entries, with a scale each.
+
+    Args:
+        bits: bits of an entry.
+        group: entries that share a scale; the last group of a message is filled up.
+        scale_bytes: bytes of a scale.
+    """
+
+    bits: int
+    group: int = 1
+    scale_bytes: int = 0
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group, its scale included."""
+        return self.bits * self.group // 8 + self.scale_bytes
+
+    def groups(self, entries: int) -> int:
+        """Groups of a message of ``entries``."""
+        return -(-entries // self.group)
+
+    def bytes(self, entries: int) -> int:
+        """Bytes of a message of ``entries``."""
+        return self.groups(entries) * self.group_bytes
+
+    def share(self, entries: int, worker: int, workers: int) -> tuple[int, int]:
+        """First group, and the one after the last, that ``worker`` averages for all."""
+        groups = self.groups(entries)
+        return groups * worker // workers, groups * (worker + 1) // workers
+
+    def mean_bytes(self, entries: int, worker: int, workers: int) -> int:
+        """Bytes that ``worker`` sends for a mean: the others' shares to them, and its own share to all of them."""
+        first, last = self.share(entries, worker, workers)
+        mine = last - first
+        return (self.groups(entries) - mine + mine * (workers - 1)) * self.group_bytes
+
+
+WIRE_FORMATS: dict[str, WireFormat | None] = {
+    "fp32": None,
+    "bf16": WireFormat(16),
+    "int8": WireFormat(8, group=256, scale_bytes=4),
+    "int6": WireFormat(6, group=256, scale_bytes=4),
+    "int4": WireFormat(4, group=256, scale_bytes=4),
+}
+"""By name; None sends every tensor in its own data type."""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes of a model's parts; those that are averaged, by name of the data type.
 
     Args:
-        shared: bytes of the shared tensors that are averaged.
-        blocks: bytes of each partitionable block, its buffers included; all data types together.
-        averaged: bytes of each block that an average of it sends: all but frozen parameters.
+        shared: bytes of the shared tensors that are averaged, but for those that are compressed.
+        blocks: bytes of each partitionable block on the wire, its buffers included; all data types together.
+        averaged: bytes of each block that an average of it sends: all but frozen and compressed parameters.
         states: bytes of the optimizer state that travels with each block; 0 unless momentum travels.
+        wire: how trainable parameters are compressed; None if they are not.
+        shared_entries: entries of the shared parameters that are compressed.
+        block_entries: the same for each block.
     """
 
     shared: Mapping[str, int]
     blocks: tuple[int, ...]
     averaged: tuple[Mapping[str, int], ...]
     states: tuple[int, ...]
+    wire: WireFormat | None = None
+    shared_entries: int = 0
+    block_entries: tuple[int, ...] = ()
 
 
 def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int]]:
@@ -74,13 +129,20 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int
     shared = sum(all_reduce_bytes(size, workers) for size in reduced.values())
     return [
         {
-            "shared": shared,
+            "shared": shared + _compressed_mean(plan, sizes, worker, workers),
             "merge": _sent(plan.merge, sizes.blocks, worker),
             "hand_over": _sent(plan.hand_over, sizes.blocks, worker),
             "state": _sent((*plan.merge, *plan.hand_over), sizes.states, worker),
         }
         for worker in range(workers)
     ]
+
+
+def _compressed_mean(plan: SyncPlan, sizes: Sizes, worker: int, workers: int) -> int:
+    if sizes.wire is None or workers == 1:
+        return 0
+    entries = sizes.shared_entries + sum(sizes.block_entries[block] for block in plan.averaged)
+    return sizes.wire.mean_bytes(entries, worker, workers)
 
 
 def _sent(transfers: Sequence[Transfer], sizes: Sequence[int], worker: int) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
+WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 PAPER_MIN_BLOCKS = 5
@@ -34,6 +35,8 @@ class Config:
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             chance that a block is held: mean blocks per worker / number of blocks.
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
+        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
+            ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -48,6 +51,7 @@ class Config:
     warmup_rounds: int = 0
     test_scale: float | None = None
     recalibration_batches: int = 8
+    wire: WireName = "fp32"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -59,6 +63,7 @@ class Config:
             _check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
         check_choice("momentum", self.momentum, get_args(MomentumPolicy))
         check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
+        check_choice("wire", self.wire, get_args(WireName))
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 

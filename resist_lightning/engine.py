@@ -19,13 +19,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS, Sizes
 from resist_lightning.collective import Collective, default_collective
 from resist_lightning.config import Config
-from resist_lightning.exchange import Cargo, Exchange, Kinds
+from resist_lightning.exchange import Kinds
 from resist_lightning.full_model import FullModel
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout, parameters_of
@@ -37,6 +37,7 @@ from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
 from resist_lightning.presence import Residency
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks
+from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
 
 
@@ -77,13 +78,12 @@ class Engine:
         self._meeting = Meeting(self.layout, self.collective, host or Host())
         self._device = next((tensor.device for tensor in self.layout.shared.values()), torch.device("cpu"))
         self.seconds = Seconds(self._device)
-        self._exchange = Exchange(self.collective, self._device)
+        self._sync = Sync(self.layout, self.states, self.collective, self._device, self.seconds)
         self._residency = Residency(self.layout.blocks)
         self._recorder: InputRecorder | None = None
         self._warmup_hooks = ScaleHooks([], 1.0)
-        self._changing: set[str] = set()
         self._changes_at_start = self._changes_unsynced = 0
-        self._full = FullModel(self.layout, self._exchange, forward_context)
+        self._full = FullModel(self.layout, self._sync.exchange, forward_context)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         if self.collective.worker == 0:
@@ -108,7 +108,7 @@ class Engine:
             WorkersDisagree: if the workers' models or settings differ.
         """
         self._meeting.hold(Purpose.START, self.clock)
-        self._exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+        self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         if self.config.batch_norm == "recalibrate" and self.layout.partial:
             self._recorder = InputRecorder(self.module, self.config.recalibration_batches)
         self._make_room(self.partition)
@@ -135,7 +135,7 @@ class Engine:
         """Sync if the round is complete. Collective at the end of a round: every worker must call this."""
         if self.clock.due:
             with self.seconds.timed("sync"):
-                self._sync()
+                self._end_round()
 
     @contextmanager
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
@@ -234,15 +234,14 @@ class Engine:
         """Bytes of the model's parts, for :func:`resist_lightning.accounting.sync_bytes`."""
         return self.layout.sizes(self.states)
 
-    def _sync(self) -> None:
+    def _end_round(self) -> None:
         self._meeting.hold(Purpose.SYNC, self.clock)
-        plan = self._next_plan()
+        plan, ended = self._next_plan(), self.clock.round
         if self.config.momentum == "reset":
             self.states.reset()
-        self._exchange.average(self._averaged(plan.averaged), "shared")
-        self._exchange.merge(plan, self._cargo, Kinds())
+        self._sync.average(plan)
         self.clock.next_round()
-        self._exchange.hand_over(plan, self._cargo, Kinds(), lambda: self._make_room(self.partition))
+        self._sync.hand_over(plan, ended, lambda: self._make_room(self.partition))
         self._begin_round()
 
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
@@ -254,30 +253,18 @@ class Engine:
         reports = self._meeting.hold(purpose, self.clock, [len(calls), self.clock.step + self._changes_unsynced])
         self._warmup_hooks.remove()
         plan, kinds = plan_observation(self._next_plan(), self.collective.workers), Kinds.all(kind)
+        exchange = self._sync.exchange
         if keep:
             held = [tensor for block in self._residency.held() for tensor in block.tensors().values()]
             self._full.remember([*self.layout.shared.values(), *held])
         if any(changes for _, changes in reports):  # otherwise all that several workers hold is equal already
-            self._exchange.average(self._averaged(plan.averaged), kind)
-            self._exchange.merge(plan, lambda block: self._cargo(block, state=False), kinds)
-        self._exchange.hand_over(plan, lambda block: self._cargo(block, state=False), kinds, self._residency.hold_all)
+            exchange.average(self._sync.averaged(plan.averaged), kind)
+            exchange.merge(plan, self._sync.cargo, kinds)
+        exchange.hand_over(plan, self._sync.cargo, kinds, self._residency.hold_all)
         self._full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind)
 
     def _next_plan(self) -> SyncPlan:
         return plan_sync(self.partition, self.layout.schedule.partition(self.clock.round + 1))
-
-    def _averaged(self, blocks: Sequence[int]) -> list[Tensor]:
-        """Shared tensors, and the tensors of some blocks, that may have changed in this round."""
-        names = self._changing | self.layout.changing()
-        tensors = dict(self.layout.shared)
-        for block in blocks:
-            tensors.update(self.layout.blocks[block].tensors())
-        return [tensor for name, tensor in tensors.items() if name in names]
-
-    def _cargo(self, index: int, *, state: bool = True) -> Cargo:
-        block = self.layout.blocks[index]
-        travels = state and self.config.momentum == "travel"
-        return Cargo(list(block.tensors().values()), self.states.tensors(block.module.parameters()) if travels else ())
 
     def _make_room(self, partition: Partition) -> None:
         """Hold what ``partition`` says, and forget the optimizer state of blocks that leave."""
@@ -286,7 +273,7 @@ class Engine:
         self._residency.hold(held)
 
     def _begin_round(self) -> None:
-        self._changing = self.layout.changing()
+        self._sync.begin_round(self.clock.round)
         self._changes_at_start = self._changes()
         self._hook_warmup()
 

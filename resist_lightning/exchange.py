@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resist_lightning.collective import Collective
 from resist_lightning.plan import SyncPlan, Transfer
+from resist_lightning.wire import Wire, arrange, flatten, split
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,31 @@ class Cargo:
     """What travels of a block. Tensors of an absent block are on the meta device: a shape and a data type.
 
     Args:
-        block: its parameters and buffers.
+        block: its parameters and buffers, but for those that are compressed.
         state: its optimizer state, if that travels.
+        compressed: parameters that travel in fewer bits.
+        noise: random numbers for rounding these.
     """
 
     block: Sequence[Tensor]
     state: Sequence[Tensor] = ()
+    compressed: Sequence[Tensor] = ()
+    noise: torch.Generator | None = None
+
+    @property
+    def plain(self) -> list[Tensor]:
+        """What travels as it is, in the order of travel."""
+        return [*self.block, *self.state]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of it, in the order of travel."""
-        return [*self.block, *self.state]
+        return [*self.plain, *arrange(self.compressed)]
+
+    @property
+    def entries(self) -> int:
+        """Numbers that travel in fewer bits."""
+        return sum(tensor.numel() for tensor in self.compressed)
 
 
 @dataclass(frozen=True)
@@ -55,11 +70,13 @@ class Exchange:
     Args:
         collective: the workers.
         device: where the tensors of present blocks live.
+        wire: how compressed cargo is sent; needed only if there is any.
     """
 
-    def __init__(self, collective: Collective, device: torch.device) -> None:
+    def __init__(self, collective: Collective, device: torch.device, wire: Wire | None = None) -> None:
         self._collective = collective
         self._device = device
+        self._wire = wire
 
     def average(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by their mean over all workers (integers: the maximum); one all-reduce per data type.
@@ -81,7 +98,7 @@ class Exchange:
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received = self._transfer(plan.merge, cargo, kinds.merge, kinds.state)
+        received, _ = self._transfer(plan.merge, cargo, kinds.merge, kinds.state)
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
         for transfer, tensors in received.items():
             copies[transfer.block].append(tensors)
@@ -103,38 +120,88 @@ class Exchange:
             make_room: called when all has been sent and received, to free blocks that leave and allocate those that
                 arrive.
         """
-        received = self._transfer(plan.hand_over, cargo, kinds.hand_over, kinds.state)
+        received, sent = self._transfer(plan.hand_over, cargo, kinds.hand_over, kinds.state)
         make_room()
         for transfer, tensors in received.items():
-            for own, value in zip(cargo(transfer.block).tensors, tensors, strict=True):
-                own.detach().copy_(value)
+            _put(cargo(transfer.block).tensors, tensors)
+        for block, message in sent.items():  # an owner that stays a holder has what the other holders have
+            load = cargo(block)
+            if load.compressed and not load.compressed[0].is_meta:
+                _put(arrange(load.compressed), self._decompressed(message, load))
 
     def _transfer(
         self, transfers: Sequence[Transfer], cargo: Callable[[int], Cargo], kind: str, state_kind: str
-    ) -> dict[Transfer, list[Tensor]]:
-        """Send and receive at once. Returns the received tensors (views of flat buffers) by transfer."""
+    ) -> tuple[dict[Transfer, list[Tensor]], dict[int, Tensor]]:
+        """Send and receive at once.
+
+        Returns:
+            The received tensors by transfer, and the compressed messages that were sent by block.
+        """
         me = self._collective.worker
-        outgoing: dict[int, list[Tensor]] = defaultdict(list)
+        outgoing: dict[int, list[Transfer]] = defaultdict(list)
         expected: dict[int, list[Transfer]] = defaultdict(list)
-        kinds: Counter[str] = Counter()
         for transfer in transfers:
             if transfer.source == me:
-                load = cargo(transfer.block)
-                outgoing[transfer.target].extend(load.tensors)
-                kinds[kind] += _bytes(load.block)
-                kinds[state_kind] += _bytes(load.state)
+                outgoing[transfer.target].append(transfer)
             elif transfer.target == me:
                 expected[transfer.source].append(transfer)
-        sends = {peer: list(self._pack(tensors).values()) for peer, tensors in outgoing.items()}
-        loads = {peer: [cargo(transfer.block).tensors for transfer in batch] for peer, batch in expected.items()}
-        buffers = {peer: self._empty([tensor for load in batch for tensor in load]) for peer, batch in loads.items()}
-        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in buffers.items()}, kinds)
+        loads = {t.block: cargo(t.block) for t in transfers if me in (t.source, t.target)}
+        messages = {block: self._compressed(loads[block]) for block in {t.block for t in transfers if t.source == me}}
+        kinds: Counter[str] = Counter()
+        for transfer in (transfer for batch in outgoing.values() for transfer in batch):
+            kinds[kind] += _bytes([*loads[transfer.block].block, messages[transfer.block]])
+            kinds[state_kind] += _bytes(loads[transfer.block].state)
+        sends = {peer: self._parcel(batch, loads, messages) for peer, batch in outgoing.items()}
+        receives = {peer: self._empty_parcel(batch, loads) for peer, batch in expected.items()}
+        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in receives.items()}, kinds)
         received: dict[Transfer, list[Tensor]] = {}
-        for peer, flats in buffers.items():
-            offsets: Counter[torch.dtype] = Counter()
-            for transfer, tensors in zip(expected[peer], loads[peer], strict=True):
-                received[transfer] = [_take(flats, offsets, tensor) for tensor in tensors]
+        for peer, flats in receives.items():
+            received.update(self._unpack(expected[peer], loads, flats))
+        return received, {block: message for block, message in messages.items() if len(message)}
+
+    def _parcel(
+        self, batch: Sequence[Transfer], loads: Mapping[int, Cargo], messages: Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """One flat buffer per data type, and one for what is compressed."""
+        plain = self._pack(tensor for transfer in batch for tensor in loads[transfer.block].plain)
+        compressed = torch.cat([messages[transfer.block] for transfer in batch])
+        return [*plain.values(), compressed] if len(compressed) else list(plain.values())
+
+    def _empty_parcel(self, batch: Sequence[Transfer], loads: Mapping[int, Cargo]) -> dict[torch.dtype | None, Tensor]:
+        """Room for what :meth:`_parcel` makes; under None what is compressed."""
+        plain = self._empty(tensor for transfer in batch for tensor in loads[transfer.block].plain)
+        compressed = sum(self._compressed_bytes(loads[transfer.block]) for transfer in batch)
+        if compressed:
+            plain[None] = torch.empty(compressed, dtype=torch.uint8, device=self._device)
+        return plain
+
+    def _unpack(
+        self, batch: Sequence[Transfer], loads: Mapping[int, Cargo], flats: Mapping[torch.dtype | None, Tensor]
+    ) -> dict[Transfer, list[Tensor]]:
+        """What arrived from one worker, in the shapes of the cargo; what was plain are views."""
+        offsets: Counter[torch.dtype] = Counter()
+        start = 0
+        received: dict[Transfer, list[Tensor]] = {}
+        for transfer in batch:
+            load = loads[transfer.block]
+            received[transfer] = [_take(flats[tensor.dtype], offsets, tensor) for tensor in load.plain]
+            end = start + self._compressed_bytes(load)
+            if end > start:
+                received[transfer] += self._decompressed(flats[None][start:end], load)
+            start = end
         return received
+
+    def _compressed(self, load: Cargo) -> Tensor:
+        if self._wire is None or not load.compressed:
+            return torch.empty(0, dtype=torch.uint8, device=self._device)
+        return self._wire.encode(flatten(arrange(load.compressed)), load.noise)
+
+    def _compressed_bytes(self, load: Cargo) -> int:
+        return self._wire.format.bytes(load.entries) if self._wire is not None else 0
+
+    def _decompressed(self, message: Tensor, load: Cargo) -> list[Tensor]:
+        assert self._wire is not None
+        return split(self._wire.decode(message, load.entries), arrange(load.compressed))
 
     def _pack(self, tensors: Iterable[Tensor]) -> dict[torch.dtype, Tensor]:
         groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
@@ -142,7 +209,7 @@ class Exchange:
             groups[tensor.dtype].append(tensor.detach().reshape(-1).to(self._device))
         return {dtype: torch.cat(groups[dtype]) for dtype in sorted(groups, key=str)}
 
-    def _empty(self, tensors: Iterable[Tensor]) -> dict[torch.dtype, Tensor]:
+    def _empty(self, tensors: Iterable[Tensor]) -> dict[torch.dtype | None, Tensor]:
         sizes: Counter[torch.dtype] = Counter()
         for tensor in tensors:
             sizes[tensor.dtype] += tensor.numel()
@@ -153,11 +220,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _take(flats: Mapping[torch.dtype, Tensor], offsets: Counter[torch.dtype], like: Tensor) -> Tensor:
+def _take(flat: Tensor, offsets: Counter[torch.dtype], like: Tensor) -> Tensor:
     """The next piece of a flat buffer, in the shape of ``like``."""
     start = offsets[like.dtype]
     offsets[like.dtype] += like.numel()
-    return flats[like.dtype][start : start + like.numel()].view(like.shape)
+    return flat[start : start + like.numel()].view(like.shape)
+
+
+def _put(own: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(own, values, strict=True):
+        tensor.detach().copy_(value)
 
 
 def _copy_into(tensors: Iterable[Tensor], flat: Tensor) -> None:

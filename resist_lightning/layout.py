@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from resist_lightning.accounting import Sizes
+from resist_lightning.accounting import WIRE_FORMATS, Sizes
 from resist_lightning.blocks import Block, left_out, select_blocks, summary
 from resist_lightning.config import PAPER_MIN_BLOCKS, Config
 from resist_lightning.norm import norms_with_statistics
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.rounds import Schedule
 from resist_lightning.scaling import coverage, foldable
+from resist_lightning.wire import compressible
 
 
 class Layout:
@@ -62,22 +63,42 @@ class Layout:
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
         travels = self.config.momentum == "travel"
+        wire = WIRE_FORMATS[self.config.wire]
         changing = self.changing()
-        blocks = [block.tensors() for block in self.blocks]
+        plain = [self._plain(block.tensors()) for block in self.blocks]
+        entries = [self._entries(block.tensors()) for block in self.blocks]
         return Sizes(
-            shared=_bytes_by_dtype(tensor for name, tensor in self.shared.items() if name in changing),
-            blocks=tuple(sum(_bytes_by_dtype(tensors.values()).values()) for tensors in blocks),
+            shared=_bytes_by_dtype(tensor for name, tensor in self._plain(self.shared).items() if name in changing),
+            blocks=tuple(
+                _bytes_by_dtype(tensors.values()).total() + (wire.bytes(count) if wire else 0)
+                for tensors, count in zip(plain, entries, strict=True)
+            ),
             averaged=tuple(
-                _bytes_by_dtype(tensor for name, tensor in tensors.items() if name in changing) for tensors in blocks
+                _bytes_by_dtype(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
             ),
             states=tuple(states.bytes(block.module.parameters()) if travels else 0 for block in self.blocks),
+            wire=wire,
+            shared_entries=self._entries(self.shared),
+            block_entries=tuple(entries),
+        )
+
+    def _plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some tensors that travel as they are."""
+        if self.config.wire == "fp32":
+            return dict(tensors)
+        return {name: tensor for name, tensor in tensors.items() if not compressible(tensor)}
+
+    def _entries(self, tensors: Mapping[str, Tensor]) -> int:
+        """Numbers in those of some tensors that are compressed."""
+        return sum(tensor.numel() for tensor in tensors.values()) - sum(
+            tensor.numel() for tensor in self._plain(tensors).values()
         )
 
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""
         named: list[tuple[str, Tensor]] = [*self.module.named_parameters(), *self.module.named_buffers()]
         parts = [f"{name}:{tuple(t.shape)}:{t.dtype}:{t.requires_grad}" for name, t in named]
-        settings = (self.schedule, self.scale, self.config.momentum, self.config.batch_norm)
+        settings = (self.schedule, self.scale, self.config.momentum, self.config.batch_norm, self.config.wire)
         text = repr((parts, [block.name for block in self.blocks], settings))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
@@ -85,13 +106,17 @@ class Layout:
         """A sentence that says what was chosen."""
         workers = self.schedule.workers
         if not self.blocks:
-            return f"All parameters are shared by {workers} worker(s); rounds of {self.config.local_steps} local steps."
+            return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
         counts = sorted(map(len, self.schedule.partition(self.config.warmup_rounds).held), reverse=True)
         return (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker: {summary([block.name for block in self.blocks])}; "
-            f"all else is shared. Rounds of {self.config.local_steps} local steps; test-time scale {self.scale:.4g}."
+            f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scale:.4g}."
         )
+
+    def _rounds(self) -> str:
+        wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
+        return f"{self.config.local_steps} local steps{wire}"
 
     def warn(self) -> None:
         """Say what of the settings has less effect than a user may think."""

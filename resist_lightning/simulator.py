@@ -20,8 +20,10 @@ from resist_lightning.blocks import Block, select_blocks
 from resist_lightning.config import Config, NormPolicy
 from resist_lightning.layout import Layout
 from resist_lightning.norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks, fold, foldable
+from resist_lightning.wire import Wire, arrange, compressible, flatten, make_wire, noise_for, split
 
 
 @dataclass
@@ -83,6 +85,8 @@ class Simulator:
         self._block_of = {name: i for i, block in enumerate(layout.blocks) for name in block.tensors()}
         self._partial = layout.partial
         self._warmup_hooks: list[ScaleHooks] = []
+        self._wire = make_wire(config.wire) if workers > 1 else None
+        self._before: dict[str, Tensor] = {}
         self._begin_round()
 
     def after_step(self) -> None:
@@ -123,10 +127,12 @@ class Simulator:
 
     def _sync(self) -> None:
         before = self.schedule.partition(self.clock.round)
+        after = self.schedule.partition(self.clock.round + 1)
         state = self._means()
+        if self._wire is not None:
+            state.update(self._means_over(self._wire, plan_sync(before, after)))
         momenta = self._block_momenta(before.held)
         self.clock.next_round()
-        after = self.schedule.partition(self.clock.round)
         for index, worker in enumerate(self.workers):
             with torch.no_grad():
                 for name, tensor in worker.tensors().items():
@@ -148,6 +154,45 @@ class Simulator:
             values = torch.stack([copies[worker][name].detach() for worker in holders])
             means[name] = values.mean(0) if values.is_floating_point() else values.max(0).values
         return means
+
+    def _means_over(self, wire: Wire, plan: SyncPlan) -> dict[str, Tensor]:
+        """The means of trainable parameters as they come out of a wire in fewer bits, by name."""
+        copies = [worker.tensors() for worker in self.workers]
+        blocks = [[name for name, t in block.tensors().items() if compressible(t)] for block in self.workers[0].blocks]
+        joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
+        means = self._joint_over(wire, sum((blocks[block] for block in plan.averaged), joint), copies)
+        for block, root in plan.owner.items():
+            if blocks[block]:
+                means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
+        return means
+
+    def _joint_over(self, wire: Wire, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What all workers hold: the mean of the changes, each through the wire, and then itself through the wire."""
+        before = {name: self._before[name] for name in names}
+        changes = [wire.through(_flat({name: copy[name] - before[name] for name in names})) for copy in copies]
+        mean = wire.through(sum(changes[1:], changes[0]) / len(copies))
+        return {name: before[name] + change for name, change in _pieces(mean, before).items()}
+
+    def _block_over(
+        self, wire: Wire, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A block: what the owner makes of the other holders' values, and then itself through the wire, if sent."""
+
+        def sent_by(worker: int, values: Tensor) -> Tensor:
+            return wire.through(values, noise_for(self.config.seed, self.clock.round, block, worker, values.device))
+
+        own = {name: copies[root][name] for name in names}
+        held = [
+            sent_by(transfer.source, _flat({name: copies[transfer.source][name] for name in names}))
+            for transfer in plan.merge
+            if transfer.block == block
+        ]
+        value = _flat(own)
+        if held:  # as the owner computes it, since a rounding error may end in another value on the wire
+            value = value + torch.stack([values - value for values in held]).sum(0) / (len(held) + 1)
+        if any(transfer.block == block for transfer in plan.hand_over):
+            value = sent_by(root, value)
+        return _pieces(value, own)
 
     def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Tensor]:
         """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
@@ -184,6 +229,8 @@ class Simulator:
 
     def _begin_round(self) -> None:
         partition = self.schedule.partition(self.clock.round)
+        if self._wire is not None:
+            self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
         for hooks in self._warmup_hooks:
             hooks.remove()
         warmup = self.schedule.is_warmup(self.clock.round)
@@ -214,3 +261,13 @@ class Simulator:
 def _skip(x: Any) -> Any:
     """A block that a worker lacks."""
     return x
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return flatten(arrange(tensors.values()))
+
+
+def _pieces(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {id(tensor): name for name, tensor in like.items()}
+    tensors = arrange(like.values())
+    return {names[id(t)]: piece for t, piece in zip(tensors, split(flat, tensors), strict=True)}

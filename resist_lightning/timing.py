@@ -17,17 +17,21 @@ class Seconds:
         device: waited for before the clock is read, if it is a GPU.
 
     Attributes:
-        sync: seconds in syncs: averaging, hand-over, and packing.
+        sync: seconds in syncs: meeting, averaging and hand-over.
+        averaging: of them, making shared tensors the mean of the workers'.
+        hand_over: of them, merging blocks and bringing them to their next holders.
         observe: seconds for assembling the full model and going back, without the evaluation itself.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sync = 0.0
+        self.averaging = 0.0
+        self.hand_over = 0.0
         self.observe = 0.0
         self._device = device
 
     @contextmanager
-    def timed(self, what: Literal["sync", "observe"]) -> Iterator[None]:
+    def timed(self, what: Literal["sync", "averaging", "hand_over", "observe"]) -> Iterator[None]:
         """Add the time inside to ``what``."""
         start = self._now()
         yield

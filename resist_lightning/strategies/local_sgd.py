@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from resist_lightning.config import Config, check_choice
+from resist_lightning.config import Config, WireName, check_choice
 from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, StartMethod
 from resist_lightning.strategies.subnet import DataPolicy, SubnetStrategy
 
@@ -18,6 +18,8 @@ class LocalSGDStrategy(SubnetStrategy):
     Args:
         local_steps: local steps per round, at least 1.
         momentum: what happens to optimizer state at a sync: ``"reset"`` or ``"keep"``.
+        wire: how trainable parameters are sent at a sync: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"int6"``
+            or ``"int4"``; all but the first need one more copy of the parameters on each worker.
         data: ``"shard"`` (each worker sees its part of the training set) or ``"copy"`` (each sees all of it).
         parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
@@ -36,6 +38,7 @@ class LocalSGDStrategy(SubnetStrategy):
         *,
         local_steps: int = 50,
         momentum: Literal["reset", "keep"] = "reset",
+        wire: WireName = "fp32",
         data: DataPolicy = "shard",
         parallel_devices: list[torch.device] | None = None,
         process_group_backend: str | None = None,
@@ -44,7 +47,7 @@ class LocalSGDStrategy(SubnetStrategy):
     ) -> None:
         check_choice("momentum", momentum, ("reset", "keep"))
         super().__init__(
-            Config(local_steps=local_steps, blocks=[], momentum=momentum, batch_norm="running"),
+            Config(local_steps=local_steps, blocks=[], momentum=momentum, batch_norm="running", wire=wire),
             data=data,
             parallel_devices=parallel_devices,
             process_group_backend=process_group_backend,

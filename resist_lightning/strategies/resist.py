@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from resist_lightning.config import BlockChoice, Config, MomentumPolicy, NormPolicy
+from resist_lightning.config import BlockChoice, Config, MomentumPolicy, NormPolicy, WireName
 from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, StartMethod
 from resist_lightning.strategies.subnet import DataPolicy, SubnetStrategy
 
@@ -29,6 +29,8 @@ class ResISTStrategy(SubnetStrategy):
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         test_scale: factor on residual branches of partitioned blocks in the full model, in (0, 1]; default: mean
             blocks per worker / number of blocks. The paper's text has 1 / workers.
+        wire: how trainable parameters are sent at a sync: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"int6"``
+            or ``"int4"``; all but the first need a copy of the shared parameters on each worker.
         data: ``"shard"`` (each worker sees its part of the training set) or ``"copy"`` (each sees all of it, in its own
             order, as in the paper).
         parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
@@ -56,6 +58,7 @@ class ResISTStrategy(SubnetStrategy):
         batch_norm: NormPolicy = "recalibrate",
         warmup_rounds: int = 0,
         test_scale: float | None = None,
+        wire: WireName = "fp32",
         data: DataPolicy = "shard",
         parallel_devices: list[torch.device] | None = None,
         process_group_backend: str | None = None,
@@ -73,6 +76,7 @@ class ResISTStrategy(SubnetStrategy):
             batch_norm=batch_norm,
             warmup_rounds=warmup_rounds,
             test_scale=test_scale,
+            wire=wire,
         )
         super().__init__(
             config,

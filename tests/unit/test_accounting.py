@@ -14,6 +14,7 @@ from resist_lightning import Config
 from resist_lightning.accounting import (
     KINDS,
     TRAINING_KINDS,
+    WIRE_FORMATS,
     Sizes,
     all_reduce_bytes,
     ddp_bytes,
@@ -172,3 +173,28 @@ def test_data_types_are_reduced_apart_so_each_is_rounded_up_by_itself():
     plan = plan_sync(everything(1, 3), everything(1, 3))
     sizes = Sizes({"torch.float32": 4, "torch.int64": 8}, (12,), ({"torch.float32": 12},), (0,))
     assert [row["shared"] for row in sync_bytes(plan, sizes, 3)] == [22 + 11] * 3
+
+
+def test_the_bytes_of_a_message_are_bits_and_scales():
+    assert [WIRE_FORMATS["int8"].bytes(entries) for entries in (0, 1, 256, 257)] == [0, 260, 260, 520]
+    assert [WIRE_FORMATS[name].bytes(2560) for name in ("bf16", "int8", "int6", "int4")] == [5120, 2600, 1960, 1320]
+    assert WIRE_FORMATS["fp32"] is None
+
+
+@given(st.integers(0, 10**5), st.integers(2, 9), st.sampled_from(["bf16", "int8", "int6", "int4"]))
+def test_workers_share_the_averaging_and_together_send_an_all_reduce_of_fewer_bits(entries, workers, name):
+    wire = WIRE_FORMATS[name]
+    shares = [wire.share(entries, worker, workers) for worker in range(workers)]
+    assert [first for first, _ in shares] == [0, *(last for _, last in shares[:-1])]
+    assert shares[-1][1] == wire.groups(entries)
+    assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1
+    sent = [wire.mean_bytes(entries, worker, workers) for worker in range(workers)]
+    assert sum(sent) == 2 * (workers - 1) * wire.bytes(entries)
+
+
+def test_what_is_compressed_is_paid_for_by_each_worker():
+    plan = plan_sync(everything(1, 3), everything(1, 3))
+    sizes = Sizes({"f": 30}, (12,), ({"f": 0},), (0,), WIRE_FORMATS["int8"], shared_entries=600, block_entries=(500,))
+    # 1100 entries are 5 groups of 260 bytes: worker 0 averages 1 of them, workers 1 and 2 average 2 each.
+    by_hand = [(4 + 1 * 2) * 260, (3 + 2 * 2) * 260, (3 + 2 * 2) * 260]
+    assert [row["shared"] for row in sync_bytes(plan, sizes, 3)] == [40 + sent for sent in by_hand]

@@ -33,6 +33,7 @@ def test_defaults_are_the_paper_s():
         ("momentum", "restart", "momentum='restart' .*'reset', 'keep', 'travel'"),
         ("momentum", None, "momentum=None"),
         ("batch_norm", "sync", "batch_norm='sync' .*'recalibrate', 'running', 'batch'"),
+        ("wire", "int5", "wire='int5' .*'fp32', 'bf16', 'int8', 'int6', 'int4'"),
         ("test_scale", 0.0, r"test_scale=0\.0 .*\(0, 1\]"),
         ("test_scale", 1.5, r"test_scale=1\.5"),
         ("test_scale", -0.5, r"test_scale=-0\.5"),

@@ -137,6 +137,7 @@ def rename(net):
         {"config": Config(min_blocks=1, momentum="keep")},
         {"config": Config(min_blocks=1, batch_norm="running")},
         {"config": Config(min_blocks=1, test_scale=0.4)},
+        {"config": Config(min_blocks=1, wire="int8")},
         {"workers": 3},
         {"change": widen},
         {"change": rename},

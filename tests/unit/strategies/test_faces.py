@@ -24,11 +24,12 @@ BAD = {
     "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
     "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
+    "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],
     "data": [("foo", "choose one of 'shard', 'copy'")],
     "start_method": [("thread", "choose one of 'popen', 'spawn', 'fork', 'forkserver'")],
 }
 CASES = [(name, value, hint) for name, rows in BAD.items() for value, hint in rows]
-OF_LOCAL_SGD = ("local_steps", "momentum", "data", "start_method")
+OF_LOCAL_SGD = ("local_steps", "momentum", "wire", "data", "start_method")
 
 
 @pytest.mark.parametrize(("name", "value", "hint"), CASES)
@@ -74,6 +75,8 @@ def test_defaults_are_those_of_the_paper() -> None:
         None,
     )
     assert LocalSGDStrategy().config.blocks == []
+    assert ResISTStrategy().config.wire == LocalSGDStrategy().config.wire == "fp32"
+    assert LocalSGDStrategy(wire="int8").config.wire == "int8"
 
 
 def test_every_option_arrives() -> None:
@@ -82,7 +85,7 @@ def test_every_option_arrives() -> None:
 
     options = {
         "local_steps": 7, "min_blocks": 2, "blocks": third, "seed": 3, "momentum": "keep", "batch_norm": "batch",
-        "warmup_rounds": 4, "test_scale": 0.25,
+        "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6",
     }  # fmt: skip
     strategy = ResISTStrategy(
         **options, process_group_backend="gloo", timeout=timedelta(seconds=5), start_method="fork"

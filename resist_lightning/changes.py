@@ -1,0 +1,85 @@
+"""The mean over workers of what each changed in a round, sent in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from resist_lightning.collective import Collective
+from resist_lightning.wire import Wire, arrange, flatten, split
+
+
+class Changes:
+    """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
+
+    Every worker averages an equal share of the entries for all: first each sends the others their shares of its
+    change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
+    with the same, bit for bit.
+
+    Args:
+        collective: the workers.
+        wire: how the changes are sent.
+    """
+
+    def __init__(self, collective: Collective, wire: Wire) -> None:
+        self._collective = collective
+        self._wire = wire
+        self._before: dict[int, Tensor] = {}
+
+    def begin(self, tensors: Iterable[Tensor]) -> None:
+        """Remember tensors that are equal on all workers now; it costs a copy of them."""
+        self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether a tensor was remembered."""
+        return id(tensor) in self._before
+
+    def average(self, tensors: Sequence[Tensor], kind: str) -> None:
+        """Replace tensors by what they were plus the mean change.
+
+        Collective: every worker must call this, in the same order, with the same tensors.
+
+        Args:
+            tensors: those that :meth:`begin` was given, or some of them.
+            kind: how the bytes are counted.
+        """
+        tensors = arrange(tensors)
+        workers = self._collective.workers
+        if not tensors or workers == 1:
+            return
+        before = [self._before[id(tensor)] for tensor in tensors]
+        change = flatten(tensor.detach() - old for tensor, old in zip(tensors, before, strict=True))
+        mean = self._mean(change, kind)
+        for tensor, old, piece in zip(tensors, before, split(mean, tensors), strict=True):
+            tensor.detach().copy_(old + piece.to(old.dtype))
+
+    def _mean(self, change: Tensor, kind: str) -> Tensor:
+        """The mean of all workers' changes, as float32."""
+        form, me, workers = self._wire.format, self._collective.worker, self._collective.workers
+        entries = len(change)
+        message = self._wire.encode(change).view(-1, form.group_bytes)
+        peers = [worker for worker in range(workers) if worker != me]
+        shares = [slice(*form.share(entries, worker, workers)) for worker in range(workers)]
+        mine = message[shares[me]]
+        parts = {peer: torch.empty_like(mine).flatten() for peer in peers}
+        self._exchange({peer: message[shares[peer]].flatten() for peer in peers}, parts, kind)
+        copies = [self._decode(parts.get(worker, mine)) for worker in range(workers)]
+        result = torch.empty_like(message)
+        result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / workers).view(mine.shape)
+        results = {peer: result[shares[peer]].flatten() for peer in peers}
+        self._exchange(dict.fromkeys(peers, result[shares[me]].flatten()), results, kind)
+        for peer, received in results.items():
+            result[shares[peer]] = received.view(-1, form.group_bytes)
+        return self._wire.decode(result.flatten(), entries)
+
+    def _decode(self, part: Tensor) -> Tensor:
+        form = self._wire.format
+        return self._wire.decode(part.flatten(), part.numel() // form.group_bytes * form.group)
+
+    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
+        """Send what is not empty, receive what is not empty."""
+        outgoing = {peer: [flat] for peer, flat in sends.items() if len(flat)}
+        incoming = {peer: [flat] for peer, flat in receives.items() if len(flat)}
+        self._collective.exchange(outgoing, incoming, {kind: sum(flat.nbytes for (flat,) in outgoing.values())})
