@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from experiments.benchmarks.record import write_record
+from experiments.benchmarks.keep import RESULTS
+from experiments.record import write_record
 from resist_lightning import Config, Engine
 from resist_lightning.models import preact_resnet
 
@@ -88,7 +89,7 @@ def main() -> None:
         Console().print(table)
         content = {"settings": vars(args), "workers": len(rows), "full_bytes": 3 * full}
         measured = [dict(zip(worst, row, strict=True)) for row in rows]
-        write_record(f"held_memory_{len(rows)}", {**content, "worst_bytes_by_worker": measured})
+        write_record(RESULTS / f"held_memory_{len(rows)}.json", {**content, "worst_bytes_by_worker": measured})
     dist.barrier()
     dist.destroy_process_group()
 

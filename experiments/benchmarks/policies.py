@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from experiments.benchmarks.record import write_record
+from experiments.benchmarks.keep import RESULTS
 from experiments.data.folder import ImageFolder
 from experiments.data.module import ImageData
 from experiments.data.sets import Digits
+from experiments.record import write_record
 from resist_lightning import Config, Simulator
 from resist_lightning.models import PreActResNet
 
@@ -136,7 +137,7 @@ def main() -> None:
     Console().print(show(rows))
     name = "digits" if digits else "image_folder"
     settings = {**vars(args), "data": name}
-    write_record(f"policies_{name}", {"settings": settings, "rows": rows})
+    write_record(RESULTS / f"policies_{name}.json", {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.benchmarks.record import write_record
+from experiments.benchmarks.keep import RESULTS
+from experiments.record import write_record
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet, preact_resnet
 
@@ -118,7 +119,10 @@ def main() -> None:
     for name, value in medians.items():
         table.add_row(name, f"{value:.4f}", f"{value / medians['plain loop']:.3f}")
     Console().print(table)
-    write_record("step_time", {"settings": vars(args), "median_seconds": medians, "ratio": ratio, "seconds": seconds})
+    write_record(
+        RESULTS / "step_time.json",
+        {"settings": vars(args), "median_seconds": medians, "ratio": ratio, "seconds": seconds},
+    )
 
 
 if __name__ == "__main__":

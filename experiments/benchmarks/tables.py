@@ -1,22 +1,16 @@
-"""Writes the tables of README.md and experiments/benchmarks/README.md from the result files; --check only compares.
-
-python experiments/benchmarks/tables.py
-"""
+"""The tables of README.md and of the benchmarks' page, from their result files (python experiments/tables.py)."""
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments.tables import markdown
+
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", Path(__file__).parent / "README.md")
-PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)", "single": "one process"}
 
@@ -24,11 +18,6 @@ RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)"
 def record(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return content
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def megabytes(count: float) -> str:
@@ -106,23 +95,3 @@ def policies_digits() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table for table in (demo, cifar, held_memory, step_time, policies_digits)
 }
-
-
-def filled(text: str) -> str:
-    """The page with its tables made anew."""
-    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], text)
-
-
-def main() -> int:
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
-    if "--check" not in sys.argv:
-        for page in stale:
-            page.write_text(filled(page.read_text()))
-        return 0
-    for page in stale:
-        print(f"{page.relative_to(ROOT)} does not show its result files: run python experiments/benchmarks/tables.py")
-    return bool(stale)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

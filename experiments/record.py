@@ -11,21 +11,25 @@ from typing import Any
 import lightning
 import torch
 
-RESULTS = Path(__file__).parent / "results"
 
+def write_record(path: Path, content: dict[str, Any], **machine: str | None) -> Path:
+    """Write a result file, with hardware and versions.
 
-def write_record(name: str, content: dict[str, Any]) -> Path:
-    """Write ``results/NAME.json``, with hardware and versions."""
-    RESULTS.mkdir(exist_ok=True)
-    machine = {
+    Args:
+        path: the file.
+        content: what was measured.
+        machine: more about the machine.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamp = {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
+        **machine,
     }
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": stamp, **content}, indent=1) + "\n")
     print(f"wrote {path}")
     return path
