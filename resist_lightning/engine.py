@@ -112,6 +112,7 @@ class Engine:
         if self.config.batch_norm == "recalibrate" and self.layout.partial:
             self._recorder = InputRecorder(self.module, self.config.recalibration_batches)
         self._make_room(self.partition)
+        self._sync.begin()
         self._begin_round()
         self.running = True
 
@@ -178,6 +179,7 @@ class Engine:
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
             self._full.settle()
+            self._sync.end()
             self.abandon()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resist_lightning.bucket import Bucket, make_buckets
 from resist_lightning.collective import Collective
 from resist_lightning.plan import SyncPlan, Transfer
 from resist_lightning.wire import Wire, arrange, flatten, split
@@ -77,15 +78,32 @@ class Exchange:
         self._collective = collective
         self._device = device
         self._wire = wire
+        self._buckets: dict[torch.dtype, Bucket] = {}
+
+    def gather(self, tensors: Iterable[Tensor]) -> None:
+        """Move tensors that will be averaged together again and again into one buffer per data type. Sends nothing."""
+        self._buckets = make_buckets(tensors)
+
+    def scatter(self) -> None:
+        """Give the tensors of :meth:`gather` memory of their own again."""
+        for bucket in self._buckets.values():
+            bucket.dissolve()
+        self._buckets = {}
 
     def average(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by their mean over all workers (integers: the maximum); one all-reduce per data type.
 
         Collective: every worker must call this, in the same order, with tensors of the same shapes.
         """
-        for dtype, flat in self._pack(tensors).items():
-            self._collective.mean_(flat, kind)
-            _copy_into([tensor for tensor in tensors if tensor.dtype == dtype], flat)
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+            group = [tensor for tensor in tensors if tensor.dtype == dtype]
+            bucket = self._buckets.get(dtype)
+            if bucket is not None and bucket.holds(group):
+                self._collective.mean_(bucket.flat, kind)
+            else:
+                (flat,) = self._pack(group).values()
+                self._collective.mean_(flat, kind)
+                _copy_into(group, flat)
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""

@@ -41,6 +41,16 @@ class Sync:
         self._changes = Changes(collective, wire) if wire is not None else None
         self._changing: set[str] = set()
 
+    def begin(self) -> None:
+        """Call it once, when training starts: shared tensors move together. Sends nothing."""
+        self._changing = self._layout.changing()
+        if self._changes is None and self._layout.schedule.workers > 1:
+            self.exchange.gather(self.averaged(()))
+
+    def end(self) -> None:
+        """Call it once, when training has ended: every tensor gets memory of its own again."""
+        self.exchange.scatter()
+
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, to send changes only, what it was."""
         self._changing = self._layout.changing()

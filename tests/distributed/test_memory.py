@@ -21,6 +21,7 @@ from resist_lightning import Config, Engine
 from tests.helpers.memory import allocate_large_tensors_apart, allocated_bytes, can_ask_malloc, storage_bytes
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.processes import run_workers
+from tests.helpers.training import Run, train_engine
 
 WIDTH, BLOCKS, STEPS = 256, 6, 6
 BLOCK_BYTES = 4 * (2 * WIDTH * 2 * WIDTH + 3 * WIDTH)
@@ -205,3 +206,23 @@ def assert_within(samples: list[Sample], bound_bytes: int) -> None:
     assert samples
     for sample in samples:
         assert sample.allocated <= bound_bytes + sample.buffers + NOISE_BYTES, sample
+
+
+def where_shared_tensors_live(worker):
+    """Storages of shared float tensors while training, and of all tensors afterwards."""
+    run = Run(Config(local_steps=2, min_blocks=1), steps=4)
+    found = []
+
+    def look(engine, step):
+        tensors = [tensor for tensor in engine.layout.shared.values() if tensor.is_floating_point()]
+        found.append(len({tensor.untyped_storage().data_ptr() for tensor in tensors}))
+
+    engine, _ = train_engine(worker, run, look)
+    tensors = [*engine.module.parameters(), *engine.module.buffers()]
+    return found, len(tensors), len({tensor.untyped_storage().data_ptr() for tensor in tensors})
+
+
+def test_shared_tensors_are_averaged_in_place_and_part_when_the_training_ends():
+    for while_training, tensors, storages in run_workers(where_shared_tensors_live, 2):
+        assert while_training == [1, 1, 1, 1]
+        assert storages == tensors
