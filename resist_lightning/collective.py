@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from resist_lightning.accounting import all_reduce_bytes
+
+Finish: TypeAlias = Callable[[], None]
+"""Waits for something that was begun."""
 
 
 class Collective(ABC):
@@ -39,11 +43,18 @@ class Collective(ABC):
         """Numbers of all workers. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
-    def mean_(self, flat: Tensor, kind: str) -> None:
-        """Replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
 
         Collective: every worker must call this, in the same order, with the same size and data type.
+
+        Returns:
+            A function that waits for it. Until it has returned, ``flat`` must be left alone; other verbs may be used.
         """
+
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        """:meth:`start_mean`, and wait. Collective: every worker must call this, in the same order."""
+        self.start_mean(flat, kind)()
 
     @abstractmethod
     def broadcast_(self, flat: Tensor, kind: str) -> None:
@@ -79,8 +90,9 @@ class SoloCollective(Collective):
         return [list(numbers)]
 
     @override
-    def mean_(self, flat: Tensor, kind: str) -> None:
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
         """Nothing to do."""
+        return _nothing
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
@@ -114,15 +126,20 @@ class GroupCollective(Collective):
         return [row.tolist() for row in gathered]
 
     @override
-    def mean_(self, flat: Tensor, kind: str) -> None:
-        """Replace ``flat`` by its mean (integers: maximum). Collective: every worker must call this, in order."""
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        """Begin an all-reduce. Collective: every worker must call this, in the same order."""
         floating = flat.is_floating_point()
         wire = self._to_wire(flat)
-        dist.all_reduce(wire, op=dist.ReduceOp.SUM if floating else dist.ReduceOp.MAX)
-        if floating:
-            wire.div_(self.workers)
-        self._from_wire(wire, flat)
+        work = dist.all_reduce(wire, op=dist.ReduceOp.SUM if floating else dist.ReduceOp.MAX, async_op=True)
         self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
+
+        def finish() -> None:
+            work.wait()
+            if floating:
+                wire.div_(self.workers)
+            self._from_wire(wire, flat)
+
+        return finish
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
@@ -170,6 +187,10 @@ class GroupCollective(Collective):
     def _from_wire(self, wire: Tensor, flat: Tensor) -> None:
         if wire is not flat:
             flat.copy_(wire)
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 def default_collective() -> Collective:

@@ -239,11 +239,12 @@ class Engine:
     def _end_round(self) -> None:
         self._meeting.hold(Purpose.SYNC, self.clock)
         plan, ended = self._next_plan(), self.clock.round
+        finish_average = self._sync.start_average(plan)
         if self.config.momentum == "reset":
             self.states.reset()
-        self._sync.average(plan)
         self.clock.next_round()
         self._sync.hand_over(plan, ended, lambda: self._make_room(self.partition))
+        finish_average()
         self._begin_round()
 
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:

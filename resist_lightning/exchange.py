@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from resist_lightning.bucket import Bucket, make_buckets
-from resist_lightning.collective import Collective
+from resist_lightning.collective import Collective, Finish
 from resist_lightning.plan import SyncPlan, Transfer
 from resist_lightning.wire import Wire, arrange, flatten, split
 
@@ -91,19 +92,33 @@ class Exchange:
         self._buckets = {}
 
     def average(self, tensors: Sequence[Tensor], kind: str) -> None:
-        """Replace tensors by their mean over all workers (integers: the maximum); one all-reduce per data type.
+        """:meth:`start_average`, and wait. Collective: every worker must call this, in the same order."""
+        self.start_average(tensors, kind)()
 
-        Collective: every worker must call this, in the same order, with tensors of the same shapes.
+    def start_average(self, tensors: Sequence[Tensor], kind: str) -> Finish:
+        """Begin to replace tensors by their mean over all workers (integers: the maximum).
+
+        One all-reduce per data type. Collective: every worker must call this, in the same order, with tensors of the
+        same shapes.
+
+        Returns:
+            A function that waits for it, and puts the means in place.
         """
+        begun: list[Callable[[], None]] = []
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
             group = [tensor for tensor in tensors if tensor.dtype == dtype]
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
-                self._collective.mean_(bucket.flat, kind)
+                begun.append(self._collective.start_mean(bucket.flat, kind))
             else:
                 (flat,) = self._pack(group).values()
-                self._collective.mean_(flat, kind)
-                _copy_into(group, flat)
+                begun += [self._collective.start_mean(flat, kind), partial(_copy_into, group, flat)]
+
+        def finish() -> None:
+            for step in begun:
+                step()
+
+        return finish
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.changes import Changes
-from resist_lightning.collective import Collective
+from resist_lightning.collective import Collective, Finish
 from resist_lightning.exchange import Cargo, Exchange, Kinds
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
@@ -60,10 +60,14 @@ class Sync:
             everywhere = [b for b in range(len(self._layout.blocks)) if len(partition.holders(b)) == workers]
             self._changes.begin(filter(compressible, self.averaged(everywhere)))
 
-    def average(self, plan: SyncPlan) -> None:
-        """Make shared tensors, and blocks that all workers keep, the mean over the workers.
+    def start_average(self, plan: SyncPlan) -> Finish:
+        """Begin to make shared tensors, and blocks that all workers keep, the mean over the workers.
 
         Collective: every worker must call this, in the same order.
+
+        Returns:
+            A function that waits for it; blocks may be handed over before, so that packing them costs no time of the
+            link.
         """
         tensors = self.averaged(plan.averaged)
         with self._seconds.timed("averaging"):
@@ -72,7 +76,13 @@ class Sync:
                 taken = set(map(id, known))
                 self._changes.average(known, "shared")
                 tensors = [tensor for tensor in tensors if id(tensor) not in taken]
-            self.exchange.average(tensors, "shared")
+            finish = self.exchange.start_average(tensors, "shared")
+
+        def finish_timed() -> None:
+            with self._seconds.timed("averaging"):
+                finish()
+
+        return finish_timed
 
     def hand_over(self, plan: SyncPlan, round: int, make_room: Callable[[], None]) -> None:
         """Merge blocks that several workers held, and bring every block to its next holders.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective
+from resist_lightning.collective import Collective, Finish
 
 SECONDS = 20.0
 
@@ -44,10 +44,10 @@ class ThreadCollective(Collective):
         self.room.log.append((self.worker, "gather_numbers", "control"))
         return [list(row) for row in self.room.share(self.worker, list(numbers))]
 
-    def mean_(self, flat: Tensor, kind: str) -> None:
-        self.room.log.append((self.worker, "mean_", kind))
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        self.room.log.append((self.worker, "start_mean", kind))
         stacked = torch.stack(self.room.share(self.worker, flat.clone()))
-        flat.copy_(stacked.mean(0) if flat.is_floating_point() else stacked.max(0).values)
+        return lambda: flat.copy_(stacked.mean(0) if flat.is_floating_point() else stacked.max(0).values)
 
     def broadcast_(self, flat: Tensor, kind: str) -> None:
         self.room.log.append((self.worker, "broadcast_", kind))

@@ -123,8 +123,9 @@ class Listening(SoloCollective):
         self.workers = 3
         self.asked = []
 
-    def mean_(self, flat, kind):
+    def start_mean(self, flat, kind):
         self.asked.append(("mean", flat.dtype, flat.numel(), kind))
+        return lambda: None
 
     def broadcast_(self, flat, kind):
         self.asked.append(("broadcast", flat.dtype, flat.numel(), kind))
