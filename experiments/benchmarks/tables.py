@@ -73,6 +73,17 @@ def step_time() -> str:
     return markdown(["", "median local step"], [*rows, ["ratio", f"{content['ratio']:.3f}"]])
 
 
+def overhead() -> str:
+    """Seconds per step of one process, and what they have above a plain loop."""
+    content = record("overhead")
+    plain = content["median_seconds"]["plain loop"]
+    rows = [
+        [name, f"{1e3 * value:.2f} ms", f"{1e3 * (value - plain):.2f} ms", str(content["n"][name])]
+        for name, value in content["median_seconds"].items()
+    ]
+    return markdown(["", "median step", "above the plain loop", "n"], rows)
+
+
 def policies(name: str) -> str:
     """Test accuracy by momentum and batch-norm policy, at the default scale, and by scale at the default policies."""
     rows = record(f"policies_{name}")["rows"]
@@ -93,5 +104,5 @@ def policies_digits() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (demo, cifar, held_memory, step_time, policies_digits)
+    table.__name__: table for table in (demo, cifar, held_memory, step_time, overhead, policies_digits)
 }

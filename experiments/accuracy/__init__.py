@@ -1,0 +1,1 @@
+"""Accuracy of ResIST beside one process, DDP and local SGD on equal samples, and the paper's ablations."""

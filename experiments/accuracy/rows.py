@@ -1,0 +1,72 @@
+"""Result files, one per study: a row for each case, written as soon as it is there."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.accuracy.cases import Case
+from experiments.accuracy.settings import Settings, recorded
+from experiments.checks import ConfigError
+from experiments.record import write_record
+
+
+@dataclass
+class Study:
+    """The result file of one study.
+
+    Args:
+        path: the file; it need not exist.
+        settings: what all its rows have in common.
+        rows: what was measured so far.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def opened(cls, name: str, settings: Settings) -> Study:
+        """Read what is there.
+
+        Raises:
+            ConfigError: the file holds results of other settings.
+        """
+        path = Path(settings.out) / f"{name}.json"
+        ours = recorded(settings)
+        if settings.fresh or not path.exists():
+            return cls(path, ours, [])
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}); remove it, or take fresh=true") from error
+        theirs = content["settings"]
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                raise ConfigError(
+                    f"{key}={ours[key]}: {path} was measured with {key}={theirs.get(key)}; set that, "
+                    "or fresh=true to measure anew, or out=FOLDER for another place"
+                )
+        return cls(path, ours, content["rows"])
+
+    def row_of(self, case: Case) -> dict[str, Any] | None:
+        """What was measured for ``case``, or None."""
+        return next((row for row in self.rows if row["case"] == case.key), None)
+
+    def add(self, case: Case, found: Mapping[str, Any]) -> None:
+        """Add a row and write the file; whoever reads it sees it whole."""
+        self.rows.append({"case": case.key, **found})
+        draft = self.path.with_suffix(".draft")
+        try:
+            with redirect_stdout(io.StringIO()):
+                write_record(draft, {"settings": dict(self.settings), "rows": self.rows})
+            draft.replace(self.path)
+        except OSError as error:
+            raise ConfigError(f"out={self.path.parent}: cannot be written ({error}); give another folder") from error
+        finally:
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""The command line of the experiments on links: `key=value`, checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from experiments.checks import ConfigError, check_keys
+from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
+from experiments.schema import limited
+from resist_lightning.accounting import WIRE_FORMATS
+from resist_lightning.config import Config
+from resist_lightning.layout import Layout
+from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet
+
+UNSHAPED = "unshaped"
+WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
+METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ddp|none")
+METHODS_IN_WORDS = f"ddp, local_sgd, resist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
+LEAST_GBIT, MOST_GBIT = 0.001, 100
+
+
+@dataclass
+class Network:
+    depth: int = limited(choices=tuple(SECTIONS_OF_DEPTH), hint="101 is the paper's of 41 million parameters")
+    width_multiplier: float = limited(above=0, hint="1.0 is the paper's width")
+
+
+@dataclass
+class Rig:
+    """What all experiments on links have in common."""
+
+    methods: list[str] = MISSING
+    workers: int = limited(least=2, most=LARGEST_WORKERS, hint="one process, on one core, each")
+    bandwidths_gbit: list[Any] = MISSING
+    network: Network = MISSING
+    batch: int = limited(least=1, hint="images per local step of one worker")
+    local_steps: int = limited(least=1, hint="the paper takes 50")
+    min_blocks: int | None = limited(least=0, hint="null takes 5, as the paper")
+    seed: int = limited(least=0, hint="0 is a seed")
+    threads: int = limited(least=1, hint="of each worker; workers x threads should not exceed the cores")
+    mtu: int = limited(least=576, most=65535, hint="1500 is Ethernet's")
+    name: str | None = MISSING
+    output: str = MISSING
+    timeout_seconds: float = limited(above=0, hint="for one method over one link")
+
+
+def composed(folder: Path, name: str, schema: type, arguments: Sequence[str]) -> DictConfig:
+    """The configuration ``folder/name.yaml`` with the overrides of the command line.
+
+    Raises:
+        ConfigError: a key or a value that is impossible.
+    """
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            cfg = compose(name, list(arguments))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).partition("Config search path")[0]) from error
+    check_keys(cfg, schema, "")
+    return cfg
+
+
+def check_rig(cfg: DictConfig) -> None:
+    """Check methods, bandwidths, the names of the namespaces, and what the network can be parted into.
+
+    Raises:
+        ConfigError: at the first value that is impossible.
+    """
+    if not cfg.methods or not cfg.bandwidths_gbit:
+        raise ConfigError("methods and bandwidths_gbit need at least one entry each, e.g. methods=[ddp,resist]")
+    for key in ("methods", "bandwidths_gbit"):
+        if len(set(cfg[key])) < len(cfg[key]):
+            raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
+    for method in cfg.methods:
+        check_method(method)
+    for gbit in cfg.bandwidths_gbit:
+        number = isinstance(gbit, int | float) and not isinstance(gbit, bool)
+        if gbit != UNSHAPED and not (number and LEAST_GBIT <= gbit <= MOST_GBIT):
+            raise ConfigError(
+                f"bandwidths_gbit: {gbit!r} must be a number of Gbit/s from {LEAST_GBIT} to {MOST_GBIT}, or {UNSHAPED}"
+            )
+    check_name(cfg.name)
+    try:
+        with torch.device("meta"):
+            net = preact_resnet(cfg.network.depth, width_multiplier=cfg.network.width_multiplier)
+        Layout(net, Config(min_blocks=cfg.min_blocks), cfg.workers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_method(method: str) -> None:
+    """Raise a ConfigError unless there is such a method."""
+    if METHOD.fullmatch(method) is None:
+        raise ConfigError(f"methods: {method!r} is not known; choose from {METHODS_IN_WORDS}")
+
+
+def check_name(name: str | None) -> None:
+    """Raise a ConfigError where the namespaces' name is malformed, or taken."""
+    if name is None:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,31}", name):
+        raise ConfigError(f"name={name!r} must be up to 32 letters, digits and dashes; null draws one")
+    if why_no_namespaces():
+        return
+    taken = sorted(other for other in namespaces_in_use() if re.fullmatch(rf"{re.escape(name)}-(\d+|b)", other))
+    if taken:
+        raise ConfigError(
+            f"name={name}: network namespace {taken[0]} is in use; take another name, null to draw one, or end what "
+            f"uses it and remove it (ip netns del {taken[0]})"
+        )
+
+
+@contextmanager
+def network(cfg: DictConfig) -> Iterator[tuple[Loopback, list[float | None]]]:
+    """The workers' network, and the bandwidths that it can have (None: unshaped); says what is missing."""
+    missing = why_no_namespaces()
+    wanted = [None if gbit == UNSHAPED else float(gbit) for gbit in cfg.bandwidths_gbit]
+    if missing:
+        Console(stderr=True).print(
+            f"[yellow]No shaped links: {missing}.[/] Only the unshaped row is measured, over the loopback, without the "
+            "kernel's byte counts."
+        )
+        yield Loopback(cfg.workers), [None]
+        return
+    with namespaces(cfg.workers, cfg.name or "", cfg.mtu) as made:
+        yield made, wanted
+
+
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data; without paths, which say something of this machine only."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return {key: value for key, value in plain.items() if key not in ("output", "name", "folder", "cache_dir")}

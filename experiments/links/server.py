@@ -1,0 +1,60 @@
+"""A worker's namespace from inside: imports the worker's program once, and forks a process for every measurement.
+
+Importing torch and Lightning takes longer than a short measurement. Nothing computes before the fork, so no thread is
+lost in it, and every measurement begins with the same memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from experiments.links.crew import Place
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the program that started this worker is gone")
+
+
+def work(program: Any, task: str, server: int) -> int:
+    """In the forked process: the measurement. Returns the exit code."""
+    try:
+        end_with(server)
+        content = json.loads(Path(task).read_text())
+        program.main(Place(**content["place"]), content["settings"])
+    except BaseException:  # noqa: BLE001 - whatever it is, it must not go on in a copy of the server
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # blocked while it was started
+    end_with(int(sys.argv[2]))
+    program = importlib.import_module(sys.argv[1])
+    server = os.getpid()
+    while line := sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            code = work(program, line.strip(), server)
+            sys.stdout.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(abs(os.waitstatus_to_exitcode(status)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""From what the workers measured to the rows of the table.
+
+Seconds per local step, of a method with rounds: the slowest worker's median step + a sync / local steps of a round; or,
+where as many steps were really run between two syncs, the wall clock of the whole window over its steps.
+Of DDP: the mean of whole steps; what exceeds the median step without communication is its sync, so far as the backward
+pass does not hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes
+
+Row = dict[str, Any]
+PARTS = ("averaging", "hand_over", "packing")
+PARAMETER_SERVER = "parameter_server"
+
+
+def summarise(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per bandwidth and method, and a computed one per bandwidth for the parameter server."""
+    rows: list[Row] = []
+    for gbit in dict.fromkeys(run["bandwidth_gbit"] for run in runs):
+        here = [run for run in runs if run["bandwidth_gbit"] == gbit]
+        made = [_row(settings, run) for run in here]
+        made += _parameter_server(settings, gbit, here, made)
+        _compare(made)
+        rows += made
+    return rows
+
+
+def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
+    workers, local_steps = run["workers"], settings["local_steps"]
+    row: Row = {
+        "method": run["method"],
+        "bandwidth_gbit": run["bandwidth_gbit"],
+        "measured": True,
+        "peak_rss_bytes": max(worker["peak_rss_bytes"] for worker in workers),
+        "held_bytes": max(worker["held_bytes"] for worker in workers),
+    }
+    if run["method"] == "ddp":
+        return row | _ddp(settings, run)
+    row["compute_seconds"] = max(median(worker["step_seconds"]) for worker in workers)
+    if run["method"] == "none":
+        nothing = {"sync_seconds": 0.0, "parts": None, "ideal_sync_seconds": None, "bytes_per_sync": None}
+        return row | nothing | {"local_steps": local_steps, "seconds_per_step": row["compute_seconds"]}
+    syncs = [worst_worker(found) for found in zip(*(worker["syncs"] for worker in workers), strict=True)]
+    sync = mean(moving(found) for found in syncs)
+    whole = max(worker["window_seconds"] / len(worker["step_seconds"]) for worker in workers)
+    return row | {
+        "local_steps": local_steps,
+        "sync_seconds": sync,
+        "parts": {part: mean(found[part] for found in syncs) for part in PARTS},
+        "waiting_seconds": mean(found["waiting"] for worker in workers for found in worker["syncs"]),
+        "seconds_per_step": whole if really_run(settings) else row["compute_seconds"] + sync / local_steps,
+        "window_seconds_per_step": whole,
+        "ideal_sync_seconds": _ideal(run),
+        "bytes_per_sync": _bytes(run),
+    }
+
+
+def really_run(settings: Mapping[str, Any]) -> bool:
+    """Whether the rounds that were measured are as long as those of the table."""
+    return bool(settings["steps_per_round"] == settings["local_steps"])
+
+
+def moving(sync: Mapping[str, float]) -> float:
+    """Seconds of a sync after all workers have come."""
+    return sync["seconds"] - sync["waiting"]
+
+
+def worst_worker(found: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Of one sync as each worker saw it, the longest."""
+    return max(found, key=moving)
+
+
+def _ideal(run: Mapping[str, Any]) -> float | None:
+    """Seconds of a sync over a full-duplex link: of the worker that sends or receives the most."""
+    if run["bandwidth_gbit"] is None:
+        return None
+    syncs = zip(*(worker["closed_form"] for worker in run["workers"]), strict=True)
+    worst = [max(max(own["sent"], own["received"]) for own in sync) for sync in syncs]
+    return mean(worst) * 8 / run["bandwidth_gbit"] / 1e9
+
+
+def _bytes(run: Mapping[str, Any]) -> dict[str, float | None]:
+    """Bytes that a worker sends in a sync, mean over workers and syncs; the kernel's with what else was sent."""
+    workers = run["workers"]
+    syncs = len(workers[0]["syncs"])
+    counted = [sum(worker["counted"].get(kind, 0) for kind in TRAINING_KINDS) for worker in workers]
+    form = [sum(own["sent"] for own in worker["closed_form"]) for worker in workers]
+    kernel = mean(worker["kernel"]["sent"] for worker in workers) / syncs if "kernel" in workers[0] else None
+    return {"kernel": kernel, "counted": mean(counted) / syncs, "closed_form": mean(form) / syncs}
+
+
+def _ddp(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
+    workers, gbit = run["workers"], run["bandwidth_gbit"]
+    steps = settings["ddp_steps"]
+    whole = max(worker["window_seconds"] for worker in workers) / steps
+    compute = max(median(worker["silent_step_seconds"]) for worker in workers)
+    form = ddp_bytes(workers[0]["model_bytes"], len(workers), 1)
+    kernel = mean(worker["kernel"]["sent"] for worker in workers) / steps if "kernel" in workers[0] else None
+    return {
+        "local_steps": 1,
+        "compute_seconds": min(compute, whole),
+        "sync_seconds": max(0.0, whole - compute),
+        "parts": None,
+        "seconds_per_step": whole,
+        "ideal_sync_seconds": form * 8 / gbit / 1e9 if gbit is not None else None,
+        "bytes_per_sync": {"kernel": kernel, "counted": None, "closed_form": form},
+    }
+
+
+def _parameter_server(
+    settings: Mapping[str, Any], gbit: float | None, runs: Sequence[Mapping[str, Any]], rows: Sequence[Row]
+) -> list[Row]:
+    """By the paper's accounting: a server with the same link receives all sub-networks, then sends the next ones."""
+    limit = _of(rows, "none")
+    if limit is None or gbit is None:
+        return []
+    subnet = [worker["subnet_bytes"] for run in runs if run["method"] == "none" for worker in run["workers"]]
+    sync = 2 * sum(subnet) * 8 / gbit / 1e9
+    return [
+        {
+            "method": PARAMETER_SERVER,
+            "bandwidth_gbit": gbit,
+            "measured": False,
+            "local_steps": settings["local_steps"],
+            "compute_seconds": limit["compute_seconds"],
+            "sync_seconds": sync,
+            "parts": None,
+            "seconds_per_step": limit["compute_seconds"] + sync / settings["local_steps"],
+            "ideal_sync_seconds": None,
+            "bytes_per_sync": {"kernel": None, "counted": None, "closed_form": mean(subnet)},
+            "peak_rss_bytes": None,
+            "held_bytes": None,
+        }
+    ]
+
+
+def _compare(rows: Sequence[Row]) -> None:
+    """Speed-ups, the share of the limit, and how near a sync is to what the link allows; in place."""
+    for row in rows:
+        for other in ("ddp", "local_sgd"):
+            base = _of(rows, other)
+            row[f"speed_up_over_{other}"] = base["seconds_per_step"] / row["seconds_per_step"] if base else None
+        limit = _of(rows, "none")
+        row["share_of_limit"] = limit["seconds_per_step"] / row["seconds_per_step"] if limit else None
+        ideal = row["ideal_sync_seconds"]
+        row["sync_over_ideal"] = row["sync_seconds"] / ideal if ideal and row["method"] != "ddp" else None
+        allowed = row["compute_seconds"] + ideal / row["local_steps"] if ideal else None
+        row["step_over_ideal"] = row["seconds_per_step"] / allowed if allowed else None
+
+
+def _of(rows: Sequence[Row], method: str) -> Row | None:
+    return next((row for row in rows if row["method"] == method), None)

@@ -1,0 +1,136 @@
+"""A worker of `run.py`: trains on real images, and stops its clock while the full model is evaluated."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from experiments.classifier import LitClassifier
+from experiments.data.folder import ImageFolder
+from experiments.data.module import ImageData
+from experiments.data.sets import Digits
+from experiments.links.crew import Place
+from experiments.links.methods import make_strategy, make_trainer
+from experiments.quiet import hush
+from resist_lightning.models import preact_resnet
+
+DIGITS = "digits"
+
+
+class Stopwatch(L.Callback):
+    """Seconds of training, at each evaluation.
+
+    ::
+
+        step ... step  sync, if one is due | full model, evaluation, back | step ...
+        clock runs ────────────────────────┤ clock stands                 ├─ clock runs
+
+    A sync that is due is done before the clock stops: it is what makes the model that is evaluated.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.curve: list[dict[str, float]] = []
+        self._seconds = 0.0
+        self._resumed: float | None = None
+        self._began = False
+        self._bytes_before: tuple[int, int] | None = None
+        self._sent = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before the strategy's own, in which a sync happens that is due."""
+        if not self._began:
+            self._began = True
+            self.place.ready()
+        if self._resumed is None:
+            self._resumed, self._bytes_before = time.perf_counter(), self.place.bytes()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called before the strategy's own, which assembles the full model."""
+        engine = getattr(trainer.strategy, "engine", None)
+        if engine is not None:
+            engine.sync_if_due()
+        if self._resumed is not None:
+            self._seconds += time.perf_counter() - self._resumed
+            now = self.place.bytes()
+            if now is not None and self._bytes_before is not None:
+                self._sent += now[0] - self._bytes_before[0]
+        self._resumed = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        point = {"steps": trainer.global_step, "seconds": self._seconds, "kernel_sent_bytes": self._sent}
+        self.curve.append({**point, "accuracy": float(trainer.callback_metrics["val/acc"])})
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.place.measured()
+
+
+class ValidateOnTest(L.LightningDataModule):
+    """The test images in the place of the validation's: no setting is chosen by them."""
+
+    def __init__(self, data: ImageData) -> None:
+        super().__init__()
+        self.data = data
+
+    def setup(self, stage: str) -> None:
+        for needed in ("fit", "test"):
+            self.data.setup(needed)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.data.test_dataloader()
+
+
+def make_data(settings: dict[str, Any]) -> ImageData:
+    """The digits, or a folder of images; all of the training images but 2 % of them (the loaders want a hold-out)."""
+    loading = {
+        "batch_size": settings["batch"],
+        "limit": settings["limit"],
+        "limit_test": settings["limit_test"],
+        "holdout": 0.02,
+        "drop_last": True,
+    }
+    if settings["folder"] == DIGITS:
+        return Digits(**loading)
+    return ImageFolder(settings["folder"], cache_dir=settings["cache_dir"], **loading)
+
+
+def main(place: Place, settings: dict[str, Any]) -> None:
+    """Train once; report the curve."""
+    hush()
+    L.seed_everything(settings["seed"], verbose=False)
+    data, network = make_data(settings), settings["network"]
+    strategy = make_strategy(
+        settings["method"],
+        local_steps=settings["local_steps"],
+        min_blocks=settings["min_blocks"],
+        seed=settings["seed"],
+        timeout=settings["timeout_seconds"],
+    )
+    stopwatch = Stopwatch(place)
+    trainer = make_trainer(
+        strategy,
+        place.workers,
+        max_steps=settings["steps"],
+        max_epochs=-1,
+        val_check_interval=settings["evaluate_every"],
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[stopwatch],
+    )
+    net = preact_resnet(
+        network["depth"],
+        num_classes=data.num_classes,
+        width_multiplier=network["width_multiplier"],
+        in_channels=data.in_channels,
+    )
+    module = LitClassifier(net, data.num_classes, lr=settings["lr"])
+    trainer.fit(module, datamodule=ValidateOnTest(data))
+    place.report({"worker": place.worker, "curve": stopwatch.curve})

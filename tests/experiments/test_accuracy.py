@@ -1,0 +1,241 @@
+"""The accuracy study: every case runs, nothing is measured twice, and the simulations are what real processes do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.accuracy import pool, tables
+from experiments.accuracy.cases import MAIN, STUDIES, Case, base
+from experiments.accuracy.data import Stream, prepare
+from experiments.accuracy.main import known, main
+from experiments.accuracy.networks import OpenResNet, make_network, partitioned
+from experiments.accuracy.settings import Settings, read_command_line
+from experiments.accuracy.training import DataParallel, make_trainer, train
+from resist_lightning import Config
+from resist_lightning.blocks import select_blocks
+from resist_lightning.layout import Layout
+
+SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
+TRAINED = [name for name in known() if name != "check"]
+
+
+def settings(*options: str) -> Settings:
+    return read_command_line([*SMOKE, "out=unused", *options], known())[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all result files after a smoke run in this process."""
+    out = tmp_path_factory.mktemp("accuracy")
+    assert main([*SMOKE, f"out={out}", *TRAINED], "") == 0
+    return out
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["rows"]
+    return found
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_study_has_every_case_once(results: Path, name: str) -> None:
+    wanted = [case.key for case in STUDIES[name](settings())]
+    found = [row["case"] for row in rows(results, name)]
+
+    assert wanted
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
+    for row in rows(results, name):
+        assert row["samples"] == 128
+        assert all(0 <= row[column] <= 100 for column in ("last", "selected", "best_on_test"))
+        assert len(row["policies"]) == (9 if row["case"]["method"] == "resist" else 0)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_study_has_its_table(results: Path, name: str) -> None:
+    text = tables.table(name, results)
+    assert text.count("\n") > 2
+    assert "nan" not in text
+
+
+def test_the_main_table_has_all_methods_and_the_pictures_are_drawn(results: Path) -> None:
+    found = {(row["case"]["method"], row["case"]["workers"]) for row in rows(results, "main")}
+
+    assert found == set(MAIN)
+    for name in ("workers", "local_steps"):
+        assert (results / f"accuracy_by_{name}.png").stat().st_size > 10_000
+
+
+def test_a_second_call_computes_nothing(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    before = {path: path.read_text() for path in results.glob("*.json")}
+    monkeypatch.setattr(pool, "measure", refuse)
+
+    assert main([*SMOKE, f"out={results}", *TRAINED], "") == 0
+    assert {path: path.read_text() for path in results.glob("*.json")} == before
+    with pytest.raises(AssertionError, match="measured again"):
+        main([*SMOKE, f"out={results}", "momentum", "fresh=true"], "")
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Case] = []
+    original = pool.measure
+
+    def third_is_interrupted(case: Case, *rest: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return original(case, *rest)
+
+    monkeypatch.setattr(pool, "measure", third_is_interrupted)
+    assert main([*SMOKE, f"out={tmp_path}", "momentum"], "") == 130
+    assert "goes on from there" in capsys.readouterr().out
+    assert [row["case"] for row in rows(tmp_path, "momentum")] == [case.key for case in measured]
+
+    monkeypatch.setattr(pool, "measure", lambda case, *rest: measured.append(case) or original(case, *rest))
+    assert main([*SMOKE, f"out={tmp_path}", "momentum"], "") == 0
+    assert [case.momentum for case in measured] == ["reset", "keep", "travel"]
+
+
+def test_real_processes_train_the_same_weights(tmp_path: Path) -> None:
+    assert main([*SMOKE, f"out={tmp_path}", "check"], "") == 0
+    found = rows(tmp_path, "check")
+
+    assert [row["case"]["method"] for row in found] == ["resist", "local_sgd", "ddp"]
+    for row in found:
+        assert row["local_steps"] == 16
+        assert row["largest_difference"] < 1e-5 < 0.01 < row["largest_change_by_training"]
+        assert row["test_simulated"] == row["test_real"]
+
+
+def test_ddp_is_the_gradient_of_all_shards_and_the_statistics_of_worker_0() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(2)]
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    shard_nets = [torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)) for _ in batches]
+    for shard_net, (x, y) in zip(shard_nets, batches, strict=True):
+        shard_net.load_state_dict(net.state_dict())
+        torch.nn.functional.cross_entropy(shard_net(x), y).backward()
+    weight, decay = net[1].weight.detach().clone(), 5e-4
+    gradient = (shard_nets[0][1].weight.grad + shard_nets[1][1].weight.grad) / 2
+
+    DataParallel(net, 0.1, 2).step(batches, 0.1)
+
+    torch.testing.assert_close(net[1].weight, weight - 0.1 * (gradient + decay * weight))
+    torch.testing.assert_close(net[0].running_mean, 0.1 * batches[0][0].mean(0))
+    assert net[0].num_batches_tracked == 1
+
+
+def test_local_sgd_of_one_worker_without_rounds_is_the_single_process() -> None:
+    one = base("single", 1, 0, settings())
+    local = replace(one, method="local_sgd", local_steps=1000)
+    data = prepare(settings())
+    models = []
+    for case in (one, local):
+        trainer = make_trainer(case, settings(), data.channels)
+        train(trainer, case, settings(), data, 128)
+        models.append(trainer.full_model())
+
+    for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_all_methods_see_the_same_images_in_the_same_order(workers: int) -> None:
+    data = prepare(settings())
+    stream = Stream(data.train, data.augmented, 8, seed=0)
+    alone = [stream.batch(step, 0, 1)[1] for step in range(32)]
+    dealt = [stream.batch(step, worker, workers)[1] for step in range(32 // workers) for worker in range(workers)]
+
+    assert torch.equal(torch.cat(alone), torch.cat(dealt))
+    assert stream.pass_length == 128
+    assert not torch.equal(torch.cat(alone[:16]), torch.cat(alone[16:]))  # the second pass has an order of its own
+
+
+def test_crops_depend_on_seed_step_and_worker_and_leave_the_global_generator_alone() -> None:
+    data = prepare(settings())
+    stream = Stream(data.train, data.augmented, 8, seed=0)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = stream.batch(3, 1, 2)[0]
+
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(stream.batch(3, 1, 2)[0], first)
+
+
+@pytest.mark.parametrize("pre_activation", [True, False])
+def test_each_step_of_the_design_shares_more(pre_activation: bool) -> None:
+    net = OpenResNet((2, 2, 4, 2), width_multiplier=1 / 16, in_channels=1, pre_activation=pre_activation)
+    names = {
+        choice: [block.name for block in select_blocks(net, partitioned(choice))]
+        for choice in ("naive", "strided_shared", "paper", "none")
+    }
+
+    assert len(names["naive"]) == 10
+    assert names["strided_shared"] == [name for name in names["naive"] if not name.endswith(".0")]
+    assert names["paper"] == ["section3.1", "section3.2", "section3.3"]
+    assert names["none"] == []
+    assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("network", ["preact", "open_pre", "open_post"])
+def test_default_size_has_a_block_for_each_of_eight_workers(network: str) -> None:
+    full = read_command_line(["data=digits"], known())[1]
+    layout = Layout(make_network(network, full, 3, seed=0), Config(min_blocks=0), 8)
+    assert len(layout.blocks) >= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mian"], "mian: there is no such study; choose from main, check"),
+        (["main", "method=ddp"], "method=ddp: unknown key"),
+        (["main", "folder=null"], "folder is missing"),
+        (["main", "data=folder", "folder=nowhere"], "folder=nowhere: is not a folder"),
+        (["main", "seeds=0"], "seeds=0: must be a whole number, at least 1"),
+        (["main", "data=mnist"], "data=mnist: must be one of folder, cifar10, digits"),
+        (["main", "min_blocks=4"], "min_blocks=4: deep=4 has 3 blocks"),
+        (["main", "samples=3"], "samples=3: must be at least batch x 8 = 64"),
+        (["main", "limit=1"], "limit=1 with batch=8 leaves"),
+        (["main", "lengths=[]"], "lengths=[]: must be a list"),
+        (["main", "out=experiments/accuracy/results"], "a smoke run must not stand among the results"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new"
+    data = [] if any(word.startswith(("data", "folder")) for word in arguments) else ["data=digits"]
+    folder = ["data=folder"] if "folder=null" in arguments else []
+    with pytest.raises(SystemExit) as ended:
+        main(["size=smoke", f"out={out}", *data, *folder, *arguments], "")
+
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_result_file_refuses_other_settings(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*SMOKE, f"out={results}", "main", "lr=0.5"], "")
+    assert "lr=0.5" in capsys.readouterr().err

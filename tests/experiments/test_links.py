@@ -1,0 +1,264 @@
+"""Links of chosen bandwidth: the network that is made, what is measured on it, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.checks import ConfigError
+from experiments.links import namespaces as rig
+from experiments.links import options, run, summary, tables
+from tests.helpers.programs import ROOT
+
+MISSING = rig.why_no_namespaces()
+needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
+RUN = "experiments/links/run.py"
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_namespace() -> Iterator[None]:
+    """Fail the test that leaves a namespace."""
+    before = set() if MISSING else rig.namespaces_in_use()
+    yield
+    left = set() if MISSING else rig.namespaces_in_use() - before
+    for name in left:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    assert not left
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, program, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@needs_namespaces
+def test_links_have_the_rate_that_was_asked_for() -> None:
+    with rig.namespaces(3) as network:
+        network.shape(0.1)
+        shaped = network.shapers()
+        network.shape(1)
+        faster = network.shapers()
+        network.shape(None)
+        lifted = network.shapers()
+
+    assert [(item["kind"], item["options"]["rate"]) for item in shaped] == [("tbf", 12_500_000)] * 6
+    assert [item["options"]["rate"] for item in faster] == [125_000_000] * 6
+    assert [item["device"] for item in shaped] == ["resist0"] * 3 + ["port0", "port1", "port2"]
+    assert "tbf" not in {item["kind"] for item in lifted}
+
+
+@needs_namespaces
+def test_the_hosts_own_network_is_not_touched() -> None:
+    def links() -> str:
+        return subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+
+    before = links()
+    with rig.namespaces(2) as network:
+        assert len({item for item in rig.namespaces_in_use() if item.startswith(network.name)}) == 3
+        assert links() == before
+
+
+@needs_namespaces
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_inside_leaves_no_namespace(error: type[BaseException]) -> None:
+    with pytest.raises(error), rig.namespaces(2) as network:
+        raise error
+    assert not [item for item in rig.namespaces_in_use() if item.startswith(network.name)]
+
+
+@needs_namespaces
+def test_a_name_in_use_is_refused_and_what_uses_it_stays() -> None:
+    with rig.namespaces(2, "rl-test-taken"):
+        with pytest.raises(ConfigError, match="rl-test-taken-0 is in use"):
+            options.check_name("rl-test-taken")
+        with pytest.raises(ConfigError, match=r"letters, digits"):
+            options.check_name("no spaces")
+        assert "rl-test-taken-1" in rig.namespaces_in_use()
+
+
+def test_buckets_hold_some_packets_and_little_time() -> None:
+    assert rig.burst_bytes(100_000_000) == 128 * 1024
+    assert rig.burst_bytes(10_000_000_000) == 1_250_000
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One smoke run, of the methods that count."""
+    folder = tmp_path_factory.mktemp("links")
+    arguments = ["size=smoke", "bandwidths_gbit=[0.1]", f"output={folder}"]
+    process = start(RUN, *arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert {path.name for path in folder.iterdir()} == {"links.json", "links.png"}
+    return {"output": output, **json.loads((folder / "links.json").read_text())}
+
+
+@needs_namespaces
+def test_what_was_counted_is_the_closed_form_and_what_the_kernel_saw(measured: dict[str, Any]) -> None:
+    runs = [item for item in measured["runs"] if item["method"] in ("resist", "local_sgd")]
+    assert len(runs) == 2
+    for item in runs:
+        for worker in item["workers"]:
+            form = worker["closed_form"]
+            assert len(form) == len(worker["syncs"]) == 2
+            counted = worker["counted"]
+            training = sum(counted.get(kind, 0) for kind in ("shared", "merge", "hand_over", "state"))
+            assert training == sum(sync["sent"] for sync in form) > 1e6
+            assert training + counted["control"] <= worker["kernel"]["sent"] <= 1.03 * training + 20_000
+            assert sum(sync["received"] for sync in form) <= worker["kernel"]["received"]
+    assert runs[1]["workers"][0]["counted"]["hand_over"] > 0
+
+
+@needs_namespaces
+def test_all_bytes_went_through_the_shapers(measured: dict[str, Any]) -> None:
+    for item in measured["runs"]:
+        assert [shaper["options"]["rate"] for shaper in item["shapers"]] == [12_500_000] * 4
+        for worker, shaper in zip(item["workers"], item["shapers"], strict=False):
+            assert worker["kernel"]["sent"] <= shaper["bytes"] <= 1.1 * worker["kernel"]["sent"] + 20_000
+            assert shaper["drops"] == 0
+
+
+@needs_namespaces
+def test_every_method_has_its_row(measured: dict[str, Any]) -> None:
+    rows = {row["method"]: row for row in measured["rows"]}
+    assert list(rows) == ["ddp", "local_sgd", "resist", "none", "parameter_server"]
+    assert rows["none"]["share_of_limit"] == 1
+    assert rows["ddp"]["speed_up_over_ddp"] == 1
+    model = measured["runs"][0]["workers"][0]["model_bytes"]
+    assert rows["ddp"]["bytes_per_sync"]["closed_form"] == model
+    assert rows["resist"]["held_bytes"] < rows["local_sgd"]["held_bytes"] == 3 * model
+    resist = rows["resist"]
+    assert resist["seconds_per_step"] == resist["compute_seconds"] + resist["sync_seconds"] / 50
+    assert sum(resist["parts"].values()) == pytest.approx(resist["sync_seconds"])
+    assert "ResIST" in measured["output"]
+    assert not re.search("/work|/tmp", json.dumps(measured["settings"]))
+
+
+def test_the_rows_of_a_run_known_by_hand() -> None:
+    """Two workers; one comes 1 s late, and its sync takes 4.4 s where the link would allow 4 s."""
+
+    def worker(step: float, waiting: float, sent: int) -> dict[str, Any]:
+        sync = {"seconds": 4.4 + waiting, "waiting": waiting, "averaging": 2.0, "hand_over": 2.0, "packing": 0.4}
+        return {
+            "step_seconds": [step, step, 9.0],
+            "window_seconds": 30.0,
+            "syncs": [sync],
+            "counted": {"shared": sent, "control": 64},
+            "closed_form": [{"sent": sent, "received": 50_000_000}],
+            "kernel": {"sent": 1.01 * sent, "received": 0},
+            "peak_rss_bytes": 7,
+            "held_bytes": 5,
+        }
+
+    runs = [{"method": "resist", "bandwidth_gbit": 0.1, "workers": [worker(1.0, 1.0, 50_000_000), worker(2.0, 0.0, 4)]}]
+    (row,) = summary.summarise({"local_steps": 10, "steps_per_round": 3}, runs)
+    (really,) = summary.summarise({"local_steps": 3, "steps_per_round": 3}, runs)
+
+    assert row["compute_seconds"] == 2.0
+    assert row["sync_seconds"] == pytest.approx(4.4)
+    assert row["seconds_per_step"] == pytest.approx(2.44)
+    assert really["seconds_per_step"] == row["window_seconds_per_step"] == 10.0
+    assert row["ideal_sync_seconds"] == pytest.approx(4.0)
+    assert row["sync_over_ideal"] == pytest.approx(1.1)
+    assert row["step_over_ideal"] == pytest.approx(2.44 / 2.4)
+    assert row["bytes_per_sync"]["counted"] == row["bytes_per_sync"]["closed_form"] == 25_000_002
+    assert tables.speed_cells([row])[0][:5] == ["0.1 Gbit/s", "ResIST", "2.440", "2.000", "0.440"]
+
+
+@needs_namespaces
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    """The fixtures see to what may not be left: namespaces, processes."""
+    before = rig.namespaces_in_use()
+    process = start(RUN, "size=smoke", "methods=[resist]", "rounds=1000", f"output={tmp_path}")
+    deadline = time.monotonic() + 60
+    while len(rig.namespaces_in_use() - before) < 3 or len(children(process.pid)) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert output.strip().splitlines()[-1] == "interrupted: nothing is left behind"
+    assert rig.namespaces_in_use() == before
+    assert not list(tmp_path.iterdir())
+
+
+@needs_namespaces
+def test_a_sigterm_leaves_nothing() -> None:
+    def be_ended() -> None:
+        with rig.namespaces(2) as network:
+            assert network.bridge in rig.namespaces_in_use()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        be_ended()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods=[resits]"], "'resits' is not known; choose from ddp, local_sgd"),
+        (["methods=[]"], "need at least one entry"),
+        (["methods=[ddp,ddp]"], "stands there twice"),
+        (["bandwidths_gbit=[0]"], "0 must be a number of Gbit/s from 0.001 to 100, or unshaped"),
+        (["bandwidths_gbit=[fast]"], "'fast' must be a number"),
+        (["workers=1"], "workers=1: must be a whole number, at least 2"),
+        (["network.depth=18"], "network.depth=18: must be one of 14, 26"),
+        (["min_blocks=9"], "min_blocks=9 is impossible with 5 partitionable block(s)"),
+        (["steps_per_round=51"], "steps_per_round=51 is above local_steps=50"),
+        (["batch=none"], "batch=none: must be a whole number"),
+        (["bacth=3"], "bacth"),
+        (["size=big"], "big"),
+    ],
+)
+def test_bad_values_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        run.check(options.composed(run.CONFIG, "links", run.Options, ["size=smoke", *arguments][-2:]))
+    assert message in str(raised.value)
+
+
+def test_a_bad_value_ends_the_program_with_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [RUN, "methods=[resits]"])
+    with pytest.raises(SystemExit) as raised:
+        run.main()
+    assert raised.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: methods: 'resits' is not known")
+    assert printed.count("\n") == 1
+
+
+def test_without_root_or_tools_only_the_unshaped_row_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert rig.why_no_namespaces() == "no ip and no tc here (install iproute2)"
+    cfg = options.composed(run.CONFIG, "links", run.Options, ["size=smoke"])
+    with options.network(cfg) as (network, bandwidths):
+        assert bandwidths == [None]
+        assert network.command(1) == []
+        assert network.address == "127.0.0.1"
+        assert not network.counts
