@@ -47,12 +47,27 @@ class Bucket:
         ]
 
 
-def make_buckets(tensors: Iterable[Tensor]) -> dict[torch.dtype, Bucket]:
-    """A bucket for each data type; tensors whose memory is not one dense piece are left where they are."""
+def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.dtype, Bucket]:
+    """A bucket for each data type.
+
+    A data type is left out if one of its tensors is on another device, has gaps, or shares its memory with somebody:
+    who looks at that memory would no longer see the tensor.
+    """
     groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.dtype].append(tensor)
-    return {dtype: Bucket(group) for dtype, group in groups.items() if all(map(_dense, group))}
+    return {
+        dtype: Bucket(group)
+        for dtype, group in groups.items()
+        if all(tensor.device == device and _dense(tensor) for tensor in group) and _alone(group)
+    }
+
+
+def _alone(tensors: Sequence[Tensor]) -> bool:
+    """Whether each has memory of its own, and all of it."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    whole = all(storage.nbytes() == tensor.nbytes for storage, tensor in zip(storages, tensors, strict=True))
+    return whole and len({storage.data_ptr() for storage in storages}) == len(storages)
 
 
 def _dense(tensor: Tensor) -> bool:

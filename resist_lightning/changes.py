@@ -30,6 +30,7 @@ class Changes:
 
     def begin(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that are equal on all workers now; it costs a copy of them."""
+        self._before = {}  # never two copies at once
         self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
 
     def known(self, tensor: Tensor) -> bool:

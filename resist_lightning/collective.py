@@ -240,6 +240,7 @@ def join_group(
         _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
+    _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
     dist.init_process_group(
         backend,
         store=PrefixStore(f"resist_lightning/{_groups_joined[key]}", store),
@@ -248,7 +249,6 @@ def join_group(
         timeout=timeout,
         device_id=device,
     )
-    _groups_joined[key] += 1
 
 
 def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -179,7 +179,6 @@ class Engine:
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
             self._full.settle()
-            self._sync.end()
             self.abandon()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
@@ -189,6 +188,7 @@ class Engine:
         self._warmup_hooks.remove()
         if self._recorder is not None:
             self._recorder.remove()
+        self._sync.end()
         self._recorder, self.running = None, False
 
     def checkpoint_state(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,12 +80,12 @@ class Exchange:
         self._wire = wire
         self._buckets: dict[torch.dtype, Bucket] = {}
 
-    def gather(self, tensors: Iterable[Tensor]) -> None:
+    def put_together(self, tensors: Iterable[Tensor]) -> None:
         """Move tensors that will be averaged together again and again into one buffer per data type. Sends nothing."""
-        self._buckets = make_buckets(tensors)
+        self._buckets = make_buckets(tensors, self._device)
 
-    def scatter(self) -> None:
-        """Give the tensors of :meth:`gather` memory of their own again."""
+    def take_apart(self) -> None:
+        """Give the tensors of :meth:`put_together` memory of their own again."""
         for bucket in self._buckets.values():
             bucket.dissolve()
         self._buckets = {}
@@ -102,17 +101,19 @@ class Exchange:
         same shapes.
 
         Returns:
-            A function that waits for it, and puts the means in place.
+            A function that waits for what was begun.
         """
-        begun: list[Callable[[], None]] = []
+        begun: list[Finish] = []
         for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
             group = [tensor for tensor in tensors if tensor.dtype == dtype]
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
                 begun.append(self._collective.start_mean(bucket.flat, kind))
-            else:
+            else:  # not left under way: it has a buffer of its own, and a hand-over would need another one beside it
                 (flat,) = self._pack(group).values()
-                begun += [self._collective.start_mean(flat, kind), partial(_copy_into, group, flat)]
+                self._collective.mean_(flat, kind)
+                _copy_into(group, flat)
+                del flat
 
         def finish() -> None:
             for step in begun:

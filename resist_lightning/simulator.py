@@ -1,7 +1,8 @@
 """A reference of the method: S workers in one process, written as plainly as the paper and without its machinery.
 
-Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. It shares
-only the partition and the choice of blocks with the engine, so tests use it as the oracle; and on one device it trains
+Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. With the
+engine it shares the partition, the choice of blocks, scaling and recalibration, and, where parameters are sent in fewer
+bits, their encoding and who owns a block; what is not shared is tested against it. On one device it trains
 sub-networks of any number of workers.
 """
 

@@ -31,25 +31,24 @@ class Sync:
     def __init__(
         self, layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
-        self.exchange = Exchange(collective, device, make_wire(layout.config.wire))
+        wire = make_wire(layout.config.wire)
+        self.exchange = Exchange(collective, device, wire)
         self._layout = layout
         self._states = states
         self._worker = collective.worker
         self._device = device
         self._seconds = seconds
-        wire = make_wire(layout.config.wire)
         self._changes = Changes(collective, wire) if wire is not None else None
         self._changing: set[str] = set()
 
     def begin(self) -> None:
         """Call it once, when training starts: shared tensors move together. Sends nothing."""
-        self._changing = self._layout.changing()
         if self._changes is None and self._layout.schedule.workers > 1:
-            self.exchange.gather(self.averaged(()))
+            self.exchange.put_together(self.averaged(()))
 
     def end(self) -> None:
         """Call it once, when training has ended: every tensor gets memory of its own again."""
-        self.exchange.scatter()
+        self.exchange.take_apart()
 
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, to send changes only, what it was."""

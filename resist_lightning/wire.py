@@ -37,6 +37,8 @@ class Wire:
             noise: for rounding up or down at random; None rounds to the nearest.
         """
         values = values.float()
+        if not len(values):
+            return torch.empty(0, dtype=torch.uint8, device=values.device)
         if self.format.scale_bytes == 0:
             return _to_bfloat16(values, noise).view(torch.uint8)
         padding = self.format.groups(len(values)) * self.format.group - len(values)
@@ -50,6 +52,8 @@ class Wire:
 
     def decode(self, message: Tensor, entries: int) -> Tensor:
         """The values of a message, as float32."""
+        if not entries:
+            return torch.empty(0, device=message.device)
         if self.format.scale_bytes == 0:
             return message.view(torch.bfloat16)[:entries].float()
         grouped = message.view(-1, self.format.group_bytes)
@@ -112,14 +116,15 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(_PACKED_ENTRIES, device=codes.device) * bits
-    words = (codes.view(len(codes), -1, _PACKED_ENTRIES).long() << shifts).sum(2)
+    words = (codes.view(len(codes), codes.shape[1] // _PACKED_ENTRIES, _PACKED_ENTRIES).long() << shifts).sum(2)
     return ((words.unsqueeze(2) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 255).byte().flatten(1)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
-    words = (packed.view(len(packed), -1, bits).long() << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(2)
+    grouped = packed.view(len(packed), packed.shape[1] // bits, bits).long()
+    words = (grouped << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(2)
     shifts = torch.arange(_PACKED_ENTRIES, device=packed.device) * bits
     codes: Tensor = (words.unsqueeze(2) >> shifts) & (2**bits - 1)
     return codes.flatten(1)

@@ -34,6 +34,14 @@ RUNS = {
         Run(Config(local_steps=2, min_blocks=3, wire="int6", warmup_rounds=2, momentum="travel"), steps=11),
     ),
     "int4, frozen": (2, Run(Config(local_steps=2, min_blocks=3, wire="int4"), steps=7, frozen=("section3.2",))),
+    "int6, fewer groups than workers": (
+        4,
+        Run(
+            Config(local_steps=2, min_blocks=0, wire="int6"),
+            5,
+            frozen=("section1", "section2", "section3.0", "section4"),
+        ),
+    ),
     "local SGD, int8": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running", wire="int8"), steps=5)),
     "frozen": (3, Run(Config(local_steps=2, min_blocks=3), steps=7, frozen=("section3.2", "section1"))),
 }

@@ -74,8 +74,20 @@ def test_afterwards_every_tensor_has_memory_of_its_own():
 def test_there_is_a_bucket_for_each_data_type_unless_memory_has_gaps():
     floats, counter = [torch.ones(3), torch.ones(2, 2)], torch.tensor(5)
     gaps = torch.ones(4, dtype=torch.float64)[::2]
-    buckets = make_buckets([floats[0], counter, floats[1], gaps])
+    buckets = make_buckets([floats[0], counter, floats[1], gaps], torch.device("cpu"))
     assert buckets.keys() == {torch.float32, torch.int64}
     assert buckets[torch.float32].holds(floats)
     assert counter.item() == 5
     assert gaps.stride() == (2,)
+
+
+def test_tensors_that_share_memory_or_live_elsewhere_are_left_where_they_are():
+    weight = nn.Parameter(torch.ones(3))
+    tied = nn.Parameter(weight.detach())
+    part = torch.ones(4)[:3]
+    assert make_buckets([weight, tied], torch.device("cpu")) == {}
+    assert make_buckets([torch.ones(3), part], torch.device("cpu")) == {}
+    assert make_buckets([torch.ones(3)], torch.device("meta")) == {}
+    with torch.no_grad():
+        weight.add_(1)
+    assert tied.tolist() == [2.0, 2.0, 2.0]

@@ -29,7 +29,7 @@ def half_step(name, x):
 
 
 @examples(max_examples=40)
-@given(st.sampled_from(NAMES), st.integers(1, 1000), st.integers(0, 5), st.sampled_from([1e-6, 1.0, 1e4]))
+@given(st.sampled_from(NAMES), st.integers(0, 1000), st.integers(0, 5), st.sampled_from([1e-6, 1.0, 1e4]))
 def test_rounding_to_the_nearest_errs_by_half_a_step_at_most(name, entries, seed, scale):
     x = values(entries, seed, scale)
     wire = make_wire(name)
@@ -90,3 +90,19 @@ def test_messages_have_matrices_first_and_keep_the_order_otherwise():
 
 def test_fp32_needs_no_wire():
     assert make_wire("fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "message"),
+    [
+        ("int8", [127.0, -127.0, 0.0, 5.0], "0000803f" + "fe007f84" + "7f" * 252),
+        ("int6", [31.0, -31.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0], "0000803f" + "3ef091dff77d" + "dff77ddff77d" * 31),
+        ("int4", [7.0, -7.0, 0.0, 3.0], "0000803f" + "0ea7" + "77" * 126),
+        ("bf16", [1.0, -2.0], "803f00c0" + "0000" * 254),
+    ],
+)
+def test_the_bytes_of_a_message_written_out(name, first, message):
+    """A scale of 1.0 as float32, then each value plus the largest code, the lowest bits first."""
+    x = torch.tensor([*first, *[0.0] * (256 - len(first))])
+    assert bytes(make_wire(name).encode(x).tolist()).hex() == message
+    assert torch.equal(make_wire(name).decode(torch.tensor(list(bytes.fromhex(message)), dtype=torch.uint8), 256), x)
