@@ -82,7 +82,7 @@ class Engine:
         self._residency = Residency(self.layout.blocks)
         self._recorder: InputRecorder | None = None
         self._warmup_hooks = ScaleHooks([], 1.0)
-        self._changes_at_start = self._changes_unsynced = 0
+        self._writes_at_start = self._writes_unsynced = 0
         self._full = FullModel(self.layout, self._sync.exchange, forward_context)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
@@ -167,7 +167,7 @@ class Engine:
             self._full.close()
             self._make_room(self.partition)
             self._full.restore()
-            self._changes_at_start = self._changes() - self._changes_unsynced
+            self._writes_at_start = self._writes() - self._writes_unsynced
             self._hook_warmup()
 
     def finish(self) -> None:
@@ -252,8 +252,8 @@ class Engine:
             raise RuntimeError("the engine is not running: call start() first.")
         calls = list(self._recorder.calls) if self._recorder is not None else []
         still = self._recorder.still if self._recorder is not None else ()
-        self._changes_unsynced = self._changes() - self._changes_at_start
-        reports = self._meeting.hold(purpose, self.clock, [len(calls), self.clock.step + self._changes_unsynced])
+        self._writes_unsynced = self._writes() - self._writes_at_start
+        reports = self._meeting.hold(purpose, self.clock, [len(calls), self.clock.step + self._writes_unsynced])
         self._warmup_hooks.remove()
         plan, kinds = plan_observation(self._next_plan(), self.collective.workers), Kinds.all(kind)
         exchange = self._sync.exchange
@@ -277,10 +277,10 @@ class Engine:
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)
-        self._changes_at_start = self._changes()
+        self._writes_at_start = self._writes()
         self._hook_warmup()
 
-    def _changes(self) -> int:
+    def _writes(self) -> int:
         """Moves whenever a shared parameter or counter is written to."""
         return sum(tensor._version for tensor in self.layout.shared.values())
 

@@ -113,7 +113,6 @@ class Exchange:
                 (flat,) = self._pack(group).values()
                 self._collective.mean_(flat, kind)
                 _copy_into(group, flat)
-                del flat
 
         def finish() -> None:
             for step in begun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -55,14 +54,9 @@ class Case:
         return f"{self.method} S={self.workers} seed {self.seed} {self.network} l={self.local_steps} {self.wire}"
 
 
-def wire_is_known() -> bool:
-    """Whether this version of the package compresses on the wire."""
-    return "wire" in inspect.signature(Config).parameters
-
-
 def config_of(case: Case) -> Config:
     """The package's settings for local SGD or ResIST."""
-    options: dict[str, Any] = {} if case.wire == "fp32" else {"wire": case.wire}
+    options: dict[str, Any] = {"wire": case.wire}
     if case.method == "local_sgd":
         options["blocks"] = partitioned("none")
     else:
@@ -145,7 +139,7 @@ def wire(settings: Settings) -> list[Case]:
     return [
         replace(base("resist", 2, seed, settings), wire=bits)
         for seed in range(settings.ablation_seeds)
-        for bits in (WIRES if wire_is_known() else WIRES[:1])
+        for bits in WIRES
     ]
 
 

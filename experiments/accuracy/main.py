@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.accuracy import check, tables
-from experiments.accuracy.cases import STUDIES, Case, wire_is_known
+from experiments.accuracy.cases import STUDIES, Case
 from experiments.accuracy.data import prepare
 from experiments.accuracy.figure import draw_all
 from experiments.accuracy.pool import measured
@@ -51,8 +51,6 @@ def run(names: Sequence[str], settings: Settings) -> None:
     _check_place(settings)
     studies = {name: Study.opened(name, settings) for name in names}
     wanted = {name: check.cases(settings) if name == "check" else STUDIES[name](settings) for name in names}
-    if "wire" in names and not wire_is_known():
-        print("wire: this version of resist_lightning has no `wire` setting; only fp32 is measured")
     _copy_known(studies, wanted, settings)
     if any(_missing(studies[name], wanted[name]) for name in names):
         prepare(settings)  # a bad folder is told before anything is trained

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.links.namespaces import Loopback, interface_bytes, terminable, undisturbed
+from experiments.links.namespaces import LinksError, Loopback, interface_bytes, terminable, undisturbed
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.01
@@ -208,3 +208,14 @@ def _environment(network: Loopback, worker: int, threads: int) -> dict[str, str]
         "GLOO_SOCKET_IFNAME": network.interface,
         "CUDA_VISIBLE_DEVICES": "",
     }
+
+
+@contextmanager
+def ended_in_one_line() -> Iterator[None]:
+    """What a program says when it is interrupted, or the links or the workers fail: one line, exit status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing is left behind")
+    except (LinksError, WorkersFailed) as error:
+        sys.exit(f"error: {error}")

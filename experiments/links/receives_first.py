@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.launch import fail, readable_errors
-from experiments.links.crew import WorkersFailed, crew
-from experiments.links.namespaces import LinksError, kernel, namespaces, why_no_namespaces
+from experiments.links.crew import crew, ended_in_one_line
+from experiments.links.namespaces import kernel, namespaces, why_no_namespaces
 from experiments.links.options import LEAST_GBIT, MOST_GBIT, composed
 from experiments.record import write_record
 from experiments.schema import limited
@@ -42,13 +42,12 @@ def main() -> None:
     if missing := why_no_namespaces():
         fail(f"{missing}: the exchange needs a shaped link, so root and iproute2")
     settings = {"megabytes": cfg.megabytes, "repeats": cfg.repeats}
-    try:
-        with namespaces(2) as network, crew(network, "experiments.links.exchange_worker") as workers:
-            run = workers.run(settings, gbit=cfg.bandwidth_gbit, timeout=cfg.timeout_seconds)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing is left behind")
-    except (LinksError, WorkersFailed) as error:
-        sys.exit(f"error: {error}")
+    with (
+        ended_in_one_line(),
+        namespaces(2) as network,
+        crew(network, "experiments.links.exchange_worker") as workers,
+    ):
+        run = workers.run(settings, gbit=cfg.bandwidth_gbit, timeout=cfg.timeout_seconds)
     payload = run["workers"][0]["payload_bytes"]
     ideal = payload * 8 / cfg.bandwidth_gbit / 1e9
     seconds = {

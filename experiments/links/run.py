@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from experiments.checks import ConfigError
 from experiments.launch import readable_errors
 from experiments.links import tables
-from experiments.links.crew import WorkersFailed, crew
-from experiments.links.namespaces import LinksError, kernel
+from experiments.links.crew import crew, ended_in_one_line
+from experiments.links.namespaces import kernel
 from experiments.links.options import Rig, check_rig, composed, network, settings_of
 from experiments.links.plot import draw_links
 from experiments.links.summary import summarise
@@ -54,16 +54,15 @@ def main() -> None:
         cfg = composed(CONFIG, "links", Options, sys.argv[1:])
         check(cfg)
     settings, runs = settings_of(cfg), []
-    try:
-        with network(cfg) as (links, bandwidths), crew(links, "experiments.links.worker", cfg.threads) as workers:
-            for gbit, method in product(bandwidths, cfg.methods):
-                run = workers.run({**settings, "method": method}, gbit=gbit, timeout=cfg.timeout_seconds)
-                runs.append({"method": method, "bandwidth_gbit": gbit, **run})
-                print(f"{method}, {tables.bandwidth(gbit)}: measured", flush=True)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing is left behind")
-    except (LinksError, WorkersFailed) as error:
-        sys.exit(f"error: {error}")
+    with (
+        ended_in_one_line(),
+        network(cfg) as (links, bandwidths),
+        crew(links, "experiments.links.worker", cfg.threads) as workers,
+    ):
+        for gbit, method in product(bandwidths, cfg.methods):
+            run = workers.run({**settings, "method": method}, gbit=gbit, timeout=cfg.timeout_seconds)
+            runs.append({"method": method, "bandwidth_gbit": gbit, **run})
+            print(f"{method}, {tables.bandwidth(gbit)}: measured", flush=True)
     content = {"settings": settings, "rows": summarise(settings, runs), "runs": runs}
     tables.show(content)
     path = write_record(Path(cfg.output) / "links.json", content, **kernel())

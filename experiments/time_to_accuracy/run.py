@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.checks import ConfigError
 from experiments.launch import readable_errors
-from experiments.links.crew import WorkersFailed, crew
-from experiments.links.namespaces import LinksError, kernel
+from experiments.links.crew import crew, ended_in_one_line
+from experiments.links.namespaces import kernel
 from experiments.links.options import Rig, check_rig, composed, network, settings_of
 from experiments.links.tables import bandwidth
 from experiments.record import write_record
@@ -90,20 +90,16 @@ def main() -> None:
         cfg = composed(CONFIG, "time_to_accuracy", Options, sys.argv[1:])
         check(cfg)
     settings, rows = resolved(cfg), []
-    try:
-        with (
-            network(cfg) as (links, bandwidths),
-            crew(links, "experiments.time_to_accuracy.worker", cfg.threads) as workers,
-        ):
-            for gbit, method in product(bandwidths, cfg.methods):
-                run = workers.run({**settings, "method": method}, gbit=gbit, timeout=cfg.timeout_seconds)
-                rows.append(row_of(method, gbit, run))
-                last = f"{rows[-1]['seconds'][-1]:.0f} s, {rows[-1]['accuracy'][-1]:.1%}"
-                print(f"{method}, {bandwidth(gbit)}: {last}", flush=True)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing is left behind")
-    except (LinksError, WorkersFailed) as error:
-        sys.exit(f"error: {error}")
+    with (
+        ended_in_one_line(),
+        network(cfg) as (links, bandwidths),
+        crew(links, "experiments.time_to_accuracy.worker", cfg.threads) as workers,
+    ):
+        for gbit, method in product(bandwidths, cfg.methods):
+            run = workers.run({**settings, "method": method}, gbit=gbit, timeout=cfg.timeout_seconds)
+            rows.append(row_of(method, gbit, run))
+            last = f"{rows[-1]['seconds'][-1]:.0f} s, {rows[-1]['accuracy'][-1]:.1%}"
+            print(f"{method}, {bandwidth(gbit)}: {last}", flush=True)
     data = "digits" if cfg.folder == DIGITS else "image folder"
     content = {"settings": {**settings_of(cfg), "data": data}, "rows": rows}
     tables.show(content)
