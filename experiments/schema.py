@@ -45,16 +45,31 @@ class Timeout:
 
 
 @dataclass
+class Silence:
+    _target_: str = MISSING
+    seconds: float = limited(least=3, hint="workers give a sign of life every second; 30 is the default")
+
+
+@dataclass
 class Rounds:
     """What the strategies of this package have in common."""
 
     _target_: str = MISSING
     local_steps: int = limited(least=1, hint="the paper takes 50; 1 averages after every step")
     wire: str = limited(choices=tuple(WIRE_FORMATS), hint="bits of a parameter at a sync; fp32 sends it as it is")
+    check: str = limited(choices=("sampled", "full", "off"), hint="hashes of shared tensors, compared after each sync")
+    non_finite: str = limited(
+        choices=("raise", "drop"), hint="drop leaves a worker with NaN or infinity out of a round"
+    )
     data: str = limited(choices=("shard", "copy"), hint="copy is the paper's: all images on every worker")
     parallel_devices: list[str] | None = MISSING
     process_group_backend: str | None = limited(choices=("gloo", "nccl"), hint="null chooses by the device")
     timeout: Timeout = MISSING
+    silence: Silence = MISSING
+    on_save_error: str = limited(choices=("raise", "warn"), hint="warn goes on without the checkpoint")
+    snapshots: str | None = MISSING
+    snapshot_every_n_rounds: int = limited(least=1, hint="1 writes one before each round")
+    on_worker_loss: str = limited(choices=("stop", "shrink"), hint="shrink needs snapshots, and torchrun")
     start_method: str = limited(
         choices=("spawn", "fork", "forkserver", "popen"), hint="spawn works in sweeps, popen under torchrun"
     )
@@ -65,6 +80,7 @@ class ResIST(Rounds):
     momentum: str = limited(choices=("reset", "keep", "travel"), hint="the paper restarts it: reset")
     batch_norm: str = limited(choices=("recalibrate", "running", "batch"), hint="recalibrate is the default")
     min_blocks: int | None = limited(least=0, hint="0 allows workers without a block; null takes 5, as the paper")
+    blocks_per_worker: Any = MISSING
     blocks: Any = MISSING
     seed: int = limited(least=0, hint="0 is a seed")
     warmup_rounds: int = limited(least=0, hint="0 means no warm-up")

@@ -5,18 +5,30 @@
 
 from resist_lightning.config import Config
 from resist_lightning.engine import Engine
-from resist_lightning.errors import BlockSelectionError, PartialModelError, WorkersDisagree
+from resist_lightning.errors import (
+    BlockSelectionError,
+    CheckpointError,
+    CheckpointNotWritten,
+    NotFinite,
+    PartialModelError,
+    WorkerLost,
+    WorkersDisagree,
+)
 from resist_lightning.simulator import Simulator
 from resist_lightning.strategies import LocalSGDStrategy, ResISTStrategy, register_strategies
 
 __all__ = [
     "BlockSelectionError",
+    "CheckpointError",
+    "CheckpointNotWritten",
     "Config",
     "Engine",
     "LocalSGDStrategy",
+    "NotFinite",
     "PartialModelError",
     "ResISTStrategy",
     "Simulator",
+    "WorkerLost",
     "WorkersDisagree",
 ]
 

@@ -33,11 +33,15 @@ class Changes:
         self._before = {}  # never two copies at once
         self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
 
+    def before(self, tensor: Tensor) -> Tensor | None:
+        """What a tensor was when the round began, if it was remembered."""
+        return self._before.get(id(tensor))
+
     def known(self, tensor: Tensor) -> bool:
         """Whether a tensor was remembered."""
         return id(tensor) in self._before
 
-    def average(self, tensors: Sequence[Tensor], kind: str) -> None:
+    def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
         """Replace tensors by what they were plus the mean change.
 
         Collective: every worker must call this, in the same order, with the same tensors.
@@ -45,6 +49,7 @@ class Changes:
         Args:
             tensors: those that :meth:`begin` was given, or some of them.
             kind: how the bytes are counted.
+            left_out: workers that take part, but whose changes do not count.
         """
         tensors = arrange(tensors)
         workers = self._collective.workers
@@ -52,12 +57,14 @@ class Changes:
             return
         before = [self._before[id(tensor)] for tensor in tensors]
         change = flatten(tensor.detach() - old for tensor, old in zip(tensors, before, strict=True))
-        mean = self._mean(change, kind)
+        if self._collective.worker in left_out:
+            change.zero_()
+        mean = self._mean(change, kind, workers - len(left_out))
         for tensor, old, piece in zip(tensors, before, split(mean, tensors), strict=True):
             tensor.detach().copy_(old + piece.to(old.dtype))
 
-    def _mean(self, change: Tensor, kind: str) -> Tensor:
-        """The mean of all workers' changes, as float32."""
+    def _mean(self, change: Tensor, kind: str, counted: int) -> Tensor:
+        """The sum of all workers' changes divided by how many count, as float32."""
         form, me, workers = self._wire.format, self._collective.worker, self._collective.workers
         entries = len(change)
         message = self._wire.encode(change).view(-1, form.group_bytes)
@@ -68,7 +75,7 @@ class Changes:
         self._exchange({peer: message[shares[peer]].flatten() for peer in peers}, parts, kind)
         copies = [self._decode(parts.get(worker, mine)) for worker in range(workers)]
         result = torch.empty_like(message)
-        result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / workers).view(mine.shape)
+        result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / counted).view(mine.shape)
         results = {peer: result[shares[peer]].flatten() for peer in peers}
         self._exchange(dict.fromkeys(peers, result[shares[me]].flatten()), results, kind)
         for peer, received in results.items():

@@ -11,16 +11,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from resist_lightning.accounting import all_reduce_bytes
+from resist_lightning.connections import remembered
+from resist_lightning.torchrun import attempt
 
 Finish: TypeAlias = Callable[[], None]
 """Waits for something that was begun."""
@@ -41,6 +43,15 @@ class Collective(ABC):
     @abstractmethod
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Numbers of all workers. Collective: every worker must call this, in the same order."""
+
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Bytes of all workers, of any length; a number of 64 bits carries one. For errors, where that does not matter.
+
+        Collective: every worker must call this, in the same order.
+        """
+        lengths = [int(row[0]) for row in self.gather_numbers([len(text)])]
+        rows = self.gather_numbers([*text, *[0] * (max(lengths) - len(text))])
+        return [bytes(map(int, row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
     @abstractmethod
     def start_mean(self, flat: Tensor, kind: str) -> Finish:
@@ -241,14 +252,35 @@ def join_group(
     store = _stores[key]
     store.set_timeout(timeout)
     _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(f"resist_lightning/{_groups_joined[key]}", store),
-        rank=worker,
-        world_size=workers,
-        timeout=timeout,
-        device_id=device,
-    )
+    with remembered():
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store),
+            rank=worker,
+            world_size=workers,
+            timeout=timeout,
+            device_id=device,
+        )
+
+
+class StoreClient(Protocol):
+    """What can be done with the group's store without a collective."""
+
+    def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
+    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
+    def clone(self) -> StoreClient:
+        """A connection of its own to the same store, which another thread may use."""
+
+
+def group_store() -> StoreClient:
+    """The store through which the default group was made."""
+    return _get_default_store()
+
+
+def groups_joined() -> int:
+    """How many groups this process has joined so far."""
+    return sum(count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid())
 
 
 def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -11,6 +11,9 @@ from torch import nn
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
 WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
+BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
+CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
+NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 PAPER_MIN_BLOCKS = 5
@@ -23,7 +26,10 @@ class Config:
 
     Args:
         local_steps: local steps per round, at least 1.
-        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer.
+        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
+            what ``blocks_per_worker`` lists.
+        blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
+            to the speed that each shows in the first rounds), or a list with a count for each worker.
         blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
             glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
         seed: seed of the partitions; 0 is a seed.
@@ -37,6 +43,10 @@ class Config:
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
             ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
+        check: which entries of the shared tensors are hashed after each sync, and compared between workers:
+            ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
+        non_finite: what happens when a worker comes to a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
+            out of the means, and its own blocks are again what they were when the round began; needs a copy of them).
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -44,6 +54,7 @@ class Config:
 
     local_steps: int = 50
     min_blocks: int | None = None
+    blocks_per_worker: BlockCounts = "equal"
     blocks: BlockChoice = None
     seed: int = 0
     momentum: MomentumPolicy = "reset"
@@ -52,18 +63,23 @@ class Config:
     test_scale: float | None = None
     recalibration_batches: int = 8
     wire: WireName = "fp32"
+    check: CheckPolicy = "sampled"
+    non_finite: NonFinitePolicy = "raise"
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
-        _check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
-        _check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
-        _check_integer("seed", self.seed, 0, "0 is a seed")
+        check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
+        check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
+        check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
+        check_integer("seed", self.seed, 0, "0 is a seed")
         if self.min_blocks is not None:
-            _check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
+            check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
+        _check_counts(self.blocks_per_worker)
         check_choice("momentum", self.momentum, get_args(MomentumPolicy))
         check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
         check_choice("wire", self.wire, get_args(WireName))
+        check_choice("check", self.check, get_args(CheckPolicy))
+        check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 
@@ -74,6 +90,18 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _check_integer(name: str, value: object, least: int, hint: str) -> None:
+def check_integer(name: str, value: object, least: int, hint: str) -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least} ({hint}).")
+
+
+def _check_counts(value: object) -> None:
+    if value in ("equal", "auto"):
+        return
+    counts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+        raise ValueError(
+            f"blocks_per_worker={value!r} must be 'equal', 'auto', or a list of whole numbers of at least 0, one for "
+            "each worker."
+        )

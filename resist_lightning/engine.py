@@ -23,20 +23,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS, Sizes
+from resist_lightning.activity import Activity
 from resist_lightning.collective import Collective, default_collective
 from resist_lightning.config import Config
-from resist_lightning.exchange import Kinds
-from resist_lightning.full_model import FullModel
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout, parameters_of
 from resist_lightning.meeting import Host, Meeting
-from resist_lightning.norm import InputRecorder
+from resist_lightning.observation import Observation
 from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.pace import Pace
 from resist_lightning.partition import Partition
-from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
+from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.presence import Residency
+from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
-from resist_lightning.scaling import ScaleHooks
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
 
@@ -75,15 +75,17 @@ class Engine:
         self.states = OptimizerStates(optimizers)
         if config.momentum == "travel":
             self.states.check_travel()
+        self.activity = Activity(self.clock)
+        self._pace = Pace(self.activity)
         self._meeting = Meeting(self.layout, self.collective, host or Host())
         self._device = next((tensor.device for tensor in self.layout.shared.values()), torch.device("cpu"))
         self.seconds = Seconds(self._device)
         self._sync = Sync(self.layout, self.states, self.collective, self._device, self.seconds)
         self._residency = Residency(self.layout.blocks)
-        self._recorder: InputRecorder | None = None
-        self._warmup_hooks = ScaleHooks([], 1.0)
-        self._writes_at_start = self._writes_unsynced = 0
-        self._full = FullModel(self.layout, self._sync.exchange, forward_context)
+        self._observation = Observation(
+            self.layout, self._sync, self._residency, self._meeting, self._device, forward_context
+        )
+        self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         if self.collective.worker == 0:
@@ -97,24 +99,34 @@ class Engine:
     @property
     def observing(self) -> bool:
         """Whether the module is the full model now."""
-        return self._full.active
+        return self._observation.full.active
 
-    def start(self) -> None:
-        """Take worker 0's weights and free the blocks that this worker does not hold.
+    def start(self) -> bool:
+        """Take worker 0's weights, or go on with what :meth:`restore` was given, and free the blocks of others.
 
         Collective: every worker must call this, in the same order.
 
+        Returns:
+            Whether every worker goes on with tensors of its own.
+
         Raises:
-            WorkersDisagree: if the workers' models or settings differ.
+            WorkersDisagree: if the workers' code, models or settings differ.
         """
-        self._meeting.hold(Purpose.START, self.clock)
-        self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
-        if self.config.batch_norm == "recalibrate" and self.layout.partial:
-            self._recorder = InputRecorder(self.module, self.config.recalibration_batches)
-        self._make_room(self.partition)
+        reports = self._meeting.introduce(self.clock, self.states, [float(self.resumption.exact)])
+        exact = all(has_own for has_own, _ in reports)
+        if not exact:
+            self.resumption.forget_own()
+            self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+        self._meeting.soundness.begin()
+        self._observation.start()
+        self._make_room()
         self._sync.begin()
+        self.resumption.load_tensors()
         self._begin_round()
+        self.resumption.load_rest()
         self.running = True
+        self.activity.begin("local steps")
+        return exact
 
     def after_step(self) -> None:
         """Count a local step, and sync if the round is complete. Call it after ``optimizer.step()``.
@@ -131,12 +143,19 @@ class Engine:
         if self.observing:
             raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
         self.clock.tick()
+        self.activity.begin("local steps")
 
-    def sync_if_due(self) -> None:
-        """Sync if the round is complete. Collective at the end of a round: every worker must call this."""
-        if self.clock.due:
-            with self.seconds.timed("sync"):
-                self._end_round()
+    def sync_if_due(self) -> bool:
+        """Sync if the round is complete. Collective at the end of a round: every worker must call this.
+
+        Returns:
+            Whether a new round has begun.
+        """
+        if not self.clock.due:
+            return False
+        with self.seconds.timed("sync"):
+            self._end_round()
+        return True
 
     @contextmanager
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
@@ -158,38 +177,36 @@ class Engine:
     def begin_observation(self, kind: str = "evaluation") -> None:
         """Assemble the full model; see :meth:`full_model`. Collective: every worker must call this."""
         purpose = Purpose.CHECKPOINT if kind == "checkpoint" else Purpose.EVALUATION
+        self.activity.begin("saving" if kind == "checkpoint" else "evaluation")
         with self.seconds.timed("observe"):
             self._assemble(purpose, kind, keep=True)
 
     def end_observation(self) -> None:
         """Go back to this worker's sub-network, bit for bit. Sends nothing."""
         with self.seconds.timed("observe"):
-            self._full.close()
-            self._make_room(self.partition)
-            self._full.restore()
-            self._writes_at_start = self._writes() - self._writes_unsynced
-            self._hook_warmup()
+            self._observation.put_back(self.clock.round, self._make_room)
+        self.activity.begin("local steps")
 
     def finish(self) -> None:
         """End the training: the module becomes the full model on every worker, ready to use or save.
 
         Collective: every worker must call this, in the same order.
         """
+        self.activity.begin("finishing")
         with self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
-            self._full.settle()
+            self._observation.full.settle()
             self.abandon()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
+        self.activity.begin("ended")
 
     def abandon(self) -> None:
         """Stop without a word to the others; after an error. Absent blocks stay absent, and reading them raises."""
-        self._warmup_hooks.remove()
-        if self._recorder is not None:
-            self._recorder.remove()
+        self._observation.end()
         self._sync.end()
-        self._recorder, self.running = None, False
+        self.running = False
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint of the full model needs beside its ``state_dict`` for training to go on.
@@ -199,28 +216,22 @@ class Engine:
         """
         if not self.observing:
             return self._resume_state
-        return {
-            "version": 1,
-            "workers": self.collective.workers,
-            "seed": self.config.seed,
-            "round": self.clock.round,
-            "step": self.clock.step,
-            **self._full.state(),
-        }
+        return {**self.resumption.place(), **self._observation.full.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], own: dict[str, Any] | None = None) -> bool:
         """Continue from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
 
         Args:
-            state: from :meth:`checkpoint_state`; with another number of workers or seed a new partition begins.
+            state: from :meth:`checkpoint_state`; with another number of workers, or other settings of the partition, a
+                new partition begins.
+            own: from ``resumption.own()`` of the same worker: the run goes on exactly if every worker has its own.
+
+        Returns:
+            Whether the partition is the one that the checkpoint was made with.
         """
-        if not state:
-            return
-        self._full.undo(state)
-        self.clock.round, self.clock.step = int(state["round"]), int(state["step"])
-        moved = (state["workers"], state["seed"]) != (self.collective.workers, self.config.seed)
-        if self.clock.due or (moved and self.clock.step):
-            self.clock.next_round()
+        if "scale" in state:
+            self._observation.full.undo(state)
+        return self.resumption.restore(state, own)
 
     def meet(self) -> None:
         """Check that all workers are at the same place, before something else is sent that might pair with a sync.
@@ -237,54 +248,37 @@ class Engine:
         return self.layout.sizes(self.states)
 
     def _end_round(self) -> None:
-        self._meeting.hold(Purpose.SYNC, self.clock)
+        self.activity.begin("meeting")
+        reports = self._meeting.hold(Purpose.SYNC, self.clock, [self._pace.take()])
         plan, ended = self._next_plan(), self.clock.round
+        self.layout.learn(ended, [seconds for seconds, _ in reports])
+        self.activity.begin("averaging")
         finish_average = self._sync.start_average(plan)
+        self.activity.begin("hand_over")
         if self.config.momentum == "reset":
             self.states.reset()
         self.clock.next_round()
-        self._sync.hand_over(plan, ended, lambda: self._make_room(self.partition))
+        self._sync.hand_over(plan, ended, self._make_room)
         finish_average()
+        self._meeting.soundness.note(self._sync.equal(self.partition), self.clock.round)
         self._begin_round()
+        self.activity.begin("local steps")
 
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
-        calls = list(self._recorder.calls) if self._recorder is not None else []
-        still = self._recorder.still if self._recorder is not None else ()
-        self._writes_unsynced = self._writes() - self._writes_at_start
-        reports = self._meeting.hold(purpose, self.clock, [len(calls), self.clock.step + self._writes_unsynced])
-        self._warmup_hooks.remove()
-        plan, kinds = plan_observation(self._next_plan(), self.collective.workers), Kinds.all(kind)
-        exchange = self._sync.exchange
-        if keep:
-            held = [tensor for block in self._residency.held() for tensor in block.tensors().values()]
-            self._full.remember([*self.layout.shared.values(), *held])
-        if any(changes for _, changes in reports):  # otherwise all that several workers hold is equal already
-            exchange.average(self._sync.averaged(plan.averaged), kind)
-            exchange.merge(plan, self._sync.cargo, kinds)
-        exchange.hand_over(plan, self._sync.cargo, kinds, self._residency.hold_all)
-        self._full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind)
+        self._observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> SyncPlan:
-        return plan_sync(self.partition, self.layout.schedule.partition(self.clock.round + 1))
+        after = self.layout.schedule.partition(self.clock.round + 1)
+        return plan_sync(self.partition, after, self._meeting.soundness.left_out)
 
-    def _make_room(self, partition: Partition) -> None:
-        """Hold what ``partition`` says, and forget the optimizer state of blocks that leave."""
-        held = partition.held[self.collective.worker]
+    def _make_room(self) -> None:
+        """Hold what this round's partition says, and forget the optimizer state of blocks that leave."""
+        held = self.partition.held[self.collective.worker]
         self.states.drop(parameters_of(self._residency.leaving(held)))
         self._residency.hold(held)
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)
-        self._writes_at_start = self._writes()
-        self._hook_warmup()
-
-    def _writes(self) -> int:
-        """Moves whenever a shared parameter or counter is written to."""
-        return sum(tensor._version for tensor in self.layout.shared.values())
-
-    def _hook_warmup(self) -> None:
-        self._warmup_hooks.remove()
-        if self.layout.schedule.is_warmup(self.clock.round):
-            self._warmup_hooks = ScaleHooks(self.layout.blocks, self.layout.scale)
+        self._observation.begin_round(self.clock.round)

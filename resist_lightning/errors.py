@@ -11,5 +11,21 @@ class WorkersDisagree(RuntimeError):
     """Workers came to a sync in different states; continuing would mix their weights."""
 
 
+class NotFinite(RuntimeError):
+    """A worker has NaN or infinity in what would be averaged; the message says which, where and when."""
+
+
 class PartialModelError(RuntimeError):
     """Something needs the full model where a worker holds only a part of it."""
+
+
+class WorkerLost(RuntimeError):
+    """A worker died, failed, froze or cannot be reached; the message says which, where, and how to resume."""
+
+
+class CheckpointError(ValueError):
+    """A file to resume from cannot be used; the message says what it is and what to do."""
+
+
+class CheckpointNotWritten(RuntimeError):
+    """A checkpoint could not be written; the one before it is still there."""

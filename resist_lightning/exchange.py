@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resist_lightning.bucket import Bucket, make_buckets
 from resist_lightning.collective import Collective, Finish
+from resist_lightning.mean import start_mean
 from resist_lightning.plan import SyncPlan, Transfer
 from resist_lightning.wire import Wire, arrange, flatten, split
 
@@ -90,15 +91,20 @@ class Exchange:
             bucket.dissolve()
         self._buckets = {}
 
-    def average(self, tensors: Sequence[Tensor], kind: str) -> None:
+    def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
         """:meth:`start_average`, and wait. Collective: every worker must call this, in the same order."""
-        self.start_average(tensors, kind)()
+        self.start_average(tensors, kind, left_out)()
 
-    def start_average(self, tensors: Sequence[Tensor], kind: str) -> Finish:
+    def start_average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> Finish:
         """Begin to replace tensors by their mean over all workers (integers: the maximum).
 
         One all-reduce per data type. Collective: every worker must call this, in the same order, with tensors of the
         same shapes.
+
+        Args:
+            tensors: this worker's.
+            kind: how the bytes are counted.
+            left_out: workers that take part, but whose values do not count.
 
         Returns:
             A function that waits for what was begun.
@@ -108,10 +114,10 @@ class Exchange:
             group = [tensor for tensor in tensors if tensor.dtype == dtype]
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
-                begun.append(self._collective.start_mean(bucket.flat, kind))
+                begun.append(start_mean(self._collective, bucket.flat, kind, left_out))
             else:  # not left under way: it has a buffer of its own, and a hand-over would need another one beside it
                 (flat,) = self._pack(group).values()
-                self._collective.mean_(flat, kind)
+                start_mean(self._collective, flat, kind, left_out)()
                 _copy_into(group, flat)
 
         def finish() -> None:

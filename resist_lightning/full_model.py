@@ -41,7 +41,11 @@ class FullModel:
         """Keep copies of this worker's tensors, for :meth:`restore`."""
         self._remembered = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def open(self, calls: Sequence[Call], still: Collection[str], kind: str) -> None:
+    def remembered(self) -> dict[int, Tensor]:
+        """What :meth:`remember` was given, by the identity of the tensor."""
+        return {id(tensor): copy for tensor, copy in self._remembered}
+
+    def open(self, calls: Sequence[Call], still: Collection[str], kind: str, left_out: Sequence[int] = ()) -> None:
         """Scale the blocks and set the batch-norm statistics.
 
         Collective: every worker must call this, in the same order.
@@ -50,6 +54,7 @@ class FullModel:
             calls: recorded inputs to re-estimate statistics with; empty to leave them as they are.
             still: names of batch norms whose statistics do not train.
             kind: how the bytes are counted.
+            left_out: workers whose inputs do not count.
         """
         layout = self._layout
         self._statistics = {name: buffer.detach().clone() for name, buffer in self._norm_buffers().items()}
@@ -59,7 +64,8 @@ class FullModel:
         if layout.config.batch_norm == "batch":
             self._batch_statistics = BatchStatistics(norms_with_statistics(layout.module).values())
         elif calls:
-            self._exchange.average(recalibrate(layout.module, calls, self._forward_context, still), kind)
+            estimated = recalibrate(layout.module, calls, self._forward_context, still)
+            self._exchange.average(estimated, kind, left_out)
         self.active = True
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from resist_lightning.norm import norms_with_statistics
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.rounds import Schedule
 from resist_lightning.scaling import coverage, foldable
+from resist_lightning.shares import check_counts
 from resist_lightning.wire import compressible
 
 
@@ -29,7 +32,8 @@ class Layout:
 
     Raises:
         BlockSelectionError: if the blocks cannot be chosen as asked.
-        ValueError: if ``min_blocks`` is above the number of blocks, or the module synchronises batch norm.
+        ValueError: if ``min_blocks`` or ``blocks_per_worker`` does not fit the number of blocks, or the module
+            synchronises batch norm.
     """
 
     def __init__(self, module: nn.Module, config: Config, workers: int) -> None:
@@ -38,9 +42,7 @@ class Layout:
         self.config = config
         self.blocks: tuple[Block, ...] = select_blocks(module, config.blocks)
         count = len(self.blocks)
-        least = min(PAPER_MIN_BLOCKS, count) if config.min_blocks is None else config.min_blocks
-        self.schedule = Schedule(count, workers, least, config.seed, config.local_steps, config.warmup_rounds)
-        self.schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
+        self.schedule = _make_schedule(config, count, workers)
         self.scale = coverage(self.schedule) if config.test_scale is None else config.test_scale
         in_blocks = {id(tensor) for block in self.blocks for tensor in block.tensors().values()}
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
@@ -51,6 +53,28 @@ class Layout:
         """Whether some worker lacks a block in some round."""
         held = self.schedule.partition(self.config.warmup_rounds).held
         return any(len(blocks) < len(self.blocks) for blocks in held)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a worker's own tensors to fit: who holds which blocks, and how changes are sent."""
+        drawn = asdict(replace(self.schedule, local_steps=0, counts=(), measured_from=None, seconds=()))
+        return {**drawn, "blocks": [block.name for block in self.blocks], "changes": self.config.wire != "fp32"}
+
+    def learn(self, round: int, seconds: Sequence[float]) -> None:
+        """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
+        self.schedule = self.schedule.learn(round, seconds)
+
+    def resume(self, table: Mapping[str, Any], round: int) -> None:
+        """Go on with the counts that a run had measured, if counts shall follow speed.
+
+        Where the table is of other workers or blocks, or there is none, measuring begins anew.
+
+        Args:
+            table: from :meth:`~resist_lightning.rounds.Schedule.table`; may be empty.
+            round: the first round of this run.
+        """
+        if self.config.blocks_per_worker == "auto":
+            schedule = self.schedule
+            self.schedule = schedule.with_table(table) if schedule.fits(table) else schedule.measuring(round)
 
     def changing(self) -> set[str]:
         """Names of the tensors that training can change now: trainable parameters, and buffers.
@@ -107,10 +131,11 @@ class Layout:
         workers = self.schedule.workers
         if not self.blocks:
             return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
-        counts = sorted(map(len, self.schedule.partition(self.config.warmup_rounds).held), reverse=True)
+        counts = map(len, self.schedule.partition(self.config.warmup_rounds).held)
+        later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         return (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
-            f"{', '.join(map(str, counts))} a worker: {summary([block.name for block in self.blocks])}; "
+            f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
             f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scale:.4g}."
         )
 
@@ -128,6 +153,8 @@ class Layout:
         if not self.blocks or self.schedule.workers == 1:
             return
         self._warn_of_plain_checkpoints()
+        if not isinstance(self.config.blocks_per_worker, str):
+            return
         if not self.partial and self.config.min_blocks is None:
             warnings.warn(
                 f"nothing is partitioned: the default min_blocks={PAPER_MIN_BLOCKS} gives every worker all "
@@ -159,6 +186,19 @@ class Layout:
                 "batch_norm='recalibrate'.",
                 stacklevel=4,
             )
+
+
+def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
+    given = config.blocks_per_worker
+    least = min(PAPER_MIN_BLOCKS, blocks) if config.min_blocks is None else config.min_blocks
+    if not isinstance(given, str):
+        listed, least = tuple(given), min(given) if config.min_blocks is None else least
+        check_counts(listed, blocks, workers, least)
+        schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
+        return replace(schedule, counts=((0, listed),))
+    schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
+    schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
+    return schedule.measuring(0) if given == "auto" else schedule
 
 
 def _refuse_sync_batch_norm(module: nn.Module) -> None:

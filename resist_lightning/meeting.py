@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resist_lightning.collective import Collective
+from resist_lightning.errors import WorkersDisagree
+from resist_lightning.facts import fingerprint_of
+from resist_lightning.fingerprint import Fingerprint, differences, digest, read, write
 from resist_lightning.headers import Header, Purpose, check_headers, header_numbers, read_header
 from resist_lightning.layout import Layout
+from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.rounds import Clock
+from resist_lightning.soundness import Soundness
 
 _EXTRA_NUMBERS = 2
 
 
 class Host:
     """What surrounds the engine; numbers that it wants compared or agreed upon travel in the header of each sync."""
+
+    def settings(self) -> dict[str, str]:
+        """Settings of its own that all workers must share, by name; compared once, at the start."""
+        return {}
 
     def stop_flag(self) -> int:
         """Whether this worker was asked to stop; all workers must say the same."""
@@ -34,14 +43,39 @@ class Meeting:
         layout: the model's parts; workers with different ones must not mix.
         collective: the workers.
         host: what surrounds the engine.
+
+    Attributes:
+        soundness: what it looks for besides headers.
     """
 
     def __init__(self, layout: Layout, collective: Collective, host: Host) -> None:
         self._layout = layout
         self._collective = collective
         self._host = host
+        self.soundness = Soundness(layout, collective)
 
-    def hold(self, purpose: Purpose, clock: Clock, extra: Sequence[float] = ()) -> list[list[float]]:
+    def introduce(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
+        """Meet for the first time, before anything is trained.
+
+        Collective: every worker must call this, in the same order.
+
+        Args:
+            clock: where this worker is.
+            states: its optimizers.
+            extra: at most two numbers to tell the others.
+
+        Returns:
+            The extra numbers of every worker.
+
+        Raises:
+            WorkersDisagree: if the workers differ in code, versions, settings, optimizers or models; it says how.
+        """
+        fingerprint = fingerprint_of(self._layout, states, self._host.settings())
+        return self.hold(Purpose.START, clock, extra, fingerprint=fingerprint)
+
+    def hold(
+        self, purpose: Purpose, clock: Clock, extra: Sequence[float] = (), *, fingerprint: Fingerprint | None = None
+    ) -> list[list[float]]:
         """Meet the other workers.
 
         Collective: every worker must call this, in the same order.
@@ -50,18 +84,34 @@ class Meeting:
             purpose: why the workers meet.
             clock: where this worker is.
             extra: at most two numbers to tell the others.
+            fingerprint: compared in the place of the layout, at the start.
 
         Returns:
             The extra numbers of every worker.
 
         Raises:
-            WorkersDisagree: if the workers are in different states.
+            WorkersDisagree: if the workers are in different states, or the last sync left them unequal tensors.
+            NotFinite: if weights are to be averaged and a worker has NaN or infinity, unless it is left out for that.
         """
-        header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), self._layout.digest())
-        mine = header_numbers(header)
+        layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
+        header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
+        mine = [*header_numbers(header), *self.soundness.numbers(purpose)]
         extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
         received = self._collective.gather_numbers([*mine, *extra, *self._host.report()])
-        check_headers([read_header(numbers) for numbers in received])
+        headers = [read_header(numbers) for numbers in received]
+        if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
+            self._compare([other.layout for other in headers], fingerprint)
+        check_headers(headers)
+        self.soundness.judge([numbers[len(mine) - 2 : len(mine)] for numbers in received], clock)
         end = len(mine) + len(extra)
         self._host.learn([numbers[end:] for numbers in received])
         return [numbers[len(mine) : end] for numbers in received]
+
+    def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
+        """Say how workers differ whose digests do."""
+        if len(set(digests)) > 1:
+            told = differences([read(text) for text in self._collective.gather_bytes(write(fingerprint))])
+            raise WorkersDisagree(
+                "workers were started differently:\n  " + "\n  ".join(told) + "\nNo weights were mixed. Start all "
+                "workers with the same code, packages and settings."
+            )

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 Call: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -49,6 +49,7 @@ class InputRecorder:
     def __init__(self, module: nn.Module, calls: int) -> None:
         self.calls: deque[Call] = deque(maxlen=calls)
         self.still: frozenset[str] = frozenset()
+        self._module = module
         self._norms = norms_with_statistics(module)
         self._depth = 0
         names = {""} | {name[:end] for name in self._norms for end in _dots(name)}
@@ -57,6 +58,18 @@ class InputRecorder:
             watched = module.get_submodule(name)
             self._handles.append(watched.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             self._handles.append(watched.register_forward_hook(self._leave, always_call=True))
+
+    def own(self) -> dict[str, Any] | None:
+        """The inputs, for :meth:`load_own`; None if one of them cannot be written to a file that is safe to load."""
+        names = {child: name for name, child in self._module.named_modules()}
+        calls = [[names[module], list(args), kwargs] for module, args, kwargs in self.calls]
+        return {"calls": tree_map(_to_cpu, calls), "still": sorted(self.still)} if _plain(calls) else None
+
+    def load_own(self, own: dict[str, Any], device: torch.device) -> None:
+        """Take over what :meth:`own` gave."""
+        for name, args, kwargs in tree_map(lambda value: _to_device(value, device), own["calls"]):
+            self.calls.append((self._module.get_submodule(name), tuple(args), kwargs))
+        self.still = frozenset(own["still"])
 
     def remove(self) -> None:
         """Take the hooks off and forget the inputs."""
@@ -148,6 +161,19 @@ def _counter(norm: _BatchNorm) -> Tensor:
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _plain(values: Any) -> bool:
+    """Whether torch.load takes all of it with ``weights_only=True``."""
+    return all(isinstance(leaf, Tensor | int | float | str | bytes | None) for leaf in tree_leaves(values))
 
 
 def _dots(name: str) -> list[int]:

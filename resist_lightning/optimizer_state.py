@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+_PLAIN = (bool, int, float, str, tuple, type(None))  # what prints alike on all workers
 _STATEFUL_AT_ONCE = "makes its state when it is built, before a worker knows its blocks; choose another optimizer"
 
 
@@ -56,6 +57,15 @@ class OptimizerStates:
             for parameter in parameters:
                 optimizer.state.pop(parameter, None)
 
+    def own(self) -> list[dict[str, Any]]:
+        """What each optimizer of this worker has, settings of the parameter groups too: a schedule may part them."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_own(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over what :meth:`own` gave."""
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
     def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """The state tensors of some parameters, in a fixed order; missing ones are made, filled with zeros.
 
@@ -78,6 +88,17 @@ class OptimizerStates:
             for example in slots.values()
         )
 
+    def describe(self) -> dict[str, str]:
+        """Class, hyper-parameters and size of every parameter group, by name."""
+        found: dict[str, str] = {}
+        for number, optimizer in enumerate(self._optimizers):
+            found[f"optimizer {number}"] = type(optimizer).__name__
+            for index, group in enumerate(optimizer.param_groups):
+                values = {"parameters": len(group["params"]), **{key: _plain(group[key]) for key in group}}
+                where = f"of optimizer {number}, group {index}"
+                found |= {f"{key} {where}": str(v) for key, v in values.items() if isinstance(v, _PLAIN)}
+        return found
+
     def _slots_of(
         self, parameters: Iterable[nn.Parameter]
     ) -> Iterator[tuple[nn.Parameter, Optimizer, dict[str, Tensor]]]:
@@ -86,6 +107,11 @@ class OptimizerStates:
                 for group, slots in zip(optimizer.param_groups, groups, strict=False):
                     if parameter.requires_grad and any(parameter is member for member in group["params"]):
                         yield parameter, optimizer, slots
+
+
+def _plain(value: object) -> object:
+    """A learning rate may be a tensor."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _empty_slot(parameter: nn.Parameter, example: Tensor) -> Tensor:

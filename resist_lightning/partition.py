@@ -1,4 +1,4 @@
-"""Who holds which residual block in a round: a pure function of (blocks, workers, minimum, seed, round).
+"""Who holds which residual block in a round: a pure function of (blocks, counts per worker, seed, round).
 
 Every worker computes the same partition by itself; nothing is sent and no random generator is read or moved.
 Standard library only.
@@ -7,6 +7,7 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -59,6 +60,22 @@ def blocks_per_worker(blocks: int, workers: int, min_blocks: int) -> tuple[int, 
 
 
 def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round: int) -> Partition:
+    """Draw the partition of a round with equal shares; see :func:`deal`.
+
+    Args:
+        blocks: number of partitionable blocks, 0 or more.
+        workers: number of workers, at least 1.
+        min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
+        seed: seed of the whole run; 0 is a seed.
+        round: number of the round, counted from 0.
+
+    Raises:
+        ValueError: if an argument is outside its limits (see :func:`blocks_per_worker`).
+    """
+    return deal(blocks, blocks_per_worker(blocks, workers, min_blocks), seed, round)
+
+
+def deal(blocks: int, counts: Sequence[int], seed: int, round: int) -> Partition:
     """Draw the partition of a round by the circular deal.
 
     The blocks are laid on a circle in a random order; worker after worker, in a random order, takes the next ones::
@@ -69,18 +86,14 @@ def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round:
 
     Args:
         blocks: number of partitionable blocks, 0 or more.
-        workers: number of workers, at least 1.
-        min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
+        counts: how many of them each worker takes, at most ``blocks``, and together at least so many.
         seed: seed of the whole run; 0 is a seed.
         round: number of the round, counted from 0.
 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
-
-    Raises:
-        ValueError: if an argument is outside its limits (see :func:`blocks_per_worker`).
     """
-    counts = blocks_per_worker(blocks, workers, min_blocks)
+    workers = len(counts)
     circle = _shuffled(blocks, f"{seed}/{round}/block")
     held: list[tuple[int, ...]] = [()] * workers
     start = 0

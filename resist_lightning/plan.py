@@ -34,15 +34,17 @@ class SyncPlan:
         owner: for every other block, the worker that has its value after the merge.
         merge: transfers of the values that the owner averages with its own.
         hand_over: transfers of the final values to the holders of the next round.
+        left_out: workers whose values no mean has in it.
     """
 
     averaged: tuple[int, ...]
     owner: dict[int, int]
     merge: tuple[Transfer, ...]
     hand_over: tuple[Transfer, ...]
+    left_out: tuple[int, ...] = ()
 
 
-def plan_sync(before: Partition, after: Partition) -> SyncPlan:
+def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = ()) -> SyncPlan:
     """Plan the blocks' part of a sync.
 
     A block travels straight from its last holder to its next ones. Where several workers held it, one of them (the
@@ -52,6 +54,7 @@ def plan_sync(before: Partition, after: Partition) -> SyncPlan:
     Args:
         before: the partition of the round that ends.
         after: the partition of the next round.
+        left_out: workers that do not count as holders of blocks that others hold too.
 
     Returns:
         The plan, the same on every worker.
@@ -63,6 +66,7 @@ def plan_sync(before: Partition, after: Partition) -> SyncPlan:
         raise ValueError(
             f"cannot sync {before.blocks} blocks on {before.workers} workers to {after.blocks} on {after.workers}."
         )
+    before = _without(before, left_out)
     averaged: list[int] = []
     owner: dict[int, int] = {}
     merge: list[Transfer] = []
@@ -81,7 +85,17 @@ def plan_sync(before: Partition, after: Partition) -> SyncPlan:
         owner[block] = root
         merge.extend(Transfer(worker, root, block) for worker in old if worker != root)
         hand_over.extend(Transfer(root, worker, block) for worker in new if worker != root)
-    return SyncPlan(tuple(averaged), owner, tuple(merge), tuple(hand_over))
+    return SyncPlan(tuple(averaged), owner, tuple(merge), tuple(hand_over), left_out)
+
+
+def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
+    """Some workers hold only what nobody else does."""
+    others = {block for worker, held in enumerate(partition.held) if worker not in left_out for block in held}
+    held = (
+        tuple(block for block in blocks if worker not in left_out or block not in others)
+        for worker, blocks in enumerate(partition.held)
+    )
+    return replace(partition, held=tuple(held))
 
 
 def plan_observation(sync: SyncPlan, workers: int) -> SyncPlan:

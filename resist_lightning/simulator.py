@@ -67,6 +67,9 @@ class Simulator:
         make_optimizers: builds the optimizer(s) of a copy.
         config: the settings, as for the engine.
         workers: number of simulated workers, at least 1.
+
+    Raises:
+        ValueError: if settings or module do not fit the method, or shares shall follow speed.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Simulator:
         config: Config,
         workers: int,
     ) -> None:
+        if config.blocks_per_worker == "auto":
+            raise ValueError("blocks_per_worker='auto': simulated workers have no speed. List a count for each worker.")
         layout = Layout(module, config, workers)
         self.config = config
         self.schedule = layout.schedule

@@ -84,6 +84,68 @@ def overhead() -> str:
     return markdown(["", "median step", "above the plain loop", "n"], rows)
 
 
+def check_cost() -> str:
+    """Seconds of a sync with and without hashes of the shared tensors, and of the search for NaN."""
+    content = record("check_cost")
+    sync, hashes = content["median_sync_seconds"], content["median_hash_seconds"]
+    rows = [
+        [f"check `{check}`", f"{1e3 * sync[check]:.0f} ms", f"{sync[check] / sync['off']:.3f}", f"{1e3 * alone:.1f} ms"]
+        for check, alone in {"off": 0.0, **hashes}.items()
+    ]
+    search = content["median_search_seconds"]
+    table = [*rows, ["search for NaN (always)", "", "", f"{1e3 * search:.1f} ms"]]
+    return markdown(["", "median sync", "ratio", "alone"], table)
+
+
+def recovery_rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """What it costs to lose little when workers die: the rows of three tables, each with its header."""
+    snapshots = [["a snapshot every", "file of a worker", "median write", "share of rounds of 50 local steps"]]
+    for every in map(str, content["settings"]["every"]):
+        row, each = content["snapshots"][every], "round" if every == "1" else f"{every} rounds"
+        seconds, share = row["median_write_seconds"], row["share_of_training"]
+        size = megabytes(mean(row["bytes_by_worker"]))
+        snapshots.append([each, size, f"{1e3 * seconds:.0f} ms", f"{100 * share:.2f} %"])
+    files = [
+        ["", "model's file", "file of a worker", "median save", "ratio", "`fit` to the first batch", "from nothing"]
+    ]
+    saved, median_seconds = content["checkpoints"], content["resumes"]["median_seconds"]
+    for title, name, way, plain in (
+        ("checkpoint in mid-round", "resist", "workers' files", "from the beginning"),
+        ("Lightning's DDP", "ddp", "DDP's checkpoint", "DDP from the beginning"),
+    ):
+        row = saved[name]
+        own = megabytes(mean(row["bytes_by_worker"])) if row["bytes_by_worker"] else ""
+        seconds, ratio = row["median_seconds"], row["median_seconds"] / saved["ddp"]["median_seconds"]
+        ways = [f"{median_seconds[way]:.2f} s", f"{median_seconds[plain]:.2f} s"]
+        files.append([title, megabytes(row["bytes"]), own, f"{seconds:.2f} s", f"{ratio:.2f}", *ways])
+    files.append(["snapshots", *[""] * 4, f"{median_seconds['snapshots']:.2f} s", files[1][-1]])
+    steps = [["", "local step", "ratio", "added"]]
+    names = {"neither": "without both", "watch": "liveness watch", "notes": "notes of the place in the data"}
+    for name, value in content["added"]["median_step_seconds"].items():
+        ratio, more = content["added"]["median_ratio"][name], content["added"]["median_added_seconds"][name]
+        steps.append([names.get(name, name), f"{1e3 * value:.3f} ms", f"{ratio:.3f}", f"{1e6 * more:.0f} µs"])
+    return {"snapshots": snapshots, "checkpoints": files, "steps": steps}
+
+
+def recovery(part: str) -> str:
+    if not (RESULTS / "recovery.json").exists():
+        return "not measured yet\n"
+    header, *rows = recovery_rows(record("recovery"))[part]
+    return markdown(header, rows)
+
+
+def recovery_snapshots() -> str:
+    return recovery("snapshots")
+
+
+def recovery_checkpoints() -> str:
+    return recovery("checkpoints")
+
+
+def recovery_steps() -> str:
+    return recovery("steps")
+
+
 def policies(name: str) -> str:
     """Test accuracy by momentum and batch-norm policy, at the default scale, and by scale at the default policies."""
     rows = record(f"policies_{name}")["rows"]
@@ -104,5 +166,9 @@ def policies_digits() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (demo, cifar, held_memory, step_time, overhead, policies_digits)
-}
+    table.__name__: table
+    for table in (
+        demo, cifar, held_memory, step_time, overhead, check_cost, recovery_snapshots, recovery_checkpoints,
+        recovery_steps, policies_digits,
+    )
+}  # fmt: skip

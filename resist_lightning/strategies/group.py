@@ -8,12 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from resist_lightning.activity import Activity
 from resist_lightning.collective import destroy_group, gather_tensor, group_exists, join_group
 from resist_lightning.engine import Engine
 from resist_lightning.presence import present_to_cpu
+from resist_lightning.strategies.checkpoints import AtomicIO
+from resist_lightning.strategies.guard import Guard
 from resist_lightning.strategies.launch import StartMethod
+from resist_lightning.strategies.signals import Signals
 
 
 class GroupStrategy(DDPStrategy):
@@ -28,6 +33,7 @@ class GroupStrategy(DDPStrategy):
         parallel_devices: list[torch.device] | None,
         process_group_backend: str | None,
         timeout: timedelta,
+        silence: timedelta,
         start_method: StartMethod,
     ) -> None:
         super().__init__(
@@ -35,8 +41,11 @@ class GroupStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            checkpoint_io=AtomicIO(),
         )
         self.engine: Engine | None = None
+        self.guard = Guard(silence)
+        self.signals: Signals | None = None
         self._owns_group = False
 
     @override
@@ -51,6 +60,10 @@ class GroupStrategy(DDPStrategy):
         """Called in each worker when it starts; joins the group, unless the user's program has done so."""
         self._owns_group = not group_exists()
         super().setup_environment()
+        trainer = self._trainer()
+        if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
+            assert self._timeout is not None
+            self.guard.begin(trainer, self._activity, self._timeout)
 
     @override
     def setup_distributed(self) -> None:
@@ -95,12 +108,21 @@ class GroupStrategy(DDPStrategy):
         return gather_tensor(tensor.detach(), group)
 
     @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Called for every batch of every loop: a good place to end, if another worker is lost."""
+        self.guard.check()
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
     def teardown(self) -> None:
         """Called at the end, after an error too: leave the group, and move to the CPU what this worker has."""
-        if self._owns_group and group_exists() and not self.interrupted:
-            # Without this, gloo aborted 5 of 30 processes at exit.
-            self.barrier()
-            destroy_group()
+        leaving = self._owns_group and group_exists() and not self.interrupted
+        if leaving:
+            with self.guard.around():
+                self.barrier()
+        self.guard.end()
+        if leaving:
+            destroy_group()  # without this, gloo aborted 5 of 30 processes at exit
         # Lightning would move the whole module, and fail on absent blocks.
         module, self._lightning_module = self._lightning_module, None
         try:
@@ -116,7 +138,14 @@ class GroupStrategy(DDPStrategy):
     def interrupted(self) -> bool:
         """Whether an error or the user has ended the run, so that nothing may be sent any more."""
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
-        return trainer is not None and trainer.interrupted
+        return trainer is not None and trainer.interrupted and not self.ends_together()
+
+    def ends_together(self) -> bool:
+        """Whether all workers act upon a signal now: they may talk, and save, although the run is interrupted."""
+        return self.signals is not None and self.signals.acting
+
+    def _activity(self) -> Activity | None:
+        return self.engine.activity if self.engine is not None else None
 
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
 from resist_lightning.meeting import Host
+from resist_lightning.strategies.signals import Signals
 
 
 class LightningHost(Host):
-    """Compares stop requests between workers and agrees on the loss scale of mixed precision.
+    """Compares stop requests between workers; agrees on signals and on the loss scale of mixed precision.
 
     Args:
         trainer: the trainer of this worker.
+        signals: what it was asked to do from outside.
+        data: the strategy's data policy.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, signals: Signals, data: str = "shard") -> None:
         self._trainer = trainer
+        self._signals = signals
+        self._data = data
+
+    @override
+    def settings(self) -> dict[str, str]:
+        """Settings of the trainer that all workers must share."""
+        trainer = self._trainer
+        names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+        found = {name: str(getattr(trainer, name)) for name in names}
+        if self._data == "shard" and trainer._accelerator_connector.use_distributed_sampler:  # else shards overlap
+            found["seed_everything"] = os.environ.get("PL_GLOBAL_SEED", "not called")
+        return {**found, "data": self._data}
 
     @override
     def stop_flag(self) -> int:
-        """Whether this worker's trainer was asked to stop."""
-        return int(self._trainer.should_stop) + 2 * int(getattr(self._trainer, "received_sigterm", False))
+        """Whether something in this worker's program has asked its trainer to stop."""
+        return int(self._trainer.should_stop)
 
     @override
     def report(self) -> list[float]:
-        """The loss scale, or 0 without one."""
+        """The loss scale, or 0 without one, and what signals ask for."""
         scaler = self._scaler()
-        return [float(scaler.get_scale()) if scaler is not None else 0.0]
+        return [float(scaler.get_scale()) if scaler is not None else 0.0, float(self._signals.requests)]
 
     @override
     def learn(self, reports: list[list[float]]) -> None:
-        """Take the smallest loss scale: workers skip different steps, so their scales drift apart."""
+        """Take all requests, and the smallest loss scale: workers skip different steps, so their scales drift apart."""
+        self._signals.learn(int(report[1]) for report in reports)
         scaler = self._scaler()
         smallest = min(report[0] for report in reports)
         if scaler is not None and smallest > 0 and smallest != scaler.get_scale():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,11 +13,18 @@ from typing import Any, Literal, Protocol, TypeAlias
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.multiprocessing.spawn import ProcessExitedException
 from typing_extensions import override
+
+from resist_lightning.errors import WorkerLost
+from resist_lightning.liveness import name_of_exit
+from resist_lightning.strategies.children import Children
+from resist_lightning.strategies.guard import PARENT, Guard
 
 StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -25,7 +34,11 @@ _AVERAGING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging")
 
 
 class _Checked(Protocol):
+    guard: Guard
+
     def check_before_launch(self, trainer: pl.Trainer) -> None: ...
+
+    def ends_together(self) -> bool: ...
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
@@ -37,9 +50,19 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Called by the trainer. As Lightning's, but for its observer of the children, whose place ours takes."""
         if trainer is not None:
             self._checked.check_before_launch(trainer)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        guard = self._checked.guard
+        if not self.cluster_environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+            self._call_children_scripts()
+            del os.environ[PARENT]
+            guard.children = Children(self.procs, 2 * guard.silence.total_seconds(), lambda: guard.state)
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        with guard.around(self._checked.ends_together):
+            return function(*args, **kwargs)
 
 
 class ProcessLauncher(_MultiProcessingLauncher):
@@ -50,7 +73,26 @@ class ProcessLauncher(_MultiProcessingLauncher):
         if trainer is not None:
             checked: Any = self._strategy
             checked.check_before_launch(trainer)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
+            raise WorkerLost(
+                f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
+                f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
+                "workers' errors above."
+            ) from error
+
+    @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        """Called in each worker. Only the first to end is heard by the main process: the others say it themselves."""
+        strategy: Any = self._strategy
+        try:
+            with strategy.guard.around(strategy.ends_together):
+                super()._wrapping_function(*args, **kwargs)
+        except WorkerLost as error:
+            sys.stderr.write(f"WorkerLost: {error}\n")
+            sys.stderr.flush()
+            raise
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:

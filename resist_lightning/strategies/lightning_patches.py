@@ -1,12 +1,17 @@
-"""The places where Lightning's loops would talk or draw random numbers behind the strategy's back."""
+"""The places where Lightning's loops would talk, draw random numbers or lose their place behind the strategy's back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
+
+from resist_lightning.randomness import random_state
+from resist_lightning.strategies.position import Position
+from resist_lightning.strategies.signals import Signals
 
 
 class LoopPatches:
@@ -16,15 +21,36 @@ class LoopPatches:
       2.5.2 and later), which makes local steps lock-step again, and swallows the error of a dead peer. The flag it
       carries travels in the header of each sync instead.
     * The validation loop draws a seed for its loader's iterator from the global generator, so a run that validates
-      would train on other augmentations than one that does not.
+      would train on other augmentations than one that does not. So it is where a resumed run passes over a validation
+      (Lightning 2.5.1 and later).
+    * Iterators and batches are made in the loops, and :class:`Position` notes the random state before each.
+    * A run that goes on in the middle of an epoch is warned that its loader starts anew, which ours does not.
+    * ``_SignalConnector.register_signal_handlers`` registers a handler that broadcasts on the default group; ours are
+      installed right after it.
+
+    Args:
+        trainer: the trainer whose loops are patched.
+        position: told of iterators, batches and validation.
+        signals: installed when Lightning has installed its own.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, position: Position, signals: Signals) -> None:
         self._undo: list[tuple[Any, str]] = []
-        epoch_loop = trainer.fit_loop.epoch_loop
+        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
             self._replace(epoch_loop, "_broadcast_sigterm_tensor", _say_nothing)
-        self._replace(epoch_loop.val_loop, "run", _isolated(epoch_loop.val_loop.run))
+        val_loop: Any = epoch_loop.val_loop
+        self._replace(val_loop, "run", _isolated(val_loop.run, position))
+        if hasattr(val_loop, "increment_progress_to_evaluation_end"):
+            skip = val_loop.increment_progress_to_evaluation_end
+            self._replace(val_loop, "increment_progress_to_evaluation_end", _isolated(skip, position))
+        load, begin, fetch = fit_loop._load_combined_loader_states, epoch_loop.on_run_start, epoch_loop._on_before_fetch
+        self._replace(fit_loop, "_load_combined_loader_states", _both(load, position.note_iterator))
+        self._replace(epoch_loop, "on_run_start", lambda fetcher: position.begin_epoch(begin, fetcher))
+        self._replace(epoch_loop, "_on_before_fetch", _both(position.note_fetch, fetch))
+        self._replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
+        connector = trainer._signal_connector
+        self._replace(connector, "register_signal_handlers", _both(connector.register_signal_handlers, signals.install))
 
     def remove(self) -> None:
         """Put the original methods back."""
@@ -37,13 +63,48 @@ class LoopPatches:
         self._undo.append((owner, name))
 
 
+def resume_from(trainer: pl.Trainer, path: str) -> None:
+    """Have the running ``fit`` go on from ``path``, whatever ``ckpt_path`` its caller gave."""
+    connector = trainer._checkpoint_connector
+    start = connector.resume_start
+    vars(connector)["resume_start"] = lambda _=None, **options: start(path, **options)
+
+
+def resume_from_path_given(trainer: pl.Trainer) -> None:
+    """Undo :func:`resume_from`."""
+    vars(trainer._checkpoint_connector).pop("resume_start", None)
+
+
 def _say_nothing() -> None:
     """In the place of a broadcast."""
 
 
-def _isolated(run: Callable[..., Any]) -> Callable[..., Any]:
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[], None]:
+    def reset_quietly() -> None:
+        if not position.pending:
+            return reset()  # catch_warnings would make every warning new
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+            return reset()
+
+    return reset_quietly
+
+
+def _isolated(run: Callable[..., Any], position: Position) -> Callable[..., Any]:
     def run_isolated(*args: Any, **kwargs: Any) -> Any:
-        with isolate_rng():
-            return run(*args, **kwargs)
+        position.outside_validation = random_state()
+        try:
+            with isolate_rng():
+                return run(*args, **kwargs)
+        finally:
+            position.outside_validation = None
 
     return run_isolated

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,7 +23,6 @@ from resist_lightning.config import Config, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.layout import Layout
 from resist_lightning.strategies.epochs import end_epochs_together
-from resist_lightning.strategies.group import GroupStrategy
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
     ProcessLauncher,
@@ -34,15 +32,16 @@ from resist_lightning.strategies.launch import (
     refuse_launch,
     warn_of_messages,
 )
-from resist_lightning.strategies.lightning_patches import LoopPatches
+from resist_lightning.strategies.lightning_patches import LoopPatches, resume_from_path_given
+from resist_lightning.strategies.position import Position
+from resist_lightning.strategies.restarts import Saving
+from resist_lightning.strategies.saving import SavingStrategy
+from resist_lightning.strategies.signals import Signals
 
 DataPolicy: TypeAlias = Literal["shard", "copy"]
 
-CHECKPOINT_KEY = "resist_lightning"
-"""Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""
 
-
-class SubnetStrategy(GroupStrategy):
+class SubnetStrategy(SavingStrategy):
     """Base of the strategies: every worker trains its part of the module and syncs once a round.
 
     The arguments are explained where users meet them, in :class:`~resist_lightning.ResISTStrategy`.
@@ -55,26 +54,27 @@ class SubnetStrategy(GroupStrategy):
         config: Config,
         *,
         data: DataPolicy,
+        saving: Saving,
         parallel_devices: list[torch.device] | None,
         process_group_backend: str | None,
         timeout: timedelta,
+        silence: timedelta,
         start_method: StartMethod,
     ) -> None:
         check_choice("data", data, get_args(DataPolicy))
         check_choice("start_method", start_method, get_args(StartMethod))
         super().__init__(
+            saving=saving,
             parallel_devices=parallel_devices,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            silence=silence,
             start_method=start_method,
         )
         self.config = config
         self._data = data
         self._patches: LoopPatches | None = None
         self._stepped = False
-        self._resume_state: dict[str, Any] = {}
-        self._resume_for: nn.Module | None = None
-        self._saved: dict[str, Any] = {}
 
     @override
     def _configure_launcher(self) -> None:
@@ -95,6 +95,7 @@ class SubnetStrategy(GroupStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_callbacks(trainer)
+        self._saving.check_launch()
         module = self.lightning_module
         if module is not None and not is_overridden("configure_model", module):
             Layout(module, self.config, self.num_nodes * self.num_processes)
@@ -146,15 +147,19 @@ class SubnetStrategy(GroupStrategy):
     def on_train_start(self) -> None:
         """Called last before the first batch: from here on a worker holds its part only."""
         assert self.engine is not None
-        self.engine.restore(self.resume_state)
-        self.engine.start()
+        self.guard.look_up()
+        self._go_on(self.engine)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Called before each batch: the one place where a sync happens in training."""
+        """Called before each batch: the one place where training syncs, and where all act upon a signal."""
         assert self.engine is not None
+        assert self.signals is not None
         self._stepped = False
-        self.engine.sync_if_due()
+        self.guard.check()
+        if self.engine.sync_if_due():
+            self._write_snapshot(self.engine)
+        self.signals.act()
         if batch_idx == 1:  # the first batch has logged
             warn_of_messages(self._trainer())
 
@@ -178,7 +183,11 @@ class SubnetStrategy(GroupStrategy):
         """Called last after the training, unless it was interrupted: the module becomes the full model."""
         if self.engine is not None and self.engine.running:
             self.engine.finish()
+            if self._restarts is not None:
+                self._restarts.end()
             self.resume_state = self.engine.checkpoint_state()
+            assert self.signals is not None
+            self.signals.act()
 
     @override
     def on_validation_start(self) -> None:
@@ -193,77 +202,33 @@ class SubnetStrategy(GroupStrategy):
             self.engine.end_observation()
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
-        engine = self.engine
-        if engine is None or not engine.running:
-            self._saved = self.resume_state
-            return super().lightning_module_state_dict()
-        if self.interrupted:
-            return {}  # save_checkpoint refuses to write it
-        if engine.observing:
-            return self._copy_full_model(engine)
-        with engine.full_model("checkpoint"):
-            return self._copy_full_model(engine)
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Settings of the parameter groups. State restarts at a resume, as it does at every sync by default."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return {**inner.state_dict(), "state": {}}
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write a checkpoint that is a model; what only this package needs stands under a key of its own."""
-        if self.engine is not None and self.engine.running and self.interrupted:
-            rank_zero_warn(f"{filepath} is not written: after an error no worker can assemble the full model.")
-            return
-        if self._saved:
-            checkpoint[CHECKPOINT_KEY], self._saved = self._saved, {}
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the full model; what belongs to the training is restored in :meth:`setup`."""
-        super().load_model_state_dict(checkpoint, strict=strict)
-        self.resume_state = checkpoint.get(CHECKPOINT_KEY, {})
-
-    @override
     def teardown(self) -> None:
         """Called at the end, after an error too."""
         if self._patches is not None:
             self._patches.remove()
             self._patches = None
+        if self._restarted:
+            resume_from_path_given(self._trainer())
         super().teardown()
         if self.engine is not None:
             self.engine.abandon()
-
-    @property
-    def resume_state(self) -> dict[str, Any]:
-        """What the module's weights do not say of the training that made them; empty for any other module."""
-        return self._resume_state if self._resume_for is self.lightning_module else {}
-
-    @resume_state.setter
-    def resume_state(self, state: dict[str, Any]) -> None:
-        self._resume_state, self._resume_for = state, self.lightning_module
+        if self.signals is not None:
+            signals, self.signals = self.signals, None
+            signals.remove()
 
     def _make_engine(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
         assert module is not None
+        self.signals = Signals(trainer)
         optimizers = [o._optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         self.engine = Engine(
             module,
             optimizers,
             self.config,
             forward_context=self.precision_plugin.forward_context,
-            host=LightningHost(trainer),
+            host=LightningHost(trainer, self.signals, self._data),
         )
         rank_zero_info(f"{type(self).__name__}: {self.engine.layout.describe()}")
-        self._patches = LoopPatches(trainer)
-
-    def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
-        self._saved = engine.checkpoint_state()
-        state = super().lightning_module_state_dict()
-        return {
-            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
-        }
+        engine = self.engine
+        self._position = Position(trainer, keep_loaders=lambda: engine.clock.due)
+        self._patches = LoopPatches(trainer, self._position, self.signals)

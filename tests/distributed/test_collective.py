@@ -35,16 +35,20 @@ def verbs(worker):
     collective.mean_(flags, "shared")
     first = torch.tensor([7 * worker + 5])
     collective.broadcast_(first, "start")
-    return numbers, mean.tolist(), largest.tolist(), flags.tolist(), first.item(), dict(collective.sent_bytes)
+    sent = dict(collective.sent_bytes)
+    texts = collective.gather_bytes(b"\x00\xff" * worker)
+    assert collective.sent_bytes["control"] - sent["control"] == 2 * 8 * (1 + 4)
+    return numbers, mean.tolist(), largest.tolist(), flags.tolist(), first.item(), sent, texts
 
 
 def test_the_verbs_and_what_they_count():
     results = run_workers(verbs, 3)
-    for worker, (numbers, mean, largest, flags, first, sent) in enumerate(results):
+    for worker, (numbers, mean, largest, flags, first, sent, texts) in enumerate(results):
         assert numbers == [[w, 2.0**48 - 1] for w in range(3)]
         assert mean == pytest.approx([1.0, 10.0])
         assert (largest, flags, first) == ([2, 0], [True, False], 5)
         shared = 11 + 22 + 3  # 4/3 of 8, 16 and 2 bytes, rounded up
+        assert texts == [b"", b"\x00\xff", b"\x00\xff\x00\xff"]
         assert sent == {"control": 32, "shared": shared, **({"start": 16} if worker == 0 else {})}
 
 

@@ -18,11 +18,11 @@ ODD = 1
 BASE = Config(local_steps=2, min_blocks=1)
 
 
-def engine_for(config: Config = BASE, change: Callable[[nn.Module], None] | None = None) -> Engine:
+def engine_for(config: Config = BASE, change: Callable[[nn.Module], None] | None = None, lr: float = 0.1) -> Engine:
     model = small_preact()
     if change is not None:
         change(model)
-    return Engine(model, [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)], config)
+    return Engine(model, [torch.optim.SGD(model.parameters(), lr, momentum=0.9)], config)
 
 
 def fill(engine: Engine, worker: int) -> dict[str, torch.Tensor]:
@@ -64,6 +64,20 @@ def a_round_ahead(worker: int) -> tuple[Engine, Callable[[], None]]:
     return engine, act
 
 
+def another_version(worker: int) -> tuple[Engine, Callable[[], None]]:
+    engine = engine_for()
+
+    def start() -> None:
+        before = torch.__version__
+        torch.__version__ = "1.0.0" if worker == ODD else before
+        try:
+            engine.start()
+        finally:
+            torch.__version__ = before
+
+    return engine, start
+
+
 def froze_a_layer(worker: int) -> tuple[Engine, Callable[[], None]]:
     engine, act = steps_then(worker, 2, Engine.sync_if_due)
     if worker == ODD:
@@ -76,16 +90,35 @@ def widen(model: nn.Module) -> None:
 
 
 SCENES: dict[str, tuple[str, Callable[[int], tuple[Engine, Callable[[], None]]]]] = {
-    "another model": ("layout", lambda w: starts_with(w, lambda: engine_for(change=widen))),
-    "another data type": ("layout", lambda w: starts_with(w, lambda: engine_for(change=nn.Module.double))),
+    "another model": (
+        "head.weight: worker 0 (4, 32) float32 requires_grad, worker 1 (9, 32)",
+        lambda w: starts_with(w, lambda: engine_for(change=widen)),
+    ),
+    "another data type": ("and 81 more tensors", lambda w: starts_with(w, lambda: engine_for(change=nn.Module.double))),
     "another seed": (
-        "layout",
+        "\n  seed: worker 0 0, worker 1 1, worker 2 0\n",
         lambda w: starts_with(w, lambda: engine_for(Config(local_steps=2, min_blocks=1, seed=1))),
     ),
-    "other local steps": ("layout", lambda w: starts_with(w, lambda: engine_for(Config(local_steps=3, min_blocks=1)))),
+    "other local steps": (
+        "local_steps: worker 0 2, worker 1 3, worker 2 2",
+        lambda w: starts_with(w, lambda: engine_for(Config(local_steps=3, min_blocks=1))),
+    ),
     "another policy": (
-        "layout",
+        "momentum: worker 0 reset, worker 1 keep, worker 2 reset",
         lambda w: starts_with(w, lambda: engine_for(Config(local_steps=2, min_blocks=1, momentum="keep"))),
+    ),
+    "another choice of blocks": (
+        "blocks: only workers 0 and 2 have section3.1\n",
+        lambda w: starts_with(w, lambda: engine_for(Config(local_steps=2, min_blocks=1, blocks="section3.[234]"))),
+    ),
+    "another learning rate": (
+        "lr of optimizer 0, group 0: worker 0 0.1, worker 1 0.3, worker 2 0.1",
+        lambda w: starts_with(w, lambda: engine_for(lr=0.3)),
+    ),
+    "another version of torch": ("torch: worker 0 ", another_version),
+    "a layer frozen from the start": (
+        "head.bias: worker 0 (4,) float32 requires_grad, worker 1 (4,) float32 frozen",
+        (lambda w: starts_with(w, lambda: engine_for(change=lambda model: model.head.requires_grad_(False)))),
     ),
     "resumed elsewhere": ("round", a_round_ahead),
     "out of data early": (
@@ -136,10 +169,11 @@ def play(worker: int, names: list[str]) -> dict[str, Any]:
 def test_every_disagreement_is_told_to_all_workers_at_once_and_nothing_is_mixed(names):
     told = run_workers(play, 3, names)
     for name in names:
-        field = SCENES[name][0]
+        said = SCENES[name][0]
         assert all(name in worker for worker in told), f"{name}: somebody did not notice"
         message = told[0][name][0]
-        assert f"({field}: worker 0" in message or f"; {field}: worker 0" in message, (name, message)
+        said = said if ":" in said or "more" in said else f"({said}: worker 0"  # of a header, or of a start
+        assert said in message, (name, message)
         assert "No weights were mixed" in message
         for worker in told:
             assert worker[name][0] == message

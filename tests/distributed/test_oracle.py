@@ -19,6 +19,15 @@ RUNS = {
     "four workers": (4, Run(Config(local_steps=2, min_blocks=0), steps=6)),
     "overlap": (3, Run(Config(local_steps=2, min_blocks=3), steps=8)),
     "more workers than blocks": (4, Run(Config(local_steps=2, min_blocks=0), sections=(1, 1, 3, 1), steps=6)),
+    "listed counts, two workers": (2, Run(Config(local_steps=2, blocks_per_worker=(1, 3)), steps=9)),
+    "listed counts with overlap, warm-up and travel": (
+        3,
+        Run(Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel"), steps=9),
+    ),
+    "listed counts, one worker without a block, int8": (
+        4,
+        Run(Config(local_steps=2, blocks_per_worker=(0, 2, 1, 2), wire="int8"), steps=7),
+    ),
     "all blocks everywhere": (2, Run(Config(local_steps=2, min_blocks=4), steps=5)),
     "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), steps=5)),
     "warm-up": (2, Run(Config(local_steps=2, min_blocks=1, warmup_rounds=2), steps=9)),

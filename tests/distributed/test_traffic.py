@@ -25,6 +25,7 @@ RUNS = {
     "deeper": Run(Config(local_steps=2, min_blocks=0), steps=4, sections=(2, 1, 9, 1)),
     "overlap": Run(Config(local_steps=1, min_blocks=3, seed=3), steps=4),
     "warm-up": Run(Config(local_steps=1, min_blocks=1, warmup_rounds=2), steps=4),
+    "measuring": Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto"), steps=5),
     "travel": Run(Config(local_steps=1, min_blocks=1, momentum="travel"), steps=3),
     "travel with AdamW": Run(Config(local_steps=1, min_blocks=3, momentum="travel"), steps=3, optimizer="adamw"),
     "frozen": Run(Config(local_steps=1, min_blocks=4), steps=3, frozen=("section3.2", "section1")),

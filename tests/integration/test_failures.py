@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from resist_lightning import WorkersDisagree
+from resist_lightning import WorkerLost, WorkersDisagree
+from resist_lightning.strategies.signals import SAME_SECONDS
 from tests.helpers.plain import Classifier, held_out, stream
-from tests.helpers.processes import WorkersTimedOut
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.training import assert_equal_states, clone_state
 from tests.helpers.worker import Outcome
 
 SOON_SECONDS = 10.0
@@ -76,7 +79,10 @@ def run_and_fail(where: str, folder: Path, callback: str) -> list[Outcome]:
 
 def assert_all_ended(outcomes: list[Outcome], where: str, folder: Path) -> None:
     assert repr(outcomes[1].error) == repr(KeyError(f"a mistake in {where}"))
-    assert isinstance(outcomes[0].error, RuntimeError)  # from gloo: its peer is gone
+    assert isinstance(outcomes[0].error, WorkerLost)
+    said = str(outcomes[0].error)
+    assert re.search(rf"worker 1 \(host .+, pid \d+\) failed with KeyError: 'a mistake in {where}'", said)
+    assert "Worker 1 was last doing: " in said
     saved = list(folder.rglob("*.ckpt"))
     assert len(saved) == (2 if where == "on_train_end" else 0)  # after the epoch's validation
     for path in saved:
@@ -97,39 +103,77 @@ def test_so_it_does_where_a_callback_saves_on_exceptions(callback: str, tmp_path
     assert_all_ended(run_and_fail("training_step", tmp_path, callback), "training_step", tmp_path)
 
 
-# Signals: Slurm and torchrun end workers by SIGTERM, which Lightning turns into an exception after the batch.
+# Signals: Slurm and torchrun end workers by SIGTERM, a terminal by SIGINT. One worker is enough, and all stop together.
 
 
 class Signalled(Classifier):
-    def __init__(self, workers: tuple[int, ...]) -> None:
+    def __init__(self, number: int, workers: tuple[int, ...], times: int = 1) -> None:
         super().__init__()
-        self.workers = workers
+        self.number, self.workers, self.times = number, workers, times
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if batch_idx == 4 and self.trainer.global_rank in self.workers:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for time_ in range(self.times):
+                time.sleep(time_ * 1.2 * SAME_SECONDS)
+                os.kill(os.getpid(), self.number)
         return super().training_step(batch, batch_idx)
 
 
-def fit_until_signalled(worker: int, workers: tuple[int, ...], folder: str) -> None:
-    callbacks = [OnExceptionCheckpoint(folder)]
-    fit(worker, Signalled(workers), 8, callbacks=callbacks, enable_checkpointing=True)
+def fit_until_signalled(worker: int, folder: str, callback: str, batches: int, number: int, *args: Any) -> None:
+    callbacks: list[L.Callback] = [OnExceptionCheckpoint(folder)]
+    if callback == "save_on_exception":
+        callbacks = [ModelCheckpoint(folder, filename="on_exception", save_on_exception=True)]
+    fit(worker, Signalled(number, *args), batches, callbacks=callbacks, enable_checkpointing=True)
 
 
-HANDLER = "Lightning's handler broadcasts, and pairs with the other worker's header"
+def fit_on(worker: int, path: str, batches: int) -> tuple[int, dict[str, torch.Tensor]]:
+    module, trainer = Classifier(), make_trainer(make_strategy(), max_epochs=1)
+    trainer.fit(module, stream(worker, batches), ckpt_path=path)
+    return trainer.global_step, clone_state(module)
+
+
+def fit_in_one_go(worker: int, batches: int) -> dict[str, torch.Tensor]:
+    module = Classifier()
+    fit(worker, module, batches)
+    return clone_state(module)
 
 
 @pytest.mark.parametrize(
-    "workers",
-    [(0, 1), pytest.param((1,), marks=pytest.mark.xfail(strict=True, raises=WorkersTimedOut, reason=HANDLER))],
-    ids=["all workers", "one worker"],
+    ("number", "workers", "callback", "batches", "error"),
+    [
+        (signal.SIGTERM, (1,), "OnExceptionCheckpoint", 8, SIGTERMException),
+        (signal.SIGTERM, (0, 1), "save_on_exception", 7, SIGTERMException),
+        (signal.SIGINT, (0,), "save_on_exception", 8, SystemExit),
+    ],
+    ids=["SIGTERM to one", "SIGTERM to all, before an epoch's last batch", "Ctrl-C"],
 )
-def test_a_signal_to_end_ends_all_workers(workers: tuple[int, ...], tmp_path: Path) -> None:
-    outcomes = run_trainers_to_the_end(fit_until_signalled, 2, workers, str(tmp_path), timeout=SOON_SECONDS)
+def test_a_signal_ends_all_workers_when_the_round_ends_with_a_checkpoint_to_resume_from(
+    number: int, workers: tuple[int, ...], callback: str, batches: int, error: type[BaseException], tmp_path: Path
+) -> None:
+    outcomes = run_trainers_to_the_end(
+        fit_until_signalled, 2, str(tmp_path), callback, batches, int(number), workers, timeout=SOON_SECONDS
+    )
 
-    for worker, outcome in enumerate(outcomes):
-        assert isinstance(outcome.error, SIGTERMException if worker in workers else RuntimeError), outcome
-    assert list(tmp_path.rglob("*.ckpt")) == []
+    assert [type(outcome.error) for outcome in outcomes] == [error, error]
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert (saved["global_step"], saved["resist_lightning"]["round"], saved["resist_lightning"]["step"]) == (6, 2, 0)
+    Classifier().load_state_dict(saved["state_dict"], strict=True)
+    resumed = run_trainers(fit_on, 2, str(tmp_path / "on_exception.ckpt"), batches)
+    unbroken = run_trainers(fit_in_one_go, 2, batches)
+    for (steps, state), expected in zip(resumed, unbroken, strict=True):
+        assert steps == batches
+        assert_equal_states(state, expected, exactly=True)
+
+
+def test_a_second_signal_ends_the_worker_at_once_and_the_others_learn_of_it(tmp_path: Path) -> None:
+    outcomes = run_trainers_to_the_end(
+        fit_until_signalled, 2, str(tmp_path), "OnExceptionCheckpoint", 8, int(signal.SIGTERM), (1,), 2, timeout=20
+    )
+
+    assert isinstance(outcomes[1].error, SIGTERMException)
+    assert isinstance(outcomes[0].error, WorkerLost)
+    assert "failed with SIGTERMException" in str(outcomes[0].error)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Workers that go different ways.
@@ -151,7 +195,7 @@ def start_differently(worker: int) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [(stop_alone, r"stop: worker 0 0, worker 1 1"), (start_differently, r"layout: worker 0 \d+, worker 1 \d+")],
+    [(stop_alone, r"stop: worker 0 0, worker 1 1"), (start_differently, r"seed: worker 0 0, worker 1 1")],
     ids=["one worker stops alone", "settings differ"],
 )
 def test_workers_that_disagree_stop_with_an_error_that_says_so(target: Any, message: str) -> None:

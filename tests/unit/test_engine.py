@@ -200,7 +200,7 @@ def test_stopping_after_a_sync_and_going_on_is_as_not_stopping(scale):
     engine, model, _ = trained(run, 6, finish=False)
     with engine.full_model("checkpoint"):
         weights, state = clone_state(model), engine.checkpoint_state()
-    assert (state["round"], state["step"], state["workers"], state["seed"]) == (2, 0, 1, 0)
+    assert (state["round"], state["step"], state["identity"]["workers"]) == (2, 0, 1)
 
     again = make_model(run)
     again.load_state_dict(weights)
@@ -227,18 +227,23 @@ def trained(run, steps, *, finish=True):
 
 
 @pytest.mark.parametrize(
-    ("saved", "round", "step"),
+    ("other", "saved", "round", "step"),
     [
-        ({"workers": 1, "seed": 0, "round": 4, "step": 2}, 4, 2),
-        ({"workers": 2, "seed": 0, "round": 4, "step": 2}, 5, 0),
-        ({"workers": 2, "seed": 0, "round": 4, "step": 0}, 4, 0),
-        ({"workers": 1, "seed": 9, "round": 4, "step": 1}, 5, 0),
-        ({"workers": 1, "seed": 0, "round": 4, "step": 3}, 5, 0),
+        ({}, {"round": 4, "step": 2}, 4, 2),
+        ({"workers": 2}, {"round": 4, "step": 2}, 5, 0),
+        ({"workers": 2}, {"round": 4, "step": 0}, 4, 0),
+        ({"seed": 9}, {"round": 4, "step": 1}, 5, 0),
+        ({"blocks": ["other"]}, {"round": 4, "step": 1}, 5, 0),
+        ({}, {"round": 4, "step": 3}, 5, 0),
     ],
 )
-def test_with_other_workers_or_another_seed_a_new_round_begins(saved, round, step):
+def test_with_other_workers_or_another_seed_a_new_round_begins(other, saved, round, step):
     engine, _, _ = engine_for(Config(local_steps=3))
-    engine.restore({**saved, "scale": 1.0, "blocks": [], "originals": {}, "norm_statistics": {}})
+    identity = {**engine.layout.identity(), **other}
+    full = {"scale": 1.0, "blocks": [], "originals": {}, "norm_statistics": {}}
+    held = [list(range(engine.layout.schedule.blocks))]
+    assert engine.restore({**saved, "identity": identity, "held": held, **full}) == (not other)
+    engine.start()
     assert (engine.clock.round, engine.clock.step) == (round, step)
 
 

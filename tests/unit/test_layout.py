@@ -45,6 +45,11 @@ def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
         (Config(blocks=[]), 3, False, 1.0),
         (Config(min_blocks=0, warmup_rounds=5), 4, True, 0.25),
         (Config(min_blocks=1, test_scale=0.3), 2, True, 0.3),
+        (Config(blocks_per_worker=(3, 1)), 2, True, 0.5),
+        (Config(blocks_per_worker=(4, 1)), 2, True, 0.625),
+        (Config(blocks_per_worker=(4, 4)), 2, False, 1.0),
+        (Config(min_blocks=1, blocks_per_worker="auto"), 2, True, 0.5),
+        (Config(min_blocks=3, blocks_per_worker="auto"), 2, True, 0.75),
     ],
 )
 def test_whether_anything_is_partitioned_and_how_it_is_scaled(config, workers, partial, scale):
@@ -134,6 +139,8 @@ def rename(net):
         {"config": Config(min_blocks=2)},
         {"config": Config(min_blocks=1, blocks="section3.[123]")},
         {"config": Config(min_blocks=1, warmup_rounds=1)},
+        {"config": Config(min_blocks=1, blocks_per_worker=(1, 3))},
+        {"config": Config(min_blocks=1, blocks_per_worker="auto")},
         {"config": Config(min_blocks=1, momentum="keep")},
         {"config": Config(min_blocks=1, batch_norm="running")},
         {"config": Config(min_blocks=1, test_scale=0.4)},
@@ -167,6 +174,10 @@ def test_the_description_says_what_was_chosen():
     assert "section3.1-4" in text
     assert "7 local steps" in text
     assert "scale 0.3333" in text
+    listed = Layout(small_preact(), Config(blocks_per_worker=[1, 3]), 2).describe()
+    assert "2 worker(s), 1, 3 a worker:" in listed
+    auto = Layout(small_preact(), Config(min_blocks=1, blocks_per_worker="auto"), 2).describe()
+    assert "2, 2 a worker at first, later in proportion to speed:" in auto
     assert "All parameters are shared by 2" in Layout(small_preact(), Config(blocks=[]), 2).describe()
 
 
@@ -185,7 +196,13 @@ def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, me
 
 @pytest.mark.parametrize(
     ("config", "workers"),
-    [(Config(), 1), (Config(min_blocks=4), 2), (Config(min_blocks=1), 2), (Config(blocks=[]), 3)],
+    [
+        (Config(), 1),
+        (Config(blocks_per_worker=[4, 0]), 2),
+        (Config(min_blocks=4), 2),
+        (Config(min_blocks=1), 2),
+        (Config(blocks=[]), 3),
+    ],
 )
 def test_what_the_user_asked_for_does_not_warn(config, workers):
     with warnings.catch_warnings():
@@ -202,6 +219,60 @@ def test_an_explicit_minimum_above_the_number_of_blocks_is_an_error(least):
 def test_a_minimum_that_only_the_warm_up_could_give_is_an_error_at_once():
     with pytest.raises(ValueError, match="min_blocks=5 is impossible"):
         Layout(small_preact(), Config(min_blocks=5, warmup_rounds=9), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks_per_worker": [1, 2]}, "adds up to 3, but there are 4 partitionable blocks"),
+        ({"blocks_per_worker": [3, 1], "min_blocks": 2}, "below min_blocks=2"),
+        ({"blocks_per_worker": [9, 9]}, "a worker cannot hold more than the 4"),
+        ({"blocks_per_worker": [4]}, r"1 number\(s\) for 2 worker"),
+        ({"blocks_per_worker": "auto", "min_blocks": 5}, "min_blocks=5 is impossible"),
+    ],
+)
+def test_counts_that_do_not_fit_the_network_are_an_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(small_preact(), Config(**options), 2)
+
+
+def measured(config=Config(min_blocks=1, blocks_per_worker="auto")):  # noqa: B008
+    layout = Layout(small_preact(), config, 2)
+    for round in range(5):
+        layout.learn(round, [2.0 - round % 2, 6.0 - 3.0 * (round % 2)])
+    return layout
+
+
+def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_without():
+    before = measured()
+    assert before.schedule.counts == ((6, (3, 1)),)
+    after = Layout(small_preact(), before.config, 2)
+    after.resume(before.schedule.table(), 9)
+    assert after.schedule == before.schedule
+    assert after.digest() == before.digest() != Layout(small_preact(), before.config, 2).digest()
+    after.resume({}, 9)
+    assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
+
+
+@pytest.mark.parametrize(("options", "workers"), [({}, 3), ({"blocks": "section3.[123]"}, 2), ({"min_blocks": 0}, 2)])
+def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
+    config = Config(**{"min_blocks": 1, "blocks_per_worker": "auto", **options})
+    after = Layout(small_preact(), config, workers)
+    after.resume(measured().schedule.table(), 9)
+    assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
+
+
+@pytest.mark.parametrize("counts", ["equal", (1, 3)])
+def test_a_resumed_run_does_as_its_settings_say_whatever_was_measured(counts):
+    after = Layout(small_preact(), Config(min_blocks=1, blocks_per_worker=counts), 2)
+    schedule = after.schedule
+    after.resume(measured().schedule.table(), 9)
+    assert after.schedule == schedule
+
+
+def test_measured_counts_change_neither_the_scale_nor_whether_anything_is_partitioned():
+    layout = measured()
+    assert (layout.scale, layout.partial) == (0.5, True)
 
 
 def test_synchronised_batch_norm_is_refused_by_name():

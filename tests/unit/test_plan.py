@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from resist_lightning.partition import Partition, draw_partition, everything
 from resist_lightning.plan import SyncPlan, Transfer, plan_observation, plan_sync
@@ -136,6 +137,24 @@ def test_an_observation_gives_everyone_what_the_sync_would_make(partitions):
         assert {seen[worker, block] for worker in range(workers)} == {sum(old) / len(old)}
         assert all(synced[worker, block] == seen[worker, block] for worker in after.holders(block))
     assert max(Counter(plan.hand_over).values(), default=1) == 1
+
+
+@given(two_partitions(), st.data())
+def test_a_worker_that_is_left_out_counts_only_for_what_it_alone_held_and_still_gets_its_blocks(partitions, data):
+    before, after = partitions
+    left_out = tuple(data.draw(st.sets(st.integers(0, before.workers - 1), max_size=before.workers - 1)))
+    values = trained(before)
+    plan = plan_sync(before, after, left_out)
+    assert plan.left_out == left_out
+    counted = {key: values[key] for key in values if key[0] not in left_out or not _others(before, key[1], left_out)}
+    synced = execute(plan, counted, before.workers)
+    for block in range(before.blocks):
+        old = [counted[worker, block] for worker in before.holders(block) if (worker, block) in counted]
+        assert {synced[worker, block] for worker in after.holders(block)} == {sum(old) / len(old)}
+
+
+def _others(partition, block, left_out):
+    return set(partition.holders(block)) - set(left_out)
 
 
 def test_one_worker_alone_sends_nothing():

@@ -8,7 +8,15 @@ import torch
 from resist_lightning import Config, Simulator
 from resist_lightning.partition import draw_partition, everything
 from tests.helpers import by_hand
-from tests.helpers.training import Run, assert_equal_states, batch_of, make_model, make_optimizer, train_step
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    make_model,
+    make_optimizer,
+    train_simulator,
+    train_step,
+)
 
 LINKS = (0.3, -0.2, 0.5, 0.1, -0.4)
 RATE = 0.05
@@ -105,3 +113,8 @@ def test_the_user_s_network_is_copied_and_not_changed():
         train_step(worker.module, worker.optimizers[0], batch_of(0, 0))
     simulator.after_step()
     assert_equal_states(model.state_dict(), before, exactly=True)
+
+
+def test_simulated_workers_have_no_speed():
+    with pytest.raises(ValueError, match="blocks_per_worker='auto': simulated workers have no speed"):
+        train_simulator(Run(Config(blocks_per_worker="auto"), steps=0), 2)

@@ -18,6 +18,7 @@ from resist_lightning import LocalSGDStrategy, ResISTStrategy
 BAD = {
     "local_steps": [(0, "at least 1 (1 averages after every step)"), (-3, "at least 1"), (2.5, "whole number")],
     "min_blocks": [(-1, "at least 0 (0 allows workers without any block)"), (1.0, "whole number")],
+    "blocks_per_worker": [("fair", "'equal', 'auto', or a list"), ([1, -1], "one for each worker")],
     "blocks": [([], "use strategy='local_sgd'"), ("", "use strategy='local_sgd'")],
     "seed": [(-1, "at least 0 (0 is a seed)"), (None, "whole number")],
     "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
@@ -49,7 +50,9 @@ def test_an_unknown_option_is_refused(face: Callable[..., Any], option: str) -> 
         face(**{option: 1})
 
 
-@pytest.mark.parametrize("option", ["min_blocks", "blocks", "seed", "batch_norm", "warmup_rounds", "test_scale"])
+@pytest.mark.parametrize(
+    "option", ["min_blocks", "blocks_per_worker", "blocks", "seed", "batch_norm", "warmup_rounds", "test_scale"]
+)
 def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         LocalSGDStrategy(**{option: 1})  # type: ignore[arg-type]
@@ -84,8 +87,8 @@ def test_every_option_arrives() -> None:
         return name == "layer3.1"
 
     options = {
-        "local_steps": 7, "min_blocks": 2, "blocks": third, "seed": 3, "momentum": "keep", "batch_norm": "batch",
-        "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6",
+        "local_steps": 7, "min_blocks": 2, "blocks_per_worker": [2, 3], "blocks": third, "seed": 3, "momentum": "keep",
+        "batch_norm": "batch", "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6",
     }  # fmt: skip
     strategy = ResISTStrategy(
         **options, process_group_backend="gloo", timeout=timedelta(seconds=5), start_method="fork"

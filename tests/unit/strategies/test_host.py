@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,24 +18,40 @@ def scaler(scale: float) -> torch.amp.GradScaler:
     return made
 
 
-def host_with(scaler: Any = None, *, stop: bool = False, signal: bool = False) -> LightningHost:
-    plugin = SimpleNamespace(scaler=scaler)
-    return LightningHost(SimpleNamespace(precision_plugin=plugin, should_stop=stop, received_sigterm=signal))  # type: ignore[arg-type]
+class Requests:
+    """In the place of ``Signals``."""
+
+    def __init__(self, requests: int = 0) -> None:
+        self.requests = requests
+        self.learnt: list[int] = []
+
+    def learn(self, requests: Iterable[int]) -> None:
+        self.learnt += requests
 
 
-def test_every_reason_to_stop_has_a_number_of_its_own() -> None:
-    flags = [host_with(stop=stop, signal=signal).stop_flag() for stop in (False, True) for signal in (False, True)]
-    assert flags[0] == 0
-    assert len(set(flags)) == 4
+def host_with(scaler: Any = None, *, stop: bool = False, signals: Any = None) -> LightningHost:
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), should_stop=stop)
+    return LightningHost(trainer, signals or Requests())
+
+
+def test_only_what_a_program_asks_for_is_compared_and_signals_are_told() -> None:
+    signals = Requests(3)
+    host = host_with(signals=signals)
+    assert [host.stop_flag(), host_with(stop=True).stop_flag()] == [0, 1]
+    assert host.report() == [0.0, 3.0]
+
+    host.learn([[0.0, 3.0], [0.0, 0.0]])
+
+    assert signals.learnt == [3, 0]
 
 
 @pytest.mark.parametrize(("mine", "others", "agreed"), [(1024.0, [512.0], 512.0), (256.0, [512.0, 1024.0], 256.0)])
 def test_the_smallest_loss_scale_is_taken(mine: float, others: list[float], agreed: float) -> None:
     own = scaler(mine)
     host = host_with(own)
-    assert host.report() == [mine]
+    assert host.report() == [mine, 0.0]
 
-    host.learn([[mine], *([other] for other in others)])
+    host.learn([[mine, 0.0], *([other, 0.0] for other in others)])
 
     assert own.get_scale() == agreed
 
@@ -42,8 +59,9 @@ def test_the_smallest_loss_scale_is_taken(mine: float, others: list[float], agre
 def test_without_a_scaler_nothing_is_agreed_upon() -> None:
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     own = scaler(1024.0)
-    for host in (host_with(), host_with(disabled), LightningHost(SimpleNamespace(precision_plugin=None))):  # type: ignore[arg-type]
-        assert host.report() == [0.0]
-        host.learn([[0.0], [0.0]])
-    host_with(own).learn([[1024.0], [0.0]])  # a worker without one
+    without: Any = LightningHost(SimpleNamespace(precision_plugin=None), Requests())  # type: ignore[arg-type]
+    for host in (host_with(), host_with(disabled), without):
+        assert host.report() == [0.0, 0.0]
+        host.learn([[0.0, 0.0], [0.0, 0.0]])
+    host_with(own).learn([[1024.0, 0.0], [0.0, 0.0]])  # a worker without one
     assert own.get_scale() == 1024.0

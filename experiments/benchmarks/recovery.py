@@ -1,0 +1,286 @@
+"""What does it cost to lose little when workers die: snapshots, checkpoints in mid-round, going on, and the watch?
+
+torchrun --nproc-per-node 2 experiments/benchmarks/recovery.py
+torchrun --nproc-per-node 2 experiments/benchmarks/recovery.py --smoke --output FOLDER --files FOLDER
+
+The paper's network of 41 million parameters, SGD with momentum, real processes over loopback, one thread each; Lightning's
+DDP trains the same network in the same run. Files are flushed to the disk by this package and not by Lightning, and are
+in the page cache when they are read. The added time of a local step is measured on a tiny network: stretches with and
+without the watch and the notes, turn and turn about; each turn's means over all steps and workers (the median step hides
+what happens once a second). Prints tables and writes experiments/benchmarks/results/recovery.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, TensorDataset
+
+from experiments.benchmarks import tables
+from experiments.benchmarks.keep import RESULTS
+from experiments.benchmarks.step_time import Clock, Module
+from experiments.quiet import hush
+from experiments.record import write_record
+from resist_lightning import ResISTStrategy
+from resist_lightning.models import PreActResNet
+from resist_lightning.strategies.guard import Guard
+from resist_lightning.strategies.position import Position
+
+PAPER_STEPS = 50
+FULL = {"sections": (3, 4, 23, 3), "width": 1.0, "batch": 2, "rounds": 8, "local_steps": 3, "every": (1, 10),
+        "saves": 4, "resumes": 3, "turns": 9, "steps": 1000}  # fmt: skip
+SMOKE = {"sections": (1, 1, 5, 1), "width": 1 / 32, "rounds": 3, "every": (1, 2), "saves": 2, "resumes": 1,
+         "turns": 1, "steps": 20}  # fmt: skip
+TINY = {"sections": (1, 1, 3, 1), "width": 1 / 64, "batch": 1, "image": 16}
+SAVED_AT = 2
+"""Local steps of the first round after which checkpoints are written: in the middle of the round."""
+
+
+class Measured(ResISTStrategy):
+    """Notes seconds and bytes of each snapshot, keeps the newest file, and notes whether a run goes on exactly."""
+
+    def __init__(self, kept: Path | None = None, **options: Any) -> None:
+        super().__init__(min_blocks=1, data="copy", **options)
+        self.kept = kept
+        self.written: list[dict[str, float]] = []
+        self.exact: bool | None = None
+
+    def _write_snapshot(self, engine: Any) -> None:
+        start = time.perf_counter()
+        super()._write_snapshot(engine)
+        seconds = time.perf_counter() - start
+        if self._restarts is None or not self._restarts.due(engine.clock.round):
+            return
+        folder = self._restarts.folder.path / f"round={engine.clock.round:08d}"
+        (file,) = folder.glob(f"worker-{self.global_rank}-of-*.pt")
+        self.written.append({"seconds": seconds, "bytes": file.stat().st_size})
+        if self.kept is not None:  # the end of the training removes the snapshots, and this link stays
+            for old in self.kept.glob(f"*/{file.name.split('.')[0]}.*"):
+                old.unlink()
+            (self.kept / folder.name).mkdir(parents=True, exist_ok=True)
+            os.link(file, self.kept / folder.name / file.name)
+
+    def _say_how_it_goes_on(self, engine: Any, same: bool, exact: bool) -> None:
+        self.exact = exact
+
+
+class Saver(L.Callback):
+    """Saves ``saves`` checkpoints after a local step in mid-round; the last one stays."""
+
+    def __init__(self, folder: Path, saves: int) -> None:
+        self.folder, self.saves = folder, saves
+        self.seconds: list[float] = []
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"save={self.saves - 1}.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for number in range(self.saves if batch_idx + 1 == SAVED_AT else 0):
+            trainer.strategy.barrier()
+            start = time.perf_counter()
+            trainer.save_checkpoint(self.folder / f"save={number}.ckpt")
+            self.seconds.append(time.perf_counter() - start)
+            if number:
+                trainer.strategy.remove_checkpoint(self.folder / f"save={number - 1}.ckpt")
+
+
+class Present(L.Callback):
+    """Which of the watch and the notes there are in a training."""
+
+    def __init__(self) -> None:
+        self.parts: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        position: Any = trainer.strategy._position  # type: ignore[attr-defined]
+        watched = any(thread.name == "resist_lightning watch" for thread in threading.enumerate())
+        self.parts = {part for part, there in (("watch", watched), ("notes", position._before_fetch)) if there}
+        self.on_train_batch_end = nothing  # type: ignore[method-assign]
+
+
+def fit(strategy: Strategy, net: dict[str, Any], steps: int, path: Path | None = None, *more: L.Callback) -> Clock:
+    """Train for ``steps`` local steps in all; the clock begins with the call of ``fit``, then a start for each batch."""
+    torch.manual_seed(0)
+    module, size = Module(PreActResNet(net["sections"], 10, width_multiplier=net["width"])), net.get("image", 32)
+    images = torch.randn((steps + 1) * net["batch"], 3, size, size)
+    loader = DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), net["batch"])
+    clock = Clock()
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", devices=dist.get_world_size(), max_steps=steps, callbacks=[clock, *more],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    dist.barrier()
+    clock.starts.append(time.perf_counter())
+    trainer.fit(module, loader, ckpt_path=path)
+    return clock
+
+
+def ddp() -> Strategy:
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def snapshots(settings: dict[str, Any], files: Path) -> dict[str, Any]:
+    """Bytes and seconds of a snapshot, for each n, and of a local step between them; by worker 0's clock."""
+    found: dict[str, Any] = {}
+    for every in settings["every"]:
+        local_steps = settings["local_steps"] if every == 1 else 1
+        rounds = settings["rounds"] if every == 1 else 2 * every
+        strategy = Measured(files / f"kept-{every}", local_steps=local_steps, snapshots=files / f"snapshots-{every}",
+                            snapshot_every_n_rounds=every)  # fmt: skip
+        starts = fit(strategy, settings, rounds * local_steps + 1).starts[1:]
+        workers = gathered(strategy.written)
+        found[str(every)] = {
+            "bytes_by_worker": [rows[-1]["bytes"] for rows in workers],
+            "median_write_seconds": median(row["seconds"] for rows in workers for row in rows),
+            "snapshots": len(strategy.written),
+        }
+        if every == 1:  # a batch that begins a round syncs; the first one of all warms up
+            steps = [starts[i + 1] - starts[i] for i in range(1, len(starts) - 1) if i % local_steps]
+            found["median_step_seconds"] = mean(gathered(median(steps)))
+    for every in settings["every"]:
+        row, step = found[str(every)], found["median_step_seconds"]
+        row["share_of_training"] = row["median_write_seconds"] / (every * PAPER_STEPS * step)
+    return found
+
+
+def checkpoints(settings: dict[str, Any], files: Path) -> dict[str, Any]:
+    """Bytes and seconds of a checkpoint in mid-round and of DDP's; the seconds are all workers', from a barrier on."""
+    found = {}
+    for name, strategy in (("resist", Measured(local_steps=SAVED_AT + 2)), ("ddp", ddp())):
+        saver = Saver(files / name, settings["saves"])
+        fit(strategy, settings, SAVED_AT + 1, None, saver)
+        own = sorted(Path(f"{saver.path}.workers").glob("*.pt"))
+        found[name] = {
+            "bytes": saver.path.stat().st_size,
+            "bytes_by_worker": [file.stat().st_size for file in own],
+            "median_seconds": median(map(max, zip(*gathered(saver.seconds), strict=True))),
+        }
+    return found
+
+
+def resumes(settings: dict[str, Any], files: Path) -> dict[str, Any]:
+    """Seconds from the call of ``fit`` to the first batch, of the slowest worker; turn and turn about."""
+    name = f"save={settings['saves'] - 1}.ckpt"
+    taken = settings["rounds"] * settings["local_steps"]
+    ways: dict[str, tuple[Callable[[], Strategy], int, Path | None]] = {
+        "from the beginning": (lambda: Measured(local_steps=SAVED_AT + 2), 1, None),
+        "workers' files": (lambda: Measured(local_steps=SAVED_AT + 2), SAVED_AT + 1, files / "resist" / name),
+        "snapshots": (lambda: Measured(local_steps=settings["local_steps"]), taken + 1, files / "kept-1"),
+        "DDP from the beginning": (ddp, 1, None),
+        "DDP's checkpoint": (ddp, SAVED_AT + 1, files / "ddp" / name),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(settings["resumes"]):
+        for way, (make, steps, path) in ways.items():
+            strategy = make()
+            starts = fit(strategy, settings, steps, path).starts
+            assert len(starts) == 2, (way, len(starts))  # it went on where it was: one step was left
+            assert path is None or getattr(strategy, "exact", True), way
+            seconds[way].append(max(gathered(starts[1] - starts[0])))
+    return {"median_seconds": {way: median(values) for way, values in seconds.items()}, "seconds": seconds}
+
+
+def nothing(*_: object) -> None:
+    """Stands for what is left out; a mock would cost more than that."""
+
+
+@contextmanager
+def without(*left_out: str) -> Iterator[None]:
+    """Leave out the watch or the notes, in this process."""
+    watch = mock.patch.object(Guard, "begin", nothing) if "watch" in left_out else nullcontext()
+    notes = mock.patch.object(Position, "note_fetch", nothing) if "notes" in left_out else nullcontext()
+    with watch, notes:
+        yield
+
+
+def added(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a local step of a tiny network, with and without the watch and the notes; every second turn backwards."""
+    left_out = {"neither": ("watch", "notes"), "watch": ("notes",), "notes": ("watch",), "both": ()}
+    seconds: dict[str, list[float]] = {name: [] for name in left_out}
+    for turn in range(settings["turns"]):
+        for name, parts in list(left_out.items())[:: -1 if turn % 2 else 1]:
+            with without(*parts):
+                present = Present()
+                starts = fit(Measured(local_steps=10**6), TINY, settings["steps"], None, present).starts[1:]
+            assert present.parts == {"watch", "notes"} - set(parts), (name, present.parts)
+            first = len(starts) // 10  # those warm up
+            seconds[name].append(mean(gathered((starts[-1] - starts[first]) / (len(starts) - 1 - first))))
+    off = seconds["neither"]
+    return {
+        "median_step_seconds": {name: median(values) for name, values in seconds.items()},
+        "median_ratio": {n: median(v / o for v, o in zip(values, off, strict=True)) for n, values in seconds.items()},
+        "median_added_seconds": {
+            n: median(v - o for v, o in zip(values, off, strict=True)) for n, values in seconds.items()
+        },
+        "seconds": seconds,
+    }
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every worker's."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def report(content: dict[str, Any]) -> None:
+    for title, rows in tables.recovery_rows(content).items():
+        table = Table(*rows[0], title=title)
+        for row in rows[1:]:
+            table.add_row(*row)
+        Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a small network and few turns, to see that it works")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of recovery.json")
+    parser.add_argument("--files", type=Path, help="folder of the files written, which stay; else a temporary one")
+    args = parser.parse_args(arguments)
+    settings: dict[str, Any] = {**FULL, **(SMOKE if args.smoke else {})}
+    hush()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers", ".*your dataloader is not resumable"):
+        warnings.filterwarnings("ignore", message=message)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    with tempfile.TemporaryDirectory() as temporary:
+        (files, *_) = gathered(args.files or Path(temporary))
+        parts: dict[str, Callable[[], Any]] = {
+            "snapshots": lambda: snapshots(settings, files),
+            "checkpoints": lambda: checkpoints(settings, files),
+            "resumes": lambda: resumes(settings, files),
+            "added": lambda: added(settings),
+        }
+        content = {"settings": settings, "workers": dist.get_world_size()} | {n: part() for n, part in parts.items()}
+        dist.barrier()
+    if dist.get_rank() == 0:
+        report(content)
+        write_record(args.output / "recovery.json", content)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""A host is lost, the others go on without it, and it comes back: ``python experiments/elastic/run.py``.
+
+Three torchruns stand for three hosts. One is killed with its worker, and started again later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.elastic.script import HOST, LOCAL_STEPS
+from experiments.record import write_record
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+QUICKLY = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
+LOST_HOST = 1
+
+
+class Hosts:
+    """The torchruns, one for each host; host 0 serves the rendezvous and is never lost."""
+
+    def __init__(self, folder: Path, hosts: int, steps: int, seconds: float) -> None:
+        self._arguments = [str(folder), str(steps), str(seconds)]
+        self._folder = folder
+        self._hosts = hosts
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, host: int) -> None:
+        rendezvous = f"--rdzv-conf=is_host={int(host == 0)},{QUICKLY}"
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{self._hosts}", "--nproc-per-node=1"),
+            *(
+                "--max-restarts=20",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=localhost:{self._port}",
+                "--rdzv-id=elastic",
+            ),
+            *(rendezvous, "-m", "experiments.elastic.script", *self._arguments),
+        ]
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", HOST: str(host)}
+        with (self._folder / f"host-{host}.log").open("ab") as log:
+            self._running[host] = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **variables}, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def lose(self, host: int) -> None:
+        """The host goes down: its agent and its worker are killed."""
+        worker = max(pid for pid, entries in diaries(self._folder).items() if entries[-1]["host"] == str(host))
+        process = self._running.pop(host)
+        process.kill()
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        process.wait()
+
+    def wait(self, limit: float) -> None:
+        for process in self._running.values():
+            process.wait(limit)
+
+    def end(self) -> None:
+        for process in self._running.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for pid in diaries(self._folder):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def diaries(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """What each process has written down, by its pid."""
+    found = {}
+    for path in folder.glob("diary-*.jsonl"):
+        lines = path.read_text().split("\n")[:-1]  # the last may be half a line
+        if lines:
+            found[int(path.stem.partition("-")[2])] = [json.loads(line) for line in lines]
+    return found
+
+
+def wait_until(said: Callable[[], bool], what: str, limit: float) -> None:
+    deadline = time.monotonic() + limit
+    while not said():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{what} did not happen within {limit:g} s")
+        time.sleep(0.2)
+
+
+def trains(folder: Path, workers: int, after: float) -> bool:
+    """Whether a crew of so many workers trains that began after a time."""
+    entries = [rows for rows in diaries(folder).values() if rows[0]["at"] > after and rows[0]["workers"] == workers]
+    return len(entries) == workers
+
+
+def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
+    """What a change of the crew has cost, from the diaries."""
+    rows = list(diaries(folder).values())
+    before = [entry for entries in rows for entry in entries if entries[0]["at"] < at]
+    after = [entries[0] for entries in rows if entries[0]["at"] > at and entries[0]["workers"] == workers]
+    first, last = min(entry["at"] for entry in after), max(entry["at"] for entry in before)
+    return {
+        "workers": workers,
+        "seconds_until_training": max(entry["at"] for entry in after) - at,
+        "seconds_without_training": first - last,
+        "steps_lost": max(entry["step"] for entry in before) - (min(entry["step"] for entry in after) - 1),
+        "first_step": min(entry["step"] for entry in after),
+        "local_steps": LOCAL_STEPS,
+    }
+
+
+def run(hosts: int, steps: int, seconds: float, away: float, limit: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="elastic_") as name:
+        folder = Path(name)
+        crew = Hosts(folder, hosts, steps, seconds)
+        try:
+            for host in range(hosts):
+                crew.start(host)
+            wait_until(lambda: trains(folder, hosts, 0), "the beginning", limit)
+            time.sleep(3 * LOCAL_STEPS * seconds)
+            lost_at = time.time()
+            crew.lose(LOST_HOST)
+            wait_until(lambda: trains(folder, hosts - 1, lost_at), "going on without the lost host", limit)
+            lost = change(folder, lost_at, hosts - 1)
+            time.sleep(away)
+            back_at = time.time()
+            crew.start(LOST_HOST)
+            wait_until(lambda: trains(folder, hosts, back_at), "taking the host in again", limit)
+            back = change(folder, back_at, hosts)
+            crew.wait(limit)
+            finals = [torch.load(path, weights_only=True) for path in sorted(folder.glob("final-*.pt"))]
+            return {
+                "hosts": hosts,
+                "lost": lost,
+                "back": back,
+                "finished": len(finals),
+                "last_step": max(rows[-1]["step"] for rows in diaries(folder).values()),
+                "weights_equal": all(
+                    torch.equal(value, final[key]) for final in finals[1:] for key, value in finals[0].items()
+                ),
+            }
+        except BaseException:
+            for log in sorted(folder.glob("host-*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
+            raise
+        finally:
+            crew.end()
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    lost, back = record["lost"], record["back"]
+    return (
+        f"{record['hosts']} hosts; one lost: {lost['workers']} train again after {lost['seconds_until_training']:.1f} s, "
+        f"{lost['steps_lost']} local steps lost (rounds of {lost['local_steps']}). It comes back: {back['workers']} train "
+        f"after {back['seconds_until_training']:.1f} s, {back['seconds_without_training']:.1f} s of them without training, "
+        f"{back['steps_lost']} local steps lost. {record['finished']} workers end with "
+        f"{'equal' if record['weights_equal'] else 'UNEQUAL'} weights after {record['last_step']} steps."
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150, help="local steps of the whole training")
+    parser.add_argument("--seconds", type=float, default=0.4, help="that a worker rests after each local step")
+    parser.add_argument("--away", type=float, default=5.0, help="seconds before the lost host comes back")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds to wait for anything")
+    parser.add_argument("--out", type=Path, default=RESULTS / "elastic.json")
+    options = parser.parse_args(arguments)
+    record = run(options.hosts, options.steps, options.seconds, options.away, options.limit)
+    settings = {key: getattr(options, key) for key in ("hosts", "steps", "seconds", "away")}
+    write_record(options.out, {"settings": settings, "rendezvous": QUICKLY, **record})
+    print(describe(record))
+    return record
+
+
+if __name__ == "__main__":
+    main()

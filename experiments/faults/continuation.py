@@ -1,0 +1,145 @@
+"""What a broken training left on the disk, and whether a training that goes on from it is the unbroken one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.faults import crew
+from experiments.faults.training import Settings
+from resist_lightning.files import read_sealed
+from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """A training to which nothing happens.
+
+    Args:
+        checkpoints: what it saved, by name.
+        final: the weights that every worker ended with.
+    """
+
+    checkpoints: Mapping[str, Any]
+    final: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a broken training left.
+
+    Args:
+        last: name of the last checkpoint that can be read; None if there is none.
+        half_written: names of those that cannot.
+        temporary: files that belong to no checkpoint, in the folders of checkpoints and of temporary files.
+        equal: whether all that the unbroken training saved, too, is what it saved then. What was saved because of the
+            fault is gone on from.
+        saved_steps: local steps that the last one has.
+    """
+
+    last: str | None
+    half_written: list[str]
+    temporary: int
+    equal: bool
+    saved_steps: int
+
+
+def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
+    """Train as a reference."""
+    ended = crew.run(settings, folder)
+    if ended.ends != ["exit code 0"] * settings.workers:
+        raise RuntimeError(f"a training without a fault ended with {ended.ends}: {ended.errors}\n{ended.output}")
+    files = {path.stem: read(path)[0] for path in (folder / "checkpoints").glob("*.ckpt")}
+    finals = finals_of(folder, settings.workers)
+    if not files or not all(same(finals[0], final) for final in finals):
+        raise RuntimeError("a training without a fault saved nothing, or left different weights on its workers.")
+    return Unbroken(files, finals[0])
+
+
+def look(folder: Path, unbroken: Unbroken) -> Left:
+    """Read every file that a training has left."""
+    readable: dict[int, str] = {}
+    half_written, equal, belonging = [], True, set()
+    found = {path for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    for path in sorted(path for path in found if path.suffix == ".ckpt"):
+        belonging.add(path)
+        try:
+            content, beside = read(path)
+        except Exception:  # noqa: BLE001 - anything may be wrong with half a file
+            half_written.append(path.name)
+            continue
+        belonging.update(beside)
+        readable[content["global_step"]] = path.stem
+        if path.stem in unbroken.checkpoints:
+            equal = equal and same(content, unbroken.checkpoints[path.stem], PATHS)
+    steps = max(readable, default=0)
+    temporary = len(found - belonging) + sum(path.is_file() for path in (folder / "tmp").rglob("*"))
+    return Left(readable.get(steps), half_written, temporary, equal, steps)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A checkpoint with what every worker has written beside it, and the paths of that."""
+    content = torch.load(path, weights_only=True)
+    beside = [Path(f"{path}.workers") / name for name in content.get(CHECKPOINT_KEY, {}).get("files", [])]
+    return {**content, "own": [read_sealed(file) for file in beside]}, beside
+
+
+def goes_on(settings: Settings, folder: Path, left: Left, unbroken: Unbroken) -> str | None:
+    """Train on from the last checkpoint, in a new folder; what is wrong with it, or None.
+
+    Args:
+        settings: of the broken training.
+        folder: of the broken training.
+        left: what it left; there must be a last checkpoint.
+        unbroken: the same training, unbroken.
+    """
+    assert left.last is not None
+    resume = str(folder / "checkpoints" / f"{left.last}.ckpt")
+    again = folder.with_name(folder.name + "-resumed")
+    ended = crew.run(replace(settings, fault=None, resume=resume), again)
+    if ended.ends != ["exit code 0"] * settings.workers:
+        errors = [f"{error['type']}: {error['text']}" for error in ended.errors if error]
+        return f"cannot resume: from {left.last}: {errors[0] if errors else ended.ends}"
+    finals = finals_of(again, settings.workers)
+    if not all(same(unbroken.final, final) for final in finals):
+        return f"wrong continuation: from {left.last} to other weights"
+    return None
+
+
+def finals_of(folder: Path, workers: int) -> list[Any]:
+    """The weights that every worker ended with; None for one that did not."""
+    paths = [folder / f"final-{worker}.pt" for worker in range(workers)]
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
+
+
+PATHS = re.compile(r"ModelCheckpoint|callbacks|files$")
+"""Keys under which a checkpoint names the folder it is in, and the files beside it."""
+
+
+def same(one: Any, other: Any, but: re.Pattern[str] | None = None) -> bool:
+    """Whether two contents are equal, tensors bit for bit.
+
+    Args:
+        one: tensors, numbers and strings in mappings and sequences.
+        other: the same.
+        but: keys to pass over.
+    """
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [{key for key in mapping if but is None or not but.match(str(key))} for mapping in (one, other)]
+        return keys[0] == keys[1] and all(same(one[key], other[key], but) for key in keys[0])
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(same(*pair, but) for pair in zip(one, other, strict=True))
+    return type(one) is type(other) and bool(one == other)
+
+
+def lost_steps(struck_at: int, left: Left) -> int:
+    """Local steps of every worker that must be done again."""
+    return max(struck_at - left.saved_steps, 0)

@@ -1,0 +1,272 @@
+"""Runs the workers of a training until they have ended or the time is up, and says what became of each."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+from experiments.faults.faults import thaw
+from experiments.faults.training import Settings, environment, train_as_forked
+
+ROOT = Path(__file__).resolve().parents[2]
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+START_SECONDS = 120.0
+"""For starting, and for training until the fault strikes."""
+LAUNCHER_SECONDS = 35.0
+"""torchrun gives a worker that does not answer to SIGTERM 30 s before it kills it."""
+AFTERWARDS_SECONDS = 3.0
+"""For processes that end by themselves when their launcher has ended."""
+POLL_SECONDS = 0.01
+
+
+@dataclass
+class Ended:
+    """What became of a training.
+
+    Attributes:
+        ends: of each worker: ``exit code 0``, ``SIGKILL``, ``ended`` (where a launcher alone knows), ``running``.
+        errors: of each worker: type, text and moment, or None.
+        struck: when the fault struck, what the worker did, and its local steps; or None.
+        hung: workers, other than a frozen one, that still ran at the limit.
+        survived_until: when the last of them ended.
+        thawed: how a frozen worker ended after SIGCONT; None where nothing was frozen, or somebody had ended it.
+        left_over: state letters (``S`` sleeps, ``T`` is stopped) of all processes that were still there.
+        returncode: of the launcher.
+        output: of all.
+    """
+
+    ends: list[str] = field(default_factory=list)
+    errors: list[dict[str, Any] | None] = field(default_factory=list)
+    struck: dict[str, Any] | None = None
+    hung: list[int] = field(default_factory=list)
+    survived_until: float | None = None
+    thawed: str | None = None
+    left_over: list[str] = field(default_factory=list)
+    returncode: int | None = None
+    output: str = ""
+
+
+def run(settings: Settings, folder: Path, launcher: str = "forked", *, limit: float = START_SECONDS) -> Ended:
+    """Train, and watch.
+
+    Args:
+        settings: the training.
+        folder: for all that it writes; new.
+        launcher: ``forked``, ``popen`` or ``torchrun``.
+        limit: seconds from the strike to the end of the last survivor.
+    """
+    folder.mkdir(parents=True)
+    settings.write(folder)
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)  # so that orphans of a run stay to be found
+    try:
+        return (_Forked if launcher == "forked" else _Launched)(settings, folder, launcher, limit).run()
+    finally:
+        bury()
+
+
+class _Watch:
+    """What all ways to start have in common."""
+
+    def __init__(self, settings: Settings, folder: Path, launcher: str, limit: float) -> None:
+        self.settings, self.folder, self.launcher, self.limit = settings, folder, launcher, limit
+        self.workers = range(settings.workers)
+        self.frozen = settings.fault.worker if settings.fault is not None and settings.fault.kind == "freeze" else None
+        self.survivors = [worker for worker in self.workers if worker != self.frozen]
+
+    def running(self, worker: int) -> bool:
+        raise NotImplementedError
+
+    def until(self, done: Callable[[], bool], limit: float) -> float | None:
+        """Wait; when it was done, or None where the limit, counted from the strike, came first."""
+        start = time.monotonic()
+        while not done():
+            struck = self.struck()
+            deadline = start + START_SECONDS if struck is None else struck["at"] + limit
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_SECONDS)
+        return time.monotonic()
+
+    def survivors_ended(self) -> bool:
+        return not any(self.running(worker) for worker in self.survivors)
+
+    def struck(self) -> dict[str, Any] | None:
+        return read_json(self.folder / "struck.json")
+
+    def ended(self) -> Ended:
+        """What the folder says."""
+        ended = Ended(struck=self.struck())
+        ended.errors = [read_json(self.folder / f"error-{worker}.json") for worker in self.workers]
+        outputs = sorted(self.folder.glob("output*.txt"))
+        ended.output = "".join(path.read_text(errors="replace") for path in outputs)
+        return ended
+
+
+class _Forked(_Watch):
+    """Processes without anybody who watches them."""
+
+    def run(self) -> Ended:
+        threads = len(os.listdir("/proc/self/task"))
+        if threads > 1:
+            raise RuntimeError(f"this process has {threads} threads and must not be forked; set OMP_NUM_THREADS=1.")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        self.processes: list[ForkProcess] = [
+            context.Process(target=train_as_forked, args=(worker, self.folder, port)) for worker in self.workers
+        ]
+        for process in self.processes:
+            process.start()
+        at = self.until(self.survivors_ended, self.limit)
+        hung = [worker for worker in self.survivors if self.running(worker)]
+        thawed = self.thaw() if self.frozen is not None and at is not None else None
+        known = {process.pid for process in self.processes}
+        left_over = [state(pid) for pid in descendants() if pid not in known]
+        ends = [name_of_exit(process.exitcode) for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        ended = self.ended()
+        ended.ends, ended.hung, ended.survived_until = ends, hung, at
+        ended.thawed, ended.left_over = thawed, left_over
+        return ended
+
+    def thaw(self) -> str | None:
+        """Let a frozen worker go on: it must find that the others are gone. None if somebody has ended it."""
+        assert self.frozen is not None
+        process = self.processes[self.frozen]
+        if not self.running(self.frozen):
+            return None
+        assert process.pid is not None
+        thaw(process.pid)
+        process.join(self.limit)
+        return name_of_exit(process.exitcode)
+
+    def running(self, worker: int) -> bool:
+        return self.processes[worker].exitcode is None
+
+
+class _Launched(_Watch):
+    """Started as a user starts a script."""
+
+    def run(self) -> Ended:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={self.settings.workers}"]
+        torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        command = [sys.executable, *(torchrun if self.launcher == "torchrun" else [])]
+        command += ["-m", "experiments.faults.script", str(self.folder)]
+        with (self.folder / "output.txt").open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment(self.folder)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.process = process
+        at = self.until(self.survivors_ended, self.limit)
+        hung = [worker for worker in self.survivors if self.running(worker)]
+        thawed = self.thaw() if self.launcher == "popen" and self.frozen == 0 and at is not None else None
+        self.until(lambda: process.poll() is not None, self.limit + LAUNCHER_SECONDS)
+        wait_for(lambda: not descendants(), AFTERWARDS_SECONDS)
+        left_over = [state(pid) for pid in descendants()]
+        ended = self.ended()
+        ended.ends = ["running" if self.running(worker) else "ended" for worker in self.workers]
+        ended.hung, ended.survived_until, ended.thawed = hung, at, thawed
+        ended.left_over, ended.returncode = left_over, process.poll()
+        process.kill()
+        process.wait()
+        return ended
+
+    def thaw(self) -> str | None:
+        """Where Lightning's launcher is the frozen worker: let it go on, and see how it ends."""
+        if self.process.poll() is not None:
+            return None
+        thaw(self.process.pid)
+        wait_for(lambda: self.process.poll() is not None, self.limit)
+        return name_of_exit(self.process.poll())
+
+    def running(self, worker: int) -> bool:
+        try:
+            pid = int((self.folder / f"pid-{worker}").read_text())
+        except (FileNotFoundError, ValueError):
+            return self.process.poll() is None  # not begun
+        if pid == self.process.pid:
+            return self.process.poll() is None
+        return state(pid) not in ("", "Z", "X")
+
+
+def wait_for(done: Callable[[], bool], seconds: float) -> None:
+    """Until it is done, or so long."""
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def descendants() -> list[int]:
+    """Living processes that come from this one, orphans too."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            parent, letter = _parent_and_state(int(entry.name))
+            if letter not in ("", "Z", "X"):
+                children.setdefault(parent, []).append(int(entry.name))
+    found, ask = [], [os.getpid()]
+    while ask:
+        of_one = children.get(ask.pop(), [])
+        found += of_one
+        ask += of_one
+    return found
+
+
+def bury() -> None:
+    """Kill all that comes from this process, and wait for it."""
+    for pid in descendants():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
+def state(pid: int) -> str:
+    """The letter of ``/proc``: ``R``, ``S``, ``T`` for stopped, ``Z``; empty where there is no such process."""
+    return _parent_and_state(pid)[1]
+
+
+def _parent_and_state(pid: int) -> tuple[int, str]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, ""
+    return int(fields[1]), fields[0]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where it is not there, or being written."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return content
+
+
+def name_of_exit(exitcode: int | None) -> str:
+    """``exit code 1``, ``SIGKILL`` or ``running``."""
+    if exitcode is None:
+        return "running"
+    return signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"

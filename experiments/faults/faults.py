@@ -1,0 +1,231 @@
+"""Faults, said in sentences, and the callback that makes them happen in one worker.
+
+    faults.kill(worker=1).at("hand_over", round=2)
+    faults.freeze(worker=0).at("local steps", round=1, step=2)
+
+Nothing of the package is changed for it: it listens to ``engine.activity``, and for the middle of a message or of a file
+it waits, in that worker's process only, for the next call of the function that sends or for the kernel's signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from experiments.faults import strikes
+from resist_lightning.activity import Activity
+from resist_lightning.strategies.subnet import SubnetStrategy
+
+Kind: TypeAlias = Literal[
+    "kill", "terminate", "segfault", "freeze", "interrupt", "raise_error", "raise_in_loader", "run_out_of_memory", "fill_disk"
+]  # fmt: skip
+Place: TypeAlias = Literal["local steps", "meeting", "averaging", "hand_over", "evaluation", "saving"]
+KINDS: tuple[str, ...] = get_args(Kind)
+PLACES: tuple[str, ...] = get_args(Place)
+WITH_STEP = ("local steps", "saving")
+ONLY_PLACE = {"raise_in_loader": "local steps", "fill_disk": "saving"}
+
+
+class NeverStruck(RuntimeError):
+    """The training came to its end without the fault: what was to be tried was not tried."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong once, in one worker.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        worker: where.
+        place: one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``meeting`` (before a sync
+            has sent anything), ``averaging`` (the all-reduce of the shared part has begun), ``hand_over`` (the messages
+            of the blocks are posted, none is waited for), ``evaluation`` (before the full model is assembled),
+            ``saving`` (worker 0: in the middle of the model's file; the others: in the middle of their own).
+        round: the round that the worker is in; for a sync, the one that ends.
+        step: local steps taken in the round; for ``local steps``, and, as the least, for ``saving``.
+
+    Raises:
+        ValueError: if there is no such fault.
+    """
+
+    kind: str
+    worker: int
+    place: str
+    round: int
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("kind", self.kind, KINDS), ("place", self.place, PLACES)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}.")
+        only = ONLY_PLACE.get(self.kind, self.place)
+        if self.place != only:
+            raise ValueError(f"{self.kind} cannot happen at {self.place!r}; it happens at {only!r}.")
+        if self.step and self.place not in WITH_STEP:
+            raise ValueError(
+                f"step={self.step} has a meaning at {' and '.join(WITH_STEP)} only, not at {self.place!r}."
+            )
+
+    def __str__(self) -> str:
+        step = f", step={self.step}" if self.place in WITH_STEP else ""
+        return f'{self.kind}(worker={self.worker}).at("{self.place}", round={self.round}{step})'
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first half of a sentence."""
+
+    kind: Kind
+    worker: int
+
+    def at(self, place: Place, *, round: int, step: int = 0) -> Fault:
+        """The second half: where it happens; see :class:`Fault`."""
+        return Fault(self.kind, self.worker, place, round, step)
+
+
+def kill(worker: int) -> Begun:
+    """SIGKILL: it is gone without a word, as after the kernel's out-of-memory killer."""
+    return Begun("kill", worker)
+
+
+def terminate(worker: int) -> Begun:
+    """SIGTERM: it is asked to end, as by Slurm."""
+    return Begun("terminate", worker)
+
+
+def segfault(worker: int) -> Begun:
+    """SIGSEGV: it crashes, as in a faulty extension."""
+    return Begun("segfault", worker)
+
+
+def freeze(worker: int) -> Begun:
+    """SIGSTOP: it is there, and does nothing."""
+    return Begun("freeze", worker)
+
+
+def interrupt(worker: int) -> Begun:
+    """SIGINT: somebody pressed Ctrl-C in this process only."""
+    return Begun("interrupt", worker)
+
+
+def raise_error(worker: int) -> Begun:
+    """A mistake in the user's code."""
+    return Begun("raise_error", worker)
+
+
+def raise_in_loader(worker: int) -> Begun:
+    """A sample that cannot be read."""
+    return Begun("raise_in_loader", worker)
+
+
+def run_out_of_memory(worker: int) -> Begun:
+    """An allocation that the system really refuses."""
+    return Begun("run_out_of_memory", worker)
+
+
+def fill_disk(worker: int) -> Begun:
+    """No more bytes fit into the file: a limit of the kernel on the size of files (EFBIG), not a patched ``open``."""
+    return Begun("fill_disk", worker)
+
+
+class Injector(L.Callback):
+    """Makes one fault happen, once, in its worker; does nothing in the others.
+
+    Args:
+        fault: what, where and when.
+        note: a file for the moment of the strike, by ``time.monotonic()``, which is one clock for all processes.
+
+    Raises:
+        NeverStruck: by ``fit`` in the fault's worker, when it ended without the fault.
+    """
+
+    def __init__(self, fault: Fault, note: Path | None = None) -> None:
+        self.fault = fault
+        self.struck = False
+        self._note = note
+        self._disarm: Callable[[], None] = _nothing
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Arm it, in the fault's worker."""
+        if trainer.global_rank != self.fault.worker:
+            return
+        strategy = trainer.strategy
+        assert isinstance(strategy, SubnetStrategy)
+        assert strategy.engine is not None
+        self._activity, self._clock = strategy.engine.activity, strategy.engine.clock
+        self._activity.listeners.append(self._hear)
+        if self.fault.place == "saving":
+            self._disarm = strikes.while_saving(strategy, self._is_now, self._strike, self.fault.kind)
+        elif self.fault.kind == "raise_in_loader":
+            self._disarm = strikes.in_loader(trainer, self._is_now, self._strike)
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        """Called in every local step."""
+        if self.fault.place == "local steps" and self.fault.kind != "raise_in_loader" and self._is_mine(trainer):
+            self._strike()
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called when nobody waits for anybody any more."""
+        self._disarm()
+        if trainer.global_rank == self.fault.worker and not self.struck:
+            raise NeverStruck(f"{self.fault} did not happen: the training ended without coming there.")
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Called after any error, this fault's too."""
+        self._disarm()
+
+    def _is_mine(self, trainer: L.Trainer) -> bool:
+        return trainer.global_rank == self.fault.worker and self._is_now()
+
+    def _is_now(self) -> bool:
+        if self.struck:
+            return False
+        if self.fault.place != "local steps":
+            return self._clock.round == self.fault.round and self._clock.step >= self.fault.step
+        # The first batch of a round is read before the sync that is due.
+        coming = (self._clock.round + 1, 0) if self._clock.due else (self._clock.round, self._clock.step)
+        return coming == (self.fault.round, self.fault.step)
+
+    def _hear(self, activity: Activity) -> None:
+        place = self.fault.place
+        if place in strikes.SENDING:
+            self._disarm()
+            self._disarm = _nothing
+        if activity.what != place or self.struck or activity.round != self.fault.round:
+            return
+        if place in strikes.SENDING:
+            self._disarm = strikes.after_next_message(place, self._strike)
+        elif place in ("meeting", "evaluation"):
+            self._strike()
+
+    def _strike(self) -> None:
+        self.struck = True
+        if self._note is not None:
+            moment = {"at": time.monotonic(), "what": self._activity.what, "steps": self._clock.total_steps}
+            self._note.write_text(json.dumps(moment))
+        strikes.BLOWS[self.fault.kind](str(self.fault))
+
+
+def thaw(pid: int) -> None:
+    """End a freeze."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def _nothing() -> None:
+    """There is nothing to put back."""

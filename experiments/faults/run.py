@@ -1,0 +1,151 @@
+"""The soak: random faults over small trainings of real processes. Nobody may hang, and nothing may go on wrongly.
+
+python experiments/faults/run.py                            (200 faults)
+python experiments/faults/run.py size=sample output=runs/faults
+python experiments/faults/run.py number=20 seed=1 output=runs/faults
+
+After every fault it looks at how each worker ended, at what is left of processes and files, and trains on from the last
+checkpoint to compare the weights, bit for bit, with those of a training to which nothing happened. Prints a table, and
+writes faults.json and faults.png. Ends with exit code 1 if anything was found. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the workers are forks of this process, which must have one thread
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from omegaconf import MISSING, DictConfig
+
+from experiments.faults import crew, tables
+from experiments.faults.cases import SAMPLE, Case, draw
+from experiments.faults.continuation import Unbroken, goes_on, look, lost_steps, train_unbroken
+from experiments.faults.judge import findings, went_on
+from experiments.faults.training import Settings
+from experiments.launch import readable_errors
+from experiments.links.options import composed, settings_of
+from experiments.record import write_record
+from experiments.schema import limited
+
+CONFIG = Path(__file__).parent / "config"
+
+
+@dataclass
+class Options:
+    minutes: float = limited(above=0, hint="no fault is begun later")
+    cases: str = limited(choices=("random", "sample"), hint="sample takes chosen ones")
+    number: int = limited(least=1, hint="faults")
+    seed: int = limited(least=0, hint="0 is a seed")
+    timeout_seconds: float = limited(above=0, hint="longer than the slowest worker's lag in a round")
+    launch_seconds: float = limited(above=0, hint="a launcher starts the workers one after another")
+    silence_seconds: float = limited(above=0, hint="longer than the slowest local step")
+    limit_seconds: float = limited(above=0, hint="above both timeouts")
+    output: str = MISSING
+
+
+class Soak:
+    """Runs cases one after another: two at a time would disturb each other's seconds.
+
+    Args:
+        cfg: the options.
+        folder: for what the trainings write.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self._unbroken: dict[tuple[str, int], Unbroken] = {}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Strike, look, go on; the row of the record."""
+        unbroken, settings = self.unbroken(case), self.settings(case)
+        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
+        limit = self.cfg.limit_seconds + self.cfg.launch_seconds * (case.launcher != "forked")
+        ended = crew.run(settings, folder, case.launcher, limit=limit)
+        left = look(folder, unbroken)
+        resumed = goes_on(settings, folder, left, unbroken) if left.last is not None else None
+        hide = _hiding(folder)
+        found = [hide(finding) for finding in findings(case, ended, left, resumed)]
+        errors = [error and {"type": error["type"], "text": hide(error["text"])} for error in ended.errors]
+        shutil.rmtree(folder.parent)
+        seconds = None
+        if ended.struck is not None and ended.survived_until is not None and not went_on(case, ended):
+            seconds = round(max(ended.survived_until - ended.struck["at"], 0.0), 3)
+        return {
+            **asdict(case.fault),
+            **asdict(case),
+            "fault": str(case.fault),
+            "ends": ended.ends,
+            "errors": errors,
+            "seconds": seconds,
+            "thawed": ended.thawed,
+            "left_over": len(ended.left_over),
+            "half_written": len(left.half_written),
+            "temporary": left.temporary,
+            "resumed_from": left.last,
+            "lost_steps": lost_steps(ended.struck["steps"], left) if ended.struck is not None else None,
+            "findings": found,
+        }
+
+    def unbroken(self, case: Case) -> Unbroken:
+        """The same training without a fault; made once."""
+        key = (case.face, case.workers)
+        if key not in self._unbroken:
+            settings = self.settings(Case(case.fault, *key))
+            clean = Settings(settings.face, settings.workers, settings.timeout, settings.silence)
+            self._unbroken[key] = train_unbroken(clean, self.folder / f"{case.face}-{case.workers}")
+        return self._unbroken[key]
+
+    def settings(self, case: Case) -> Settings:
+        """The training that a case strikes."""
+        timeout = self.cfg.timeout_seconds + self.cfg.launch_seconds * (case.launcher != "forked")
+        return Settings(case.face, case.workers, timeout, self.cfg.silence_seconds, case.fault)
+
+
+def _hiding(folder: Path) -> Callable[[str], str]:
+    """Take out of a text what is of this machine only."""
+    known = {str(folder): "FOLDER", str(crew.ROOT): "ROOT", socket.gethostname(): "HOST"}
+
+    def hide(text: str) -> str:
+        for value, name in known.items():
+            text = text.replace(value, name)
+        return text[:600]
+
+    return hide
+
+
+def main() -> int:
+    with readable_errors():
+        cfg = composed(CONFIG, "faults", Options, sys.argv[1:])
+    cases = draw(cfg.number, cfg.seed) if cfg.cases == "random" else list(SAMPLE[: cfg.number])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and leave no worker behind
+    rows, start = [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        soak = Soak(cfg, Path(folder))
+        for number, case in enumerate(cases, 1):
+            if time.monotonic() - start > 60 * cfg.minutes:
+                print(f"stopped after {cfg.minutes:g} minutes, as set", flush=True)
+                break
+            rows.append(soak.run(case))
+            print(f"{number}/{len(cases)} {tables.line(rows[-1])}", flush=True)
+    content = {"settings": settings_of(cfg), "seconds": round(time.monotonic() - start), "rows": rows}
+    tables.show(content)
+    path = write_record(Path(cfg.output) / "faults.json", {**content, "summary": tables.summary(rows)})
+    from experiments.faults.plot import draw_seconds
+
+    print(f"wrote {draw_seconds(path.with_suffix('.png'), content)}")
+    return int(any(row["findings"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""How a fault is made to happen in this process: the blow itself, and the moments that no listener hears."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
+
+Disarm = Callable[[], None]
+
+SENDING = {"averaging": "all_reduce", "hand_over": "batch_isend_irecv"}
+"""The places in the middle of a message, and the function that sends it."""
+
+HALF_A_FILE_BYTES = 16_384
+"""Below the size of any checkpoint that is written here."""
+
+
+class Injected(RuntimeError):
+    """The error that ``raise_error`` and ``raise_in_loader`` raise."""
+
+
+def _signal(number: signal.Signals) -> Callable[[str], None]:
+    def blow(_: str) -> None:
+        os.kill(os.getpid(), number)
+
+    return blow
+
+
+def _raise(sentence: str) -> None:
+    raise Injected(sentence)
+
+
+def _allocate(_: str) -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _nothing_more(_: str) -> None:
+    """The disk is full already when this is called."""
+
+
+BLOWS: dict[str, Callable[[str], None]] = {
+    "kill": _signal(signal.SIGKILL),
+    "terminate": _signal(signal.SIGTERM),
+    "segfault": _signal(signal.SIGSEGV),
+    "freeze": _signal(signal.SIGSTOP),
+    "interrupt": _signal(signal.SIGINT),
+    "raise_error": _raise,
+    "raise_in_loader": _raise,
+    "run_out_of_memory": _allocate,
+    "fill_disk": _nothing_more,
+}
+
+
+def after_next_message(place: str, strike: Callable[[], None]) -> Disarm:
+    """Strike when this process has next begun to send: posted, and not waited for."""
+    name = SENDING[place]
+    send = getattr(dist, name)
+
+    def disarm() -> None:
+        setattr(dist, name, send)
+
+    def send_and_strike(*args: Any, **kwargs: Any) -> Any:
+        disarm()
+        begun = send(*args, **kwargs)
+        strike()
+        return begun
+
+    setattr(dist, name, send_and_strike)
+    return disarm
+
+
+def in_loader(trainer: L.Trainer, is_now: Callable[[], bool], strike: Callable[[], None]) -> Disarm:
+    """Strike when a loader of this process next reads a training sample."""
+    fetch = _MapDatasetFetcher.fetch
+
+    def disarm() -> None:
+        _MapDatasetFetcher.fetch = fetch
+
+    def fetch_or_strike(self: Any, index: Any) -> Any:
+        if trainer.training and is_now():
+            strike()
+        return fetch(self, index)
+
+    _MapDatasetFetcher.fetch = fetch_or_strike
+    return disarm
+
+
+def while_saving(strategy: Any, is_now: Callable[[], bool], strike: Callable[[], None], kind: str) -> Disarm:
+    """Strike in the middle of a file: the kernel stops the write at :data:`HALF_A_FILE_BYTES` and says so by a signal.
+
+    Whatever writes the file, some of it is on the disk then. Worker 0 is struck in the model's file, which comes last, the
+    others in their own. What the program may outlive, or say in its own words, comes before the write: stopped by the
+    kernel it would fail, too.
+
+    Args:
+        strategy: Lightning's, of this worker.
+        is_now: whether this call is the one.
+        strike: the fault.
+        kind: of the fault.
+    """
+    writer = strategy.checkpoint_io if strategy.global_rank == 0 else strategy
+    save = writer.save_checkpoint
+
+    def disarm() -> None:
+        with suppress(AttributeError):
+            del writer.save_checkpoint
+
+    def save_and_strike(*args: Any, **kwargs: Any) -> None:
+        if is_now() and kind in ("terminate", "interrupt", "raise_error", "run_out_of_memory"):
+            strike()
+        if is_now():
+            with _limited_files(lambda: is_now() and strike()):
+                save(*args, **kwargs)
+        else:
+            save(*args, **kwargs)
+        if is_now() and kind != "fill_disk":
+            strike()
+
+    writer.save_checkpoint = save_and_strike
+    return disarm
+
+
+@contextmanager
+def _limited_files(at_limit: Callable[[], Any]) -> Iterator[None]:
+    """Inside, no file grows above :data:`HALF_A_FILE_BYTES`; called whenever one would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, lambda *_: at_limit())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (HALF_A_FILE_BYTES, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

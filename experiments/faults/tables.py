@@ -1,0 +1,174 @@
+"""The tables of the soak, from its result file: for the terminal and for README.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.faults.faults import KINDS, PLACES
+from experiments.links.tables import NOT_YET, WIDTH
+from experiments.tables import markdown
+
+RESULTS = Path(__file__).parent / "results"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def count(rows: Rows, finding: str) -> int:
+    """Runs in which something of a kind was found."""
+    return sum(any(found.startswith(finding) for found in row["findings"]) for row in rows)
+
+
+def numbers(rows: Rows) -> dict[str, Any]:
+    """What is to be known of some runs."""
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
+    lost = [row["lost_steps"] for row in rows if row["lost_steps"] is not None]
+    return {
+        "faults": len(rows),
+        "hangs": count(rows, "hang"),
+        "wrong_continuations": count(rows, "wrong continuation"),
+        "left_over": sum(row["left_over"] for row in rows),
+        "half_written": sum(row["half_written"] for row in rows),
+        "other_findings": sum(
+            any(not found.startswith(("hang", "wrong continuation", "left over", "half-written")) for found in row["findings"])
+            for row in rows
+        ),
+        "seconds_median": median(seconds) if seconds else None,
+        "seconds_max": max(seconds, default=None),
+        "lost_steps_median": median(lost) if lost else None,
+        "lost_steps_max": max(lost, default=None),
+    }  # fmt: skip
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """Numbers of all runs, and by kind, by place and by launcher; and how often each thing was found."""
+    found: dict[str, Any] = {"all": numbers(rows)}
+    for key in ("kind", "place", "launcher", "face"):
+        values = dict.fromkeys(row[key] for row in rows)
+        found[f"by_{key}"] = {value: numbers([row for row in rows if row[key] == value]) for value in values}
+    found["findings"] = dict(Counter(text.partition(":")[0] for row in rows for text in row["findings"]))
+    return found
+
+
+HEADER = [
+    "fault", "runs", "hangs", "wrong continuations", "processes left", "half-written files", "other findings",
+    "seconds to the end of the last survivor: median", "most", "local steps lost: median", "most",
+]  # fmt: skip
+
+
+def cells(rows: Rows) -> list[list[str]]:
+    """A line for every kind, and one for all."""
+    made = []
+    for kind in [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]:
+        made.append([kind, *_texts(numbers([row for row in rows if row["kind"] == kind]))])
+    return [*made, ["all", *_texts(numbers(rows))]]
+
+
+def place_cells(rows: Rows) -> list[list[str]]:
+    """Runs and the median of the seconds, of each kind at each place."""
+    made = []
+    for kind in [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]:
+        texts = []
+        for place in PLACES:
+            here = numbers([row for row in rows if (row["kind"], row["place"]) == (kind, place)])
+            texts.append(f"{here['faults']}: {_number(here['seconds_median'])} s" if here["faults"] else "")
+        made.append([kind, *texts])
+    return made
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A run in one line, and what was found in lines of its own."""
+    seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f} s"
+    head = f"{row['fault']}, {row['face']}, {row['workers']} workers, {row['launcher']}: {seconds}"
+    return "".join([head, *(f"\n    {finding}" for finding in row["findings"])])
+
+
+def show(content: Mapping[str, Any]) -> None:
+    """Print the table."""
+    table = Table(title="Faults")
+    for number, column in enumerate(HEADER):
+        table.add_column(column, justify="right" if number else "left")
+    for row in cells(content["rows"]):
+        table.add_row(*row)
+    (Console() if sys.stdout.isatty() else Console(width=WIDTH)).print(table)
+
+
+def _texts(of: Mapping[str, Any]) -> list[str]:
+    counts = [str(of[key]) for key in HEADER_KEYS]
+    ends = ("seconds_median", "seconds_max", "lost_steps_median", "lost_steps_max")
+    return [*counts, *(_number(of[key]) for key in ends)]
+
+
+HEADER_KEYS = ("faults", "hangs", "wrong_continuations", "left_over", "half_written", "other_findings")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _read() -> dict[str, Any] | None:
+    path = RESULTS / "faults.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def faults_claim() -> str:
+    """What was run, on what."""
+    content = _read()
+    if content is None:
+        return NOT_YET
+    stamp = content["machine"]
+    settings, all_ = content["settings"], content["summary"]["all"]
+    launchers = ", ".join(f"{of['faults']} {name}" for name, of in content["summary"]["by_launcher"].items())
+    seeds, at_a_time = settings["seed"], content.get("at_a_time", 1)
+    seeds = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
+    untried = count(content["rows"], "not tried")
+    lines = [
+        f"{stamp['processor']}, {stamp['cores']} cores, Python {stamp['python']}, torch {stamp['torch']}, Lightning {stamp['lightning']}.",
+        f"{all_['faults']} faults ({launchers}; {untried} did not strike) in {content['seconds'] / 60:.0f} minutes, "
+        f"{'up to ' * (at_a_time > 1)}{at_a_time} training{'s' * (at_a_time > 1)} at a time, of 2 to 4 workers; seed {seeds}; timeout {settings['timeout_seconds']:g} s, silence {settings['silence_seconds']:g} s.",
+    ]
+    return "".join(f"- {text}\n" for text in lines)
+
+
+def faults_by_kind() -> str:
+    content = _read()
+    return NOT_YET if content is None else markdown(HEADER, cells(content["rows"]))
+
+
+def faults_by_place() -> str:
+    content = _read()
+    return NOT_YET if content is None else markdown(["fault", *PLACES], place_cells(content["rows"]))
+
+
+def faults_findings() -> str:
+    """Every run in which something was found."""
+    content = _read()
+    if content is None:
+        return NOT_YET
+    found = [
+        [f"`{row['fault']}`, {row['launcher']}", "; ".join(row["findings"])]
+        for row in content["rows"]
+        if row["findings"]
+    ]
+    return markdown(["fault", "found"], found) if found else "Nothing was found.\n"
+
+
+def faults_picture() -> str:
+    """The picture, where there is one."""
+    if _read() is None:
+        return NOT_YET
+    return "![seconds from the fault to the end of the last survivor, by kind and place](results/faults.png)\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (faults_claim, faults_by_kind, faults_by_place, faults_findings, faults_picture)
+}

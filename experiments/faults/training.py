@@ -1,0 +1,213 @@
+"""The small training that faults strike: what one worker of it does, and what it leaves in its folder.
+
+FOLDER/settings.json      what to train
+FOLDER/pid-0, pid-1 ...   one for each worker
+FOLDER/struck.json        when the fault struck
+FOLDER/error-1.json       what a worker raised, and when
+FOLDER/checkpoints/       one file for every other local step, at borders of rounds and in their middle
+FOLDER/final-0.pt ...     the weights that a worker ended with
+FOLDER/tmp/               TMPDIR of the workers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from experiments.faults.faults import Fault, Injector
+from experiments.quiet import hush
+from resist_lightning import LocalSGDStrategy, ResISTStrategy
+from resist_lightning.models import PreActResNet
+from resist_lightning.strategies.subnet import SubnetStrategy
+
+CLASSES = 4
+SECTIONS = (1, 1, 5, 1)
+BLOCKS = 4
+"""Of the third section, all but the first are partitioned."""
+BATCH = 4
+LOCAL_STEPS = 3
+ROUNDS = 4
+EPOCHS = 3
+EPOCH_STEPS = ROUNDS * LOCAL_STEPS // EPOCHS
+SAVE_EVERY = 2
+"""Local steps from one checkpoint to the next, and from one evaluation to the next. Rounds end elsewhere, epochs too."""
+MIN_BLOCKS = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training.
+
+    Args:
+        face: ``resist`` or ``local_sgd``.
+        workers: how many.
+        timeout: of the strategy, in seconds.
+        silence: of the strategy, in seconds: how long a worker may say nothing.
+        fault: what goes wrong, if anything does.
+        resume: a checkpoint to go on from.
+    """
+
+    face: str
+    workers: int
+    timeout: float
+    silence: float
+    fault: Fault | None = None
+    resume: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """For processes that are started by a launcher."""
+        (folder / "settings.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """What :meth:`write` wrote."""
+        plain = json.loads((folder / "settings.json").read_text())
+        return cls(**{**plain, "fault": plain["fault"] and Fault(**plain["fault"])})
+
+
+class Noise(Dataset[tuple[Tensor, Tensor]]):
+    """Noise, a little brighter for each class; the same whenever it is read."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        label = torch.randint(0, CLASSES, (), generator=generator)
+        return torch.randn(3, 8, 8, generator=generator) + label / 2, label
+
+
+class Small(L.LightningModule):
+    """A network of 10,000 parameters, and data that is shuffled and disturbed at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            self.net = PreActResNet(SECTIONS, CLASSES, width_multiplier=1 / 16)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0] + torch.randn_like(batch[0]) / 10), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        loss = functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("val/loss", loss, sync_dist=True, batch_size=BATCH)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noise(EPOCH_STEPS * BATCH * self.trainer.world_size), batch_size=BATCH, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noise(BATCH * self.trainer.world_size), batch_size=BATCH)
+
+
+def make_strategy(settings: Settings) -> SubnetStrategy:
+    """The strategy, with short limits."""
+    options: dict[str, Any] = {"local_steps": LOCAL_STEPS, "timeout": timedelta(seconds=settings.timeout)}
+    kind: Any = LocalSGDStrategy
+    if settings.face == "resist":
+        # The batches on which batch norm would be re-estimated are those of before the fault.
+        kind, options = ResISTStrategy, {**options, "min_blocks": MIN_BLOCKS, "batch_norm": "running"}
+    return kind(**options, silence=timedelta(seconds=settings.silence), on_save_error=on_save_error(settings.fault))
+
+
+def on_save_error(fault: Fault | None) -> str:
+    """Both settings are tried: a disk that is full in an even round stops the training, in an odd one it goes on."""
+    return "warn" if fault is not None and fault.kind == "fill_disk" and fault.round % 2 else "raise"
+
+
+def train(folder: Path) -> None:
+    """The life of a worker."""
+    settings, worker = Settings.read(folder), int(os.environ.get("LOCAL_RANK", "0"))
+    (folder / f"pid-{worker}").write_text(str(os.getpid()))
+    torch.set_num_threads(1)
+    hush()
+    _seed(worker)
+    module = Small()
+    with _errors_noted(folder / f"error-{worker}.json"):
+        saving = ModelCheckpoint(
+            folder / "checkpoints",
+            filename="{step}",
+            save_top_k=-1,
+            every_n_train_steps=SAVE_EVERY,
+            save_on_exception=True,
+        )
+        fault = settings.fault
+        trainer = L.Trainer(
+            strategy=make_strategy(settings),
+            accelerator="cpu",
+            devices=settings.workers,
+            max_epochs=EPOCHS,
+            val_check_interval=SAVE_EVERY,
+            callbacks=[saving, *([Injector(fault, folder / "struck.json")] if fault is not None else [])],
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, ckpt_path=settings.resume)
+    torch.save(module.state_dict(), folder / f"final-{worker}.pt")
+
+
+def train_as_forked(worker: int, folder: Path, port: int) -> None:
+    """:func:`train` in a forked process, which has what torchrun would give it."""
+    with (folder / f"output-{worker}.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    workers = Settings.read(folder).workers
+    os.environ.update(environment(folder))
+    os.environ.update(LOCAL_RANK=str(worker), NODE_RANK="0", WORLD_SIZE=str(workers))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    tempfile.tempdir = None  # as TMPDIR now says
+    rank_zero_only.rank = worker  # as if Lightning had been imported with these variables
+    train(folder)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What all workers are given."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    return {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+
+
+def _seed(worker: int) -> None:
+    """All generators, another way in each worker."""
+    random.seed(worker)
+    np.random.seed(worker)
+    torch.manual_seed(worker)
+
+
+@contextmanager
+def _errors_noted(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        noted = {"type": type(error).__name__, "text": str(error), "at": time.monotonic()}
+        path.write_text(json.dumps(noted))
+        raise

@@ -1,0 +1,97 @@
+"""Numbers that stand for the bits of tensors, computed where the tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SAMPLED_SHARE = 64
+"""A sample has one in so many entries."""
+
+_WHOLE_BELOW = 4096
+_CHUNK = 2**14
+_RUN = 16  # a cache line of float32
+_FACTOR = 0x2545F4914F6CDD1D
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Hasher:
+    """Hashes tensors: each entry's bits, as an integer, times a number that depends on its place; summed, modulo 2**64.
+
+    Every number is odd, so that a change of one entry always shows; they all differ, so that an exchange of two does.
+
+    Args:
+        share: look at one in so many entries of a large tensor. Tensors below 4096 entries are always seen whole.
+    """
+
+    def __init__(self, share: int) -> None:
+        self._share = share
+        self._multipliers: dict[torch.device, Tensor] = {}
+
+    def hashes(self, tensors: Iterable[Tensor], turn: int) -> list[Tensor]:
+        """For each tensor a scalar int64 on its device; nothing waits for a GPU.
+
+        Args:
+            tensors: present ones.
+            turn: which entries the sample takes; in as many turns as its share it takes all.
+        """
+        return [self._hash(_bits(tensor), turn) for tensor in tensors]
+
+    def _hash(self, bits: Tensor, turn: int) -> Tensor:
+        if self._share > 1 and len(bits) >= _WHOLE_BELOW:
+            bits = self._sample(bits, turn)
+        multipliers = self._multipliers_on(bits.device)
+        parts: list[Tensor] = [(chunk * multipliers[: len(chunk)]).sum() for chunk in bits.split(_CHUNK)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total * _FACTOR + part
+        return total
+
+    def _sample(self, bits: Tensor, turn: int) -> Tensor:
+        """Runs of neighbours, evenly spread, and the rest that fills no row; single entries would load all memory."""
+        row = _RUN * self._share
+        end = len(bits) // row * row
+        start = turn % self._share * _RUN
+        return torch.cat([bits[:end].view(-1, row)[:, start : start + _RUN].reshape(-1), bits[end:]])
+
+    def _multipliers_on(self, device: torch.device) -> Tensor:
+        if device not in self._multipliers:
+            self._multipliers[device] = _mix(torch.arange(1, _CHUNK + 1, device=device)) | 1
+        return self._multipliers[device]
+
+
+def as_numbers(hashes: Iterable[Tensor]) -> list[float]:
+    """The upper 48 bits of hashes, to be sent: those depend on all bits of all entries. Waits for a GPU."""
+    return [float((value >> 16) & (2**48 - 1)) for value in torch.stack([h.cpu() for h in hashes]).tolist()]
+
+
+def together(hashes: list[Tensor]) -> Tensor:
+    """One hash for several."""
+    stacked = torch.stack([value.to(hashes[0].device) for value in hashes])
+    return (_mix(stacked + torch.arange(len(stacked), device=stacked.device))).sum()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The entries of a tensor as integers, flat, in the order of its memory; a view unless it has gaps."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+    flat = tensor.view(_INTEGERS[tensor.element_size()]).permute(order).reshape(-1)
+    return flat.view(torch.int32) if flat.dtype == torch.int64 else flat  # or highest bits would be multiplied in vain
+
+
+def _mix(values: Tensor) -> Tensor:
+    """Integers that look random, one for each (the end of splitmix64)."""
+    values = values * -7046029254386353131
+    values = (values ^ _shifted(values, 30)) * -4658895280553007687
+    values = (values ^ _shifted(values, 27)) * -7723592293110705685
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, places: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    mask: int = 2 ** (64 - places) - 1
+    return (values >> places) & mask

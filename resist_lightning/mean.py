@@ -1,0 +1,42 @@
+"""The mean of flat buffers over those workers that count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resist_lightning.collective import Collective, Finish
+
+
+def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
+    """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+
+    Collective: every worker must call this, in the same order, those that are left out too.
+
+    Args:
+        collective: the workers.
+        flat: of the same size and data type on all workers.
+        kind: how the bytes are counted.
+        left_out: workers that get the mean, but whose own values do not count; not all of them.
+
+    Returns:
+        A function that waits for it.
+    """
+    if collective.worker in left_out:
+        flat.fill_(_least(flat.dtype))
+    finish = collective.start_mean(flat, kind)
+    if not left_out or not flat.is_floating_point():
+        return finish
+
+    def finish_without_them() -> None:
+        finish()
+        flat.mul_(collective.workers / (collective.workers - len(left_out)))
+
+    return finish_without_them
+
+
+def _least(dtype: torch.dtype) -> int:
+    """What adds nothing to a sum, and is no maximum."""
+    return 0 if dtype.is_floating_point or dtype == torch.bool else torch.iinfo(dtype).min

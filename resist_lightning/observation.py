@@ -1,0 +1,145 @@
+"""Looking at the full model while the training goes on: assemble it, and go back as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_lightning.exchange import Kinds
+from resist_lightning.full_model import FullModel
+from resist_lightning.headers import Purpose
+from resist_lightning.layout import Layout
+from resist_lightning.meeting import Meeting
+from resist_lightning.norm import InputRecorder
+from resist_lightning.plan import SyncPlan, plan_observation
+from resist_lightning.presence import Residency
+from resist_lightning.rounds import Clock
+from resist_lightning.scaling import ScaleHooks
+from resist_lightning.sync import Sync
+
+
+class Observation:
+    """What a worker does besides training: it helps to assemble the full model, and puts its own part back.
+
+    Args:
+        layout: the model's parts.
+        sync: this worker's side of the syncs.
+        residency: the blocks that it holds.
+        meeting: how the workers meet.
+        device: where present tensors live.
+        forward_context: a context in which recorded inputs are replayed.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sync: Sync,
+        residency: Residency,
+        meeting: Meeting,
+        device: torch.device,
+        forward_context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.full = FullModel(layout, sync.exchange, forward_context)
+        self.recorder: InputRecorder | None = None
+        self._layout = layout
+        self._sync = sync
+        self._residency = residency
+        self._meeting = meeting
+        self._device = device
+        self._warmup_hooks = ScaleHooks([], 1.0)
+        self._writes_at_start = self._writes_unsynced = 0
+
+    def start(self) -> None:
+        """Call it once, when training starts: remember inputs, where batch norm will be re-estimated on them."""
+        config = self._layout.config
+        if config.batch_norm == "recalibrate" and self._layout.partial:
+            self.recorder = InputRecorder(self._layout.module, config.recalibration_batches)
+
+    def end(self) -> None:
+        """Call it once, when training has ended."""
+        self._warmup_hooks.remove()
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.recorder = None
+
+    def begin_round(self, round: int) -> None:
+        """Note that all workers agree, and scale the blocks in a warm-up round."""
+        self._writes_at_start = self._writes()
+        self._hook_warmup(round)
+
+    def own(self) -> dict[str, Any]:
+        """This worker's tensors as they are in training, and what evaluation needs of it, for :meth:`load_own`."""
+        module = self._layout.module
+        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+        tensors = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
+        if self.full.active:
+            copies = self.full.remembered()
+            tensors = {name: copies[id(tensor)] for name, tensor in named if id(tensor) in copies}
+        return {
+            "tensors": {name: tensor.cpu() for name, tensor in tensors.items()},
+            "inputs": self.recorder.own() if self.recorder is not None else None,
+            "unsynced": self._writes_unsynced,
+        }
+
+    def load_own(self, own: dict[str, Any]) -> None:
+        """Go on in the middle of a round, after :meth:`begin_round`."""
+        if self.recorder is not None and own["inputs"] is not None:
+            self.recorder.load_own(own["inputs"], self._device)
+        self._writes_at_start = self._writes() - own["unsynced"]
+
+    def assemble(
+        self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], SyncPlan], kind: str, *, keep: bool
+    ) -> None:
+        """Make the module the full model, as if the round ended here.
+
+        Collective: every worker must call this, in the same order.
+
+        Args:
+            purpose: why the workers meet.
+            clock: where this worker is.
+            sync_plan: the plan of the sync that would come next; asked for when the workers have met.
+            kind: how the bytes are counted.
+            keep: whether :meth:`put_back` will be called.
+        """
+        calls = list(self.recorder.calls) if self.recorder is not None else []
+        still = self.recorder.still if self.recorder is not None else ()
+        self._writes_unsynced = self._writes() - self._writes_at_start
+        reports = self._meeting.hold(purpose, clock, [len(calls), clock.step + self._writes_unsynced])
+        self._warmup_hooks.remove()
+        plan, kinds = plan_observation(sync_plan(), self._layout.schedule.workers), Kinds.all(kind)
+        exchange = self._sync.exchange
+        if keep:
+            held = [tensor for block in self._residency.held() for tensor in block.tensors().values()]
+            self.full.remember([*self._layout.shared.values(), *held])
+        self._sync.leave_out(plan)
+        if any(changes for _, changes in reports):  # otherwise all that several workers hold is equal already
+            exchange.average(list(self._sync.averaged(plan.averaged).values()), kind, plan.left_out)
+            exchange.merge(plan, self._sync.cargo, kinds)
+        exchange.hand_over(plan, self._sync.cargo, kinds, self._residency.hold_all)
+        self.full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind, plan.left_out)
+
+    def put_back(self, round: int, make_room: Callable[[], None]) -> None:
+        """Go back to this worker's part, bit for bit. Sends nothing.
+
+        Args:
+            round: the round that goes on.
+            make_room: frees the blocks that this worker does not hold.
+        """
+        self.full.close()
+        make_room()
+        self.full.restore()
+        self._writes_at_start = self._writes() - self._writes_unsynced
+        self._hook_warmup(round)
+
+    def _writes(self) -> int:
+        """Moves whenever a shared parameter or counter is written to."""
+        return sum(tensor._version for tensor in self._layout.shared.values())
+
+    def _hook_warmup(self, round: int) -> None:
+        self._warmup_hooks.remove()
+        if self._layout.schedule.is_warmup(round):
+            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scale)

@@ -1,0 +1,161 @@
+"""Snapshots: what every worker has at the border of a round, on disk, written without a word to the others.
+
+::
+
+    FOLDER/round=00000012/worker-0-of-3.5f00aa21.pt      shared tensors, its blocks, its random state, its place in
+                          worker-1-of-3.9c4711d0.pt      the data; the checksum is in the name
+                          worker-2-of-3.11e0c2ff.pt
+           agents.json                                   who may go on from here by itself
+
+At a border nothing is averaged any more and every block is whole in the file of some worker, so all files of a round
+together are the full model, for any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resist_lightning.errors import CheckpointError
+from resist_lightning.files import read_sealed, write_sealed
+
+KEPT_ROUNDS = 2
+"""The newest, and the one before in case the newest is damaged."""
+
+_AGENTS = "agents.json"
+_ROUND = re.compile(r"round=(\d{8,})")
+_FILE = re.compile(r"worker-(\d+)-of-(\d+)\.[0-9a-f]{8}\.pt")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a round that this worker can see.
+
+    Args:
+        round: the round that begins there.
+        workers: how many wrote it.
+        files: their files, by worker.
+    """
+
+    round: int
+    workers: int
+    files: dict[int, Path]
+
+
+class SnapshotFolder:
+    """A folder of snapshots.
+
+    Args:
+        path: of the folder; all workers should see the same one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, state: dict[str, Any], round: int, worker: int, workers: int) -> None:
+        """Write this worker's file, and remove its files of all rounds but the newest two.
+
+        Raises:
+            OSError: if it cannot be written; the snapshots before it stay as they are.
+        """
+        folder = self._of(round)
+        written = write_sealed(state, folder, f"worker-{worker}-of-{workers}")
+        for file in folder.glob(f"worker-{worker}-of-*.pt"):
+            if file != written:
+                file.unlink(missing_ok=True)
+        for old in self._rounds()[KEPT_ROUNDS:]:
+            _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
+
+    def newest_first(self) -> list[Snapshot]:
+        """The files that this worker can see, newest round first."""
+        found = []
+        for round in self._rounds():
+            sets: dict[int, dict[int, Path]] = {}
+            for file in sorted(self._of(round).glob("worker-*")):
+                if match := _FILE.fullmatch(file.name):
+                    sets.setdefault(int(match[2]), {})[int(match[1])] = file
+            found += [Snapshot(round, workers, files) for workers, files in sorted(sets.items(), reverse=True)]
+        return found
+
+    def forget_later(self, round: int) -> None:
+        """Remove the snapshots of rounds after ``round``: a run that went on from it never saw them."""
+        for later in self._rounds():
+            if later > round:
+                _remove(self._of(later).glob("*worker-*-of-*.p*t"), self._of(later))
+
+    def remove(self) -> None:
+        """Remove all snapshots, and the folder if nothing else is in it: it may be one that the user has for more."""
+        self.forget_later(-1)
+        _remove([self.path / _AGENTS], self.path)
+
+    def agents(self) -> list[int]:
+        """Numbers of the agents whose workers may go on from here by themselves."""
+        with suppress(OSError, ValueError):
+            return [int(number) for number in json.loads((self.path / _AGENTS).read_text())]
+        return []
+
+    def set_agents(self, agents: Iterable[int]) -> None:
+        """Say whose workers may go on from here by themselves."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
+
+    def _rounds(self) -> list[int]:
+        """The rounds that have snapshots, newest first."""
+        if not self.path.is_dir():
+            return []
+        found = (_ROUND.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def _of(self, round: int) -> Path:
+        return self.path / f"round={round:08d}"
+
+
+def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
+    """The rounds that this worker could go on from, newest first: its own file, or else all files, are whole.
+
+    Args:
+        snapshots: of :meth:`SnapshotFolder.newest_first`.
+        worker: this worker.
+        workers: how many there are now.
+    """
+    return [snapshot.round for snapshot in snapshots if _whole(needed(snapshot, worker, workers))]
+
+
+def needed(snapshot: Snapshot, worker: int, workers: int) -> list[Path]:
+    """The files that a worker must read: its own, or, after another number of workers, all; empty if one is missing."""
+    if snapshot.workers == workers:
+        return [snapshot.files[worker]] if worker in snapshot.files else []
+    files = [snapshot.files[writer] for writer in range(snapshot.workers) if writer in snapshot.files]
+    return files if len(files) == snapshot.workers else []
+
+
+def full_tensors(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """The full model from the own states of all workers at a border, where all who hold a tensor agree."""
+    tensors: dict[str, Tensor] = {}
+    for state in states:
+        tensors.update(state["own"]["tensors"])
+    return tensors
+
+
+def _whole(files: list[Path]) -> bool:
+    try:
+        for file in files:
+            read_sealed(file)
+    except CheckpointError:
+        return False
+    return bool(files)
+
+
+def _remove(files: Iterable[Path], folder: Path) -> None:
+    with suppress(FileNotFoundError):  # another worker has just removed the folder
+        for file in files:
+            file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is still there
+        folder.rmdir()

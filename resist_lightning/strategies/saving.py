@@ -1,0 +1,299 @@
+"""What the strategies save and load: checkpoints that are models, and that go on exactly where they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from resist_lightning.collective import default_collective
+from resist_lightning.engine import Engine
+from resist_lightning.errors import CheckpointNotWritten
+from resist_lightning.files import refused
+from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY, load_checkpoint, read_own, remove, save_together
+from resist_lightning.strategies.group import GroupStrategy
+from resist_lightning.strategies.launch import StartMethod
+from resist_lightning.strategies.lightning_patches import resume_from
+from resist_lightning.strategies.position import Position
+from resist_lightning.strategies.restarts import Restarts, Saving
+
+
+class SavingStrategy(GroupStrategy):
+    """A strategy whose engine has the model in parts, and whose checkpoints have it whole."""
+
+    def __init__(
+        self,
+        *,
+        saving: Saving,
+        parallel_devices: list[torch.device] | None,
+        process_group_backend: str | None,
+        timeout: timedelta,
+        silence: timedelta,
+        start_method: StartMethod,
+    ) -> None:
+        super().__init__(
+            parallel_devices=parallel_devices,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            silence=silence,
+            start_method=start_method,
+        )
+        self._saving = saving
+        self._restarts: Restarts | None = None  # where snapshots are written
+        self._source: Restarts | None = None  # whence the run goes on
+        self._restarted = self._dumping = False
+        self._checked = False  # whether what Lightning and its loaders add can be loaded again
+        self._position: Position | None = None
+        self._unwritten = False  # the newest checkpoint, which could not be written
+        self._loaded_from: _PATH = ""
+        self._resume_state: dict[str, Any] = {}
+        self._resume_for: nn.Module | None = None
+        self.last_written = ""  # the checkpoint that a run could go on from; callbacks name theirs before it is there
+        self._saved: dict[str, Any] = {}
+        self._own: dict[str, Any] | None = None
+        self._snapshot: dict[str, Any] | None = None
+
+    @property
+    def snapshot_folder(self) -> str | None:
+        """Where snapshots of this run are, once there are some."""
+        folder = self._restarts.folder if self._restarts is not None else None
+        return str(folder.path) if folder is not None and folder.newest_first() else None
+
+    @override
+    def setup_environment(self) -> None:
+        """Called in each worker when it starts. After a restart by torchrun the run goes on from its snapshots."""
+        super().setup_environment()
+        trainer, self._restarts = self._trainer(), None
+        if self._saving.snapshots is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._restarts = Restarts(self._saving.snapshots, self._saving, default_collective())
+        self._restarted = self._restarts.restarted()
+        if self._restarted:
+            resume_from(trainer, str(self._saving.snapshots))
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
+        if self._dumping:
+            return {}
+        engine = self.engine
+        if engine is None or not engine.running:
+            self._saved, self._own = self.resume_state, None
+            return super().lightning_module_state_dict()
+        if self.interrupted:
+            return {}  # save_checkpoint refuses to write it
+        if engine.observing:
+            return self._copy_full_model(engine)
+        with engine.full_model("checkpoint"):
+            return self._copy_full_model(engine)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Settings of the parameter groups. The state is each worker's own, and stands in its own file."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return {**inner.state_dict(), "state": {}}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write a checkpoint that is a model; what only this package needs stands under a key of its own."""
+        if self.engine is not None and self.engine.running and self.interrupted:
+            rank_zero_warn(f"{filepath} is not written: after an error no worker can assemble the full model.")
+            return
+        own, self._own = self._own, None
+        if "optimizer_states" not in checkpoint:
+            own = None  # weights only
+        if self._saved:
+            checkpoint[CHECKPOINT_KEY], self._saved = {**self._saved}, {}
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
+        activity = self.engine.activity if own is not None and self.engine is not None else None
+        doing = activity.what if activity is not None else None
+        if own is not None and not self._checked:
+            _check_loadable(own["host"])
+        try:
+            if activity is not None:
+                activity.begin("saving")
+            save_together(checkpoint, own, filepath, write, default_collective())
+        except CheckpointNotWritten as error:
+            if self._saving.on_save_error == "raise":
+                raise
+            rank_zero_warn(f"{error} The training goes on.")
+            self._unwritten = True
+        else:
+            self._unwritten = False
+            self.last_written = str(filepath) if own is not None else self.last_written
+        if activity is not None and doing is not None:
+            activity.begin(doing)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Called by callbacks, on all workers: each removes what it has written, if what takes its place is there."""
+        if self._unwritten:
+            rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
+            return
+        super().remove_checkpoint(filepath)
+        remove(filepath, self.global_rank)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Called by Lightning to resume, or to evaluate a checkpoint."""
+        self._loaded_from, self._snapshot, self._source = checkpoint_path, None, None
+        if Path(checkpoint_path).is_dir() and self._trainer().state.fn == TrainerFn.FITTING:
+            return self._load_snapshot(checkpoint_path)
+        options = {} if weights_only is None else {"weights_only": weights_only}  # unknown to Lightning 2.5
+        return load_checkpoint(partial(super().load_checkpoint, checkpoint_path, **options), checkpoint_path)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the full model; what belongs to the training is restored in :meth:`setup`."""
+        if self._snapshot is None:
+            super().load_model_state_dict(checkpoint, strict=strict)
+        self.resume_state = checkpoint.get(CHECKPOINT_KEY, {})
+
+    @property
+    def resume_state(self) -> dict[str, Any]:
+        """What the module's weights do not say of the training that made them; empty for any other module."""
+        return self._resume_state if self._resume_for is self.lightning_module else {}
+
+    @resume_state.setter
+    def resume_state(self, state: dict[str, Any]) -> None:
+        self._resume_state, self._resume_for = state, self.lightning_module
+
+    def _go_on(self, engine: Engine) -> None:
+        """Start the engine, with what was loaded. Collective: every worker must call this."""
+        snapshot, self._snapshot = self._snapshot, None
+        read = partial(read_own, self.resume_state, self._loaded_from, self.global_rank)
+        own = snapshot["own"] if snapshot is not None else read()
+        same = engine.restore(self.resume_state, own)
+        if self._source is not None and not same:
+            engine.resumption.put(self._source.full_tensors())
+        self._source = None
+        if self._restarts is not None:
+            self._restarts.begin()
+        exact = engine.start()
+        if own is not None and exact:
+            self._restore_host(own["host"])
+        if self.resume_state:
+            self._say_how_it_goes_on(engine, same, exact)
+
+    def _host_state(self) -> dict[str, Any]:
+        """What Lightning has in this worker, and saves of worker 0 only or not at all."""
+        assert self.lightning_module is not None
+        assert self._position is not None
+        trainer = self._trainer()
+        accumulating = trainer.fit_loop._should_accumulate() or not self.lightning_module.automatic_optimization
+        gradients = {
+            name: parameter.grad.cpu()
+            for name, parameter in self.lightning_module.named_parameters()
+            if accumulating and parameter.grad is not None
+        }
+        precision = self.precision_plugin.state_dict()
+        schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        return {
+            "position": self._position.state(),
+            "precision": precision,
+            "gradients": gradients,
+            "schedules": schedules,  # those that follow a metric part, where workers see different values of it
+        }
+
+    def _restore_host(self, state: dict[str, Any]) -> None:
+        assert self.lightning_module is not None
+        assert self._position is not None
+        if state["precision"]:
+            self.precision_plugin.load_state_dict(state["precision"])
+        for config, schedule in zip(self._trainer().lr_scheduler_configs, state["schedules"], strict=True):
+            config.scheduler.load_state_dict(schedule)
+        parameters = dict(self.lightning_module.named_parameters())
+        for name, gradient in state["gradients"].items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._position.restore(state["position"])
+
+    def _load_snapshot(self, path: _PATH) -> dict[str, Any]:
+        """What Lightning keeps in checkpoints, from a folder of snapshots. Collective: every worker must call this."""
+        own_folder = self._restarts is not None and self._restarts.folder.path.resolve() == Path(path).resolve()
+        self._source = self._restarts if own_folder else Restarts(path, self._saving, default_collective())
+        assert self._source is not None
+        self._snapshot = self._source.choose()
+        if self._restarted:
+            self._source.check_workers()
+        return {**self._snapshot["lightning"], "state_dict": {}, CHECKPOINT_KEY: self._snapshot["place"]}
+
+    def _write_snapshot(self, engine: Engine) -> None:
+        """At the border of a round, before the batch that has been fetched is trained. Sends nothing."""
+        ending = self.signals is not None and self.signals.ending
+        if self._restarts is None or not (ending or self._restarts.due(engine.clock.round)):
+            return
+        state = {
+            "place": engine.resumption.place(),
+            "own": {**engine.resumption.own(), "host": self._host_state()},
+            "lightning": self._dump_lightning(),
+        }
+        if not self._checked:
+            _check_loadable({**state["lightning"], **state["own"]["host"]})
+            self._checked = True
+        self._restarts.write(state, engine.clock.round)
+
+    def _dump_lightning(self) -> dict[str, Any]:
+        """What Lightning keeps in checkpoints beside the model, as if the fetched batch were still to be fetched."""
+        progress = self._trainer().fit_loop.epoch_loop.batch_progress
+        self._dumping = True
+        progress.current.ready -= 1
+        progress.total.ready -= 1
+        try:
+            dumped = self._trainer()._checkpoint_connector.dump_checkpoint(weights_only=False)
+        finally:
+            progress.current.ready += 1
+            progress.total.ready += 1
+            self._dumping = False
+        return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
+
+    def _say_how_it_goes_on(self, engine: Engine, same: bool, exact: bool) -> None:
+        clock = engine.clock
+        where = f"round {clock.round} after {clock.step} local steps"
+        if exact:
+            rank_zero_info(f"{type(self).__name__}: goes on exactly where the checkpoint was written, in {where}.")
+        elif not same:
+            rank_zero_info(
+                f"{type(self).__name__}: {self._loaded_from} was written with other workers or settings. The "
+                f"{self.world_size} worker(s) here go on from its full model, with a new partition, in {where}."
+            )
+        elif "files" not in self.resume_state:
+            rank_zero_info(
+                f"{type(self).__name__}: {self._loaded_from} has the full model only, as after the end of a training. "
+                f"The training goes on from it in {where}."
+            )
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__}: the workers' own files beside {self._loaded_from} are not all there. The "
+                f"training goes on from the full model in {where}; optimizer state, random numbers and the place in "
+                "the data begin anew. Keep the folder `.workers` with its checkpoint to go on exactly."
+            )
+
+    def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
+        self._saved = engine.checkpoint_state()
+        self._own = {**engine.resumption.own(), "host": self._host_state()}
+        state = super().lightning_module_state_dict()
+        return {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
+        }
+
+
+def _check_loadable(parts: Mapping[str, Any]) -> None:
+    """Find out when the first file is written, not when a run should go on from it, that it cannot be loaded."""
+    names = refused(parts)
+    if names:
+        raise ValueError(
+            f"what a run goes on from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
+            "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
+            "`on_save_checkpoint`."
+        )

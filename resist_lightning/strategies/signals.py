@@ -1,0 +1,124 @@
+"""Signals that end a run or ask for a checkpoint: noted by one worker, acted upon by all at the same place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+SAME_SECONDS = 2.0
+"""Signals that come so soon after the first are taken for the same one: a terminal and torchrun both send them."""
+
+_TERMINATE, _INTERRUPT, _REQUEUE = 1, 2, 4
+
+_EXIT_CODE = 128 + signal.SIGTERM  # as shells have it; to torchrun, 0 means that the training has come to its end
+
+
+class Signals:
+    """Takes the place of Lightning's handlers while the workers train.
+
+    Lightning's handler of SIGTERM broadcasts where it stands, and pairs with another worker's sync; a Ctrl-C ends each
+    worker in another step. Here a worker notes the signal, tells the others at the next meeting, and all act upon it
+    before the same batch. A second signal ends the worker at once.
+
+    Args:
+        trainer: the trainer of this worker.
+
+    Attributes:
+        acting: whether all workers are ending together, so that they may still talk and save.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.acting = False
+        self._trainer = trainer
+        self._noted = self._agreed = 0
+        self._first_at = 0.0
+        self._originals: dict[int, Any] = {}
+        self._bits = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
+        environment: Any = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._bits[environment.requeue_signal] = _REQUEUE
+
+    @property
+    def requests(self) -> int:
+        """What this worker was asked to do and has not done yet."""
+        return self._noted
+
+    @property
+    def ending(self) -> bool:
+        """Whether all workers know that they end before the next batch."""
+        return bool(self._agreed & (_TERMINATE | _INTERRUPT))
+
+    def install(self) -> None:
+        """Take the handlers' place; in the main thread only, elsewhere nothing happens."""
+        if threading.current_thread() is not threading.main_thread() or self._originals:
+            return
+        for number, bit in self._bits.items():
+            original = signal.getsignal(number)
+            ignored = original in (signal.SIG_IGN, None)
+            if not ignored and not (bit == _REQUEUE and not callable(original)):
+                self._originals[number] = original
+                signal.signal(number, self._note)
+
+    def remove(self) -> None:
+        """Put the handlers back. What came too late to be agreed upon is theirs, unless the run has failed anyway."""
+        for number, original in self._originals.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, original)
+        left, self._originals = [] if self._trainer.interrupted else [*self._originals], {}
+        noted, self._noted, self.acting = self._noted, 0, False
+        for number in left:
+            if noted & self._bits[signal.Signals(number)]:
+                signal.raise_signal(number)
+
+    def learn(self, requests: Iterable[int]) -> None:
+        """Receive the requests of all workers, at a meeting: now all know them."""
+        for request in requests:
+            self._agreed |= request
+
+    def act(self) -> None:
+        """Act upon what all workers know. Collective: every worker must call this, at the same place.
+
+        Raises:
+            SIGTERMException: if a worker has received SIGTERM.
+            KeyboardInterrupt: if a worker has received SIGINT (Ctrl-C).
+        """
+        agreed, self._agreed = self._agreed, 0
+        if agreed & _REQUEUE:
+            self._noted &= ~_REQUEUE
+            number = next(number for number, bit in self._bits.items() if bit == _REQUEUE)
+            self._originals[number](number, None)
+        if agreed & (_TERMINATE | _INTERRUPT):
+            self.acting = True
+        if agreed & _TERMINATE:
+            self._trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException(_EXIT_CODE)
+        if agreed & _INTERRUPT:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. It may run between any two instructions: it takes no lock and calls no collective."""
+        bit = self._bits[signal.Signals(number)]
+        ending = self._noted & (_TERMINATE | _INTERRUPT)
+        if bit != _REQUEUE and ending and time.monotonic() - self._first_at > SAME_SECONDS:
+            self.acting = False
+            if bit == _INTERRUPT:
+                raise KeyboardInterrupt
+            raise SIGTERMException(_EXIT_CODE)
+        if not self._noted & bit and not ending:
+            what = "save a checkpoint" if bit == _REQUEUE else "stop"
+            again = "" if bit == _REQUEUE else " A second signal stops this worker at once, without a checkpoint."
+            name = signal.Signals(number).name
+            said = f"worker {self._trainer.global_rank}: {name}: all workers {what} when this round ends.{again}\n"
+            os.write(2, said.encode())
+        if bit != _REQUEUE and not ending:
+            self._first_at = time.monotonic()
+        self._noted |= bit

@@ -1,0 +1,56 @@
+"""What torchrun tells the workers that it starts, and starts again. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+REMEDY = (
+    "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun "
+    "(docs/decisions/0010-going-on-without-a-worker.md)"
+)
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is a worker of torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def shares_store() -> bool:
+    """Whether all attempts of a run use one store, in which the next finds the addresses of the one before."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def attempt() -> str:
+    """A name for this attempt of a run, the same on all workers, where the store does not end with the attempt.
+
+    Raises:
+        RuntimeError: after a restart where there is no such name: several agents, of which each counts for itself.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not shares_store():
+        return "0"
+    if count != "0" and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "torchrun has started this worker again, and its store still has the addresses of the attempt before, "
+            f"where {os.environ['GROUP_WORLD_SIZE']} agents cannot meet: {REMEDY}."
+        )
+    return count
+
+
+def agent(fit: int) -> int:
+    """A number that stands for this process's agent and a ``fit`` of its script; 0 without an agent.
+
+    Args:
+        fit: which one, counted from 1: a script that is started again comes to the same.
+    """
+    if not started_by_torchrun():
+        return 0
+    parent, began = os.getppid(), ""
+    with suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    name = f"{socket.gethostname()}/{parent}/{began}/{fit}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

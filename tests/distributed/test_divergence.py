@@ -1,0 +1,278 @@
+"""Nothing spreads or diverges in silence: unequal tensors after a sync are named, and NaN before one is caught."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
+from resist_lightning.sync import Sync
+from tests.helpers.processes import run_workers
+from tests.helpers.training import Run, batch_of, clone_state, make_model, make_optimizer, train_step
+
+WORKERS, ODD = 3, 1
+RESIST = Config(local_steps=2, min_blocks=1, batch_norm="running", test_scale=1.0)
+OVERLAP = Config(local_steps=2, min_blocks=3, batch_norm="running", test_scale=1.0)
+
+
+def engine_for(config: Config, change: Callable[[nn.Module], None] = lambda _: None) -> tuple[Engine, Any]:
+    run = Run(config, steps=0)
+    model = make_model(run)
+    change(model)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], config)
+    engine.start()
+    return engine, optimizer
+
+
+def train(engine: Engine, optimizer: Any, worker: int, steps: int) -> None:
+    for step in range(steps):
+        train_step(engine.module, optimizer, batch_of(worker, step))
+        engine.after_step()
+
+
+def present(engine: Engine) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in engine.module.state_dict().items() if not t.is_meta}
+
+
+# ------------------------------------------------------------------ after a sync
+
+
+def flip_after_the_sync(engine: Engine, name: str) -> None:
+    """One bit, in the moment between the last message of a sync and the first local step."""
+    finish = Sync.equal
+
+    def faulty(self: Sync, partition: Any) -> dict[str, Tensor]:
+        tensors = finish(self, partition)
+        tensors[name].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
+        return tensors
+
+    engine._sync.equal = faulty.__get__(engine._sync)  # type: ignore[method-assign]
+
+
+FLIPS = {
+    "parameter": (RESIST, "head.weight"),
+    "buffer of batch norm": (RESIST, "section4.0.bn1.running_var"),
+    "counter": (RESIST, "section4.0.bn1.num_batches_tracked"),
+    "full": (Config(local_steps=2, min_blocks=1, check="full"), "section4.0.conv2.weight"),
+    "fewer bits": (Config(local_steps=2, min_blocks=1, wire="int8"), "head.weight"),
+    "block that all hold": (Config(local_steps=2, min_blocks=4), "section3.2.conv1.weight"),
+}
+
+
+def play_flips(worker: int) -> dict[str, list[str]]:
+    told: dict[str, list[str]] = {}
+    for case, (config, name) in FLIPS.items():
+        engine, optimizer = engine_for(config)
+        train(engine, optimizer, worker, 2)  # a sync without a fault
+        if worker == ODD:
+            flip_after_the_sync(engine, name)
+        train(engine, optimizer, worker, 3)
+        try:
+            with engine.full_model():  # the next meeting, in the middle of a round
+                told[case] = ["nobody noticed"]
+        except WorkersDisagree as error:
+            told[case] = [str(error)]
+        engine.abandon()
+    return told
+
+
+def test_a_bit_that_differs_after_a_sync_is_found_at_the_next_meeting_and_its_tensor_and_worker_are_named():
+    told = run_workers(play_flips, WORKERS)
+    for case, (_, name) in FLIPS.items():
+        for worker in told:
+            (message,) = worker[case]
+            assert f"{name} (worker {ODD} differs from the others). " in message, case
+            assert "the sync into round 2 " in message, case
+
+
+def play_unchecked(worker: int) -> str:
+    engine, optimizer = engine_for(Config(local_steps=2, min_blocks=1, check="off"))
+    if worker == ODD:
+        flip_after_the_sync(engine, "head.weight")
+    train(engine, optimizer, worker, 5)
+    engine.abandon()
+    return "went on"
+
+
+def test_without_the_check_nothing_is_said():
+    assert run_workers(play_unchecked, 2) == ["went on"] * 2
+
+
+# ------------------------------------------------------------------ before a sync
+
+
+def spoil(engine: Engine, name: str, value: float = torch.nan) -> None:
+    with torch.no_grad():
+        engine.module.state_dict()[name].view(-1)[-1] = value
+
+
+def block_of(engine: Engine) -> str:
+    return f"{engine.layout.blocks[engine.partition.held[ODD][0]].name}.conv2.weight"
+
+
+def sync(engine: Engine) -> None:
+    engine.after_step()
+
+
+def evaluate(engine: Engine) -> None:
+    with engine.full_model():
+        raise AssertionError("nobody noticed")
+
+
+CASES: dict[str, tuple[Callable[[Engine], str], float, Callable[[Engine], None]]] = {
+    "shared parameter": (lambda _: "head.bias", torch.nan, sync),
+    "infinity": (lambda _: "head.bias", -torch.inf, sync),
+    "buffer of batch norm": (lambda _: "section4.0.bn1.running_var", torch.inf, sync),
+    "block": (block_of, torch.nan, sync),
+    "before an evaluation": (block_of, torch.nan, evaluate),
+    "before the end": (lambda _: "stem.weight", torch.nan, Engine.finish),
+}
+
+
+def play_spoilt(worker: int) -> dict[str, tuple[str, str, bool]]:
+    told = {}
+    for case, (choose, value, act) in CASES.items():
+        engine, optimizer = engine_for(RESIST)
+        train(engine, optimizer, worker, 3)
+        train_step(engine.module, optimizer, batch_of(worker, 3))
+        name = choose(engine)
+        if worker == ODD:
+            spoil(engine, name, value)
+        before = present(engine)
+        try:
+            act(engine)
+        except NotFinite as error:
+            after = present(engine)
+            same = after.keys() == before.keys() and all(
+                torch.equal(after[key].nan_to_num(7), before[key].nan_to_num(7)) for key in before
+            )
+            told[case] = (name, str(error), same)
+        engine.abandon()
+    return told
+
+
+def test_nan_and_infinity_are_caught_on_all_workers_with_worker_place_round_and_step():
+    told = run_workers(play_spoilt, WORKERS)
+    for case, (_, _, act) in CASES.items():
+        for worker in told:
+            name, message, same = worker[case]
+            block = name.rpartition(".conv2")[0]
+            place = f"block {block} ({name})" if name.startswith("section3") else f"shared tensor {name}"
+            assert f"step {2 if act is sync else 1} of round 1: worker {ODD} in {place}." in message, case
+            assert "Nothing was averaged" in message
+            assert same, case
+
+
+def add_mask(model: nn.Module) -> None:
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+
+def play_mask(worker: int) -> list[float]:
+    engine, optimizer = engine_for(RESIST, add_mask)
+    train(engine, optimizer, worker, 5)
+    engine.finish()
+    return engine.module.mask.tolist()
+
+
+def test_a_mask_of_minus_infinity_that_all_workers_share_trips_nothing():
+    assert run_workers(play_mask, 2) == [[0.0, -torch.inf]] * 2
+
+
+# ------------------------------------------------------------------ left out of a round
+
+DROPS = {
+    "local SGD": Config(local_steps=2, blocks=[], batch_norm="running"),
+    "blocks held once": RESIST,
+    "overlap": OVERLAP,
+    "all hold all, keep": Config(local_steps=2, min_blocks=4, batch_norm="running", test_scale=1.0, momentum="keep"),
+    "travel": Config(local_steps=2, min_blocks=3, batch_norm="running", test_scale=1.0, momentum="travel"),
+    "fewer bits": Config(local_steps=2, min_blocks=4, batch_norm="running", test_scale=1.0, wire="bf16"),
+}
+State = dict[str, Tensor]
+
+
+def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, list[str], bool]]:
+    """For each case: what the worker had when the round began, when it ended, and the full model after; warnings."""
+    played = {}
+    for case, config in DROPS.items():
+        engine, optimizer = engine_for(replace(config, non_finite="drop"))
+        train(engine, optimizer, worker, 2)
+        received = present(engine)
+        train(engine, optimizer, worker, 1)
+        train_step(engine.module, optimizer, batch_of(worker, 1))
+        if worker == ODD:
+            for tensor in engine.module.state_dict().values():
+                if tensor.is_floating_point() and not tensor.is_meta:
+                    tensor.fill_(torch.nan)
+            for state in optimizer.state.values():
+                state["momentum_buffer"].fill_(torch.nan)
+        had = present(engine)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not seen:
+                engine.after_step()
+            with engine.full_model():
+                full = clone_state(engine.module)
+        back = present(engine)
+        if seen:  # an evaluation changes nothing
+            unchanged = all(torch.equal(back[k].nan_to_num(7), had[k].nan_to_num(7)) for k in had)
+        else:  # and the training goes on
+            train(engine, optimizer, worker, 3)
+            unchanged = all(bool(t.isfinite().all()) for t in present(engine).values())
+        said = [str(w.message) for w in caught if "Left out" in str(w.message)]
+        played[case] = (received, had, full, said, unchanged)
+        engine.abandon()
+    return played
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["at a sync", "at an evaluation"])
+def test_a_worker_that_is_left_out_gets_the_mean_of_the_others_and_its_own_blocks_as_it_received_them(seen):
+    workers = run_workers(play_drop, WORKERS, seen)
+    alone = 0
+    for case in DROPS:
+        played = [worker[case] for worker in workers]
+        names = played[0][2].keys()
+        assert names
+        for name in names:
+            values = [had[name] for number, (_, had, *_) in enumerate(played) if name in had and number != ODD]
+            if not values:
+                alone += 1
+                expected = played[ODD][0][name]
+            elif values[0].is_floating_point():
+                expected = sum(values[1:], values[0]) / len(values)
+            else:
+                expected = torch.stack(values).max(0).values
+            tolerance = 1e-6
+            if case == "fewer bits" and not seen:  # of blocks the values are rounded, of shared tensors the changes
+                moved = (expected - played[0][0].get(name, expected)).abs().max().item()
+                tolerance = 0.02 if name.startswith("section3") else 0.02 * moved + 1e-6
+            for *_, full, _, _ in played:
+                close = torch.allclose(full[name].double(), expected.double(), rtol=1e-6, atol=tolerance)
+                assert close, (case, name)
+                assert torch.equal(full[name], played[0][2][name])
+        assert [bool(said) for *_, said, _ in played] == [True, False, False], case
+        assert f"worker {ODD} in " in played[0][3][0]
+        assert all(good for *_, good in played), case
+    assert alone > 0
+
+
+def play_all_bad(worker: int) -> str:
+    engine, optimizer = engine_for(replace(RESIST, non_finite="drop"))
+    train(engine, optimizer, worker, 1)
+    spoil(engine, "head.bias")
+    with pytest.raises(NotFinite) as caught:
+        engine.after_step()
+    engine.abandon()
+    return str(caught.value)
+
+
+def test_if_all_workers_have_nan_nobody_is_left_to_take_the_mean_of():
+    for message in run_workers(play_all_bad, 2):
+        assert "all workers have NaN or infinity after local step 2 of round 0" in message

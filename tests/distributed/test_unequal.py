@@ -1,0 +1,65 @@
+"""Shares that follow speed: a slow worker gets fewer blocks, by real processes and real seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+from resist_lightning import Config, Engine
+from tests.helpers.processes import run_workers
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    clone_state,
+    make_model,
+    make_optimizer,
+    train_simulator,
+    train_step,
+)
+
+RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto"), steps=9)
+SECONDS_PER_BLOCK = (0.004, 0.04)
+"""Worker 1 is slow; so slow that a busy machine does not matter."""
+
+
+def train(worker: int) -> dict[str, Any]:
+    """Train at this worker's speed, to the end of round 8; then begin a second run where the first one ended."""
+    model = make_model(RUN)
+    optimizer = make_optimizer(RUN, model)
+    engine = Engine(model, [optimizer], RUN.config)
+    engine.start()
+    sizes = []
+    for step in range(RUN.steps):
+        held = len(engine.partition.held[worker])
+        sizes.append(held)
+        train_step(model, optimizer, batch_of(worker, step))
+        time.sleep(SECONDS_PER_BLOCK[worker] * (1 + held))
+        engine.after_step()
+    engine.finish()
+    state, weights = engine.checkpoint_state(), clone_state(model)
+    second = Engine(model, [optimizer], RUN.config)
+    second.restore({**state, "table": json.loads(json.dumps(state["table"]))})
+    second.start()
+    second.abandon()
+    return {
+        "sizes": sizes,
+        "weights": weights,
+        "table": engine.layout.schedule.table(),
+        "resumed": [second.layout.schedule == engine.layout.schedule, second.partition == engine.partition],
+    }
+
+
+def test_a_slow_worker_gets_fewer_blocks_and_all_derive_the_same_rounds() -> None:
+    fast, slow = run_workers(train, 2)
+
+    assert fast["sizes"] == [2, 2, 4, 2, 4, 2, 3, 3, 3]
+    assert slow["sizes"] == [2, 2, 4, 2, 4, 2, 1, 1, 1]
+    assert fast["table"] == slow["table"]
+    assert [round for round, _ in fast["table"]["seconds"]] == [1, 2, 3, 4]
+    assert_equal_states(slow["weights"], fast["weights"], exactly=True)
+    equal = replace(RUN, config=replace(RUN.config, blocks_per_worker="equal"))
+    assert_equal_states(fast["weights"], train_simulator(equal, 2, fast["table"]).full_model().state_dict())
+    assert fast["resumed"] == slow["resumed"] == [True, True]

@@ -1,0 +1,300 @@
+"""The soak: a sample of its faults over real trainings, how it draws them, and what it would find."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.checks import ConfigError
+from experiments.faults import cases, crew, faults, join, run, tables
+from experiments.faults.cases import SAMPLE, Case
+from experiments.faults.continuation import Left, Unbroken, look, same
+from experiments.faults.crew import Ended
+from experiments.faults.faults import KINDS, PLACES
+from experiments.faults.judge import findings
+from experiments.faults.training import ROUNDS, Settings
+from experiments.links.options import composed
+from resist_lightning.files import write_sealed
+from tests.helpers.processes import run_workers
+from tests.helpers.programs import ROOT, run_program
+
+# The sample, over real processes.
+
+
+def test_a_sample_of_the_soak_finds_nothing(tmp_path: Path) -> None:
+    arguments = ["size=sample", f"output={tmp_path}", "timeout_seconds=10"]
+    run_program(["experiments/faults/run.py", *arguments], ROOT, timeout=110)
+
+    content = json.loads((tmp_path / "faults.json").read_text())
+    assert [row["fault"] for row in content["rows"]] == [str(case.fault) for case in SAMPLE]
+    assert [row["findings"] for row in content["rows"]] == [[] for _ in SAMPLE]
+    assert content["summary"]["all"]["faults"] == len(SAMPLE)
+    assert content["summary"]["all"]["seconds_max"] < content["settings"]["limit_seconds"]
+    assert (tmp_path / "faults.png").stat().st_size > 10_000
+
+
+def test_the_sample_has_every_kind_and_every_place() -> None:
+    assert {case.fault.kind for case in SAMPLE} == set(KINDS)
+    assert {case.fault.place for case in SAMPLE} == set(PLACES)
+
+
+# Drawing.
+
+
+def test_two_hundred_faults_have_every_kind_at_every_place() -> None:
+    drawn = cases.draw(200, seed=0)
+
+    counts = Counter((case.fault.kind, case.fault.place) for case in drawn)
+    assert set(counts) == set(cases.possible())
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert {case.workers for case in drawn} == {2, 3, 4}
+    assert {case.launcher for case in drawn} == {"forked", "popen", "torchrun"}
+    assert {case.face for case in drawn} == {"resist", "local_sgd"}
+    assert drawn == cases.draw(200, seed=0)
+    assert drawn != cases.draw(200, seed=1)
+
+
+def test_every_fault_can_strike() -> None:
+    drawn = [*cases.draw(500, seed=0), *SAMPLE]
+    for case in drawn:
+        fault = case.fault
+        assert fault.worker < case.workers
+        assert fault.round < ROUNDS - (fault.place in cases.SYNC)
+        if fault.place == "hand_over":
+            assert case.face == "resist"
+            assert (fault.round, fault.worker) in cases.sending(case.workers)
+
+
+# What it finds.
+
+KILLED = Case(faults.kill(worker=1).at("hand_over", round=1))
+LOST = {
+    "type": "WorkerLost",
+    "text": f"worker 1 on {socket.gethostname()} was lost. It was last doing: hand-over, round 1, local step 3. "
+    "To resume: ckpt_path='a/epoch=1.ckpt'.",
+    "at": 2.0,
+}
+UNNAMED = "not named: the error of worker 0 does not name "
+STRUCK = {"at": 1.0, "what": "hand_over", "steps": 6}
+GOOD = Ended(["exit code 1", "SIGKILL"], [LOST, None], STRUCK, survived_until=2.0)
+FILES = Left("epoch=1", [], 0, equal=True, saved_steps=6)
+
+
+def changed(**values: Any) -> Ended:
+    return dataclasses.replace(GOOD, **values)
+
+
+def lost(text: str) -> Ended:
+    return changed(errors=[{**LOST, "text": text}, None])
+
+
+def test_a_run_that_ends_as_promised_has_no_findings() -> None:
+    assert findings(KILLED, GOOD, FILES, None) == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "left", "resumed", "found"),
+    [
+        (changed(struck=None), FILES, None, "not tried"),
+        (changed(hung=[0], ends=["running", "SIGKILL"]), FILES, None, "hang: worker 0"),
+        (changed(left_over=["S", "T"]), FILES, None, "left over: 2 processes, in the states S T"),
+        (changed(thawed="running"), FILES, None, "hang: worker 1 still ran after it was thawed"),
+        (changed(thawed="exit code 0"), FILES, None, "wrong continuation: worker 1 went on to the end"),
+        (changed(ends=["exit code 0", "SIGKILL"], errors=[None, None]), FILES, None, "wrong continuation: worker 0 c"),
+        (changed(ends=["SIGABRT", "SIGKILL"], errors=[None, None]), FILES, None, "no error: worker 0 ended with S"),
+        (changed(ends=["exit code 1", "SIGABRT"]), FILES, None, "own error: worker 1 ended with SIGABRT"),
+        (GOOD, dataclasses.replace(FILES, saved_steps=4), None, "lost work: 2 local steps"),
+        (changed(errors=[LOST, LOST]), FILES, None, "own error: worker 1 ended with SIGKILL WorkerLost, not"),
+        (changed(errors=[{**LOST, "type": "RuntimeError"}, None]), FILES, None, "other error: worker 0 raised Run"),
+        (lost(LOST["text"].replace("worker 1", "a worker")), FILES, None, UNNAMED + "the worker"),
+        (lost(LOST["text"].replace("worker 1", "worker 12")), FILES, None, UNNAMED + "the worker"),
+        (lost(LOST["text"].replace(socket.gethostname(), "somewhere")), FILES, None, UNNAMED + "its"),
+        (lost(LOST["text"].replace("hand-over, ", "")), FILES, None, UNNAMED + "what it"),
+        (lost(LOST["text"].partition(" To ")[0]), FILES, None, UNNAMED + "how to"),
+        (GOOD, dataclasses.replace(FILES, half_written=["epoch=1.ckpt"]), None, "half-written: epoch=1.ckpt"),
+        (GOOD, dataclasses.replace(FILES, equal=False), None, "wrong continuation: a checkpoint is not"),
+        (GOOD, FILES, "wrong continuation: from epoch=1 to other weights", "wrong continuation: from epoch=1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found(ended: Ended, left: Left, resumed: str | None, found: str) -> None:
+    assert [text[: len(found)] for text in findings(KILLED, ended, left, resumed)] == [found]
+
+
+def test_a_full_disk_may_be_survived_as_set_and_nothing_else() -> None:
+    survived = Ended(["exit code 0"] * 2, [None, None], STRUCK, survived_until=2.0)
+    disks = [Case(faults.fill_disk(worker=1).at("saving", round=round)) for round in (1, 2)]
+
+    assert findings(disks[0], survived, FILES, None) == []
+    assert findings(disks[1], survived, FILES, None) != []
+    error = {
+        "type": "CheckpointNotWritten",
+        "text": "epoch=2 could not be written (worker 1: File too large)",
+        "at": 2.0,
+    }
+    stopped = Ended(["exit code 1"] * 2, [error] * 2, STRUCK, survived_until=2.0)
+    assert findings(disks[1], stopped, FILES, None) == []
+    stopped = dataclasses.replace(stopped, errors=[{**error, "text": "no space"}, error])
+    assert findings(disks[1], stopped, FILES, None) == [UNNAMED + "the worker"]
+    kinds = [text.partition(":")[0] for text in findings(KILLED, survived, FILES, None)]
+    assert kinds == ["own error", "wrong continuation"]
+
+
+def test_a_launcher_that_ends_the_others_must_name_the_worker() -> None:
+    case = dataclasses.replace(KILLED, launcher="torchrun")
+    ended = changed(ends=["ended", "ended"], errors=[None, None], returncode=1, output="rank: 1 (local_rank: 1)")
+
+    assert findings(case, ended, FILES, None) == []
+    ended = dataclasses.replace(ended, returncode=0, output="failed")
+    assert [text.partition(":")[0] for text in findings(case, ended, FILES, None)] == [
+        "wrong continuation",
+        "not named",
+    ]
+
+
+def test_all_end_together_after_a_signal() -> None:
+    for kind, type, end in (
+        ("terminate", "SIGTERMException", "exit code 143"),
+        ("interrupt", "SystemExit", "exit code 1"),
+    ):
+        case = Case(faults.Begun(kind, 1).at("local steps", round=1))  # type: ignore[arg-type]
+        asked = {"type": type, "text": "", "at": 2.0}
+        ended = Ended([end] * 2, [asked, asked], STRUCK, survived_until=2.0)
+
+        assert findings(case, ended, FILES, None) == []
+        assert (
+            findings(dataclasses.replace(KILLED), dataclasses.replace(ended, errors=[asked, None]), FILES, None) != []
+        )
+        launched = dataclasses.replace(ended, ends=["ended"] * 2, returncode=0, output="worker 1")
+        assert findings(dataclasses.replace(case, launcher="popen"), launched, FILES, None) == [
+            "wrong continuation: the launcher ended with exit code 0"
+        ]
+
+
+# What is left on the disk, and of processes.
+
+
+def test_files_are_read_and_compared(tmp_path: Path) -> None:
+    saved = {"global_step": 3, "callbacks": {"folder": "there"}, "state_dict": {"weight": torch.ones(2)}}
+    own = [{"weight": torch.zeros(2)}]
+    unbroken = Unbroken({"epoch=0": {**saved, "own": own}, "epoch=1": {**saved, "own": own, "global_step": 6}}, {})
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (tmp_path / "tmp").mkdir()
+    assert look(tmp_path, unbroken) == Left(None, [], 0, True, 0)
+
+    beside = write_sealed(own[0], folder / "epoch=0.ckpt.workers", "0-of-1")
+    state = {"resist_lightning": {"files": [beside.name]}}
+    unbroken.checkpoints["epoch=0"].update(resist_lightning={"files": ["another name"]})
+    torch.save({**saved, **state, "callbacks": {"folder": "here"}}, folder / "epoch=0.ckpt")
+    (folder / "epoch=1.ckpt").write_bytes((folder / "epoch=0.ckpt").read_bytes()[:500])
+    (tmp_path / "tmp" / "piece").touch()
+    assert look(tmp_path, unbroken) == Left("epoch=0", ["epoch=1.ckpt"], 1, True, 3)
+
+    torch.save({**saved, "global_step": 6, "state_dict": {"weight": torch.zeros(2)}}, folder / "epoch=1.ckpt")
+    assert look(tmp_path, unbroken) == Left("epoch=1", [], 1, False, 6)
+
+    beside.unlink()
+    assert look(tmp_path, unbroken).half_written == ["epoch=0.ckpt"]
+
+
+def test_the_same_means_bit_for_bit() -> None:
+    one = {"a": [torch.tensor([1.0]), 1, "x"], "b": None}
+    assert same(one, {"a": [torch.tensor([1.0]), 1, "x"], "b": None})
+    assert not same(one, {"a": [torch.tensor([1.0 + 2**-23]), 1, "x"], "b": None})
+    assert not same(one, {"a": [torch.tensor([1.0], dtype=torch.float64), 1, "x"], "b": None})
+    assert not same(one, {"a": [torch.tensor([1.0]), 1], "b": None})
+    assert not same(one, {"a": [torch.tensor([1.0]), True, "x"], "b": None})
+    assert not same(one, {"a": [torch.tensor([1.0]), 1, "x"]})
+
+
+def test_stopped_processes_and_grandchildren_are_seen() -> None:
+    before = set(crew.descendants())
+    shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
+    try:
+        while len(started := set(crew.descendants()) - before) < 2:
+            assert shell.poll() is None
+        assert shell.pid in started
+        os.kill(shell.pid, signal.SIGSTOP)
+        os.waitpid(shell.pid, os.WUNTRACED)
+        assert crew.state(shell.pid) == "T"
+    finally:
+        for pid in set(crew.descendants()) - before:
+            os.kill(pid, signal.SIGKILL)
+        shell.wait()
+    assert crew.state(shell.pid) == ""
+
+
+def run_beside_threads(_: int, folder: str) -> None:
+    crew.run(Settings("resist", 2, 1, 1), Path(folder, "run"), limit=1)
+
+
+def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="threads and must not be forked; set OMP_NUM_THREADS=1"):
+        run_workers(run_beside_threads, 1, str(tmp_path))  # gloo's threads
+
+
+def test_settings_travel(tmp_path: Path) -> None:
+    settings = Settings("resist", 3, 20.0, 3.0, faults.kill(worker=1).at("saving", round=2))
+    settings.write(tmp_path)
+    assert Settings.read(tmp_path) == settings
+
+
+# The command line and the tables.
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("number=0", "number=0: must be a whole number, at least 1"),
+        ("cases=some", "cases=some: must be one of random, sample"),
+        ("silence_seconds=0", "silence_seconds=0: must be a number, above 0"),
+        ("places=[saving]", "places"),
+    ],
+)
+def test_bad_values_are_one_line(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        composed(run.CONFIG, "faults", run.Options, [argument])
+    assert message in str(raised.value)
+
+
+def row(kind: str, seconds: float | None, *found: str) -> dict[str, Any]:
+    return {
+        "fault": kind, "kind": kind, "place": "saving", "launcher": "forked", "face": "resist", "workers": 2,
+        "seconds": seconds, "lost_steps": 3, "left_over": 0, "half_written": 0, "findings": list(found),
+    }  # fmt: skip
+
+
+def test_records_of_different_seeds_are_joined() -> None:
+    one = {"machine": {}, "settings": {"seed": 0, "silence_seconds": 3}, "seconds": 5, "rows": [row("kill", 1.0)]}
+    other = {**one, "settings": {"seed": 1, "silence_seconds": 3}, "seconds": 7, "rows": [row("kill", 3.0)]}
+
+    content = join.joined([one, other])
+    assert (content["seconds"], content["settings"]["seed"], content["at_a_time"]) == (7, [0, 1], 2)
+    assert content["summary"]["all"]["faults"] == 2
+    with pytest.raises(ValueError, match="the same faults would count twice"):
+        join.joined([one, one])
+    with pytest.raises(ValueError, match="different silence_seconds cannot be joined"):
+        join.joined([one, {**other, "settings": {"seed": 1, "silence_seconds": 4}}])
+
+
+def test_the_table_counts_runs_not_findings() -> None:
+    rows = [row("kill", 1.0), row("kill", 3.0, "not named: a", "not named: b"), row("freeze", None, "hang: worker 1")]
+
+    summary = tables.summary(rows)
+    assert summary["all"]["faults"] == 3
+    assert (summary["all"]["hangs"], summary["all"]["other_findings"]) == (1, 1)
+    assert summary["by_kind"]["kill"]["seconds_median"] == 2.0
+    assert summary["findings"] == {"not named": 2, "hang": 1}
+    assert tables.cells(rows)[0] == ["kill", "2", "0", "0", "0", "0", "1", "2", "3", "3", "3"]
+    assert tables.place_cells(rows)[1] == ["freeze", "", "", "", "", "", "1: - s"]
+    assert tables.line(rows[1]).splitlines()[1:] == ["    not named: a", "    not named: b"]

@@ -1,0 +1,219 @@
+"""The fault injector does what its sentence says: there, once, in that worker; and what never came is an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from experiments.faults import faults, strikes
+from experiments.faults.faults import PLACES, Fault, Injector
+from resist_lightning.activity import Activity
+from tests.helpers.plain import Classifier, held_out, stream
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+
+STEPS = 9  # three rounds
+PATIENCE_SECONDS = 30.0
+
+
+def fit(worker: int, folder: str, fault: Fault, *others: L.Callback) -> Injector:
+    """Three rounds, then an evaluation, then a checkpoint; then two rounds and the same."""
+    injector = Injector(fault, Path(folder, f"note-{worker}"))
+    tempfile.tempdir = folder
+    saving = ModelCheckpoint(Path(folder, "saved"), save_on_train_epoch_end=True)
+    trainer = make_trainer(
+        make_strategy(), max_epochs=2, callbacks=[saving, injector, *others], enable_checkpointing=True
+    )
+    trainer.fit(Classifier(), stream(worker, STEPS), held_out(worker))
+    return injector
+
+
+# The sentences.
+
+
+def test_a_sentence_reads_aloud_and_travels() -> None:
+    fault = faults.freeze(worker=0).at("local steps", round=1, step=2)
+
+    assert str(fault) == 'freeze(worker=0).at("local steps", round=1, step=2)'
+    assert str(faults.kill(worker=1).at("hand_over", round=2)) == 'kill(worker=1).at("hand_over", round=2)'
+    assert pickle.loads(pickle.dumps(fault)) == fault
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: faults.kill(1).at("lunch", round=0), "place='lunch' is not known; choose one of 'local steps', 'meet"),
+        (lambda: Fault("hug", 1, "saving", 0), "kind='hug' is not known; choose one of 'kill'"),
+        (lambda: faults.raise_in_loader(1).at("saving", round=0), "raise_in_loader cannot happen at 'saving'"),
+        (lambda: faults.kill(1).at("meeting", round=0, step=1), "step=1 has a meaning at local steps and saving only"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], Fault], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# What it does.
+
+
+def strike_a_child(_: int, kind: str) -> str:
+    """How a process that is struck ends, or that it is stopped; it goes on when it is thawed."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        strikes.BLOWS[kind]("a sentence")
+        os._exit(7)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        stopped = signal.Signals(os.WSTOPSIG(status)).name
+        faults.thaw(child)
+        _, status = os.waitpid(child, 0)
+        return f"{stopped}, then {os.WEXITSTATUS(status)}"
+    return signal.Signals(os.WTERMSIG(status)).name
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [
+        ("kill", "SIGKILL"),
+        ("terminate", "SIGTERM"),
+        ("segfault", "SIGSEGV"),
+        ("interrupt", "SIGINT"),
+        ("freeze", "SIGSTOP, then 7"),
+    ],
+)
+def test_a_blow_is_the_signal_that_it_says(kind: str, end: str) -> None:
+    assert run_workers(strike_a_child, 1, kind) == [end]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message", "inside"),
+    [
+        (faults.raise_error(1).at("local steps", round=1, step=1), "Injected", r"raise_error\(worker=1\)", "backward"),
+        (faults.raise_in_loader(1).at("local steps", round=2), "Injected", r"raise_in_loader\(worker=1\)", "fetch"),
+        (faults.run_out_of_memory(1).at("local steps", round=0), "RuntimeError", "allocate", "torch.empty"),
+        (
+            faults.fill_disk(0).at("saving", round=2),
+            "CheckpointNotWritten",
+            "worker 0: File too large",
+            "save_checkpoint",
+        ),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_an_error_is_raised_where_users_see_it(
+    fault: Fault, error: str, message: str, inside: str, tmp_path: Path
+) -> None:
+    outcomes = run_trainers_to_the_end(fit, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
+
+    struck = outcomes[fault.worker]
+    assert type(struck.error).__name__ == error
+    with pytest.raises(type(struck.error), match=message):  # type: ignore[arg-type]
+        raise struck.error  # type: ignore[misc]
+    assert inside in struck.traceback
+    assert type(outcomes[1 - fault.worker].error).__name__ in ("WorkerLost", "CheckpointNotWritten")
+
+
+def test_a_worker_that_is_killed_while_it_writes_leaves_half_a_file_on_the_disk(tmp_path: Path) -> None:
+    fault = faults.kill(worker=0).at("saving", round=2)
+    outcomes = run_trainers_to_the_end(fit, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
+
+    assert outcomes[0].end == "SIGKILL"
+    assert strikes.HALF_A_FILE_BYTES in [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# Where, once, and in one worker only.
+
+
+class Begun(L.Callback):
+    """How often a function that sends has returned, since the worker began with what it does."""
+
+    def __init__(self, name: str | None) -> None:
+        self.times = 0
+        if name is not None:
+            setattr(dist, name, self.counted(getattr(dist, name)))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.engine.activity.listeners.append(self.forget)  # type: ignore[attr-defined]
+
+    def forget(self, _: Activity) -> None:
+        self.times = 0
+
+    def counted(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        def send_and_count(*args: Any, **kwargs: Any) -> Any:
+            begun = send(*args, **kwargs)
+            self.times += 1
+            return begun
+
+        return send_and_count
+
+
+def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, int]]:
+    """Instead of the blow, note where the worker is, and how many such messages it has begun to send there."""
+    found: list[tuple[str, int]] = []
+    begun = Begun(strikes.SENDING.get(fault.place))
+    strikes.BLOWS[fault.kind] = lambda _: found.append(("".join(traceback.format_stack()), begun.times))
+    injector = fit(worker, folder, fault, begun)
+    assert injector.struck == bool(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("place", "round", "what", "steps", "inside", "not_inside"),
+    [
+        ("local steps", 1, "local steps", 5, "on_before_backward", "run_backward"),
+        ("meeting", 1, "meeting", 6, "_end_round", "_meeting.hold"),
+        ("averaging", 1, "averaging", 6, "start_mean", "wait"),
+        ("hand_over", 0, "hand_over", 3, "in exchange", "wait"),
+        ("evaluation", 2, "evaluation", 9, "begin_observation", "_assemble"),
+        ("saving", 2, None, 9, "save_checkpoint", "barrier"),
+    ],
+)
+def test_it_strikes_there_once_in_one_worker(
+    place: Any, round: int, what: str | None, steps: int, inside: str, not_inside: str, tmp_path: Path
+) -> None:
+    fault = faults.raise_error(worker=1).at(place, round=round, step=2 if place == "local steps" else 0)
+    stacks = run_trainers(fit_with_a_mark, 2, str(tmp_path), fault)
+
+    assert [len(found) for found in stacks] == [0, 1]
+    stack, begun = stacks[1][0]
+    assert inside in stack
+    assert not_inside not in stack
+    assert begun == (1 if place in strikes.SENDING else 0)
+    assert [path.name for path in tmp_path.glob("note-*")] == ["note-1"]
+    note = json.loads((tmp_path / "note-1").read_text())
+    assert note["what"] == (what or note["what"])
+    assert note["steps"] == steps
+
+
+def test_every_place_is_tried() -> None:
+    (mark,) = [m for m in test_it_strikes_there_once_in_one_worker.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
+    assert tuple(values[0] for values in mark.args[1]) == PLACES
+
+
+def test_a_fault_that_never_came_is_an_error(tmp_path: Path) -> None:
+    fault = faults.kill(worker=1).at("hand_over", round=99)
+    outcomes = run_trainers_to_the_end(fit_and_forget, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
+
+    assert outcomes[0].error is None
+    assert repr(outcomes[1].error) == (
+        'NeverStruck(\'kill(worker=1).at("hand_over", round=99) did not happen: '
+        "the training ended without coming there.')"
+    )
+    assert list(tmp_path.glob("note-*")) == []
+
+
+def fit_and_forget(worker: int, folder: str, fault: Fault) -> None:
+    fit(worker, folder, fault)

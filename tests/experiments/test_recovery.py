@@ -1,0 +1,48 @@
+"""The benchmark of snapshots and checkpoints: its smoke size runs, and its record says what lies on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from experiments.benchmarks import recovery, tables
+from tests.helpers.trainers import run_trainers
+
+
+def sizes(folder: Path, pattern: str) -> list[int]:
+    return [file.stat().st_size for file in sorted(folder.glob(pattern))]
+
+
+def benchmark(worker: int, arguments: list[str]) -> None:
+    os.environ["RANK"] = str(worker)  # as torchrun does
+    recovery.main(arguments)
+
+
+def test_the_record_says_what_lies_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, output = tmp_path / "files", tmp_path / "output"
+
+    run_trainers(benchmark, 2, ["--smoke", "--output", str(output), "--files", str(files)], timeout=80)
+
+    content = json.loads((output / "recovery.json").read_text())
+    for every in ("1", "2"):
+        snapshot = content["snapshots"][every]
+        assert len(snapshot["bytes_by_worker"]) == 2
+        assert snapshot["bytes_by_worker"] == sizes(files / f"kept-{every}", "*/worker-*.pt")
+        steps = int(every) * 50 * content["snapshots"]["median_step_seconds"]
+        assert snapshot["share_of_training"] == pytest.approx(snapshot["median_write_seconds"] / steps)
+    assert content["snapshots"]["1"]["snapshots"] == 3
+    assert content["snapshots"]["2"]["snapshots"] == 2
+    for name, workers in (("resist", 2), ("ddp", 0)):
+        saved = content["checkpoints"][name]
+        assert [saved["bytes"]] == sizes(files / name, "*.ckpt")
+        assert saved["bytes_by_worker"] == sizes(files / name, "*.ckpt.workers/*.pt")
+        assert len(saved["bytes_by_worker"]) == workers
+    assert len(content["resumes"]["seconds"]) == 5
+    assert content["added"]["seconds"].keys() == {"neither", "watch", "notes", "both"}
+    assert all(len(turns) == 1 for turns in content["added"]["seconds"].values())
+    monkeypatch.setattr(tables, "RESULTS", output)
+    for table in (tables.recovery_snapshots, tables.recovery_checkpoints, tables.recovery_steps):
+        assert table().count("\n") >= 4

@@ -1,0 +1,96 @@
+"""A user's script in which a worker comes to harm: ``python -m tests.helpers.dying HARM WORKER FOLDER [START_METHOD]``.
+
+Every process writes its pid to FOLDER when it begins to train, and the error with which it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from resist_lightning import ResISTStrategy
+from tests.helpers.plain import Classifier, batch_of
+from tests.helpers.trainers import QUIET
+
+SILENCE = timedelta(seconds=4)
+TIMEOUT = timedelta(seconds=30)  # above what importing Lightning takes on a busy machine
+STEPS, AT_STEP = 400, 61
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def stumble() -> None:
+    raise KeyError("a mistake")
+
+
+HARMS: dict[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exit": lambda: os._exit(0),
+    "raise": stumble,
+    "hang": hang,
+    "nothing": lambda: None,
+}
+
+
+class Harmed(Classifier):
+    """One worker comes to harm in its local steps, or (``load:``) while it waits for data."""
+
+    def __init__(self, harm: str, worker: int, folder: str) -> None:
+        super().__init__()
+        self.harm, self.worker, self.folder = harm, worker, Path(folder)
+
+    def meet_harm(self, place: str, step: int) -> None:
+        where, _, harm = self.harm.rpartition(":")
+        if (where or "step", step, self.trainer.global_rank) == (place, AT_STEP, self.worker):
+            HARMS[harm]()
+
+    def on_fit_start(self) -> None:
+        (self.folder / f"pid{self.trainer.global_rank}").write_text(str(os.getpid()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.meet_harm("step", batch_idx)
+        time.sleep(0.02)  # so that a run lasts longer than it takes to notice
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Batches(self), batch_size=None)  # type: ignore[arg-type]
+
+
+class Batches(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, module: Harmed) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(STEPS):
+            self.module.meet_harm("load", step)
+            yield batch_of(self.module.trainer.global_rank, step)
+
+
+def train(harm: str, worker: int, folder: str, start_method: Any = "popen", workers: int = 2, **options: Any) -> None:
+    """Fit, and write how that ended."""
+    strategy = ResISTStrategy(local_steps=3, min_blocks=1, silence=SILENCE, timeout=TIMEOUT, start_method=start_method)
+    trainer = L.Trainer(**{**QUIET, "strategy": strategy, "devices": workers, "max_epochs": 1, **options})
+    try:
+        trainer.fit(Harmed(harm, worker, folder))
+    except BaseException as error:
+        Path(folder, f"error{trainer.global_rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(sys.argv[1], int(sys.argv[2]), sys.argv[3], *sys.argv[4:])

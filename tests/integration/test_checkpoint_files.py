@@ -1,0 +1,367 @@
+"""Checkpoints as files: whole or not there, and errors that say what is wrong with one."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from resist_lightning import CheckpointError, CheckpointNotWritten
+from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+from tests.helpers.plain import Classifier, stream
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.training import assert_equal_states, clone_state
+
+State = dict[str, Tensor]
+STEPS = 10
+PARAMETERS = {name for name, _ in Classifier().named_parameters()}
+SAVED_AFTER = 4  # in round 1, after one step of it
+
+
+class Saves(L.Callback):
+    def __init__(self, path: str, after: tuple[int, ...] = (SAVED_AFTER,)) -> None:
+        self.path, self.after = path, after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step in self.after:
+            trainer.save_checkpoint(self.path)
+
+
+def save(worker: int, path: str, options: dict[str, Any] | None = None) -> State:
+    module = Classifier()
+    trainer = make_trainer(make_strategy(**(options or {})), max_epochs=1, callbacks=[Saves(path)])
+    trainer.fit(module, stream(worker, STEPS))
+    return clone_state(module)
+
+
+def resume(worker: int, path: str, options: dict[str, Any] | None = None) -> State:
+    module = Classifier(seed=1)
+    trainer = make_trainer(make_strategy(**(options or {})), max_epochs=1)
+    trainer.fit(module, stream(worker, STEPS), ckpt_path=path)
+    return clone_state(module)
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(path.with_name(path.name + ".workers").iterdir())
+
+
+# Whole or not there.
+
+
+def test_a_checkpoint_is_one_file_of_the_model_and_one_of_each_worker(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 2, str(path))
+
+    state = torch.load(path, weights_only=True)
+    assert [file.name for file in files_of(path)] == sorted(state[CHECKPOINT_KEY]["files"])
+    assert [file.name.partition(".")[0] for file in files_of(path)] == [f"round=1-step=1-{w}-of-2" for w in (0, 1)]
+    own = [set(torch.load(file, weights_only=True)["tensors"]) for file in files_of(path)]
+    blocks = [{name.split(".")[2] for name in names if "section3" in name} for names in own]
+    assert blocks[0] | blocks[1] == {"0", "1", "2", "3", "4"}
+    assert blocks[0] & blocks[1] == {"0"}  # each has its own blocks; the first is shared
+
+
+def overwrite(worker: int, path: str) -> None:
+    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[Saves(path, after=(2, SAVED_AFTER))])
+    trainer.fit(Classifier(), stream(worker, STEPS))
+
+
+def test_a_checkpoint_that_is_written_over_leaves_no_file_of_the_one_before(tmp_path: Path) -> None:
+    run_trainers(overwrite, 2, str(tmp_path / "a.ckpt"))
+
+    assert len(files_of(tmp_path / "a.ckpt")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.workers"]
+
+
+def keep_the_last(worker: int, folder: str) -> None:
+    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=1, every_n_train_steps=2, save_last="link")
+    trainer = make_trainer(make_strategy(), max_epochs=1, enable_checkpointing=True, callbacks=[saving])
+    trainer.fit(Classifier(), stream(worker, STEPS))
+
+
+def test_a_checkpoint_that_is_removed_takes_the_workers_files_along_and_a_link_finds_them(tmp_path: Path) -> None:
+    run_trainers(keep_the_last, 2, str(tmp_path))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step=10.ckpt", "step=10.ckpt.workers"]
+    for outcome in run_trainers_to_the_end(resume_and_listen, 2, str(tmp_path / "last.ckpt")):
+        assert "goes on exactly" in outcome.value or outcome.value == "on worker 0 only"
+
+
+def resume_and_listen(worker: int, path: str) -> str:
+    """What is said of how the run goes on."""
+    import logging
+    import warnings
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addHandler(handler)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        resume(worker, path)
+    said += [str(warning.message) for warning in warned]
+    found = [line for line in said if "goes on" in line or "go on" in line]
+    return "; ".join(found) if worker == 0 else "on worker 0 only"
+
+
+class KilledWhileSaving(L.Callback):
+    """Worker 0 is killed when a part of the second checkpoint has been written."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+        if trainer.global_step == SAVED_AFTER:
+            if trainer.global_rank == 0:
+                from resist_lightning import files
+
+                files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path)
+
+
+def killed_while_saving(worker: int, path: str) -> None:
+    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=[KilledWhileSaving(path)])
+    trainer.fit(Classifier(), stream(worker, STEPS))
+
+
+def test_a_run_killed_while_saving_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    outcomes = run_trainers_to_the_end(killed_while_saving, 2, str(path))
+
+    assert [outcome.end for outcome in outcomes] == ["SIGKILL", "exit code 1"]
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    expected = run_trainers(save, 2, str(tmp_path / "other.ckpt"))[0]
+    for state in run_trainers(resume, 2, str(path)):
+        assert_equal_states(state, expected, exactly=True)
+
+
+# A full disk.
+
+
+def save_on_a_full_disk(worker: int, path: str, full: int, on_save_error: str) -> State:
+    module = Classifier()
+    strategy = make_strategy(on_save_error=on_save_error)
+    trainer = make_trainer(strategy, max_epochs=1, callbacks=[Saves(path, after=(2,)), FullDisk(path, full)])
+    trainer.fit(module, stream(worker, STEPS))
+    return clone_state(module)
+
+
+class FullDisk(L.Callback):
+    """One worker can write no file of more than 10 kB, where a checkpoint needs more."""
+
+    def __init__(self, path: str, full: int) -> None:
+        self.path, self.full = path, full
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == SAVED_AFTER:
+            if trainer.global_rank == self.full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_ends_all_workers_or_none_and_the_checkpoint_before_stays(full: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    for outcome in run_trainers_to_the_end(save_on_a_full_disk, 2, str(path), full, "raise"):
+        assert isinstance(outcome.error, CheckpointNotWritten)
+        assert f"worker {full}: File too large" in str(outcome.error)
+        assert "on_save_error='warn'" in str(outcome.error)
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    assert len(files_of(path)) == 2
+
+    expected = run_trainers(save, 2, str(tmp_path / "other.ckpt"))[0]
+    for state in run_trainers(save_on_a_full_disk, 2, str(path), full, "warn"):
+        assert_equal_states(state, expected, exactly=True)
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+
+
+class FillsTheDisk(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def keep_the_newest_on_a_full_disk(worker: int, folder: str) -> None:
+    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=1, every_n_train_steps=2)
+    strategy = make_strategy(on_save_error="warn")
+    trainer = make_trainer(strategy, max_epochs=1, enable_checkpointing=True, callbacks=[FillsTheDisk(), saving])
+    trainer.fit(Classifier(), stream(worker, STEPS))
+
+
+def test_a_checkpoint_is_kept_where_the_one_that_replaces_it_could_not_be_written(tmp_path: Path) -> None:
+    run_trainers(keep_the_newest_on_a_full_disk, 2, str(tmp_path))
+
+    assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["global_step"] == 2
+    assert len(files_of(tmp_path / "step=2.ckpt")) == 2
+
+
+# Files that cannot be used.
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    path.write_text("<html>Not found</html>")
+
+
+def bare_weights(path: Path) -> None:
+    torch.save(torch.load(path, weights_only=True)["state_dict"], path)
+
+
+def newer(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    state[CHECKPOINT_KEY]["version"] = 99
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_off, "cut off after"),
+        (empty, "it is empty"),
+        (foreign, "no checkpoint of torch"),
+        (bare_weights, "holds a bare state_dict"),
+        (newer, "written by a newer resist-lightning"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_explained(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 1, str(path))
+    spoil(path)
+
+    for outcome in run_trainers_to_the_end(resume, 2, str(path)):
+        assert isinstance(outcome.error, CheckpointError)
+        assert message in str(outcome.error)
+        assert str(path) in str(outcome.error)
+
+
+def resume_as_nobody(worker: int, path: str) -> None:
+    resume(worker, f"{path}.readable")  # as root, who may read what is imported for it
+    os.seteuid(65534)
+    resume(worker, path)
+
+
+def test_a_file_without_permission_is_named_and_explained(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 1, str(path))
+    for folder in (tmp_path, *tmp_path.parents):
+        if os.geteuid() == 0 and folder.stat().st_uid == 0 and folder.parent != folder:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    shutil.copy(path, f"{path}.readable")
+    path.chmod(0o000)
+
+    (outcome,) = run_trainers_to_the_end(resume_as_nobody if os.geteuid() == 0 else resume, 1, str(path))
+    assert isinstance(outcome.error, CheckpointError)
+    assert "this user may not read it" in str(outcome.error)
+
+
+def test_a_damaged_file_of_a_worker_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 2, str(path))
+    cut_off(files_of(path)[1])
+
+    error = run_trainers_to_the_end(resume, 2, str(path))[1].error
+    assert isinstance(error, CheckpointError)
+    assert "is damaged: its checksum is" in str(error)
+    assert "to go on from the full model alone" in str(error)
+
+
+def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 2, str(path))
+    files_of(path)[1].unlink()  # of one worker: no worker may go on with its own tensors then
+
+    first, second = run_trainers(resume, 2, str(path))
+    assert_equal_states(first, second, exactly=True)
+    said = run_trainers(resume_and_listen, 2, str(path))[0]
+    assert "files beside" in said
+    assert "are not all there" in said
+
+
+def test_weights_alone_have_no_files_of_workers(tmp_path: Path) -> None:
+    run_trainers(save_weights, 2, str(tmp_path / "a.ckpt"))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def save_weights(worker: int, path: str) -> None:
+    saving = ModelCheckpoint(os.path.dirname(path), filename="a", save_weights_only=True, every_n_train_steps=STEPS)
+    trainer = make_trainer(make_strategy(), max_epochs=1, enable_checkpointing=True, callbacks=[saving])
+    trainer.fit(Classifier(), stream(worker, STEPS))
+
+
+# From one strategy, or number of workers, to another.
+
+
+def fit_ddp(worker: int, save_to: str | None, ckpt_path: str | None) -> State:
+    module = Classifier(seed=7 if ckpt_path is None else 1)
+    callbacks = [Saves(save_to)] if save_to is not None else []
+    trainer = make_trainer("ddp", max_epochs=1, callbacks=callbacks)
+    trainer.fit(module, stream(worker, STEPS), ckpt_path=ckpt_path)
+    return clone_state(module)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("ddp", "resist"), ("ddp", "local_sgd"), ("resist", "ddp"), ("resist", "local_sgd"), ("local_sgd", "resist")],
+)
+def test_a_checkpoint_of_one_strategy_starts_another(before: str, after: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    if before == "ddp":
+        run_trainers(fit_ddp, 2, path, None)
+    else:
+        run_trainers(save, 2, path, {"face": before})
+
+    states = run_trainers(fit_ddp, 2, None, path) if after == "ddp" else run_trainers(resume, 2, path, {"face": after})
+
+    saved = torch.load(path, weights_only=True)
+    if after == "ddp":  # whose workers have batch-norm statistics of their own
+        states = [{name: value for name, value in s.items() if name in PARAMETERS} for s in states]
+    assert_equal_states(states[0], states[1], exactly=True)
+    assert saved["global_step"] == SAVED_AFTER
+    stem = "net.stem.weight"
+    distance = (states[0][stem] - saved["state_dict"][stem]).abs().max()
+    assert 0 < distance < (Classifier(seed=1).state_dict()[stem] - saved["state_dict"][stem]).abs().max()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 8])
+def test_a_checkpoint_of_three_workers_in_mid_round_resumes_with_any_number(workers: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 3, str(path))
+
+    states = run_trainers(resume, workers, str(path))
+
+    assert len(states) == workers
+    for state in states:
+        assert_equal_states(state, states[0], exactly=True)
+
+
+def test_another_number_of_workers_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_trainers(save, 3, str(path))
+
+    said = run_trainers(resume_and_listen, 2, str(path))[0]
+    assert (
+        "The 2 worker(s) here go on from its full model, with a new partition, in round 2 after 0 local steps" in said
+    )

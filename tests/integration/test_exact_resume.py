@@ -1,0 +1,264 @@
+"""A run that goes on from a checkpoint of any step is the run that was never stopped, bit for bit (contract 7)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from tests.helpers.plain import CLASSES, Classifier, held_out
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+
+BATCHES = 7  # in an epoch; rounds of three steps end anywhere in it
+EPOCHS = 2
+STOPS_PER_CASE = 5
+OPTIONS: dict[str, list[Any]] = {
+    "momentum": ["reset", "keep", "travel"],
+    "wire": ["fp32", "bf16", "int8"],
+    "batch_norm": ["recalibrate", "running"],
+    "min_blocks": [1, 3],
+    "warmup_rounds": [0, 1],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, and the steps after which it is stopped."""
+
+    workers: int
+    face: str
+    options: dict[str, Any]
+    optimizer: str
+    loader: str
+    accumulate: int
+    stops: tuple[int, ...]
+
+
+def draw_case(number: int) -> Case:
+    drawn = random.Random(number)
+    face = drawn.choice(["resist", "resist", "resist", "local_sgd"])
+    options = {name: drawn.choice(values) for name, values in OPTIONS.items()}
+    if face == "local_sgd":
+        options = {"momentum": drawn.choice(["reset", "keep"]), "wire": options["wire"]}
+    accumulate = drawn.choice([1, 1, 2])
+    batches = EPOCHS * BATCHES
+    return Case(
+        workers=1 + number % 4,
+        face=face,
+        options=options,
+        optimizer=drawn.choice(["sgd", "adamw"]),
+        loader=drawn.choice(["shuffled", "shuffled", "endless"]),
+        accumulate=accumulate,
+        stops=tuple(sorted(drawn.sample(range(1, batches), STOPS_PER_CASE))),
+    )
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Images whose noise comes from every generator that a user's transforms may use."""
+
+    def __len__(self) -> int:
+        return 4 * BATCHES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.full((3, 8, 8), float(index % CLASSES))
+        return image + torch.randn(3, 8, 8) + float(np.random.rand()) + random.random(), index % CLASSES
+
+
+class Endless(IterableDataset[tuple[Tensor, int]]):
+    """The same, of unknown length: Lightning fetches one batch ahead."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        data = Augmented()
+        for index in torch.randperm(len(data)).tolist():
+            yield data[index]
+
+
+class Noisy(Classifier):
+    """With dropout and a schedule."""
+
+    def __init__(self, optimizer: str = "sgd", seed: int = 7) -> None:
+        super().__init__(seed=seed)
+        self.optimizer = optimizer
+        self.dropout = nn.Dropout(0.2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((self.dropout(batch[0]), batch[1]), batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "adamw":
+            optimizer: Any = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        else:
+            optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SavesAt(L.Callback):
+    def __init__(self, folder: str, batches: tuple[int, ...]) -> None:
+        self.folder, self.batches, self.seen = folder, batches, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.seen += 1
+        if self.seen in self.batches:
+            trainer.save_checkpoint(f"{self.folder}/{self.seen}.ckpt")
+
+
+def loader_of(worker: int, kind: str, loader_workers: int = 0) -> DataLoader[Any]:
+    if kind == "endless":
+        return DataLoader(Endless(), batch_size=4, num_workers=loader_workers)
+    return DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=loader_workers)
+
+
+def fit(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback], **more: Any) -> Noisy:
+    L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
+    module = Noisy(case.optimizer, seed=7 if ckpt_path is None else 8)
+    trainer = make_trainer(
+        make_strategy(case.face, **case.options),
+        max_epochs=EPOCHS,
+        callbacks=callbacks,
+        accumulate_grad_batches=case.accumulate,
+        **more,
+    )
+    trainer.fit(module, loader_of(worker, case.loader), ckpt_path=ckpt_path)
+    return module
+
+
+def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[dict[str, Tensor]]:
+    states = [clone_state(fit(worker, case, None, [SavesAt(folder, case.stops)]))]
+    return states + [clone_state(fit(worker, case, f"{folder}/{stop}.ckpt", [])) for stop in case.stops]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, tmp_path: Path) -> None:
+    case = draw_case(number)
+
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+        assert len(resumed) == STOPS_PER_CASE
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
+
+
+# Where a run is stopped, and what its data come from.
+
+
+class Counts(DataLoader[Any]):
+    """A loader that can say where it is, as those of torchdata do."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.given = self.skipped = 0
+
+    def __iter__(self) -> Any:
+        skipped, self.skipped = self.skipped, 0
+        self.given = skipped
+        with torch.random.fork_rng(devices=[]):
+            order = torch.randperm(4 * BATCHES, generator=torch.Generator().manual_seed(5)).tolist()
+        for start in range(skipped * 4, len(order), 4):
+            self.given += 1
+            images, labels = zip(*(self.dataset[i] for i in order[start : start + 4]), strict=True)
+            yield torch.stack(images), torch.tensor(labels)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["given"]
+
+
+def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.Callback]) -> dict[str, Tensor]:
+    L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
+    made: Any = {"steps by hand": StepsByHand, "follows a loss": FollowsALoss, "two loaders": OfTwoLoaders}.get(
+        kind, Noisy
+    )
+    module = made(seed=7 if ckpt_path is None else 8)
+    loader: Any = loader_of(worker, "shuffled", int(kind == "processes"))
+    if kind == "stateful":
+        loader = Counts(Augmented(), batch_size=4)
+    elif kind == "two loaders":
+        short = DataLoader(Subset(Augmented(), range(12)), batch_size=4, shuffle=True)
+        loader = CombinedLoader([loader, short], "max_size_cycle")
+    elif kind == "persistent":
+        loader = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+    validates = {"val_check_interval": 3} if "validation" in kind else {}
+    trainer = make_trainer(
+        make_strategy(), max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=bool(callbacks), **validates
+    )
+    trainer.fit(module, loader, held_out(worker) if validates else None, ckpt_path=ckpt_path)
+    return clone_state(module)
+
+
+def unbroken_and_resumed_loader(worker: int, kind: str, folder: str) -> list[dict[str, Tensor]]:
+    saving: L.Callback = SavesAt(folder, (3, 5, 9))
+    if kind == "validation":
+        saving = ModelCheckpoint(folder, filename="{step}", monitor="val/loss", save_top_k=-1)
+    if kind == "just before validation":
+        saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    states = [fit_loader(worker, kind, None, [saving])]
+    names = ["3", "5", "9"]
+    if kind == "validation":
+        names = [f"step={step}" for step in (3, 6, 10, 13)]
+    elif kind == "just before validation":
+        names = [f"step={step}" for step in (3, 6, 9)]
+    names = names[:1] if kind == "persistent" else names  # in a later epoch their random state is lost
+    return states + [fit_loader(worker, kind, f"{folder}/{name}.ckpt", []) for name in names]
+
+
+class StepsByHand(Noisy):
+    """Adds up gradients of two batches, as manual optimization allows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class FollowsALoss(StepsByHand):
+    """Each worker lowers its learning rate by a loss of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        schedule: Any = self.lr_schedulers()
+        schedule.step(float(batch_idx * (2 * self.global_rank - 1)))  # falls on worker 0, rises on worker 1
+        super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()["optimizer"]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1),
+        }
+
+
+class OfTwoLoaders(Noisy):
+    """The shorter one is begun again and again, in another order each time."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx)
+
+
+KINDS = ("two loaders", "validation", "just before validation", "processes", "stateful", "persistent")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "steps by hand", "follows a loss"])
+def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: str, tmp_path: Path) -> None:
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed_loader, 2, kind, str(tmp_path), timeout=120):
+        assert resumed
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)

@@ -1,0 +1,251 @@
+"""Snapshots at the borders of rounds: what a run goes on from when its workers were lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from resist_lightning import CheckpointError, Config
+from resist_lightning.snapshots import SnapshotFolder
+from tests.helpers.plain import Classifier, stream
+from tests.helpers.restarted import STEPS
+from tests.helpers.trainers import (
+    make_strategy,
+    make_trainer,
+    run_trainers,
+    run_trainers_to_the_end,
+    train_in_one_process,
+)
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import Noisy, loader_of
+
+State = dict[str, Tensor]
+EPOCH = 20
+STOP = 14  # in round 4: the newest snapshot is that of round 4, after 12 steps
+
+
+class Stops(L.Callback):
+    """The user presses a wrong key."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.after:
+            raise KeyError("stopped")
+
+
+def train(worker: int, snapshots: str, options: dict[str, Any], ckpt_path: str | None = None, stop: int = 0) -> State:
+    L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
+    module = Noisy(seed=7 if ckpt_path is None else 8)
+    strategy = make_strategy(snapshots=snapshots, **options)
+    trainer = make_trainer(strategy, max_epochs=3, callbacks=[Stops(stop)] if stop else [])
+    try:
+        trainer.fit(module, loader_of(worker, "shuffled"), ckpt_path=ckpt_path)
+    except KeyError:
+        assert stop
+    return clone_state(module) if not stop else {}
+
+
+def unbroken_stopped_and_resumed(worker: int, folder: str, options: dict[str, Any]) -> tuple[State, State]:
+    unbroken = train(worker, f"{folder}/unbroken", options)
+    train(worker, f"{folder}/stopped", options, stop=STOP)
+    return unbroken, train(worker, f"{folder}/stopped", options, ckpt_path=f"{folder}/stopped")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": "travel", "wire": "int8"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3}],
+    ids=["resist", "momentum that travels, int8", "local SGD", "every third round"],
+)
+def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str, Any], tmp_path: Path) -> None:
+    for unbroken, resumed in run_trainers(unbroken_stopped_and_resumed, 2, str(tmp_path), options):
+        assert_equal_states(resumed, unbroken, exactly=True)
+    assert not (tmp_path / "stopped").exists()  # the run has come to its end
+
+
+def stopped(worker: int, folder: str) -> None:
+    module = Classifier()
+    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Stops(STOP)])
+    with pytest.raises(KeyError):
+        trainer.fit(module, stream(worker, EPOCH))
+
+
+def resumed(worker: int, folder: str) -> State:
+    module = Classifier(seed=1)
+    strategy = make_strategy(snapshots=folder)
+    make_trainer(strategy, max_epochs=1).fit(module, stream(worker, EPOCH, start=12), ckpt_path=folder)
+    return clone_state(module)
+
+
+def break_file(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_only_the_newest_two_rounds_are_kept_and_a_broken_newest_falls_back(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    run_trainers(stopped, 2, str(folder))
+    assert [snapshot.round for snapshot in SnapshotFolder(folder).newest_first()] == [4, 3]
+
+    break_file(SnapshotFolder(folder).newest_first()[0].files[1])
+    rounds = run_trainers(begun_in_round, 2, str(folder))
+
+    assert rounds == [3, 3]
+
+
+def begun_in_round(worker: int, folder: str) -> int:
+    rounds = []
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            rounds.append(trainer.strategy.engine.clock.round)
+
+    module = Classifier(seed=1)
+    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Notes()])
+    trainer.fit(module, stream(worker, EPOCH, start=9), ckpt_path=folder)
+    return int(rounds[0])
+
+
+def test_where_no_round_is_whole_all_workers_say_so(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    run_trainers(stopped, 2, str(folder))
+    for snapshot in SnapshotFolder(folder).newest_first():
+        break_file(snapshot.files[1])
+
+    for outcome in run_trainers_to_the_end(resumed, 2, str(folder)):
+        assert isinstance(outcome.error, CheckpointError)
+        assert "no snapshot that all workers can read; rounds by worker: 0: [3, 4]; 1: none" in str(outcome.error)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_other_workers_go_on_from_the_blocks_of_all(workers: int, tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    run_trainers(stopped, 3, str(folder))
+
+    results = run_trainers(resumed, workers, str(folder))
+
+    config = Config(local_steps=3, min_blocks=1)
+    before = train_in_one_process(Classifier(), config, 3, 12)  # to the border of round 4
+    module = Classifier()
+    module.load_state_dict(full_state(before))
+    after = train_in_one_process(module, config, workers, EPOCH - 12, first_step=12)
+    expected = after.full_model().state_dict()
+    for state in results:
+        assert_equal_states(state, results[0], exactly=True)
+        # Batch norm is re-estimated on the batches since the restart, the simulator's on the last eight.
+        for name, value in expected.items():
+            if "running" not in name and "tracked" not in name:
+                torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def full_state(simulator: Any) -> State:
+    """Unscaled: what the holders have at a border."""
+    return {name: value.clone() for name, value in simulator.workers[0].module.state_dict().items()}
+
+
+def starts_anew(worker: int, folder: str) -> None:
+    make_trainer(make_strategy(snapshots=folder), max_epochs=1).fit(Classifier(), stream(worker, EPOCH))
+
+
+def test_a_new_run_does_not_write_over_the_snapshots_of_a_broken_one(tmp_path: Path) -> None:
+    run_trainers(stopped, 2, str(tmp_path))
+
+    for outcome in run_trainers_to_the_end(starts_anew, 2, str(tmp_path)):
+        assert isinstance(outcome.error, ValueError)
+        assert "a run that did not come to its end" in str(outcome.error)
+        assert "ckpt_path=" in str(outcome.error)
+    assert len(SnapshotFolder(tmp_path).newest_first()) == 2
+
+
+def test_what_else_is_in_the_folder_stays_when_the_run_has_come_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "round=best").mkdir()
+    (tmp_path / "thesis.tex").write_text("years of work")
+
+    run_trainers(starts_anew, 2, str(tmp_path))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round=best", "thesis.tex"]
+
+
+class Odd(L.Callback):
+    """Keeps an object that is no plain data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"odd": argparse.Namespace(a=1)}
+
+
+def keeps_an_object(worker: int, folder: str) -> None:
+    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Odd()])
+    trainer.fit(Classifier(), stream(worker, EPOCH))
+
+
+def test_what_could_not_be_loaded_again_is_refused_when_the_first_snapshot_is_written(tmp_path: Path) -> None:
+    (outcome,) = run_trainers_to_the_end(keeps_an_object, 1, str(tmp_path))
+    assert isinstance(outcome.error, ValueError)
+    assert "refuses 'callbacks' (argparse.Namespace)" in str(outcome.error)
+    assert SnapshotFolder(tmp_path).newest_first() == []
+
+
+# Under torchrun, which starts the workers again.
+
+PATIENCE_SECONDS = 200
+
+
+def torchrun(root: Path, arguments: list[str], folder: Path, harm_after: int) -> subprocess.Popen[str]:
+    """An agent in a session of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", *arguments),
+            *("-m", "tests.helpers.restarted", str(folder), str(harm_after)),
+        ],
+        cwd=root,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def end(agents: list[subprocess.Popen[str]]) -> list[str]:
+    """What each agent said, when all have ended; nothing of them is left."""
+    try:
+        return [agent.communicate(timeout=PATIENCE_SECONDS)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            with suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+
+
+@pytest.mark.timeout(PATIENCE_SECONDS + 30)
+@pytest.mark.parametrize(
+    ("harm_after", "first_step"), [(7, 7), (1, 1)], ids=["in round 2", "before there is a snapshot"]
+)
+def test_torchrun_starts_killed_workers_again_and_the_run_goes_on_by_itself(
+    harm_after: int, first_step: int, tmp_path: Path, root: Path
+) -> None:
+    one_agent = ["--nnodes=1", "--nproc-per-node=2", "--max-restarts=1", "--rdzv-endpoint=localhost:0"]
+    (said,) = end([torchrun(root, one_agent, tmp_path, harm_after)])
+
+    results = [torch.load(tmp_path / f"result-{worker}.pt", weights_only=True) for worker in (0, 1)]
+    simulator = train_in_one_process(Classifier(), Config(local_steps=3, min_blocks=1), 2, STEPS)
+    assert (tmp_path / "harmed").exists(), said
+    for result in results:
+        assert result["steps"][0] == first_step, said  # after the snapshot of round 2, or anew
+        assert_equal_states(result["state"], simulator.full_model().state_dict(), exactly=False)

@@ -1,0 +1,148 @@
+"""Whatever happens to one worker, the others end with an error that names it, and nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from resist_lightning import WorkerLost
+from resist_lightning.watch import EXIT_CODE
+from tests.helpers import dying
+from tests.helpers.processes import run_workers, run_workers_to_the_end
+from tests.helpers.trainers import run_trainers_to_the_end
+from tests.helpers.worker import Outcome
+
+PATIENCE_SECONDS = 120
+NAME = r"worker {} \(host .+, pid \d+\) "
+
+pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
+
+
+# Processes that exist already, as under torchrun.
+
+
+def train(worker: int, harm: str, doomed: int, folder: str, workers: int, timeout: float) -> None:
+    dying.TIMEOUT = dying.timedelta(seconds=timeout)
+    saving = ModelCheckpoint(folder, every_n_train_steps=dying.AT_STEP // 2, save_last=True)
+    dying.train(harm, doomed, folder, workers=workers, callbacks=[saving], enable_checkpointing=True)
+
+
+def harm(what: str, doomed: int, folder: Path, workers: int = 2, limit: float = 60.0) -> list[Outcome]:
+    return run_trainers_to_the_end(train, workers, what, doomed, str(folder), workers, limit, timeout=PATIENCE_SECONDS)
+
+
+def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
+    assert isinstance(outcome.error, WorkerLost), outcome
+    said = str(outcome.error)
+    assert re.match(NAME.format(worker) + how, said), said
+    assert re.search(r"local steps, round (19|20), local step \d", said), said
+    assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
+
+
+def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resume(tmp_path: Path) -> None:
+    outcomes = harm("kill", 1, tmp_path, workers=3)
+
+    assert outcomes[1].end == "SIGKILL"
+    for other in (0, 2):
+        assert_lost(outcomes[other], 1, r"ended without a word", tmp_path)
+
+
+def test_a_worker_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
+    outcomes = harm("load:hang", 1, tmp_path, limit=5.0)
+
+    assert_lost(outcomes[0], 1, r"is alive, but has not come to the meeting for 5 s: it is still in ", tmp_path)
+    assert outcomes[1].end == f"exit code {EXIT_CODE}"
+
+
+# Launchers: worker 0, or the main process, has children.
+
+
+def running(folder: Path) -> list[int]:
+    """The workers that still run; one that is stopped counts."""
+    found = []
+    for path in folder.glob("pid*"):
+        with suppress(OSError):
+            pid = int(path.read_text())
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def run_script(root: Path, folder: Path, what: str, doomed: int) -> str:
+    """Run the script until none of its workers is left; returns what it wrote to stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "tests.helpers.dying", what, str(doomed), str(folder)]
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True, stderr=stderr)
+    try:
+        process.wait(PATIENCE_SECONDS)
+        deadline = time.monotonic() + PATIENCE_SECONDS / 4
+        while running(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(list(folder.glob("pid*"))) == 2
+        assert running(folder) == []
+        return (folder / "stderr").read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("what", "doomed", "how"),
+    [
+        ("segv", 1, r"was ended by signal 11 \(SIGSEGV\)"),
+        ("stop", 1, r"has not been heard of for \d+ s: it is frozen"),
+        ("kill", 0, r"ended without a word"),
+    ],
+)
+def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, root: Path, tmp_path: Path) -> None:
+    stderr = run_script(root, tmp_path, what, doomed)
+
+    error = (tmp_path / f"error{1 - doomed}").read_text()
+    assert re.match("WorkerLost: " + NAME.format(doomed) + how, error), stderr
+    assert re.search(r"last doing: [a-z -]+, round \d+, local step \d+", error)
+
+
+def fork(_: int, folder: str) -> None:
+    dist.destroy_process_group()
+    rank_zero_only.rank = 0
+    with pytest.raises(WorkerLost, match=NAME.format(1) + r"was ended by signal 9 \(SIGKILL\)"):
+        dying.train("kill", 1, folder, "fork")
+
+
+def test_of_forked_workers_the_main_process_names_the_one_that_died(tmp_path: Path) -> None:
+    run_workers(fork, 1, str(tmp_path), timeout=PATIENCE_SECONDS)
+
+    assert running(tmp_path) == []
+
+
+def fork_and_be_killed(_: int, folder: str) -> Any:
+    dist.destroy_process_group()
+    rank_zero_only.rank = 0
+    dying.HARMS["kill"] = lambda: os.kill(os.getppid(), signal.SIGKILL)
+    dying.train("kill", 1, folder, "fork")
+
+
+def test_forked_workers_end_when_their_main_process_does(tmp_path: Path) -> None:
+    (outcome,) = run_workers_to_the_end(fork_and_be_killed, 1, str(tmp_path), timeout=PATIENCE_SECONDS)
+
+    assert outcome.end == "SIGKILL"
+    deadline = time.monotonic() + PATIENCE_SECONDS / 4
+    while running(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running(tmp_path) == []
