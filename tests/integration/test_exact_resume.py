@@ -192,8 +192,9 @@ def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.
     elif kind == "persistent":
         loader = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
     validates = {"val_check_interval": 3} if "validation" in kind else {}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # else Lightning adds one of its own
     trainer = make_trainer(
-        make_strategy(), max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=bool(callbacks), **validates
+        make_strategy(), max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=saves, **validates
     )
     trainer.fit(module, loader, held_out(worker) if validates else None, ckpt_path=ckpt_path)
     return clone_state(module)
