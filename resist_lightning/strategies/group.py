@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,7 @@ from resist_lightning.engine import Engine
 from resist_lightning.presence import present_to_cpu
 from resist_lightning.strategies.checkpoints import AtomicIO
 from resist_lightning.strategies.guard import Guard
-from resist_lightning.strategies.launch import StartMethod
+from resist_lightning.strategies.launch import Launch
 from resist_lightning.strategies.signals import Signals
 
 
@@ -27,24 +26,16 @@ class GroupStrategy(DDPStrategy):
     Lightning shards data and reduces metrics for subclasses of ``DDPStrategy`` only.
     """
 
-    def __init__(
-        self,
-        *,
-        parallel_devices: list[torch.device] | None,
-        process_group_backend: str | None,
-        timeout: timedelta,
-        silence: timedelta,
-        start_method: StartMethod,
-    ) -> None:
+    def __init__(self, launch: Launch) -> None:
         super().__init__(
-            parallel_devices=parallel_devices,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
+            parallel_devices=launch.parallel_devices,
+            process_group_backend=launch.process_group_backend,
+            timeout=launch.timeout,
+            start_method=launch.start_method,
             checkpoint_io=AtomicIO(),
         )
         self.engine: Engine | None = None
-        self.guard = Guard(silence)
+        self.guard = Guard(launch.silence)
         self.signals: Signals | None = None
         self._owns_group = False
 

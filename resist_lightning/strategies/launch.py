@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -21,16 +22,38 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.multiprocessing.spawn import ProcessExitedException
 from typing_extensions import override
 
+from resist_lightning.config import check_choice
 from resist_lightning.errors import WorkerLost
 from resist_lightning.liveness import name_of_exit
 from resist_lightning.strategies.children import Children
-from resist_lightning.strategies.guard import PARENT, Guard
+from resist_lightning.strategies.guard import DEFAULT_SILENCE, PARENT, Guard
 
 StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 _AVERAGING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the workers of a run are started, find each other, and notice that one is gone.
+
+    The arguments are explained in :class:`~resist_lightning.ResISTStrategy`.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    parallel_devices: list[torch.device] | None = None
+    process_group_backend: str | None = None
+    timeout: timedelta = DEFAULT_TIMEOUT
+    silence: timedelta = DEFAULT_SILENCE
+    start_method: StartMethod = "popen"
+
+    def __post_init__(self) -> None:
+        """Check what Lightning does not."""
+        check_choice("start_method", self.start_method, get_args(StartMethod))
 
 
 class _Checked(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from resist_lightning.config import CheckPolicy, Config, NonFinitePolicy, WireName, check_choice
 from resist_lightning.strategies.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, StartMethod
+from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, Launch, StartMethod
 from resist_lightning.strategies.restarts import SaveErrors, Saving, WorkerLoss
 from resist_lightning.strategies.subnet import DataPolicy, SubnetStrategy
 
@@ -80,11 +80,7 @@ class LocalSGDStrategy(SubnetStrategy):
                 check=check,
                 non_finite=non_finite,
             ),
-            data=data,
-            saving=Saving(on_save_error, snapshots, snapshot_every_n_rounds, on_worker_loss),
-            parallel_devices=parallel_devices,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            silence=silence,
-            start_method=start_method,
+            data,
+            Saving(on_save_error, snapshots, snapshot_every_n_rounds, on_worker_loss),
+            Launch(parallel_devices, process_group_backend, timeout, silence, start_method),
         )

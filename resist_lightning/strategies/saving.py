@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,7 +21,7 @@ from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.files import refused
 from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY, load_checkpoint, read_own, remove, save_together
 from resist_lightning.strategies.group import GroupStrategy
-from resist_lightning.strategies.launch import StartMethod
+from resist_lightning.strategies.launch import Launch
 from resist_lightning.strategies.lightning_patches import resume_from
 from resist_lightning.strategies.position import Position
 from resist_lightning.strategies.restarts import Restarts, Saving
@@ -32,23 +30,8 @@ from resist_lightning.strategies.restarts import Restarts, Saving
 class SavingStrategy(GroupStrategy):
     """A strategy whose engine has the model in parts, and whose checkpoints have it whole."""
 
-    def __init__(
-        self,
-        *,
-        saving: Saving,
-        parallel_devices: list[torch.device] | None,
-        process_group_backend: str | None,
-        timeout: timedelta,
-        silence: timedelta,
-        start_method: StartMethod,
-    ) -> None:
-        super().__init__(
-            parallel_devices=parallel_devices,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            silence=silence,
-            start_method=start_method,
-        )
+    def __init__(self, saving: Saving, launch: Launch) -> None:
+        super().__init__(launch)
         self._saving = saving
         self._restarts: Restarts | None = None  # where snapshots are written
         self._source: Restarts | None = None  # whence the run goes on

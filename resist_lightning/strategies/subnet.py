@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -25,9 +23,9 @@ from resist_lightning.layout import Layout
 from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
+    Launch,
     ProcessLauncher,
     ScriptLauncher,
-    StartMethod,
     check_callbacks,
     refuse_launch,
     warn_of_messages,
@@ -49,28 +47,9 @@ class SubnetStrategy(SavingStrategy):
 
     strategy_name: str
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        data: DataPolicy,
-        saving: Saving,
-        parallel_devices: list[torch.device] | None,
-        process_group_backend: str | None,
-        timeout: timedelta,
-        silence: timedelta,
-        start_method: StartMethod,
-    ) -> None:
+    def __init__(self, config: Config, data: DataPolicy, saving: Saving, launch: Launch) -> None:
         check_choice("data", data, get_args(DataPolicy))
-        check_choice("start_method", start_method, get_args(StartMethod))
-        super().__init__(
-            saving=saving,
-            parallel_devices=parallel_devices,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            silence=silence,
-            start_method=start_method,
-        )
+        super().__init__(saving, launch)
         self.config = config
         self._data = data
         self._patches: LoopPatches | None = None
