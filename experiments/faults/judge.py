@@ -27,6 +27,8 @@ TOGETHER = {"fill_disk": "CheckpointNotWritten", "terminate": "SIGTERMException"
 """What all workers raise, having agreed to end before the same batch, or that a checkpoint could not be written."""
 DOING = r"last doing: (starting|local steps|meeting|averaging|hand-over|evaluation|saving|finishing), round \d+, local step \d+"
 """What it was last heard to do; who is gone in a moment cannot have told of that moment."""
+IN_A_FILE = ("raise_error", "run_out_of_memory")
+"""Faults that, struck in the middle of a file, may come out as the failure of the write that they break off."""
 HANG, WRONG = "hang", "wrong continuation"
 """How the findings begin that no run may have."""
 
@@ -68,7 +70,7 @@ def _of_the_struck(case: Case, ended: Ended) -> Iterator[str]:
         return
     end, error = ended.ends[struck], ended.errors[struck]
     found = (end if case.launcher == "forked" else OWN_END[kind][0], error["type"] if error else "")
-    if found != OWN_END[kind]:
+    if found != OWN_END[kind] and not (_in_a_file(case) and found == OWN_END["fill_disk"]):
         yield f"own error: worker {struck} ended with {' '.join(found)}, not with {' '.join(OWN_END[kind])}"
 
 
@@ -93,7 +95,7 @@ def _of_error(case: Case, worker: int, error: dict[str, Any], left: Left) -> Ite
     kind, text = error["type"], error["text"]
     if kind == "SIGTERMException" and case.launcher != "forked":
         return  # the launcher has ended the others
-    if kind == TOGETHER.get(case.fault.kind):
+    if kind == TOGETHER.get(case.fault.kind) or (_in_a_file(case) and kind == TOGETHER["fill_disk"]):
         if kind == "CheckpointNotWritten" and not re.search(rf"\bworker {case.fault.worker}: ", text):
             yield f"not named: the error of worker {worker} does not name the worker"
         return
@@ -109,6 +111,10 @@ def _of_error(case: Case, worker: int, error: dict[str, Any], left: Left) -> Ite
     for what, pattern in wanted.items():
         if not re.search(pattern, text):
             yield f"not named: the error of worker {worker} does not name {what}"
+
+
+def _in_a_file(case: Case) -> bool:
+    return case.fault.place == "saving" and case.fault.kind in IN_A_FILE
 
 
 def _is_told(case: Case, ended: Ended) -> bool:
