@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
@@ -95,10 +96,9 @@ class RoundMonitor(Callback):
         layout, workers, clock = engine.layout, engine.collective.workers, engine.clock
         first = self._first or Clock(clock.local_steps)
         rounds = clock.round + (clock.step > 0)
-        partitions = [layout.schedule.partition(round).held for round in range(rounds)]
-        sizes = [sum(p.numel() for p in block.module.parameters()) for block in layout.blocks]
+        partitions = [layout.held(round) for round in range(rounds)]
         full = sum(p.numel() for p in layout.module.parameters())
-        held = [[full - sum(sizes) + sum(sizes[i] for i in blocks) for blocks in partition] for partition in partitions]
+        held = [layout.held_parameters(round) for round in range(rounds)]
         averaged = sum(tensor.nbytes for tensor in [*layout.module.parameters(), *layout.module.buffers()])
         gradients = sum(p.nbytes for p in layout.module.parameters() if p.requires_grad)
         return {
@@ -107,8 +107,8 @@ class RoundMonitor(Callback):
             "rounds": rounds,
             "local_steps": clock.total_steps,
             "local_steps_per_round": clock.local_steps,
-            "blocks": [block.name for block in layout.blocks],
-            "shared_parameters": full - sum(sizes),
+            "blocks": layout.parts(),
+            "shared_parameters": sum(p.numel() for p in layout.shared.values() if isinstance(p, nn.Parameter)),
             "full_parameters": full,
             "held_parameters": held[-1] if held else [],
             "held_parameters_max": max((max(row) for row in held), default=full),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
+from typing_extensions import override
 
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
@@ -20,66 +21,85 @@ PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a run trains.
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """How a run trains, whatever the method divides the model by.
 
     Args:
         local_steps: local steps per round, at least 1.
-        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
-            what ``blocks_per_worker`` lists.
-        blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
-            to the speed that each shows in the first rounds), or a list with a count for each worker.
-        blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
-            glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
         seed: seed of the partitions; 0 is a seed.
-        momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the paper), ``keep``
-            (state of shared layers and of blocks that stay), ``travel`` (as keep, and state goes with its block).
+        momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
+            (state of what a worker keeps), ``travel`` (as keep, and state goes with what is handed over).
         batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
-            training batches), ``running`` (mean of the workers' running statistics), ``batch`` (of each batch).
-        warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
-        test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
-            chance that a block is held: mean blocks per worker / number of blocks.
+            training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
-        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
-            ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
         check: which entries of the shared tensors are hashed after each sync, and compared between workers:
             ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
         non_finite: what happens when a worker comes to a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
-            out of the means, and its own blocks are again what they were when the round began; needs a copy of them).
+            out of the means, and what it alone held is again what it was when the round began; needs a copy of that).
 
     Raises:
         ValueError: if a value is outside its limits.
     """
 
     local_steps: int = 50
-    min_blocks: int | None = None
-    blocks_per_worker: BlockCounts = "equal"
-    blocks: BlockChoice = None
     seed: int = 0
     momentum: MomentumPolicy = "reset"
     batch_norm: NormPolicy = "recalibrate"
-    warmup_rounds: int = 0
-    test_scale: float | None = None
     recalibration_batches: int = 8
-    wire: WireName = "fp32"
     check: CheckPolicy = "sampled"
     non_finite: NonFinitePolicy = "raise"
 
     def __post_init__(self) -> None:
         """Check every value."""
         check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
-        check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
         check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
         check_integer("seed", self.seed, 0, "0 is a seed")
+        check_choice("momentum", self.momentum, get_args(MomentumPolicy))
+        check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
+        check_choice("check", self.check, get_args(CheckPolicy))
+        check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    """How a run trains whose residual blocks are partitioned, or (``blocks=[]``) nothing.
+
+    Args:
+        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
+            what ``blocks_per_worker`` lists.
+        blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
+            to the speed that each shows in the first rounds), or a list with a count for each worker.
+        blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
+            glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
+        warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
+        test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
+            chance that a block is held: mean blocks per worker / number of blocks.
+        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
+            ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
+
+    The others are those of :class:`CommonConfig`.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    min_blocks: int | None = None
+    blocks_per_worker: BlockCounts = "equal"
+    blocks: BlockChoice = None
+    warmup_rounds: int = 0
+    test_scale: float | None = None
+    wire: WireName = "fp32"
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
         if self.min_blocks is not None:
             check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
         _check_counts(self.blocks_per_worker)
-        check_choice("momentum", self.momentum, get_args(MomentumPolicy))
-        check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
         check_choice("wire", self.wire, get_args(WireName))
-        check_choice("check", self.check, get_args(CheckPolicy))
-        check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 

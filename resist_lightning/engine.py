@@ -22,22 +22,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from resist_lightning.accounting import KINDS, Sizes
+from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
 from resist_lightning.collective import Collective, default_collective
-from resist_lightning.config import Config
+from resist_lightning.config import CommonConfig
 from resist_lightning.headers import Purpose
-from resist_lightning.layout import Layout, parameters_of
 from resist_lightning.meeting import Host, Meeting
+from resist_lightning.methods import make_layout, make_sync
 from resist_lightning.observation import Observation
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.pace import Pace
-from resist_lightning.partition import Partition
-from resist_lightning.plan import SyncPlan, plan_sync
-from resist_lightning.presence import Residency
 from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
-from resist_lightning.sync import Sync
+from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
 
 
@@ -60,7 +57,7 @@ class Engine:
         self,
         module: nn.Module,
         optimizers: Sequence[Optimizer],
-        config: Config,
+        config: CommonConfig,
         *,
         collective: Collective | None = None,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -69,7 +66,7 @@ class Engine:
         self.module = module
         self.config = config
         self.collective = collective or default_collective()
-        self.layout = Layout(module, config, self.collective.workers)
+        self.layout = make_layout(module, config, self.collective.workers)
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)
@@ -78,13 +75,10 @@ class Engine:
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
         self._meeting = Meeting(self.layout, self.collective, host or Host())
-        self._device = next((tensor.device for tensor in self.layout.shared.values()), torch.device("cpu"))
+        self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.seconds = Seconds(self._device)
-        self._sync = Sync(self.layout, self.states, self.collective, self._device, self.seconds)
-        self._residency = Residency(self.layout.blocks)
-        self._observation = Observation(
-            self.layout, self._sync, self._residency, self._meeting, self._device, forward_context
-        )
+        self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
+        self._observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
@@ -92,9 +86,9 @@ class Engine:
             self.layout.warn()
 
     @property
-    def partition(self) -> Partition:
+    def partition(self) -> Any:
         """Who holds what in this round."""
-        return self.layout.schedule.partition(self.clock.round)
+        return self.layout.partition(self.clock.round)
 
     @property
     def observing(self) -> bool:
@@ -119,7 +113,7 @@ class Engine:
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._meeting.soundness.begin()
         self._observation.start()
-        self._make_room()
+        self._sync.divide(self.clock.round)
         self._sync.begin()
         self.resumption.load_tensors()
         self._begin_round()
@@ -184,7 +178,7 @@ class Engine:
     def end_observation(self) -> None:
         """Go back to this worker's sub-network, bit for bit. Sends nothing."""
         with self.seconds.timed("observe"):
-            self._observation.put_back(self.clock.round, self._make_room)
+            self._observation.put_back(self.clock.round)
         self.activity.begin("local steps")
 
     def finish(self) -> None:
@@ -243,10 +237,6 @@ class Engine:
         """
         self._meeting.hold(Purpose.HOST, self.clock)
 
-    def sizes(self) -> Sizes:
-        """Bytes of the model's parts, for :func:`resist_lightning.accounting.sync_bytes`."""
-        return self.layout.sizes(self.states)
-
     def _end_round(self) -> None:
         self.activity.begin("meeting")
         reports = self._meeting.hold(Purpose.SYNC, self.clock, [self._pace.take()])
@@ -258,9 +248,9 @@ class Engine:
         if self.config.momentum == "reset":
             self.states.reset()
         self.clock.next_round()
-        self._sync.hand_over(plan, ended, self._make_room)
+        self._sync.hand_over(plan, ended)
         finish_average()
-        self._meeting.soundness.note(self._sync.equal(self.partition), self.clock.round)
+        self._meeting.soundness.note(self._sync.equal(self.clock.round), self.clock.round)
         self._begin_round()
         self.activity.begin("local steps")
 
@@ -269,15 +259,9 @@ class Engine:
             raise RuntimeError("the engine is not running: call start() first.")
         self._observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
-    def _next_plan(self) -> SyncPlan:
-        after = self.layout.schedule.partition(self.clock.round + 1)
-        return plan_sync(self.partition, after, self._meeting.soundness.left_out)
-
-    def _make_room(self) -> None:
-        """Hold what this round's partition says, and forget the optimizer state of blocks that leave."""
-        held = self.partition.held[self.collective.worker]
-        self.states.drop(parameters_of(self._residency.leaving(held)))
-        self._residency.hold(held)
+    def _next_plan(self) -> Plan:
+        plan: Plan = self._sync.plan(self.clock.round, self._meeting.soundness.left_out)
+        return plan
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)

@@ -6,7 +6,6 @@ import hashlib
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -28,16 +27,17 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
         surroundings: what the host adds, by name.
     """
     named: list[tuple[str, Tensor]] = [*layout.module.named_parameters(), *layout.module.named_buffers()]
-    order = [name for name, _ in named] + [block.name for block in layout.blocks]
+    order = [name for name, _ in named] + layout.parts()
     return {
         "versions": _versions(),
         "settings": {
-            **_settings(layout),
+            "workers": str(layout.workers),
+            **layout.settings(),
             **surroundings,
             "order of tensors and blocks": _short(repr(order).encode()),
         },
         "optimizers": states.describe(),
-        "blocks": {block.name: "" for block in layout.blocks},
+        "blocks": dict.fromkeys(layout.parts(), ""),
         "tensors": {name: _tensor(tensor) for name, tensor in named},
         "source files": _sources(layout.module),
     }
@@ -48,20 +48,6 @@ def _versions() -> dict[str, str]:
     loaded = {name: sys.modules[name] for name in _LIBRARIES if name in sys.modules}
     versions = {name: str(getattr(module, "__version__", "unknown")) for name, module in loaded.items()}
     return {"Python": platform.python_version(), **{name: text.partition("+")[0] for name, text in versions.items()}}
-
-
-def _settings(layout: Layout) -> dict[str, str]:
-    config = layout.config
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    if callable(values["blocks"]):
-        values["blocks"] = "a predicate"  # its choice is compared
-    elif values["blocks"] is not None and not isinstance(values["blocks"], str):
-        values["blocks"] = list(values["blocks"])
-    return {
-        "workers": str(layout.schedule.workers),
-        **{name: str(value) for name, value in values.items()},
-        "test-time scale": str(layout.scale),
-    }
 
 
 def _tensor(tensor: Tensor) -> str:

@@ -1,28 +1,19 @@
-"""What a worker's model consists of: shared tensors, partitionable blocks, and the schedule of the rounds."""
+"""What a worker's model consists of, whatever the method divides it by."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from resist_lightning.accounting import WIRE_FORMATS, Sizes
-from resist_lightning.blocks import Block, left_out, select_blocks, summary
-from resist_lightning.config import PAPER_MIN_BLOCKS, Config
-from resist_lightning.norm import norms_with_statistics
-from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.rounds import Schedule
-from resist_lightning.scaling import coverage, foldable
-from resist_lightning.shares import check_counts
-from resist_lightning.wire import compressible
+from resist_lightning.blocks import Block
+from resist_lightning.config import CommonConfig, WireName
 
 
-class Layout:
+class Layout(ABC):
     """The parts of a model, and who trains which when.
 
     Args:
@@ -30,51 +21,81 @@ class Layout:
         config: the settings of the run.
         workers: number of workers.
 
+    Attributes:
+        blocks: the residual blocks that are partitioned; none in a method that divides otherwise.
+        shared: by name, the tensors that all workers hold whole in every round.
+        scale: factor on the residual branches of ``blocks`` in the full model.
+        wire: how trainable parameters are sent at a sync.
+
     Raises:
-        BlockSelectionError: if the blocks cannot be chosen as asked.
-        ValueError: if ``min_blocks`` or ``blocks_per_worker`` does not fit the number of blocks, or the module
-            synchronises batch norm.
+        ValueError: if the module synchronises batch norm.
     """
 
-    def __init__(self, module: nn.Module, config: Config, workers: int) -> None:
+    blocks: tuple[Block, ...] = ()
+    shared: dict[str, Tensor]
+    scale: float = 1.0
+    wire: WireName = "fp32"
+
+    def __init__(self, module: nn.Module, config: CommonConfig, workers: int) -> None:
         _refuse_sync_batch_norm(module)
         self.module = module
         self.config = config
-        self.blocks: tuple[Block, ...] = select_blocks(module, config.blocks)
-        count = len(self.blocks)
-        self.schedule = _make_schedule(config, count, workers)
-        self.scale = coverage(self.schedule) if config.test_scale is None else config.test_scale
-        in_blocks = {id(tensor) for block in self.blocks for tensor in block.tensors().values()}
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-        self.shared: dict[str, Tensor] = {name: tensor for name, tensor in named if id(tensor) not in in_blocks}
+        self.workers = workers
 
     @property
+    @abstractmethod
     def partial(self) -> bool:
-        """Whether some worker lacks a block in some round."""
-        held = self.schedule.partition(self.config.warmup_rounds).held
-        return any(len(blocks) < len(self.blocks) for blocks in held)
+        """Whether some worker lacks a part in some round."""
 
+    @abstractmethod
+    def partition(self, round: int) -> Any:
+        """Who holds what in ``round``."""
+
+    @abstractmethod
+    def held(self, round: int) -> list[Any]:
+        """For each worker what it holds in ``round``, as plain data to compare with what a checkpoint says."""
+
+    @abstractmethod
+    def held_parameters(self, round: int) -> list[int]:
+        """For each worker, how many parameters it holds in ``round``."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a worker's own tensors to fit: who holds which blocks, and how changes are sent."""
-        drawn = asdict(replace(self.schedule, local_steps=0, counts=(), measured_from=None, seconds=()))
-        return {**drawn, "blocks": [block.name for block in self.blocks], "changes": self.config.wire != "fp32"}
+        """What must be the same for a worker's own tensors to fit, as plain data."""
 
-    def learn(self, round: int, seconds: Sequence[float]) -> None:
+    @abstractmethod
+    def settings(self) -> dict[str, str]:
+        """Settings that all workers must share, by name, in words."""
+
+    @abstractmethod
+    def parts(self) -> list[str]:
+        """Names of what is partitioned, in order."""
+
+    @abstractmethod
+    def place(self, name: str) -> str:
+        """In words, what the tensor of this name belongs to."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A sentence that says what was chosen."""
+
+    @abstractmethod
+    def warn(self) -> None:
+        """Say what of the settings has less effect than a user may think."""
+
+    def is_warmup(self, round: int) -> bool:
+        """Whether in ``round`` every worker trains all blocks, scaled as at test time."""
+        return False
+
+    def table(self) -> dict[str, Any]:
+        """What was measured of the workers' speed, as plain data; empty if nothing is measured."""
+        return {}
+
+    def learn(self, round: int, seconds: Sequence[float]) -> None:  # noqa: B027
         """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
-        self.schedule = self.schedule.learn(round, seconds)
 
-    def resume(self, table: Mapping[str, Any], round: int) -> None:
-        """Go on with the counts that a run had measured, if counts shall follow speed.
-
-        Where the table is of other workers or blocks, or there is none, measuring begins anew.
-
-        Args:
-            table: from :meth:`~resist_lightning.rounds.Schedule.table`; may be empty.
-            round: the first round of this run.
-        """
-        if self.config.blocks_per_worker == "auto":
-            schedule = self.schedule
-            self.schedule = schedule.with_table(table) if schedule.fits(table) else schedule.measuring(round)
+    def resume(self, table: Mapping[str, Any], round: int) -> None:  # noqa: B027
+        """Go on with what :meth:`table` said, from ``round``."""
 
     def changing(self) -> set[str]:
         """Names of the tensors that training can change now: trainable parameters, and buffers.
@@ -84,121 +105,20 @@ class Layout:
         parameters = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         return parameters | {name for name, _ in self.module.named_buffers()}
 
-    def sizes(self, states: OptimizerStates) -> Sizes:
-        """Bytes of the parts, for the closed form of a sync."""
-        travels = self.config.momentum == "travel"
-        wire = WIRE_FORMATS[self.config.wire]
-        changing = self.changing()
-        plain = [self._plain(block.tensors()) for block in self.blocks]
-        entries = [self._entries(block.tensors()) for block in self.blocks]
-        return Sizes(
-            shared=_bytes_by_dtype(tensor for name, tensor in self._plain(self.shared).items() if name in changing),
-            blocks=tuple(
-                _bytes_by_dtype(tensors.values()).total() + (wire.bytes(count) if wire else 0)
-                for tensors, count in zip(plain, entries, strict=True)
-            ),
-            averaged=tuple(
-                _bytes_by_dtype(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
-            ),
-            states=tuple(states.bytes(block.module.parameters()) if travels else 0 for block in self.blocks),
-            wire=wire,
-            shared_entries=self._entries(self.shared),
-            block_entries=tuple(entries),
-        )
-
-    def _plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some tensors that travel as they are."""
-        if self.config.wire == "fp32":
-            return dict(tensors)
-        return {name: tensor for name, tensor in tensors.items() if not compressible(tensor)}
-
-    def _entries(self, tensors: Mapping[str, Tensor]) -> int:
-        """Numbers in those of some tensors that are compressed."""
-        return sum(tensor.numel() for tensor in tensors.values()) - sum(
-            tensor.numel() for tensor in self._plain(tensors).values()
-        )
-
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""
         named: list[tuple[str, Tensor]] = [*self.module.named_parameters(), *self.module.named_buffers()]
-        parts = [f"{name}:{tuple(t.shape)}:{t.dtype}:{t.requires_grad}" for name, t in named]
-        settings = (self.schedule, self.scale, self.config.momentum, self.config.batch_norm, self.config.wire)
-        text = repr((parts, [block.name for block in self.blocks], settings))
+        tensors = [f"{name}:{self._shape(name, t)}:{t.dtype}:{t.requires_grad}" for name, t in named]
+        text = repr((tensors, self.parts(), self._drawn_from()))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
-    def describe(self) -> str:
-        """A sentence that says what was chosen."""
-        workers = self.schedule.workers
-        if not self.blocks:
-            return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
-        counts = map(len, self.schedule.partition(self.config.warmup_rounds).held)
-        later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
-        return (
-            f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
-            f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
-            f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scale:.4g}."
-        )
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(tensor.shape)
 
-    def _rounds(self) -> str:
-        wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
-        return f"{self.config.local_steps} local steps{wire}"
-
-    def warn(self) -> None:
-        """Say what of the settings has less effect than a user may think."""
-        unused = left_out(self.module, self.config.blocks)
-        if unused:
-            warnings.warn(
-                f"{summary(unused)} match `blocks` but change the shape of their input: shared.", stacklevel=3
-            )
-        if not self.blocks or self.schedule.workers == 1:
-            return
-        self._warn_of_plain_checkpoints()
-        if not isinstance(self.config.blocks_per_worker, str):
-            return
-        if not self.partial and self.config.min_blocks is None:
-            warnings.warn(
-                f"nothing is partitioned: the default min_blocks={PAPER_MIN_BLOCKS} gives every worker all "
-                f"{len(self.blocks)} blocks. Set a lower min_blocks (0 to {len(self.blocks) - 1}), choose more "
-                "`blocks`, or use strategy='local_sgd'.",
-                stacklevel=3,
-            )
-        if any(not held for held in self.schedule.partition(self.config.warmup_rounds).held):
-            warnings.warn(
-                f"{self.schedule.workers} workers for {len(self.blocks)} blocks with min_blocks=0: some workers train "
-                "shared layers only in each round.",
-                stacklevel=3,
-            )
-
-    def _warn_of_plain_checkpoints(self) -> None:
-        """Name what a checkpoint, as a plain model, cannot carry."""
-        hooked = [block.name for block in self.blocks if not foldable(block)]
-        if hooked and self.scale != 1:
-            warnings.warn(
-                f"the test-time scale of {summary(hooked)} does not fold into a weight: a hook scales them, and a "
-                "checkpoint does not evaluate to the reported metrics without this package. Declare "
-                "`residual_branch_end` in the block's class (docs/adding-a-model.md).",
-                stacklevel=4,
-            )
-        if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
-            warnings.warn(
-                "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "
-                "its running statistics elsewhere. Build the network with track_running_stats=False, or choose "
-                "batch_norm='recalibrate'.",
-                stacklevel=4,
-            )
-
-
-def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
-    given = config.blocks_per_worker
-    least = min(PAPER_MIN_BLOCKS, blocks) if config.min_blocks is None else config.min_blocks
-    if not isinstance(given, str):
-        listed, least = tuple(given), min(given) if config.min_blocks is None else least
-        check_counts(listed, blocks, workers, least)
-        schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
-        return replace(schedule, counts=((0, listed),))
-    schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
-    schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
-    return schedule.measuring(0) if given == "auto" else schedule
+    @abstractmethod
+    def _drawn_from(self) -> tuple[Any, ...]:
+        """What decides, besides the model, what is sent."""
 
 
 def _refuse_sync_batch_norm(module: nn.Module) -> None:
@@ -208,15 +128,3 @@ def _refuse_sync_batch_norm(module: nn.Module) -> None:
             f"{names[0]} is a SyncBatchNorm: it would communicate in every step, in a sub-network that differs between "
             "workers. Use BatchNorm; its statistics are averaged at each sync."
         )
-
-
-def _bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[str(tensor.dtype)] += tensor.numel() * tensor.element_size()
-    return sizes
-
-
-def parameters_of(blocks: Sequence[Block]) -> list[nn.Parameter]:
-    """The parameters of some blocks."""
-    return [parameter for block in blocks for parameter in block.module.parameters()]

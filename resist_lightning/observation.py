@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resist_lightning.exchange import Kinds
 from resist_lightning.full_model import FullModel
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout
 from resist_lightning.meeting import Meeting
 from resist_lightning.norm import InputRecorder
-from resist_lightning.plan import SyncPlan, plan_observation
-from resist_lightning.presence import Residency
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks
-from resist_lightning.sync import Sync
+from resist_lightning.sync import Plan, Sync
 
 
 class Observation:
@@ -28,7 +25,6 @@ class Observation:
     Args:
         layout: the model's parts.
         sync: this worker's side of the syncs.
-        residency: the blocks that it holds.
         meeting: how the workers meet.
         device: where present tensors live.
         forward_context: a context in which recorded inputs are replayed.
@@ -37,8 +33,7 @@ class Observation:
     def __init__(
         self,
         layout: Layout,
-        sync: Sync,
-        residency: Residency,
+        sync: Sync[Any],
         meeting: Meeting,
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],
@@ -47,7 +42,6 @@ class Observation:
         self.recorder: InputRecorder | None = None
         self._layout = layout
         self._sync = sync
-        self._residency = residency
         self._meeting = meeting
         self._device = device
         self._warmup_hooks = ScaleHooks([], 1.0)
@@ -91,9 +85,7 @@ class Observation:
             self.recorder.load_own(own["inputs"], self._device)
         self._writes_at_start = self._writes() - own["unsynced"]
 
-    def assemble(
-        self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], SyncPlan], kind: str, *, keep: bool
-    ) -> None:
+    def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.
 
         Collective: every worker must call this, in the same order.
@@ -110,27 +102,17 @@ class Observation:
         self._writes_unsynced = self._writes() - self._writes_at_start
         reports = self._meeting.hold(purpose, clock, [len(calls), clock.step + self._writes_unsynced])
         self._warmup_hooks.remove()
-        plan, kinds = plan_observation(sync_plan(), self._layout.schedule.workers), Kinds.all(kind)
-        exchange = self._sync.exchange
+        plan = sync_plan()
         if keep:
-            held = [tensor for block in self._residency.held() for tensor in block.tensors().values()]
-            self.full.remember([*self._layout.shared.values(), *held])
-        self._sync.leave_out(plan)
-        if any(changes for _, changes in reports):  # otherwise all that several workers hold is equal already
-            exchange.average(list(self._sync.averaged(plan.averaged).values()), kind, plan.left_out)
-            exchange.merge(plan, self._sync.cargo, kinds)
-        exchange.hand_over(plan, self._sync.cargo, kinds, self._residency.hold_all)
+            self.full.remember([*self._layout.shared.values(), *self._sync.held()])
+        changed = any(changes for _, changes in reports)  # otherwise what several workers hold is equal already
+        self._sync.assemble(plan, kind, unequal=changed)
         self.full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind, plan.left_out)
 
-    def put_back(self, round: int, make_room: Callable[[], None]) -> None:
-        """Go back to this worker's part, bit for bit. Sends nothing.
-
-        Args:
-            round: the round that goes on.
-            make_room: frees the blocks that this worker does not hold.
-        """
+    def put_back(self, round: int) -> None:
+        """Go back to this worker's part in ``round``, bit for bit. Sends nothing."""
         self.full.close()
-        make_room()
+        self._sync.make_room(round)
         self.full.restore()
         self._writes_at_start = self._writes() - self._writes_unsynced
         self._hook_warmup(round)
@@ -141,5 +123,5 @@ class Observation:
 
     def _hook_warmup(self, round: int) -> None:
         self._warmup_hooks.remove()
-        if self._layout.schedule.is_warmup(round):
+        if self._layout.is_warmup(round):
             self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scale)

@@ -31,7 +31,7 @@ class Resumption:
     """
 
     def __init__(
-        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync, observation: Observation
+        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any], observation: Observation
     ) -> None:
         self._layout = layout
         self._clock = clock
@@ -45,8 +45,8 @@ class Resumption:
         return {
             "version": STATE_VERSION,
             "identity": self._layout.identity(),
-            "held": [list(held) for held in self._layout.schedule.partition(self._clock.round).held],
-            "table": self._layout.schedule.table(),
+            "held": self._layout.held(self._clock.round),
+            "table": self._layout.table(),
             "round": self._clock.round,
             "step": self._clock.step,
         }
@@ -64,8 +64,8 @@ class Resumption:
             return True
         self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
         self._layout.resume(state.get("table", {}), self._clock.round)
-        held = [list(held) for held in self._layout.schedule.partition(self._clock.round).held]
-        same = (state.get("identity"), state.get("held")) == (self._layout.identity(), held)
+        here = self._layout.identity(), self._layout.held(self._clock.round)
+        same = (state.get("identity"), state.get("held")) == here
         self._own = own if same else None
         if not same and self._clock.step:
             self._clock.next_round()

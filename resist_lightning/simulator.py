@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import Block, select_blocks
 from resist_lightning.config import Config, NormPolicy
-from resist_lightning.layout import Layout
 from resist_lightning.norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
 from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.rounds import Clock
@@ -81,7 +81,7 @@ class Simulator:
     ) -> None:
         if config.blocks_per_worker == "auto":
             raise ValueError("blocks_per_worker='auto': simulated workers have no speed. List a count for each worker.")
-        layout = Layout(module, config, workers)
+        layout = BlockLayout(module, config, workers)
         self.config = config
         self.schedule = layout.schedule
         self.scale = layout.scale

@@ -105,16 +105,10 @@ class Soundness:
 
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
         names = self._names()
-        places = (f"worker {worker} in {self._place(names[first - 1])}" for worker, first in found.items())
+        places = (f"worker {worker} in {self._layout.place(names[first - 1])}" for worker, first in found.items())
         who = "all workers have" if len(found) == self._collective.workers else "there is"
         where = f"after local step {clock.step} of round {clock.round}"
         return f"{who} NaN or infinity {where}: {', '.join(places)}."
-
-    def _place(self, name: str) -> str:
-        for block in self._layout.blocks:
-            if name in block.tensors():
-                return f"block {block.name} ({name})"
-        return f"shared tensor {name}"
 
 
 _WAY_OUT = (

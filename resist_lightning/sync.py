@@ -1,26 +1,35 @@
-"""What a worker sends at a sync, and what it makes of what arrives (section 3 of the paper)."""
+"""What a worker sends at a sync, and what it makes of what arrives: what the methods have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from resist_lightning.changes import Changes
 from resist_lightning.collective import Collective, Finish
-from resist_lightning.exchange import Cargo, Exchange, Kinds
+from resist_lightning.exchange import Exchange
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.partition import Partition
-from resist_lightning.plan import SyncPlan
 from resist_lightning.timing import Seconds
-from resist_lightning.wire import compressible, make_wire, noise_for
+from resist_lightning.wire import compressible, make_wire
 
 
-class Sync:
-    """A worker's side of the syncs of a run.
+class Plan(Protocol):
+    """What is decided of a sync before anything is sent."""
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Workers whose values no mean has in it."""
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class Sync(ABC, Generic[AnyPlan]):
+    """A worker's side of the syncs of a run; what it holds follows the rounds.
 
     Args:
         layout: the model's parts and the settings.
@@ -33,12 +42,11 @@ class Sync:
     def __init__(
         self, layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
-        wire = make_wire(layout.config.wire)
+        wire = make_wire(layout.wire)
         self.exchange = Exchange(collective, device, wire)
-        self._layout = layout
+        self._common = layout
         self._states = states
         self._worker = collective.worker
-        self._device = device
         self._seconds = seconds
         self._changes = Changes(collective, wire) if wire is not None else None
         self._changing: set[str] = set()
@@ -46,8 +54,8 @@ class Sync:
 
     def begin(self) -> None:
         """Call it once, when training starts: shared tensors move together. Sends nothing."""
-        if self._changes is None and self._layout.schedule.workers > 1:
-            self.exchange.put_together(self.averaged(()).values())
+        if self._changes is None and self._common.workers > 1:
+            self.exchange.put_together(self._may_change(self._common.shared).values())
 
     def end(self) -> None:
         """Call it once, when training has ended: every tensor gets memory of its own again."""
@@ -55,18 +63,15 @@ class Sync:
 
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""
-        self._changing = self._layout.changing()
-        partition = self._layout.schedule.partition(round)
+        self._changing = self._common.changing()
         if self._changes is not None:
-            self._changes.begin(filter(compressible, self.equal(partition).values()))
+            self._changes.begin(filter(compressible, self.equal(round).values()))
         self._as_received = []  # never two copies at once
-        if self._layout.config.non_finite == "drop":
-            held = [self._layout.blocks[block] for block in partition.held[self._worker]]
-            tensors = [tensor for block in held for tensor in block.tensors().values()]
-            self._as_received = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        if self._common.config.non_finite == "drop":
+            self._as_received = [(tensor, tensor.detach().clone()) for tensor in self.held()]
 
-    def leave_out(self, plan: SyncPlan) -> None:
-        """Where the plan leaves this worker out: give its blocks back the values that they had when the round began."""
+    def leave_out(self, plan: AnyPlan) -> None:
+        """Where the plan leaves this worker out: what it alone holds is again what it was when the round began."""
         if self._worker in plan.left_out:
             for tensor, copy in self._as_received:
                 tensor.detach().copy_(copy)
@@ -94,20 +99,15 @@ class Sync:
                 assert remembered is not None
                 remembered.copy_(before)
 
-    def _named(self) -> dict[str, Tensor]:
-        module = self._layout.module
-        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-    def start_average(self, plan: SyncPlan) -> Finish:
-        """Begin to make shared tensors, and blocks that all workers keep, the mean over the workers.
+    def start_average(self, plan: AnyPlan) -> Finish:
+        """Begin to make what all workers hold, before and after, the mean over the workers.
 
         Collective: every worker must call this, in the same order.
 
         Returns:
-            A function that waits for it; blocks may be handed over before, so that packing them costs no time of the
-            link.
+            A function that waits for it; the rest may be handed over before, so that packing costs no time of the link.
         """
-        tensors = list(self.averaged(plan.averaged).values())
+        tensors = list(self.averaged(plan).values())
         self.leave_out(plan)
         if self._worker in plan.left_out:
             self._states.reset()
@@ -125,47 +125,58 @@ class Sync:
 
         return finish_timed
 
-    def hand_over(self, plan: SyncPlan, round: int, make_room: Callable[[], None]) -> None:
-        """Merge blocks that several workers held, and bring every block to its next holders.
+    @abstractmethod
+    def plan(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
+        """What happens between ``round`` and the next."""
+
+    @abstractmethod
+    def averaged(self, plan: AnyPlan) -> dict[str, Tensor]:
+        """By name, the tensors that a sync averages over all workers."""
+
+    @abstractmethod
+    def equal(self, round: int) -> dict[str, Tensor]:
+        """By name, what the sync into ``round`` makes equal on all workers."""
+
+    @abstractmethod
+    def held(self) -> list[Tensor]:
+        """What this worker holds now and not all others."""
+
+    @abstractmethod
+    def hand_over(self, plan: AnyPlan, round: int) -> None:
+        """Bring what is not averaged to its holders of the next round.
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
 
         Args:
             plan: the plan of the sync.
             round: the round that ends.
-            make_room: frees blocks that leave and allocates those that arrive.
         """
 
-        def cargo(block: int) -> Cargo:
-            return self.cargo(block, round=round)
+    @abstractmethod
+    def assemble(self, plan: AnyPlan, kind: str, *, unequal: bool) -> None:
+        """Make the module the full model on every worker, as if the round ended here.
 
-        with self._seconds.timed("hand_over"):
-            self.exchange.merge(plan, cargo, Kinds())
-            self.exchange.hand_over(plan, cargo, Kinds(), make_room)
+        Collective: every worker must call this, in the same order.
 
-    def equal(self, partition: Partition) -> dict[str, Tensor]:
-        """What a sync into a round makes equal on all workers: shared tensors and the blocks that all of them hold."""
-        everywhere = [b for b in range(partition.blocks) if len(partition.holders(b)) == partition.workers]
-        return self.averaged(everywhere)
+        Args:
+            plan: the plan of the sync that would come next.
+            kind: how the bytes are counted.
+            unequal: whether what all workers hold may have parted since the last sync.
+        """
 
-    def averaged(self, blocks: Sequence[int]) -> dict[str, Tensor]:
-        """Shared tensors, and the tensors of some blocks, that may have changed in this round, by name."""
-        names = self._changing | self._layout.changing()
-        tensors = dict(self._layout.shared)
-        for block in blocks:
-            tensors.update(self._layout.blocks[block].tensors())
+    @abstractmethod
+    def make_room(self, round: int) -> None:
+        """Hold what ``round`` says: free the rest, allocate what is missing for the caller to fill. Sends nothing."""
+
+    def divide(self, round: int) -> None:
+        """Keep of the full model, which the module is, what ``round`` says. Sends nothing."""
+        self.make_room(round)
+
+    def _may_change(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some tensors that may have changed in this round."""
+        names = self._changing | self._common.changing()
         return {name: tensor for name, tensor in tensors.items() if name in names}
 
-    def cargo(self, index: int, *, round: int | None = None) -> Cargo:
-        """What travels of a block: at the end of ``round``, or (None) to be looked at, exactly and without state."""
-        block = self._layout.blocks[index]
-        tensors = list(block.tensors().values())
-        if round is None:
-            return Cargo(tensors)
-        config = self._layout.config
-        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else ()
-        if self._changes is None:
-            return Cargo(tensors, state)
-        noise = noise_for(config.seed, round, index, self._worker, self._device)
-        plain = [tensor for tensor in tensors if not compressible(tensor)]
-        return Cargo(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
+    def _named(self) -> dict[str, Tensor]:
+        module = self._common.module
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -11,7 +11,7 @@ from resist_lightning.plan import plan_sync
 
 def closed_form(engine: Engine, rounds: Iterable[int], worker: int) -> list[dict[str, int]]:
     """For the sync that ends each of these rounds: bytes sent and received by the worker."""
-    schedule, sizes = engine.layout.schedule, engine.sizes()
+    schedule, sizes = engine.layout.schedule, engine.layout.sizes(engine.states)
     found = []
     for number in rounds:
         plan = plan_sync(schedule.partition(number), schedule.partition(number + 1))

@@ -20,8 +20,8 @@ from experiments.checks import ConfigError, check_keys
 from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
 from experiments.schema import limited
 from resist_lightning.accounting import WIRE_FORMATS
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.config import Config
-from resist_lightning.layout import Layout
 from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet
 
 UNSHAPED = "unshaped"
@@ -94,7 +94,7 @@ def check_rig(cfg: DictConfig) -> None:
     try:
         with torch.device("meta"):
             net = preact_resnet(cfg.network.depth, width_multiplier=cfg.network.width_multiplier)
-        Layout(net, Config(min_blocks=cfg.min_blocks), cfg.workers)
+        BlockLayout(net, Config(min_blocks=cfg.min_blocks), cfg.workers)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -85,7 +85,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
         engine.after_step()
         if engine.clock.step == 0:
             plan = plan_sync(before, engine.partition)
-            by_formula += sum(sync_bytes(plan, engine.sizes(), group.workers)[worker].values())
+            by_formula += sum(sync_bytes(plan, engine.layout.sizes(engine.states), group.workers)[worker].values())
     sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)
     engine.abandon()
     return {

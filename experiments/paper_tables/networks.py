@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist_lightning import Config
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import Block, select_blocks
-from resist_lightning.layout import Layout
 from resist_lightning.models import preact_resnet
 from resist_lightning.presence import Residency
 
@@ -143,7 +143,7 @@ class _Cost:
 
     def partition(self, least: int | None, workers: int) -> tuple[tuple[int, ...], ...]:
         """The first round's, by our planner."""
-        return Layout(self.module, Config(min_blocks=least), workers).schedule.partition(0).held
+        return BlockLayout(self.module, Config(min_blocks=least), workers).schedule.partition(0).held
 
 
 def _subnets(found: dict[str, Any], cost: _Cost, least: int | None, workers: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from experiments.paper_tables.networks import TABLE_1_BLOCKS, WORKERS, on_meta, paper_network
 from resist_lightning import Config
 from resist_lightning.accounting import local_sgd_bytes, parameter_server_bytes, sync_bytes
-from resist_lightning.layout import Layout
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import plan_sync
 
@@ -58,7 +58,7 @@ def peer_to_peer(workers: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def sent(layout: Layout, rounds: int) -> dict[str, Any]:
+def sent(layout: BlockLayout, rounds: int) -> dict[str, Any]:
     """Bytes per round, all workers together and by kind, and of the worker that sends most in its round."""
     workers = layout.schedule.workers
     sizes = layout.sizes(OptimizerStates([torch.optim.SGD(layout.module.parameters(), lr=1.0)]))
@@ -86,6 +86,6 @@ def all_volumes(rounds: int) -> dict[str, Any]:
     }
 
 
-def _layout(workers: int, least: int | None, *, statistics: bool) -> Layout:
+def _layout(workers: int, least: int | None, *, statistics: bool) -> BlockLayout:
     module = on_meta(partial(paper_network, 101, statistics=statistics))
-    return Layout(module, Config(min_blocks=least), workers)
+    return BlockLayout(module, Config(min_blocks=least), workers)

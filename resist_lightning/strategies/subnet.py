@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from resist_lightning.collective import default_collective, group_exists
-from resist_lightning.config import Config, check_choice
+from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
-from resist_lightning.layout import Layout
+from resist_lightning.methods import make_layout
 from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
@@ -47,7 +47,7 @@ class SubnetStrategy(SavingStrategy):
 
     strategy_name: str
 
-    def __init__(self, config: Config, data: DataPolicy, saving: Saving, launch: Launch) -> None:
+    def __init__(self, config: CommonConfig, data: DataPolicy, saving: Saving, launch: Launch) -> None:
         check_choice("data", data, get_args(DataPolicy))
         super().__init__(saving, launch)
         self.config = config
@@ -77,7 +77,7 @@ class SubnetStrategy(SavingStrategy):
         self._saving.check_launch()
         module = self.lightning_module
         if module is not None and not is_overridden("configure_model", module):
-            Layout(module, self.config, self.num_nodes * self.num_processes)
+            make_layout(module, self.config, self.num_nodes * self.num_processes)
 
     @property
     @override

@@ -71,7 +71,9 @@ def train(worker: int, make, config: Config) -> tuple[dict[str, Tensor], list[tu
         before, counted = engine.partition, engine.collective.sent_bytes["state"]
         engine.after_step()
         if engine.partition != before:
-            expected = sync_bytes(plan_sync(before, engine.partition), engine.sizes(), engine.collective.workers)
+            expected = sync_bytes(
+                plan_sync(before, engine.partition), engine.layout.sizes(engine.states), engine.collective.workers
+            )
             sent.append((engine.collective.sent_bytes["state"] - counted, expected[worker]["state"]))
     engine.finish()
     return clone_state(model), sent

@@ -13,7 +13,7 @@ import torch
 
 from resist_lightning import Config, Engine
 from resist_lightning.accounting import TRAINING_KINDS, sync_bytes
-from resist_lightning.layout import Layout
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import plan_sync
 from tests.helpers.processes import run_workers
@@ -93,7 +93,7 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said)
     kinds = Counter()
     for name, run in RUNS.items():
         model = make_model(run)
-        layout = Layout(model, run.config, workers)
+        layout = BlockLayout(model, run.config, workers)
         sizes = layout.sizes(OptimizerStates([make_optimizer(run, model)]))
         for worker in range(workers):
             for round, sync in enumerate(syncs_of(run, said[worker][name])):
@@ -122,7 +122,7 @@ def test_without_overlap_the_bytes_are_what_one_counts_by_hand(said):
     workers = len(said)
     for name in WITHOUT_OVERLAP:
         run = RUNS[name]
-        model, schedule = make_model(run), Layout(make_model(run), run.config, workers).schedule
+        model, schedule = make_model(run), BlockLayout(make_model(run), run.config, workers).schedule
         sizes = [tensor_bytes(model.section3[index + 1]) for index in range(schedule.blocks)]
         whole = tensor_bytes(model)
         shared = {dtype: whole[dtype] - sum(size[dtype] for size in sizes) for dtype in whole}

@@ -19,8 +19,8 @@ from experiments.accuracy.networks import OpenResNet, make_network, partitioned
 from experiments.accuracy.settings import Settings, read_command_line
 from experiments.accuracy.training import DataParallel, make_trainer, train
 from resist_lightning import Config
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
-from resist_lightning.layout import Layout
 
 SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
 TRAINED = [name for name in known() if name != "check"]
@@ -199,7 +199,7 @@ def test_each_step_of_the_design_shares_more(pre_activation: bool) -> None:
 @pytest.mark.parametrize("network", ["preact", "open_pre", "open_post"])
 def test_default_size_has_a_block_for_each_of_eight_workers(network: str) -> None:
     full = read_command_line(["data=digits"], known())[1]
-    layout = Layout(make_network(network, full, 3, seed=0), Config(min_blocks=0), 8)
+    layout = BlockLayout(make_network(network, full, 3, seed=0), Config(min_blocks=0), 8)
     assert len(layout.blocks) >= 8
 
 

@@ -15,8 +15,8 @@ from experiments.paper_tables.settings import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
 from experiments.tables import PLACE, filled
 from resist_lightning import Config
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
-from resist_lightning.layout import Layout
 from resist_lightning.models import preact_resnet
 from tests.helpers.programs import ROOT, run_program
 
@@ -59,7 +59,7 @@ def test_other_counts_do_not_give_the_printed_volumes(workers: int, held: list[i
 
 
 def test_two_workers_send_the_shared_layers_and_the_blocks_that_move() -> None:
-    layout = Layout(on_meta(lambda: paper_network(101)), Config(), 2)
+    layout = BlockLayout(on_meta(lambda: paper_network(101)), Config(), 2)
     rounds = 20
     moved = 0
     for round in range(rounds):

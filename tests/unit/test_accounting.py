@@ -22,8 +22,8 @@ from resist_lightning.accounting import (
     parameter_server_bytes,
     sync_bytes,
 )
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
-from resist_lightning.layout import Layout
 from resist_lightning.models import preact_resnet
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.partition import draw_partition, everything
@@ -100,7 +100,7 @@ def test_an_all_reduce_sends_twice_the_others_share_rounded_up(payload, workers,
 
 def mean_bytes_per_worker(workers, min_blocks, rounds=1500):
     """Mean over real plans of the bytes that a worker sends, for the paper's network with 100 classes."""
-    layout = Layout(paper_network(100), Config(min_blocks=min_blocks), workers)
+    layout = BlockLayout(paper_network(100), Config(min_blocks=min_blocks), workers)
     sizes = layout.sizes(OptimizerStates([]))
     assert sizes.blocks == (4 * 1_180_672,) * 22
     assert sizes.shared == {"torch.float32": 4 * 15_422_116}

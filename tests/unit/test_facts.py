@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, facts
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.facts import fingerprint_of
 from resist_lightning.fingerprint import differences
-from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from tests.helpers.nets import MlpBlock, mlp, small_preact
 
@@ -19,7 +19,7 @@ from tests.helpers.nets import MlpBlock, mlp, small_preact
 def fingerprint(config=None, workers=2, change=lambda _: None, make=small_preact, lr=0.1, surroundings=(), **sgd):
     net = make()
     change(net)
-    layout = Layout(net, config or Config(min_blocks=1), workers)
+    layout = BlockLayout(net, config or Config(min_blocks=1), workers)
     states = OptimizerStates([torch.optim.SGD(net.parameters(), lr, **sgd)])
     return fingerprint_of(layout, states, dict(surroundings))
 

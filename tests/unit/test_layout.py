@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from resist_lightning import Config
+from resist_lightning.block_layout import BlockLayout, parameters_of
 from resist_lightning.blocks import BlockSelectionError
-from resist_lightning.layout import Layout, parameters_of
 from resist_lightning.optimizer_state import OptimizerStates
 from tests.helpers.nets import Undeclared, mlp, narrow_resnet, small_preact
 
 
 def test_what_is_not_in_a_block_is_shared_buffers_included():
     net = small_preact()
-    layout = Layout(net, Config(min_blocks=1), 2)
+    layout = BlockLayout(net, Config(min_blocks=1), 2)
     blocks = [f"section3.{index}." for index in (1, 2, 3, 4)]
     names = [name for name, _ in [*net.named_parameters(), *net.named_buffers()]]
     assert list(layout.shared) == [name for name in names if not any(name.startswith(block) for block in blocks)]
@@ -29,10 +29,10 @@ def test_what_is_not_in_a_block_is_shared_buffers_included():
 
 
 def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
-    assert Layout(small_preact(), Config(), 4).schedule.min_blocks == 4
+    assert BlockLayout(small_preact(), Config(), 4).schedule.min_blocks == 4
     deep = narrow_resnet(layers=(1, 1, 8, 1))
-    assert Layout(deep, Config(), 4).schedule.min_blocks == 5
-    assert Layout(deep, Config(min_blocks=0), 4).schedule.min_blocks == 0
+    assert BlockLayout(deep, Config(), 4).schedule.min_blocks == 5
+    assert BlockLayout(deep, Config(min_blocks=0), 4).schedule.min_blocks == 0
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
     ],
 )
 def test_whether_anything_is_partitioned_and_how_it_is_scaled(config, workers, partial, scale):
-    layout = Layout(small_preact(), config, workers)
+    layout = BlockLayout(small_preact(), config, workers)
     assert layout.partial is partial
     assert layout.scale == pytest.approx(scale)
 
@@ -64,7 +64,7 @@ def by_hand(tensors, dtype):
 
 def test_sizes_count_parameters_and_buffers_once_by_data_type():
     net = small_preact()
-    sizes = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    sizes = BlockLayout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
     blocks = [list(net.section3[index].state_dict().values()) for index in (1, 2, 3, 4)]
     everything = list(net.state_dict().values())
     for dtype in (torch.float32, torch.int64):
@@ -77,11 +77,11 @@ def test_sizes_count_parameters_and_buffers_once_by_data_type():
 
 def test_frozen_parameters_are_not_averaged_but_travel_with_their_block():
     net = small_preact()
-    plain = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    plain = BlockLayout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
     frozen = [net.stem.weight, net.section3[2].conv1.weight]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    sizes = Layout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
+    sizes = BlockLayout(net, Config(min_blocks=1), 2).sizes(OptimizerStates([]))
     assert plain.shared["torch.float32"] - sizes.shared["torch.float32"] == 4 * frozen[0].numel()
     assert plain.averaged[1]["torch.float32"] - sizes.averaged[1]["torch.float32"] == 4 * frozen[1].numel()
     assert sizes.blocks == plain.blocks
@@ -94,8 +94,8 @@ def test_state_that_travels_has_its_size(optimizer, slots, numbers):
     states = OptimizerStates([getattr(torch.optim, optimizer)(net.parameters(), lr=0.1, **options)])
     block = list(net.section3[1].parameters())
     expected = 4 * slots * sum(p.numel() for p in block) + 4 * numbers * len(block)
-    assert Layout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(states).states == (expected,) * 4
-    assert Layout(net, Config(min_blocks=1, momentum="keep"), 2).sizes(states).states == (0,) * 4
+    assert BlockLayout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(states).states == (expected,) * 4
+    assert BlockLayout(net, Config(min_blocks=1, momentum="keep"), 2).sizes(states).states == (0,) * 4
 
 
 @pytest.mark.parametrize("name", ["SGD", "Rprop", "NAdam"])
@@ -103,7 +103,7 @@ def test_asking_for_sizes_makes_no_state(name):
     """Zeros are not where Rprop, NAdam, or SGD with dampening begin: a report of bytes would change the training."""
     net = small_preact()
     optimizer = getattr(torch.optim, name)(net.parameters(), **({"momentum": 0.9} if name == "SGD" else {}))
-    Layout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(OptimizerStates([optimizer]))
+    BlockLayout(net, Config(min_blocks=1, momentum="travel"), 2).sizes(OptimizerStates([optimizer]))
     assert not optimizer.state
 
 
@@ -113,7 +113,7 @@ BASE = Config(min_blocks=1)
 def digest(config=BASE, workers=2, change=lambda _: None):
     net = small_preact()
     change(net)
-    return Layout(net, config, workers).digest()
+    return BlockLayout(net, config, workers).digest()
 
 
 def test_the_digest_does_not_depend_on_the_weights():
@@ -168,17 +168,17 @@ def test_the_digest_tells_buffers_apart(change):
 
 
 def test_the_description_says_what_was_chosen():
-    text = Layout(small_preact(), Config(min_blocks=1, local_steps=7), 3).describe()
+    text = BlockLayout(small_preact(), Config(min_blocks=1, local_steps=7), 3).describe()
     assert "4 residual blocks" in text
     assert "3 worker(s), 2, 1, 1 a worker" in text
     assert "section3.1-4" in text
     assert "7 local steps" in text
     assert "scale 0.3333" in text
-    listed = Layout(small_preact(), Config(blocks_per_worker=[1, 3]), 2).describe()
+    listed = BlockLayout(small_preact(), Config(blocks_per_worker=[1, 3]), 2).describe()
     assert "2 worker(s), 1, 3 a worker:" in listed
-    auto = Layout(small_preact(), Config(min_blocks=1, blocks_per_worker="auto"), 2).describe()
+    auto = BlockLayout(small_preact(), Config(min_blocks=1, blocks_per_worker="auto"), 2).describe()
     assert "2, 2 a worker at first, later in proportion to speed:" in auto
-    assert "All parameters are shared by 2" in Layout(small_preact(), Config(blocks=[]), 2).describe()
+    assert "All parameters are shared by 2" in BlockLayout(small_preact(), Config(blocks=[]), 2).describe()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_the_description_says_what_was_chosen():
 )
 def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, message):
     with pytest.warns(UserWarning, match=message):
-        Layout(small_preact(), config, workers).warn()
+        BlockLayout(small_preact(), config, workers).warn()
 
 
 @pytest.mark.parametrize(
@@ -207,18 +207,18 @@ def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, me
 def test_what_the_user_asked_for_does_not_warn(config, workers):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Layout(small_preact(), config, workers).warn()
+        BlockLayout(small_preact(), config, workers).warn()
 
 
 @pytest.mark.parametrize("least", [5, 99])
 def test_an_explicit_minimum_above_the_number_of_blocks_is_an_error(least):
     with pytest.raises(ValueError, match=f"min_blocks={least} is impossible with 4 partitionable"):
-        Layout(small_preact(), Config(min_blocks=least), 2)
+        BlockLayout(small_preact(), Config(min_blocks=least), 2)
 
 
 def test_a_minimum_that_only_the_warm_up_could_give_is_an_error_at_once():
     with pytest.raises(ValueError, match="min_blocks=5 is impossible"):
-        Layout(small_preact(), Config(min_blocks=5, warmup_rounds=9), 2)
+        BlockLayout(small_preact(), Config(min_blocks=5, warmup_rounds=9), 2)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,11 @@ def test_a_minimum_that_only_the_warm_up_could_give_is_an_error_at_once():
 )
 def test_counts_that_do_not_fit_the_network_are_an_error(options, message):
     with pytest.raises(ValueError, match=message):
-        Layout(small_preact(), Config(**options), 2)
+        BlockLayout(small_preact(), Config(**options), 2)
 
 
 def measured(config=Config(min_blocks=1, blocks_per_worker="auto")):  # noqa: B008
-    layout = Layout(small_preact(), config, 2)
+    layout = BlockLayout(small_preact(), config, 2)
     for round in range(5):
         layout.learn(round, [2.0 - round % 2, 6.0 - 3.0 * (round % 2)])
     return layout
@@ -246,10 +246,10 @@ def measured(config=Config(min_blocks=1, blocks_per_worker="auto")):  # noqa: B0
 def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_without():
     before = measured()
     assert before.schedule.counts == ((6, (3, 1)),)
-    after = Layout(small_preact(), before.config, 2)
+    after = BlockLayout(small_preact(), before.config, 2)
     after.resume(before.schedule.table(), 9)
     assert after.schedule == before.schedule
-    assert after.digest() == before.digest() != Layout(small_preact(), before.config, 2).digest()
+    assert after.digest() == before.digest() != BlockLayout(small_preact(), before.config, 2).digest()
     after.resume({}, 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
 
@@ -257,14 +257,14 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
 @pytest.mark.parametrize(("options", "workers"), [({}, 3), ({"blocks": "section3.[123]"}, 2), ({"min_blocks": 0}, 2)])
 def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
     config = Config(**{"min_blocks": 1, "blocks_per_worker": "auto", **options})
-    after = Layout(small_preact(), config, workers)
+    after = BlockLayout(small_preact(), config, workers)
     after.resume(measured().schedule.table(), 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
 
 
 @pytest.mark.parametrize("counts", ["equal", (1, 3)])
 def test_a_resumed_run_does_as_its_settings_say_whatever_was_measured(counts):
-    after = Layout(small_preact(), Config(min_blocks=1, blocks_per_worker=counts), 2)
+    after = BlockLayout(small_preact(), Config(min_blocks=1, blocks_per_worker=counts), 2)
     schedule = after.schedule
     after.resume(measured().schedule.table(), 9)
     assert after.schedule == schedule
@@ -278,20 +278,20 @@ def test_measured_counts_change_neither_the_scale_nor_whether_anything_is_partit
 def test_synchronised_batch_norm_is_refused_by_name():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(small_preact())
     with pytest.raises(ValueError, match=r"section1\.0\.bn1 is a SyncBatchNorm.*Use BatchNorm"):
-        Layout(net, Config(min_blocks=1), 2)
+        BlockLayout(net, Config(min_blocks=1), 2)
 
 
 def test_a_network_without_blocks_is_an_error_unless_none_are_asked_for():
     with pytest.raises(BlockSelectionError):
-        Layout(nn.Linear(3, 3), Config(), 2)
-    assert Layout(nn.Linear(3, 3), Config(blocks=[]), 2).blocks == ()
+        BlockLayout(nn.Linear(3, 3), Config(), 2)
+    assert BlockLayout(nn.Linear(3, 3), Config(blocks=[]), 2).blocks == ()
 
 
 def test_a_checkpoint_that_cannot_be_a_plain_model_warns():
     with pytest.warns(UserWarning, match=r"scale of body\.0-3 does not fold into a weight"):
-        Layout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn()
+        BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn()
     with pytest.warns(UserWarning, match="batch_norm='batch'.*track_running_stats=False"):
-        Layout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+        BlockLayout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Layout(small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+        BlockLayout(small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2).warn()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from resist_lightning import Config, WorkersDisagree
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.headers import Purpose
-from resist_lightning.layout import Layout
 from resist_lightning.meeting import Host, Meeting
 from resist_lightning.rounds import Clock
 from tests.helpers.nets import small_preact
@@ -30,7 +30,7 @@ class Talkative(Host):
 def meet(collective, steps, stops, purposes):
     me = collective.worker
     host = Talkative(10.0 * me, stops[me])
-    layout = Layout(small_preact(), Config(min_blocks=1), collective.workers)
+    layout = BlockLayout(small_preact(), Config(min_blocks=1), collective.workers)
     meeting = Meeting(layout, collective, host)
     try:
         extra = meeting.hold(purposes[me], Clock(50, round=2, step=steps[me]), [me + 3, -0.25])

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, NotFinite, WorkersDisagree
+from resist_lightning.block_layout import BlockLayout
 from resist_lightning.headers import Purpose
-from resist_lightning.layout import Layout
 from resist_lightning.rounds import Clock
 from resist_lightning.soundness import Soundness
 from tests.helpers.nets import small_preact
@@ -22,7 +22,7 @@ CLOCK = Clock(50, round=3, step=50)
 def judged(collective, spoil, policy, note=None):
     """What a worker says and does after it has spoilt its model in its own way."""
     net = small_preact()
-    soundness = Soundness(Layout(net, Config(min_blocks=1, non_finite=policy), collective.workers), collective)
+    soundness = Soundness(BlockLayout(net, Config(min_blocks=1, non_finite=policy), collective.workers), collective)
     soundness.begin()
     spoil(net, collective.worker)
     if note is not None:
@@ -80,7 +80,7 @@ def test_all_cannot_be_left_out():
 def numbers_after(change, purpose=Purpose.SYNC, before=lambda net: None):
     net = small_preact()
     before(net)
-    soundness = Soundness(Layout(net, Config(min_blocks=1), 1), None)  # type: ignore[arg-type]
+    soundness = Soundness(BlockLayout(net, Config(min_blocks=1), 1), None)  # type: ignore[arg-type]
     soundness.begin()
     with torch.no_grad():
         change(net)

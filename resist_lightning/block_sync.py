@@ -1,0 +1,103 @@
+"""The sync of residual blocks: averaging, merging and hand-over (section 3 of the ResIST paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.block_layout import BlockLayout, parameters_of
+from resist_lightning.collective import Collective
+from resist_lightning.exchange import Cargo, Kinds
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
+from resist_lightning.presence import Residency
+from resist_lightning.sync import Sync
+from resist_lightning.timing import Seconds
+from resist_lightning.wire import compressible, noise_for
+
+
+class BlockSync(Sync[SyncPlan]):
+    """A worker's side of the syncs of a run whose blocks are partitioned; see :class:`~resist_lightning.sync.Sync`."""
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        states: OptimizerStates,
+        collective: Collective,
+        device: torch.device,
+        seconds: Seconds,
+    ) -> None:
+        super().__init__(layout, states, collective, device, seconds)
+        self._layout = layout
+        self._device = device
+        self._residency = Residency(layout.blocks)
+
+    @override
+    def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
+        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
+
+    @override
+    def averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
+        return self._with_blocks(plan.averaged)
+
+    @override
+    def equal(self, round: int) -> dict[str, Tensor]:
+        """Shared tensors, and the blocks that all workers hold."""
+        partition = self._layout.partition(round)
+        return self._with_blocks([b for b in range(partition.blocks) if len(partition.holders(b)) == partition.workers])
+
+    @override
+    def held(self) -> list[Tensor]:
+        """The tensors of the blocks that are present."""
+        return [tensor for block in self._residency.held() for tensor in block.tensors().values()]
+
+    @override
+    def hand_over(self, plan: SyncPlan, round: int) -> None:
+        """Merge blocks that several workers held, and bring every block to its next holders."""
+
+        def cargo(block: int) -> Cargo:
+            return self.cargo(block, round=round)
+
+        with self._seconds.timed("hand_over"):
+            self.exchange.merge(plan, cargo, Kinds())
+            self.exchange.hand_over(plan, cargo, Kinds(), lambda: self.make_room(round + 1))
+
+    @override
+    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
+        plan, kinds = plan_observation(plan, self._layout.workers), Kinds.all(kind)
+        self.leave_out(plan)
+        if unequal:
+            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+            self.exchange.merge(plan, self.cargo, kinds)
+        self.exchange.hand_over(plan, self.cargo, kinds, self._residency.hold_all)
+
+    @override
+    def make_room(self, round: int) -> None:
+        """Hold the blocks of ``round``, and forget the optimizer state of those that leave."""
+        held = self._layout.partition(round).held[self._worker]
+        self._states.drop(parameters_of(self._residency.leaving(held)))
+        self._residency.hold(held)
+
+    def cargo(self, index: int, *, round: int | None = None) -> Cargo:
+        """What travels of a block: at the end of ``round``, or (None) to be looked at, exactly and without state."""
+        block = self._layout.blocks[index]
+        tensors = list(block.tensors().values())
+        if round is None:
+            return Cargo(tensors)
+        config = self._layout.config
+        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else ()
+        if self._changes is None:
+            return Cargo(tensors, state)
+        noise = noise_for(config.seed, round, index, self._worker, self._device)
+        plain = [tensor for tensor in tensors if not compressible(tensor)]
+        return Cargo(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
+
+    def _with_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """Shared tensors, and the tensors of some blocks, that may have changed in this round."""
+        tensors = dict(self._layout.shared)
+        for block in blocks:
+            tensors.update(self._layout.blocks[block].tensors())
+        return self._may_change(tensors)

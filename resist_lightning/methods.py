@@ -1,0 +1,35 @@
+"""What a run divides its model by follows from the kind of its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from resist_lightning.block_layout import BlockLayout
+from resist_lightning.block_sync import BlockSync
+from resist_lightning.collective import Collective
+from resist_lightning.config import CommonConfig, Config
+from resist_lightning.layout import Layout
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.sync import Sync
+from resist_lightning.timing import Seconds
+
+
+def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout:
+    """The parts of a module.
+
+    Raises:
+        ValueError: if the settings do not fit the module; see the layouts.
+    """
+    assert isinstance(config, Config)
+    return BlockLayout(module, config, workers)
+
+
+def make_sync(
+    layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
+) -> Sync[Any]:
+    """A worker's side of the syncs."""
+    assert isinstance(layout, BlockLayout)
+    return BlockSync(layout, states, collective, device, seconds)
