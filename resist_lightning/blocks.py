@@ -9,12 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from resist_lightning.config import BlockChoice
 from resist_lightning.errors import BlockSelectionError
+from resist_lightning.globs import matches
 
 _KNOWN_FAMILIES = re.compile(r"^(torchvision|timm)\.models\.resnet$")
 _KNOWN_BLOCKS = ("BasicBlock", "Bottleneck")
@@ -138,7 +138,7 @@ def left_out(module: nn.Module, choice: BlockChoice) -> tuple[str, ...]:
         return ()
     patterns = [choice] if isinstance(choice, str) else list(choice)
     blocks = find_blocks(module)
-    return tuple(b.name for b in blocks if not b.keeps_shape and any(_matches(p, b.name) for p in patterns))
+    return tuple(b.name for b in blocks if not b.keeps_shape and any(matches(p, b.name) for p in patterns))
 
 
 def _paper_rule(module: nn.Module) -> list[Block]:
@@ -160,7 +160,7 @@ def _paper_rule(module: nn.Module) -> list[Block]:
 def _by_globs(module: nn.Module, patterns: Sequence[str]) -> list[Block]:
     chosen: dict[str, Block] = {}
     for pattern in patterns:
-        matched = [(name, child) for name, child in module.named_modules() if name and _matches(pattern, name)]
+        matched = [(name, child) for name, child in module.named_modules() if name and matches(pattern, name)]
         known = [block for block in (recognise(name, child) for name, child in matched) if block is not None]
         blocks = known or [_as_block(name, child) for name, child in matched]
         if not blocks:
@@ -171,11 +171,6 @@ def _by_globs(module: nn.Module, patterns: Sequence[str]) -> list[Block]:
         chosen.update((block.name, block) for block in keeping)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     return sorted(chosen.values(), key=lambda block: order[block.name])
-
-
-def _matches(pattern: str, name: str) -> bool:
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(parts) >= len(wanted) and all(map(fnmatchcase, parts[-len(wanted) :], wanted))
 
 
 def _as_block(name: str, module: nn.Module) -> Block:

@@ -16,6 +16,7 @@ BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
 NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+LayerChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""

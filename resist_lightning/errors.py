@@ -7,6 +7,10 @@ class BlockSelectionError(ValueError):
     """The blocks to partition cannot be chosen as asked; the message lists the candidates."""
 
 
+class LayerSelectionError(ValueError):
+    """The hidden neurons of a network cannot be dealt out as asked; the message says which, why, and the way out."""
+
+
 class WorkersDisagree(RuntimeError):
     """Workers came to a sync in different states; continuing would mix their weights."""
 

@@ -75,7 +75,7 @@ def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round:
     return deal(blocks, blocks_per_worker(blocks, workers, min_blocks), seed, round)
 
 
-def deal(blocks: int, counts: Sequence[int], seed: int, round: int) -> Partition:
+def deal(blocks: int, counts: Sequence[int], seed: int, round: int, what: str = "block") -> Partition:
     """Draw the partition of a round by the circular deal.
 
     The blocks are laid on a circle in a random order; worker after worker, in a random order, takes the next ones::
@@ -89,12 +89,13 @@ def deal(blocks: int, counts: Sequence[int], seed: int, round: int) -> Partition
         counts: how many of them each worker takes, at most ``blocks``, and together at least so many.
         seed: seed of the whole run; 0 is a seed.
         round: number of the round, counted from 0.
+        what: is dealt; of different things in a round, each lies in an order of its own.
 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
     """
     workers = len(counts)
-    circle = _shuffled(blocks, f"{seed}/{round}/block")
+    circle = _shuffled(blocks, f"{seed}/{round}/{what}")
     held: list[tuple[int, ...]] = [()] * workers
     start = 0
     for worker in _shuffled(workers, f"{seed}/{round}/worker"):

@@ -1,0 +1,76 @@
+"""The hidden neurons of a network, and which part of which tensor belongs to them. Standard library only.
+
+::
+
+    Linear(784, 512) ─ BatchNorm1d(512) ─ ReLU ─ Linear(512, 10)
+           rows 0           rows 0                columns 0         of layers[0], which has 512 neurons
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """A layer whose neurons are dealt out to workers.
+
+    Args:
+        name: qualified name of the Linear or Conv that makes them.
+        width: how many there are; a channel of a convolution is a neuron.
+    """
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a tensor of the module is divided among neurons.
+
+    Args:
+        rows: index of the hidden layer whose neurons its dimension 0 is; None if dimension 0 is whole.
+        columns: the same for dimension 1; a vector has None.
+        repeat: entries of dimension 1 per neuron of ``columns``, which are neighbours; more than 1 after a feature map
+            was flattened: one per position.
+    """
+
+    rows: int | None
+    columns: int | None
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that a module keeps of its own width, and that must follow the cut.
+
+    Args:
+        module: its qualified name.
+        attribute: ``in_features``, ``out_features``, ``in_channels``, ``out_channels``, ``num_features``,
+            ``num_channels``, ``num_parameters``, or ``normalized_shape``, which is a tuple of one number.
+        layer: index of the hidden layer.
+        repeat: entries per neuron.
+    """
+
+    module: str
+    attribute: str
+    layer: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What of a module is dealt out to workers.
+
+    Args:
+        layers: the hidden layers, in the order of the network.
+        cuts: by qualified name of a parameter or buffer; a tensor that is not here is shared by all workers.
+        sizes: the numbers that follow.
+        rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm follows it straight, so
+            that the sum over fewer neurons must be scaled in a subnet.
+    """
+
+    layers: tuple[HiddenLayer, ...]
+    cuts: dict[str, Cut]
+    sizes: tuple[Size, ...]
+    rescaled: tuple[tuple[str, int], ...]
