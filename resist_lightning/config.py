@@ -105,6 +105,23 @@ class Config(CommonConfig):
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NeuronConfig(CommonConfig):
+    """How a run trains whose hidden neurons are dealt out (IST).
+
+    Args:
+        layers: whose neurons are dealt out: None (those of all hidden layers), a glob or several over the names of
+            layers, or a predicate of (name, module).
+
+    The others are those of :class:`CommonConfig`.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    layers: LayerChoice = None
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -10,7 +10,9 @@ from torch import nn
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.block_sync import BlockSync
 from resist_lightning.collective import Collective
-from resist_lightning.config import CommonConfig, Config
+from resist_lightning.config import CommonConfig, Config, NeuronConfig
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.sync import NeuronSync
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.sync import Sync
@@ -23,6 +25,8 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
     """
+    if isinstance(config, NeuronConfig):
+        return NeuronLayout(module, config, workers)
     assert isinstance(config, Config)
     return BlockLayout(module, config, workers)
 
@@ -31,5 +35,7 @@ def make_sync(
     layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
 ) -> Sync[Any]:
     """A worker's side of the syncs."""
+    if isinstance(layout, NeuronLayout):
+        return NeuronSync(layout, states, collective, device, seconds)
     assert isinstance(layout, BlockLayout)
     return BlockSync(layout, states, collective, device, seconds)

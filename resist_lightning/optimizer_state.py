@@ -80,6 +80,10 @@ class OptimizerStates:
                 found.append(state[name])
         return found
 
+    def slots(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """An example of each slot that has the shape of its parameter; makes none."""
+        return [example for _, _, slots in self._slots_of(parameters) for example in slots.values() if example.dim()]
+
     def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the state of some parameters, present or not; makes none."""
         return sum(

@@ -36,7 +36,7 @@ class Presence:
             RuntimeError: if a tensor is still in use by an autograd graph.
         """
         for name, tensor in self.block.tensors().items():
-            _replace(name, tensor, torch.empty_like(tensor, device="meta"))
+            replace_memory(name, tensor, torch.empty_like(tensor, device="meta"))
         self.block.module.forward = _identity
         self.present = False
 
@@ -44,7 +44,7 @@ class Presence:
         """Make the block present again, with memory that the caller must fill."""
         for name, tensor in self.block.tensors().items():
             empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._device[name])
-            _replace(name, tensor, empty)
+            replace_memory(name, tensor, empty)
         if self._forward is None:
             del self.block.module.forward
         else:
@@ -89,7 +89,7 @@ def _identity(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
-def _replace(name: str, tensor: Tensor, new: Tensor) -> None:
+def replace_memory(name: str, tensor: Tensor, new: Tensor) -> None:
     """Give ``tensor``, the Python object, the memory of ``new``."""
     tensor.grad = None
     if isinstance(tensor, nn.Parameter):

@@ -122,7 +122,7 @@ class Simulator:
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
         elif batch_norm == "recalibrate" and self._partial and all(w.recorder.calls for w in self.workers):
-            self._recalibrate(full)
+            recalibrate_together(self.workers, full)
         return full
 
     def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
@@ -250,18 +250,19 @@ class Simulator:
                 else:
                     block.module.forward = _skip
 
-    def _recalibrate(self, full: nn.Module) -> None:
-        """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
-        still = self.workers[0].recorder.still
-        statistics: list[list[Tensor]] = []
-        for worker in self.workers:
-            twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
-            calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
-            statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
-        norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
-        own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
-        for tensor, *values in zip(own, *statistics, strict=True):
-            tensor.copy_(torch.stack(values).mean(0))
+
+def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:
+    """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
+    still = workers[0].recorder.still
+    statistics: list[list[Tensor]] = []
+    for worker in workers:
+        twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
+        calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
+        statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
+    norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
+    own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+    for tensor, *values in zip(own, *statistics, strict=True):
+        tensor.copy_(torch.stack(values).mean(0))
 
 
 def _skip(x: Any) -> Any:

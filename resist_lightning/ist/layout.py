@@ -1,0 +1,173 @@
+"""A model whose hidden neurons are dealt out to the workers (section 2.1 of the specification of IST)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from torch import Size, Tensor, nn
+from typing_extensions import override
+
+from resist_lightning.config import NeuronConfig
+from resist_lightning.errors import LayerSelectionError
+from resist_lightning.ist.accounting import sent_entries
+from resist_lightning.ist.discovery import describe, find_neurons
+from resist_lightning.ist.neurons import Cut
+from resist_lightning.ist.partition import draw_neurons
+from resist_lightning.ist.plan import NeuronPlan
+from resist_lightning.layout import Layout
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.partition import Partition
+
+
+class NeuronLayout(Layout):
+    """The neurons of a model, and who trains which when.
+
+    Args:
+        module: the user's module, complete.
+        config: the settings of the run.
+        workers: number of workers.
+
+    Attributes:
+        neurons: the hidden layers and what is divided among their neurons.
+        shapes: by name, the shapes of divided tensors in the full model.
+
+    Raises:
+        LayerSelectionError: if the layers cannot be cut as asked, or one has fewer neurons than there are workers.
+        ValueError: if the module synchronises batch norm.
+    """
+
+    def __init__(self, module: nn.Module, config: NeuronConfig, workers: int) -> None:
+        super().__init__(module, config, workers)
+        self.config: NeuronConfig = config
+        self.neurons = find_neurons(module, config.layers)
+        for layer in self.neurons.layers:
+            if layer.width < workers:
+                raise LayerSelectionError(
+                    f"layer {layer.name!r} has {layer.width} neurons for {workers} workers, and each worker needs one "
+                    f"of every layer. Use at most {layer.width} workers, or leave the layer whole: choose others with "
+                    "`layers`."
+                )
+        tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
+        self.shapes: dict[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
+        self._widths = tuple(layer.width for layer in self.neurons.layers)
+        self._draw = lru_cache(maxsize=3)(self._draw_neurons)
+
+    @property
+    @override
+    def partial(self) -> bool:
+        return self.workers > 1
+
+    @override
+    def partition(self, round: int) -> tuple[Partition, ...]:
+        return self._draw(round)
+
+    @override
+    def held(self, round: int) -> list[Any]:
+        """A hash of each worker's neurons, which may be many."""
+        partitions = self.partition(round)
+        return [_short([partition.held[worker] for partition in partitions]) for worker in range(self.workers)]
+
+    @override
+    def held_parameters(self, round: int) -> list[int]:
+        whole = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
+        cut = [name for name, _ in self.module.named_parameters() if name in self.shapes]
+        sizes = ([prod(self.held_shape(name, round, worker)) for name in cut] for worker in range(self.workers))
+        return [whole + sum(held) for held in sizes]
+
+    def held_shape(self, name: str, round: int, worker: int) -> tuple[int, ...]:
+        """The shape of a worker's slice of a tensor."""
+        cut, shape = self.neurons.cuts[name], list(self.shapes[name])
+        partitions = self.partition(round)
+        if cut.rows is not None:
+            shape[0] = len(partitions[cut.rows].held[worker])
+        if cut.columns is not None:
+            shape[1] = len(partitions[cut.columns].held[worker]) * cut.repeat
+        return tuple(shape)
+
+    def inner(self) -> dict[str, Cut]:
+        """By name, the tensors with hidden neurons on both sides, of which workers hold only a part at a time."""
+        cuts = self.neurons.cuts.items()
+        return {name: cut for name, cut in cuts if cut.rows is not None and cut.columns is not None}
+
+    def rest(self, name: str) -> int:
+        """Entries of a tensor per neuron, or, where it has neurons on both sides, per pair of them."""
+        cut, shape = self.neurons.cuts[name], self.shapes[name]
+        if cut.columns is None:
+            return prod(shape[1:])
+        per_column = prod(shape[2:]) * cut.repeat
+        return per_column if cut.rows is not None else shape[0] * per_column
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {
+            "neurons": [[layer.name, layer.width] for layer in self.neurons.layers],
+            "workers": self.workers,
+            "seed": self.config.seed,
+        }
+
+    @override
+    def settings(self) -> dict[str, str]:
+        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        values["layers"] = "a predicate" if callable(values["layers"]) else values["layers"]
+        return {name: str(value) for name, value in values.items()}
+
+    @override
+    def parts(self) -> list[str]:
+        return [layer.name for layer in self.neurons.layers]
+
+    @override
+    def place(self, name: str) -> str:
+        return f"its neurons' part of {name}" if name in self.shapes else f"shared tensor {name}"
+
+    def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
+        """What happens between ``round`` and the next."""
+        return NeuronPlan(self.partition(round), self.partition(round + 1), left_out)
+
+    def hand_over_bytes(self, round: int, states: OptimizerStates) -> list[dict[str, int]]:
+        """By closed form, the bytes that each worker sends at the end of ``round`` to hand over its slices.
+
+        Returns:
+            For each worker, the bytes of the kinds ``hand_over`` and ``state``.
+        """
+        plan, tensors = self.plan(round), {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        sent = [{"hand_over": 0, "state": 0} for _ in range(self.workers)]
+        for name, cut in self.neurons.cuts.items():
+            tensor = tensors[name]
+            slots = states.slots([tensor]) if isinstance(tensor, nn.Parameter) else []
+            per_entry = sum(slot.element_size() for slot in slots) if self.config.momentum == "travel" else 0
+            for worker, entries in enumerate(sent_entries(cut, plan)):
+                sent[worker]["hand_over"] += entries * self.rest(name) * tensor.element_size()
+                sent[worker]["state"] += entries * self.rest(name) * per_entry
+        return sent
+
+    @override
+    def describe(self) -> str:
+        return (
+            f"the neurons of {len(self.neurons.layers)} hidden layer(s) are dealt out to {self.workers} worker(s); "
+            f"rounds of {self.config.local_steps} local steps.\n{describe(self.neurons)}"
+        )
+
+    @override
+    def warn(self) -> None:
+        """Nothing of it is ignored."""
+
+    @override
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(self.shapes.get(name, tensor.shape))
+
+    @override
+    def _drawn_from(self) -> tuple[Any, ...]:
+        config = self.config
+        return self.workers, self._widths, config.seed, config.local_steps, config.momentum, config.batch_norm
+
+    def _draw_neurons(self, round: int) -> tuple[Partition, ...]:
+        return draw_neurons(self._widths, self.workers, self.config.seed, round)
+
+
+def _short(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

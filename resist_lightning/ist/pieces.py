@@ -1,0 +1,95 @@
+"""Reads and writes pieces of divided tensors: neurons by their numbers, wherever a worker has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_lightning.ist.neurons import Cut
+from resist_lightning.ist.partition import kept_rows
+from resist_lightning.ist.plan import Frame, Indices, Piece
+from resist_lightning.partition import Partition
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A tensor of a worker that is divided among neurons.
+
+    Args:
+        cut: how.
+        whole: its shape in the full model.
+        tensor: the slice, or the full tensor; contiguous, unless it is only read.
+        store: the rows that this worker keeps, with all columns, on the CPU; None if it has neurons on one side only.
+        kind: how its bytes are counted.
+    """
+
+    cut: Cut
+    whole: tuple[int, ...]
+    tensor: Tensor
+    store: Tensor | None = None
+    kind: str = "hand_over"
+
+    def take(self, piece: Piece, held: Sequence[Partition], worker: int) -> Tensor:
+        """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
+        folded, index = self._place(piece, piece.leaves, held, worker)
+        return folded[index].flatten().to(self.tensor.device)
+
+    def put(self, piece: Piece, held: Sequence[Partition], worker: int, flat: Tensor) -> None:
+        """Write the entries of a piece that arrives."""
+        folded, index = self._place(piece, piece.enters, held, worker)
+        rows, columns, rest = self._counts(piece)
+        folded[index] = flat.view(rows, columns, rest).to(folded.device)
+
+    def entries(self, piece: Piece) -> int:
+        """How many numbers a piece has."""
+        return prod(self._counts(piece))
+
+    def _counts(self, piece: Piece) -> tuple[int, int, int]:
+        rows, columns, rest = _folded(self.whole, self.cut)
+        return (
+            rows if piece.rows is None else len(piece.rows),
+            columns if piece.columns is None else len(piece.columns),
+            rest,
+        )
+
+    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, Any]:
+        """A view of rows x columns x rest, and the index of the piece in it."""
+        tensor = self.store if frame == "store" else self.tensor
+        assert tensor is not None
+        folded = tensor.detach().reshape(_folded(tensor.shape, self.cut))
+        rows = columns = None
+        if piece.rows is not None:
+            assert self.cut.rows is not None
+            layer = held[self.cut.rows]
+            known = kept_rows(layer.blocks, layer.workers, worker) if frame == "store" else layer.held[worker]
+            rows = _numbers(piece.rows) if frame == "full" else _positions(piece.rows, known)
+        if piece.columns is not None:
+            assert self.cut.columns is not None
+            own = held[self.cut.columns].held[worker]
+            columns = _positions(piece.columns, own) if frame == "slice" else _numbers(piece.columns)
+        if rows is not None and columns is not None:
+            return folded, (rows.unsqueeze(1), columns)
+        return folded, rows if rows is not None else (slice(None), columns)
+
+
+def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:
+    """Rows, columns, and entries for each row and column."""
+    if cut.columns is None:
+        return shape[0], 1, prod(shape[1:])
+    return shape[0], shape[1] // cut.repeat, cut.repeat * prod(shape[2:])
+
+
+def _positions(neurons: Indices, known: Sequence[int]) -> Tensor:
+    """Where in an ascending sequence some of its members are."""
+    return torch.searchsorted(_numbers(tuple(known)), _numbers(neurons))
+
+
+@lru_cache(maxsize=256)
+def _numbers(neurons: Indices) -> Tensor:
+    return torch.tensor(neurons, dtype=torch.long)

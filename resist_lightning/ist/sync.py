@@ -1,0 +1,258 @@
+"""The sync of slices: every neuron goes to its next holder, with all that belongs to it.
+
+Section 2.4 of the specification of IST. Nothing is averaged but what all workers hold whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from resist_lightning.collective import Collective
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.partition import kept_rows
+from resist_lightning.ist.pieces import Divided
+from resist_lightning.ist.plan import NeuronPlan, Piece, full_pieces, pieces
+from resist_lightning.ist.subnet import Subnet
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.sync import Sync
+from resist_lightning.timing import Seconds
+
+Load: TypeAlias = tuple[str, Piece]
+"""A piece of the divided tensor of this key."""
+
+
+class NeuronSync(Sync[NeuronPlan]):
+    """A worker's side of the syncs of a run whose neurons are dealt out; see :class:`~resist_lightning.sync.Sync`."""
+
+    def __init__(
+        self,
+        layout: NeuronLayout,
+        states: OptimizerStates,
+        collective: Collective,
+        device: torch.device,
+        seconds: Seconds,
+    ) -> None:
+        super().__init__(layout, states, collective, device, seconds)
+        self._layout = layout
+        self._collective = collective
+        self._device = device
+        self._subnet = Subnet(layout, collective.worker)
+        self._store: dict[str, Tensor] = {}
+
+    @override
+    def plan(self, round: int, left_out: tuple[int, ...]) -> NeuronPlan:
+        return self._layout.plan(round, left_out)
+
+    @override
+    def averaged(self, plan: NeuronPlan) -> dict[str, Tensor]:
+        return self._may_change(self._layout.shared)
+
+    @override
+    def equal(self, round: int) -> dict[str, Tensor]:
+        return self._may_change(self._layout.shared)
+
+    @override
+    def held(self) -> list[Tensor]:
+        return list(self._subnet.tensors.values())
+
+    @override
+    def make_room(self, round: int) -> None:
+        self._subnet.hold(round)
+
+    @override
+    def divide(self, round: int) -> None:
+        """Keep this worker's slices, and the rows of inner matrices that it is the keeper of."""
+        held = self._layout.partition(round)
+        kept: dict[str, list[tuple[Piece, Tensor]]] = {}
+        for key, divided in self._divided().items():
+            cut, width = divided.cut, divided.whole[0]
+            rows = held[cut.rows].held[self._worker] if cut.rows is not None else None
+            columns = held[cut.columns].held[self._worker] if cut.columns is not None else None
+            piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
+            kept[key] = [(piece, divided.take(piece, held, self._worker))]
+            if key in self._layout.inner():
+                mine = kept_rows(width, self._layout.workers, self._worker)
+                self._store[key] = divided.tensor.detach()[mine.start : mine.stop].cpu().clone()
+        self.make_room(round)
+        for key, divided in self._divided().items():
+            for piece, values in kept[key]:
+                divided.put(piece, held, self._worker, values)
+
+    @override
+    def hand_over(self, plan: NeuronPlan, round: int) -> None:
+        """Send what leaves to its next holders or keepers, and put what arrives in place."""
+        with self._seconds.timed("hand_over"):
+            moving = {**self._divided(), **self._moving_state()}
+            loads = [(key, piece) for key, divided in moving.items() for piece in self._pieces(key, divided, plan)]
+            arrived = self._transfer(moving, loads, plan)
+            self._put(moving, [load for load in arrived if load[0][1].enters == "store"], plan)
+            counters = self._counters()
+            self.make_room(round + 1)
+            after = {**self._divided(), **self._new_state(counters)}
+            self._put(after, [load for load in arrived if load[0][1].enters == "slice"], plan)
+
+    @override
+    def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
+        self.leave_out(plan)
+        if unequal:
+            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+        arrived = self._spread(plan, kind)
+        self._subnet.hold_all()
+        self._put(self._divided(), arrived, plan)
+
+    @override
+    def end(self) -> None:
+        super().end()
+        self._store = {}
+
+    @override
+    def own(self) -> dict[str, Any]:
+        return {**super().own(), "store": dict(self._store)}
+
+    @override
+    def load_own(self, own: dict[str, Any]) -> None:
+        super().load_own(own)
+        for key, rows in own["store"].items():
+            self._store[key] = rows.clone()
+
+    def _divided(self) -> dict[str, Divided]:
+        layout = self._layout
+        return {
+            name: Divided(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
+            for name, cut in layout.neurons.cuts.items()
+        }
+
+    def _pieces(self, key: str, divided: Divided, plan: NeuronPlan) -> list[Piece]:
+        found = pieces(divided.cut, plan, self._worker)
+        if divided.kind == "state" and self._layout.config.momentum == "keep":
+            stays = (piece for piece in found if piece.source == piece.target)
+            return [piece for piece in stays if (piece.leaves, piece.enters) == ("slice", "slice")]
+        return found
+
+    def _moving_state(self) -> dict[str, Divided]:
+        """Optimizer state that goes with the entries that it belongs to."""
+        if self._layout.config.momentum == "reset":
+            return {}
+        if self._layout.config.momentum == "travel":
+            for name in self._layout.inner():
+                rows = self._store[name]
+                for key, slot in self._slots(name).items():
+                    self._store.setdefault(key, torch.zeros(rows.shape, dtype=slot.dtype))
+        return self._divided_state()
+
+    def _divided_state(self) -> dict[str, Divided]:
+        layout = self._layout
+        return {
+            key: Divided(layout.neurons.cuts[name], tuple(layout.shapes[name]), slot, self._store.get(key), "state")
+            for name in layout.neurons.cuts
+            for key, slot in self._slots(name).items()
+        }
+
+    def _slots(self, name: str) -> dict[str, Tensor]:
+        """The optimizer state of a divided parameter that has its shape."""
+        tensor = self._subnet.tensors[name]
+        slots = self._states.tensors([tensor]) if isinstance(tensor, nn.Parameter) else []
+        return {f"{name}/{number}": slot for number, slot in enumerate(slots) if slot.dim()}
+
+    def _counters(self) -> dict[str, list[Tensor]]:
+        """The optimizer state of divided parameters that is one number each; it stays."""
+        if self._layout.config.momentum == "reset":
+            return {}
+        parameters = {n: tensor for n, tensor in self._subnet.tensors.items() if isinstance(tensor, nn.Parameter)}
+        found = {name: self._states.tensors([parameter]) for name, parameter in parameters.items()}
+        return {name: [slot for slot in slots if not slot.dim()] for name, slots in found.items()}
+
+    def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Divided]:
+        """State of the new shapes: zeros where nothing arrives."""
+        if not counters:
+            return {}
+        for name, values in counters.items():
+            parameter = self._subnet.tensors[name]
+            assert isinstance(parameter, nn.Parameter)
+            self._states.drop([parameter])
+            new = [slot for slot in self._states.tensors([parameter]) if not slot.dim()]
+            for slot, value in zip(new, values, strict=True):
+                slot.copy_(value)
+        return self._divided_state()
+
+    def _transfer(
+        self, moving: dict[str, Divided], loads: Sequence[Load], plan: NeuronPlan
+    ) -> list[tuple[Load, Tensor]]:
+        """Send and receive at once: one flat buffer per pair of workers and data type.
+
+        Returns:
+            What is to be put in place here, with its values.
+        """
+        outgoing: dict[int, list[Tensor]] = defaultdict(list)
+        expected: dict[int, list[Load]] = defaultdict(list)
+        stays: list[tuple[Load, Tensor]] = []
+        kinds: Counter[str] = Counter()
+        for key, piece in loads:
+            if piece.source != self._worker:
+                expected[piece.source].append((key, piece))
+                continue
+            values = moving[key].take(piece, plan.before, self._worker)
+            if piece.target == self._worker:
+                stays.append(((key, piece), values))
+            else:
+                outgoing[piece.target].append(values)
+                kinds[moving[key].kind] += values.nbytes
+        sends = {peer: _packed(tensors) for peer, tensors in outgoing.items()}
+        return stays + self._exchange(sends, expected, moving, kinds)
+
+    def _spread(self, plan: NeuronPlan, kind: str) -> list[tuple[Load, Tensor]]:
+        """Send all that this worker has to all others, and receive what they have."""
+        divided = self._divided()
+
+        def of(worker: int) -> list[Load]:
+            return [(key, piece) for key, d in divided.items() for piece in full_pieces(d.cut, plan.before, worker)]
+
+        mine = [((key, piece), divided[key].take(piece, plan.before, self._worker)) for key, piece in of(self._worker)]
+        peers = [worker for worker in range(self._layout.workers) if worker != self._worker]
+        flats = _packed([values for _, values in mine]) if peers else []
+        sent_bytes = sum(flat.nbytes for flat in flats) * len(peers)
+        kinds = Counter({kind: sent_bytes})
+        return mine + self._exchange(dict.fromkeys(peers, flats), {peer: of(peer) for peer in peers}, divided, kinds)
+
+    def _exchange(
+        self,
+        sends: dict[int, list[Tensor]],
+        expected: dict[int, list[Load]],
+        moving: dict[str, Divided],
+        kinds: Counter[str],
+    ) -> list[tuple[Load, Tensor]]:
+        """Every receive is posted before any send."""
+        receives = {peer: self._empty(loads, moving) for peer, loads in expected.items()}
+        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in receives.items()}, kinds)
+        arrived: list[tuple[Load, Tensor]] = []
+        for peer, loads in expected.items():
+            offsets: Counter[torch.dtype] = Counter()
+            for key, piece in loads:
+                dtype, entries = moving[key].tensor.dtype, moving[key].entries(piece)
+                start = offsets[dtype]
+                arrived.append(((key, piece), receives[peer][dtype][start : start + entries]))
+                offsets[dtype] += entries
+        return arrived
+
+    def _empty(self, loads: Iterable[Load], moving: dict[str, Divided]) -> dict[torch.dtype, Tensor]:
+        sizes: Counter[torch.dtype] = Counter()
+        for key, piece in loads:
+            sizes[moving[key].tensor.dtype] += moving[key].entries(piece)
+        return {dtype: torch.empty(sizes[dtype], dtype=dtype, device=self._device) for dtype in sorted(sizes, key=str)}
+
+    def _put(self, divided: dict[str, Divided], arrived: Iterable[tuple[Load, Tensor]], plan: NeuronPlan) -> None:
+        """Write what arrived; slices are those of the next round, stores and full tensors have no round."""
+        for (key, piece), values in arrived:
+            divided[key].put(piece, plan.after, self._worker, values)
+
+
+def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One flat buffer per data type, in the order that :meth:`NeuronSync._empty` has."""
+    kinds = sorted({tensor.dtype for tensor in tensors}, key=str)
+    return [torch.cat([tensor for tensor in tensors if tensor.dtype == dtype]) for dtype in kinds]

@@ -1,0 +1,172 @@
+"""A reference of IST: S workers in one process, written as plainly as the paper and without its machinery.
+
+There is one full model; a round cuts a subnet out of it for every worker, and a sync writes the subnets back. With the
+engine it shares the partition, the choice of layers and recalibration; what is not shared is tested against it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from resist_lightning.config import NeuronConfig
+from resist_lightning.ist.discovery import find_neurons
+from resist_lightning.ist.partition import draw_neurons
+from resist_lightning.norm import InputRecorder
+from resist_lightning.partition import Partition
+from resist_lightning.rounds import Clock
+from resist_lightning.simulator import SimulatedWorker, recalibrate_together
+
+Slot: TypeAlias = tuple[int, str, str]
+"""Number of an optimizer, name of a parameter, name of what the optimizer keeps for it."""
+
+
+class NeuronSimulator:
+    """Simulates S workers among whom the hidden neurons are dealt out; used as :class:`~resist_lightning.Simulator`.
+
+    Args:
+        module: the network; it is copied, not changed.
+        make_optimizers: builds the optimizer(s) of a copy.
+        config: the settings, as for the engine.
+        workers: number of simulated workers, at least 1.
+
+    Raises:
+        LayerSelectionError: if the layers cannot be cut as asked.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+        config: NeuronConfig,
+        workers: int,
+    ) -> None:
+        self.config = config
+        self.clock = Clock(config.local_steps)
+        self.neurons = find_neurons(module, config.layers)
+        self._template = copy.deepcopy(module)
+        self.full = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+        self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self._hooks: list[RemovableHandle] = []
+        self._travelling: dict[Slot, Tensor] = {}
+        self._begin_round([{} for _ in self.workers])
+
+    def after_step(self) -> None:
+        """Count a local step of all workers, and sync if the round is complete."""
+        self.clock.tick()
+        if self.clock.due:
+            self.full = self._written_back()
+            states = [self._state_of(index) for index in range(len(self.workers))]
+            self.clock.next_round()
+            self._begin_round(states)
+
+    def full_model(self) -> nn.Module:
+        """A copy of the full model, with batch-norm statistics by the policy of the settings."""
+        full, state = copy.deepcopy(self._template), self._written_back()
+        with torch.no_grad():
+            for name, tensor in _tensors(full).items():
+                tensor.copy_(state[name])
+        recorded = all(worker.recorder.calls for worker in self.workers)
+        if self.config.batch_norm == "recalibrate" and len(self.workers) > 1 and recorded:
+            recalibrate_together(self.workers, full)
+        return full
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """Who holds which neurons in this round."""
+        widths = [layer.width for layer in self.neurons.layers]
+        return draw_neurons(widths, len(self.workers), self.config.seed, self.clock.round)
+
+    def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
+        made = make_optimizers(module)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        return SimulatedWorker(module, optimizers, (), InputRecorder(module, self.config.recalibration_batches))
+
+    def _begin_round(self, states: Sequence[dict[Slot, Tensor]]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for index, worker in enumerate(self.workers):
+            for name, tensor in worker.tensors().items():
+                tensor.grad = None
+                tensor.data = self.full[name][self._index(name, index)].clone()
+            for size in self.neurons.sizes:
+                held = len(self.partitions()[size.layer].held[index]) * size.repeat
+                value: Any = (held,) if size.attribute == "normalized_shape" else held
+                setattr(worker.module.get_submodule(size.module), size.attribute, value)
+            self._give_state(worker, index, states[index])
+            self._scale(worker, index)
+
+    def _index(self, name: str, worker: int) -> Any:
+        """Of a worker's part of a tensor in the full one."""
+        cut = self.neurons.cuts.get(name)
+        if cut is None:
+            return ...
+        partitions = self.partitions()
+        index: list[Any] = [slice(None), slice(None)]
+        if cut.rows is not None:
+            index[0] = torch.tensor(partitions[cut.rows].held[worker])
+        if cut.columns is None:
+            return index[0]
+        held = torch.tensor(partitions[cut.columns].held[worker])
+        index[1] = (held.unsqueeze(1) * cut.repeat + torch.arange(cut.repeat)).flatten()
+        if cut.rows is not None:
+            index[0] = index[0].unsqueeze(1)
+        return tuple(index)
+
+    def _written_back(self) -> dict[str, Tensor]:
+        """The full model, with what the workers have trained."""
+        full = {name: tensor.clone() for name, tensor in self.full.items()}
+        copies = [worker.tensors() for worker in self.workers]
+        for name, tensor in full.items():
+            if name in self.neurons.cuts:
+                for worker, tensors in enumerate(copies):
+                    tensor[self._index(name, worker)] = tensors[name].detach()
+            else:
+                values = torch.stack([tensors[name].detach() for tensors in copies])
+                tensor.copy_(values.mean(0) if values.is_floating_point() else values.max(0).values)
+        return full
+
+    def _state_of(self, index: int) -> dict[Slot, Tensor]:
+        """Optimizer state of a worker's neurons, in tensors of the full shapes; nothing where it is reset."""
+        if self.config.momentum == "reset":
+            return {}
+        found: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
+        worker = self.workers[index]
+        for name, parameter in worker.module.named_parameters():
+            if name in self.neurons.cuts:
+                for number, optimizer in enumerate(worker.optimizers):
+                    for slot, value in optimizer.state.get(parameter, {}).items():
+                        if isinstance(value, Tensor) and value.dim():
+                            whole = found.setdefault((number, name, slot), torch.zeros_like(self.full[name]))
+                            whole[self._index(name, index)] = value
+        return found
+
+    def _give_state(self, worker: SimulatedWorker, index: int, state: dict[Slot, Tensor]) -> None:
+        parameters = dict(worker.module.named_parameters())
+        if self.config.momentum == "reset":
+            for optimizer in worker.optimizers:
+                optimizer.state.clear()
+        for (number, name, slot), whole in state.items():
+            worker.optimizers[number].state[parameters[name]][slot] = whole[self._index(name, index)].clone()
+
+    def _scale(self, worker: SimulatedWorker, index: int) -> None:
+        """Where no norm follows, a sum over fewer neurons is scaled, by its inputs."""
+        for name, layer in self.neurons.rescaled:
+            factor = self.neurons.layers[layer].width / len(self.partitions()[layer].held[index])
+            scaled = partial(_scaled, factor)
+            self._hooks.append(worker.module.get_submodule(name).register_forward_pre_hook(scaled))
+
+
+def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * factor, *args[1:])
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
