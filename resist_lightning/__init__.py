@@ -1,21 +1,23 @@
 """Train deep residual networks on workers that are joined by slow links and have little memory.
 
-``import resist_lightning`` registers the strategies ``resist`` and ``local_sgd`` with Lightning.
+``import resist_lightning`` registers the strategies ``resist``, ``ist`` and ``local_sgd`` with Lightning.
 """
 
-from resist_lightning.config import Config
+from resist_lightning.config import Config, NeuronConfig
 from resist_lightning.engine import Engine
 from resist_lightning.errors import (
     BlockSelectionError,
     CheckpointError,
     CheckpointNotWritten,
+    LayerSelectionError,
     NotFinite,
     PartialModelError,
     WorkerLost,
     WorkersDisagree,
 )
+from resist_lightning.neuron_simulator import NeuronSimulator
 from resist_lightning.simulator import Simulator
-from resist_lightning.strategies import LocalSGDStrategy, ResISTStrategy, register_strategies
+from resist_lightning.strategies import ISTStrategy, LocalSGDStrategy, ResISTStrategy, register_strategies
 
 __all__ = [
     "BlockSelectionError",
@@ -23,7 +25,11 @@ __all__ = [
     "CheckpointNotWritten",
     "Config",
     "Engine",
+    "ISTStrategy",
+    "LayerSelectionError",
     "LocalSGDStrategy",
+    "NeuronConfig",
+    "NeuronSimulator",
     "NotFinite",
     "PartialModelError",
     "ResISTStrategy",

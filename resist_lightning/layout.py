@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,6 +96,20 @@ class Layout(ABC):
 
     def resume(self, table: Mapping[str, Any], round: int) -> None:  # noqa: B027
         """Go on with what :meth:`table` said, from ``round``."""
+
+    def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        """The full model from what all workers, in order, had at the border of a round, where holders agree.
+
+        Args:
+            states: the ``place`` and the ``own`` state of each; see :class:`~resist_lightning.resumption.Resumption`.
+
+        Raises:
+            CheckpointError: if they are not of this model.
+        """
+        tensors: dict[str, Tensor] = {}
+        for state in states:
+            tensors.update(state["own"]["tensors"])
+        return tensors
 
     def changing(self) -> set[str]:
         """Names of the tensors that training can change now: trainable parameters, and buffers.

@@ -22,7 +22,7 @@ from resist_lightning.ist.partition import draw_neurons
 from resist_lightning.norm import InputRecorder
 from resist_lightning.partition import Partition
 from resist_lightning.rounds import Clock
-from resist_lightning.simulator import SimulatedWorker, recalibrate_together
+from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
 
 Slot: TypeAlias = tuple[int, str, str]
 """Number of an optimizer, name of a parameter, name of what the optimizer keeps for it."""

@@ -56,7 +56,8 @@ class Resumption:
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
-        return {"optimizers": self._states.own(), **self._sync.own(), **self._observation.own()}
+        sync = self._sync.own(with_full_model=self._observation.full.active)
+        return {"optimizers": self._states.own(), **sync, **self._observation.own()}
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None) -> bool:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning.block_layout import BlockLayout
-from resist_lightning.blocks import Block, select_blocks
+from resist_lightning.blocks import select_blocks
 from resist_lightning.config import Config, NormPolicy
-from resist_lightning.norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.norm import BatchStatistics, InputRecorder, norms_with_statistics
 from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks, fold, foldable
+from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
 from resist_lightning.wire import Wire, arrange, compressible, flatten, make_wire, noise_for, split
-
-
-@dataclass
-class SimulatedWorker:
-    """One worker: train ``module`` with ``optimizers``, as if it were alone.
-
-    Args:
-        module: a complete copy of the network; blocks that the worker lacks are skipped.
-        optimizers: the worker's optimizers.
-        blocks: the partitionable blocks of ``module``.
-        recorder: remembers the last training inputs.
-    """
-
-    module: nn.Module
-    optimizers: list[Optimizer]
-    blocks: tuple[Block, ...]
-    recorder: InputRecorder
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name."""
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
 
 class Simulator:
@@ -249,20 +228,6 @@ class Simulator:
                     block.module.__dict__.pop("forward", None)
                 else:
                     block.module.forward = _skip
-
-
-def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:
-    """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
-    still = workers[0].recorder.still
-    statistics: list[list[Tensor]] = []
-    for worker in workers:
-        twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
-        calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
-        statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
-    norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
-    own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
-    for tensor, *values in zip(own, *statistics, strict=True):
-        tensor.copy_(torch.stack(values).mean(0))
 
 
 def _skip(x: Any) -> Any:

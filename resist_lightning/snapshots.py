@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from resist_lightning.errors import CheckpointError
 from resist_lightning.files import read_sealed, write_sealed
 
@@ -134,14 +132,6 @@ def needed(snapshot: Snapshot, worker: int, workers: int) -> list[Path]:
         return [snapshot.files[worker]] if worker in snapshot.files else []
     files = [snapshot.files[writer] for writer in range(snapshot.workers) if writer in snapshot.files]
     return files if len(files) == snapshot.workers else []
-
-
-def full_tensors(states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """The full model from the own states of all workers at a border, where all who hold a tensor agree."""
-    tensors: dict[str, Tensor] = {}
-    for state in states:
-        tensors.update(state["own"]["tensors"])
-    return tensors
 
 
 def _whole(files: list[Path]) -> bool:

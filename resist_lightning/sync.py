@@ -76,8 +76,12 @@ class Sync(ABC, Generic[AnyPlan]):
             for tensor, copy in self._as_received:
                 tensor.detach().copy_(copy)
 
-    def own(self) -> dict[str, Any]:
-        """What this worker has noted of the round, for :meth:`load_own`."""
+    def own(self, *, with_full_model: bool) -> dict[str, Any]:
+        """What this worker has noted of the round, for :meth:`load_own`.
+
+        Args:
+            with_full_model: whether the full model is saved beside it.
+        """
         before = {name: self._changes.before(tensor) for name, tensor in self._named().items()} if self._changes else {}
         received = {id(tensor): copy for tensor, copy in self._as_received}
         return {

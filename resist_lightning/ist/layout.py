@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import lru_cache
 from math import prod
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.config import NeuronConfig
-from resist_lightning.errors import LayerSelectionError
+from resist_lightning.errors import CheckpointError, LayerSelectionError
 from resist_lightning.ist.accounting import sent_entries
 from resist_lightning.ist.discovery import describe, find_neurons
 from resist_lightning.ist.neurons import Cut
 from resist_lightning.ist.partition import draw_neurons
-from resist_lightning.ist.plan import NeuronPlan
+from resist_lightning.ist.pieces import Divided
+from resist_lightning.ist.plan import NeuronPlan, full_pieces
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.partition import Partition
@@ -123,6 +126,27 @@ class NeuronLayout(Layout):
     @override
     def place(self, name: str) -> str:
         return f"its neurons' part of {name}" if name in self.shapes else f"shared tensor {name}"
+
+    @override
+    def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for worker, state in enumerate(states):
+            place, own = state["place"], state["own"]
+            theirs, ours = place["identity"].get("neurons"), self.identity()["neurons"]
+            if theirs != ours:
+                raise CheckpointError(
+                    f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
+                    f"those of {ours}. Resume with the same model and the same `layers`."
+                )
+            drawn = draw_neurons(self._widths, place["identity"]["workers"], place["identity"]["seed"], place["round"])
+            tensors.update({name: tensor for name, tensor in own["tensors"].items() if name not in self.shapes})
+            for name, cut in self.neurons.cuts.items():
+                part = Divided(cut, tuple(self.shapes[name]), own["tensors"][name], own["store"].get(name))
+                full = tensors.setdefault(name, torch.empty(self.shapes[name], dtype=part.tensor.dtype))
+                for piece in full_pieces(cut, drawn, worker):
+                    values = part.take(piece, drawn, worker)
+                    Divided(cut, tuple(self.shapes[name]), full).put(piece, drawn, worker, values)
+        return tensors
 
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
         """What happens between ``round`` and the next."""

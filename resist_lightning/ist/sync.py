@@ -112,8 +112,11 @@ class NeuronSync(Sync[NeuronPlan]):
         self._store = {}
 
     @override
-    def own(self) -> dict[str, Any]:
-        return {**super().own(), "store": dict(self._store)}
+    def own(self, *, with_full_model: bool) -> dict[str, Any]:
+        """What this worker has noted, and what it keeps; of that, the full model has the parameters."""
+        known = self._layout.shapes if with_full_model else {}
+        store = {key: rows for key, rows in self._store.items() if key not in known}
+        return {**super().own(with_full_model=with_full_model), "store": store}
 
     @override
     def load_own(self, own: dict[str, Any]) -> None:

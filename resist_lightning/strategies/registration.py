@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from resist_lightning.strategies.ist import ISTStrategy
 from resist_lightning.strategies.local_sgd import LocalSGDStrategy
 from resist_lightning.strategies.resist import ResISTStrategy
 
@@ -14,8 +15,8 @@ _LAUNCHERS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "for
 
 
 def register_strategies() -> None:
-    """Register ``resist`` and ``local_sgd`` and their variants ``_spawn``, ``_fork`` and ``_notebook``."""
-    for strategy in (ResISTStrategy, LocalSGDStrategy):
+    """Register ``resist``, ``ist`` and ``local_sgd`` and their variants ``_spawn``, ``_fork`` and ``_notebook``."""
+    for strategy in (ResISTStrategy, ISTStrategy, LocalSGDStrategy):
         for suffix, start_method in _LAUNCHERS.items():
             StrategyRegistry.register(
                 strategy.strategy_name + suffix,
@@ -39,6 +40,6 @@ def _refuse_pytorch_lightning() -> None:
             "`pytorch_lightning`. Use lightning.Trainer, and lightning.LightningModule for your module."
         )
 
-    for strategy in (ResISTStrategy, LocalSGDStrategy):
+    for strategy in (ResISTStrategy, ISTStrategy, LocalSGDStrategy):
         for suffix in _LAUNCHERS:
             other.StrategyRegistry.register(strategy.strategy_name + suffix, refuse, override=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from resist_lightning.collective import Collective, groups_joined
 from resist_lightning.config import check_choice, check_integer
 from resist_lightning.errors import CheckpointError
 from resist_lightning.files import read_sealed
-from resist_lightning.snapshots import Snapshot, SnapshotFolder, full_tensors, needed, usable
+from resist_lightning.snapshots import Snapshot, SnapshotFolder, needed, usable
 from resist_lightning.torchrun import REMEDY, agent, shares_store, started_by_torchrun
 
 SaveErrors: TypeAlias = Literal["raise", "warn"]
@@ -136,8 +136,8 @@ class Restarts:
         first: dict[str, Any] = read_sealed(needed(self.chosen, worker, workers)[0])
         return first
 
-    def full_tensors(self) -> dict[str, Tensor]:
-        """The full model of the chosen snapshot.
+    def states(self) -> Iterator[dict[str, Any]]:
+        """What each worker wrote of the chosen snapshot, in order, read one after the other.
 
         Raises:
             CheckpointError: if this worker cannot read all files of it.
@@ -147,9 +147,10 @@ class Restarts:
         if missing:
             raise CheckpointError(
                 f"the snapshot of round {self.chosen.round} in {self.folder.path} lacks the files of worker(s) "
-                f"{missing}, whose blocks are in no other. Keep snapshots in a folder that all workers can read."
+                f"{missing}, whose part is in no other. Keep snapshots in a folder that all workers can read."
             )
-        return full_tensors(read_sealed(file) for file in self.chosen.files.values())
+        for worker in range(self.chosen.workers):
+            yield read_sealed(self.chosen.files[worker])
 
     def begin(self) -> None:
         """Take over the folder for this run. Collective: every worker must call this, in the same order.

@@ -159,7 +159,7 @@ class SavingStrategy(GroupStrategy):
         own = snapshot["own"] if snapshot is not None else read()
         same = engine.restore(self.resume_state, own)
         if self._source is not None and not same:
-            engine.resumption.put(self._source.full_tensors())
+            engine.resumption.put(engine.layout.full_tensors(self._source.states()))
         self._source = None
         if self._restarts is not None:
             self._restarts.begin()

@@ -295,3 +295,12 @@ def test_a_checkpoint_that_cannot_be_a_plain_model_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BlockLayout(small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+
+
+def test_what_all_workers_had_is_the_full_model() -> None:
+    layout = BlockLayout(small_preact(), Config(min_blocks=1), 3)
+    held = [{"shared": torch.tensor(1.0), f"block{worker}": torch.tensor(3.0 + worker)} for worker in range(3)]
+
+    found = layout.full_tensors({"own": {"tensors": tensors}} for tensors in held)
+
+    assert {name: value.item() for name, value in found.items()} == {"shared": 1, "block0": 3, "block1": 4, "block2": 5}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from resist_lightning.snapshots import SnapshotFolder, full_tensors, needed, usable
+from resist_lightning.snapshots import SnapshotFolder, needed, usable
 
 
 def write(folder: SnapshotFolder, round: int, workers: int) -> None:
@@ -48,16 +48,6 @@ def test_damaged_rounds_are_not_usable(tmp_path: Path) -> None:
     assert usable(folder.newest_first(), 0, 2) == [4, 3]
     assert usable(folder.newest_first(), 1, 2) == [3]
     assert usable(folder.newest_first(), 0, 1) == [3]
-
-
-def test_all_files_together_are_the_model(tmp_path: Path) -> None:
-    folder = SnapshotFolder(tmp_path)
-    write(folder, 3, 3)
-    states = [torch.load(file, weights_only=True) for file in folder.newest_first()[0].files.values()]
-
-    found = full_tensors(states)
-
-    assert {name: value.item() for name, value in found.items()} == {"shared": 1, "block0": 3, "block1": 4, "block2": 5}
 
 
 def test_rounds_that_a_run_went_back_behind_are_forgotten(tmp_path: Path) -> None:
