@@ -1,0 +1,255 @@
+"""What an operation makes of a tensor whose neurons are divided: per neuron, or not.
+
+Three forms of a tensor with neurons in it, for a batch of N and a layer of H neurons::
+
+    features   (N, ..., H)           made by a Linear: the neurons are the last dimension
+    channels   (N, H, d1, .., dk)    made by a Conv: they are dimension 1, k positions follow
+    flat       (N, H·d1·..·dk)       channels, flattened: every neuron has neighbouring entries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from torch import fx, nn
+from torch.nn.modules import batchnorm, dropout, instancenorm, padding, pooling
+
+Form: TypeAlias = Literal["features", "channels", "flat"]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A tensor with the neurons of one layer in it.
+
+    Args:
+        layer: qualified name of the layer.
+        width: number of its neurons.
+        form: where they are.
+        positions: dimensions behind them; 0 unless the form is ``channels``.
+    """
+
+    layer: str
+    width: int
+    form: Form
+    positions: int = 0
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that is the same in a subnet: of the batch, of positions, or a parameter with one entry."""
+
+    batch: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a tensor; ``of`` is None if the tensor is whole."""
+
+    of: Divided | None
+
+
+@dataclass(frozen=True)
+class Width:
+    """A number that would be smaller in a subnet."""
+
+    of: Divided
+
+
+Value: TypeAlias = Divided | Number | Shape | Width | None
+"""None is a tensor, or anything else, without neurons that could be divided."""
+
+
+class NotPerNeuron(Exception):
+    """The neurons of a layer cannot be divided; the message goes on after "its neurons"."""
+
+
+NORMS = (
+    batchnorm._BatchNorm,
+    instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+)  # fmt: skip
+TRANSPARENT = (nn.Identity, dropout._DropoutNd)
+DROPOUTS = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+)
+
+_ELEMENTWISE_MODULES = (
+    nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
+    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
+    nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_POSITION_MODULES = (
+    pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd,
+    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, padding._ConstantPadNd, padding._ReflectionPadNd,
+    padding._ReplicationPadNd, padding._CircularPadNd, nn.Upsample,
+)  # fmt: skip
+_ELEMENTWISE_NAMES = """
+    relu relu6 leaky_relu rrelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink softplus
+    softshrink softsign tanhshrink threshold logsigmoid sigmoid tanh sin cos tan asin acos atan sinh cosh asinh acosh
+    atanh exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal abs absolute neg negative pos positive sign
+    erf erfc floor ceil round trunc frac clamp clip clamp_min clamp_max nan_to_num pow float_power add sub subtract
+    mul multiply div divide truediv true_divide floordiv floor_divide mod remainder fmod iadd isub imul itruediv ipow
+    maximum minimum where lerp gt ge lt le eq ne logical_not masked_fill heaviside contiguous clone detach float
+    double half bfloat16 to cpu cuda type
+"""
+_ELEMENTWISE = DROPOUTS | frozenset(_ELEMENTWISE_NAMES.split())
+_ADDITIONS = frozenset({"add", "iadd", "sub", "subtract", "isub"})
+_JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
+_POOLING = frozenset(
+    f"{kind}_pool{rank}d"
+    for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max", "fractional_max")
+    for rank in (1, 2, 3)
+)
+_RESIZING = frozenset({"interpolate", "upsample", "instance_norm"})
+_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
+
+
+def elementwise_module(module: nn.Module) -> bool:
+    """Whether a module without sizes of its own treats each entry alone."""
+    return isinstance(module, _ELEMENTWISE_MODULES)
+
+
+def position_module(module: nn.Module) -> bool:
+    """Whether a module mixes positions, and never channels."""
+    return isinstance(module, _POSITION_MODULES)
+
+
+def over_positions(value: Divided, what: str) -> Divided:
+    """What pooling and padding leave of a tensor."""
+    if value.form != "channels":
+        raise NotPerNeuron(f"reach {what}, which is per neuron only before flattening and after a convolution")
+    return value
+
+
+def flatten(value: Divided, start: int, end: int) -> Divided:
+    """What flattening from one dimension to another leaves."""
+    last = value.positions + 1
+    if value.form == "channels" and end in (-1, last):
+        if start == 1:
+            return replace(value, form="flat", positions=0)
+        if 2 <= start <= last:
+            return replace(value, positions=start - 1)
+    if value.form != "channels" and start == 1 and end == -1:
+        return value  # of a features tensor with more dimensions it is not; the next layer's size then tells
+    raise NotPerNeuron(f"are flattened from dimension {start} to {end}, which mixes them with another dimension")
+
+
+def operation_name(node: fx.Node) -> str:
+    """Name of a function or method, without the underscore of in-place ones."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return str(name).rstrip("_")
+
+
+def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
+    """What a function or method makes of a tensor with divided neurons.
+
+    Args:
+        node: the call.
+        value: the tensor.
+        others: the values of the other nodes among the arguments.
+
+    Raises:
+        NotPerNeuron: if it is not per neuron.
+    """
+    name = operation_name(node)
+    others = [other for other in others if other != value]
+    if name in _ELEMENTWISE:
+        if all(isinstance(other, Number) for other in others):
+            return value
+        raise NotPerNeuron(_combined(name))
+    if name in ("view", "reshape"):
+        return _view(node, value, others)
+    if name in _JOINS or any(not isinstance(other, Number) for other in others):
+        raise NotPerNeuron(_combined(name))
+    if name in _POOLING | _RESIZING:
+        return over_positions(value, f"{name}()")
+    special: dict[str, Callable[[fx.Node, Divided], Divided]] = {"flatten": _flatten, "pad": _pad}
+    special.update(dict.fromkeys(_REDUCTIONS, _reduce))
+    if name not in special:
+        raise NotPerNeuron(f"reach {name}(), which is not known to be per neuron{_HINTS.get(name, '')}")
+    return special[name](node, value)
+
+
+_HINTS = {
+    "getitem": " (indexing)",
+    "squeeze": " (flatten(1) is)",
+    "chunk": " (views of heads or halves are not)",
+    "getattr": " (of attributes, shape is)",
+}
+
+
+def _combined(name: str) -> str:
+    if name in _ADDITIONS:
+        return (
+            f"are combined by {name} with another value of the network; IST refuses residual networks: "
+            'strategy="resist" deals out their blocks'
+        )
+    if name in _JOINS:
+        return f"are concatenated ({name}) with other values"
+    return f"reach {name}() together with another value of the network"
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument of a call, by position or name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _flatten(node: fx.Node, value: Divided) -> Divided:
+    return flatten(value, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
+
+
+def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
+    """Flattening in the form of ``view(batch, -1)``; ``others`` are the values of the sizes."""
+    sizes = list(node.args[1:]) or [node.kwargs.get("shape", node.kwargs.get("size"))]
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = list(sizes[0])
+    batch = others == [Number(batch=True)]
+    if batch and len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1:
+        return flatten(value, 1, -1)
+    raise NotPerNeuron(
+        f"reach {operation_name(node)}() to a shape that is not (x.size(0), -1): a width that is written as a number, "
+        "or a view of heads, does not fit a subnet; x.flatten(1) does"
+    )
+
+
+def _pad(node: fx.Node, value: Divided) -> Divided:
+    sides = argument(node, 1, "pad", ())
+    if value.form == "channels" and isinstance(sides, list | tuple) and len(sides) <= 2 * value.positions:
+        return value
+    raise NotPerNeuron("reach pad() in their own dimension")
+
+
+def _reduce(node: fx.Node, value: Divided) -> Divided:
+    dims = argument(node, 1, "dim", None)
+    dims = [dims] if isinstance(dims, int) else list(dims or ())
+    rank = value.positions + 2
+    reduced = {dim % rank for dim in dims if isinstance(dim, int) and -rank <= dim < rank}
+    if value.form != "channels" or not reduced or min(reduced) < 2 or len(reduced) != len(dims):
+        raise NotPerNeuron(f"reach {operation_name(node)}() over them, which is not per neuron")
+    if argument(node, 2, "keepdim", False):
+        return value
+    positions = value.positions - len(reduced)
+    return replace(value, positions=positions, form="channels" if positions else "features")
+
+
+def shape_entry(shape: Shape, index: Any) -> Value:
+    """What ``x.shape[index]`` or ``x.size(index)`` is."""
+    if shape.of is None:
+        return Number(batch=index == 0) if isinstance(index, int) else Shape(None)
+    if index == 0:
+        return Number(batch=True)
+    own = shape.of.form == "channels" and isinstance(index, int) and (index >= 2 or -shape.of.positions <= index < 0)
+    return Number() if own else Width(shape.of)
+
+
+def entries_per_neuron(value: Divided, size: int, consumer: str) -> int:
+    """How many neighbouring entries each neuron has, where ``size`` entries come in."""
+    if value.form == "flat" and size % value.width == 0:
+        return size // value.width
+    if value.form != "flat" and size == value.width:
+        return 1
+    raise NotPerNeuron(f"({value.width}) do not divide the {size} inputs of {consumer}")

@@ -1,0 +1,157 @@
+"""The computation of a user's module as a graph, without running it on an example."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from typing_extensions import override
+
+from resist_lightning.errors import LayerSelectionError
+
+Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: not torchvision
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(\S.*)')
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module of the user's that has a forward of its own, as a graph.
+
+    Args:
+        module: the module.
+        graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
+        prefix: what its names begin with in the user's module, with the dot at the end.
+    """
+
+    module: nn.Module
+    graph: fx.Graph
+    prefix: str
+
+    def called(self, node: fx.Node) -> tuple[str, nn.Module]:
+        """Qualified name in the user's module, and module, of a ``call_module`` node."""
+        return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
+
+    def tensor(self, node: fx.Node) -> tuple[str, Any]:
+        """Qualified name and value of what a ``get_attr`` node reads."""
+        owner, _, attribute = str(node.target).rpartition(".")
+        return f"{self.prefix}{node.target}", getattr(self.module.get_submodule(owner), attribute)
+
+
+def trace(module: nn.Module) -> list[Traced]:
+    """Trace a module as it computes in training.
+
+    A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
+    child; children without a Linear or Conv (losses, metrics) are left out.
+
+    Raises:
+        LayerSelectionError: if torch.fx cannot trace it.
+    """
+    with _training(module), torch.random.fork_rng(devices=[]):
+        return [Traced(root, _graph(root, prefix), prefix) for prefix, root in _roots(module, "")]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module computes what a module of torch.nn does, so that its class says what happens in it."""
+    forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
+    return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
+
+
+def user_line(node: fx.Node) -> str:
+    """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
+    frames = _FRAME.findall(node.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return f" ({own[-1][0]}:{own[-1][1]}: {own[-1][2]})" if own else ""
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True
+    proxy_buffer_attributes = True
+
+    @override
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    if _has_forward(module):
+        if not is_leaf(module) and _has_weights(module):
+            yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from _roots(child, f"{prefix}{name}.")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """A LightningModule inherits a forward that only raises; Lightning is not imported to find out."""
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return owner is not nn.Module and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(isinstance(child, Weighted) for child in module.modules())
+
+
+def _graph(root: nn.Module, prefix: str) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        return tracer.trace(root, concrete_args=_defaults(root))
+    except Exception as error:
+        stack = list(tracer.module_stack.values())
+        where = f"{prefix}{stack[-1][0]}" if stack else prefix.rstrip(".")
+        name = f"{where!r} ({stack[-1][1].__name__})" if stack else f"{where!r} ({type(root).__name__})"
+        raise LayerSelectionError(
+            f"the forward of {name} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
+            f"{_raised_at(error)}: {type(error).__name__}: {error}. The way out: put the layers whose neurons are to "
+            "be dealt out into a module whose forward has no branch or loop that depends on a value or a shape, and "
+            "call what remains around it from the steps of a LightningModule without a forward of its own."
+        ) from error
+
+
+def _defaults(root: nn.Module) -> dict[str, Any]:
+    """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return {
+        p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool | int | float | str)
+    }
+
+
+def _raised_at(error: Exception) -> str:
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
+    own = [frame for frame in own if frame.filename != __file__]
+    return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    """Only training happens in subnets; the full model evaluates."""
+    modes = {child: child.training for child in module.modules()}
+    if not module.training:
+        for child in modes:
+            child.training = True
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter and buffer, by its id."""
+    names: dict[int, list[str]] = {}
+    everything: list[tuple[str, Tensor]] = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in everything:
+        names.setdefault(id(tensor), []).append(name)
+    return names
