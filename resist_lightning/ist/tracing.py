@@ -94,7 +94,8 @@ def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def _has_forward(module: nn.Module) -> bool:
     """A LightningModule inherits a forward that only raises; Lightning is not imported to find out."""
     owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    return owner is not nn.Module and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+    lightning = owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+    return owner is not nn.Module and not (lightning and owner.__name__ == "LightningModule")
 
 
 def _has_weights(module: nn.Module) -> bool:

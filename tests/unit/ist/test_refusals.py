@@ -77,6 +77,8 @@ NOT_PER_NEURON = [
     (lambda net, x: net.c(torch.cat([h := net.a(x), h], 1)), "a", "are concatenated (cat)"),
     (lambda net, x: net.c((h := net.a(x)) / h.size(1)), "a", "are counted (size, shape)"),
     (lambda net, x: net.c((h := net.a(x)) / h.shape[-1]), "a", "are counted (size, shape)"),
+    (lambda net, x: net.c(h := net.a(x)) + torch.zeros(h.shape).sum(), "a", "are counted (size, shape)"),
+    (lambda net, x: net.c(net.a(x).view(net.scale.size(0), -1)), "a", "reach view() to a shape that is not"),
     (lambda net, x: net.c(functional.layer_norm(net.a(x), (6,))), "a", "reach layer_norm()"),
     (lambda net, x: net.c(functional.max_pool1d(net.a(x), 2)), "a", "reach max_pool1d(), which is per neuron only"),
     (lambda net, x: net.c(functional.pad(net.a(x), (1, 0))), "a", "reach pad() in their own dimension"),
