@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from torch import fx, nn
-from torch.nn.modules import batchnorm, dropout, instancenorm, padding, pooling
+from torch import fx
 
 Form: TypeAlias = Literal["features", "channels", "flat"]
 
@@ -65,28 +64,10 @@ class NotPerNeuron(Exception):
     """The neurons of a layer cannot be divided; the message goes on after "its neurons"."""
 
 
-NORMS = (
-    batchnorm._BatchNorm,
-    instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-)  # fmt: skip
-TRANSPARENT = (nn.Identity, dropout._DropoutNd)
 DROPOUTS = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 )
 
-_ELEMENTWISE_MODULES = (
-    nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
-    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
-    nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
-_POSITION_MODULES = (
-    pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd,
-    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, padding._ConstantPadNd, padding._ReflectionPadNd,
-    padding._ReplicationPadNd, padding._CircularPadNd, nn.Upsample,
-)  # fmt: skip
 _ELEMENTWISE_NAMES = """
     relu relu6 leaky_relu rrelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink softplus
     softshrink softsign tanhshrink threshold logsigmoid sigmoid tanh sin cos tan asin acos atan sinh cosh asinh acosh
@@ -98,6 +79,7 @@ _ELEMENTWISE_NAMES = """
 """
 _ELEMENTWISE = DROPOUTS | frozenset(_ELEMENTWISE_NAMES.split())
 _ADDITIONS = frozenset({"add", "iadd", "sub", "subtract", "isub"})
+_JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
 _POOLING = frozenset(
     f"{kind}_pool{rank}d"
     for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max", "fractional_max")
@@ -105,16 +87,6 @@ _POOLING = frozenset(
 )
 _RESIZING = frozenset({"interpolate", "upsample", "instance_norm"})
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
-
-
-def elementwise_module(module: nn.Module) -> bool:
-    """Whether a module without sizes of its own treats each entry alone."""
-    return isinstance(module, _ELEMENTWISE_MODULES)
-
-
-def position_module(module: nn.Module) -> bool:
-    """Whether a module mixes positions, and never channels."""
-    return isinstance(module, _POSITION_MODULES)
 
 
 def over_positions(value: Divided, what: str) -> Divided:
@@ -162,7 +134,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         raise NotPerNeuron(_combined(name))
     if name in ("view", "reshape"):
         return _view(node, value, others)
-    if any(not isinstance(other, Number) for other in others):
+    if name in _JOINS or any(not isinstance(other, Number) for other in others):
         raise NotPerNeuron(_combined(name))
     if name in _POOLING | _RESIZING:
         return over_positions(value, f"{name}()")
@@ -187,7 +159,7 @@ def _combined(name: str) -> str:
             f"are combined by {name} with another value of the network; IST refuses residual networks: "
             'strategy="resist" deals out their blocks'
         )
-    if name in ("cat", "concat", "concatenate", "stack", "hstack", "vstack"):
+    if name in _JOINS:
         return f"are concatenated ({name}) with other values"
     return f"reach {name}() together with another value of the network"
 

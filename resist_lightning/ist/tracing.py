@@ -67,10 +67,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def user_line(node: fx.Node) -> str:
-    """Where the user's code makes a node, as ``, at net.py:12: h = h.softmax(1)``; empty if it is not known."""
+    """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
     frames = _FRAME.findall(node.stack_trace or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
-    return f", at {own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
+    return f" ({own[-1][0]}:{own[-1][1]}: {own[-1][2]})" if own else ""
 
 
 class _Tracer(fx.Tracer):
@@ -94,7 +94,8 @@ def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def _has_forward(module: nn.Module) -> bool:
     """A LightningModule inherits a forward that only raises; Lightning is not imported to find out."""
     owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    return owner is not nn.Module and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+    lightning = owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+    return owner is not nn.Module and not (lightning and owner.__name__ == "LightningModule")
 
 
 def _has_weights(module: nn.Module) -> bool:
