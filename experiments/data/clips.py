@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,7 @@ def download(folder: Path, archive: Archive = VERSION_2) -> None:
     if is_there(folder):
         return
     draft = folder.with_name(f"{folder.name}.extracting")
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was broken off
     download_and_extract_archive(archive.url, str(folder.parent), str(draft), md5=archive.md5)
     draft.replace(folder)
 
@@ -149,6 +151,6 @@ def read_clip(path: Path) -> np.ndarray | None:
         )
     if (channels, width) != (1, SAMPLE_BYTES):
         raise ValueError(
-            f"{path} has {channels} channel(s) of {8 * width} bits; needs 1 of {8 * SAMPLE_BYTES}: convert it"
+            f"{path} has {channels} channel(s) of {8 * width} bits; needs 1 of {8 * SAMPLE_BYTES} bits: convert it"
         )
     return np.frombuffer(content, "<i2") if len(content) == SAMPLES * SAMPLE_BYTES else None

@@ -98,4 +98,4 @@ def ask_librosa() -> dict[str, object]:
 
 if __name__ == "__main__":
     json.dump(ask_librosa(), sys.stdout)
-    print()
+    sys.stdout.write("\n")
