@@ -3,7 +3,7 @@
 The released code (December 2020) calls ``librosa.feature.melspectrogram`` with 128 bands on the clip's 16-bit values, not
 divided by 32768, and ``librosa.power_to_db(ref=np.max)``, whose default cuts what is more than 80 dB below the clip's
 loudest value. So a clip lies in [-80, 0] dB, however loud it was recorded, and a clip of zeros is 0 dB everywhere.
-librosa padded a clip's ends by reflection then; since 0.9 it pads with zeros. We reflect.
+librosa continued a clip at its ends by reflection then; since 0.9 it does so with zeros. We reflect.
 
 Here ``torch.stft`` does the work and only the filter bank is ours. Why not librosa or torchaudio, and how close the
 values are: docs/decisions/0016-speech-features.md.
@@ -34,15 +34,15 @@ def decibels(clips: Tensor) -> Tensor:
     """The features of a batch of clips.
 
     Args:
-        clips: (clips, 16000), at 16 kHz; the scale does not matter as long as the power is far above 1e-10.
+        clips: (clips, 16000), at 16 kHz; 16-bit values or any multiple of them: a scale does not matter while the power is far above 1e-10.
 
     Returns:
         float32 (clips, 4096) in [-80, 0]: 128 bands, from low to high, of 32 frames each.
     """
     window = torch.hann_window(WINDOW, dtype=torch.float64)
     waves = torch.stft(clips.double(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-    power = filter_bank() @ waves.abs().square()
-    level = 10 * power.flatten(1).clamp_min(LEAST_POWER).log10()
+    power = (filter_bank() @ waves.abs().square()).flatten(1)
+    level = 10 * power.clamp_min(LEAST_POWER).log10()
     loudest = level.amax(dim=1, keepdim=True)
     return (level - loudest).clamp_min(-DYNAMIC_RANGE).float()
 

@@ -34,7 +34,8 @@ class SpeechCommands(FeatureData):
     depends on a shift or a scale that all inputs share (a test shows it). Networks with other norms or none do.
 
     The features are kept in ``cache_dir`` (up to 1.7 GB, and that much memory while they are made: some minutes); the
-    cache is made again when a file changes. Workers of one host share the mapped file.
+    cache is made again when a file changes. Workers of one host share the mapped file; looking whether a file changed
+    takes each of them about a second at the start.
 
     Not run: the download itself, and training on the real clips, which were not at hand. The tests make clips, and
     extract an archive from a local address.
