@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from experiments import schema
 from experiments.checks import ConfigError
 from experiments.classifier import LitClassifier
-from experiments.data.module import ArrayData, FeatureData
+from experiments.data.module import ArrayData, FeatureData, ImageData
 from experiments.launch import make
 
 
@@ -37,9 +37,12 @@ def build_module(cfg: DictConfig, data: ArrayData[Any]) -> LitClassifier:
     if isinstance(data, FeatureData) and cfg.model._target_ in schema.IMAGE_MODELS:
         raise ConfigError(
             f"model._target_={cfg.model._target_}: is for images, and {type(data).__name__} gives rows of "
-            f"{data.in_features} features; take a fully connected model, or images (data=cifar10)"
+            f"{data.in_features} features; take a fully connected model (model=mlp), or images (data=cifar10)"
         )
-    net = make(cfg.model, "model", num_classes=data.num_classes, **data.input_size)
+    size = {"in_channels": data.in_channels} if isinstance(data, ImageData) else {}
+    if cfg.model._target_ not in schema.IMAGE_MODELS:
+        size = {"in_features": data.in_features}
+    net = make(cfg.model, "model", num_classes=data.num_classes, **size)
     return LitClassifier(net, data.num_classes, **cfg.optimizer)
 
 

@@ -41,6 +41,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     _check_targets(cfg.logger, "logger")
     _check_workers(cfg)
     _check_blocks(cfg)
+    _check_neurons(cfg)
     _check_start(cfg, sweep)
     _check_steps(cfg)
 
@@ -243,6 +244,30 @@ def _check_blocks(cfg: DictConfig) -> None:
             f"strategy.min_blocks={least}: model.depth={cfg.model.depth} has {blocks} blocks to partition; "
             f"set strategy.min_blocks={blocks} or less, or take a deeper model"
         )
+
+
+def _check_neurons(cfg: DictConfig) -> None:
+    strategy, model = (kinds[section._target_] for kinds, section in _kinds(cfg))
+    if model is schema.MLP and strategy is schema.ResIST:
+        raise ConfigError(
+            "model=mlp with strategy=resist: a fully connected network has no residual blocks; take strategy=ist, which "
+            "divides its hidden neurons, or model=preact"
+        )
+    if strategy is schema.IST and cfg.strategy.layers is None and cfg.model._target_ in schema.IMAGE_MODELS:
+        raise ConfigError(
+            "strategy=ist divides the hidden layers of fully connected networks: take model=mlp, or strategy=resist for "
+            "this residual network, or name layers of it, e.g. strategy.layers=*.conv1"
+        )
+    workers = cfg.trainer.devices * cfg.trainer.num_nodes
+    if model is schema.MLP and strategy is schema.IST and workers > cfg.model.width:
+        raise ConfigError(
+            f"trainer.devices={cfg.trainer.devices}: model.width={cfg.model.width} has no neuron of each hidden layer for "
+            f"each of {workers} workers; set trainer.devices={cfg.model.width} or less, or take a wider model"
+        )
+
+
+def _kinds(cfg: DictConfig) -> tuple[tuple[Mapping[str, type], DictConfig], ...]:
+    return (schema.STRATEGIES, cfg.strategy), (schema.MODELS, cfg.model)
 
 
 def _check_start(cfg: DictConfig, sweep: bool) -> None:

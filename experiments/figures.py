@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
@@ -83,7 +84,11 @@ def _draw_holders(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
         _fill(axes, shown, worker, _colour(worker))
     axes.set_yticks(range(len(blocks)), blocks, fontsize=9)
     _round_axis(axes, len(shown), len(blocks))
-    handles = [Patch(color=_colour(worker), label=f"worker {worker}") for worker in range(len(shown[0]))]
+    _worker_legend(axes, len(shown[0]))
+
+
+def _worker_legend(axes: Axes, workers: int) -> None:
+    handles = [Patch(color=_colour(worker), label=f"worker {worker}") for worker in range(workers)]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1, handleheight=1)
 
 
@@ -109,6 +114,37 @@ def _round_axis(axes: Axes, rounds: int, blocks: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+
+
+def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
+    """Who held which neuron of the first hidden layer, of some neurons in the first rounds."""
+    neurons, workers = summary["neurons"], summary["workers"]
+    holders, shown = neurons["holders"], neurons["shown"]
+    with mpl.rc_context(STYLE):
+        figure = _figure(10, 5.2)
+        axes = figure.add_subplot()
+        colours = ListedColormap([_colour(worker) for worker in range(workers)])
+        cells = list(zip(*holders, strict=True))
+        axes.pcolormesh(
+            [number + 0.5 for number in range(len(holders) + 1)], [number - 0.5 for number in range(len(shown) + 1)],
+            cells, cmap=colours, vmin=-0.5, vmax=workers - 0.5, edgecolors="white", linewidth=0.4,
+        )  # fmt: skip
+        axes.set_yticks([0, len(shown) - 1], [f"neuron {shown[0]}", f"neuron {shown[-1]}"], fontsize=9)
+        _round_axis(axes, len(holders), len(shown))
+        _worker_legend(axes, workers)
+        rounds = f"{summary['rounds']} rounds"
+        if len(holders) < summary["rounds"]:
+            rounds = f"the first {len(holders)} of {rounds}"
+        some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
+        changed = [old != new for before, after in pairwise(holders) for old, new in zip(before, after, strict=True)]
+        moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
+        _title(
+            figure,
+            f"Who held which neuron of {neurons['layer']}, the first hidden layer: "
+            f"{neurons['width']} neurons, {workers} workers",
+            f"{rounds} of {summary['local_steps_per_round']} local steps{some}{moved}",
+        )
+        return _save(figure, path)
 
 
 def _moved(partitions: Rounds) -> str:
@@ -152,7 +188,7 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
 def _who_trained(results: Mapping[str, Any]) -> str:
     if results["workers"] == 1:
         return "training"
-    return "training, sub-network of worker 0" if results["strategy"] == "resist" else "training, worker 0"
+    return "training, sub-network of worker 0" if results["strategy"] in ("resist", "ist") else "training, worker 0"
 
 
 def smoothed(curve: Curve, reach: int = 7) -> Curve:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from experiments.figures import draw_accuracy, draw_bytes, draw_partition
+from experiments.figures import draw_accuracy, draw_bytes, draw_neurons, draw_partition
 from experiments.launch import fail
 from experiments.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
 from experiments.words import bytes_in_words, run_in_words, seconds_in_words
@@ -42,7 +42,9 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
     write_results(folder, results)
     curves, summary = read_curves(folder), read_json(folder, SUMMARY_FILE)
     drawn = [draw_accuracy(folder / "accuracy.png", curves, results)] if curves else []
-    if summary and summary["blocks"]:
+    if summary and summary.get("neurons"):
+        drawn.append(draw_neurons(folder / "partition.png", summary))
+    elif summary and summary["blocks"]:
         drawn.append(draw_partition(folder / "partition.png", summary))
     if summary and summary["sent_by_round"] and summary["workers"] > 1:
         drawn.append(draw_bytes(folder / "bytes.png", summary))

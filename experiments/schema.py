@@ -13,9 +13,11 @@ from typing import Any
 import torchvision
 from omegaconf import MISSING
 
+from experiments.models import NORMS
 from resist_lightning.accounting import WIRE_FORMATS
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
+WIRE_HINT = "bits of a parameter at a sync; fp32 sends it as it is"
 RESNETS = tuple(
     name for name in torchvision.models.list_models(torchvision.models) if name.startswith(("resne", "wide_resnet"))
 )
@@ -56,7 +58,6 @@ class Rounds:
 
     _target_: str = MISSING
     local_steps: int = limited(least=1, hint="the paper takes 50; 1 averages after every step")
-    wire: str = limited(choices=tuple(WIRE_FORMATS), hint="bits of a parameter at a sync; fp32 sends it as it is")
     check: str = limited(choices=("sampled", "full", "off"), hint="hashes of shared tensors, compared after each sync")
     non_finite: str = limited(
         choices=("raise", "drop"), hint="drop leaves a worker with NaN or infinity out of a round"
@@ -77,6 +78,7 @@ class Rounds:
 
 @dataclass
 class ResIST(Rounds):
+    wire: str = limited(choices=tuple(WIRE_FORMATS), hint=WIRE_HINT)
     momentum: str = limited(choices=("reset", "keep", "travel"), hint="the paper restarts it: reset")
     batch_norm: str = limited(choices=("recalibrate", "running", "batch"), hint="recalibrate is the default")
     min_blocks: int | None = limited(least=0, hint="0 allows workers without a block; null takes 5, as the paper")
@@ -88,7 +90,16 @@ class ResIST(Rounds):
 
 
 @dataclass
+class IST(Rounds):
+    momentum: str = limited(choices=("reset", "keep", "travel"), hint="the authors' groups restart it: reset")
+    batch_norm: str = limited(choices=("recalibrate", "running", "batch"), hint="recalibrate is the default")
+    layers: Any = MISSING
+    seed: int = limited(least=0, hint="0 is a seed")
+
+
+@dataclass
 class LocalSGD(Rounds):
+    wire: str = limited(choices=tuple(WIRE_FORMATS), hint=WIRE_HINT)
     momentum: str = limited(choices=("reset", "keep"), hint="the authors restart it: reset")
 
 
@@ -120,6 +131,16 @@ class Torchvision:
     name: str = limited(choices=RESNETS, hint="resnet18 is the smallest")
     small_images: bool = MISSING
     pretrained: bool = MISSING
+
+
+@dataclass
+class MLP:
+    _target_: str = MISSING
+    depth: int = limited(least=2, hint="linear layers; 2 and 3 are the paper's, 2 has one hidden layer")
+    width: int = limited(least=1, hint="neurons of each hidden layer; 4096 and 8192 are the paper's")
+    norm: str = limited(choices=NORMS, hint="batch is the paper's")
+    output_norm: bool = MISSING
+    dropout: float = limited(least=0, below=1, hint="0 is the paper's")
 
 
 @dataclass
@@ -249,12 +270,14 @@ class Evaluate:
 
 STRATEGIES: dict[str, type] = {
     "resist_lightning.ResISTStrategy": ResIST,
+    "resist_lightning.ISTStrategy": IST,
     "resist_lightning.LocalSGDStrategy": LocalSGD,
     "lightning.pytorch.strategies.DDPStrategy": DDP,
     "builtins.str": Plain,
 }
 STRATEGY_NAMES = {
     "resist_lightning.ResISTStrategy": "resist",
+    "resist_lightning.ISTStrategy": "ist",
     "resist_lightning.LocalSGDStrategy": "local_sgd",
     "lightning.pytorch.strategies.DDPStrategy": "ddp",
     "builtins.str": "single",
@@ -262,6 +285,7 @@ STRATEGY_NAMES = {
 MODELS: dict[str, type] = {
     "resist_lightning.models.preact_resnet": PreAct,
     "experiments.models.torchvision_resnet": Torchvision,
+    "experiments.models.mlp": MLP,
 }
 IMAGE_MODELS = frozenset({"resist_lightning.models.preact_resnet", "experiments.models.torchvision_resnet"})
 DATA: dict[str, type] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STRATEGY_WORDS = {"resist": "ResIST", "local_sgd": "Local SGD", "ddp": "DDP", "single": "One process"}
+STRATEGY_WORDS = {"resist": "ResIST", "ist": "IST", "local_sgd": "Local SGD", "ddp": "DDP", "single": "One process"}
 
 
 def strategy_in_words(name: str) -> str:

@@ -16,10 +16,15 @@ from typing_extensions import override
 
 from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
 from resist_lightning.engine import Engine
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.layout import Layout
 from resist_lightning.rounds import Clock
 from resist_lightning.strategies.subnet import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
+SHOWN_NEURONS = 64
+SHOWN_ROUNDS = 60
+"""How much of a partition of neurons the summary has."""
 
 
 class RoundMonitor(Callback):
@@ -96,9 +101,9 @@ class RoundMonitor(Callback):
         layout, workers, clock = engine.layout, engine.collective.workers, engine.clock
         first = self._first or Clock(clock.local_steps)
         rounds = clock.round + (clock.step > 0)
-        partitions = [layout.held(round) for round in range(rounds)]
+        each_round = [(layout.held(round), layout.held_parameters(round)) for round in range(rounds)]
+        partitions, held = [row for row, _ in each_round], [row for _, row in each_round]
         full = sum(p.numel() for p in layout.module.parameters())
-        held = [layout.held_parameters(round) for round in range(rounds)]
         averaged = sum(tensor.nbytes for tensor in [*layout.module.parameters(), *layout.module.buffers()])
         gradients = sum(p.nbytes for p in layout.module.parameters() if p.requires_grad)
         return {
@@ -122,6 +127,7 @@ class RoundMonitor(Callback):
             "ddp_bytes": ddp_bytes(gradients, workers, clock.total_steps - first.total_steps),
             "local_sgd_bytes": local_sgd_bytes(averaged, workers, clock.round - first.round),
             "partitions": partitions,
+            "neurons": _neurons(layout, rounds),
             "sent_by_round": self._sent_by_round,
         }
 
@@ -133,6 +139,20 @@ class RoundMonitor(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _neurons(layout: Layout, rounds: int) -> dict[str, Any] | None:
+    """Who held which neuron of the first hidden layer: neurons at equal distances, in the first rounds."""
+    if not isinstance(layout, NeuronLayout):
+        return None
+    layer = layout.neurons.layers[0]
+    shown = range(0, layer.width, -(-layer.width // SHOWN_NEURONS))
+    holders = []
+    for round in range(min(rounds, SHOWN_ROUNDS)):
+        held = layout.partition(round)[0].held
+        holder = {neuron: worker for worker, neurons in enumerate(held) for neuron in neurons}
+        holders.append([holder[neuron] for neuron in shown])
+    return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
 
 def _engine(trainer: pl.Trainer) -> Engine | None:

@@ -73,8 +73,8 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
 
     @property
     @abstractmethod
-    def input_size(self) -> dict[str, int]:
-        """What a network must know of its input, as keyword arguments of the model's section."""
+    def in_features(self) -> int:
+        """Entries of an example, as a fully connected network sees it; known without reading one."""
 
     @abstractmethod
     def read(self, *, train: bool) -> Examples:
@@ -145,7 +145,12 @@ class ImageData(ArrayData[Images]):
         std: per channel.
         crop_padding: padding of the random crop in training, in pixels.
         flip: whether training mirrors images at random.
+
+    Attributes:
+        image_size: height and width, in pixels.
     """
+
+    image_size: int
 
     def __init__(
         self,
@@ -162,8 +167,8 @@ class ImageData(ArrayData[Images]):
         self.in_channels = len(mean)
 
     @property
-    def input_size(self) -> dict[str, int]:
-        return {"in_channels": self.in_channels}
+    def in_features(self) -> int:
+        return self.in_channels * self.image_size**2
 
     @property
     def train_images(self) -> Images | None:
@@ -196,15 +201,6 @@ class FeatureData(ArrayData[Features]):
         if chosen.augment:
             raise ValueError("augment=True: crops and flips are for images; features have none, set augment=false")
         super().__init__(chosen, inputs_and_labels, inputs_and_labels)
-
-    @property
-    @abstractmethod
-    def in_features(self) -> int:
-        """Width of a row."""
-
-    @property
-    def input_size(self) -> dict[str, int]:
-        return {"in_features": self.in_features}
 
 
 def inputs_and_labels(batch: Features) -> tuple[Tensor, Tensor]:

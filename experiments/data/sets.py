@@ -26,6 +26,7 @@ class Digits(ImageData):
     """
 
     num_classes = 10
+    image_size = 8
 
     def __init__(self, *, crop_padding: int = 1, **loading: Any) -> None:
         super().__init__(Loading(**loading), mean=(0.305,), std=(0.376,), crop_padding=crop_padding, flip=False)
@@ -42,6 +43,7 @@ class _CIFAR(ImageData):
     """CIFAR, downloaded by torchvision into ``folder`` where it is not there yet."""
 
     source: ClassVar[type[torchvision.datasets.CIFAR10]]
+    image_size = 32
 
     def __init__(self, folder: str, mean: tuple[float, ...], std: tuple[float, ...], loading: dict[str, Any]) -> None:
         super().__init__(Loading(**loading), mean=mean, std=std)
@@ -113,6 +115,7 @@ class Fake(ImageData):
         super().__init__(Loading(**loading), mean=(0.5,) * channels, std=(0.25,) * channels)
         self.sizes = {True: train_size, False: test_size}
         self.shape = (channels, image_size, image_size)
+        self.image_size = image_size
         self.classes = classes
 
     @property

@@ -28,7 +28,13 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 GROUPS = {
     "strategy", "model", "data", "trainer", "callbacks", "logger", "experiment", "debug", "hparams_search",
 }  # fmt: skip
-NEEDED = {"data/image_folder": ["data.folder=."], "experiment/cifar10_jpeg": ["data.folder=."]}
+NEEDED = {
+    "data/image_folder": ["data.folder=."],
+    "experiment/cifar10_jpeg": ["data.folder=."],
+    "strategy/ist": ["model=mlp"],
+    "model/mlp": ["strategy=ist"],
+}
+NARROW = {"mlp": "model.width=16", "preact_resnet": "model.width_multiplier=0.05"}
 
 
 def options(group: str) -> list[str]:
@@ -62,7 +68,7 @@ def test_every_strategy_instantiates_into_a_trainer(option: str, composed: Compo
     if option != "single":
         assert type(trainer.strategy) is get_object(target)
     monitored = any(type(callback).__name__ == "RoundMonitor" for callback in trainer.callbacks)
-    assert monitored == (option in ("resist", "local_sgd"))
+    assert monitored == (option in ("resist", "ist", "local_sgd"))
 
 
 @pytest.mark.parametrize("option", options("model"))
@@ -99,22 +105,29 @@ def test_every_logger_instantiates_into_the_run_folder(option: str, composed: Co
 @pytest.mark.parametrize("option", [*options("experiment"), None])
 def test_every_experiment_builds_its_module_and_trainer(option: str | None, composed: Compose) -> None:
     chosen = overrides("experiment", option) if option else []
-    cfg = composed(*chosen, "trainer.accelerator=cpu", "model.width_multiplier=0.05")
+    model = composed(*chosen).model._target_.rpartition(".")[2]
+    cfg = composed(*chosen, "trainer.accelerator=cpu", NARROW[model])
     data = build_data(without_folder(cfg))
     assert build_trainer(cfg).max_epochs == cfg.trainer.max_epochs
     assert build_module(cfg, data).hparams["lr"] == cfg.optimizer.lr
 
 
 def without_folder(cfg: Any) -> Any:
-    """The data section; a folder of images that this machine does not have is replaced by random images."""
+    """The data section; a folder that this machine does not have is replaced by random images."""
     fake = OmegaConf.load(CONF / "data" / "fake.yaml")
-    return fake if cfg.data._target_.endswith("ImageFolder") else cfg.data
+    return fake if cfg.data._target_.endswith(("ImageFolder", "SpeechCommands")) else cfg.data
 
 
 @pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "single"])
 def test_the_demo_runs_with_every_strategy(strategy: str, composed: Compose) -> None:
     devices = 1 if strategy == "single" else 2
     check_train(composed("experiment=demo", f"strategy={strategy}", f"trainer.devices={devices}"))
+
+
+@pytest.mark.parametrize("strategy", ["ist", "local_sgd", "ddp", "single"])
+def test_the_digits_of_ist_run_with_every_strategy_but_that_of_blocks(strategy: str, composed: Compose) -> None:
+    devices = 1 if strategy == "single" else 2
+    check_train(composed("experiment=ist_digits", f"strategy={strategy}", f"trainer.devices={devices}"))
 
 
 @pytest.mark.parametrize("option", options("debug"))
@@ -141,7 +154,7 @@ def test_the_evaluation_composes(composed: Compose) -> None:
 
 
 TARGETS = {**schema.STRATEGIES, **schema.MODELS, **schema.DATA}
-GIVEN_BY_TRAIN = {"num_classes", "in_channels"}
+GIVEN_BY_TRAIN = {"num_classes", "in_channels", "in_features"}
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith(("resist", "experiments"))])

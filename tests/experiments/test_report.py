@@ -139,6 +139,31 @@ def test_more_workers_and_overlap_are_drawn_too(tmp_path: Path, workers: int) ->
     assert len(colours(tmp_path / "partition.png")) > workers
 
 
+NEURONS = {"layer": "net.1", "width": 4, "shown": [0, 2], "holders": [[0, 0], [0, 1], [1, 1]]}
+HIDDEN = {**SUMMARY, "strategy": "ist", "blocks": ["net.1"], "partitions": [["a", "b"]] * 3, "neurons": NEURONS}
+
+
+def test_neurons_are_drawn_by_holder(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "strategy": "ist"}, HIDDEN)
+    _, text = reported(tmp_path)
+    assert text.startswith("IST, 2 workers, 25 local steps in 3 rounds of 10")
+    assert "hand-over 2 kB" in text
+    with Image.open(tmp_path / "partition.png") as image:
+        counts = {colour: count for count, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}  # type: ignore[union-attr]
+    assert counts[BLUE] == pytest.approx(counts[ORANGE], rel=0.02)  # three cells each
+
+
+@pytest.mark.parametrize("workers", [3, 8])
+def test_each_holder_of_neurons_has_its_colour(tmp_path: Path, workers: int) -> None:
+    holders = [[(number + round) % workers for number in range(16)] for round in range(5)]
+    neurons = {**NEURONS, "width": 16, "shown": list(range(16)), "holders": holders}
+    sent = {kind: [100] * workers for kind in SUMMARY["sent_bytes"]}  # type: ignore[attr-defined]
+    run = {**RUN, "strategy": "ist", "workers": workers}
+    write(tmp_path, run, {**HIDDEN, "workers": workers, "neurons": neurons, "sent_bytes": sent})
+    reported(tmp_path)
+    assert len(colours(tmp_path / "partition.png")) > workers
+
+
 def test_local_sgd_has_no_partition_to_draw(tmp_path: Path) -> None:
     run = {**RUN, "strategy": "local_sgd"}
     write(tmp_path, run, {**SUMMARY, "strategy": "local_sgd", "blocks": [], "partitions": [[[], []]] * 3})
