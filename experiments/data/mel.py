@@ -1,9 +1,9 @@
 """Mel spectrograms in decibels, as librosa made them when the paper's data were made.
 
-The released code (December 2020) calls ``librosa.feature.melspectrogram`` with 128 bands on the clip's 16-bit values, not
-divided by 32768, and ``librosa.power_to_db(ref=np.max)``, whose default cuts what is more than 80 dB below the clip's
-loudest value. So a clip lies in [-80, 0] dB, however loud it was recorded, and a clip of zeros is 0 dB everywhere.
-librosa continued a clip at its ends by reflection then; since 0.9 it does so with zeros. We reflect.
+The released code (December 2020) calls ``librosa.feature.melspectrogram`` with 128 bands on the clip's 16-bit values,
+not divided by 32768, and ``librosa.power_to_db(ref=np.max)``, whose default cuts what is more than 80 dB below the
+clip's loudest value. So a clip lies in [-80, 0] dB, however loud it was recorded, and a clip of zeros is 0 dB
+everywhere. librosa continued a clip at its ends by reflection then; since 0.9.0 it does so with zeros. We reflect.
 
 Here ``torch.stft`` does the work and only the filter bank is ours. Why not librosa or torchaudio, and how close the
 values are: docs/decisions/0016-speech-features.md.
@@ -27,14 +27,14 @@ DYNAMIC_RANGE = 80.0
 LEAST_POWER = 1e-10
 
 LINEAR_UP_TO = 1000.0
-"""Hz: Slaney's scale is linear to here, with 3 mel for 200 Hz, and logarithmic above, with 27 mel for a factor of 6.4."""
+"""Hz. Slaney's scale is linear to here, 3 mel for 200 Hz, and logarithmic above, 27 mel for a factor of 6.4."""
 
 
 def decibels(clips: Tensor) -> Tensor:
-    """The features of a batch of clips.
+    """The features of clips.
 
     Args:
-        clips: (clips, 16000), at 16 kHz; 16-bit values or any multiple of them: a scale does not matter while the power is far above 1e-10.
+        clips: (clips, 16000), at 16 kHz: 16-bit values, or any multiple of them whose power is far above 1e-10.
 
     Returns:
         float32 (clips, 4096) in [-80, 0]: 128 bands, from low to high, of 32 frames each.

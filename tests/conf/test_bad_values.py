@@ -54,7 +54,7 @@ BAD = {
     "data=image_folder": r"data\.folder is missing.*data\.folder=PATH",
     "data=speech_commands data.folder=null": r"data\.folder=null: must be a text",
     "data=speech_commands data.download=maybe": r"data\.download=maybe: must be true or false",
-    "data=speech_commands data.n_mels=64": r"data\.n_mels=64: unknown key; data has folder",
+    "data=speech_commands data.n_mels=64": r"data\.n_mels=64: unknown key; data has .*cache_dir",
     "data=speech_shaped data.train_size=1": r"data\.train_size=1: must be a whole number, at least 2 \(.*8192",
     "data=speech_shaped data.seed=-1": r"data\.seed=-1: must be a whole number, at least 0",
     "optimizer.lr=0": r"optimizer\.lr=0: must be a number, above 0",

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import tarfile
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,7 +15,7 @@ from experiments.build import build_data, build_module
 from experiments.checks import ConfigError
 from experiments.data import SpeechCommands, clips
 from experiments.data import speech as speech_module
-from experiments.data.clips import WORDS, Archive, download, list_clips, speaker_percent
+from experiments.data.clips import WORDS, list_clips, speaker_percent
 from experiments.data.mel import decibels
 from tests.helpers.clips import CLIPS, clip, write_wav
 
@@ -211,53 +206,6 @@ def test_clips_of_one_part_only_are_refused(only: tuple[str, ...], folder: Path)
             path.unlink()
     with pytest.raises(ValueError, match=r"70 of 70 clips have 16000 samples, and (0|70) of them are of the test's"):
         opened(folder).prepare_data()
-
-
-@pytest.fixture
-def archive(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Archive]:
-    """The words' folders as the published archive has them, behind a server on this host."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    path = tmp_path / "served" / "words.tar.gz"
-    path.parent.mkdir()
-    with tarfile.open(path, "w:gz") as tar:
-        for item in sorted(folder.iterdir()):
-            tar.add(item, f"./{item.name}")
-    serve = partial(SimpleHTTPRequestHandler, directory=str(path.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        address = f"http://127.0.0.1:{server.server_address[1]}/{path.name}"
-        yield Archive(address, hashlib.md5(path.read_bytes()).hexdigest())
-        server.shutdown()
-        thread.join()
-
-
-def test_an_archive_is_fetched_and_extracted_where_nothing_is(archive: Archive, folder: Path, tmp_path: Path) -> None:
-    new = tmp_path / "data" / "speech_commands"
-    download(new, archive)
-    assert list_clips(new).labels == list_clips(folder).labels
-    assert sorted(path.name for path in new.parent.iterdir()) == ["speech_commands", "words.tar.gz"]
-
-
-def test_a_folder_that_has_something_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("kept")
-    download(tmp_path, Archive("http://127.0.0.1:1/never-asked.tar.gz", "0" * 32))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_another_archive_is_refused_and_nothing_is_extracted(archive: Archive, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="corrupted"):
-        download(tmp_path / "data" / "speech_commands", archive._replace(md5="0" * 32))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["words.tar.gz"]
-
-
-def test_an_extraction_that_was_broken_off_is_done_again(archive: Archive, tmp_path: Path) -> None:
-    left = tmp_path / "data" / "speech_commands.extracting" / "yes" / "half.wav"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"RIFF")
-    download(tmp_path / "data" / "speech_commands", archive)
-    assert not left.parent.parent.exists()
-    assert not (tmp_path / "data" / "speech_commands" / "yes" / "half.wav").exists()
 
 
 def test_train_py_refuses_a_wrong_folder_before_any_work_unless_it_is_to_be_fetched(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import sys
 import wave
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,12 @@ CLIPS: dict[str, Callable[[], np.ndarray]] = {
 
 def clip(name: str, count: int = RATE) -> np.ndarray:
     """int16 (count,), by repetition or cut where it is not 16000."""
-    return np.resize(np.rint(CLIPS[name]()), count).astype(np.int16)
+    return np.resize(_rendered(name), count)
+
+
+@cache
+def _rendered(name: str) -> np.ndarray:
+    return np.rint(CLIPS[name]()).astype(np.int16)
 
 
 def write_wav(path: Path, samples: np.ndarray, *, rate: int = RATE, channels: int = 1, width: int = 2) -> None:
