@@ -180,7 +180,8 @@ class NeuronLayout(Layout):
 
     @override
     def warn(self) -> None:
-        """Nothing of it is ignored."""
+        if self.workers > 1:
+            self._warn_of_batch_statistics()
 
     @override
     def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:

@@ -90,7 +90,8 @@ class NeuronSync(Sync[NeuronPlan]):
         with self._seconds.timed("hand_over"):
             state = self._moving_state()
             moving = {**self._divided(), **state}
-            loads = [(key, piece) for key, divided in moving.items() for piece in self._pieces(key, divided, plan)]
+            found = {cut: pieces(cut, plan, self._worker) for cut in {divided.cut for divided in moving.values()}}
+            loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
             arrived = self._transfer(moving, loads, plan)
             for divided in state.values():
                 divided.tensor.zero_()  # under "keep" not all of it arrives
@@ -132,12 +133,11 @@ class NeuronSync(Sync[NeuronPlan]):
             for name, cut in layout.neurons.cuts.items()
         }
 
-    def _pieces(self, key: str, divided: Divided, plan: NeuronPlan) -> list[Piece]:
-        found = pieces(divided.cut, plan, self._worker)
-        if divided.kind == "state" and self._layout.config.momentum == "keep":
-            stays = (piece for piece in found if piece.source == piece.target)
-            return [piece for piece in stays if (piece.leaves, piece.enters) == ("slice", "slice")]
-        return found
+    def _moves(self, divided: Divided, piece: Piece) -> bool:
+        """Under ``keep``, of optimizer state only what belongs to entries that stay here."""
+        if divided.kind != "state" or self._layout.config.momentum == "travel":
+            return True
+        return piece.source == piece.target and (piece.leaves, piece.enters) == ("slice", "slice")
 
     def _moving_state(self) -> dict[str, Divided]:
         """Optimizer state that goes with the entries that it belongs to."""
