@@ -15,7 +15,6 @@ from resist_lightning.accounting import WIRE_FORMATS, Sizes
 from resist_lightning.blocks import Block, left_out, select_blocks, summary
 from resist_lightning.config import PAPER_MIN_BLOCKS, Config
 from resist_lightning.layout import Layout
-from resist_lightning.norm import norms_with_statistics
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.partition import Partition
 from resist_lightning.rounds import Schedule
@@ -217,13 +216,7 @@ class BlockLayout(Layout):
                 "`residual_branch_end` in the block's class (docs/adding-a-model.md).",
                 stacklevel=4,
             )
-        if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
-            warnings.warn(
-                "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "
-                "its running statistics elsewhere. Build the network with track_running_stats=False, or choose "
-                "batch_norm='recalibrate'.",
-                stacklevel=4,
-            )
+        self._warn_of_batch_statistics()
 
 
 def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:

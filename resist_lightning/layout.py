@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from resist_lightning.blocks import Block
 from resist_lightning.config import CommonConfig, WireName
+from resist_lightning.norm import norms_with_statistics
 
 
 class Layout(ABC):
@@ -129,6 +131,16 @@ class Layout(ABC):
     def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         """Of the whole tensor."""
         return tuple(tensor.shape)
+
+    def _warn_of_batch_statistics(self) -> None:
+        """A checkpoint, as a plain model, cannot carry that evaluation goes by the statistics of each batch."""
+        if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
+            warnings.warn(
+                "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "
+                "its running statistics elsewhere. Build the network with track_running_stats=False, or choose "
+                "batch_norm='recalibrate'.",
+                stacklevel=5,
+            )
 
     @abstractmethod
     def _drawn_from(self) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from resist_lightning.ist.pieces import Divided
 from resist_lightning.ist.plan import NeuronPlan, full_pieces
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.partition import Partition
+from resist_lightning.partition import Partition, blocks_per_worker
 
 
 class NeuronLayout(Layout):
@@ -79,18 +79,20 @@ class NeuronLayout(Layout):
     def held_parameters(self, round: int) -> list[int]:
         whole = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
         cut = [name for name, _ in self.module.named_parameters() if name in self.shapes]
-        sizes = ([prod(self.held_shape(name, round, worker)) for name in cut] for worker in range(self.workers))
-        return [whole + sum(held) for held in sizes]
+        return [whole + sum(prod(self.held_shape(name, worker)) for name in cut) for worker in range(self.workers)]
 
-    def held_shape(self, name: str, round: int, worker: int) -> tuple[int, ...]:
-        """The shape of a worker's slice of a tensor."""
+    def held_shape(self, name: str, worker: int) -> tuple[int, ...]:
+        """The shape of a worker's slice of a tensor, the same in all rounds."""
         cut, shape = self.neurons.cuts[name], list(self.shapes[name])
-        partitions = self.partition(round)
         if cut.rows is not None:
-            shape[0] = len(partitions[cut.rows].held[worker])
+            shape[0] = self.share(cut.rows, worker)
         if cut.columns is not None:
-            shape[1] = len(partitions[cut.columns].held[worker]) * cut.repeat
+            shape[1] = self.share(cut.columns, worker) * cut.repeat
         return tuple(shape)
+
+    def share(self, layer: int, worker: int) -> int:
+        """How many neurons of a hidden layer a worker holds, the same in all rounds."""
+        return blocks_per_worker(self._widths[layer], self.workers, 0)[worker]
 
     def inner(self) -> dict[str, Cut]:
         """By name, the tensors with hidden neurons on both sides, of which workers hold only a part at a time."""
@@ -178,7 +180,8 @@ class NeuronLayout(Layout):
 
     @override
     def warn(self) -> None:
-        """Nothing of it is ignored."""
+        if self.workers > 1:
+            self._warn_of_batch_statistics()
 
     @override
     def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:

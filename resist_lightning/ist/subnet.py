@@ -31,31 +31,32 @@ class Subnet:
         named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
 
-    def hold(self, round: int) -> None:
-        """Make the module this worker's subnet of ``round``, with memory that the caller must fill.
+    def hold(self) -> None:
+        """Make the module this worker's subnet; where it is the full model, with memory that the caller must fill.
 
         Raises:
             RuntimeError: if a tensor is still in use by an autograd graph.
         """
-        held = [partition.held[self._worker] for partition in self._layout.partition(round)]
-        shapes = {name: self._layout.held_shape(name, round, self._worker) for name in self.tensors}
-        self._resize(shapes, [len(neurons) for neurons in held])
-        for name, layer in self._layout.neurons.rescaled:
-            factor = self._layout.neurons.layers[layer].width / len(held[layer])
-            if factor != 1:
-                target = self._layout.module.get_submodule(name)
-                self._hooks.append(target.register_forward_pre_hook(_Scaled(factor)))
+        if self._hooks is not None:
+            return
+        layout = self._layout
+        widths = [layout.share(layer, self._worker) for layer in range(len(layout.neurons.layers))]
+        self._resize({name: layout.held_shape(name, self._worker) for name in self.tensors}, widths)
+        self._hooks = []
+        for name, layer in layout.neurons.rescaled:
+            scaled = _Scaled(layout.neurons.layers[layer].width / widths[layer])
+            self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled))
 
     def hold_all(self) -> None:
         """Make the module the full one, with memory that the caller must fill."""
+        for hook in self._hooks or []:
+            hook.remove()
+        self._hooks = None
         self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
         for name, tensor in self.tensors.items():
             new = torch.empty(shapes[name], dtype=tensor.dtype, device=self._devices[name])
             replace_memory(name, tensor, new)

@@ -63,7 +63,7 @@ class NeuronSync(Sync[NeuronPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        self._subnet.hold(round)
+        self._subnet.hold()
 
     @override
     def divide(self, round: int) -> None:
@@ -86,16 +86,18 @@ class NeuronSync(Sync[NeuronPlan]):
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
-        """Send what leaves to its next holders or keepers, and put what arrives in place."""
+        """Send what leaves to its next holders or keepers, and put what arrives in its place."""
         with self._seconds.timed("hand_over"):
-            moving = {**self._divided(), **self._moving_state()}
-            loads = [(key, piece) for key, divided in moving.items() for piece in self._pieces(key, divided, plan)]
+            state = self._moving_state()
+            moving = {**self._divided(), **state}
+            found = {cut: pieces(cut, plan, self._worker) for cut in {divided.cut for divided in moving.values()}}
+            loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
             arrived = self._transfer(moving, loads, plan)
-            self._put(moving, [load for load in arrived if load[0][1].enters == "store"], plan)
-            counters = self._counters()
-            self.make_room(round + 1)
-            after = {**self._divided(), **self._new_state(counters)}
-            self._put(after, [load for load in arrived if load[0][1].enters == "slice"], plan)
+            for divided in state.values():
+                divided.tensor.zero_()  # under "keep" not all of it arrives
+            self._put(moving, arrived, plan)
+            for tensor in self._subnet.tensors.values():
+                tensor.grad = None  # of other neurons
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
@@ -131,12 +133,11 @@ class NeuronSync(Sync[NeuronPlan]):
             for name, cut in layout.neurons.cuts.items()
         }
 
-    def _pieces(self, key: str, divided: Divided, plan: NeuronPlan) -> list[Piece]:
-        found = pieces(divided.cut, plan, self._worker)
-        if divided.kind == "state" and self._layout.config.momentum == "keep":
-            stays = (piece for piece in found if piece.source == piece.target)
-            return [piece for piece in stays if (piece.leaves, piece.enters) == ("slice", "slice")]
-        return found
+    def _moves(self, divided: Divided, piece: Piece) -> bool:
+        """Under ``keep``, of optimizer state only what belongs to entries that stay here."""
+        if divided.kind != "state" or self._layout.config.momentum == "travel":
+            return True
+        return piece.source == piece.target and (piece.leaves, piece.enters) == ("slice", "slice")
 
     def _moving_state(self) -> dict[str, Divided]:
         """Optimizer state that goes with the entries that it belongs to."""
@@ -162,27 +163,6 @@ class NeuronSync(Sync[NeuronPlan]):
         tensor = self._subnet.tensors[name]
         slots = self._states.tensors([tensor]) if isinstance(tensor, nn.Parameter) else []
         return {f"{name}/{number}": slot for number, slot in enumerate(slots) if slot.dim()}
-
-    def _counters(self) -> dict[str, list[Tensor]]:
-        """The optimizer state of divided parameters that is one number each; it stays."""
-        if self._layout.config.momentum == "reset":
-            return {}
-        parameters = {n: tensor for n, tensor in self._subnet.tensors.items() if isinstance(tensor, nn.Parameter)}
-        found = {name: self._states.tensors([parameter]) for name, parameter in parameters.items()}
-        return {name: [slot for slot in slots if not slot.dim()] for name, slots in found.items()}
-
-    def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Divided]:
-        """State of the new shapes: zeros where nothing arrives."""
-        if not counters:
-            return {}
-        for name, values in counters.items():
-            parameter = self._subnet.tensors[name]
-            assert isinstance(parameter, nn.Parameter)
-            self._states.drop([parameter])
-            new = [slot for slot in self._states.tensors([parameter]) if not slot.dim()]
-            for slot, value in zip(new, values, strict=True):
-                slot.copy_(value)
-        return self._divided_state()
 
     def _transfer(
         self, moving: dict[str, Divided], loads: Sequence[Load], plan: NeuronPlan
