@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from resist_lightning.config import NeuronConfig
+from resist_lightning.config import NeuronConfig, NormPolicy
 from resist_lightning.ist.discovery import find_neurons
 from resist_lightning.ist.partition import draw_neurons
-from resist_lightning.norm import InputRecorder
+from resist_lightning.norm import BatchStatistics, InputRecorder, norms_with_statistics
 from resist_lightning.partition import Partition
 from resist_lightning.rounds import Clock
 from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
@@ -67,14 +67,21 @@ class NeuronSimulator:
             self.clock.next_round()
             self._begin_round(states)
 
-    def full_model(self) -> nn.Module:
-        """A copy of the full model, with batch-norm statistics by the policy of the settings."""
+    def full_model(self, batch_norm: NormPolicy | None = None) -> nn.Module:
+        """A copy of the full model, with batch-norm statistics by the policy.
+
+        Args:
+            batch_norm: another policy than that of the settings, to compare on one training.
+        """
+        batch_norm = batch_norm or self.config.batch_norm
         full, state = copy.deepcopy(self._template), self._written_back()
         with torch.no_grad():
             for name, tensor in _tensors(full).items():
                 tensor.copy_(state[name])
         recorded = all(worker.recorder.calls for worker in self.workers)
-        if self.config.batch_norm == "recalibrate" and len(self.workers) > 1 and recorded:
+        if batch_norm == "batch":
+            BatchStatistics(norms_with_statistics(full).values())
+        elif batch_norm == "recalibrate" and len(self.workers) > 1 and recorded:
             recalibrate_together(self.workers, full)
         return full
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -11,29 +11,29 @@ from torch import Tensor
 from experiments.accuracy.settings import LARGEST_WORKERS, Settings
 from experiments.checks import ConfigError
 from experiments.data import CIFAR10, Digits, ImageFolder
-from experiments.data.arrays import Images
+from experiments.data.arrays import Examples, Images
 from experiments.data.augment import BatchTransform
 from experiments.data.folder import IMAGENET_MEAN, IMAGENET_STD
-from experiments.data.module import ImageData
+from experiments.data.module import ImageData, Transform
 
 
 @dataclass
-class Stream:
-    """The images of all workers, as one endless shuffled stream.
+class Stream(Generic[Examples]):
+    """The examples of all workers, as one endless shuffled stream.
 
     Local step t of S workers takes the next S batches of the stream, one per worker, so that after equal samples all
-    methods have seen the same images. Crops and flips depend on seed, step and worker only: a real process draws what
+    methods have seen the same ones. Crops and flips depend on seed, step and worker only: a real process draws what
     the simulator draws for it.
 
     Args:
-        images: the training images.
+        images: the training examples.
         transform: augmentation and normalisation of a batch.
-        batch_size: images per worker and step.
+        batch_size: examples per worker and step.
         seed: of order and augmentation; 0 is a seed.
     """
 
-    images: Images
-    transform: BatchTransform
+    images: Examples
+    transform: Transform[Examples]
     batch_size: int
     seed: int
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,22 +21,28 @@ _prepared: dict[str, Prepared] = {}
 
 
 def measured(cases: Sequence[Case], settings: Settings) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Measure cases, ``settings.jobs`` at a time; gives each as soon as it is there.
+    """Measure cases, ``settings.jobs`` at a time; gives each as soon as it is there."""
+    if min(settings.jobs, len(cases)) > 1:
+        prepare(settings)  # decodes a folder once, and refuses a bad one, before any process starts
+    return each(cases, partial(_measure, settings=settings), settings.jobs)
+
+
+def each(cases: Sequence[Any], work: Callable[[Any], dict[str, Any]], jobs: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Do some work for every case, ``jobs`` at a time; gives each result as soon as it is there.
 
     Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error goes on.
     """
-    if min(settings.jobs, len(cases)) < 2:
+    if min(jobs, len(cases)) < 2:
         _begin()
-        yield from ((case, _measure(case, settings)) for case in cases)
+        yield from ((case, work(case)) for case in cases)
         return
-    prepare(settings)  # decodes a folder once, and refuses a bad one, before any process starts
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(min(settings.jobs, len(cases)), mp_context=context, initializer=_begin_in_child)
+    executor = ProcessPoolExecutor(min(jobs, len(cases)), mp_context=context, initializer=_begin_in_child)
     known = set(multiprocessing.active_children())
     finished = False
     try:
-        futures = {executor.submit(_measure, case, settings): case for case in cases}
+        futures = {executor.submit(work, case): case for case in cases}
         for future in as_completed(futures):
             yield futures[future], future.result()
         finished = True

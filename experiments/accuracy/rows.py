@@ -37,9 +37,21 @@ class Study:
         Raises:
             ConfigError: the file holds results of other settings.
         """
-        path = Path(settings.out) / f"{name}.json"
-        ours = recorded(settings)
-        if settings.fresh or not path.exists():
+        return cls.at(Path(settings.out) / f"{name}.json", recorded(settings), fresh=settings.fresh)
+
+    @classmethod
+    def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
+        """Read what is there.
+
+        Args:
+            path: the file.
+            ours: the settings that its rows must have in common.
+            fresh: whether to forget what is there.
+
+        Raises:
+            ConfigError: the file holds results of other settings.
+        """
+        if fresh or not path.exists():
             return cls(path, ours, [])
         try:
             content = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from experiments.accuracy.cases import Case, config_of
 from experiments.accuracy.data import Prepared, Stream
 from experiments.accuracy.networks import make_network
 from experiments.accuracy.settings import LARGEST_WORKERS, Settings
-from resist_lightning import Simulator
+from resist_lightning import NeuronSimulator, Simulator
 from resist_lightning.config import NormPolicy
 
 NORMS: tuple[NormPolicy, ...] = ("recalibrate", "running", "batch")
@@ -27,13 +27,13 @@ class DataParallel:
 
     Args:
         module: the network; it is trained in place.
-        lr: initial learning rate.
+        optimizer: its optimizer.
         workers: number of shards; 1 is ordinary training.
     """
 
-    def __init__(self, module: nn.Module, lr: float, workers: int) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, workers: int) -> None:
         self.module = module
-        self.optimizer = make_optimizer(module, lr)
+        self.optimizer = optimizer
         self.workers = workers
 
     def step(self, batches: list[tuple[Tensor, Tensor]], lr: float) -> None:
@@ -55,16 +55,10 @@ class DataParallel:
 
 
 class Simulated:
-    """Local SGD or ResIST with S workers, on the package's simulator.
+    """Local SGD, ResIST or IST with S workers, on one of the package's simulators."""
 
-    Args:
-        module: the network; it is copied.
-        lr: initial learning rate.
-        case: what to train.
-    """
-
-    def __init__(self, module: nn.Module, lr: float, case: Case) -> None:
-        self.simulator = Simulator(module, lambda copied: make_optimizer(copied, lr), config_of(case), case.workers)
+    def __init__(self, simulator: Simulator | NeuronSimulator) -> None:
+        self.simulator: Any = simulator
 
     def step(self, batches: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """One local step of all workers."""
@@ -76,9 +70,9 @@ class Simulated:
             optimizer.step()
         self.simulator.after_step()
 
-    def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
-        """As `Simulator.full_model`."""
-        return self.simulator.full_model(batch_norm, scale)
+    def full_model(self, batch_norm: NormPolicy | None = None, **more: Any) -> nn.Module:
+        """As the simulator's own."""
+        return self.simulator.full_model(batch_norm, **more)
 
 
 Trainer = DataParallel | Simulated
@@ -108,8 +102,8 @@ def make_trainer(case: Case, settings: Settings, channels: int) -> Trainer:
     """What trains ``case``."""
     network = make_network(case.network, settings, channels, case.seed)
     if case.method in ("single", "ddp"):
-        return DataParallel(network, case.lr, case.workers)
-    return Simulated(network, case.lr, case)
+        return DataParallel(network, make_optimizer(network, case.lr), case.workers)
+    return Simulated(Simulator(network, lambda copied: make_optimizer(copied, case.lr), config_of(case), case.workers))
 
 
 def train(
@@ -162,7 +156,7 @@ def _policies(trainer: Simulated, data: Prepared) -> dict[str, float]:
     simulator = trainer.simulator
     scales = {"held share": simulator.scale, "1/S": 1 / len(simulator.workers), "none": 1.0}
     found = {
-        (norm, scale): accuracy(trainer.full_model(norm, scale), data.test)
+        (norm, scale): accuracy(trainer.full_model(norm, scale=scale), data.test)
         for norm in NORMS
         for scale in set(scales.values())
     }

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from math import prod
 
-from resist_lightning.accounting import sync_bytes
+from resist_lightning.accounting import all_reduce_bytes, sync_bytes
 from resist_lightning.engine import Engine
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.plan import pieces
+from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import plan_sync
 
 
 def closed_form(engine: Engine, rounds: Iterable[int], worker: int) -> list[dict[str, int]]:
     """For the sync that ends each of these rounds: bytes sent and received by the worker."""
-    schedule, sizes = engine.layout.schedule, engine.layout.sizes(engine.states)
+    layout = engine.layout
+    if isinstance(layout, NeuronLayout):
+        return [_of_neurons(layout, engine.states, number, worker) for number in rounds]
+    schedule, sizes = layout.schedule, layout.sizes(engine.states)
     found = []
     for number in rounds:
         plan = plan_sync(schedule.partition(number), schedule.partition(number + 1))
@@ -20,3 +28,28 @@ def closed_form(engine: Engine, rounds: Iterable[int], worker: int) -> list[dict
         moved = sum(sizes.blocks[transfer.block] + sizes.states[transfer.block] for transfer in arriving)
         found.append({"sent": sum(sent.values()), "received": sent["shared"] + moved})
     return found
+
+
+def neuron_bytes(layout: NeuronLayout, states: OptimizerStates, round: int) -> list[int]:
+    """Bytes that each worker of IST sends at the end of ``round``: its slices, and the mean of what all hold whole."""
+    return [sum(sent.values()) + shared_bytes(layout) for sent in layout.hand_over_bytes(round, states)]
+
+
+def shared_bytes(layout: NeuronLayout) -> int:
+    """Bytes that each worker of IST sends at a sync for the mean of what all hold whole."""
+    changing, sizes = layout.changing(), Counter[object]()
+    for name, tensor in layout.shared.items():
+        if name in changing:
+            sizes[tensor.dtype] += tensor.nbytes
+    return sum(all_reduce_bytes(size, layout.workers) for size in sizes.values())
+
+
+def _of_neurons(layout: NeuronLayout, states: OptimizerStates, round: int, worker: int) -> dict[str, int]:
+    """What arrives is counted over the pieces of the plan, without optimizer state."""
+    plan, received = layout.plan(round), shared_bytes(layout)
+    tensors = {**dict(layout.module.named_parameters()), **dict(layout.module.named_buffers())}
+    for name, cut in layout.neurons.cuts.items():
+        arriving = [piece for piece in pieces(cut, plan, worker) if piece.target == worker != piece.source]
+        neurons = sum(prod(len(s) for s in (piece.rows, piece.columns) if s is not None) for piece in arriving)
+        received += neurons * layout.rest(name) * tensors[name].element_size()
+    return {"sent": neuron_bytes(layout, states, round)[worker], "received": received}

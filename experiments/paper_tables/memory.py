@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from resist_lightning.models import preact_resnet
 from resist_lightning.plan import plan_sync
 
 ROUNDS, LOCAL_STEPS, BATCH, IMAGE = 3, 2, 2, 16
+Program: TypeAlias = Callable[[int, Any], dict[str, Any]]
 PATIENCE = timedelta(seconds=120)
 
 
@@ -38,10 +40,7 @@ def measure_group(group: Group) -> dict[str, Any]:
     Raises:
         torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
     """
-    with tempfile.TemporaryDirectory(prefix="paper_tables_") as folder:
-        # Forked, so that not every worker imports torch anew: call this before anything is computed here.
-        torch_processes.start_processes(_work, (group, folder), nprocs=group.workers, daemon=True, start_method="fork")
-        told = [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in range(group.workers)]
+    told = forked(_train, group, group.workers)
     return {
         "workers": group.workers,
         "width_multiplier": group.width,
@@ -52,12 +51,25 @@ def measure_group(group: Group) -> dict[str, Any]:
     }
 
 
-def _work(worker: int, group: Group, folder: str) -> None:
+def forked(program: Program, task: Any, workers: int) -> list[dict[str, Any]]:
+    """Run ``program(worker, task)`` in so many processes of one process group; what each returned.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="forked_") as folder:
+        # Forked, so that not every worker imports torch anew: call this before anything is computed here.
+        arguments = (program, task, workers, folder)
+        torch_processes.start_processes(_work, arguments, nprocs=workers, daemon=True, start_method="fork")
+        return [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in range(workers)]
+
+
+def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=worker, world_size=group.workers, timeout=PATIENCE)
+    dist.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers, timeout=PATIENCE)
     try:
-        (Path(folder) / f"{worker}.json").write_text(json.dumps(_train(worker, group)))
+        (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from experiments.accuracy.data import Stream, prepare
 from experiments.accuracy.main import known, main
 from experiments.accuracy.networks import OpenResNet, make_network, partitioned
 from experiments.accuracy.settings import Settings, read_command_line
-from experiments.accuracy.training import DataParallel, make_trainer, train
+from experiments.accuracy.training import DataParallel, make_optimizer, make_trainer, train
 from resist_lightning import Config
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
@@ -136,7 +136,7 @@ def test_ddp_is_the_gradient_of_all_shards_and_the_statistics_of_worker_0() -> N
     weight, decay = net[1].weight.detach().clone(), 5e-4
     gradient = (shard_nets[0][1].weight.grad + shard_nets[1][1].weight.grad) / 2
 
-    DataParallel(net, 0.1, 2).step(batches, 0.1)
+    DataParallel(net, make_optimizer(net, 0.1), 2).step(batches, 0.1)
 
     torch.testing.assert_close(net[1].weight, weight - 0.1 * (gradient + decay * weight))
     torch.testing.assert_close(net[0].running_mean, 0.1 * batches[0][0].mean(0))

@@ -1,0 +1,99 @@
+"""What a worker of IST holds while it trains: real processes, counted from their live tensors, against the closed form."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.benchmarks.held_memory import resident_bytes, storage_bytes
+from experiments.models import mlp
+from experiments.paper_tables.memory import forked
+from resist_lightning import Engine, NeuronConfig
+from resist_lightning.ist.layout import NeuronLayout
+
+DEPTH, CLASSES, BATCH = 4, 35, 16
+"""Three hidden layers, so that two matrices have hidden neurons on both sides."""
+ROUNDS, LOCAL_STEPS = 2, 2
+
+
+@dataclass(frozen=True)
+class Group:
+    """Workers whose memory is measured: how many, and how large their network is."""
+
+    workers: int
+    width: int
+    inputs: int
+
+
+def measure_group(group: Group) -> dict[str, Any]:
+    """Start the workers, let them train, and gather what each of them held after every local step.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
+    """
+    told = forked(_train, group, group.workers)
+    return {"workers": group.workers, "width": group.width, **told[0].pop("full"), "by_worker": told}
+
+
+def _train(worker: int, group: Group) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = mlp(in_features=group.inputs, num_classes=CLASSES, depth=DEPTH, width=group.width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    engine = Engine(model, [optimizer], NeuronConfig(local_steps=LOCAL_STEPS))
+    assert isinstance(engine.layout, NeuronLayout)
+    full, inner = sizes(engine.layout), sorted(engine.layout.inner())
+    engine.start()
+    steps = []
+    for _ in range(ROUNDS * LOCAL_STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(BATCH, group.inputs)), torch.zeros(BATCH).long()).backward()
+        optimizer.step()
+        steps.append({**_held(model, optimizer, inner), "store": _stored(engine), "resident": resident_bytes()})
+        engine.after_step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    engine.abandon()
+    return {"full": full, "steps": steps, "peak_resident": peak}
+
+
+def sizes(layout: NeuronLayout) -> dict[str, int]:
+    """Bytes of the full model's parameters: those with hidden neurons on both sides, on one side, and shared by all."""
+    parameters, inner = dict(layout.module.named_parameters()), layout.inner()
+    shared = _bytes(p for name, p in parameters.items() if name in layout.shared)
+    two_sided = _bytes(p for name, p in parameters.items() if name in inner)
+    return {"inner": two_sided, "outer": _bytes(parameters.values()) - two_sided - shared, "shared": shared}
+
+
+def closed_form(group: dict[str, Any]) -> dict[str, float]:
+    """Bytes of a worker with an equal share of the neurons, while it trains with momentum."""
+    workers = group["workers"]
+    inner, outer = group["inner"] / workers**2, group["outer"] / workers
+    held = inner + outer + group["shared"]
+    return {"held": 3 * held, "inner": 3 * inner, "store": group["inner"] / workers}
+
+
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[str]) -> dict[str, int]:
+    """Bytes of distinct storages: of parameters, gradients and momentum; and of all three of inner layers."""
+    parameters = dict(model.named_parameters())
+
+    def of(chosen: Iterable[nn.Parameter]) -> list[list[Tensor]]:
+        own = list(chosen)
+        states = [optimizer.state[parameter]["momentum_buffer"] for parameter in own]
+        return [list(own), [p.grad for p in own if p.grad is not None], states]
+
+    kinds = zip(("parameters", "gradients", "momentum"), of(parameters.values()), strict=True)
+    counted = {kind: storage_bytes(tensors) for kind, tensors in kinds}
+    return {**counted, "inner": sum(map(storage_bytes, of(parameters[name] for name in inner)))}
+
+
+def _stored(engine: Engine) -> int:
+    """Bytes that this worker keeps on the host for entries that nobody trains."""
+    return storage_bytes(engine.resumption.own()["store"].values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,110 @@
+"""Trains one case: one process, DDP, local SGD or IST, on the same examples in the same order."""
+
+from __future__ import annotations
+
+import time
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.accuracy.training import NORMS, DataParallel, Simulated, Trainer, accuracy, rate, steps_of
+from experiments.ist.cases import Case
+from experiments.ist.tasks import TASKS, Prepared, make_network, prepared, samples
+from experiments.links.closed_form import neuron_bytes
+from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
+from resist_lightning.accounting import ddp_bytes, local_sgd_bytes
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.norm import norms_with_statistics
+from resist_lightning.optimizer_state import OptimizerStates
+
+EVALUATIONS = 8
+FINISH = 0.1
+"""Share of the steps that a finish takes."""
+
+
+def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
+    """Train and evaluate ``case``: one row of a record, accuracies in per cent."""
+    started, data = time.perf_counter(), prepared(case.task, size)
+    steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
+    stops = {max(1, steps * number // EVALUATIONS) for number in range(1, EVALUATIONS + 1)}
+    finish_at = round(steps * (1 - FINISH)) if case.finish else steps
+    stream, curve = data.stream(TASKS[case.task].batch, case.seed), []
+    trainer = make_trainer(case, make_start(case, size))
+    for step in range(steps):
+        if step == finish_at:
+            trainer = finisher(case, trainer.full_model())
+        batches = [stream.batch(step, worker, case.workers) for worker in range(case.workers)]
+        trainer.step(batches, rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr)
+        if step + 1 in stops:
+            model = trainer.full_model()
+            curve.append({"step": step + 1, **_evaluated(model, data)})
+    return {
+        "last": curve[-1]["test"],
+        "last_holdout": curve[-1]["holdout"],
+        "best_on_test": max(point["test"] for point in curve),
+        "local_steps_done": steps,
+        "samples": steps * case.workers * TASKS[case.task].batch,
+        "sent_bytes": sent_bytes(case, size, steps, finish_at),
+        "curve": curve,
+        "policies": _policies(trainer, data) if case.method == "ist" and not case.finish else {},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def make_start(case: Case, size: str) -> nn.Module:
+    """The network before training: of a seed, the same for all methods."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        return make_network(case.task, size, norm=case.norm, output_norm=case.output_norm)
+
+
+def make_optimizer(module: nn.Module, case: Case) -> torch.optim.SGD:
+    """As in the authors' code: no weight decay, and usually no momentum."""
+    return torch.optim.SGD(module.parameters(), case.lr, momentum=case.sgd_momentum)
+
+
+def make_trainer(case: Case, network: nn.Module) -> Trainer:
+    """What trains ``case``."""
+    if case.method in ("single", "ddp"):
+        return DataParallel(network, make_optimizer(network, case), case.workers)
+    if case.method == "local_sgd":
+        return finisher(case, network)
+    config = NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
+    return Simulated(NeuronSimulator(network, lambda copied: make_optimizer(copied, case), config, case.workers))
+
+
+def finisher(case: Case, network: nn.Module) -> Simulated:
+    """Local SGD from a network."""
+    config = Config(local_steps=case.local_steps, seed=case.seed, momentum="reset", blocks=[])
+    return Simulated(Simulator(network, lambda copied: make_optimizer(copied, case), config, case.workers))
+
+
+def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
+    """By closed form, what a worker sends in a training, mean over workers; of IST over its own rounds."""
+    with torch.device("meta"):
+        network = make_start(case, size)
+    parameters = sum(tensor.nbytes for tensor in network.parameters())
+    whole = parameters + sum(tensor.nbytes for tensor in network.buffers())
+    if case.method in ("single", "ddp"):
+        return ddp_bytes(parameters, case.workers, steps if case.workers > 1 else 0)
+    averaged = local_sgd_bytes(whole, case.workers, (steps - finish_at) // case.local_steps if case.finish else 0)
+    if case.method == "local_sgd":
+        return local_sgd_bytes(whole, case.workers, (steps - 1) // case.local_steps)
+    config = NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
+    layout = NeuronLayout(network, config, case.workers)
+    states = OptimizerStates([make_optimizer(network, case)])
+    rounds = (finish_at - 1) // case.local_steps
+    return averaged + sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))
+
+
+def _evaluated(model: nn.Module, data: Prepared) -> dict[str, float]:
+    return {"holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)}
+
+
+def _policies(trainer: Trainer, data: Prepared) -> dict[str, float]:
+    """Test accuracy of the same training by batch-norm policy, where there is batch norm."""
+    if not norms_with_statistics(trainer.full_model()):
+        return {}
+    return {norm: accuracy(trainer.full_model(norm), data.test) for norm in NORMS}
