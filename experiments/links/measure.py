@@ -13,6 +13,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -169,8 +170,10 @@ def held_bytes(module: L.LightningModule, trainer: L.Trainer) -> dict[str, int]:
     for optimizer in trainer.optimizers:
         states = [value for state in optimizer.state.values() for value in state.values()]
         held += sum(value.nbytes for value in states if hasattr(value, "nbytes"))
+    layout = getattr(getattr(trainer.strategy, "engine", None), "layout", None)
+    whole = getattr(layout, "shapes", {})  # of tensors of which this worker has a slice
     return {
-        "model_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "model_bytes": sum(prod(whole.get(n, p.shape)) * p.element_size() for n, p in module.named_parameters()),
         "subnet_bytes": sum(p.nbytes for p in present),
         "held_bytes": held,
     }

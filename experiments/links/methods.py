@@ -9,23 +9,31 @@ import lightning as L
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from experiments.links.options import METHOD
-from resist_lightning import LocalSGDStrategy, ResISTStrategy
+from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
 
 NEVER = 10**9
 """Local steps of a round that does not end: no communication."""
 
 
 def make_strategy(
-    method: str, *, local_steps: int, min_blocks: int | None, seed: int, timeout: float, **more: Any
+    method: str,
+    *,
+    local_steps: int,
+    min_blocks: int | None,
+    seed: int,
+    timeout: float,
+    neurons: bool = False,
+    **more: Any,
 ) -> Strategy:
     """The strategy of a method.
 
     Args:
-        method: a name that `METHOD` knows; ``none`` is ResIST's sub-network without communication.
+        method: a name that `METHOD` knows; ``none`` is a sub-network without communication.
         local_steps: local steps per round; DDP has no rounds.
         min_blocks: least number of blocks of a worker.
         seed: of the partitions.
         timeout: seconds that a worker waits for another one.
+        neurons: whether the network is fully connected, so that its sub-networks are IST's and not ResIST's.
         more: further settings of the strategies of this package.
     """
     found = METHOD.fullmatch(method)
@@ -39,6 +47,8 @@ def make_strategy(
     if found["base"] == "local_sgd":
         return LocalSGDStrategy(local_steps=local_steps, **settings)
     steps = NEVER if method == "none" else local_steps
+    if neurons:
+        return ISTStrategy(local_steps=steps, seed=seed, **settings)
     return ResISTStrategy(local_steps=steps, min_blocks=min_blocks, seed=seed, **settings)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,23 +17,15 @@ from rich.console import Console
 
 from experiments.checks import ConfigError, check_keys
 from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
+from experiments.links.networks import check_network
 from experiments.schema import limited
 from resist_lightning.accounting import WIRE_FORMATS
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.config import Config
-from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet
 
 UNSHAPED = "unshaped"
 WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
-METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ddp|none")
-METHODS_IN_WORDS = f"ddp, local_sgd, resist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
+METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ist|ddp|none")
+METHODS_IN_WORDS = f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
 LEAST_GBIT, MOST_GBIT = 0.001, 100
-
-
-@dataclass
-class Network:
-    depth: int = limited(choices=tuple(SECTIONS_OF_DEPTH), hint="101 is the paper's of 41 million parameters")
-    width_multiplier: float = limited(above=0, hint="1.0 is the paper's width")
 
 
 @dataclass
@@ -44,7 +35,7 @@ class Rig:
     methods: list[str] = MISSING
     workers: int = limited(least=2, most=LARGEST_WORKERS, hint="one process, on one core, each")
     bandwidths_gbit: list[Any] = MISSING
-    network: Network = MISSING
+    network: Any = MISSING
     batch: int = limited(least=1, hint="images per local step of one worker")
     local_steps: int = limited(least=1, hint="the paper takes 50")
     min_blocks: int | None = limited(least=0, hint="null takes 5, as the paper")
@@ -91,12 +82,7 @@ def check_rig(cfg: DictConfig) -> None:
                 f"bandwidths_gbit: {gbit!r} must be a number of Gbit/s from {LEAST_GBIT} to {MOST_GBIT}, or {UNSHAPED}"
             )
     check_name(cfg.name)
-    try:
-        with torch.device("meta"):
-            net = preact_resnet(cfg.network.depth, width_multiplier=cfg.network.width_multiplier)
-        BlockLayout(net, Config(min_blocks=cfg.min_blocks), cfg.workers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_network(cfg)
 
 
 def check_method(method: str) -> None:

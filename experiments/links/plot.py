@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.figures import BLUE, GREY, INK, LIGHT, ORANGE, STYLE
+from experiments.links.networks import network_in_words
 from experiments.links.tables import bandwidth, title
 
 
@@ -33,9 +34,8 @@ def draw_links(path: Path, content: Mapping[str, Any]) -> Path:
             Patch(facecolor="none", edgecolor=GREY, hatch="////", label="computed, not measured"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        network = settings["network"]
         figure.suptitle(
-            f"Seconds per local step: PreActResNet {network['depth']}, width x {network['width_multiplier']:g}, "
+            f"Seconds per local step: {network_in_words(settings['network'])}, "
             f"{settings['workers']} workers, batch {settings['batch']}, {settings['local_steps']} local steps per sync",
             x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK,
         )  # fmt: skip

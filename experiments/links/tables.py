@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.links.networks import network_in_words
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,6 +23,7 @@ TITLES = {
     "ddp": "DDP (Lightning's)",
     "local_sgd": "local SGD",
     "resist": "ResIST",
+    "ist": "IST",
     "none": "no communication (the limit)",
     "parameter_server": "parameter server (computed)",
 }
@@ -109,14 +111,14 @@ def show(content: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-def links_speed() -> str:
-    content = record("links")
+def links_speed(folder: Path = RESULTS) -> str:
+    content = record("links", folder)
     return markdown(SPEED_HEADER, speed_cells(content["rows"])) if content else NOT_YET
 
 
-def links_claim() -> str:
+def links_claim(folder: Path = RESULTS) -> str:
     """The findings against the aims, for the rows that an aim speaks of."""
-    content = record("links")
+    content = record("links", folder)
     if not content:
         return NOT_YET
     rows = [row for row in content["rows"] if (row["bytes_per_sync"] or {}).get("counted")]
@@ -127,9 +129,9 @@ def links_claim() -> str:
     if extra:
         lines.append(f"- The kernel counted {100 * min(extra):.1f} to {100 * max(extra):.1f} % more than we.")
     for row in rows:
-        if row["method"] == "resist" and row["sync_over_ideal"]:
+        if row["method"] in ("resist", "ist") and row["sync_over_ideal"]:
             lines.append(
-                f"- ResIST at {bandwidth(row['bandwidth_gbit'])}: a sync takes {row['sync_over_ideal']:.2f} of bytes / "
+                f"- {title(row['method'])} at {bandwidth(row['bandwidth_gbit'])}: a sync takes {row['sync_over_ideal']:.2f} of bytes / "
                 f"bandwidth, a local step {row['step_over_ideal']:.2f} of what compute and link allow"
                 f"{_against(row)}."
             )
@@ -161,18 +163,17 @@ def machine(content: Mapping[str, Any]) -> str:
 
 def work(settings: Mapping[str, Any]) -> str:
     """What was run, in words."""
-    network = settings["network"]
     return (
-        f"{settings['workers']} workers of {settings['threads']} thread; PreActResNet {network['depth']}, width x "
-        f"{network['width_multiplier']:g}, batch {settings['batch']}. n = {settings['rounds']} syncs, each after "
+        f"{settings['workers']} workers of {settings['threads']} thread; {network_in_words(settings['network'])}, "
+        f"batch {settings['batch']}. n = {settings['rounds']} syncs, each after "
         f"{settings['steps_per_round']} local steps that were really run; the table shows rounds of "
         f"{settings['local_steps']}. "
         f"DDP: {settings['ddp_steps']} steps."
     )
 
 
-def links_bytes() -> str:
-    content = record("links")
+def links_bytes(folder: Path = RESULTS) -> str:
+    content = record("links", folder)
     return markdown(BYTES_HEADER, bytes_cells(content["rows"])) if content else NOT_YET
 
 
@@ -205,9 +206,9 @@ def receives_first() -> str:
     return markdown(["way", "seconds", "against bytes / bandwidth"], rows)
 
 
-def record(name: str) -> dict[str, Any] | None:
+def record(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """A result file; None where it has not been made."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return content
 

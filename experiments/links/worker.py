@@ -1,26 +1,32 @@
-"""A worker of `run.py`: trains on random images for as long as is measured."""
+"""A worker of `run.py`: trains on random examples for as long as is measured."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.benchmarks.step_time import Module
 from experiments.links.crew import Place
 from experiments.links.measure import Window
 from experiments.links.methods import make_strategy, make_trainer
+from experiments.links.networks import fully_connected, make_network
 from experiments.quiet import hush
-from resist_lightning.models import preact_resnet
 
 
-def images(count: int, batch: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Random images of CIFAR's size, the same for every method; Lightning gives each worker its part."""
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(count, 3, 32, 32, generator=generator)
-    return DataLoader(TensorDataset(pixels, torch.randint(10, (count,), generator=generator)), batch)
+IMAGE, CLASSES = (3, 32, 32), 10
+"""CIFAR's."""
+FEATURES, WORDS = 4096, 35
+"""Those of Speech Commands, as IST's paper has it."""
+
+
+def examples(shape: tuple[int, ...], classes: int, count: int, settings: dict[str, Any]) -> DataLoader[Any]:
+    """Random examples, the same for every method; Lightning gives each worker its part."""
+    generator = torch.Generator().manual_seed(settings["seed"])
+    values = torch.randn(count, *shape, generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    return DataLoader(TensorDataset(values, labels), settings["batch"])
 
 
 def window_of(method: str, settings: dict[str, int]) -> tuple[int, int, int]:
@@ -44,9 +50,11 @@ def main(place: Place, settings: dict[str, Any]) -> None:
         min_blocks=settings["min_blocks"],
         seed=settings["seed"],
         timeout=settings["timeout_seconds"],
+        neurons=fully_connected(network),
     )
     window = Window(place, opens, closes, silent)
     trainer = make_trainer(strategy, place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
-    module = Module(preact_resnet(network["depth"], width_multiplier=network["width_multiplier"]))
-    trainer.fit(module, images((closes + 1) * settings["batch"] * place.workers, settings["batch"], settings["seed"]))
+    shape, classes = ((FEATURES,), WORDS) if fully_connected(network) else (IMAGE, CLASSES)
+    module = Module(make_network(network, num_classes=classes, in_features=FEATURES))
+    trainer.fit(module, examples(shape, classes, (closes + 1) * settings["batch"] * place.workers, settings))
     place.report(window.result)

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from experiments.links.networks import network_in_words
 from experiments.links.tables import bandwidth, title
 
-COLOURS = {"ddp": GREY, "local_sgd": ORANGE, "resist": BLUE, "resist_int8": GREEN}
+COLOURS = {"ddp": GREY, "local_sgd": ORANGE, "resist": BLUE, "ist": BLUE, "resist_int8": GREEN}
 OTHERS = (PURPLE, SKY, VERMILION)
 
 
@@ -42,10 +43,9 @@ def draw_curves(path: Path, content: Mapping[str, Any]) -> Path:
             mpl.lines.Line2D([], [], color=colours[method], marker="o", label=title(method)) for method in methods
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(methods))
-        network = settings["network"]
         figure.suptitle(
-            f"Time to accuracy\n{settings['workers']} workers, PreActResNet {network['depth']}, "
-            f"width x {network['width_multiplier']:g}, {settings['steps']} local steps of batch {settings['batch']}",
+            f"Time to accuracy\n{settings['workers']} workers, {network_in_words(settings['network'])}, "
+            f"{settings['steps']} local steps of batch {settings['batch']}",
             x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK,
         )  # fmt: skip
         figure.savefig(path, dpi=150)

@@ -29,7 +29,7 @@ from experiments.record import write_record
 from experiments.schema import limited
 from experiments.time_to_accuracy import tables
 from experiments.time_to_accuracy.plot import draw_curves
-from experiments.time_to_accuracy.worker import DIGITS, ValidateOnTest, make_data
+from experiments.time_to_accuracy.worker import MADE, ValidateOnTest, make_data
 
 CONFIG = Path(__file__).parent / "config"
 
@@ -59,10 +59,10 @@ def check(cfg: DictConfig) -> None:
         data.setup("fit")
     except ValueError as error:
         raise ConfigError(f"folder: {error}") from error
-    images = len(data.data.train_images.labels)
+    images = len(data.data.parts["train"].labels)
     if images < cfg.batch * cfg.workers:
         raise ConfigError(
-            f"batch={cfg.batch} for {cfg.workers} workers is above the {images} training images; lower it, raise limit"
+            f"batch={cfg.batch} for {cfg.workers} workers is above the {images} training examples; lower it, raise limit"
         )
 
 
@@ -100,7 +100,7 @@ def main() -> None:
             rows.append(row_of(method, gbit, run))
             last = f"{rows[-1]['seconds'][-1]:.0f} s, {rows[-1]['accuracy'][-1]:.1%}"
             print(f"{method}, {bandwidth(gbit)}: {last}", flush=True)
-    data = "digits" if cfg.folder == DIGITS else "image folder"
+    data = cfg.folder if cfg.folder in MADE else "image folder"
     content = {"settings": {**settings_of(cfg), "data": data}, "rows": rows}
     tables.show(content)
     path = write_record(Path(cfg.output) / "time_to_accuracy.json", content, **kernel())

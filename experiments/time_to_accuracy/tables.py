@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.links.networks import network_in_words
 from experiments.links.tables import NOT_YET, WIDTH, bandwidth, machine, title
 from experiments.tables import markdown
 
@@ -65,28 +66,28 @@ def show(content: Mapping[str, Any]) -> None:
     (Console() if sys.stdout.isatty() else Console(width=WIDTH)).print(table)
 
 
-def time_to_accuracy() -> str:
-    path = RESULTS / "time_to_accuracy.json"
+def time_to_accuracy(folder: Path = RESULTS) -> str:
+    path = folder / "time_to_accuracy.json"
     if not path.exists():
         return NOT_YET
     rows = json.loads(path.read_text())["rows"]
     return markdown(header(rows), cells(rows))
 
 
-def time_to_accuracy_claim() -> str:
+def time_to_accuracy_claim(folder: Path = RESULTS) -> str:
     """What was run, on what."""
-    path = RESULTS / "time_to_accuracy.json"
+    path = folder / "time_to_accuracy.json"
     if not path.exists():
         return NOT_YET
     content = json.loads(path.read_text())
-    settings, network = content["settings"], content["settings"]["network"]
+    settings = content["settings"]
     of_each = "all" if settings["limit"] is None else f"{settings['limit']:,}"
     lines = [
         machine(content),
-        f"{settings['workers']} workers of {settings['threads']} thread, n = 1 training of each method; PreActResNet "
-        f"{network['depth']}, width x {network['width_multiplier']:g}; {settings['steps']} local steps of batch "
+        f"{settings['workers']} workers of {settings['threads']} thread, n = 1 training of each method; "
+        f"{network_in_words(settings['network'])}; {settings['steps']} local steps of batch "
         f"{settings['batch']} for every worker and method, {settings['local_steps']} of a round. Data: {settings['data']}, "
-        f"{of_each} training images of each class.",
+        f"{of_each} training {'images' if 'image' in settings['data'] else 'examples'} of each class.",
     ]
     return "".join(f"- {line}\n" for line in lines)
 

@@ -10,14 +10,16 @@ from torch.utils.data import DataLoader
 
 from experiments.classifier import LitClassifier
 from experiments.data.folder import ImageFolder
-from experiments.data.module import ImageData
+from experiments.data.module import ArrayData, ImageData
 from experiments.data.sets import Digits
+from experiments.data.shaped import SpeechShaped
 from experiments.links.crew import Place
 from experiments.links.methods import make_strategy, make_trainer
+from experiments.links.networks import fully_connected, make_network
 from experiments.quiet import hush
-from resist_lightning.models import preact_resnet
 
-DIGITS = "digits"
+MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
+"""What stands for a folder, and needs none."""
 
 
 class Stopwatch(L.Callback):
@@ -71,9 +73,9 @@ class Stopwatch(L.Callback):
 
 
 class ValidateOnTest(L.LightningDataModule):
-    """The test images in the place of the validation's: no setting is chosen by them."""
+    """The test examples in the place of the validation's: no setting is chosen by them."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: ArrayData[Any]) -> None:
         super().__init__()
         self.data = data
 
@@ -88,8 +90,8 @@ class ValidateOnTest(L.LightningDataModule):
         return self.data.test_dataloader()
 
 
-def make_data(settings: dict[str, Any]) -> ImageData:
-    """The digits, or a folder of images; all of the training images but 2 % of them (the loaders want a hold-out)."""
+def make_data(settings: dict[str, Any]) -> ArrayData[Any]:
+    """A made data set, or a folder of images; all of the training but 2 % of it (the loaders want a hold-out)."""
     loading = {
         "batch_size": settings["batch"],
         "limit": settings["limit"],
@@ -97,8 +99,8 @@ def make_data(settings: dict[str, Any]) -> ImageData:
         "holdout": 0.02,
         "drop_last": True,
     }
-    if settings["folder"] == DIGITS:
-        return Digits(**loading)
+    if settings["folder"] in MADE:
+        return MADE[settings["folder"]](**loading)
     return ImageFolder(settings["folder"], cache_dir=settings["cache_dir"], **loading)
 
 
@@ -106,13 +108,14 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     """Train once; report the curve."""
     hush()
     L.seed_everything(settings["seed"], verbose=False)
-    data, network = make_data(settings), settings["network"]
+    data = make_data(settings)
     strategy = make_strategy(
         settings["method"],
         local_steps=settings["local_steps"],
         min_blocks=settings["min_blocks"],
         seed=settings["seed"],
         timeout=settings["timeout_seconds"],
+        neurons=fully_connected(settings["network"]),
     )
     stopwatch = Stopwatch(place)
     trainer = make_trainer(
@@ -125,11 +128,9 @@ def main(place: Place, settings: dict[str, Any]) -> None:
         num_sanity_val_steps=0,
         callbacks=[stopwatch],
     )
-    net = preact_resnet(
-        network["depth"],
-        num_classes=data.num_classes,
-        width_multiplier=network["width_multiplier"],
-        in_channels=data.in_channels,
+    channels = data.in_channels if isinstance(data, ImageData) else None
+    net = make_network(
+        settings["network"], num_classes=data.num_classes, in_channels=channels, in_features=data.in_features
     )
     module = LitClassifier(net, data.num_classes, lr=settings["lr"])
     trainer.fit(module, datamodule=ValidateOnTest(data))
