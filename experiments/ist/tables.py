@@ -53,7 +53,7 @@ def accuracy(content: Content) -> Grid:
                 spread(values(own, "last")),
                 str(len(own)),
                 bytes_in_words(sent) if sent else "-",
-                f"{base[0] / sent:.1f}x" if base and sent else "-",
+                f"{base[0] / sent:.1f}x" if method == "ist" and base and sent else "-",
             ]
         )
     header = ["task", "method", "S", "local steps", "test, %", "n", "sent by a worker", "less than local SGD"]

@@ -56,7 +56,7 @@ TASKS = {
         depth=3,
         width={"full": 256, "sample": 16},
         batch=16,
-        passes={"full": 48, "sample": 1},
+        passes={"full": 48, "sample": 8},
         lr={"single": 0.1, "ddp": 0.1, "local_sgd": 0.1, "ist": 0.1},
     ),
     "speech_shaped": Task(
@@ -65,7 +65,7 @@ TASKS = {
         depth=3,
         width={"full": 1024, "sample": 16},
         batch=32,
-        passes={"full": 16, "sample": 1},
+        passes={"full": 16, "sample": 16},
         lr={"single": 0.1, "ddp": 0.1, "local_sgd": 0.1, "ist": 0.1},
     ),
 }
