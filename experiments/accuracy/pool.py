@@ -27,7 +27,9 @@ def measured(cases: Sequence[Case], settings: Settings) -> Iterator[tuple[Case, 
     return each(cases, partial(_measure, settings=settings), settings.jobs)
 
 
-def each(cases: Sequence[Any], work: Callable[[Any], dict[str, Any]], jobs: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+def each(
+    cases: Sequence[Any], work: Callable[[Any], dict[str, Any]], jobs: int
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Do some work for every case, ``jobs`` at a time; gives each result as soon as it is there.
 
     Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error goes on.

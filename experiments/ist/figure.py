@@ -34,7 +34,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 def _draw_accuracy(path: Path, content: Content) -> Path:
     tasks = distinct(content["rows"], "task")
-    figure = _figure(5.5 * len(tasks), 4.4)
+    figure = _figure(len(tasks))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method, colour in COLOURS.items():
             _errorbars(axes, content["rows"], {"task": task, "method": method}, colour, TITLES[method])
@@ -47,7 +47,6 @@ def _draw_accuracy(path: Path, content: Content) -> Path:
         axes.grid(True, axis="y")
         axes.set(xlabel="workers S", ylabel="test accuracy, %")
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.legend(fontsize=9)
     return _save(figure, path, "IST, local SGD and DDP on equal samples")
 
 
@@ -61,7 +60,7 @@ def _errorbars(axes: Axes, rows: list[dict[str, Any]], which: dict[str, Any], co
 
 def _draw_memory(path: Path, content: Content) -> Path:
     widths = list(dict.fromkeys(group["width"] for group in content["groups"]))
-    figure = _figure(5.5 * len(widths), 4.4)
+    figure = _figure(len(widths))
     for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         groups = [group for group in content["groups"] if group["width"] == width]
         workers = [group["workers"] for group in groups]
@@ -77,7 +76,9 @@ def _draw_memory(path: Path, content: Content) -> Path:
             axes.plot(workers, points, "o", color=colour, markersize=7, label=label)
         stored = [(n, max(step["store"] for step in steps)) for n, steps in zip(workers, measured, strict=True)]
         stored = [(count, size) for count, size in stored if size]
-        axes.plot([n for n, _ in stored], [size for _, size in stored], "s", color=BLACK, label="store on the host: 1/S")
+        axes.plot(
+            [n for n, _ in stored], [size for _, size in stored], "s", color=BLACK, label="store on the host: 1/S"
+        )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(workers, [str(count) for count in workers])
@@ -85,17 +86,17 @@ def _draw_memory(path: Path, content: Content) -> Path:
         axes.grid(True, axis="y")
         axes.set(xlabel="workers S", ylabel="held by a worker (logarithmic)")
         axes.set_title(f"hidden width {width}", loc="left", fontsize=12, fontweight="bold", color=INK)
-    axes.legend(fontsize=9)
-    return _save(figure, path, "What a worker of IST holds: measured (points), closed form (lines)")
+    return _save(figure, path, "What a worker of IST holds: points measured, lines by closed form")
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(panels: int) -> Figure:
+    figure = Figure(figsize=(max(7, 5.5 * panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Figure, path: Path, title: str) -> Path:
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path, dpi=150)
     return path

@@ -70,7 +70,9 @@ def run_accuracy(cfg: DictConfig) -> None:
 
 def run_memory(cfg: DictConfig) -> None:
     """Groups of real workers, one after the other."""
-    groups = [measure_group(Group(workers, width, cfg.inputs)) for width in cfg.widths for workers in cfg.memory_workers]
+    groups = [
+        measure_group(Group(workers, width, cfg.inputs)) for width in cfg.widths for workers in cfg.memory_workers
+    ]
     write_record(Path(cfg.out) / "memory.json", {"settings": {"inputs": cfg.inputs}, "groups": groups})
 
 

@@ -69,7 +69,15 @@ def finish(content: Content) -> Grid:
             sent = [bytes_in_words(mean(row["sent_bytes"] for row in rows)) for rows in pair]
             cells = [spread(values(rows, "last")) for rows in (*pair, of(method="local_sgd"))]
             lines.append([task, str(workers), *cells, str(len(pair[0])), *sent])
-    header = ["task", "S", "IST, %", "IST, the last tenth as local SGD, %", "local SGD, %", "n", "sent by a worker: IST"]
+    header = [
+        "task",
+        "S",
+        "IST, %",
+        "IST, the last tenth as local SGD, %",
+        "local SGD, %",
+        "n",
+        "sent by a worker: IST",
+    ]
     return Grid("A finish", [*header, "with the finish"], lines)
 
 
@@ -138,7 +146,11 @@ def rates(content: Content) -> Grid:
     rows = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED]
     found = distinct(rows, "lr")
     lines = [
-        [task, f"{TITLES[method]}, S = {workers}", *(spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found)]
+        [
+            task,
+            f"{TITLES[method]}, S = {workers}",
+            *(spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found),
+        ]
         for task, method, workers in _methods(rows)
         for own in [chosen(rows, task=task, method=method, workers=workers)]
     ]
@@ -169,7 +181,13 @@ def memory(content: Content) -> Grid:
             ]
         )
     header = ["hidden width", "S", "parameters", "gradients", "momentum", "share of S = 1", "measured / closed form"]
-    header += ["inner matrices: share", "store on the host", "share of the inner matrices", "resident in training", "peak"]
+    header += [
+        "inner matrices: share",
+        "store on the host",
+        "share of the inner matrices",
+        "resident in training",
+        "peak",
+    ]
     return Grid("Held by a worker, at most", header, lines)
 
 

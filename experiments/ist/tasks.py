@@ -65,8 +65,8 @@ TASKS = {
         depth=3,
         width={"full": 1024, "sample": 16},
         batch=32,
-        passes={"full": 16, "sample": 16},
-        lr={"single": 0.1, "ddp": 0.1, "local_sgd": 0.1, "ist": 0.1},
+        passes={"full": 8, "sample": 16},
+        lr={"single": 0.2, "ddp": 0.2, "local_sgd": 0.2, "ist": 0.2},
     ),
 }
 

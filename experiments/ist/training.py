@@ -89,14 +89,18 @@ def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
     whole = parameters + sum(tensor.nbytes for tensor in network.buffers())
     if case.method in ("single", "ddp"):
         return ddp_bytes(parameters, case.workers, steps if case.workers > 1 else 0)
-    averaged = local_sgd_bytes(whole, case.workers, (steps - finish_at) // case.local_steps if case.finish else 0)
     if case.method == "local_sgd":
         return local_sgd_bytes(whole, case.workers, (steps - 1) // case.local_steps)
     config = NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
     layout = NeuronLayout(network, config, case.workers)
     states = OptimizerStates([make_optimizer(network, case)])
     rounds = (finish_at - 1) // case.local_steps
-    return averaged + sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))
+    sent = sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))
+    if case.finish:  # everyone gets the full model, and averages it from then on
+        cut = whole - sum(tensor.nbytes for tensor in layout.shared.values())
+        sent += cut * (case.workers - 1) / case.workers
+        sent += local_sgd_bytes(whole, case.workers, (steps - finish_at) // case.local_steps)
+    return sent
 
 
 def _evaluated(model: nn.Module, data: Prepared) -> dict[str, float]:

@@ -14,7 +14,6 @@ from experiments.links.methods import make_strategy, make_trainer
 from experiments.links.networks import fully_connected, make_network
 from experiments.quiet import hush
 
-
 IMAGE, CLASSES = (3, 32, 32), 10
 """CIFAR's."""
 FEATURES, WORDS = 4096, 35

@@ -1,0 +1,273 @@
+"""IST's experiments: every training is on equal samples, what is counted is the closed form, and the tables say it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.ist import tables
+from experiments.ist.cases import ABLATED, Case, base, cases
+from experiments.ist.main import main
+from experiments.ist.settings import RESULTS, parse
+from experiments.ist.shapes import Shape, speed_up, volumes
+from experiments.ist.tasks import TASKS, make_network, prepared
+from experiments.ist.training import finisher, make_start, make_trainer, measure, sent_bytes
+from experiments.links.closed_form import _of_neurons, neuron_bytes
+from experiments.links.namespaces import why_no_namespaces
+from experiments.tables import PLACE, filled
+from resist_lightning import NeuronConfig
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.optimizer_state import OptimizerStates
+from tests.helpers.programs import ROOT, run_program
+
+PROGRAM = "experiments/ist/run.py"
+MISSING = why_no_namespaces()
+needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
+CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of all result files of the command itself, and what it printed."""
+    out = tmp_path_factory.mktemp("ist") / "new"
+    output = run_program([PROGRAM, "size=sample", f"out={out}", *CHOSEN], ROOT)
+    return out, output
+
+
+def record(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -> None:
+    rows = record(sample[0], "accuracy")["rows"]
+    wanted = cases(parse(["size=sample", *CHOSEN])[1])
+    assert sorted(str(row["case"]) for row in rows) == sorted(str(case.key) for case in wanted)
+    assert len(rows) > 40
+    assert {row["samples"] for row in rows} == {4 * 384}  # 450 images without 10 %: three steps of 8 workers of 16
+    assert {row["local_steps_done"] * row["case"]["workers"] for row in rows} == {96}
+    assert all(len(row["policies"]) == 3 for row in tables.usual(rows, method="ist"))
+
+
+def test_a_second_run_measures_nothing_again(sample: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = (sample[0] / "accuracy.json").read_bytes()
+    main(["accuracy", "size=sample", f"out={sample[0]}", *CHOSEN], "")
+    assert (sample[0] / "accuracy.json").read_bytes() == before
+    assert "1/" not in capsys.readouterr().out.partition("Accuracy on equal samples")[0]
+
+
+def test_live_tensors_are_the_closed_form_of_memory(sample: tuple[Path, str]) -> None:
+    content, width, inputs = record(sample[0], "memory"), 64, 32
+    assert [group["workers"] for group in content["groups"]] == [1, 2, 4]
+    for group in content["groups"]:
+        workers = group["workers"]
+        inner = 2 * (width // workers) ** 2
+        outer = (inputs + 35 + 3 * 2) * width // workers  # and a norm of two after each of three hidden layers
+        assert len(group["by_worker"]) == workers
+        for worker in group["by_worker"]:
+            assert len(worker["steps"]) == 4
+            for step in worker["steps"]:
+                assert step["parameters"] == step["gradients"] == step["momentum"] == 4 * (inner + outer + 35)
+                assert step["inner"] == 3 * 4 * inner
+                assert step["store"] == 4 * 2 * width**2 // workers
+            assert worker["peak_resident"] >= worker["steps"][-1]["resident"] * 0.9 > 1e7
+
+
+WEIGHTS = {
+    (4096, 2): 8_460_288, (4096, 4): 4_230_144, (4096, 8): 2_115_072,
+    (8192, 2): 33_697_792, (8192, 4): 12_654_592, (8192, 8): 5_278_720,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "workers"), WEIGHTS)
+def test_the_papers_networks_have_the_weights_and_bytes_of_the_specification(width: int, workers: int) -> None:
+    """Section 3 for the weights. Bytes: the chance that the next place of a number is another worker."""
+    found = volumes(Shape(4096, width), workers, 4)
+    assert found["weights"] == WEIGHTS[width, workers]
+    hidden, moves, share = (1, 2)[width == 8192], 1 - 1 / workers, 1 / workers
+    numbers = (4096 + 35 + 4 * hidden) * width * moves
+    if hidden == 2:  # in a slice before, after, or both; what is in the store before and after stays
+        numbers += width**2 * moves * (2 * share - share**2)
+    assert found["ist_round"] == pytest.approx(4 * numbers / workers, rel=0.02)
+    parameters = (4096 + 35 + 2 * hidden) * width + (width**2 if hidden == 2 else 0)
+    assert found["ddp_step"] == 2 * (workers - 1) * 4 * parameters // workers
+
+
+def test_what_is_sent_is_received() -> None:
+    net = make_network("digits", "sample")
+    layout = NeuronLayout(net, NeuronConfig(), 4)
+    states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
+    for number in range(3):
+        each = [_of_neurons(layout, states, number, worker) for worker in range(4)]
+        assert [own["sent"] for own in each] == neuron_bytes(layout, states, number)
+        assert sum(own["sent"] for own in each) == sum(own["received"] for own in each)
+        assert len({own["sent"] for own in each}) > 1
+
+
+def train(case: Case, steps: int) -> list[torch.Tensor]:
+    trainer = make_trainer(case, make_start(case, "sample"))
+    stream = prepared(case.task, "sample").stream(16, case.seed)
+    for step in range(steps):
+        trainer.step([stream.batch(step, worker, case.workers) for worker in range(case.workers)], 0.1)
+    return list(trainer.full_model().parameters())
+
+
+@pytest.mark.parametrize("method", ["ist", "local_sgd"])
+def test_one_worker_of_each_method_is_ordinary_training(method: str) -> None:
+    alone = train(base("digits", "single", 1, 0), 5)
+    other = train(replace(base("digits", method, 1, 0), local_steps=2), 5)
+    start = list(make_start(base("digits", "single", 1, 0), "sample").parameters())
+    assert all(map(torch.equal, alone, other))
+    assert not any(map(torch.equal, alone, start))
+
+
+def test_two_workers_of_ist_are_not_those_of_local_sgd() -> None:
+    ist, averaged = (train(base("digits", method, 2, 0), 3) for method in ("ist", "local_sgd"))
+    assert not any(map(torch.equal, ist, averaged))
+
+
+def test_a_finish_is_local_sgd_from_the_full_model() -> None:
+    case = replace(base("digits", "ist", 2, 0), local_steps=3, finish=True)
+    start = make_start(case, "sample")
+    trainer = finisher(case, start)
+    for worker in trainer.simulator.workers:
+        assert all(map(torch.equal, worker.module.parameters(), start.parameters()))
+    full = sum(t.nbytes for t in [*start.parameters(), *start.buffers()])
+    before = sent_bytes(replace(case, finish=False), "sample", 27, 27)
+    shared = 4 * 10 + 2 * 8  # the output's bias, and two counters of batches
+    # nine rounds have eight syncs; then each of two workers sends its half to the other; then one average
+    assert sent_bytes(case, "sample", 30, 27) == before + (full - shared) / 2 + full
+    finished, usual = (measure(replace(case, finish=last), "sample", 1) for last in (True, False))
+    assert finished["curve"][0] == usual["curve"][0]
+    assert finished["sent_bytes"] > usual["sent_bytes"]
+
+
+def test_bytes_of_the_other_methods_by_hand() -> None:
+    parameters = 64 * 16 + 16 * 16 + 16 * 10 + 10 + 2 * 2 * 16
+    whole = 4 * (parameters + 2 * 2 * 16) + 2 * 8  # running statistics, and two counters of batches
+    case = base("digits", "ddp", 2, 0)
+    assert sent_bytes(case, "sample", 100, 100) == 100 * 4 * parameters
+    assert sent_bytes(base("digits", "single", 1, 0), "sample", 100, 100) == 0
+    assert sent_bytes(base("digits", "local_sgd", 2, 0), "sample", 100, 100) == 4 * whole  # the fifth is the end
+    travelling = replace(base("digits", "ist", 2, 0), sgd_momentum=0.9, momentum="travel")
+    kept = replace(travelling, momentum="reset")
+    assert sent_bytes(travelling, "sample", 100, 100) > 1.5 * sent_bytes(kept, "sample", 100, 100)
+
+
+def row(method: str, workers: int, seed: int, last: float, **changed: Any) -> dict[str, Any]:
+    case = replace(base("digits", method, workers, seed), **changed)
+    policies = {"recalibrate": last, "running": last - 9, "batch": last - 1}
+    sent = {"ist": 250.0, "local_sgd": 1000.0}.get(method, 0)
+    return {
+        "case": case.key, "last": last, "last_holdout": last, "sent_bytes": sent, "local_steps_done": 7,
+        "samples": 1, "policies": policies if method == "ist" else {},
+    }  # fmt: skip
+
+
+def test_a_line_has_mean_and_spread_of_its_own_seeds_only() -> None:
+    rows = [row("ist", ABLATED, seed, value) for seed, value in enumerate((90.0, 93.0))]
+    rows += [row("local_sgd", ABLATED, 0, 95.0), row("ist", ABLATED, 0, 97.0, finish=True), row("single", 1, 0, 98.0)]
+    rows += [row("ist", ABLATED, 0, 10.0, lr=0.001), row("ist", ABLATED, 0, 20.0, norm="none")]
+    content = {"rows": rows}
+    assert (mean([90, 93]), pstdev([90, 93])) == (91.5, 1.5)
+    found = tables.accuracy(content).rows
+    assert found[0] == ["digits", "one process", "1", "7", "98.00", "1", "-", "-"]
+    assert found[2] == ["digits", "IST", "4", "7", "91.50 ± 1.50", "2", "250 B", "4.0x"]
+    assert tables.finish(content).rows == [
+        ["digits", "4", "91.50 ± 1.50", "97.00", "95.00", "2", "250 B", "250 B"],
+    ]  # fmt: skip
+    assert tables.batch_norm(content).rows[0][2:] == ["91.50 ± 1.50", "82.50 ± 1.50", "90.50 ± 1.50", "2"]
+    assert ["digits", "none", "no", "20.00", "-", "1"] in tables.norm(content).rows
+
+
+def test_the_speed_up_by_formula() -> None:
+    volume = {"workers": 4, "ist_round_most": 25_000_000, "local_sgd_round": 250_000_000, "ddp_step": 125_000_000}
+    found = speed_up({"seconds": {"1": 2.0, "4": 0.9}}, volume, 0.1)
+    assert found["ist"] == pytest.approx(0.9 + 2 / 20)
+    assert found["local_sgd"] == pytest.approx(2 + 20 / 20)
+    assert found["ddp"] == 10.0  # longer than the compute, which it hides
+    assert (found["over_local_sgd"], found["over_ddp"]) == (pytest.approx(3), pytest.approx(10))
+
+
+def test_what_is_printed_is_what_is_written(sample: tuple[Path, str]) -> None:
+    out, output = sample
+    assert {path.name for path in out.iterdir()} == {
+        "accuracy.json", "accuracy.png", "memory.json", "memory.png", "shapes.json",
+    }  # fmt: skip
+    for name in tables.GRIDS:
+        for grid in tables.grids(name, record(out, name)):
+            assert grid.rows
+            assert grid.title in output
+            assert all(len(line) == len(grid.header) for line in grid.rows)
+
+
+def test_the_page_shows_the_result_files() -> None:
+    page = (ROOT / "experiments/ist/README.md").read_text()
+    assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
+    assert filled(page) == page, "run python experiments/tables.py"
+
+
+@needs_namespaces
+def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path) -> None:
+    run_program(["experiments/links/run.py", "size=ist_smoke", "methods=[ist,none]", f"output={tmp_path}"], ROOT)
+    content = json.loads((tmp_path / "links.json").read_text())
+    (ist, silent) = content["runs"]
+    for worker in ist["workers"]:
+        counted = sum(worker["counted"].get(kind, 0) for kind in ("shared", "hand_over", "state"))
+        assert counted == sum(sync["sent"] for sync in worker["closed_form"]) > 1e6
+        assert counted <= worker["kernel"]["sent"] <= 1.03 * counted + 20_000
+        assert worker["model_bytes"] == 4 * (4096 * 256 + 256**2 + 35 * 256 + 35 + 4 * 256)
+        assert worker["subnet_bytes"] == 4 * (4096 * 128 + 128**2 + 35 * 128 + 35 + 4 * 128)
+    assert all(worker["counted"].get("hand_over", 0) == 0 for worker in silent["workers"])
+
+
+@needs_namespaces
+def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
+    run_program(["experiments/time_to_accuracy/run.py", "size=ist_smoke", f"output={tmp_path}"], ROOT)
+    rows = json.loads((tmp_path / "time_to_accuracy.json").read_text())["rows"]
+    assert [(entry["method"], entry["steps"]) for entry in rows] == [("ddp", [4, 8]), ("ist", [4, 8])]
+    assert 0 < rows[1]["kernel_sent_bytes"][1] < rows[0]["kernel_sent_bytes"][1] / 4
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("size=huge", "size=huge: must be one of full, sample"),
+        ("accurcy", "accurcy: there is no such study; choose from accuracy, memory, shapes"),
+        ("seeds=0", "seeds=0: must be a whole number, at least 1"),
+        ("passe=3", "did you mean passes?"),
+        ("tasks=[cifar]", "'cifar' is not known; choose from digits, speech_shaped"),
+        ("tasks=[]", "must be a list of one or more"),
+        ("workers=[3]", "3 must be 2, 4 or 8, so that samples are equal"),
+        ("workers=[2,2]", "stands there twice"),
+        ("widths=[3]", "widths=[3]: must be whole numbers of at least 4"),
+        (f"out={ROOT / PROGRAM}/x", "is a file, and a folder is needed"),
+        (f"out={RESULTS}", "a sample must not stand among the results"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["size=sample", option], "")
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert words in told.err
+    assert told.err.count("\n") == 1
+    assert not told.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tasks_are_wide_enough_for_eight_workers() -> None:
+    for task in TASKS.values():
+        assert all(width >= 8 for width in task.width.values())
+        assert set(task.lr) == {"single", "ddp", "local_sgd", "ist"}
+    linear = [layer for layer in make_network("speech_shaped", "sample") if isinstance(layer, nn.Linear)]
+    assert [layer.in_features for layer in linear] == [32, 16, 16]
