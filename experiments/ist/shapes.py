@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from experiments.ist.cases import LOCAL_STEPS
 from experiments.links.closed_form import neuron_bytes
 from experiments.models import mlp
 from resist_lightning import NeuronConfig
@@ -17,7 +18,7 @@ from resist_lightning.accounting import all_reduce_bytes
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.optimizer_state import OptimizerStates
 
-CLASSES, BATCH, LOCAL_STEPS = 35, 128, 20
+CLASSES, BATCH = 35, 128
 WORKERS = (2, 4, 8)
 GBITS = (0.1, 1.0, 10.0)
 DEPTHS = {4096: 2, 8192: 3}

@@ -11,7 +11,8 @@ from torch import nn
 
 from experiments.accuracy.training import NORMS, DataParallel, Simulated, Trainer, accuracy, rate, steps_of
 from experiments.ist.cases import Case
-from experiments.ist.tasks import TASKS, Prepared, make_network, prepared, samples
+from experiments.ist.examples import Prepared, make_network, prepared, samples
+from experiments.ist.tasks import TASKS
 from experiments.links.closed_form import neuron_bytes
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.accounting import ddp_bytes, local_sgd_bytes

@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +38,17 @@ def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **e
             process.communicate()
     assert process.returncode == 0, f"exit code {process.returncode}:\n{output}"
     return output
+
+
+def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program says that refuses its command line: one line, exit code 2, and nothing is done in ``folder``."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        with pytest.raises(SystemExit) as ended:
+            program()
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert told.err.count("\n") == 1
+    assert not told.out
+    assert not list(folder.iterdir())
+    return told.err
