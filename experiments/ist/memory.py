@@ -41,6 +41,7 @@ def measure_group(group: Group) -> dict[str, Any]:
 
 
 def _train(worker: int, group: Group) -> dict[str, Any]:
+    bare = resident_bytes()
     torch.manual_seed(0)
     model = mlp(in_features=group.inputs, num_classes=CLASSES, depth=DEPTH, width=group.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
@@ -57,7 +58,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
         engine.after_step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     engine.abandon()
-    return {"full": full, "steps": steps, "peak_resident": peak}
+    return {"full": full, "steps": steps, "bare_resident": bare, "peak_resident": peak}
 
 
 def sizes(layout: NeuronLayout) -> dict[str, int]:

@@ -20,7 +20,7 @@ def memory(content: Content) -> Grid:
         parts = {key: max(step[key] for step in steps) for key in steps[0]}
         held, expected = sum(parts[key] for key in ("parameters", "gradients", "momentum")), closed_form(group)
         first = alone.setdefault(group["width"], (held, parts["inner"]))
-        peak = max(worker["peak_resident"] for worker in group["by_worker"])
+        bare, peak = (max(worker[key] for worker in group["by_worker"]) for key in ("bare_resident", "peak_resident"))
         lines.append(
             [
                 str(group["width"]),
@@ -31,8 +31,7 @@ def memory(content: Content) -> Grid:
                 f"1/{first[1] / parts['inner']:.2f}",
                 bytes_in_words(parts["store"]),
                 f"1/{group['inner'] / parts['store']:.2f}" if parts["store"] else "-",
-                bytes_in_words(parts["resident"]),
-                bytes_in_words(peak),
+                *(bytes_in_words(resident) for resident in (bare, parts["resident"], peak)),
             ]
         )
     header = ["hidden width", "S", "parameters", "gradients", "momentum", "share of S = 1", "measured / closed form"]
@@ -40,7 +39,8 @@ def memory(content: Content) -> Grid:
         "inner matrices: share",
         "store on the host",
         "share of the inner matrices",
-        "resident in training",
+        "resident: before the model",
+        "in training",
         "peak",
     ]
     return Grid("Held by a worker, at most", header, lines)

@@ -86,7 +86,7 @@ def test_the_goal_is_what_all_reached() -> None:
         (["folder=/no/such/folder"], "'/no/such/folder' is not a folder"),
         (["methods=[none]"], "'none' does not train one model"),
         (["steps=9"], "steps=9 must be a multiple of evaluate_every=4"),
-        (["batch=150"], "batch=150 for 2 workers is above the 196 training images"),
+        (["batch=150"], "batch=150 for 2 workers is above the 196 training examples"),
         (["lr=0"], "lr=0: must be a number, above 0"),
     ],
 )
