@@ -70,8 +70,6 @@ class Engine:
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)
-        if config.momentum == "travel":
-            self.states.check_travel()
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
         self._meeting = Meeting(self.layout, self.collective, host or Host())
