@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS
@@ -224,6 +224,10 @@ class Engine:
         if "scale" in state:
             self._observation.full.undo(state)
         return self.resumption.restore(state, own)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By name, the gradients of this worker's parameters, also while the module is the full model."""
+        return self._sync.gradients()
 
     def meet(self) -> None:
         """Check that all workers are at the same place, before something else is sent that might pair with a sync.

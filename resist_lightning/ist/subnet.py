@@ -22,6 +22,10 @@ class Subnet:
     Args:
         layout: the model's neurons.
         worker: this worker.
+
+    Attributes:
+        tensors: by name, the divided tensors of the module.
+        gradients: by name, those of the subnet, while the module is the full one.
     """
 
     def __init__(self, layout: NeuronLayout, worker: int) -> None:
@@ -32,6 +36,7 @@ class Subnet:
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] = []
+        self.gradients: dict[str, Tensor] = {}
 
     def hold(self, round: int) -> None:
         """Make the module this worker's subnet of ``round``, with memory that the caller must fill.
@@ -42,6 +47,9 @@ class Subnet:
         held = [partition.held[self._worker] for partition in self._layout.partition(round)]
         shapes = {name: self._layout.held_shape(name, round, self._worker) for name in self.tensors}
         self._resize(shapes, [len(neurons) for neurons in held])
+        gradients, self.gradients = self.gradients, {}
+        for name, gradient in gradients.items():
+            self.tensors[name].grad = gradient
         for name, layer in self._layout.neurons.rescaled:
             factor = self._layout.neurons.layers[layer].width / len(held[layer])
             if factor != 1:
@@ -49,7 +57,8 @@ class Subnet:
                 self._hooks.append(target.register_forward_pre_hook(_Scaled(factor)))
 
     def hold_all(self) -> None:
-        """Make the module the full one, with memory that the caller must fill."""
+        """Make the module the full one, with memory that the caller must fill; :meth:`hold` must be of the same round."""
+        self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
         self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:

@@ -118,8 +118,13 @@ class NeuronSync(Sync[NeuronPlan]):
         """The optimizers forget the state of slices, which does not fit the full model."""
         super().end()
         self._store = {}
+        self._subnet.gradients = {}
         if self._layout.workers > 1:
             self._states.drop(self._parameters.values())
+
+    @override
+    def gradients(self) -> dict[str, Tensor]:
+        return {**super().gradients(), **self._subnet.gradients}
 
     @override
     def own(self, *, with_full_model: bool) -> dict[str, Any]:
