@@ -19,7 +19,7 @@ from tests.helpers.training import clone_state, train_step
 CLASSES = 4
 INPUTS = 6
 
-_ONE_AT_A_TIME = threading.Lock()  # workers may be threads, and torch.fx patches what all of them use while it traces
+ONE_AT_A_TIME = threading.Lock()  # workers may be threads, and torch.fx patches what all of them use while it traces
 
 EachStep = Callable[[Engine, int], None]
 
@@ -117,7 +117,7 @@ def batch_of(run: Run, worker: int, step: int) -> tuple[Tensor, Tensor]:
 
 def start_engine(run: Run, collective: Collective | None = None) -> tuple[Engine, Optimizer]:
     """The engine of this worker, started."""
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         net = make_net(run)
         optimizer = make_optimizer(run, net)
         engine = Engine(net, [optimizer], run.config, collective=collective)
