@@ -64,7 +64,7 @@ def test_slices_have_the_shapes_of_the_neurons_that_a_worker_holds(net, workers)
                     shape[0] = len(held[cut.rows].held[worker])
                 if cut.columns is not None:
                     shape[1] = len(held[cut.columns].held[worker]) * cut.repeat
-                assert layout.held_shape(name, round, worker) == tuple(shape)
+                assert layout.held_shape(name, worker) == tuple(shape)
     assert set(named) == set(layout.shared) | set(layout.shapes)
     assert not set(layout.shared) & set(layout.shapes)
 

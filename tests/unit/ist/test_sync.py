@@ -225,7 +225,7 @@ def momentum_of(collective, run):
             optimizer.state[parameter]["momentum_buffer"] = own.clone()
         engine.after_step()
         state = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        notes.append((engine.partition, state))
+        notes.append((engine.partition, None if state is None else state.clone()))
     engine.abandon()
     return engine, numbers, notes
 
