@@ -107,9 +107,9 @@ def _graph(root: nn.Module, prefix: str) -> fx.Graph:
     try:
         return tracer.trace(root, concrete_args=_defaults(root))
     except Exception as error:
-        stack = list(tracer.module_stack.values())
-        where = f"{prefix}{stack[-1][0]}" if stack else prefix.rstrip(".")
-        name = f"{where!r} ({stack[-1][1].__name__})" if stack else f"{where!r} ({type(root).__name__})"
+        innermost = list(tracer.module_stack.values())[-1:] or [("", type(root))]
+        where, kind = f"{prefix}{innermost[0][0]}".rstrip("."), innermost[0][1].__name__
+        name = f"{where!r} ({kind})" if where else f"the module itself ({kind})"
         raise LayerSelectionError(
             f"the forward of {name} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
             f"{_raised_at(error)}: {type(error).__name__}: {error}. The way out: put the layers whose neurons are to "

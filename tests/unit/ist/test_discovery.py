@@ -34,7 +34,7 @@ class Perceptron(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
 
-    def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0, *, mask: Tensor | None = None, **_: object) -> Tensor:
         if mask is not None:
             x = x * mask
         hidden = functional.dropout(functional.relu(self.norm(self.first(x))), 0.5, self.training)

@@ -275,6 +275,8 @@ def test_a_forward_that_cannot_be_traced_says_where_and_what_to_do():
     assert f"{Path(__file__).name}:" in message
     assert "if x.sum() > 0:" in message
     assert "put the layers" in message
+    assert "the forward of the module itself (Branch) cannot be traced" in refusal(Branch())
+    assert "the forward of 'net' (Branch) cannot be traced" in refusal(nn.ModuleDict({"net": Branch()}))
 
 
 def test_the_way_out_of_the_tracing_error_is_true():
