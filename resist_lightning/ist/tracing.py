@@ -61,7 +61,9 @@ def trace(module: nn.Module) -> list[Traced]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module computes what a module of torch.nn does, so that its class says what happens in it."""
+    """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
     return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
@@ -105,7 +107,7 @@ def _has_weights(module: nn.Module) -> bool:
 def _graph(root: nn.Module, prefix: str) -> fx.Graph:
     tracer = _Tracer()
     try:
-        return tracer.trace(root, concrete_args=_defaults(root))
+        return tracer.trace(root, concrete_args=_defaults(root) or None)
     except Exception as error:
         innermost = list(tracer.module_stack.values())[-1:] or [("", type(root))]
         where, kind = f"{prefix}{innermost[0][0]}".rstrip("."), innermost[0][1].__name__
@@ -120,10 +122,11 @@ def _graph(root: nn.Module, prefix: str) -> fx.Graph:
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
     """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
-    parameters = inspect.signature(type(root).forward).parameters.values()
-    return {
-        p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool | int | float | str)
-    }
+    forward = type(root).forward
+    if hasattr(forward, "__wrapped__"):  # torch.fx takes no concrete arguments for a decorated function
+        return {}
+    plain = bool | int | float | str | None
+    return {p.name: p.default for p in inspect.signature(forward).parameters.values() if isinstance(p.default, plain)}
 
 
 def _raised_at(error: Exception) -> str:

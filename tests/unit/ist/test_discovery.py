@@ -161,6 +161,15 @@ def test_a_sum_that_goes_into_a_norm_and_elsewhere_is_rescaled():
     assert find_neurons(Two()).rescaled == (("b", 0),)
 
 
+def test_a_decorated_forward_is_traced():
+    class Decorated(Perceptron):
+        @torch.enable_grad()
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.second(self.norm(self.first(x * scale)))
+
+    assert found(Decorated()) == ["first"]
+
+
 def test_embeddings_and_inputs_are_whole():
     net = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     assert set(find_neurons(net).cuts) == {"1.weight", "1.bias", "3.weight"}

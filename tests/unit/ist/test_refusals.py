@@ -237,6 +237,14 @@ def test_what_may_not_follow_a_linear_layer(reader, text):
     assert text in message
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_not_looked_into():
+    compiled = torch.jit.trace(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.rand(1, 6))
+    net = Net(lambda net, x: net.c(net.b(net.compiled(net.a(x)))), compiled=compiled)
+    assert "'a' cannot be dealt out: its neurons reach 'compiled' (TopLevelTracedModule)" in refusal(net)
+    assert [layer.name for layer in find_neurons(net, "b").layers] == ["b"]
+
+
 def test_a_norm_behind_the_flattening_says_where_it_must_stand():
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.BatchNorm1d(20), nn.Linear(20, 2))
     assert "must stand before the flattening" in refusal(net)
