@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -31,20 +32,17 @@ class Traced:
         module: the module.
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
         prefix: what its names begin with in the user's module, with the dot at the end.
+        attributes: what its forward reads itself: parameters, buffers, constants, by name.
     """
 
     module: nn.Module
     graph: fx.Graph
     prefix: str
+    attributes: dict[str, Any]
 
     def called(self, node: fx.Node) -> tuple[str, nn.Module]:
         """Qualified name in the user's module, and module, of a ``call_module`` node."""
         return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
-
-    def tensor(self, node: fx.Node) -> tuple[str, Any]:
-        """Qualified name and value of what a ``get_attr`` node reads."""
-        owner, _, attribute = str(node.target).rpartition(".")
-        return f"{self.prefix}{node.target}", getattr(self.module.get_submodule(owner), attribute)
 
 
 def trace(module: nn.Module) -> list[Traced]:
@@ -56,8 +54,8 @@ def trace(module: nn.Module) -> list[Traced]:
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
     """
-    with _training(module), torch.random.fork_rng(devices=[]):
-        return [Traced(root, _graph(root, prefix), prefix) for prefix, root in _roots(module, "")]
+    with _in_training(module), torch.random.fork_rng(devices=[]):
+        return [_trace(root, prefix) for prefix, root in _roots(module, "")]
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -104,10 +102,10 @@ def _has_weights(module: nn.Module) -> bool:
     return any(isinstance(child, Weighted) for child in module.modules())
 
 
-def _graph(root: nn.Module, prefix: str) -> fx.Graph:
+def _trace(root: nn.Module, prefix: str) -> Traced:
     tracer = _Tracer()
     try:
-        return tracer.trace(root, concrete_args=_defaults(root) or None)
+        graph = tracer.trace(root, concrete_args=_defaults(root) or None)
     except Exception as error:
         innermost = list(tracer.module_stack.values())[-1:] or [("", type(root))]
         where, kind = f"{prefix}{innermost[0][0]}".rstrip("."), innermost[0][1].__name__
@@ -118,6 +116,8 @@ def _graph(root: nn.Module, prefix: str) -> fx.Graph:
             "be dealt out into a module whose forward has no branch or loop that depends on a value or a shape, and "
             "call what remains around it from the steps of a LightningModule without a forward of its own."
         ) from error
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return Traced(root, graph, prefix, {name: attrgetter(name)(root) for name in read})
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
@@ -136,17 +136,19 @@ def _raised_at(error: Exception) -> str:
 
 
 @contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    """Only training happens in subnets; the full model evaluates."""
-    modes = {child: child.training for child in module.modules()}
+def _in_training(module: nn.Module) -> Iterator[None]:
+    """Only training happens in subnets. What the tracer, or a forward that it runs, sets on a module is undone."""
+    modules = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
+    before = [dict(vars(child)) for child in modules]
     if not module.training:
-        for child in modes:
+        for child in modules:
             child.training = True
     try:
         yield
     finally:
-        for child, mode in modes.items():
-            child.training = mode
+        for child, attributes in zip(modules, before, strict=True):
+            vars(child).clear()
+            vars(child).update(attributes)
 
 
 def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:
