@@ -122,11 +122,9 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
     """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
-    forward = type(root).forward
-    if hasattr(forward, "__wrapped__"):  # torch.fx takes no concrete arguments for a decorated function
-        return {}
     plain = bool | int | float | str | None
-    return {p.name: p.default for p in inspect.signature(forward).parameters.values() if isinstance(p.default, plain)}
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, plain)}
 
 
 def _raised_at(error: Exception) -> str:

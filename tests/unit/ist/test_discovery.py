@@ -164,7 +164,9 @@ def test_a_sum_that_goes_into_a_norm_and_elsewhere_is_rescaled():
 def test_a_decorated_forward_is_traced():
     class Decorated(Perceptron):
         @torch.enable_grad()
-        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+            if mask is not None and mask.sum() > 0:
+                x = x * mask
             return self.second(self.norm(self.first(x * scale)))
 
     assert found(Decorated()) == ["first"]
