@@ -21,7 +21,7 @@ from resist_lightning.errors import LayerSelectionError
 Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: not torchvision
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(\S.*)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def user_line(node: fx.Node) -> str:
     """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
     frames = _FRAME.findall(node.stack_trace or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
-    return f" ({own[-1][0]}:{own[-1][1]}: {own[-1][2]})" if own else ""
+    if not own:
+        return ""
+    path, line, code = own[-1]
+    return f" ({path}:{line}: {code})" if code else f" ({path}:{line})"
 
 
 class _Tracer(fx.Tracer):

@@ -99,6 +99,12 @@ def test_an_operation_that_is_not_per_neuron_is_named_with_its_line(forward, lay
     assert re.search(rf"\(\S*{Path(__file__).name}:\d+: .*net\.", message), message
 
 
+def test_code_without_a_source_file_is_named_by_its_line():
+    scope: dict[str, Callable[[Net, Tensor], object]] = {}
+    exec(compile("\ndef forward(net, x):\n    return net.c(net.a(x).softmax(1))", "<typed>", "exec"), scope)
+    assert "not known to be per neuron (<typed>:3).\n" in refusal(Net(scope["forward"]))
+
+
 def test_neurons_that_reach_the_output_are_refused():
     def hidden_too(net, x):
         hidden = net.a(x).relu()
