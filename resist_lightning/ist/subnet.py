@@ -58,7 +58,7 @@ class Subnet:
             self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled))
 
     def hold_all(self) -> None:
-        """Make the module the full one, with memory that the caller must fill. Gradients come back with :meth:`hold`."""
+        """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
         self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
         for hook in self._hooks or []:
             hook.remove()
