@@ -7,29 +7,39 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from experiments import schema
 from experiments.checks import ConfigError
 from experiments.classifier import LitClassifier
-from experiments.data.module import ImageData
+from experiments.data.module import ArrayData, FeatureData
 from experiments.launch import make
 
 
-def build_data(section: DictConfig) -> ImageData:
+def build_data(section: DictConfig) -> ArrayData[Any]:
     """The data module.
 
     Raises:
         ConfigError: a folder that cannot be used; nothing is decoded or downloaded yet.
     """
-    data: ImageData = make(section, "data")
+    data: ArrayData[Any] = make(section, "data")
     try:
-        _ = data.num_classes  # a folder of images is listed for this, so that a wrong one is refused at once
+        data.check()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     return data
 
 
-def build_module(cfg: DictConfig, data: ImageData) -> LitClassifier:
-    """The network that fits the data, in a plain LightningModule."""
-    net = make(cfg.model, "model", num_classes=data.num_classes, in_channels=data.in_channels)
+def build_module(cfg: DictConfig, data: ArrayData[Any]) -> LitClassifier:
+    """The network that fits the data, in a plain LightningModule.
+
+    Raises:
+        ConfigError: a network for images, and data that are none.
+    """
+    if isinstance(data, FeatureData) and cfg.model._target_ in schema.IMAGE_MODELS:
+        raise ConfigError(
+            f"model._target_={cfg.model._target_}: is for images, and {type(data).__name__} gives rows of "
+            f"{data.in_features} features; take a fully connected model, or images (data=cifar10)"
+        )
+    net = make(cfg.model, "model", num_classes=data.num_classes, **data.input_size)
     return LitClassifier(net, data.num_classes, **cfg.optimizer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in spawned workers, which import this file
 
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import schema
 from experiments.build import build_data, build_module, build_strategy
 from experiments.checks import ConfigError, check_evaluate, is_plain
-from experiments.data.module import ImageData
+from experiments.data.module import ArrayData
 from experiments.launch import check_command_line, readable_errors
 from experiments.quiet import hush
 
@@ -71,7 +72,7 @@ def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
 
 def evaluate(
     module: L.LightningModule,
-    data: ImageData,
+    data: ArrayData[Any],
     cfg: DictConfig,
     *,
     checkpoint: Path | None,
@@ -82,7 +83,7 @@ def evaluate(
 
     Args:
         module: the plain module.
-        data: where the images come from.
+        data: where the examples come from.
         cfg: the configuration of the training; accelerator, devices and limits are taken from it.
         checkpoint: a file whose weights are loaded; None takes the module as it is.
         strategy: the strategy to evaluate under; None for one plain process, which needs no more than

@@ -165,6 +165,22 @@ class Fake(Data):
 
 
 @dataclass
+class SpeechCommands(Data):
+    folder: str = MISSING
+    cache_dir: str = MISSING
+    download: bool = MISSING
+
+
+@dataclass
+class SpeechShaped(Data):
+    train_size: int = limited(least=2, hint="examples for training and validation; 8192 is the default")
+    test_size: int = limited(least=1, hint="examples for the test; 2048 is the default")
+    features: int = limited(least=1, hint="4096 as in Speech Commands")
+    classes: int = limited(least=2, hint="35 as in Speech Commands")
+    seed: int = limited(least=0, hint="0 is a seed; another one is another task")
+
+
+@dataclass
 class Trainer:
     _target_: str = MISSING
     accelerator: str = limited(choices=("auto", "cpu", "gpu", "cuda", "mps"), hint="auto takes what is there")
@@ -247,10 +263,13 @@ MODELS: dict[str, type] = {
     "resist_lightning.models.preact_resnet": PreAct,
     "experiments.models.torchvision_resnet": Torchvision,
 }
+IMAGE_MODELS = frozenset({"resist_lightning.models.preact_resnet", "experiments.models.torchvision_resnet"})
 DATA: dict[str, type] = {
     "experiments.data.Digits": Digits,
     "experiments.data.CIFAR10": CIFAR,
     "experiments.data.CIFAR100": CIFAR,
     "experiments.data.ImageFolder": ImageFolder,
     "experiments.data.Fake": Fake,
+    "experiments.data.SpeechCommands": SpeechCommands,
+    "experiments.data.SpeechShaped": SpeechShaped,
 }

@@ -1,8 +1,8 @@
-"""Images as one array of bytes, and the deterministic subsets that are taken of it."""
+"""Examples as one array, and the deterministic subsets that are taken of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,21 +20,44 @@ class Images(NamedTuple):
         return Images(self.pixels[indices], self.labels[indices])
 
 
-class ArrayDataset(Dataset[Images]):
-    """A data set whose loader fetches a batch with one indexing operation instead of one per image."""
+class Features(NamedTuple):
+    """Rows of a table, float32 (rows of the table, features), and their labels, int64 (examples,).
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    A subset is a list of row numbers, int64 (examples,): the table may be mapped from a file, and is never copied.
+    """
+
+    table: Tensor
+    rows: Tensor
+    labels: Tensor
+
+    def take(self, indices: Tensor) -> Features:
+        """These examples, in this order."""
+        return Features(self.table, self.rows[indices], self.labels[indices])
+
+    @property
+    def values(self) -> Tensor:
+        """A copy of the rows, float32 (examples, features)."""
+        return self.table[self.rows]
+
+
+Examples = TypeVar("Examples", Images, Features)
+
+
+class ArrayDataset(Dataset[Examples], Generic[Examples]):
+    """A data set whose loader fetches a batch with one indexing operation instead of one per example."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self.images.labels)
+        return len(self.examples.labels)
 
-    def __getitem__(self, index: int) -> Images:
-        return self.images.take(torch.as_tensor(index))
+    def __getitem__(self, index: int) -> Examples:
+        return self.examples.take(torch.as_tensor(index))
 
-    def __getitems__(self, indices: list[int]) -> Images:
+    def __getitems__(self, indices: list[int]) -> Examples:
         """A whole batch: the loader prefers this to ``__getitem__``."""
-        return self.images.take(torch.as_tensor(indices))
+        return self.examples.take(torch.as_tensor(indices))
 
 
 def holdout(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,14 +71,14 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
         ValueError: fewer than two elements.
     """
     if count < 2:
-        raise ValueError(f"{count} image(s) cannot be split in two; at least 2 are needed")
+        raise ValueError(f"{count} example(s) cannot be split in two; at least 2 are needed")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held = min(max(round(count * fraction), 1), count - 1)
     return order[held:].sort().values, order[:held].sort().values
 
 
 def first_per_class(labels: Tensor, limit: int | None) -> Tensor:
-    """Indices of the first ``limit`` images of every class, in rising order; all where it is None."""
+    """Indices of the first ``limit`` examples of every class, in rising order; all where it is None."""
     if limit is None:
         return torch.arange(len(labels))
     chosen = [torch.nonzero(labels == label).flatten()[:limit] for label in labels.unique()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments.data.arrays import Images, holdout
+from experiments.data.cache import kept
 from experiments.data.module import ImageData, Loading
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"})
@@ -76,6 +76,9 @@ class ImageFolder(ImageData):
     def num_classes(self) -> int:
         return len(next(iter(self.listings.values())).classes)
 
+    def check(self) -> None:
+        _ = self.listings
+
     @cached_property
     def listings(self) -> dict[str, Listing]:
         """``train`` and ``test``, or ``all`` where the folder has neither."""
@@ -115,17 +118,13 @@ class ImageFolder(ImageData):
 
     def _cached(self, listing: Listing) -> Images:
         path = self.cache_dir / f"{listing.folder.name}-{_fingerprint(listing, self.image_size)}.pt"
-        if not path.exists():
+
+        def make() -> dict[str, Any]:
             rank_zero_info(f"Decoding {len(listing.files)} images of {listing.folder} once, into {path}")
             pixels = decode(listing.files, self.image_size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Another process may be writing the same cache: the rename makes it appear whole, whoever is
-            # first.
-            draft = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save({"pixels": pixels, "labels": torch.tensor(listing.labels)}, draft)
-            draft.replace(path)
-        # Mapped, not read: workers of one host share the pages.
-        stored = torch.load(path, mmap=True, weights_only=True)
+            return {"pixels": pixels, "labels": torch.tensor(listing.labels)}
+
+        stored = kept(path, make)
         return Images(stored["pixels"], stored["labels"])
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments.data.arrays import ArrayDataset, Images, first_per_class, holdout
+from experiments.data.arrays import ArrayDataset, Examples, Features, Images, first_per_class, holdout
 from experiments.data.augment import BatchTransform
+
+Transform = Callable[[Examples], tuple[Tensor, Tensor]]
 
 HOLDOUT_SEED = 1
 """The hold-out of the authors' code: 10 %, seed 1 (spec, section 4)."""
@@ -18,17 +23,17 @@ HOLDOUT_SEED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How images are split and loaded.
+    """How examples are split and loaded.
 
     Args:
-        batch_size: images per local step of one worker.
-        eval_batch_size: images per step of one worker in validation and test.
-        holdout: share of the training images that validation gets, in (0, 1).
-        limit: use only the first so many training images of each class, before the split; None for all.
-        limit_test: the same for the test images.
-        augment: random crops and flips in training.
+        batch_size: examples per local step of one worker.
+        eval_batch_size: examples per step of one worker in validation and test.
+        holdout: share of the training examples that validation gets, in (0, 1).
+        limit: use only the first so many training examples of each class, before the split; None for all.
+        limit_test: the same for the test examples.
+        augment: random crops and flips in training, of images.
         drop_last: drop the last, smaller batch of an epoch; the paper keeps it.
-        num_workers: loader processes of each worker; 0 is fastest for images that are in memory.
+        num_workers: loader processes of each worker; 0 is fastest for examples that are in memory.
     """
 
     batch_size: int = 128
@@ -41,10 +46,98 @@ class Loading:
     num_workers: int = 0
 
 
-class ImageData(L.LightningDataModule, ABC):
-    """Images in memory, split into training, validation (a hold-out of the training images) and test.
+class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
+    """Examples in memory or in a mapped file, split into training, validation (a hold-out of the training) and test.
 
-    How the training images are dealt to the workers is the strategy's business: shards, or a full copy each.
+    How the training examples are dealt to the workers is the strategy's business: shards, or a full copy each.
+
+    Args:
+        loading: how examples are split and loaded.
+        training_transform: turns the examples of a batch into inputs and labels.
+        evaluation_transform: the same in validation and test.
+    """
+
+    def __init__(
+        self, loading: Loading, training_transform: Transform[Examples], evaluation_transform: Transform[Examples]
+    ) -> None:
+        super().__init__()
+        self.loading = loading
+        self.training_transform = training_transform
+        self.evaluation_transform = evaluation_transform
+        self.parts: dict[str, Examples] = {}
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes; known without reading an example."""
+
+    @property
+    @abstractmethod
+    def input_size(self) -> dict[str, int]:
+        """What a network must know of its input, as keyword arguments of the model's section."""
+
+    @abstractmethod
+    def read(self, *, train: bool) -> Examples:
+        """All training or all test examples, in an order that never changes."""
+
+    def check(self) -> None:
+        """Refuse what cannot be used, before anything is decoded or downloaded.
+
+        Raises:
+            ValueError: a wrong folder; the message says what is missing.
+        """
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs; Lightning calls it in every worker."""
+        if stage in ("fit", "validate") and "train" not in self.parts:
+            pool = self.read(train=True)
+            pool = pool.take(first_per_class(pool.labels, self.loading.limit))
+            trained, held = holdout(len(pool.labels), self.loading.holdout, HOLDOUT_SEED)
+            self.parts |= {"train": pool.take(trained), "val": pool.take(held)}
+        if stage in ("test", "predict") and "test" not in self.parts:
+            examples = self.read(train=False)
+            self.parts["test"] = examples.take(first_per_class(examples.labels, self.loading.limit_test))
+
+    def train_dataloader(self) -> DataLoader[Examples]:
+        return DataLoader(
+            self._dataset("train"),
+            batch_size=self.loading.batch_size,
+            shuffle=True,
+            drop_last=self.loading.drop_last,
+            collate_fn=self.training_transform,
+            num_workers=self.loading.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Examples]:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Examples]:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Examples]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, part: str) -> DataLoader[Examples]:
+        return DataLoader(
+            self._dataset(part),
+            batch_size=self.loading.eval_batch_size,
+            collate_fn=self.evaluation_transform,
+            num_workers=self.loading.num_workers,
+            # A loader draws a seed when it starts: from a generator of its own, validating does not move the
+            # global one, and training goes on as if nobody had looked.
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _dataset(self, part: str) -> ArrayDataset[Examples]:
+        if part not in self.parts:
+            raise RuntimeError("setup(stage) must be called before a loader of that stage is asked for")
+        return ArrayDataset(self.parts[part])
+
+
+class ImageData(ArrayData[Images]):
+    """Images as bytes in memory.
 
     Args:
         loading: how images are split and loaded.
@@ -63,70 +156,57 @@ class ImageData(L.LightningDataModule, ABC):
         crop_padding: int = 4,
         flip: bool = True,
     ) -> None:
-        super().__init__()
-        self.loading = loading
-        self.evaluation_transform = BatchTransform(mean, std)
+        plain = BatchTransform(mean, std)
         augmented = BatchTransform(mean, std, crop_padding=crop_padding, flip=flip)
-        self.training_transform = augmented if loading.augment else self.evaluation_transform
+        super().__init__(loading, augmented if loading.augment else plain, plain)
         self.in_channels = len(mean)
-        self.train_images: Images | None = None
-        self.val_images: Images | None = None
-        self.test_images: Images | None = None
+
+    @property
+    def input_size(self) -> dict[str, int]:
+        return {"in_channels": self.in_channels}
+
+    @property
+    def train_images(self) -> Images | None:
+        """After setup("fit")."""
+        return self.parts.get("train")
+
+    @property
+    def val_images(self) -> Images | None:
+        """After setup("fit")."""
+        return self.parts.get("val")
+
+    @property
+    def test_images(self) -> Images | None:
+        """After setup("test")."""
+        return self.parts.get("test")
+
+
+class FeatureData(ArrayData[Features]):
+    """Rows of float32 for fully connected networks: a batch is (batch, features) and (batch,) of labels.
+
+    Args:
+        loading: keyword arguments of `Loading`; ``augment`` is false here.
+
+    Raises:
+        ValueError: ``augment=True``.
+    """
+
+    def __init__(self, loading: dict[str, Any]) -> None:
+        chosen = Loading(**{"augment": False, **loading})
+        if chosen.augment:
+            raise ValueError("augment=True: crops and flips are for images; features have none, set augment=false")
+        super().__init__(chosen, inputs_and_labels, inputs_and_labels)
 
     @property
     @abstractmethod
-    def num_classes(self) -> int:
-        """Number of classes; known without reading an image."""
+    def in_features(self) -> int:
+        """Width of a row."""
 
-    @abstractmethod
-    def read(self, *, train: bool) -> Images:
-        """All training or all test images, in an order that never changes."""
-
-    def setup(self, stage: str) -> None:
-        """Read what the stage needs; Lightning calls it in every worker."""
-        if stage in ("fit", "validate") and self.train_images is None:
-            pool = self.read(train=True)
-            pool = pool.take(first_per_class(pool.labels, self.loading.limit))
-            trained, held = holdout(len(pool.labels), self.loading.holdout, HOLDOUT_SEED)
-            self.train_images, self.val_images = pool.take(trained), pool.take(held)
-        if stage in ("test", "predict") and self.test_images is None:
-            images = self.read(train=False)
-            self.test_images = images.take(first_per_class(images.labels, self.loading.limit_test))
-
-    def train_dataloader(self) -> DataLoader[Images]:
-        return DataLoader(
-            _dataset(self.train_images),
-            batch_size=self.loading.batch_size,
-            shuffle=True,
-            drop_last=self.loading.drop_last,
-            collate_fn=self.training_transform,
-            num_workers=self.loading.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def val_dataloader(self) -> DataLoader[Images]:
-        return self._evaluation_loader(self.val_images)
-
-    def test_dataloader(self) -> DataLoader[Images]:
-        return self._evaluation_loader(self.test_images)
-
-    def predict_dataloader(self) -> DataLoader[Images]:
-        return self._evaluation_loader(self.test_images)
-
-    def _evaluation_loader(self, images: Images | None) -> DataLoader[Images]:
-        return DataLoader(
-            _dataset(images),
-            batch_size=self.loading.eval_batch_size,
-            collate_fn=self.evaluation_transform,
-            num_workers=self.loading.num_workers,
-            # A loader draws a seed when it starts: from a generator of its own, validating does not move the
-            # global one, and training goes on as if nobody had looked.
-            generator=torch.Generator().manual_seed(0),
-            pin_memory=torch.cuda.is_available(),
-        )
+    @property
+    def input_size(self) -> dict[str, int]:
+        return {"in_features": self.in_features}
 
 
-def _dataset(images: Images | None) -> ArrayDataset:
-    if images is None:
-        raise RuntimeError("setup(stage) must be called before a loader of that stage is asked for")
-    return ArrayDataset(images)
+def inputs_and_labels(batch: Features) -> tuple[Tensor, Tensor]:
+    """Collate function: (batch, features) of floats and (batch,) of labels."""
+    return batch.values, batch.labels

@@ -18,7 +18,7 @@ from experiments import schema
 from experiments.build import build_data, build_module, build_strategy
 from experiments.checks import check_evaluate, check_train
 from experiments.classifier import LitClassifier
-from experiments.data.module import ImageData, Loading
+from experiments.data.module import ArrayData, Loading
 from experiments.launch import CONF, _jobs
 from experiments.train import build_trainer
 from resist_lightning.models import PreActResNet
@@ -76,7 +76,7 @@ def test_every_model_instantiates_for_its_data(option: str, composed: Compose) -
 def test_every_data_module_instantiates_with_the_values_of_its_file(option: str, composed: Compose) -> None:
     cfg = composed(*overrides("data", option), "data.batch_size=7", "data.eval_batch_size=9")
     data = instantiate(cfg.data, _convert_="all")
-    assert isinstance(data, ImageData)
+    assert isinstance(data, ArrayData)
     assert (data.loading.batch_size, data.loading.eval_batch_size) == (7, 9)
 
 
