@@ -31,6 +31,8 @@ class BlockSync(Sync[SyncPlan]):
         seconds: Seconds,
     ) -> None:
         super().__init__(layout, states, collective, device, seconds)
+        if layout.config.momentum == "travel":
+            states.check_travel()
         self._layout = layout
         self._device = device
         self._residency = Residency(layout.blocks)

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS
@@ -70,8 +70,6 @@ class Engine:
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)
-        if config.momentum == "travel":
-            self.states.check_travel()
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
         self._meeting = Meeting(self.layout, self.collective, host or Host())
@@ -226,6 +224,10 @@ class Engine:
         if "scale" in state:
             self._observation.full.undo(state)
         return self.resumption.restore(state, own)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By name, the gradients of this worker's parameters, also while the module is the full model."""
+        return self._sync.gradients()
 
     def meet(self) -> None:
         """Check that all workers are at the same place, before something else is sent that might pair with a sync.

@@ -32,8 +32,12 @@ class OptimizerStates:
         self._optimizers = list(optimizers)
         self._slots = [[_probe(optimizer, group) for group in optimizer.param_groups] for optimizer in optimizers]
 
-    def check_travel(self) -> None:
-        """Check that the state can go with its block.
+    def check_travel(self, momentum: str = "travel", instead: str = "'keep' or 'reset'") -> None:
+        """Check that the state can go with its block, or be cut with its neurons.
+
+        Args:
+            momentum: the policy that needs it.
+            instead: policies that do not.
 
         Raises:
             ValueError: for a slot that is neither a number nor has the shape of its parameter.
@@ -42,8 +46,8 @@ class OptimizerStates:
             odd = [name for slots in groups for name, slot in slots.items() if slot.dim() and slot.shape != (2, 3)]
             if odd:
                 raise ValueError(
-                    f"momentum='travel' cannot move {odd[0]!r} of {type(optimizer).__name__}, which has another shape "
-                    "than its parameter; use momentum='keep' or 'reset'."
+                    f"momentum={momentum!r} cannot move {odd[0]!r} of {type(optimizer).__name__}, which has another "
+                    f"shape than its parameter; use momentum={instead}."
                 )
 
     def reset(self) -> None:
@@ -65,6 +69,10 @@ class OptimizerStates:
         """Take over what :meth:`own` gave."""
         for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+    def known(self, parameter: nn.Parameter) -> bool:
+        """Whether some optimizer has state of a parameter."""
+        return any(optimizer.state.get(parameter) for optimizer in self._optimizers)
 
     def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """The state tensors of some parameters, in a fixed order; missing ones are made, filled with zeros.

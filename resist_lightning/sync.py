@@ -76,6 +76,11 @@ class Sync(ABC, Generic[AnyPlan]):
             for tensor, copy in self._as_received:
                 tensor.detach().copy_(copy)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """By name, the gradients that this worker's parameters have in training."""
+        named = self._common.module.named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+
     def own(self, *, with_full_model: bool) -> dict[str, Any]:
         """What this worker has noted of the round, for :meth:`load_own`.
 

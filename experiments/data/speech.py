@@ -27,7 +27,7 @@ class SpeechCommands(FeatureData):
     The test set has the 20 % of the speakers that the data set's README would take for it, by a hash of their names;
     none of them is heard in training. (They are those of its validation and testing lists together.) The hold-out for
     validation is drawn from the other speakers' clips: a voice may be in training and in validation, so that
-    validation shows a higher accuracy than the test. Clips of another length are left out, as in the released code.
+    validation may show a higher accuracy than the test. Clips of another length are left out, as in the released code.
 
     All features are standardised with the one mean and the one deviation of all training clips' features together. The
     paper's network does not notice: after a linear layer without bias and batch norm, neither the loss nor a gradient

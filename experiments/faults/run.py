@@ -128,6 +128,7 @@ def main() -> int:
     with readable_errors():
         cfg = composed(CONFIG, "faults", Options, sys.argv[1:])
     cases = draw(cfg.number, cfg.seed) if cfg.cases == "random" else list(SAMPLE[: cfg.number])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and leave no worker behind
     rows, start = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:

@@ -111,7 +111,7 @@ class Flow:
         self.layers[layer].problems.append(problem + user_line(node))
 
     def _attribute(self, node: fx.Node) -> Value:
-        _, tensor = self._traced.tensor(node)
+        tensor = self._traced.attributes[str(node.target)]
         if not isinstance(tensor, Tensor):
             return None
         if not node.users or not all(map(_reads_kind, node.users)):
@@ -128,7 +128,7 @@ class Flow:
         return Number() if numbers and getattr(node.target, "__module__", "") == "_operator" else None
 
     def _is_matrix(self, node: fx.Node) -> bool:
-        _, tensor = self._traced.tensor(node)
+        tensor = self._traced.attributes[str(node.target)]
         return isinstance(tensor, Tensor) and tensor.dim() > 1
 
     def _read_of_shape(self, node: fx.Node) -> Value:

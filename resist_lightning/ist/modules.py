@@ -8,13 +8,7 @@ from torch.nn.modules import batchnorm, conv, dropout, instancenorm, lazy, paddi
 from resist_lightning.ist.operations import Divided, NotPerNeuron
 from resist_lightning.ist.tracing import Weighted
 
-NORMS = (
-    batchnorm._BatchNorm,
-    instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-)  # fmt: skip
+NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TRANSPARENT = (nn.Identity, dropout._DropoutNd)
 _ELEMENTWISE_MODULES = (
     nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,

@@ -22,6 +22,10 @@ class Subnet:
     Args:
         layout: the model's neurons.
         worker: this worker.
+
+    Attributes:
+        tensors: by name, the divided tensors of the module.
+        gradients: by name, those of the subnet, while the module is the full one.
     """
 
     def __init__(self, layout: NeuronLayout, worker: int) -> None:
@@ -32,6 +36,7 @@ class Subnet:
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
+        self.gradients: dict[str, Tensor] = {}
 
     def hold(self) -> None:
         """Make the module this worker's subnet; where it is the full model, with memory that the caller must fill.
@@ -44,13 +49,17 @@ class Subnet:
         layout = self._layout
         widths = [layout.share(layer, self._worker) for layer in range(len(layout.neurons.layers))]
         self._resize({name: layout.held_shape(name, self._worker) for name in self.tensors}, widths)
+        gradients, self.gradients = self.gradients, {}
+        for name, gradient in gradients.items():
+            self.tensors[name].grad = gradient
         self._hooks = []
         for name, layer in layout.neurons.rescaled:
             scaled = _Scaled(layout.neurons.layers[layer].width / widths[layer])
             self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled))
 
     def hold_all(self) -> None:
-        """Make the module the full one, with memory that the caller must fill."""
+        """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
+        self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
         for hook in self._hooks or []:
             hook.remove()
         self._hooks = None

@@ -39,10 +39,14 @@ class NeuronSync(Sync[NeuronPlan]):
         seconds: Seconds,
     ) -> None:
         super().__init__(layout, states, collective, device, seconds)
+        if layout.config.momentum != "reset":
+            states.check_travel(layout.config.momentum, instead="'reset'")
         self._layout = layout
         self._collective = collective
         self._device = device
         self._subnet = Subnet(layout, collective.worker)
+        tensors = self._subnet.tensors.items()
+        self._parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
         self._store: dict[str, Tensor] = {}
 
     @override
@@ -67,22 +71,25 @@ class NeuronSync(Sync[NeuronPlan]):
 
     @override
     def divide(self, round: int) -> None:
-        """Keep this worker's slices, and the rows of inner matrices that it is the keeper of."""
+        """Keep this worker's slices, with state that optimizers have of them, and the rows that it is the keeper of."""
         held = self._layout.partition(round)
-        kept: dict[str, list[tuple[Piece, Tensor]]] = {}
-        for key, divided in self._divided().items():
+        known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
+        counters = self._counters(known)
+        kept: dict[str, tuple[Piece, Tensor]] = {}
+        for key, divided in {**self._divided(), **self._divided_state(known)}.items():
             cut, width = divided.cut, divided.whole[0]
             rows = held[cut.rows].held[self._worker] if cut.rows is not None else None
             columns = held[cut.columns].held[self._worker] if cut.columns is not None else None
             piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
-            kept[key] = [(piece, divided.take(piece, held, self._worker))]
-            if key in self._layout.inner():
+            kept[key] = piece, divided.take(piece, held, self._worker)
+            travels = divided.kind != "state" or self._layout.config.momentum == "travel"
+            if cut in self._layout.inner().values() and travels:
                 mine = kept_rows(width, self._layout.workers, self._worker)
                 self._store[key] = divided.tensor.detach()[mine.start : mine.stop].cpu().clone()
         self.make_room(round)
-        for key, divided in self._divided().items():
-            for piece, values in kept[key]:
-                divided.put(piece, held, self._worker, values)
+        for key, divided in {**self._divided(), **self._new_state(counters)}.items():
+            piece, values = kept[key]
+            divided.put(piece, held, self._worker, values)
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
@@ -110,8 +117,16 @@ class NeuronSync(Sync[NeuronPlan]):
 
     @override
     def end(self) -> None:
+        """The optimizers forget the state of slices, which does not fit the full model."""
         super().end()
         self._store = {}
+        self._subnet.gradients = {}
+        if self._layout.workers > 1:
+            self._states.drop(self._parameters.values())
+
+    @override
+    def gradients(self) -> dict[str, Tensor]:
+        return {**super().gradients(), **self._subnet.gradients}
 
     @override
     def own(self, *, with_full_model: bool) -> dict[str, Any]:
@@ -148,21 +163,36 @@ class NeuronSync(Sync[NeuronPlan]):
                 rows = self._store[name]
                 for key, slot in self._slots(name).items():
                     self._store.setdefault(key, torch.zeros(rows.shape, dtype=slot.dtype))
-        return self._divided_state()
+        return self._divided_state(self._parameters)
 
-    def _divided_state(self) -> dict[str, Divided]:
+    def _divided_state(self, names: Iterable[str]) -> dict[str, Divided]:
         layout = self._layout
         return {
             key: Divided(layout.neurons.cuts[name], tuple(layout.shapes[name]), slot, self._store.get(key), "state")
-            for name in layout.neurons.cuts
+            for name in names
             for key, slot in self._slots(name).items()
         }
 
     def _slots(self, name: str) -> dict[str, Tensor]:
         """The optimizer state of a divided parameter that has its shape."""
-        tensor = self._subnet.tensors[name]
-        slots = self._states.tensors([tensor]) if isinstance(tensor, nn.Parameter) else []
+        parameters = [self._parameters[name]] if name in self._parameters else []
+        slots = self._states.tensors(parameters)
         return {f"{name}/{number}": slot for number, slot in enumerate(slots) if slot.dim()}
+
+    def _counters(self, names: Iterable[str]) -> dict[str, list[Tensor]]:
+        """The optimizer state of divided parameters that is one number each; it stays."""
+        found = {name: self._states.tensors([self._parameters[name]]) for name in names}
+        return {name: [slot for slot in slots if not slot.dim()] for name, slots in found.items()}
+
+    def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Divided]:
+        """State of the new shapes: zeros where nothing arrives."""
+        for name, values in counters.items():
+            parameter = self._parameters[name]
+            self._states.drop([parameter])
+            new = [slot for slot in self._states.tensors([parameter]) if not slot.dim()]
+            for slot, value in zip(new, values, strict=True):
+                slot.copy_(value)
+        return self._divided_state(counters)
 
     def _transfer(
         self, moving: dict[str, Divided], loads: Sequence[Load], plan: NeuronPlan

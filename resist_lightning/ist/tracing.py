@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from resist_lightning.errors import LayerSelectionError
 Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: not torchvision
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(\S.*)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,17 @@ class Traced:
         module: the module.
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
         prefix: what its names begin with in the user's module, with the dot at the end.
+        attributes: what its forward reads itself: parameters, buffers, constants, by name.
     """
 
     module: nn.Module
     graph: fx.Graph
     prefix: str
+    attributes: dict[str, Any]
 
     def called(self, node: fx.Node) -> tuple[str, nn.Module]:
         """Qualified name in the user's module, and module, of a ``call_module`` node."""
         return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
-
-    def tensor(self, node: fx.Node) -> tuple[str, Any]:
-        """Qualified name and value of what a ``get_attr`` node reads."""
-        owner, _, attribute = str(node.target).rpartition(".")
-        return f"{self.prefix}{node.target}", getattr(self.module.get_submodule(owner), attribute)
 
 
 def trace(module: nn.Module) -> list[Traced]:
@@ -56,12 +54,14 @@ def trace(module: nn.Module) -> list[Traced]:
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
     """
-    with _training(module), torch.random.fork_rng(devices=[]):
-        return [Traced(root, _graph(root, prefix), prefix) for prefix, root in _roots(module, "")]
+    with _in_training(module), torch.random.fork_rng(devices=[]):
+        return [_trace(root, prefix) for prefix, root in _roots(module, "")]
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module computes what a module of torch.nn does, so that its class says what happens in it."""
+    """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
     return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
@@ -70,7 +70,10 @@ def user_line(node: fx.Node) -> str:
     """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
     frames = _FRAME.findall(node.stack_trace or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
-    return f" ({own[-1][0]}:{own[-1][1]}: {own[-1][2]})" if own else ""
+    if not own:
+        return ""
+    path, line, code = own[-1]
+    return f" ({path}:{line}: {code})" if code else f" ({path}:{line})"
 
 
 class _Tracer(fx.Tracer):
@@ -102,28 +105,29 @@ def _has_weights(module: nn.Module) -> bool:
     return any(isinstance(child, Weighted) for child in module.modules())
 
 
-def _graph(root: nn.Module, prefix: str) -> fx.Graph:
+def _trace(root: nn.Module, prefix: str) -> Traced:
     tracer = _Tracer()
     try:
-        return tracer.trace(root, concrete_args=_defaults(root))
+        graph = tracer.trace(root, concrete_args=_defaults(root) or None)
     except Exception as error:
-        stack = list(tracer.module_stack.values())
-        where = f"{prefix}{stack[-1][0]}" if stack else prefix.rstrip(".")
-        name = f"{where!r} ({stack[-1][1].__name__})" if stack else f"{where!r} ({type(root).__name__})"
+        innermost = list(tracer.module_stack.values())[-1:] or [("", type(root))]
+        where, kind = f"{prefix}{innermost[0][0]}".rstrip("."), innermost[0][1].__name__
+        name = f"{where!r} ({kind})" if where else f"the module itself ({kind})"
         raise LayerSelectionError(
             f"the forward of {name} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
             f"{_raised_at(error)}: {type(error).__name__}: {error}. The way out: put the layers whose neurons are to "
             "be dealt out into a module whose forward has no branch or loop that depends on a value or a shape, and "
             "call what remains around it from the steps of a LightningModule without a forward of its own."
         ) from error
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return Traced(root, graph, prefix, {name: attrgetter(name)(root) for name in read})
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:
     """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
+    plain = bool | int | float | str | None
     parameters = inspect.signature(type(root).forward).parameters.values()
-    return {
-        p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool | int | float | str)
-    }
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, plain)}
 
 
 def _raised_at(error: Exception) -> str:
@@ -133,17 +137,19 @@ def _raised_at(error: Exception) -> str:
 
 
 @contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    """Only training happens in subnets; the full model evaluates."""
-    modes = {child: child.training for child in module.modules()}
+def _in_training(module: nn.Module) -> Iterator[None]:
+    """Only training happens in subnets. What the tracer, or a forward that it runs, sets on a module is undone."""
+    modules = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
+    before = [dict(vars(child)) for child in modules]
     if not module.training:
-        for child in modes:
+        for child in modules:
             child.training = True
     try:
         yield
     finally:
-        for child, mode in modes.items():
-            child.training = mode
+        for child, attributes in zip(modules, before, strict=True):
+            vars(child).clear()
+            vars(child).update(attributes)
 
 
 def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:

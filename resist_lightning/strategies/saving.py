@@ -175,17 +175,13 @@ class SavingStrategy(GroupStrategy):
         assert self._position is not None
         trainer = self._trainer()
         accumulating = trainer.fit_loop._should_accumulate() or not self.lightning_module.automatic_optimization
-        gradients = {
-            name: parameter.grad.cpu()
-            for name, parameter in self.lightning_module.named_parameters()
-            if accumulating and parameter.grad is not None
-        }
+        gradients = self.engine.gradients() if accumulating and self.engine is not None else {}
         precision = self.precision_plugin.state_dict()
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         return {
             "position": self._position.state(),
             "precision": precision,
-            "gradients": gradients,
+            "gradients": {name: gradient.cpu() for name, gradient in gradients.items()},
             "schedules": schedules,  # those that follow a metric part, where workers see different values of it
         }
 

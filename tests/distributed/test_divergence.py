@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
-from resist_lightning.sync import Sync
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, batch_of, clone_state, make_model, make_optimizer, train_step
 
@@ -46,14 +45,14 @@ def present(engine: Engine) -> dict[str, Tensor]:
 
 def flip_after_the_sync(engine: Engine, name: str) -> None:
     """One bit, in the moment between the last message of a sync and the first local step."""
-    finish = Sync.equal
+    finish = engine._sync.equal
 
-    def faulty(self: Sync, partition: Any) -> dict[str, Tensor]:
-        tensors = finish(self, partition)
+    def faulty(round: int) -> dict[str, Tensor]:
+        tensors = finish(round)
         tensors[name].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
         return tensors
 
-    engine._sync.equal = faulty.__get__(engine._sync)  # type: ignore[method-assign]
+    engine._sync.equal = faulty  # type: ignore[method-assign]
 
 
 FLIPS = {

@@ -64,8 +64,8 @@ def test_a_network_learns_it_and_a_linear_classifier_does_not() -> None:
     data = SpeechShaped(train_size=4096, test_size=1024, features=256, classes=20)
     trained, tested = data.read(train=True), data.read(train=False)
     deep = of_a_network(trained, tested, 256, 20)
-    assert deep > 0.75
-    assert of_a_linear_classifier(trained, tested) < deep - 0.25
+    assert deep > 0.65
+    assert of_a_linear_classifier(trained, tested) < 0.45
 
 
 def test_the_numbers_in_the_docstring_are_those_of_the_result_file() -> None:

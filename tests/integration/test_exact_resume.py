@@ -243,7 +243,7 @@ class FollowsALoss(StepsByHand):
         optimizer = super().configure_optimizers()["optimizer"]
         return {
             "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1),
+            "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=2),
         }
 
 

@@ -86,6 +86,7 @@ def pools(rank: int) -> st.SearchStrategy[tuple[Callable[[], nn.Module], int]]:
             (lambda: module["AdaptiveAvgPool"](3), 3),
             (lambda: module["ConstantPad"](1, 0.5), 6),
             (lambda: Call(lambda x: function(x, 2)), 2),
+            (lambda: Call(lambda x: functional.interpolate(functional.instance_norm(x), scale_factor=2.0)), 8),
             (lambda: Call(lambda x: functional.pad(x, (1, 1) * rank)), 6),
         ]
     )

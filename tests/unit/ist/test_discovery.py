@@ -34,7 +34,7 @@ class Perceptron(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
 
-    def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0, *, mask: Tensor | None = None, **_: object) -> Tensor:
         if mask is not None:
             x = x * mask
         hidden = functional.dropout(functional.relu(self.norm(self.first(x))), 0.5, self.training)
@@ -161,6 +161,17 @@ def test_a_sum_that_goes_into_a_norm_and_elsewhere_is_rescaled():
     assert find_neurons(Two()).rescaled == (("b", 0),)
 
 
+def test_a_decorated_forward_is_traced():
+    class Decorated(Perceptron):
+        @torch.enable_grad()
+        def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+            if mask is not None and mask.sum() > 0:
+                x = x * mask
+            return self.second(self.norm(self.first(x * scale)))
+
+    assert found(Decorated()) == ["first"]
+
+
 def test_embeddings_and_inputs_are_whole():
     net = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     assert set(find_neurons(net).cuts) == {"1.weight", "1.bias", "3.weight"}
@@ -179,25 +190,44 @@ def test_a_mean_over_positions_and_a_batch_norm_behind_it_are_per_channel():
     assert find_neurons(Pooled()).cuts["norm.running_mean"] == Cut(0, None)
 
 
-def test_what_depends_on_the_mode_is_as_in_training_and_nothing_is_changed():
-    class Modes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+class Modes(nn.Module):
+    """Computes more in training, draws random numbers, and keeps what it computed."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        self.calls += 1
+        if not self.training:
+            return x
+        self.kept = x * torch.rand(1)
+        return self.c(self.kept + torch.rand(1))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_forward_of_training_is_traced_and_the_module_is_not_changed(mode):
+    net = Modes().train(mode)
+    net.a.eval()
+    random = torch.get_rng_state()
+    before = [dict(vars(child)) for child in net.modules()]
+    assert found(net) == ["a", "b"]
+    assert [dict(vars(child)) for child in net.modules()] == before
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_module_is_not_changed_where_it_is_refused():
+    class Branching(Modes):
         def forward(self, x: Tensor) -> Tensor:
-            x = self.b(self.a(x))
-            if not self.training:
-                return x
-            return self.c(x + torch.rand(1))  # drawn while it is traced
+            return super().forward(x) if x.sum() > 0 else x
 
-    for mode in (True, False):
-        net = Modes().train(mode)
-        net.a.eval()
-        before, random = {name: child.training for name, child in net.named_modules()}, torch.get_rng_state()
-        assert found(net) == ["a", "b"]
-        assert {name: child.training for name, child in net.named_modules()} == before
-        assert torch.equal(random, torch.get_rng_state())
+    net = nn.Sequential(Modes(), nn.Linear(2, 3), Branching()).eval()
+    with pytest.raises(LayerSelectionError, match="'2'"):
+        find_neurons(net)
+    assert not any(child.training for child in net.modules())
+    assert [net[0].calls, hasattr(net[0], "kept")] == [0, False]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,12 @@ def test_an_operation_that_is_not_per_neuron_is_named_with_its_line(forward, lay
     assert re.search(rf"\(\S*{Path(__file__).name}:\d+: .*net\.", message), message
 
 
+def test_code_without_a_source_file_is_named_by_its_line():
+    scope: dict[str, Callable[[Net, Tensor], object]] = {}
+    exec(compile("\ndef forward(net, x):\n    return net.c(net.a(x).softmax(1))", "<typed>", "exec"), scope)
+    assert "not known to be per neuron (<typed>:3).\n" in refusal(Net(scope["forward"]))
+
+
 def test_neurons_that_reach_the_output_are_refused():
     def hidden_too(net, x):
         hidden = net.a(x).relu()
@@ -237,6 +243,14 @@ def test_what_may_not_follow_a_linear_layer(reader, text):
     assert text in message
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_not_looked_into():
+    compiled = torch.jit.trace(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.rand(1, 6))
+    net = Net(lambda net, x: net.c(net.b(net.compiled(net.a(x)))), compiled=compiled)
+    assert "'a' cannot be dealt out: its neurons reach 'compiled' (TopLevelTracedModule)" in refusal(net)
+    assert [layer.name for layer in find_neurons(net, "b").layers] == ["b"]
+
+
 def test_a_norm_behind_the_flattening_says_where_it_must_stand():
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.BatchNorm1d(20), nn.Linear(20, 2))
     assert "must stand before the flattening" in refusal(net)
@@ -275,6 +289,8 @@ def test_a_forward_that_cannot_be_traced_says_where_and_what_to_do():
     assert f"{Path(__file__).name}:" in message
     assert "if x.sum() > 0:" in message
     assert "put the layers" in message
+    assert "the forward of the module itself (Branch) cannot be traced" in refusal(Branch())
+    assert "the forward of 'net' (Branch) cannot be traced" in refusal(nn.ModuleDict({"net": Branch()}))
 
 
 def test_the_way_out_of_the_tracing_error_is_true():

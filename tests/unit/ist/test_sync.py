@@ -1,0 +1,355 @@
+"""Whole trainings by engines in one process, whose workers are threads: what becomes of every entry.
+
+With real processes: tests/distributed/test_ist_training.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from resist_lightning import Engine, NeuronConfig
+from resist_lightning.ist.layout import NeuronLayout
+from tests.helpers.ist import (
+    ONE_AT_A_TIME,
+    Run,
+    batch_of,
+    full_state,
+    make_net,
+    make_optimizer,
+    plain_training,
+    slice_of,
+    start_engine,
+    train_engine,
+    train_simulator,
+)
+from tests.helpers.threads import run_threads
+from tests.helpers.training import assert_equal_states, clone_state, train_step
+
+MOMENTA = ("reset", "keep", "travel")
+NETS = ("paper", "mixed", "biased", "plain", "conv")
+
+
+@st.composite
+def runs(draw):
+    """Any short training of two to four workers."""
+    net = draw(st.sampled_from(NETS))
+    config = NeuronConfig(
+        local_steps=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**30)),
+        momentum=draw(st.sampled_from(MOMENTA)),
+        batch_norm=draw(st.sampled_from(["recalibrate", "running", "batch"])),
+        layers=draw(st.sampled_from([None, "0"])),
+    )
+    # Of a bias before batch norm the gradient is rounding, which Adam blows up to steps of full length.
+    optimizer = draw(st.sampled_from(["sgd"] if net == "biased" else ["sgd", "adamw"]))
+    return Run(config, draw(st.integers(1, 7)), net, optimizer), draw(st.integers(2, 4))
+
+
+def train(collective, run):
+    return train_engine(run, collective.worker, None, collective)[1]
+
+
+@settings(max_examples=25)
+@given(runs())
+def test_workers_train_what_the_reference_trains(drawn):
+    run, workers = drawn
+    states, _ = run_threads(train, workers, run)
+    assert_equal_states(states[0], train_simulator(run, workers).full_model().state_dict())
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+
+
+def travel_without_training(collective, run):
+    """Rounds in which no optimizer steps: slices are cut, handed over, and put together again."""
+    engine, _ = start_engine(run, collective)
+    seen = []
+    for _ in range(run.steps):
+        seen.append(full_state(engine))
+        held = clone_state(engine.module)
+        engine.after_step()
+        assert engine.clock.step < run.config.local_steps
+        seen.append(full_state(engine))
+        assert held.keys() == clone_state(engine.module).keys()
+    engine.finish()
+    return [*seen, clone_state(engine.module)]
+
+
+@settings(max_examples=25)
+@given(runs())
+def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn):
+    """Check 3 of section 8, over as many rounds as there are steps."""
+    run, workers = drawn
+    run = Run(NeuronConfig(local_steps=1, seed=run.config.seed, batch_norm="running"), run.steps, run.net)
+    expected = clone_state(make_net(run))
+    for states in run_threads(travel_without_training, workers, run)[0]:
+        assert len(states) == 2 * run.steps + 1
+        for state in states:
+            assert_equal_states(state, expected, exactly=True)
+
+
+def note_slices(collective, run):
+    """For each step: the round, what this worker has before its sync, and the full model as it is seen there."""
+    notes = []
+
+    def note(engine, step):
+        own = clone_state(engine.module)
+        notes.append((engine.clock.round, own, full_state(engine)))
+
+    engine, _ = train_engine(run, collective.worker, note, collective)
+    return engine, notes
+
+
+@settings(max_examples=15)
+@given(runs())
+def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_as_it_was(drawn):
+    """Checks 2 and 4 of section 8: a copy where one worker holds an entry, and not a bit where nobody does."""
+    run, workers = drawn
+    run = Run(NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running"), run.steps, run.net)
+    noted, _ = run_threads(note_slices, workers, run)
+    engine = noted[0][0]
+    cuts = engine.layout.neurons.cuts
+    last = clone_state(make_net(run))
+    for step in range(run.steps):
+        (round, _, full) = noted[0][1][step]
+        held = engine.layout.partition(round)
+        written = {name: torch.zeros(last[name].shape, dtype=torch.int) for name in cuts if name in last}
+        for worker in range(workers):
+            own = noted[worker][1][step][1]
+            for name, count in written.items():
+                assert torch.equal(slice_of(engine, full[name], name, held, worker), own[name])
+                numbers = torch.arange(count.numel()).reshape(count.shape)
+                count.view(-1)[slice_of(engine, numbers, name, held, worker).reshape(-1)] += 1
+        for name, count in written.items():
+            assert count.max() == 1, "slices overlap"
+            untouched = count == 0
+            assert torch.equal(full[name][untouched], last[name][untouched])
+            assert bool(untouched.any()) == (name in engine.layout.inner())
+        last = full
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(NETS), st.integers(1, 4), st.sampled_from(MOMENTA), st.integers(1, 9))
+def test_one_worker_is_plain_training(net, local_steps, momentum, steps):
+    """Check 1 of section 8, bit for bit; with the momentum that restarts, or goes on."""
+    run = Run(NeuronConfig(local_steps=local_steps, momentum=momentum), steps, net)
+    _, state = train_engine(run, 0)
+    assert_equal_states(state, clone_state(plain_training(run)[0]), exactly=True)
+
+
+# ------------------------------------------------------------------ the user's objects
+
+
+def watch_objects(collective, run):
+    net = make_net(run)
+    optimizer = make_optimizer(run, net)
+    seen = [(name, id(tensor), tensor.requires_grad) for name, tensor in [*net.named_parameters()]]
+    hooked = []
+    dict(net.named_parameters())["3.weight"].register_hook(lambda grad: hooked.append(tuple(grad.shape)))
+    engine = Engine(net, [optimizer], run.config, collective=collective)
+    engine.start()
+    for step in range(run.steps):
+        train_step(net, optimizer, batch_of(run, collective.worker, step))
+        engine.count_step()
+        with engine.full_model():
+            assert seen == [(name, id(tensor), tensor.requires_grad) for name, tensor in net.named_parameters()]
+        engine.sync_if_due()
+        assert seen == [(name, id(tensor), tensor.requires_grad) for name, tensor in net.named_parameters()]
+        assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [number for _, number, _ in seen]
+    engine.finish()
+    return hooked
+
+
+def test_parameters_keep_their_identity_and_hooks_for_the_whole_run():
+    run = Run(NeuronConfig(local_steps=2), 5, frozen=("6.weight",))
+    (hooked,), _ = run_threads(watch_objects, 1, run)
+    assert hooked == [(9, 11)] * 5
+
+
+def sizes(module):
+    names = ("in_features", "out_features", "in_channels", "out_channels", "num_features", "normalized_shape")
+    return {
+        (name, key): getattr(child, key)
+        for name, child in module.named_modules()
+        for key in names
+        if hasattr(child, key)
+    }
+
+
+def watch_sizes(collective, run):
+    engine, optimizer = start_engine(run, collective)
+    module = engine.module
+    hooks = [len(child._forward_pre_hooks) for child in module.modules()]
+    for step in range(run.steps):
+        held = [len(partition.held[collective.worker]) for partition in engine.partition]
+        told = sizes(module)
+        for size in engine.layout.neurons.sizes:
+            if size.attribute != "num_parameters":
+                number = held[size.layer] * size.repeat
+                assert told[size.module, size.attribute] in (number, (number,))
+        with engine.full_model():
+            full = sizes(module)
+        assert sizes(module) == told
+        train_step(module, optimizer, batch_of(run, collective.worker, step))
+        engine.after_step()
+        assert [len(child._forward_pre_hooks) for child in module.modules()] == hooks
+    engine.finish()
+    return full, sizes(module), sum(len(child._forward_pre_hooks) for child in module.modules())
+
+
+def test_modules_know_their_widths_in_the_subnet_and_in_the_full_model():
+    for net in NETS:
+        run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 3, net)
+        expected = sizes(make_net(run))
+        for seen, after, hooks in run_threads(watch_sizes, 3, run)[0]:
+            assert seen == after == expected
+            assert hooks == 0, "a scale is left on the module"
+
+
+# ------------------------------------------------------------------ optimizer state
+
+
+def momentum_of(collective, run):
+    """Set each entry's momentum to a number of its own, sync without training, and note what is there."""
+    engine, optimizer = start_engine(run, collective)
+    shape = engine.layout.shapes["3.weight"]
+    numbers = torch.arange(1.0, shape.numel() + 1).reshape(shape)
+    parameter = dict(engine.module.named_parameters())["3.weight"]
+    notes = []
+    for round in range(run.steps):
+        if round == 0:
+            own = slice_of(engine, numbers, "3.weight", engine.partition, collective.worker)
+            optimizer.state[parameter]["momentum_buffer"] = own.clone()
+        engine.after_step()
+        state = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        notes.append((engine.partition, None if state is None else state.clone()))
+    engine.abandon()
+    return engine, numbers, notes
+
+
+def entries_of(engine, held, worker):
+    """Numbers of the entries that a worker has, in the form of its slice."""
+    shape = engine.layout.shapes["3.weight"]
+    return slice_of(engine, torch.arange(shape.numel()).reshape(shape), "3.weight", held, worker)
+
+
+def test_momentum_goes_with_its_entries_and_waits_where_nobody_trains_them():
+    run = Run(NeuronConfig(local_steps=1, momentum="travel", batch_norm="running"), 20)
+    noted, _ = run_threads(momentum_of, 3, run)
+    engine, numbers, _ = noted[0]
+    first = engine.layout.partition(0)
+    began = torch.cat([entries_of(engine, first, worker).flatten() for worker in range(3)]).unique()
+    assert 0 < len(began) < numbers.numel()
+    met = set()
+    for worker, (_, _, notes) in enumerate(noted):
+        for held, state in notes:
+            mine = entries_of(engine, held, worker)
+            expected = torch.where(torch.isin(mine, began), numbers.view(-1)[mine], 0.0)
+            assert torch.equal(state, expected)
+            met |= set(mine.flatten().tolist())
+    assert len(met) == numbers.numel(), "too few rounds for every entry to be held once"
+
+
+def test_momentum_is_kept_for_the_entries_that_stay_in_every_round_and_for_no_others():
+    run = Run(NeuronConfig(local_steps=1, momentum="keep", batch_norm="running"), 4)
+    noted, _ = run_threads(momentum_of, 2, run)
+    engine, numbers, _ = noted[0]
+    some = 0
+    for worker, (_, _, notes) in enumerate(noted):
+        stayed = entries_of(engine, engine.layout.partition(0), worker).flatten()
+        for held, state in notes:
+            mine = entries_of(engine, held, worker)
+            stays = torch.isin(mine, stayed)
+            assert torch.equal(state, torch.where(stays, numbers.view(-1)[mine], 0.0))
+            some += int(stays.sum())
+            stayed = mine[stays]
+    assert some > 0
+
+
+def test_momentum_that_restarts_is_forgotten():
+    run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 2)
+    for _, _, notes in run_threads(momentum_of, 2, run)[0]:
+        assert [state for _, state in notes] == [None, None]
+
+
+def start_with_state(collective, run):
+    """An optimizer that has stepped before the engine starts, as after loading a checkpoint of plain training."""
+    with ONE_AT_A_TIME:
+        net, optimizer = plain_training(run)
+        engine = Engine(net, [optimizer], run.config, collective=collective)
+    parameter = dict(net.named_parameters())["3.weight"]
+    before, steps = optimizer.state[parameter]["exp_avg"].clone(), int(optimizer.state[parameter]["step"])
+    engine.start()
+    first, mine = engine.partition, entries_of(engine, engine.partition, collective.worker)
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], before.view(-1)[mine])
+    assert int(optimizer.state[parameter]["step"]) == steps
+    train_step(net, optimizer, batch_of(run, collective.worker, 0))
+    engine.after_step()
+    state = optimizer.state.get(parameter, {}).get("exp_avg")
+    engine.abandon()
+    return engine, before, first, state
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_state_from_before_the_start_is_cut_like_its_parameter(workers, momentum):
+    run = Run(NeuronConfig(local_steps=1, momentum=momentum, batch_norm="running"), 3, optimizer="adamw")
+    for worker, (engine, before, first, state) in enumerate(run_threads(start_with_state, workers, run)[0]):
+        assert (state is None) == (momentum == "reset")
+        if momentum == "travel":
+            mine = entries_of(engine, engine.partition, worker)
+            trained = torch.cat([entries_of(engine, first, other).flatten() for other in range(workers)])
+            waited = ~torch.isin(mine, trained)
+            assert waited.any() == (workers > 1)
+            assert torch.equal(state[waited], before.view(-1)[mine][waited])
+
+
+def train_on_after_the_end(collective, run):
+    engine, optimizer = start_engine(run, collective)
+    for step in range(run.steps):
+        train_step(engine.module, optimizer, batch_of(run, collective.worker, step))
+        engine.after_step()
+    engine.finish()
+    before = clone_state(engine.module)
+    train_step(engine.module, optimizer, batch_of(run, 0, 9))
+    return before, clone_state(engine.module)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_the_full_model_can_be_trained_on_with_the_same_optimizer(momentum):
+    """A short training of the full model at the end is a way around the accuracy floor (decision 17)."""
+    run = Run(NeuronConfig(local_steps=2, momentum=momentum), 3, optimizer="adamw")
+    for before, after in run_threads(train_on_after_the_end, 2, run)[0]:
+        for name, cut in NeuronLayout(make_net(run), run.config, 2).neurons.cuts.items():
+            changed = after[name] != before[name]
+            assert changed.all(), f"{name}, {cut}: a part of the full model did not train"
+
+
+# ------------------------------------------------------------------ in the middle of a batch
+
+
+def accumulate(collective, run, watched):
+    """Two batches a step; with ``watched``, the full model is seen between them."""
+    engine, optimizer = start_engine(run, collective)
+    for step in range(run.steps):
+        optimizer.zero_grad()
+        for half in (0, 1):
+            x, y = batch_of(run, collective.worker, 2 * step + half)
+            nn.functional.cross_entropy(engine.module(x), y).backward()
+            if watched:
+                with engine.full_model("evaluation" if half else "checkpoint"):
+                    pass
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(engine.module)
+
+
+def test_gradients_that_add_up_survive_a_look_at_the_full_model():
+    run = Run(NeuronConfig(local_steps=2, batch_norm="running"), 5)
+    plain, _ = run_threads(accumulate, 2, run, False)
+    watched, _ = run_threads(accumulate, 2, run, True)
+    assert_equal_states(watched[0], plain[0], exactly=True)
