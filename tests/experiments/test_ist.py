@@ -161,6 +161,17 @@ def test_bytes_of_the_other_methods_by_hand() -> None:
     assert sent_bytes(travelling, "sample", 100, 100) > 1.5 * sent_bytes(kept, "sample", 100, 100)
 
 
+def test_bytes_of_ist_are_those_of_the_rounds_that_end_before_the_training() -> None:
+    net = make_network("digits", "sample")
+    layout = NeuronLayout(net, NeuronConfig(seed=7), 4)
+    states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
+    rounds = [mean(neuron_bytes(layout, states, number)) for number in range(3)]
+    assert len(set(rounds)) == 3
+    case = base("digits", "ist", 4, 7)
+    for steps, synced in ((20, 0), (21, 1), (60, 2), (61, 3)):
+        assert sent_bytes(case, "sample", steps, steps) == sum(rounds[:synced])
+
+
 def row(method: str, workers: int, seed: int, last: float, **changed: Any) -> dict[str, Any]:
     case = replace(base("digits", method, workers, seed), **changed)
     policies = {"recalibrate": last, "running": last - 9, "batch": last - 1}

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from experiments.train import cpu_threads
+from resist_lightning.ist.partition import draw_neurons
 
 SMALL = [
     "model.depth=26", "model.width_multiplier=0.125", "threads=1",
@@ -64,6 +65,32 @@ def test_resist_with_two_workers_learns_the_digits_and_its_checkpoint_is_a_model
     for options in (["strategy=single"], ["strategy=resist", "devices=2"]):
         where = tmp_path / options[0].partition("=")[2]
         program(root, "evaluate.py", f"ckpt_path={best}", *options, f"hydra.run.dir={where}", folder=tmp_path)
+        found = read(where, "evaluation.json")
+        assert found["accuracy"] == pytest.approx(results["test"]["accuracy"], abs=1e-6), options
+        assert found["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4), options
+
+
+@pytest.mark.timeout(600)
+def test_ist_learns_the_digits_and_its_checkpoint_is_a_model(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = ["experiment=ist_digits", "model.width=64", "trainer.max_epochs=6", "callbacks.progress_bar=null"]
+    output = program(root, "train.py", *small, "logger=csv", f"hydra.run.dir={run}", folder=tmp_path)
+    results, summary = read(run), read(run, "resist_summary.json")
+    assert results["test"]["accuracy"] > 0.8, output
+    assert (results["workers"], results["rounds"], results["local_steps"]) == (2, 7, 126)
+    full, held = (64 * w + w + w + w * w + w + w + 10 * w + 10 for w in (64, 32))
+    assert results["parameters"] == {"full": full, "held_by_one_worker": held, "held_share": held / full}
+    assert results["sent_bytes"]["ddp_ratio"] > 20 * results["sent_bytes"]["local_sgd_ratio"] > 20
+    drawn = [draw_neurons([64, 64], 2, 0, number)[0].held for number in range(7)]
+    holders = [[int(neuron in worker_1) for neuron in range(64)] for _, worker_1 in drawn]
+    assert summary["neurons"] == {"layer": "net.1", "width": 64, "shown": list(range(64)), "holders": holders}
+    for name in ("partition.png", "accuracy.png", "bytes.png"):
+        assert (run / name).stat().st_size > 0, name
+
+    for options in (["strategy=single"], ["strategy=ist", "devices=2"]):
+        where = tmp_path / options[0].partition("=")[2]
+        best = f"ckpt_path={results['checkpoint']}"
+        program(root, "evaluate.py", best, *options, "accelerator=cpu", f"hydra.run.dir={where}", folder=tmp_path)
         found = read(where, "evaluation.json")
         assert found["accuracy"] == pytest.approx(results["test"]["accuracy"], abs=1e-6), options
         assert found["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4), options

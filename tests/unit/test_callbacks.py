@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
-from resist_lightning.callbacks import RoundMonitor
+from resist_lightning import Config, NeuronConfig
+from resist_lightning.block_layout import BlockLayout
+from resist_lightning.callbacks import RoundMonitor, _neurons
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.partition import draw_neurons
+from resist_lightning.models import preact_resnet
 
 
 @pytest.mark.parametrize("every_n_rounds", [0, -1])
@@ -12,3 +18,21 @@ def test_it_logs_at_least_once_in_a_number_of_rounds(every_n_rounds: int) -> Non
     with pytest.raises(ValueError, match=f"every_n_rounds={every_n_rounds} must be at least 1"):
         RoundMonitor(every_n_rounds)
     RoundMonitor(1)
+
+
+@pytest.mark.parametrize(("width", "step"), [(6, 1), (64, 1), (65, 2), (640, 10), (700, 11)])
+def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, step: int) -> None:
+    net = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2))
+    found = _neurons(NeuronLayout(net, NeuronConfig(seed=5), 3), 80)
+    assert found is not None
+    assert (found["layer"], found["width"], found["shown"]) == ("0", width, list(range(0, width, step)))
+    assert len(found["shown"]) <= 64
+    assert len(found["holders"]) == 60
+    for number in (0, 59):
+        held = draw_neurons([width, 9], 3, 5, number)[0].held
+        for neuron, worker in zip(found["shown"], found["holders"][number], strict=True):
+            assert neuron in held[worker]
+
+
+def test_blocks_are_not_neurons() -> None:
+    assert _neurons(BlockLayout(preact_resnet(14, width_multiplier=1 / 16), Config(min_blocks=0), 2), 3) is None
