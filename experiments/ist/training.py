@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
@@ -31,16 +32,14 @@ def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
     steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
     stops = {max(1, steps * number // EVALUATIONS) for number in range(1, EVALUATIONS + 1)}
     finish_at = round(steps * (1 - FINISH)) if case.finish else steps
-    stream, curve = data.stream(TASKS[case.task].batch, case.seed), []
-    trainer = make_trainer(case, make_start(case, size))
-    for step in range(steps):
-        if step == finish_at:
-            trainer = finisher(case, trainer.full_model())
-        batches = [stream.batch(step, worker, case.workers) for worker in range(case.workers)]
-        trainer.step(batches, rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr)
-        if step + 1 in stops:
+    curve: list[dict[str, float]] = []
+
+    def evaluate(trainer: Trainer, done: int) -> None:
+        if done in stops:
             model = trainer.full_model()
-            curve.append({"step": step + 1, **_evaluated(model, data)})
+            curve.append({"step": done, "holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)})
+
+    trainer = train(case, size, steps, finish_at, evaluate)
     return {
         "last": curve[-1]["test"],
         "last_holdout": curve[-1]["holdout"],
@@ -52,6 +51,33 @@ def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
         "policies": _policies(trainer, data) if case.method == "ist" and not case.finish else {},
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def train(
+    case: Case,
+    size: str,
+    steps: int,
+    finish_at: int,
+    after_step: Callable[[Trainer, int], None] = lambda trainer, done: None,
+) -> Trainer:
+    """Train ``case`` for so many local steps, from ``finish_at`` on as local SGD.
+
+    Args:
+        case: what to train.
+        size: of the study.
+        steps: local steps of each worker.
+        finish_at: local steps before the finish; ``steps`` for none.
+        after_step: is told what trains, and the number of local steps done.
+    """
+    stream = prepared(case.task, size).stream(TASKS[case.task].batch, case.seed)
+    trainer = make_trainer(case, make_start(case, size))
+    for step in range(steps):
+        if step == finish_at:
+            trainer = finisher(case, trainer.full_model())
+        batches = [stream.batch(step, worker, case.workers) for worker in range(case.workers)]
+        trainer.step(batches, rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr)
+        after_step(trainer, step + 1)
+    return trainer
 
 
 def make_start(case: Case, size: str) -> nn.Module:
@@ -102,10 +128,6 @@ def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
         sent += cut * (case.workers - 1) / case.workers
         sent += local_sgd_bytes(whole, case.workers, (steps - finish_at) // case.local_steps)
     return sent
-
-
-def _evaluated(model: nn.Module, data: Prepared) -> dict[str, float]:
-    return {"holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)}
 
 
 def _policies(trainer: Trainer, data: Prepared) -> dict[str, float]:

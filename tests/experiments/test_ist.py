@@ -14,16 +14,16 @@ from torch import nn
 
 from experiments.ist import tables
 from experiments.ist.cases import ABLATED, Case, base, cases
-from experiments.ist.examples import make_network, prepared
+from experiments.ist.examples import make_network
 from experiments.ist.main import main
 from experiments.ist.settings import RESULTS, parse
 from experiments.ist.shapes import Shape, speed_up, volumes
 from experiments.ist.tasks import TASKS
-from experiments.ist.training import finisher, make_start, make_trainer, measure, sent_bytes
+from experiments.ist.training import finisher, make_start, measure, sent_bytes, train
 from experiments.links.closed_form import _of_neurons, neuron_bytes
 from experiments.links.namespaces import why_no_namespaces
 from experiments.tables import PLACE, filled
-from resist_lightning import NeuronConfig
+from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from tests.helpers.programs import ROOT, refusal, run_program
@@ -111,25 +111,22 @@ def test_what_is_sent_is_received() -> None:
         assert len({own["sent"] for own in each}) > 1
 
 
-def train(case: Case, steps: int) -> list[torch.Tensor]:
-    trainer = make_trainer(case, make_start(case, "sample"))
-    stream = prepared(case.task, "sample").stream(16, case.seed)
-    for step in range(steps):
-        trainer.step([stream.batch(step, worker, case.workers) for worker in range(case.workers)], 0.1)
+def trained(case: Case, steps: int, finish_at: int | None = None) -> list[torch.Tensor]:
+    trainer = train(case, "sample", steps, finish_at or steps)
     return list(trainer.full_model().parameters())
 
 
 @pytest.mark.parametrize("method", ["ist", "local_sgd"])
 def test_one_worker_of_each_method_is_ordinary_training(method: str) -> None:
-    alone = train(base("digits", "single", 1, 0), 5)
-    other = train(replace(base("digits", method, 1, 0), local_steps=2), 5)
+    alone = trained(base("digits", "single", 1, 0), 5)
+    other = trained(replace(base("digits", method, 1, 0), local_steps=2), 5)
     start = list(make_start(base("digits", "single", 1, 0), "sample").parameters())
     assert all(map(torch.equal, alone, other))
     assert not any(map(torch.equal, alone, start))
 
 
 def test_two_workers_of_ist_are_not_those_of_local_sgd() -> None:
-    ist, averaged = (train(base("digits", method, 2, 0), 3) for method in ("ist", "local_sgd"))
+    ist, averaged = (trained(base("digits", method, 2, 0), 3) for method in ("ist", "local_sgd"))
     assert not any(map(torch.equal, ist, averaged))
 
 
@@ -144,6 +141,10 @@ def test_a_finish_is_local_sgd_from_the_full_model() -> None:
     shared = 4 * 10 + 2 * 8  # the output's bias, and two counters of batches
     # nine rounds have eight syncs; then each of two workers sends its half to the other; then one average
     assert sent_bytes(case, "sample", 30, 27) == before + (full - shared) / 2 + full
+    alone = trained(replace(case, method="single", workers=1), 10)
+    assert all(map(torch.equal, alone, trained(replace(case, workers=1), 10, finish_at=6)))
+    assert isinstance(train(case, "sample", 4, 4).simulator, NeuronSimulator)
+    assert isinstance(train(case, "sample", 4, 3).simulator, Simulator)
     finished, usual = (measure(replace(case, finish=last), "sample", 1) for last in (True, False))
     assert finished["curve"][0] == usual["curve"][0]
     assert finished["sent_bytes"] > usual["sent_bytes"]
