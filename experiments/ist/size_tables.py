@@ -14,27 +14,35 @@ Content = dict[str, Any]
 
 
 def memory(content: Content) -> Grid:
-    lines, alone = [], {}
+    lines = []
     for group in content["groups"]:
         steps = [step for worker in group["by_worker"] for step in worker["steps"]]
         parts = {key: max(step[key] for step in steps) for key in steps[0]}
         held, expected = sum(parts[key] for key in ("parameters", "gradients", "momentum")), closed_form(group)
-        first = alone.setdefault(group["width"], (held, parts["inner"]))
+        whole = 3 * (group["inner"] + group["outer"] + group["shared"])
         bare, peak = (max(worker[key] for worker in group["by_worker"]) for key in ("bare_resident", "peak_resident"))
         lines.append(
             [
                 str(group["width"]),
                 str(group["workers"]),
                 *(bytes_in_words(parts[key]) for key in ("parameters", "gradients", "momentum")),
-                f"{held / first[0]:.4f}",
+                f"{held / whole:.4f}",
                 f"{held / expected['held']:.4f}",
-                f"1/{first[1] / parts['inner']:.2f}",
+                f"1/{3 * group['inner'] / parts['inner']:.2f}",
                 bytes_in_words(parts["store"]),
                 f"1/{group['inner'] / parts['store']:.2f}" if parts["store"] else "-",
                 *(bytes_in_words(resident) for resident in (bare, parts["resident"], peak)),
             ]
         )
-    header = ["hidden width", "S", "parameters", "gradients", "momentum", "share of S = 1", "measured / closed form"]
+    header = [
+        "hidden width",
+        "S",
+        "parameters",
+        "gradients",
+        "momentum",
+        "share of the full model's",
+        "measured / closed form",
+    ]
     header += [
         "inner matrices: share",
         "store on the host",
