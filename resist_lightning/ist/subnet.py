@@ -57,7 +57,10 @@ class Subnet:
                 self._hooks.append(target.register_forward_pre_hook(_Scaled(factor)))
 
     def hold_all(self) -> None:
-        """Make the module the full one, with memory that the caller must fill; :meth:`hold` must be of the same round."""
+        """Make the module the full one, with memory that the caller must fill.
+
+        A :meth:`hold` after it must be of the same round, and gives the subnet its gradients back.
+        """
         self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
         self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
 

@@ -211,7 +211,7 @@ def plain_training(run: Run, worker: int = 0) -> tuple[nn.Module, Any]:
     """Without the package: the network trained by one process, with an optimizer that restarts every round."""
     net = make_net(run)
     for step in range(run.steps):
-        if step % run.config.local_steps == 0 and run.config.momentum == "reset" or step == 0:
+        if (step % run.config.local_steps == 0 and run.config.momentum == "reset") or step == 0:
             optimizer = make_optimizer(run, net)
         train_step(net, optimizer, batch_of(run, worker, step))
     return net, optimizer

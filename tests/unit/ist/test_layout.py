@@ -14,8 +14,8 @@ from resist_lightning.errors import CheckpointError
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from tests.helpers.ist import NETS, Run, make_net, make_optimizer
-from tests.helpers.neuron_plans import keeper
 from tests.helpers.nets import on_meta
+from tests.helpers.neuron_plans import keeper
 
 
 def layout_of(net, workers, **settings):
