@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from resist_lightning import Engine, NeuronConfig, NeuronSimulator
 from resist_lightning.collective import Collective
+from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.partition import Partition
 from tests.helpers.training import clone_state, train_step
 
@@ -165,9 +166,9 @@ def train_simulator(
     return simulator
 
 
-def slice_of(engine: Engine, full: Tensor, name: str, held: tuple[Partition, ...], worker: int) -> Tensor:
+def slice_of(layout: NeuronLayout, full: Tensor, name: str, held: Sequence[Partition], worker: int) -> Tensor:
     """A worker's part of a full tensor, by plain indexing."""
-    cut = engine.layout.neurons.cuts.get(name)  # type: ignore[attr-defined]
+    cut = layout.neurons.cuts.get(name)
     if cut is None:
         return full
     if cut.rows is not None:

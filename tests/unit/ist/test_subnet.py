@@ -66,13 +66,13 @@ def test_a_subnet_is_the_full_model_whose_other_neurons_are_silent(net, training
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
         partitions = engine.layout.partition(0)
         for name, parameter in full.named_parameters():
-            mine = slice_of(engine, parameter.grad, name, partitions, worker)
+            mine = slice_of(engine.layout, parameter.grad, name, partitions, worker)
             torch.testing.assert_close(gradients[name], mine, rtol=1e-3, atol=1e-6, msg=name)
             assert parameter.grad.count_nonzero() == mine.count_nonzero(), f"{name} has a gradient elsewhere"
         assert any(gradient.any() for gradient in gradients.values())
         if training and net != "mixed":  # what is written by hand moves no statistics
             for name, buffer in full.named_buffers():
-                torch.testing.assert_close(state[name], slice_of(engine, buffer, name, partitions, worker))
+                torch.testing.assert_close(state[name], slice_of(engine.layout, buffer, name, partitions, worker))
 
 
 def test_where_no_norm_follows_the_mean_over_subnets_of_a_linear_network_is_the_full_model():

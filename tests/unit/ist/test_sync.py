@@ -120,9 +120,9 @@ def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_a
         for worker in range(workers):
             own = noted[worker][1][step][1]
             for name, count in written.items():
-                assert torch.equal(slice_of(engine, full[name], name, held, worker), own[name])
+                assert torch.equal(slice_of(engine.layout, full[name], name, held, worker), own[name])
                 numbers = torch.arange(count.numel()).reshape(count.shape)
-                count.view(-1)[slice_of(engine, numbers, name, held, worker).reshape(-1)] += 1
+                count.view(-1)[slice_of(engine.layout, numbers, name, held, worker).reshape(-1)] += 1
         for name, count in written.items():
             assert count.max() == 1, "slices overlap"
             untouched = count == 0
@@ -221,7 +221,7 @@ def momentum_of(collective, run):
     notes = []
     for round in range(run.steps):
         if round == 0:
-            own = slice_of(engine, numbers, "3.weight", engine.partition, collective.worker)
+            own = slice_of(engine.layout, numbers, "3.weight", engine.partition, collective.worker)
             optimizer.state[parameter]["momentum_buffer"] = own.clone()
         engine.after_step()
         state = optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -233,7 +233,7 @@ def momentum_of(collective, run):
 def entries_of(engine, held, worker):
     """Numbers of the entries that a worker has, in the form of its slice."""
     shape = engine.layout.shapes["3.weight"]
-    return slice_of(engine, torch.arange(shape.numel()).reshape(shape), "3.weight", held, worker)
+    return slice_of(engine.layout, torch.arange(shape.numel()).reshape(shape), "3.weight", held, worker)
 
 
 def test_momentum_goes_with_its_entries_and_waits_where_nobody_trains_them():
