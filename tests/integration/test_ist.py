@@ -1,4 +1,4 @@
-"""``Trainer(strategy="ist")``: the weights of the plain loop and of the simulator, exact resumption, reports, errors."""
+"""``Trainer(strategy="ist")``: the weights of the plain loop and of the simulator, exact resume, reports, errors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
         assert_equal_states(result["state"], expected[0], exactly=True)
         names = ("net.0.weight", "net.5.weight", "net.8.weight")
         widths = [
-            tuple(layout.held_shape(n, step // 3, worker)[0] if n in layout.shapes else 6 for n in names)
+            tuple(layout.held_shape(n, worker)[0] if n in layout.shapes else 6 for n in names)
             for step in range(case.steps)
         ]
         assert result["widths"] == widths
