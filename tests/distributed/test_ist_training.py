@@ -250,8 +250,7 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
         together = any(isinstance(tensor, nn.Parameter) for tensor in shared)  # with buffers, in one memory
         buffers = [tensor for tensor in shared if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()]
         for worker in range(workers):
-            for number, step in enumerate(trained[worker][name].steps):
-                round = number // run.config.local_steps
+            for step in trained[worker][name].steps:
                 expected = 0
                 for key, parameter in net.named_parameters():
                     shape = layout.held_shape(key, worker) if key in layout.shapes else parameter.shape
@@ -259,7 +258,7 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
                     expected += copies * 4 * prod(shape)
                     expected += 4 * parameter.requires_grad * (run.optimizer == "adamw")  # counts its steps
                 expected += together * sum(buffer.nbytes for buffer in buffers)
-                assert step.kept_bytes == expected, (name, worker, number)
+                assert step.kept_bytes == expected, (name, worker)
 
 
 def test_of_matrices_between_hidden_layers_a_worker_keeps_the_square_of_its_share(
