@@ -18,9 +18,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from resist_lightning import ResISTStrategy
 from tests.helpers.plain import Classifier, batch_of
-from tests.helpers.trainers import QUIET
+from tests.helpers.trainers import QUIET, kind_for, make_strategy
 
 SILENCE = timedelta(seconds=4)
 TIMEOUT = timedelta(seconds=30)  # above what importing Lightning takes on a busy machine
@@ -49,8 +48,8 @@ HARMS: dict[str, Callable[[], None]] = {
 class Harmed(Classifier):
     """One worker comes to harm in its local steps, or (``load:``) while it waits for data."""
 
-    def __init__(self, harm: str, worker: int, folder: str) -> None:
-        super().__init__()
+    def __init__(self, harm: str, worker: int, folder: str, kind: str = "preact") -> None:
+        super().__init__(kind)
         self.harm, self.worker, self.folder = harm, worker, Path(folder)
 
     def meet_harm(self, place: str, step: int) -> None:
@@ -80,12 +79,20 @@ class Batches(torch.utils.data.IterableDataset[Any]):
             yield batch_of(self.module.trainer.global_rank, step)
 
 
-def train(harm: str, worker: int, folder: str, start_method: Any = "popen", workers: int = 2, **options: Any) -> None:
+def train(
+    harm: str,
+    worker: int,
+    folder: str,
+    start_method: Any = "popen",
+    workers: int = 2,
+    face: str = "resist",
+    **options: Any,
+) -> None:
     """Fit, and write how that ended."""
-    strategy = ResISTStrategy(local_steps=3, min_blocks=1, silence=SILENCE, timeout=TIMEOUT, start_method=start_method)
+    strategy = make_strategy(face, silence=SILENCE, timeout=TIMEOUT, start_method=start_method)
     trainer = L.Trainer(**{**QUIET, "strategy": strategy, "devices": workers, "max_epochs": 1, **options})
     try:
-        trainer.fit(Harmed(harm, worker, folder))
+        trainer.fit(Harmed(harm, worker, folder, kind_for(face)))
     except BaseException as error:
         Path(folder, f"error{trainer.global_rank}").write_text(f"{type(error).__name__}: {error}")
         raise

@@ -38,7 +38,10 @@ def preact() -> ModuleType:
 
 
 def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
-    """A small network whose third section has five blocks (four that can be partitioned); the same in every process."""
+    """A small network, the same in every process.
+
+    Its third section has five blocks (four that can be partitioned); a "chain" has 6, 12 and 9 hidden neurons.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "preact":  # 10,000 parameters
@@ -47,6 +50,12 @@ def make_net(kind: str = "preact", seed: int = 7) -> nn.Module:
             from torchvision.models.resnet import Bottleneck, ResNet
 
             return ResNet(Bottleneck, [1, 1, 5, 1], num_classes=CLASSES, width_per_group=4)
+        if kind == "chain":  # 1,500 parameters
+            return nn.Sequential(
+                *(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Flatten(), nn.Linear(6 * 16, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU()),
+                *(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, CLASSES)),
+            )
         raise ValueError(f"kind={kind!r} is unknown")
 
 

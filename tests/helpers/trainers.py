@@ -18,7 +18,16 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from resist_lightning import Config, Engine, LocalSGDStrategy, ResISTStrategy, Simulator
+from resist_lightning import (
+    Config,
+    Engine,
+    ISTStrategy,
+    LocalSGDStrategy,
+    NeuronConfig,
+    NeuronSimulator,
+    ResISTStrategy,
+    Simulator,
+)
 from resist_lightning.strategies.subnet import SubnetStrategy
 from tests.helpers.plain import Classifier, batch_of, stream
 from tests.helpers.processes import run_workers, run_workers_to_the_end
@@ -56,10 +65,17 @@ def make_trainer(strategy: Any, **options: Any) -> L.Trainer:
 
 
 def make_strategy(face: str = "resist", **options: Any) -> SubnetStrategy:
-    """``ResISTStrategy`` with rounds of three steps and one block at least, or ``LocalSGDStrategy``, as options say."""
+    """A strategy with rounds of three steps, and ``ResISTStrategy`` with one block at least, or as options say."""
     if face == "local_sgd":
         return LocalSGDStrategy(**{"local_steps": 3, **options})
+    if face == "ist":
+        return ISTStrategy(**{"local_steps": 3, **options})
     return ResISTStrategy(**{"local_steps": 3, "min_blocks": 1, **options})
+
+
+def kind_for(face: str = "resist", **_: Any) -> str:
+    """The network of ``Classifier`` that a strategy can divide."""
+    return "chain" if face == "ist" else "preact"
 
 
 def fit(worker: int, module: L.LightningModule, epoch: int, strategy: Any = None, **options: Any) -> L.Trainer:
@@ -73,7 +89,7 @@ def fit(worker: int, module: L.LightningModule, epoch: int, strategy: Any = None
 def train_by_hand(
     worker: int,
     module: Classifier,
-    config: Config,
+    config: Config | NeuronConfig,
     steps: int,
     each_step: Callable[[Engine, int], None] | None = None,
 ) -> Engine:
@@ -94,12 +110,18 @@ def train_by_hand(
 
 
 def train_in_one_process(
-    module: Classifier, config: Config, workers: int, steps: int, first_step: int = 0
-) -> Simulator:
-    """The same training by the reference simulator; it may begin at the border of any round."""
-    simulator = Simulator(module, lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
-    simulator.clock.round = first_step // config.local_steps
-    simulator._begin_round()
+    module: Classifier, config: Config | NeuronConfig, workers: int, steps: int, first_step: int = 0
+) -> Simulator | NeuronSimulator:
+    """The same training by a reference simulator; it may begin at the border of any round."""
+    simulator: Any
+    if isinstance(config, NeuronConfig):
+        simulator = NeuronSimulator(module, lambda copy: copy.configure_optimizers(), config, workers)
+        simulator.clock.round = first_step // config.local_steps
+        simulator._begin_round([{}] * workers)
+    else:
+        simulator = Simulator(module, lambda copy: copy.configure_optimizers(), config, workers)
+        simulator.clock.round = first_step // config.local_steps
+        simulator._begin_round()
     for step in range(first_step, first_step + steps):
         for number, worker in enumerate(simulator.workers):
             assert isinstance(worker.module, Classifier)

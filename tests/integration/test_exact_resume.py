@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tests.helpers.plain import CLASSES, Classifier, held_out
-from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 7  # in an epoch; rounds of three steps end anywhere in it
@@ -88,8 +88,8 @@ class Endless(IterableDataset[tuple[Tensor, int]]):
 class Noisy(Classifier):
     """With dropout and a schedule."""
 
-    def __init__(self, optimizer: str = "sgd", seed: int = 7) -> None:
-        super().__init__(seed=seed)
+    def __init__(self, optimizer: str = "sgd", seed: int = 7, kind: str = "preact") -> None:
+        super().__init__(kind, seed)
         self.optimizer = optimizer
         self.dropout = nn.Dropout(0.2)
 
@@ -123,7 +123,7 @@ def loader_of(worker: int, kind: str, loader_workers: int = 0) -> DataLoader[Any
 
 def fit(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback], **more: Any) -> Noisy:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Noisy(case.optimizer, seed=7 if ckpt_path is None else 8)
+    module = Noisy(case.optimizer, 7 if ckpt_path is None else 8, kind_for(case.face))
     trainer = make_trainer(
         make_strategy(case.face, **case.options),
         max_epochs=EPOCHS,

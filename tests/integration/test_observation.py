@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from resist_lightning.callbacks import RoundMonitor
 from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of
-from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 6
@@ -92,7 +92,7 @@ def train(worker: int, seed: int, options: dict[str, Any], folder: str, fixed: d
         **options,
     )
     L.seed_everything(seed + worker, verbose=False)
-    module = Drawing(dropout=0.2, calls=fixed.get("calls", "net"))
+    module = Drawing(kind=kind_for(**fixed.get("strategy", {})), dropout=0.2, calls=fixed.get("calls", "net"))
     validation = DataLoader(Augmented(100 + worker), BATCH_SIZE, shuffle=True)
     trainer.fit(module, DataLoader(Augmented(worker), BATCH_SIZE, shuffle=True), validation)
     return clone_state(module), module.seen
@@ -133,6 +133,15 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
 
 def test_watching_changes_nothing_where_blocks_have_several_holders(tmp_path: Path) -> None:
     fixed = {"strategy": {"min_blocks": 3, "momentum": "travel", "warmup_rounds": 1, "batch_norm": "batch"}}
+    results = run_trainers(train_all, 2, str(tmp_path), fixed)
+
+    assert_unchanged(results)
+    assert_same_model_seen(results)
+
+
+def test_watching_changes_nothing_where_neurons_are_dealt_out_and_gradients_accumulate(tmp_path: Path) -> None:
+    """Gradients of a subnet do not fit the full model, and are put aside."""
+    fixed = {"accumulate": 4, "strategy": {"face": "ist", "local_steps": 1, "momentum": "travel"}}
     results = run_trainers(train_all, 2, str(tmp_path), fixed)
 
     assert_unchanged(results)

@@ -13,7 +13,7 @@ from tests.helpers.plain import Classifier, stream
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import QUIET
 
-NAMES = ("resist", "resist_spawn", "resist_fork", "resist_notebook", "local_sgd", "local_sgd_spawn")
+NAMES = ("resist", "resist_spawn", "resist_fork", "resist_notebook", "local_sgd", "local_sgd_spawn", "ist", "ist_fork")
 
 if importlib.util.find_spec("pytorch_lightning") is None:
     pytest.skip("pytorch_lightning is not installed", allow_module_level=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resist_lightning import Config
 from tests.helpers.plain import Classifier, held_out, stream
-from tests.helpers.trainers import QUIET, make_strategy, make_trainer, run_trainers, train_in_one_process
+from tests.helpers.trainers import QUIET, kind_for, make_strategy, make_trainer, run_trainers, train_in_one_process
 from tests.helpers.training import assert_equal_states, clone_state
 
 State = dict[str, Tensor]
@@ -22,7 +22,7 @@ EPOCH = 9  # three rounds, and more than the eight batches that batch norm is re
 
 def unbroken(worker: int, folder: str, options: dict[str, Any]) -> State:
     """Two epochs, and a checkpoint after each."""
-    module = Classifier()
+    module = Classifier(kind_for(**options))
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = make_trainer(make_strategy(**options), max_epochs=2, enable_checkpointing=True, callbacks=[saving])
     trainer.fit(module, stream(worker, EPOCH))
@@ -31,7 +31,7 @@ def unbroken(worker: int, folder: str, options: dict[str, Any]) -> State:
 
 def resumed(worker: int, folder: str, options: dict[str, Any]) -> tuple[State, tuple[int, int]]:
     """The second epoch, from the checkpoint after the first."""
-    module = Classifier(seed=1)  # the checkpoint's weights are taken
+    module = Classifier(kind_for(**options), seed=1)  # the checkpoint's weights are taken
     trainer = make_trainer(make_strategy(**options), max_epochs=2)
     trainer.fit(module, stream(worker, EPOCH, start=EPOCH), ckpt_path=f"{folder}/epoch=0.ckpt")
     return clone_state(module), (trainer.global_step, trainer.strategy.engine.clock.total_steps)
@@ -47,8 +47,11 @@ def assert_resumes(workers: int, folder: Path, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "options"),
-    [(2, {}), (2, {"batch_norm": "running", "warmup_rounds": 1}), (2, {"face": "local_sgd"}), (3, {"min_blocks": 3})],
-    ids=["resist", "running statistics, warm-up", "local SGD", "blocks with several holders"],
+    [
+        *((2, {}), (2, {"batch_norm": "running", "warmup_rounds": 1}), (2, {"face": "local_sgd"})),
+        *((3, {"min_blocks": 3}), (3, {"face": "ist"})),
+    ],
+    ids=["resist", "running statistics, warm-up", "local SGD", "blocks with several holders", "IST"],
 )
 def test_a_run_resumed_on_the_border_of_a_round_is_the_unbroken_run(
     workers: int, options: dict[str, Any], tmp_path: Path

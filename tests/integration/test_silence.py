@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from tests.helpers.plain import Classifier, held_out, stream
-from tests.helpers.trainers import make_strategy, run_trainers
+from tests.helpers.trainers import kind_for, make_strategy, run_trainers
 
 WORKERS = 2
 EPOCH, EPOCHS, LOCAL_STEPS = 7, 2, 3
@@ -59,8 +59,8 @@ def listen() -> Counter[str]:
 class Listening(Classifier):
     """Notes what has been said when its hooks are called: by number of calls, and by the group's own count."""
 
-    def __init__(self, calls: Counter[str]) -> None:
-        super().__init__()
+    def __init__(self, calls: Counter[str], kind: str) -> None:
+        super().__init__(kind)
         self.counts = calls
         self.notes: list[tuple[str, int, int]] = []
 
@@ -83,7 +83,7 @@ class Listening(Classifier):
 
 
 def fit_with_defaults(worker: int, folder: str, face: str) -> list[tuple[str, int, int]]:
-    module = Listening(listen())
+    module = Listening(listen(), kind_for(face))
     trainer = L.Trainer(
         strategy=make_strategy(face),
         accelerator="cpu",
@@ -100,7 +100,7 @@ def fit_with_defaults(worker: int, folder: str, face: str) -> list[tuple[str, in
     return module.notes
 
 
-@pytest.mark.parametrize("face", ["resist", "local_sgd"])
+@pytest.mark.parametrize("face", ["resist", "local_sgd", "ist"])
 def test_between_two_syncs_nothing_is_said(face: str, tmp_path: Any) -> None:
     for notes in run_trainers(fit_with_defaults, WORKERS, str(tmp_path), face):
         steps = EPOCH * EPOCHS

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from resist_lightning import CheckpointError, Config
+from resist_lightning import CheckpointError, Config, NeuronConfig, NeuronSimulator
 from resist_lightning.snapshots import SnapshotFolder
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.restarted import STEPS
 from tests.helpers.trainers import (
+    kind_for,
     make_strategy,
     make_trainer,
     run_trainers,
@@ -48,7 +49,7 @@ class Stops(L.Callback):
 
 def train(worker: int, snapshots: str, options: dict[str, Any], ckpt_path: str | None = None, stop: int = 0) -> State:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Noisy(seed=7 if ckpt_path is None else 8)
+    module = Noisy(seed=7 if ckpt_path is None else 8, kind=kind_for(**options))
     strategy = make_strategy(snapshots=snapshots, **options)
     trainer = make_trainer(strategy, max_epochs=3, callbacks=[Stops(stop)] if stop else [])
     try:
@@ -66,8 +67,11 @@ def unbroken_stopped_and_resumed(worker: int, folder: str, options: dict[str, An
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": "travel", "wire": "int8"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3}],
-    ids=["resist", "momentum that travels, int8", "local SGD", "every third round"],
+    [
+        *({}, {"momentum": "travel", "wire": "int8"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3}),
+        {"face": "ist", "momentum": "travel"},
+    ],
+    ids=["resist", "momentum that travels, int8", "local SGD", "every third round", "IST, momentum that travels"],
 )
 def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str, Any], tmp_path: Path) -> None:
     for unbroken, resumed in run_trainers(unbroken_stopped_and_resumed, 2, str(tmp_path), options):
@@ -75,16 +79,16 @@ def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str,
     assert not (tmp_path / "stopped").exists()  # the run has come to its end
 
 
-def stopped(worker: int, folder: str) -> None:
-    module = Classifier()
-    trainer = make_trainer(make_strategy(snapshots=folder), max_epochs=1, callbacks=[Stops(STOP)])
+def stopped(worker: int, folder: str, face: str = "resist") -> None:
+    module = Classifier(kind_for(face))
+    trainer = make_trainer(make_strategy(face, snapshots=folder), max_epochs=1, callbacks=[Stops(STOP)])
     with pytest.raises(KeyError):
         trainer.fit(module, stream(worker, EPOCH))
 
 
-def resumed(worker: int, folder: str) -> State:
-    module = Classifier(seed=1)
-    strategy = make_strategy(snapshots=folder)
+def resumed(worker: int, folder: str, face: str = "resist") -> State:
+    module = Classifier(kind_for(face), seed=1)
+    strategy = make_strategy(face, snapshots=folder)
     make_trainer(strategy, max_epochs=1).fit(module, stream(worker, EPOCH, start=12), ckpt_path=folder)
     return clone_state(module)
 
@@ -130,16 +134,18 @@ def test_where_no_round_is_whole_all_workers_say_so(tmp_path: Path) -> None:
         assert "no snapshot that all workers can read; rounds by worker: 0: [3, 4]; 1: none" in str(outcome.error)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_other_workers_go_on_from_the_blocks_of_all(workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("face", "workers"), [("resist", 1), ("resist", 2), ("resist", 4), ("ist", 1), ("ist", 2), ("ist", 4)]
+)
+def test_other_workers_go_on_from_what_all_had(face: str, workers: int, tmp_path: Path) -> None:
     folder = tmp_path / "snapshots"
-    run_trainers(stopped, 3, str(folder))
+    run_trainers(stopped, 3, str(folder), face)
 
-    results = run_trainers(resumed, workers, str(folder))
+    results = run_trainers(resumed, workers, str(folder), face)
 
-    config = Config(local_steps=3, min_blocks=1)
-    before = train_in_one_process(Classifier(), config, 3, 12)  # to the border of round 4
-    module = Classifier()
+    config = NeuronConfig(local_steps=3) if face == "ist" else Config(local_steps=3, min_blocks=1)
+    module = Classifier(kind_for(face))
+    before = train_in_one_process(module, config, 3, 12)  # to the border of round 4
     module.load_state_dict(full_state(before))
     after = train_in_one_process(module, config, workers, EPOCH - 12, first_step=12)
     expected = after.full_model().state_dict()
@@ -153,6 +159,8 @@ def test_other_workers_go_on_from_the_blocks_of_all(workers: int, tmp_path: Path
 
 def full_state(simulator: Any) -> State:
     """Unscaled: what the holders have at a border."""
+    if isinstance(simulator, NeuronSimulator):
+        return simulator.full
     return {name: value.clone() for name, value in simulator.workers[0].module.state_dict().items()}
 
 

@@ -33,14 +33,17 @@ pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 # Processes that exist already, as under torchrun.
 
 
-def train(worker: int, harm: str, doomed: int, folder: str, workers: int, timeout: float) -> None:
+def train(worker: int, harm: str, doomed: int, folder: str, workers: int, timeout: float, face: str) -> None:
     dying.TIMEOUT = dying.timedelta(seconds=timeout)
     saving = ModelCheckpoint(folder, every_n_train_steps=dying.AT_STEP // 2, save_last=True)
-    dying.train(harm, doomed, folder, workers=workers, callbacks=[saving], enable_checkpointing=True)
+    dying.train(harm, doomed, folder, workers=workers, face=face, callbacks=[saving], enable_checkpointing=True)
 
 
-def harm(what: str, doomed: int, folder: Path, workers: int = 2, limit: float = 60.0) -> list[Outcome]:
-    return run_trainers_to_the_end(train, workers, what, doomed, str(folder), workers, limit, timeout=PATIENCE_SECONDS)
+def harm(
+    what: str, doomed: int, folder: Path, workers: int = 2, limit: float = 60.0, face: str = "resist"
+) -> list[Outcome]:
+    arguments = what, doomed, str(folder), workers, limit, face
+    return run_trainers_to_the_end(train, workers, *arguments, timeout=PATIENCE_SECONDS)
 
 
 def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
@@ -52,8 +55,9 @@ def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
     assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
 
 
-def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resume(tmp_path: Path) -> None:
-    outcomes = harm("kill", 1, tmp_path, workers=3)
+@pytest.mark.parametrize("face", ["resist", "ist"])
+def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resume(face: str, tmp_path: Path) -> None:
+    outcomes = harm("kill", 1, tmp_path, workers=3, face=face)
 
     assert outcomes[1].end == "SIGKILL"
     for other in (0, 2):

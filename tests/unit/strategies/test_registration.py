@@ -9,12 +9,12 @@ import lightning as L
 import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
-from resist_lightning import LocalSGDStrategy, ResISTStrategy
+from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.strategies.launch import ProcessLauncher, ScriptLauncher
 
 NAMES = [
     (face + suffix, strategy, start_method)
-    for face, strategy in (("resist", ResISTStrategy), ("local_sgd", LocalSGDStrategy))
+    for face, strategy in (("resist", ResISTStrategy), ("ist", ISTStrategy), ("local_sgd", LocalSGDStrategy))
     for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork"))
 ]
 
@@ -35,12 +35,12 @@ def test_a_name_gives_its_strategy_and_launcher(
 
 def test_no_name_is_taken_for_one_of_ddp() -> None:
     """Lightning tests for MPS by looking for "ddp" in the name."""
-    ours = [name for name in StrategyRegistry if name.startswith(("resist", "local_sgd"))]
-    assert len(ours) == len(NAMES) == 8
+    ours = [name for name in StrategyRegistry if name.startswith(("resist", "ist", "local_sgd"))]
+    assert len(ours) == len(NAMES) == 12
     assert not any("ddp" in name for name in ours)
 
 
-@pytest.mark.parametrize("strategy", [ResISTStrategy(local_steps=7), LocalSGDStrategy(local_steps=7)])
+@pytest.mark.parametrize("strategy", [face(local_steps=7) for face in (ResISTStrategy, ISTStrategy, LocalSGDStrategy)])
 def test_an_object_is_taken_as_it_is(strategy: Any, trainer_with: Callable[..., L.Trainer]) -> None:
     trainer = trainer_with(strategy)
 
@@ -50,4 +50,5 @@ def test_an_object_is_taken_as_it_is(strategy: Any, trainer_with: Callable[..., 
 
 def test_a_name_has_the_defaults_of_its_class(trainer_with: Callable[..., L.Trainer]) -> None:
     assert trainer_with("resist").strategy.config == ResISTStrategy().config
+    assert trainer_with("ist").strategy.config == ISTStrategy().config
     assert trainer_with("local_sgd").strategy.config == LocalSGDStrategy().config

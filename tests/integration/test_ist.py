@@ -1,0 +1,328 @@
+"""``Trainer(strategy="ist")``: the weights of the plain loop and of the simulator, exact resume, reports, errors."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resist_lightning import LayerSelectionError, NeuronConfig, NotFinite
+from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.optimizer_state import OptimizerStates
+from tests.helpers.plain import Classifier, evaluate, held_out, stream
+from tests.helpers.processes import run_workers
+from tests.helpers.trainers import (
+    fit,
+    make_strategy,
+    make_trainer,
+    run_trainers,
+    run_trainers_to_the_end,
+    traces,
+    train_by_hand,
+    train_in_one_process,
+)
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, unbroken_and_resumed
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training: how many workers, with which settings, for how many steps in epochs of which length."""
+
+    workers: int
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 11
+    epoch: int = 4
+    optimizer: str = "sgd"
+
+    @property
+    def config(self) -> NeuronConfig:
+        return NeuronConfig(**{"local_steps": 3, **self.options})
+
+    def module(self) -> Classifier:
+        return Classifier("chain", optimizer=self.optimizer)
+
+
+FITS = {
+    "one worker": Fit(1),
+    "two workers, rounds over the borders of epochs": Fit(2),
+    "three workers, momentum travels with AdamW": Fit(3, {"momentum": "travel", "seed": 5}, optimizer="adamw"),
+    "an end on the border of a round, running statistics, a choice of layers": Fit(
+        2, {"batch_norm": "running", "momentum": "keep", "layers": ["net.5", "net.8"]}, steps=12
+    ),
+}
+
+
+class Watcher(L.Callback):
+    """Notes how many neurons the worker has in each batch, and that its parameters have gradients of their shape."""
+
+    def __init__(self) -> None:
+        self.widths: list[tuple[int, ...]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.shape == parameter.shape
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.widths.append(tuple(module.net[index].weight.shape[0] for index in (0, 5, 8)))
+
+
+def by_trainer(worker: int, case: Fit) -> dict[str, Any]:
+    module, watcher = case.module(), Watcher()
+    identities = [id(parameter) for parameter in module.parameters()]
+    strategy = make_strategy("ist", **case.options)
+    trainer = fit(worker, module, case.epoch, strategy, max_epochs=-1, max_steps=case.steps, callbacks=[watcher])
+    return {
+        "state": clone_state(module),
+        "widths": watcher.widths,
+        "traces": traces(module),
+        "same objects": identities == [id(parameter) for parameter in module.parameters()],
+        "printed": [str(module.net[index]) for index in (0, 1, 5, 6, 8, 10)],
+        "group left": dist.is_initialized(),
+        "steps": trainer.global_step,
+    }
+
+
+def by_hand(worker: int, case: Fit) -> State:
+    module = case.module()
+    train_by_hand(worker, module, case.config, case.steps)
+    return clone_state(module)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
+    """So every local step counts, also over the borders of epochs (check 6 of section 8)."""
+    case = FITS[name]
+
+    results = run_trainers(by_trainer, case.workers, case)
+
+    expected = run_workers(by_hand, case.workers, case)
+    simulated = train_in_one_process(case.module(), case.config, case.workers, case.steps).full_model().state_dict()
+    assert_equal_states(results[0]["state"], simulated)
+    layout, plain = NeuronLayout(case.module(), case.config, case.workers), case.module()
+    for worker, result in enumerate(results):
+        assert_equal_states(result["state"], expected[0], exactly=True)
+        names = ("net.0.weight", "net.5.weight", "net.8.weight")
+        widths = tuple(layout.held_shape(name, worker)[0] if name in layout.shapes else 6 for name in names)
+        assert result["widths"] == [widths] * case.steps
+        assert result["steps"] == case.steps
+        assert result["same objects"]
+        assert not result["group left"]
+        assert result["traces"] == []
+        assert result["printed"] == [str(plain.net[index]) for index in (0, 1, 5, 6, 8, 10)]
+
+
+def fit_alone(worker: int, batches: int) -> State:
+    module = Classifier("chain")
+    fit(worker, module, batches, make_strategy("ist", local_steps=4))
+    return clone_state(module)
+
+
+def test_one_worker_is_plain_lightning_whose_momentum_restarts() -> None:
+    """Check 1 of section 8, bit for bit."""
+    (state,) = run_trainers(fit_alone, 1, 10)
+    plain = Classifier("chain")
+    optimizer = plain.configure_optimizers()
+    for step, batch in enumerate(stream(0, 10)):
+        if step % 4 == 0:
+            optimizer.state.clear()
+        optimizer.zero_grad()
+        plain.training_step(batch, step).backward()
+        optimizer.step()
+    assert_equal_states(state, clone_state(plain), exactly=True)
+
+
+# ------------------------------------------------------------------ going on
+
+
+def draw_case(number: int) -> Case:
+    """Any run, and any five batches after which it is stopped."""
+    drawn = random.Random(number)
+    options = {
+        "momentum": ("reset", "keep", "travel")[number % 3],
+        "batch_norm": drawn.choice(["recalibrate", "running", "batch"]),
+        "seed": number,
+    }
+    return Case(
+        workers=1 + number // 3,
+        face="ist",
+        options=options,
+        optimizer=drawn.choice(["sgd", "adamw"]),
+        loader=drawn.choice(["shuffled", "endless"]),
+        accumulate=drawn.choice([1, 2]),
+        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), 5))),
+    )
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, tmp_path: Path) -> None:
+    """With every policy of momentum and one to three workers; gradients that have added up are saved too."""
+    case = draw_case(number)
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+        assert len(resumed) == len(case.stops)
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
+
+
+def test_the_cases_have_all_of_it() -> None:
+    cases = [draw_case(number) for number in range(9)]
+    assert {(case.workers, case.options["momentum"]) for case in cases} == {
+        (workers, momentum) for workers in (1, 2, 3) for momentum in ("reset", "keep", "travel")
+    }
+    assert {case.accumulate for case in cases if case.workers > 1} == {1, 2}
+    assert {case.optimizer for case in cases} == {"sgd", "adamw"}
+
+
+class Saves(L.Callback):
+    def __init__(self, path: str, after: int) -> None:
+        self.path, self.after = path, after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.after:
+            trainer.save_checkpoint(self.path)
+
+
+def train_from(worker: int, strategy: str, ckpt_path: str | None, save_to: str | None, **options: Any) -> State:
+    module = Classifier("chain", seed=7 if ckpt_path is None else 1, optimizer="adamw")
+    callbacks = [Saves(save_to, 4)] if save_to else []
+    made = "ddp" if strategy == "ddp" else make_strategy(strategy, **options)
+    trainer = make_trainer(made, max_epochs=1, callbacks=callbacks)
+    trainer.fit(module, stream(worker, 8, start=4 if ckpt_path else 0), ckpt_path=ckpt_path)
+    return clone_state(module)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "ist"), ("ist", "ddp"), ("local_sgd", "ist")])
+def test_a_checkpoint_of_one_strategy_starts_another(before: str, after: str, tmp_path: Path) -> None:
+    """Plain training's optimizer state is that of the full model; it is cut with the neurons."""
+    path = str(tmp_path / "a.ckpt")
+    run_trainers(train_from, 2, before, None, path)
+    states = run_trainers(train_from, 2, after, path, None)
+
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    names = [name for name, _ in Classifier("chain").named_parameters()]
+    for name in names:  # DDP's workers have batch-norm statistics of their own
+        assert torch.equal(states[0][name], states[1][name])
+        distance = (states[0][name] - saved[name]).abs().max()
+        assert 0 < distance < 0.1
+
+
+def train_in_mid_round(worker: int, path: str) -> None:
+    fit(worker, Classifier("chain"), 6, make_strategy("ist"), callbacks=[Saves(path, 4)])
+
+
+def go_on(worker: int, path: str) -> State:
+    module = Classifier("chain", seed=1)
+    trainer = make_trainer(make_strategy("ist"), max_epochs=1)
+    trainer.fit(module, stream(worker, 6, start=6), ckpt_path=path)  # the two batches that were left
+    return clone_state(module)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_checkpoint_in_mid_round_resumes_with_another_number_of_workers(workers: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    run_trainers(train_in_mid_round, 2, path)
+    results = run_trainers(go_on, workers, path)
+
+    module = Classifier("chain")
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    simulator = train_in_one_process(module, NeuronConfig(local_steps=3), workers, 2, first_step=6)
+    parameters = dict(simulator.full_model().named_parameters())
+    for state in results:
+        assert_equal_states(state, results[0], exactly=True)
+        assert_equal_states({name: state[name] for name in parameters}, parameters)
+
+
+# ------------------------------------------------------------------ reports and errors
+
+
+def monitored(worker: int, folder: str) -> tuple[dict[str, float], dict[str, float], State]:
+    module = Classifier("chain")
+    trainer = fit(
+        *(worker, module, 8, make_strategy("ist", momentum="travel")),
+        callbacks=[RoundMonitor()],
+        default_root_dir=folder,
+        val_dataloaders=held_out(worker),
+    )
+    logged = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
+    return logged, evaluate(module, 2), clone_state(module)
+
+
+def test_the_summary_has_the_numbers_of_the_closed_form_and_the_model_evaluates_as_logged(tmp_path: Path) -> None:
+    results = run_trainers(monitored, 2, str(tmp_path))
+
+    for logged, evaluated, state in results:
+        assert logged == pytest.approx(evaluated, abs=1e-6)
+        assert_equal_states(state, results[0][2], exactly=True)
+    module = Classifier("chain")
+    layout = NeuronLayout(module, NeuronConfig(local_steps=3, momentum="travel"), 2)
+    states = OptimizerStates([module.configure_optimizers()])
+    sent = [layout.hand_over_bytes(round, states) for round in (0, 1)]
+    summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
+    assert summary["strategy"] == "ist"
+    assert (summary["workers"], summary["rounds"], summary["local_steps"]) == (2, 3, 8)
+    assert summary["blocks"] == ["net.0", "net.5", "net.8"]
+    assert summary["held_parameters"] == layout.held_parameters(2)
+    assert summary["full_parameters"] == sum(parameter.numel() for parameter in module.parameters())
+    for kind in ("hand_over", "state"):
+        assert summary["sent_bytes"][kind] == [sum(round[worker][kind] for round in sent) for worker in range(2)]
+        assert min(summary["sent_bytes"][kind]) > 0
+    assert summary["partitions"] == [layout.held(round) for round in range(3)]
+
+
+class Spoilt(Classifier):
+    """Worker 1 has a loss of NaN in the second round."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if batch_idx == 4 and self.trainer.global_rank == 1 else loss
+
+
+def train_spoilt(worker: int, policy: str) -> bool:
+    module = Spoilt("chain")
+    fit(worker, module, 10, make_strategy("ist", non_finite=policy))
+    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+
+
+def test_nan_in_one_worker_ends_all_or_is_left_out() -> None:
+    for outcome in run_trainers_to_the_end(train_spoilt, 2, "raise"):
+        assert isinstance(outcome.error, NotFinite), outcome.traceback
+        assert "after local step 3 of round 1: worker 1 in its neurons' part of net.0.weight" in str(outcome.error)
+    assert [outcome.value for outcome in run_trainers_to_the_end(train_spoilt, 2, "drop")] == [True, True]
+
+
+class TooNarrow(Classifier):
+    def __init__(self) -> None:
+        super().__init__("chain")
+        self.net[8], self.net[10] = nn.Linear(12, 2), nn.Linear(2, 4)
+
+
+def train_too_narrow(worker: int) -> None:
+    fit(worker, TooNarrow(), 2, make_strategy("ist"))
+
+
+def test_a_layer_with_fewer_neurons_than_workers_is_refused_before_the_training() -> None:
+    for outcome in run_trainers_to_the_end(train_too_narrow, 3):
+        assert isinstance(outcome.error, LayerSelectionError)
+        assert "layer 'net.8' has 2 neurons for 3 workers" in str(outcome.error)
+
+
+def test_a_residual_network_is_referred_to_resist() -> None:
+    (outcome,) = run_trainers_to_the_end(train_residual, 1)
+    assert isinstance(outcome.error, LayerSelectionError)
+    assert 'strategy="resist"' in str(outcome.error)
+
+
+def train_residual(worker: int) -> None:
+    fit(worker, Classifier("preact"), 2, make_strategy("ist"))
