@@ -90,7 +90,7 @@ def _draw_memory(path: Path, content: Content) -> Path:
 
 
 def _figure(panels: int) -> Figure:
-    figure = Figure(figsize=(max(7, 5.5 * panels), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(9, 5.5 * panels), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

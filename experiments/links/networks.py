@@ -56,7 +56,7 @@ def make_network(
 def network_in_words(network: Mapping[str, Any]) -> str:
     """What a record was made with."""
     if fully_connected(network):
-        return f"fully connected network of {network['depth']} layers, hidden {network['width']}"
+        return f"fully connected, {network['depth']} layers, hidden {network['width']}"
     return f"PreActResNet {network['depth']}, width x {network['width_multiplier']:g}"
 
 
