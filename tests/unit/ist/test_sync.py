@@ -12,6 +12,7 @@ from torch import nn
 
 from resist_lightning import Engine, NeuronConfig
 from tests.helpers.ist import (
+    ONE_AT_A_TIME,
     Run,
     batch_of,
     full_state,
@@ -231,3 +232,75 @@ def test_gradients_that_add_up_survive_a_look_at_the_full_model():
     plain, _ = run_threads(accumulate, 2, run, False)
     watched, _ = run_threads(accumulate, 2, run, True)
     assert_equal_states(watched[0], plain[0], exactly=True)
+
+
+# ------------------------------------------------------------------ networks of other kinds
+
+
+def identity_of_two_types(collective):
+    """Three rounds without training of a network in bfloat16 whose norms are in float32, on channels_last memory."""
+    run = Run(NeuronConfig(local_steps=1, batch_norm="running"), 0, "conv")
+    with ONE_AT_A_TIME:
+        net = make_net(run).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        net[1].to(torch.float32)
+        engine = Engine(net, [make_optimizer(run, net)], run.config, collective=collective)
+    first = clone_state(net)
+    engine.start()
+    for _ in range(3):
+        engine.after_step()
+    engine.finish()
+    assert_equal_states(clone_state(net), first, exactly=True)
+    return sorted({str(tensor.dtype) for tensor in first.values()})
+
+
+def test_tensors_of_several_types_and_memory_formats_come_back_as_they_were():
+    assert run_threads(identity_of_two_types, 3)[0] == [["torch.bfloat16", "torch.float32", "torch.int64"]] * 3
+
+
+def train_on_channels_last(collective, run):
+    with ONE_AT_A_TIME:
+        net = make_net(run).to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(run, net)
+        engine = Engine(net, [optimizer], run.config, collective=collective)
+    engine.start()
+    for step in range(run.steps):
+        x, y = batch_of(run, collective.worker, step)
+        train_step(net, optimizer, (x.to(memory_format=torch.channels_last), y))
+        engine.after_step()
+    engine.finish()
+    return clone_state(net)
+
+
+def test_the_memory_format_of_convolutions_changes_nothing():
+    run = Run(NeuronConfig(local_steps=2, momentum="travel"), 5, "conv")
+    states, _ = run_threads(train_on_channels_last, 2, run)
+    assert_equal_states(states[0], train_simulator(run, 2).full_model().state_dict())
+
+
+def thaw(net, step):
+    """Layers that begin to train later, as when a pretrained network is tuned."""
+    net[3].requires_grad_(step >= 3)
+    net[0].requires_grad_(step < 3)
+
+
+def train_thawing(collective, run):
+    engine, optimizer = start_engine(run, collective)
+    for step in range(run.steps):
+        thaw(engine.module, step)
+        train_step(engine.module, optimizer, batch_of(run, collective.worker, step))
+        engine.after_step()
+    engine.finish()
+    return clone_state(engine.module)
+
+
+def test_what_trains_may_change_in_mid_round():
+    for momentum in MOMENTA:
+        run = Run(NeuronConfig(local_steps=2, momentum=momentum), 8)
+        states, _ = run_threads(train_thawing, 3, run)
+        simulator = train_simulator(Run(run.config, 0), 3)
+        for step in range(run.steps):
+            for number, worker in enumerate(simulator.workers):
+                thaw(worker.module, step)
+                train_step(worker.module, worker.optimizers[0], batch_of(run, number, step))
+            simulator.after_step()
+        assert_equal_states(states[0], simulator.full_model().state_dict())
