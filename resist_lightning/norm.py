@@ -102,6 +102,9 @@ def recalibrate(
 
     Returns:
         The running means and variances of all other layers.
+
+    Raises:
+        RuntimeError: if the full model cannot take what a part of it was given in training.
     """
     norms = [norm for name, norm in norms_with_statistics(module).items() if name not in still]
     modes = {child: child.training for child in module.modules()}
@@ -114,7 +117,11 @@ def recalibrate(
         norm.train()
     with torch.no_grad(), forward_context():
         for called, args, kwargs in calls:
-            called(*args, **kwargs)
+            try:
+                called(*args, **kwargs)
+            except RuntimeError as error:
+                names = {child: name for name, child in module.named_modules()}
+                raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
     for child, mode in modes.items():
         child.training = mode
     for norm in norms:
@@ -124,6 +131,13 @@ def recalibrate(
             if name == "num_batches_tracked" or not reached:
                 buffer.copy_(old)
     return [_statistic(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+
+
+_CANNOT_REPLAY = (
+    "batch norm cannot be re-estimated: {!r} of the full model fails on an input that it had in training. Where "
+    "neurons are dealt out, what one part of a network gives to another has those of one worker only: call the "
+    "network as a whole in training, e.g. self(x), or choose batch_norm='running' or 'batch'."
+)
 
 
 class BatchStatistics:

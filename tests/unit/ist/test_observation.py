@@ -123,6 +123,42 @@ def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for
             assert_equal_states(after, before, exactly=True)
 
 
+class InTwoParts(nn.Module):
+    """Each part has a batch norm, and the neurons between them are dealt out."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 7))
+        self.head = nn.Sequential(nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 4))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def train_in_parts(collective, policy, whole):
+    with ONE_AT_A_TIME:
+        net = InTwoParts()
+        engine = Engine(
+            net, [torch.optim.SGD(net.parameters(), 0.1)], NeuronConfig(batch_norm=policy), collective=collective
+        )
+    engine.start()
+    x = batch_of(Run(NeuronConfig(), 0), collective.worker, 0)[0]
+    net(x) if whole else net.head(net.body(x))
+    engine.count_step()
+    engine.finish()
+    return net.head[0].running_var.isfinite().all()
+
+
+def test_parts_that_are_called_one_by_one_are_refused_where_batch_norm_is_re_estimated():
+    """Their inputs are those of a subnet, and the full model cannot take them."""
+    with pytest.raises(
+        RuntimeError, match=r"'head' of the full model fails .* self\(x\), or choose batch_norm='running'"
+    ):
+        run_threads(train_in_parts, 2, "recalibrate", False)
+    for policy, whole in (("running", False), ("batch", False), ("recalibrate", True)):
+        assert all(run_threads(train_in_parts, 2, policy, whole)[0])
+
+
 # ------------------------------------------------------------------ going on
 
 
