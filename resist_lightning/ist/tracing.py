@@ -49,7 +49,7 @@ def trace(module: nn.Module) -> list[Traced]:
     """Trace a module as it computes in training.
 
     A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
-    child; children without a Linear or Conv (losses, metrics) are left out.
+    child; children without a Linear or Conv (losses, metrics), or without anything that trains, are left out.
 
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
@@ -87,7 +87,7 @@ class _Tracer(fx.Tracer):
 
 def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     if _has_forward(module):
-        if not is_leaf(module) and _has_weights(module):
+        if not is_leaf(module) and _has_weights(module) and _trains(module):
             yield prefix, module
         return
     for name, child in module.named_children():
@@ -103,6 +103,11 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _has_weights(module: nn.Module) -> bool:
     return any(isinstance(child, Weighted) for child in module.modules())
+
+
+def _trains(module: nn.Module) -> bool:
+    """A frozen network (a teacher, a perceptual loss) stays whole: a subnet of it computes something else."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _trace(root: nn.Module, prefix: str) -> Traced:
