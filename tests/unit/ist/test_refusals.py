@@ -297,3 +297,11 @@ def test_the_way_out_of_the_tracing_error_is_true():
     """A module without a forward is looked at child by child, so that what branches may stand beside the network."""
     net = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)), "branching": nn.Identity()})
     assert [layer.name for layer in find_neurons(net).layers] == ["net.0"]
+
+
+def test_networks_with_the_same_tensors_are_refused_unless_layers_are_named():
+    """A target network took weights of other neurons than its own, in silence."""
+    both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)) for name in ("net", "target")})
+    assert "the networks 'net' and 'target' have the same tensors" in refusal(both)
+    assert [layer.name for layer in find_neurons(both, ["net.*"]).layers] == ["net.0"]
+    assert [layer.name for layer in find_neurons(both, ["net.*", "target.*"]).layers] == ["net.0", "target.0"]
