@@ -18,6 +18,7 @@ from resist_lightning.ist.modules import (
     position_module,
     positions_of,
     titled,
+    torch_class,
 )
 from resist_lightning.ist.operations import (
     DROPOUTS,
@@ -162,7 +163,7 @@ class Flow:
         if isinstance(module, nn.Flatten):
             return flatten(value, module.start_dim, module.end_dim)
         if position_module(module):
-            return over_positions(value, titled(name, module))
+            return over_positions(value, titled(name, module), torch_class(module))
         self._leave(node, module)
         raise NotPerNeuron(f"reach {titled(name, module)}, which is not per neuron")
 

@@ -305,3 +305,14 @@ def test_networks_with_the_same_tensors_are_refused_unless_layers_are_named():
     assert "the networks 'net' and 'target' have the same tensors" in refusal(both)
     assert [layer.name for layer in find_neurons(both, ["net.*"]).layers] == ["net.0"]
     assert [layer.name for layer in find_neurons(both, ["net.*", "target.*"]).layers] == ["net.0", "target.0"]
+
+
+MORE_DIMENSIONS = [nn.MaxPool2d(2), nn.ZeroPad2d((0, 0, 0, 8)), nn.AvgPool2d(3, 1, 1), nn.MaxPool3d(1)]
+
+
+@pytest.mark.parametrize("module", MORE_DIMENSIONS, ids=str)
+def test_pooling_of_more_dimensions_than_the_convolution_has_is_refused(module):
+    """Where the sizes happened to fit, neurons were pooled with each other."""
+    assert "a convolution of as many" in refusal(
+        nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), module, nn.Flatten(), nn.Linear(32, 2))
+    )
