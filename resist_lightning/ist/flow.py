@@ -87,6 +87,9 @@ class Flow:
         for node in traced.graph.nodes:
             self._reaching[node] = frozenset().union(*(self._reaching[source] for source in node.all_input_nodes))
             self._values[node] = self._follow(node)
+        for node in traced.stored:
+            if (owner := _owner(self._values[node])) is not None:
+                self._refuse(owner.layer, "are left in an attribute of a module, where any loss may read them", node)
 
     def _follow(self, node: fx.Node) -> Value:
         values = [self._values[source] for source in node.all_input_nodes]

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from resist_lightning.errors import LayerSelectionError
@@ -33,12 +34,14 @@ class Traced:
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
         prefix: what its names begin with in the user's module, with the dot at the end.
         attributes: what its forward reads itself: parameters, buffers, constants, by name.
+        stored: values that its forward leaves in attributes of modules.
     """
 
     module: nn.Module
     graph: fx.Graph
     prefix: str
     attributes: dict[str, Any]
+    stored: tuple[fx.Node, ...]
 
     def called(self, node: fx.Node) -> tuple[str, nn.Module]:
         """Qualified name in the user's module, and module, of a ``call_module`` node."""
@@ -125,7 +128,10 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
             "call what remains around it from the steps of a LightningModule without a forward of its own."
         ) from error
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return Traced(root, graph, prefix, {name: attrgetter(name)(root) for name in read})
+    attributes = {name: attrgetter(name)(root) for name in read}
+    left = tree_leaves([list(vars(child).values()) for child in root.modules()])
+    stored = tuple(value.node for value in left if isinstance(value, fx.Proxy) and value.node.graph is graph)
+    return Traced(root, graph, prefix, attributes, stored)
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:

@@ -316,3 +316,19 @@ def test_pooling_of_more_dimensions_than_the_convolution_has_is_refused(module):
     assert "a convolution of as many" in refusal(
         nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), module, nn.Flatten(), nn.Linear(32, 2))
     )
+
+
+def store(net, x):
+    net.features = net.a(x)
+    return net.c(net.features)
+
+
+def store_in_list(net, x):
+    net.kept = [net.a(x)]
+    return net.c(net.kept[0])
+
+
+@pytest.mark.parametrize("forward", [store, store_in_list])
+def test_neurons_that_are_left_in_an_attribute_are_refused(forward):
+    """A training_step that read the attribute computed its loss on a part of the features, in silence."""
+    assert "are left in an attribute of a module" in refusal(Net(forward))
