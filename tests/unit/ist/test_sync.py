@@ -353,3 +353,33 @@ def test_gradients_that_add_up_survive_a_look_at_the_full_model():
     plain, _ = run_threads(accumulate, 2, run, False)
     watched, _ = run_threads(accumulate, 2, run, True)
     assert_equal_states(watched[0], plain[0], exactly=True)
+
+
+# ------------------------------------------------------------------ what reviews have found
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(input=self.a(input=x).relu())
+
+
+def call_by_name(collective):
+    with ONE_AT_A_TIME:
+        net = ByName()
+        engine = Engine(net, [torch.optim.SGD(net.parameters(), 0.1)], NeuronConfig(), collective=collective)
+    engine.start()
+    x = torch.ones(2, 6)
+    with torch.no_grad():
+        found, expected = net(x), net.b.weight @ (2 * net.a(x).relu()).T + net.b.bias.unsqueeze(1)
+    engine.finish()
+    return found, expected.T
+
+
+def test_a_layer_may_be_called_with_its_input_by_name():
+    """The scaling of inputs looked for the first positional argument, and raised IndexError."""
+    for found, expected in run_threads(call_by_name, 2)[0]:
+        torch.testing.assert_close(found, expected)
