@@ -383,3 +383,32 @@ def test_a_layer_may_be_called_with_its_input_by_name():
     """The scaling of inputs looked for the first positional argument, and raised IndexError."""
     for found, expected in run_threads(call_by_name, 2)[0]:
         torch.testing.assert_close(found, expected)
+
+
+def leave_state_behind(collective, run, how):
+    """Momentum that equals the weights, of a matrix that is frozen, or is in a group that came later; then a sync."""
+    with ONE_AT_A_TIME:
+        net = make_net(run)
+        late = [net[2].weight]
+        others = [parameter for parameter in net.parameters() if parameter is not late[0]]
+        optimizer = torch.optim.SGD(others if how == "group" else [*others, *late], 0.05, momentum=0.9)
+        engine = Engine(net, [optimizer], run.config, collective=collective)
+    engine.start()
+    if how == "group":
+        optimizer.add_param_group({"params": late})
+    optimizer.state[late[0]]["momentum_buffer"] = late[0].detach().clone()
+    late[0].requires_grad_(how == "group")
+    for _ in range(run.config.local_steps):
+        engine.after_step()
+    left = optimizer.state.get(late[0], {}).get("momentum_buffer", torch.zeros(()))
+    wrong = bool(((left != 0) & (left != late[0])).any())
+    engine.finish()
+    return wrong
+
+
+@pytest.mark.parametrize("how", ["frozen", "group"])
+@pytest.mark.parametrize("momentum", ["keep", "travel"])
+def test_state_that_does_not_move_never_meets_other_neurons(momentum, how):
+    """It stayed in its place while the weights under it were dealt anew: momentum of other entries, in silence."""
+    run = Run(NeuronConfig(local_steps=2, momentum=momentum), 2, net="plain")
+    assert not any(run_threads(leave_state_behind, 2, run, how)[0])
