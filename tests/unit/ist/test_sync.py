@@ -412,3 +412,14 @@ def test_state_that_does_not_move_never_meets_other_neurons(momentum, how):
     """It stayed in its place while the weights under it were dealt anew: momentum of other entries, in silence."""
     run = Run(NeuronConfig(local_steps=2, momentum=momentum), 2, net="plain")
     assert not any(run_threads(leave_state_behind, 2, run, how)[0])
+
+
+def copies_after_the_end(collective, run):
+    engine, _ = start_engine(run, collective)
+    engine.finish()
+    return len(engine._sync._as_received)
+
+
+def test_copies_of_the_round_are_let_go_at_the_end():
+    run = Run(NeuronConfig(non_finite="drop"), 0)
+    assert run_threads(copies_after_the_end, 2, run)[0] == [0, 0]
