@@ -65,6 +65,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
+    if "forward" in vars(module):  # the user's own, which takes the place of the class's
+        return False
     forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
     return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 

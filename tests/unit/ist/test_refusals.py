@@ -332,3 +332,10 @@ def store_in_list(net, x):
 def test_neurons_that_are_left_in_an_attribute_are_refused(forward):
     """A training_step that read the attribute computed its loss on a part of the features, in silence."""
     assert "are left in an attribute of a module" in refusal(Net(forward))
+
+
+def test_a_forward_that_was_put_into_a_module_of_torch_is_looked_into():
+    """It was taken for that of its class, and the neurons of a softmax were dealt out."""
+    net = Net(lambda net, x: net.c(net.a(x)))
+    net.a.forward = lambda x: functional.linear(x, net.a.weight, net.a.bias).softmax(-1)
+    assert "nothing to deal out" in refusal(net)
