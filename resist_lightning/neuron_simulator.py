@@ -168,11 +168,11 @@ class NeuronSimulator:
         for name, layer in self.neurons.rescaled:
             factor = self.neurons.layers[layer].width / len(self.partitions()[layer].held[index])
             scaled = partial(_scaled, factor)
-            self._hooks.append(worker.module.get_submodule(name).register_forward_pre_hook(scaled))
+            self._hooks.append(worker.module.get_submodule(name).register_forward_pre_hook(scaled, with_kwargs=True))
 
 
-def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * factor, *args[1:])
+def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return tuple(value * factor for value in args), {key: value * factor for key, value in kwargs.items()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class Sync(ABC, Generic[AnyPlan]):
     def end(self) -> None:
         """Call it once, when training has ended: every tensor gets memory of its own again."""
         self.exchange.take_apart()
+        self._as_received = []
 
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from resist_lightning.config import LayerChoice
 from resist_lightning.errors import LayerSelectionError
 from resist_lightning.globs import matches
 from resist_lightning.ist.flow import Flow, Layer
 from resist_lightning.ist.neurons import Cut, HiddenLayer, Neurons, Size
-from resist_lightning.ist.tracing import Weighted, names_of_tensors, trace
+from resist_lightning.ist.tracing import Traced, Weighted, names_of_tensors, trace
 
 _SHOWN = 5
 
@@ -38,7 +39,10 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
         LayerSelectionError: if the module cannot be traced, has no hidden layer, a glob or predicate chooses none, or
             a chosen layer cannot be divided.
     """
-    flows = [Flow(traced) for traced in trace(module)]
+    traces = trace(module)
+    if choice is None:
+        _refuse_twins(traces)
+    flows = [Flow(traced) for traced in traces]
     layers = [layer for flow in flows for layer in flow.layers.values() if layer.hidden]
     if not layers:
         raise LayerSelectionError(
@@ -69,6 +73,24 @@ def _line(neurons: Neurons, index: int) -> str:
     }
     layer = neurons.layers[index]
     return f"{layer.name} ({layer.width} neurons): rows of {', '.join(rows)}; columns of {', '.join(columns)}"
+
+
+def _refuse_twins(traces: Iterable[Traced]) -> None:
+    """Each layer is dealt by itself: weights that are copied from one network to another would meet other neurons."""
+    seen: dict[object, str] = {}
+    for traced in traces:
+        shapes = tuple(
+            (name, None if isinstance(parameter, UninitializedParameter) else parameter.shape)
+            for name, parameter in traced.module.named_parameters()
+        )
+        first, second = seen.setdefault(shapes, traced.prefix), traced.prefix
+        if first != second:
+            raise LayerSelectionError(
+                f"the networks {first[:-1]!r} and {second[:-1]!r} have the same tensors. If weights are copied from "
+                "one to the other (a target network, a moving average), they cannot both be dealt out: their neurons "
+                f"go to different workers. Say which are by `layers`: {[f'{first}*']}, or "
+                f"{[f'{first}*', f'{second}*']} if nothing is copied."
+            )
 
 
 def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> list[Layer]:

@@ -18,6 +18,7 @@ from resist_lightning.ist.modules import (
     position_module,
     positions_of,
     titled,
+    torch_class,
 )
 from resist_lightning.ist.operations import (
     DROPOUTS,
@@ -86,6 +87,9 @@ class Flow:
         for node in traced.graph.nodes:
             self._reaching[node] = frozenset().union(*(self._reaching[source] for source in node.all_input_nodes))
             self._values[node] = self._follow(node)
+        for node in traced.stored:
+            if (owner := _owner(self._values[node])) is not None:
+                self._refuse(owner.layer, "are left in an attribute of a module, where any loss may read them", node)
 
     def _follow(self, node: fx.Node) -> Value:
         values = [self._values[source] for source in node.all_input_nodes]
@@ -162,7 +166,7 @@ class Flow:
         if isinstance(module, nn.Flatten):
             return flatten(value, module.start_dim, module.end_dim)
         if position_module(module):
-            return over_positions(value, titled(name, module))
+            return over_positions(value, titled(name, module), torch_class(module))
         self._leave(node, module)
         raise NotPerNeuron(f"reach {titled(name, module)}, which is not per neuron")
 

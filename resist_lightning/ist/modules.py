@@ -74,6 +74,11 @@ def titled(name: str, module: nn.Module) -> str:
     return f"{name!r} ({type(module).__name__})"
 
 
+def torch_class(module: nn.Module) -> str:
+    """Name of the class in torch.nn that a module is of, or descends from."""
+    return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
+
+
 def cannot_cut(name: str, module: nn.Module, tensors: set[str], calls: int) -> str:
     """Why the tensors of a module cannot be cut; empty if they can.
 

@@ -89,10 +89,16 @@ _RESIZING = frozenset({"interpolate", "upsample", "instance_norm"})
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 
-def over_positions(value: Divided, what: str) -> Divided:
-    """What pooling and padding leave of a tensor."""
-    if value.form != "channels":
-        raise NotPerNeuron(f"reach {what}, which is per neuron only before flattening and after a convolution")
+def over_positions(value: Divided, what: str, kind: str) -> Divided:
+    """What pooling and padding leave of a tensor; ``kind`` may end with the number of their dimensions (``MaxPool2d``).
+
+    torch takes a tensor with one dimension less for one without a batch, and the neurons for positions.
+    """
+    dimensions = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else value.positions
+    if value.form != "channels" or dimensions != value.positions:
+        raise NotPerNeuron(
+            f"reach {what}, which is per neuron only before flattening and after a convolution of as many dimensions"
+        )
     return value
 
 
@@ -137,7 +143,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     if name in _JOINS or any(not isinstance(other, Number) for other in others):
         raise NotPerNeuron(_combined(name))
     if name in _POOLING | _RESIZING:
-        return over_positions(value, f"{name}()")
+        return over_positions(value, f"{name}()", name)
     special: dict[str, Callable[[fx.Node, Divided], Divided]] = {"flatten": _flatten, "pad": _pad}
     special.update(dict.fromkeys(_REDUCTIONS, _reduce))
     if name not in special:

@@ -55,7 +55,7 @@ class Subnet:
         self._hooks = []
         for name, layer in layout.neurons.rescaled:
             scaled = _Scaled(layout.neurons.layers[layer].width / widths[layer])
-            self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled))
+            self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled, with_kwargs=True))
 
     def hold_all(self) -> None:
         """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
@@ -81,5 +81,7 @@ class _Scaled:
     def __init__(self, factor: float) -> None:
         self._factor = factor
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * self._factor, *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (args[0] * self._factor, *args[1:]), kwargs
+        return args, {**kwargs, "input": kwargs["input"] * self._factor}

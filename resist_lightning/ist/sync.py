@@ -100,6 +100,7 @@ class NeuronSync(Sync[NeuronPlan]):
             found = {cut: pieces(cut, plan, self._worker) for cut in {divided.cut for divided in moving.values()}}
             loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
             arrived = self._transfer(moving, loads, plan)
+            self._forget_others(state)
             for divided in state.values():
                 divided.tensor.zero_()  # under "keep" not all of it arrives
             self._put(moving, arrived, plan)
@@ -164,6 +165,11 @@ class NeuronSync(Sync[NeuronPlan]):
                 for key, slot in self._slots(name).items():
                     self._store.setdefault(key, torch.zeros(rows.shape, dtype=slot.dtype))
         return self._divided_state(self._parameters)
+
+    def _forget_others(self, moving: Iterable[str]) -> None:
+        """State that does not move, of frozen parameters or of groups added since, would meet other neurons."""
+        moved = {key.rpartition("/")[0] for key in moving}
+        self._states.drop([parameter for name, parameter in self._parameters.items() if name not in moved])
 
     def _divided_state(self, names: Iterable[str]) -> dict[str, Divided]:
         layout = self._layout

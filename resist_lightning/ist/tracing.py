@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from resist_lightning.errors import LayerSelectionError
@@ -33,12 +34,14 @@ class Traced:
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
         prefix: what its names begin with in the user's module, with the dot at the end.
         attributes: what its forward reads itself: parameters, buffers, constants, by name.
+        stored: values that its forward leaves in attributes of modules.
     """
 
     module: nn.Module
     graph: fx.Graph
     prefix: str
     attributes: dict[str, Any]
+    stored: tuple[fx.Node, ...]
 
     def called(self, node: fx.Node) -> tuple[str, nn.Module]:
         """Qualified name in the user's module, and module, of a ``call_module`` node."""
@@ -49,7 +52,7 @@ def trace(module: nn.Module) -> list[Traced]:
     """Trace a module as it computes in training.
 
     A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
-    child; children without a Linear or Conv (losses, metrics) are left out.
+    child; children without a Linear or Conv (losses, metrics), or without anything that trains, are left out.
 
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
@@ -62,6 +65,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
+    if "forward" in vars(module):  # the user's own, which takes the place of the class's
+        return False
     forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
     return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
@@ -87,7 +92,7 @@ class _Tracer(fx.Tracer):
 
 def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     if _has_forward(module):
-        if not is_leaf(module) and _has_weights(module):
+        if not is_leaf(module) and _has_weights(module) and _trains(module):
             yield prefix, module
         return
     for name, child in module.named_children():
@@ -105,6 +110,11 @@ def _has_weights(module: nn.Module) -> bool:
     return any(isinstance(child, Weighted) for child in module.modules())
 
 
+def _trains(module: nn.Module) -> bool:
+    """A frozen network (a teacher, a perceptual loss) stays whole: a subnet of it computes something else."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def _trace(root: nn.Module, prefix: str) -> Traced:
     tracer = _Tracer()
     try:
@@ -120,7 +130,10 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
             "call what remains around it from the steps of a LightningModule without a forward of its own."
         ) from error
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return Traced(root, graph, prefix, {name: attrgetter(name)(root) for name in read})
+    attributes = {name: attrgetter(name)(root) for name in read}
+    left = tree_leaves([list(vars(child).values()) for child in root.modules()])
+    stored = tuple(value.node for value in left if isinstance(value, fx.Proxy) and value.node.graph is graph)
+    return Traced(root, graph, prefix, attributes, stored)
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:

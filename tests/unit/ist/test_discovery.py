@@ -203,8 +203,8 @@ class Modes(nn.Module):
         self.calls += 1
         if not self.training:
             return x
-        self.kept = x * torch.rand(1)
-        return self.c(self.kept + torch.rand(1))
+        self.kept = self.c(x * torch.rand(1) + torch.rand(1))
+        return self.kept
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -288,3 +288,14 @@ def test_a_choice_that_matches_no_hidden_layer_lists_the_candidates(choice):
 def test_nothing_to_deal_out_lists_what_was_seen(module, seen):
     with pytest.raises(LayerSelectionError, match=f"nothing to deal out.* Seen: {seen}"):
         find_neurons(module)
+
+
+class Taught(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = chain(4, 6, 2), chain(4, 6, 6, 2).requires_grad_(False)
+
+
+def test_a_frozen_network_beside_the_trained_one_stays_whole():
+    """It was dealt out too, and the student learned from a random part of its teacher."""
+    assert found(Taught()) == ["student.0"]

@@ -297,3 +297,45 @@ def test_the_way_out_of_the_tracing_error_is_true():
     """A module without a forward is looked at child by child, so that what branches may stand beside the network."""
     net = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)), "branching": nn.Identity()})
     assert [layer.name for layer in find_neurons(net).layers] == ["net.0"]
+
+
+def test_networks_with_the_same_tensors_are_refused_unless_layers_are_named():
+    """A target network took weights of other neurons than its own, in silence."""
+    both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)) for name in ("net", "target")})
+    assert "the networks 'net' and 'target' have the same tensors" in refusal(both)
+    assert [layer.name for layer in find_neurons(both, ["net.*"]).layers] == ["net.0"]
+    assert [layer.name for layer in find_neurons(both, ["net.*", "target.*"]).layers] == ["net.0", "target.0"]
+
+
+MORE_DIMENSIONS = [nn.MaxPool2d(2), nn.ZeroPad2d((0, 0, 0, 8)), nn.AvgPool2d(3, 1, 1), nn.MaxPool3d(1)]
+
+
+@pytest.mark.parametrize("module", MORE_DIMENSIONS, ids=str)
+def test_pooling_of_more_dimensions_than_the_convolution_has_is_refused(module):
+    """Where the sizes happened to fit, neurons were pooled with each other."""
+    assert "a convolution of as many" in refusal(
+        nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), module, nn.Flatten(), nn.Linear(32, 2))
+    )
+
+
+def store(net, x):
+    net.features = net.a(x)
+    return net.c(net.features)
+
+
+def store_in_list(net, x):
+    net.kept = [net.a(x)]
+    return net.c(net.kept[0])
+
+
+@pytest.mark.parametrize("forward", [store, store_in_list])
+def test_neurons_that_are_left_in_an_attribute_are_refused(forward):
+    """A training_step that read the attribute computed its loss on a part of the features, in silence."""
+    assert "are left in an attribute of a module" in refusal(Net(forward))
+
+
+def test_a_forward_that_was_put_into_a_module_of_torch_is_looked_into():
+    """It was taken for that of its class, and the neurons of a softmax were dealt out."""
+    net = Net(lambda net, x: net.c(net.a(x)))
+    net.a.forward = lambda x: functional.linear(x, net.a.weight, net.a.bias).softmax(-1)
+    assert "nothing to deal out" in refusal(net)

@@ -304,3 +304,73 @@ def test_what_trains_may_change_in_mid_round():
                 train_step(worker.module, worker.optimizers[0], batch_of(run, number, step))
             simulator.after_step()
         assert_equal_states(states[0], simulator.full_model().state_dict())
+
+
+# ------------------------------------------------------------------ what reviews have found
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(input=self.a(input=x).relu())
+
+
+def call_by_name(collective):
+    with ONE_AT_A_TIME:
+        net = ByName()
+        engine = Engine(net, [torch.optim.SGD(net.parameters(), 0.1)], NeuronConfig(), collective=collective)
+    engine.start()
+    x = torch.ones(2, 6)
+    with torch.no_grad():
+        found, expected = net(x), net.b.weight @ (2 * net.a(x).relu()).T + net.b.bias.unsqueeze(1)
+    engine.finish()
+    return found, expected.T
+
+
+def test_a_layer_may_be_called_with_its_input_by_name():
+    """The scaling of inputs looked for the first positional argument, and raised IndexError."""
+    for found, expected in run_threads(call_by_name, 2)[0]:
+        torch.testing.assert_close(found, expected)
+
+
+def leave_state_behind(collective, run, how):
+    """Momentum that equals the weights, of a matrix that is frozen, or is in a group that came later; then a sync."""
+    with ONE_AT_A_TIME:
+        net = make_net(run)
+        late = [net[2].weight]
+        others = [parameter for parameter in net.parameters() if parameter is not late[0]]
+        optimizer = torch.optim.SGD(others if how == "group" else [*others, *late], 0.05, momentum=0.9)
+        engine = Engine(net, [optimizer], run.config, collective=collective)
+    engine.start()
+    if how == "group":
+        optimizer.add_param_group({"params": late})
+    optimizer.state[late[0]]["momentum_buffer"] = late[0].detach().clone()
+    late[0].requires_grad_(how == "group")
+    for _ in range(run.config.local_steps):
+        engine.after_step()
+    left = optimizer.state.get(late[0], {}).get("momentum_buffer", torch.zeros(()))
+    wrong = bool(((left != 0) & (left != late[0])).any())
+    engine.finish()
+    return wrong
+
+
+@pytest.mark.parametrize("how", ["frozen", "group"])
+@pytest.mark.parametrize("momentum", ["keep", "travel"])
+def test_state_that_does_not_move_never_meets_other_neurons(momentum, how):
+    """It stayed in its place while the weights under it were dealt anew: momentum of other entries, in silence."""
+    run = Run(NeuronConfig(local_steps=2, momentum=momentum), 2, net="plain")
+    assert not any(run_threads(leave_state_behind, 2, run, how)[0])
+
+
+def copies_after_the_end(collective, run):
+    engine, _ = start_engine(run, collective)
+    engine.finish()
+    return len(engine._sync._as_received)
+
+
+def test_copies_of_the_round_are_let_go_at_the_end():
+    run = Run(NeuronConfig(non_finite="drop"), 0)
+    assert run_threads(copies_after_the_end, 2, run)[0] == [0, 0]
