@@ -147,7 +147,12 @@ class NeuronSimulator:
         found: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
         worker = self.workers[index]
         for name, parameter in worker.module.named_parameters():
-            if name in self.neurons.cuts:
+            if name in self.neurons.cuts and not parameter.requires_grad:  # it would meet other neurons
+                for slot in [slot for slot in found if slot[1] == name]:
+                    del found[slot]
+                for optimizer in worker.optimizers:
+                    optimizer.state.pop(parameter, None)
+            elif name in self.neurons.cuts:
                 for number, optimizer in enumerate(worker.optimizers):
                     for slot, value in optimizer.state.get(parameter, {}).items():
                         if isinstance(value, Tensor) and value.dim():

@@ -170,6 +170,9 @@ class NeuronSync(Sync[NeuronPlan]):
         """State that does not move, of frozen parameters or of groups added since, would meet other neurons."""
         moved = {key.rpartition("/")[0] for key in moving}
         self._states.drop([parameter for name, parameter in self._parameters.items() if name not in moved])
+        for key in [key for key in self._store if key not in self._layout.shapes]:
+            if key.rpartition("/")[0] not in moved:
+                del self._store[key]
 
     def _divided_state(self, names: Iterable[str]) -> dict[str, Divided]:
         layout = self._layout

@@ -5,6 +5,7 @@ With real processes: tests/distributed/test_ist_training.py.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
