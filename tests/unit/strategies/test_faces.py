@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
 
-from resist_lightning import LocalSGDStrategy, ResISTStrategy
+from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
 
 BAD = {
     "local_steps": [(0, "at least 1 (1 averages after every step)"), (-3, "at least 1"), (2.5, "whole number")],
@@ -98,6 +98,23 @@ def test_every_option_arrives() -> None:
     assert strategy.process_group_backend == "gloo"
     assert strategy._timeout == timedelta(seconds=5)
     assert strategy._start_method == "fork"
+
+
+def test_every_option_of_ist_arrives() -> None:
+    options = {
+        "local_steps": 7, "layers": ["net.*"], "seed": 3, "momentum": "travel", "batch_norm": "batch", "check": "off",
+        "non_finite": "drop",
+    }  # fmt: skip
+    strategy = ISTStrategy(**options, data="copy", timeout=timedelta(seconds=5), start_method="fork")
+
+    assert {name: getattr(strategy.config, name) for name in options} == options
+    assert (strategy._data, strategy._timeout, strategy._start_method) == ("copy", timedelta(seconds=5), "fork")
+    assert pickle.loads(pickle.dumps(strategy)).config == strategy.config
+    usual = ISTStrategy().config
+    assert (usual.local_steps, usual.layers, usual.seed, usual.momentum) == (20, None, 0, "reset")
+    assert (usual.batch_norm, usual.check, usual.non_finite) == ("recalibrate", "sampled", "raise")
+    with pytest.raises(ValueError, match="data='foo'"):
+        ISTStrategy(data="foo")  # type: ignore[arg-type]
 
 
 def test_a_strategy_can_be_sent_to_spawned_workers() -> None:
