@@ -43,10 +43,9 @@ class OptimizerStates:
             ValueError: for a slot that is neither a number nor has the shape of its parameter.
         """
         for optimizer, groups in zip(self._optimizers, self._slots, strict=True):
-            odd = [name for slots in groups for name, slot in slots.items() if slot.dim() and slot.shape != (2, 3)]
-            if odd:
+            for name in _odd(groups):
                 raise ValueError(
-                    f"momentum={momentum!r} cannot move {odd[0]!r} of {type(optimizer).__name__}, which has another "
+                    f"momentum={momentum!r} cannot move {name!r} of {type(optimizer).__name__}, which has another "
                     f"shape than its parameter; use momentum={instead}."
                 )
 
@@ -54,6 +53,12 @@ class OptimizerStates:
         """Forget all state: every optimizer starts again."""
         for optimizer in self._optimizers:
             optimizer.state.clear()
+
+    def forget_odd(self) -> None:
+        """Forget the state of optimizers with slots that are neither numbers nor shaped like their parameters."""
+        for optimizer, groups in zip(self._optimizers, self._slots, strict=True):
+            if _odd(groups):
+                optimizer.state.clear()
 
     def drop(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget the state of some parameters."""
@@ -119,6 +124,11 @@ class OptimizerStates:
                 for group, slots in zip(optimizer.param_groups, groups, strict=False):
                     if parameter.requires_grad and any(parameter is member for member in group["params"]):
                         yield parameter, optimizer, slots
+
+
+def _odd(groups: Iterable[dict[str, Tensor]]) -> list[str]:
+    """Names of the slots of another shape than the probe's parameter."""
+    return [name for slots in groups for name, slot in slots.items() if slot.dim() and slot.shape != (2, 3)]
 
 
 def _plain(value: object) -> object:

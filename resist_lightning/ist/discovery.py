@@ -7,7 +7,8 @@ their first dimension. See docs/decisions/0015-finding-neurons.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -39,7 +40,7 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
         LayerSelectionError: if the module cannot be traced, has no hidden layer, a glob or predicate chooses none, or
             a chosen layer cannot be divided.
     """
-    traces = trace(module)
+    traces = trace(module, _chooser(choice))
     if choice is None:
         _refuse_twins(traces)
     flows = [Flow(traced) for traced in traces]
@@ -47,13 +48,16 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
     if not layers:
         raise LayerSelectionError(
             "nothing to deal out: there is no Linear or Conv whose neurons reach another one in the same forward. "
-            f"Seen: {_seen(module)}. A LightningModule without a forward of its own is looked at child by child."
+            f"Seen: {_seen(module)}. A LightningModule without a forward of its own is looked at child "
+            "by child; what torch.compile has made is not looked into."
         )
     accessed = {tensor: line for flow in flows for tensor, line in flow.accessed.items()}
     _add_problems_of_tensors(module, layers, accessed)
     chosen = _choose(module, layers, choice)
     _refuse(chosen, layers)
-    return _assemble(chosen)
+    switches = ((traced.prefix.rstrip("."), _switches(traced.defaults)) for traced in traces)
+    assumed = ((name, values) for name, values in switches if values)
+    return replace(_assemble(chosen), assumed=tuple(assumed))
 
 
 def describe(neurons: Neurons) -> str:
@@ -93,21 +97,30 @@ def _refuse_twins(traces: Iterable[Traced]) -> None:
             )
 
 
-def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> list[Layer]:
+def _chooser(choice: LayerChoice) -> Callable[[str, nn.Module], bool]:
+    """Whether a layer is chosen, by its name and module."""
     if choice is None:
-        return list(layers)
+        return lambda *_: True
     if callable(choice) and not isinstance(choice, str):
-        chosen = [layer for layer in layers if choice(layer.name, module.get_submodule(layer.name))]
+        return choice
+    patterns = [choice] if isinstance(choice, str) else list(choice)
+    return lambda name, _: any(matches(pattern, name) for pattern in patterns)
+
+
+def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> list[Layer]:
+    chooses = _chooser(choice)
+    chosen = [layer for layer in layers if chooses(layer.name, module.get_submodule(layer.name))]
+    if callable(choice) and not isinstance(choice, str):
         if not chosen:
             raise LayerSelectionError(f"the predicate given as `layers` chose nothing. {_candidates(layers)}")
         return chosen
-    patterns = [choice] if isinstance(choice, str) else list(choice)
-    if not patterns:
-        raise LayerSelectionError(f"layers=[] leaves nothing to deal out. {_candidates(layers)}")
+    patterns = [choice] if isinstance(choice, str) else list(choice or ())
     for pattern in patterns:
         if not any(matches(pattern, layer.name) for layer in layers):
             raise LayerSelectionError(f"layers={pattern!r} matches no hidden layer. {_candidates(layers)}")
-    return [layer for layer in layers if any(matches(pattern, layer.name) for pattern in patterns)]
+    if not chosen:
+        raise LayerSelectionError(f"layers=[] leaves nothing to deal out. {_candidates(layers)}")
+    return chosen
 
 
 def _candidates(layers: Iterable[Layer]) -> str:
@@ -163,6 +176,11 @@ def _assemble(layers: Sequence[Layer]) -> Neurons:
         ),
         rescaled=tuple((name, index) for index, layer in enumerate(layers) for name in layer.rescaled),
     )
+
+
+def _switches(defaults: dict[str, object]) -> dict[str, object]:
+    """Those that a forward may branch on; a float is seldom one."""
+    return {name: value for name, value in defaults.items() if not isinstance(value, float)}
 
 
 def _seen(module: nn.Module) -> str:

@@ -54,6 +54,7 @@ class NeuronLayout(Layout):
                     f"of every layer. Use at most {layer.width} workers, or leave the layer whole: choose others with "
                     "`layers`."
                 )
+        self._refuse_single_neurons()
         tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
         self.shapes: dict[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
@@ -191,6 +192,17 @@ class NeuronLayout(Layout):
     def _drawn_from(self) -> tuple[Any, ...]:
         config = self.config
         return self.workers, self._widths, config.seed, config.local_steps, config.momentum, config.batch_norm
+
+    def _refuse_single_neurons(self) -> None:
+        """A norm over the neurons of one worker makes nothing of one neuron."""
+        for size in self.neurons.sizes:
+            layer = self.neurons.layers[size.layer]
+            if size.attribute in ("normalized_shape", "num_channels") and layer.width < 2 * self.workers > 2:
+                raise LayerSelectionError(
+                    f"layer {layer.name!r} has {layer.width} neurons for {self.workers} workers, and {size.module} "
+                    "normalises over those of a worker: of one alone nothing is left. Use at most "
+                    f"{layer.width // 2} workers, or leave the layer whole: choose others with `layers`."
+                )
 
     def _draw_neurons(self, round: int) -> tuple[Partition, ...]:
         return draw_neurons(self._widths, self.workers, self.config.seed, round)

@@ -68,9 +68,12 @@ class Neurons:
         sizes: the numbers that follow.
         rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm follows it straight, so
             that the sum over fewer neurons must be scaled in a subnet.
+        assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With
+            other values the neurons may go elsewhere.
     """
 
     layers: tuple[HiddenLayer, ...]
     cuts: dict[str, Cut]
     sizes: tuple[Size, ...]
     rescaled: tuple[tuple[str, int], ...]
+    assumed: tuple[tuple[str, dict[str, object]], ...] = ()

@@ -133,6 +133,9 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         NotPerNeuron: if it is not per neuron.
     """
     name = operation_name(node)
+    home = getattr(node.target, "__module__", None) or "torch"
+    if node.op == "call_function" and home.partition(".")[0] not in ("torch", "_operator", "math", "builtins"):
+        raise NotPerNeuron(f"reach {name}(), a function of {home} that is not looked into")
     others = [other for other in others if other != value]
     if name in _ELEMENTWISE:
         if all(isinstance(other, Number) for other in others):

@@ -5,7 +5,9 @@ Parameters keep their Python identity; what changes is their memory and shape, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,16 +56,34 @@ class Subnet:
             self.tensors[name].grad = gradient
         self._hooks = []
         for name, layer in layout.neurons.rescaled:
-            scaled = _Scaled(layout.neurons.layers[layer].width / widths[layer])
-            self._hooks.append(layout.module.get_submodule(name).register_forward_pre_hook(scaled, with_kwargs=True))
+            self._hook(name, _Scaled(layout.neurons.layers[layer].width / widths[layer]))
+        for name, values in layout.neurons.assumed:
+            self._hook(name, _AsTraced(name, values))
 
     def hold_all(self) -> None:
         """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
         self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
+        self._unhook()
+        self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
+
+    def leave(self) -> None:
+        """After an error: what is left of the subnet raises where it is read, as far as nothing uses it any more."""
+        if self._hooks is None or self._layout.workers == 1:
+            return
+        self._unhook()
+        for name, tensor in self.tensors.items():
+            with suppress(RuntimeError):  # of the batch that failed
+                replace_memory(name, tensor, torch.empty(self._layout.shapes[name], dtype=tensor.dtype, device="meta"))
+
+    def _hook(self, name: str, hook: Callable[..., Any]) -> None:
+        assert self._hooks is not None
+        module = self._layout.module.get_submodule(name)
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _unhook(self) -> None:
         for hook in self._hooks or []:
             hook.remove()
         self._hooks = None
-        self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:
         for name, tensor in self.tensors.items():
@@ -85,3 +105,23 @@ class _Scaled:
         if args:
             return (args[0] * self._factor, *args[1:]), kwargs
         return args, {**kwargs, "input": kwargs["input"] * self._factor}
+
+
+class _AsTraced:
+    """Looks whether a module is called as it was when its neurons were followed."""
+
+    def __init__(self, name: str, values: Mapping[str, object]) -> None:
+        self._name = name
+        self._values = values
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        for argument, value in self._values.items():
+            given = bound.arguments[argument]
+            if isinstance(given, Tensor) or given != value:
+                raise ValueError(
+                    f"the forward of {self._name or 'the module'} is called with {argument}={given!r}, and where its "
+                    f"neurons go was found with {argument}={value!r}, the default. Make what you train with the "
+                    "default, or split the module."
+                )

@@ -73,6 +73,7 @@ class NeuronSync(Sync[NeuronPlan]):
     def divide(self, round: int) -> None:
         """Keep this worker's slices, with state that optimizers have of them, and the rows that it is the keeper of."""
         held = self._layout.partition(round)
+        self._states.forget_odd()  # it cannot be cut
         known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
         counters = self._counters(known)
         kept: dict[str, tuple[Piece, Tensor]] = {}
@@ -83,7 +84,7 @@ class NeuronSync(Sync[NeuronPlan]):
             piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
             kept[key] = piece, divided.take(piece, held, self._worker)
             travels = divided.kind != "state" or self._layout.config.momentum == "travel"
-            if cut in self._layout.inner().values() and travels:
+            if cut in self._layout.inner().values() and travels and self._layout.workers > 1:
                 mine = kept_rows(width, self._layout.workers, self._worker)
                 self._store[key] = divided.tensor.detach()[mine.start : mine.stop].cpu().clone()
         self.make_room(round)
@@ -120,6 +121,7 @@ class NeuronSync(Sync[NeuronPlan]):
     def end(self) -> None:
         """The optimizers forget the state of slices, which does not fit the full model."""
         super().end()
+        self._subnet.leave()
         self._store = {}
         self._subnet.gradients = {}
         if self._layout.workers > 1:
@@ -159,11 +161,10 @@ class NeuronSync(Sync[NeuronPlan]):
         """Optimizer state that goes with the entries that it belongs to."""
         if self._layout.config.momentum == "reset":
             return {}
-        if self._layout.config.momentum == "travel":
+        if self._layout.config.momentum == "travel" and self._layout.workers > 1:
             for name in self._layout.inner():
-                rows = self._store[name]
                 for key, slot in self._slots(name).items():
-                    self._store.setdefault(key, torch.zeros(rows.shape, dtype=slot.dtype))
+                    self._store.setdefault(key, torch.zeros(self._store[name].shape, dtype=slot.dtype))
         return self._divided_state(self._parameters)
 
     def _forget_others(self, moving: Iterable[str]) -> None:
@@ -225,7 +226,7 @@ class NeuronSync(Sync[NeuronPlan]):
             else:
                 outgoing[piece.target].append(values)
                 kinds[moving[key].kind] += values.nbytes
-        sends = {peer: _packed(tensors) for peer, tensors in outgoing.items()}
+        sends = {peer: _packed(outgoing.pop(peer)) for peer in list(outgoing)}  # one copy of what is sent
         return stays + self._exchange(sends, expected, moving, kinds)
 
     def _spread(self, plan: NeuronPlan, kind: str) -> list[tuple[Load, Tensor]]:

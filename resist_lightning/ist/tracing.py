@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from resist_lightning.errors import LayerSelectionError
+from resist_lightning.randomness import random_state, set_random_state
 
 Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -35,6 +36,7 @@ class Traced:
         prefix: what its names begin with in the user's module, with the dot at the end.
         attributes: what its forward reads itself: parameters, buffers, constants, by name.
         stored: values that its forward leaves in attributes of modules.
+        defaults: optional arguments of its forward, with the values that they had.
     """
 
     module: nn.Module
@@ -42,23 +44,48 @@ class Traced:
     prefix: str
     attributes: dict[str, Any]
     stored: tuple[fx.Node, ...]
+    defaults: dict[str, Any]
 
     def called(self, node: fx.Node) -> tuple[str, nn.Module]:
         """Qualified name in the user's module, and module, of a ``call_module`` node."""
         return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
 
 
-def trace(module: nn.Module) -> list[Traced]:
+def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *_: True) -> list[Traced]:
     """Trace a module as it computes in training.
 
     A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
     child; children without a Linear or Conv (losses, metrics), or without anything that trains, are left out.
 
+    Args:
+        module: the user's module.
+        wanted: asked for the name and module of each Linear and Conv; a child that cannot be traced, with none that
+            is wanted, is left out.
+
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
     """
-    with _in_training(module), torch.random.fork_rng(devices=[]):
-        return [_trace(root, prefix) for prefix, root in _roots(module, "")]
+    random = random_state()
+    try:
+        with _in_training(module):
+            found = [_trace_if_wanted(root, prefix, wanted) for prefix, root in _roots(module, "")]
+    finally:
+        set_random_state(random)
+    return [traced for traced in found if traced is not None]
+
+
+def _trace_if_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> Traced | None:
+    try:
+        return _trace(root, prefix)
+    except LayerSelectionError:
+        if _any_wanted(root, prefix, wanted):
+            raise
+        return None
+
+
+def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> bool:
+    weighted = [(f"{prefix}{name}", child) for name, child in root.named_modules() if isinstance(child, Weighted)]
+    return any(wanted(name.rstrip("."), child) for name, child in weighted)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -116,9 +143,9 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _trace(root: nn.Module, prefix: str) -> Traced:
-    tracer = _Tracer()
+    tracer, defaults = _Tracer(), _defaults(root)
     try:
-        graph = tracer.trace(root, concrete_args=_defaults(root) or None)
+        graph = tracer.trace(root, concrete_args=defaults or None)
     except Exception as error:
         innermost = list(tracer.module_stack.values())[-1:] or [("", type(root))]
         where, kind = f"{prefix}{innermost[0][0]}".rstrip("."), innermost[0][1].__name__
@@ -133,7 +160,7 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
     attributes = {name: attrgetter(name)(root) for name in read}
     left = tree_leaves([list(vars(child).values()) for child in root.modules()])
     stored = tuple(value.node for value in left if isinstance(value, fx.Proxy) and value.node.graph is graph)
-    return Traced(root, graph, prefix, attributes, stored)
+    return Traced(root, graph, prefix, attributes, stored, defaults)
 
 
 def _defaults(root: nn.Module) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import operator
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, weight_norm
 
+from resist_lightning import NeuronConfig
 from resist_lightning.errors import LayerSelectionError
 from resist_lightning.ist.discovery import find_neurons
+from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.subnet import Subnet
 
 
 class Net(nn.Module):
@@ -339,3 +344,77 @@ def test_a_forward_that_was_put_into_a_module_of_torch_is_looked_into():
     net = Net(lambda net, x: net.c(net.a(x)))
     net.a.forward = lambda x: functional.linear(x, net.a.weight, net.a.bias).softmax(-1)
     assert "nothing to deal out" in refusal(net)
+
+
+class Switched(nn.Module):
+    """A forward that gives its features away, if it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x, return_features=False):
+        features = self.a(x).relu()
+        return features if return_features else self.b(features)
+
+
+def test_a_module_must_be_called_in_training_as_it_was_when_its_neurons_were_followed():
+    """With another switch, the features of a subnet came out, half as wide, in silence."""
+    net = Switched()
+    layout = NeuronLayout(net, NeuronConfig(), 2)
+    subnet = Subnet(layout, 0)
+    subnet.hold()
+    net(torch.ones(2, 6))
+    net(torch.ones(2, 6), return_features=False)
+    with pytest.raises(ValueError, match=r"called with return_features=True, .* found with return_features=False"):
+        net(torch.ones(2, 6), return_features=True)
+    subnet.hold_all()
+    assert net(torch.ones(2, 6), return_features=True).shape == (2, 8)
+
+
+def test_a_child_that_cannot_be_traced_does_not_matter_where_other_layers_are_named():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > 0 else x
+
+    net = nn.ModuleDict({"branches": Branches(), "mlp": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))})
+    assert [layer.name for layer in find_neurons(net, "mlp.*").layers] == ["mlp.0"]
+    for choice in (None, "branches.*"):
+        with pytest.raises(LayerSelectionError, match=r"'branches' \(Branches\) cannot be traced"):
+            find_neurons(net, choice)
+
+
+def test_tracing_moves_no_generator():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x) * random.random() * float(np.random.rand()))
+
+    net = Draws()
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    find_neurons(net)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+
+
+def test_one_neuron_alone_is_not_normalised_away():
+    net = nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2))
+    NeuronLayout(net, NeuronConfig(), 1)
+    with pytest.raises(LayerSelectionError, match=r"'0' has 3 neurons for 2 workers, and 1 .*at most 1 workers"):
+        NeuronLayout(net, NeuronConfig(), 2)
+
+
+@torch.fx.wrap
+def mul(h: Tensor, factor: float) -> Tensor:
+    return h.softmax(1) * factor
+
+
+def test_a_function_of_the_users_own_is_not_taken_for_torchs_of_the_same_name():
+    with pytest.raises(LayerSelectionError, match=r"neurons reach mul\(\), a function of .* not looked into"):
+        find_neurons(Net(lambda net, x: net.c(mul(net.a(x), 2.0))))

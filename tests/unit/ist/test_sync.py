@@ -375,3 +375,34 @@ def copies_after_the_end(collective, run):
 def test_copies_of_the_round_are_let_go_at_the_end():
     run = Run(NeuronConfig(non_finite="drop"), 0)
     assert run_threads(copies_after_the_end, 2, run)[0] == [0, 0]
+
+
+def lose_a_worker(collective, run):
+    engine, _ = start_engine(run, collective)
+    engine.abandon()
+    net = engine.module
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        net(torch.ones(2, 6)).sum().item()
+    return all(parameter.is_meta for name, parameter in net.named_parameters() if name in engine.layout.shapes)
+
+
+def test_after_an_error_what_is_left_of_a_subnet_raises_where_it_is_read():
+    assert run_threads(lose_a_worker, 2, Run(NeuronConfig(), 0, net="plain"))[0] == [True, True]
+
+
+def start_with_adafactor(collective, run):
+    with ONE_AT_A_TIME:
+        net = make_net(run)
+        optimizer = torch.optim.Adafactor(net.parameters())
+        engine = Engine(net, [optimizer], run.config, collective=collective)
+    train_step(net, optimizer, batch_of(run, collective.worker, 0))
+    engine.start()
+    train_step(net, optimizer, batch_of(run, collective.worker, 1))
+    engine.after_step()
+    engine.finish()
+    return True
+
+
+def test_state_that_cannot_be_cut_is_forgotten_at_the_start():
+    """A checkpoint of ddp may bring it; it raised IndexError."""
+    assert run_threads(start_with_adafactor, 2, Run(NeuronConfig(local_steps=1), 0, net="plain"))[0] == [True, True]
