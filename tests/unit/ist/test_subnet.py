@@ -49,8 +49,9 @@ def compute(collective, run, training):
     out = subnet(x)
     nn.functional.cross_entropy(out, y).backward()
     gradients = {name: parameter.grad for name, parameter in subnet.named_parameters()}
+    state = clone_state(subnet)
     engine.abandon()
-    return engine, held, x, y, out, gradients, clone_state(subnet)
+    return engine, held, x, y, out, gradients, state
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
