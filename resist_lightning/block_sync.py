@@ -19,7 +19,7 @@ from resist_lightning.timing import Seconds
 from resist_lightning.wire import compressible, noise_for
 
 
-class BlockSync(Sync[SyncPlan]):
+class BlockSync(Sync[BlockLayout, SyncPlan]):
     """A worker's side of the syncs of a run whose blocks are partitioned; see :class:`~resist_lightning.sync.Sync`."""
 
     def __init__(
@@ -33,7 +33,6 @@ class BlockSync(Sync[SyncPlan]):
         super().__init__(layout, states, collective, device, seconds)
         if layout.config.momentum == "travel":
             states.check_travel()
-        self._layout = layout
         self._device = device
         self._residency = Residency(layout.blocks)
 

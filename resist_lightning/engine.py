@@ -39,7 +39,7 @@ from resist_lightning.timing import Seconds
 
 
 class Engine:
-    """Trains this worker's sub-network, round after round (sections 3 and 4 of the paper).
+    """Trains this worker's part of a network, round after round: residual blocks, neurons, or all of it.
 
     Args:
         module: the user's module, complete and on its device.
@@ -94,7 +94,7 @@ class Engine:
         return self._observation.full.active
 
     def start(self) -> bool:
-        """Take worker 0's weights, or go on with what :meth:`restore` was given, and free the blocks of others.
+        """Take worker 0's weights, or go on with what :meth:`restore` was given, and free what belongs to others.
 
         Collective: every worker must call this, in the same order.
 

@@ -33,7 +33,7 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout
 
 def make_sync(
     layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
-) -> Sync[Any]:
+) -> Sync[Any, Any]:
     """A worker's side of the syncs."""
     if isinstance(layout, NeuronLayout):
         return NeuronSync(layout, states, collective, device, seconds)

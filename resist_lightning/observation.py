@@ -33,7 +33,7 @@ class Observation:
     def __init__(
         self,
         layout: Layout,
-        sync: Sync[Any],
+        sync: Sync[Any, Any],
         meeting: Meeting,
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],

@@ -31,7 +31,7 @@ class Resumption:
     """
 
     def __init__(
-        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any], observation: Observation
+        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any, Any], observation: Observation
     ) -> None:
         self._layout = layout
         self._clock = clock

@@ -26,9 +26,10 @@ class Plan(Protocol):
 
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
-class Sync(ABC, Generic[AnyPlan]):
+class Sync(ABC, Generic[AnyLayout, AnyPlan]):
     """A worker's side of the syncs of a run; what it holds follows the rounds.
 
     Args:
@@ -40,11 +41,11 @@ class Sync(ABC, Generic[AnyPlan]):
     """
 
     def __init__(
-        self, layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
+        self, layout: AnyLayout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
         wire = make_wire(layout.wire)
         self.exchange = Exchange(collective, device, wire)
-        self._common = layout
+        self._layout = layout
         self._states = states
         self._worker = collective.worker
         self._seconds = seconds
@@ -54,8 +55,8 @@ class Sync(ABC, Generic[AnyPlan]):
 
     def begin(self) -> None:
         """Call it once, when training starts: shared tensors move together. Sends nothing."""
-        if self._changes is None and self._common.workers > 1:
-            self.exchange.put_together(self._may_change(self._common.shared).values())
+        if self._changes is None and self._layout.workers > 1:
+            self.exchange.put_together(self._may_change(self._layout.shared).values())
 
     def end(self) -> None:
         """Call it once, when training has ended: every tensor gets memory of its own again."""
@@ -64,11 +65,11 @@ class Sync(ABC, Generic[AnyPlan]):
 
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""
-        self._changing = self._common.changing()
+        self._changing = self._layout.changing()
         if self._changes is not None:
             self._changes.begin(filter(compressible, self.equal(round).values()))
         self._as_received = []  # never two copies at once
-        if self._common.config.non_finite == "drop":
+        if self._layout.config.non_finite == "drop":
             self._as_received = [(tensor, tensor.detach().clone()) for tensor in self.held()]
 
     def leave_out(self, plan: AnyPlan) -> None:
@@ -79,7 +80,7 @@ class Sync(ABC, Generic[AnyPlan]):
 
     def gradients(self) -> dict[str, Tensor]:
         """By name, the gradients that this worker's parameters have in training."""
-        named = self._common.module.named_parameters()
+        named = self._layout.module.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
     def own(self, *, with_full_model: bool) -> dict[str, Any]:
@@ -184,9 +185,9 @@ class Sync(ABC, Generic[AnyPlan]):
 
     def _may_change(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of some tensors that may have changed in this round."""
-        names = self._changing | self._common.changing()
+        names = self._changing | self._layout.changing()
         return {name: tensor for name, tensor in tensors.items() if name in names}
 
     def _named(self) -> dict[str, Tensor]:
-        module = self._common.module
+        module = self._layout.module
         return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -19,7 +19,7 @@ from resist_lightning.ist.accounting import sent_entries
 from resist_lightning.ist.discovery import describe, find_neurons
 from resist_lightning.ist.neurons import Cut
 from resist_lightning.ist.partition import draw_neurons
-from resist_lightning.ist.pieces import Divided
+from resist_lightning.ist.pieces import Part
 from resist_lightning.ist.plan import NeuronPlan, full_pieces
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
@@ -144,11 +144,11 @@ class NeuronLayout(Layout):
             drawn = draw_neurons(self._widths, place["identity"]["workers"], place["identity"]["seed"], place["round"])
             tensors.update({name: tensor for name, tensor in own["tensors"].items() if name not in self.shapes})
             for name, cut in self.neurons.cuts.items():
-                part = Divided(cut, tuple(self.shapes[name]), own["tensors"][name], own["store"].get(name))
+                part = Part(cut, tuple(self.shapes[name]), own["tensors"][name], own["store"].get(name))
                 full = tensors.setdefault(name, torch.empty(self.shapes[name], dtype=part.tensor.dtype))
                 for piece in full_pieces(cut, drawn, worker):
                     values = part.take(piece, drawn, worker)
-                    Divided(cut, tuple(self.shapes[name]), full).put(piece, drawn, worker, values)
+                    Part(cut, tuple(self.shapes[name]), full).put(piece, drawn, worker, values)
         return tensors
 
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:

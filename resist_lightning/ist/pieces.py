@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,14 @@ from resist_lightning.partition import Partition
 
 
 @dataclass(frozen=True)
-class Divided:
-    """A tensor of a worker that is divided among neurons.
+class Part:
+    """What a worker has of a tensor that is divided among neurons.
 
     Args:
         cut: how.
         whole: its shape in the full model.
         tensor: the slice, or the full tensor; contiguous, unless it is only read.
-        store: the rows that this worker keeps, with all columns, on the CPU; None if it has neurons on one side only.
+        store: the rows that this worker keeps, with all columns, on the CPU; None if it keeps none.
         kind: how its bytes are counted.
     """
 
@@ -37,45 +36,45 @@ class Divided:
 
     def take(self, piece: Piece, held: Sequence[Partition], worker: int) -> Tensor:
         """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
-        folded, index = self._place(piece, piece.leaves, held, worker)
-        return folded[index].flatten().to(self.tensor.device)
+        folded, dimension, index = self._place(piece, piece.leaves, held, worker)
+        return folded.index_select(dimension, index).flatten().to(self.tensor.device)
 
     def put(self, piece: Piece, held: Sequence[Partition], worker: int, flat: Tensor) -> None:
         """Write the entries of a piece that arrives."""
-        folded, index = self._place(piece, piece.enters, held, worker)
-        rows, columns, rest = self._counts(piece)
-        folded[index] = flat.view(rows, columns, rest).to(folded.device)
+        folded, dimension, index = self._place(piece, piece.enters, held, worker)
+        shape = [*folded.shape[:dimension], len(index), *folded.shape[dimension + 1 :]]
+        folded.index_copy_(dimension, index, flat.view(shape).to(folded.device))
 
     def entries(self, piece: Piece) -> int:
         """How many numbers a piece has."""
-        return prod(self._counts(piece))
-
-    def _counts(self, piece: Piece) -> tuple[int, int, int]:
         rows, columns, rest = _folded(self.whole, self.cut)
-        return (
-            rows if piece.rows is None else len(piece.rows),
-            columns if piece.columns is None else len(piece.columns),
-            rest,
-        )
+        rows = rows if piece.rows is None else len(piece.rows)
+        columns = columns if piece.columns is None else len(piece.columns)
+        return rows * columns * rest
 
-    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, Any]:
-        """A view of rows x columns x rest, and the index of the piece in it."""
+    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, int, Tensor]:
+        """A view of the tensor, and where the piece is in it: the dimension, and the places along it."""
         tensor = self.store if frame == "store" else self.tensor
         assert tensor is not None
-        folded = tensor.detach().reshape(_folded(tensor.shape, self.cut))
-        rows = columns = None
+        rows, columns, rest = _folded(tensor.shape, self.cut)
+        along_rows = along_columns = None
         if piece.rows is not None:
             assert self.cut.rows is not None
             layer = held[self.cut.rows]
             known = kept_rows(layer.blocks, layer.workers, worker) if frame == "store" else layer.held[worker]
-            rows = _numbers(piece.rows) if frame == "full" else _positions(piece.rows, known)
+            along_rows = _numbers(piece.rows) if frame == "full" else _positions(piece.rows, known)
         if piece.columns is not None:
             assert self.cut.columns is not None
             own = held[self.cut.columns].held[worker]
-            columns = _positions(piece.columns, own) if frame == "slice" else _numbers(piece.columns)
-        if rows is not None and columns is not None:
-            return folded, (rows.unsqueeze(1), columns)
-        return folded, rows if rows is not None else (slice(None), columns)
+            along_columns = _positions(piece.columns, own) if frame == "slice" else _numbers(piece.columns)
+        tensor, device = tensor.detach(), tensor.device
+        if along_rows is not None and along_columns is not None:
+            both = (along_rows.unsqueeze(1) * columns + along_columns).flatten()
+            return tensor.reshape(rows * columns, rest), 0, both.to(device)
+        if along_rows is not None:
+            return tensor.reshape(rows, columns * rest), 0, along_rows.to(device)
+        assert along_columns is not None
+        return tensor.reshape(rows, columns, rest), 1, along_columns.to(device)
 
 
 def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:

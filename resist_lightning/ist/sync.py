@@ -5,9 +5,8 @@ Section 2.4 of the specification of IST. Nothing is averaged but what all worker
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,17 @@ from typing_extensions import override
 
 from resist_lightning.collective import Collective
 from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.ist.mail import Arrived, Mail
 from resist_lightning.ist.partition import kept_rows
-from resist_lightning.ist.pieces import Divided
-from resist_lightning.ist.plan import NeuronPlan, Piece, full_pieces, pieces
+from resist_lightning.ist.pieces import Part
+from resist_lightning.ist.plan import NeuronPlan, Piece, pieces
 from resist_lightning.ist.subnet import Subnet
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
 
-Load: TypeAlias = tuple[str, Piece]
-"""A piece of the divided tensor of this key."""
 
-
-class NeuronSync(Sync[NeuronPlan]):
+class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     """A worker's side of the syncs of a run whose neurons are dealt out; see :class:`~resist_lightning.sync.Sync`."""
 
     def __init__(
@@ -41,9 +38,7 @@ class NeuronSync(Sync[NeuronPlan]):
         super().__init__(layout, states, collective, device, seconds)
         if layout.config.momentum != "reset":
             states.check_travel(layout.config.momentum, instead="'reset'")
-        self._layout = layout
-        self._collective = collective
-        self._device = device
+        self._mail = Mail(collective, device)
         self._subnet = Subnet(layout, collective.worker)
         tensors = self._subnet.tensors.items()
         self._parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
@@ -77,33 +72,33 @@ class NeuronSync(Sync[NeuronPlan]):
         known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
         counters = self._counters(known)
         kept: dict[str, tuple[Piece, Tensor]] = {}
-        for key, divided in {**self._divided(), **self._divided_state(known)}.items():
-            cut, width = divided.cut, divided.whole[0]
+        for key, part in {**self._parts(), **self._parts_of_state(known)}.items():
+            cut, width = part.cut, part.whole[0]
             rows = held[cut.rows].held[self._worker] if cut.rows is not None else None
             columns = held[cut.columns].held[self._worker] if cut.columns is not None else None
             piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
-            kept[key] = piece, divided.take(piece, held, self._worker)
-            travels = divided.kind != "state" or self._layout.config.momentum == "travel"
+            kept[key] = piece, part.take(piece, held, self._worker)
+            travels = part.kind != "state" or self._layout.config.momentum == "travel"
             if cut in self._layout.inner().values() and travels and self._layout.workers > 1:
                 mine = kept_rows(width, self._layout.workers, self._worker)
-                self._store[key] = divided.tensor.detach()[mine.start : mine.stop].cpu().clone()
+                self._store[key] = part.tensor.detach()[mine.start : mine.stop].cpu().clone()
         self.make_room(round)
-        for key, divided in {**self._divided(), **self._new_state(counters)}.items():
+        for key, part in {**self._parts(), **self._new_state(counters)}.items():
             piece, values = kept[key]
-            divided.put(piece, held, self._worker, values)
+            part.put(piece, held, self._worker, values)
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
         """Send what leaves to its next holders or keepers, and put what arrives in its place."""
         with self._seconds.timed("hand_over"):
             state = self._moving_state()
-            moving = {**self._divided(), **state}
-            found = {cut: pieces(cut, plan, self._worker) for cut in {divided.cut for divided in moving.values()}}
+            moving = {**self._parts(), **state}
+            found = {cut: pieces(cut, plan, self._worker) for cut in {part.cut for part in moving.values()}}
             loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
-            arrived = self._transfer(moving, loads, plan)
+            arrived = self._mail.transfer(moving, loads, plan.before)
             self._forget_others(state)
-            for divided in state.values():
-                divided.tensor.zero_()  # under "keep" not all of it arrives
+            for part in state.values():
+                part.tensor.zero_()  # under "keep" not all of it arrives
             self._put(moving, arrived, plan)
             for tensor in self._subnet.tensors.values():
                 tensor.grad = None  # of other neurons
@@ -113,9 +108,9 @@ class NeuronSync(Sync[NeuronPlan]):
         self.leave_out(plan)
         if unequal:
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
-        arrived = self._spread(plan, kind)
+        arrived = self._mail.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
-        self._put(self._divided(), arrived, plan)
+        self._put(self._parts(), arrived, plan)
 
     @override
     def end(self) -> None:
@@ -144,20 +139,20 @@ class NeuronSync(Sync[NeuronPlan]):
         for key, rows in own["store"].items():
             self._store[key] = rows.clone()
 
-    def _divided(self) -> dict[str, Divided]:
+    def _parts(self) -> dict[str, Part]:
         layout = self._layout
         return {
-            name: Divided(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
+            name: Part(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
             for name, cut in layout.neurons.cuts.items()
         }
 
-    def _moves(self, divided: Divided, piece: Piece) -> bool:
+    def _moves(self, part: Part, piece: Piece) -> bool:
         """Under ``keep``, of optimizer state only what belongs to entries that stay here."""
-        if divided.kind != "state" or self._layout.config.momentum == "travel":
+        if part.kind != "state" or self._layout.config.momentum == "travel":
             return True
         return piece.source == piece.target and (piece.leaves, piece.enters) == ("slice", "slice")
 
-    def _moving_state(self) -> dict[str, Divided]:
+    def _moving_state(self) -> dict[str, Part]:
         """Optimizer state that goes with the entries that it belongs to."""
         if self._layout.config.momentum == "reset":
             return {}
@@ -165,7 +160,7 @@ class NeuronSync(Sync[NeuronPlan]):
             for name in self._layout.inner():
                 for key, slot in self._slots(name).items():
                     self._store.setdefault(key, torch.zeros(self._store[name].shape, dtype=slot.dtype))
-        return self._divided_state(self._parameters)
+        return self._parts_of_state(self._parameters)
 
     def _forget_others(self, moving: Iterable[str]) -> None:
         """State that does not move, of frozen parameters or of groups added since, would meet other neurons."""
@@ -175,10 +170,10 @@ class NeuronSync(Sync[NeuronPlan]):
             if key.rpartition("/")[0] not in moved:
                 del self._store[key]
 
-    def _divided_state(self, names: Iterable[str]) -> dict[str, Divided]:
+    def _parts_of_state(self, names: Iterable[str]) -> dict[str, Part]:
         layout = self._layout
         return {
-            key: Divided(layout.neurons.cuts[name], tuple(layout.shapes[name]), slot, self._store.get(key), "state")
+            key: Part(layout.neurons.cuts[name], tuple(layout.shapes[name]), slot, self._store.get(key), "state")
             for name in names
             for key, slot in self._slots(name).items()
         }
@@ -194,7 +189,7 @@ class NeuronSync(Sync[NeuronPlan]):
         found = {name: self._states.tensors([self._parameters[name]]) for name in names}
         return {name: [slot for slot in slots if not slot.dim()] for name, slots in found.items()}
 
-    def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Divided]:
+    def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Part]:
         """State of the new shapes: zeros where nothing arrives."""
         for name, values in counters.items():
             parameter = self._parameters[name]
@@ -202,80 +197,9 @@ class NeuronSync(Sync[NeuronPlan]):
             new = [slot for slot in self._states.tensors([parameter]) if not slot.dim()]
             for slot, value in zip(new, values, strict=True):
                 slot.copy_(value)
-        return self._divided_state(counters)
+        return self._parts_of_state(counters)
 
-    def _transfer(
-        self, moving: dict[str, Divided], loads: Sequence[Load], plan: NeuronPlan
-    ) -> list[tuple[Load, Tensor]]:
-        """Send and receive at once: one flat buffer per pair of workers and data type.
-
-        Returns:
-            What is to be put in place here, with its values.
-        """
-        outgoing: dict[int, list[Tensor]] = defaultdict(list)
-        expected: dict[int, list[Load]] = defaultdict(list)
-        stays: list[tuple[Load, Tensor]] = []
-        kinds: Counter[str] = Counter()
-        for key, piece in loads:
-            if piece.source != self._worker:
-                expected[piece.source].append((key, piece))
-                continue
-            values = moving[key].take(piece, plan.before, self._worker)
-            if piece.target == self._worker:
-                stays.append(((key, piece), values))
-            else:
-                outgoing[piece.target].append(values)
-                kinds[moving[key].kind] += values.nbytes
-        sends = {peer: _packed(outgoing.pop(peer)) for peer in list(outgoing)}  # one copy of what is sent
-        return stays + self._exchange(sends, expected, moving, kinds)
-
-    def _spread(self, plan: NeuronPlan, kind: str) -> list[tuple[Load, Tensor]]:
-        """Send all that this worker has to all others, and receive what they have."""
-        divided = self._divided()
-
-        def of(worker: int) -> list[Load]:
-            return [(key, piece) for key, d in divided.items() for piece in full_pieces(d.cut, plan.before, worker)]
-
-        mine = [((key, piece), divided[key].take(piece, plan.before, self._worker)) for key, piece in of(self._worker)]
-        peers = [worker for worker in range(self._layout.workers) if worker != self._worker]
-        flats = _packed([values for _, values in mine]) if peers else []
-        sent_bytes = sum(flat.nbytes for flat in flats) * len(peers)
-        kinds = Counter({kind: sent_bytes})
-        return mine + self._exchange(dict.fromkeys(peers, flats), {peer: of(peer) for peer in peers}, divided, kinds)
-
-    def _exchange(
-        self,
-        sends: dict[int, list[Tensor]],
-        expected: dict[int, list[Load]],
-        moving: dict[str, Divided],
-        kinds: Counter[str],
-    ) -> list[tuple[Load, Tensor]]:
-        """Every receive is posted before any send."""
-        receives = {peer: self._empty(loads, moving) for peer, loads in expected.items()}
-        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in receives.items()}, kinds)
-        arrived: list[tuple[Load, Tensor]] = []
-        for peer, loads in expected.items():
-            offsets: Counter[torch.dtype] = Counter()
-            for key, piece in loads:
-                dtype, entries = moving[key].tensor.dtype, moving[key].entries(piece)
-                start = offsets[dtype]
-                arrived.append(((key, piece), receives[peer][dtype][start : start + entries]))
-                offsets[dtype] += entries
-        return arrived
-
-    def _empty(self, loads: Iterable[Load], moving: dict[str, Divided]) -> dict[torch.dtype, Tensor]:
-        sizes: Counter[torch.dtype] = Counter()
-        for key, piece in loads:
-            sizes[moving[key].tensor.dtype] += moving[key].entries(piece)
-        return {dtype: torch.empty(sizes[dtype], dtype=dtype, device=self._device) for dtype in sorted(sizes, key=str)}
-
-    def _put(self, divided: dict[str, Divided], arrived: Iterable[tuple[Load, Tensor]], plan: NeuronPlan) -> None:
+    def _put(self, parts: dict[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
         """Write what arrived; slices are those of the next round, stores and full tensors have no round."""
         for (key, piece), values in arrived:
-            divided[key].put(piece, plan.after, self._worker, values)
-
-
-def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One flat buffer per data type, in the order that :meth:`NeuronSync._empty` has."""
-    kinds = sorted({tensor.dtype for tensor in tensors}, key=str)
-    return [torch.cat([tensor for tensor in tensors if tensor.dtype == dtype]) for dtype in kinds]
+            parts[key].put(piece, plan.after, self._worker, values)
