@@ -23,7 +23,7 @@ class Part:
     Args:
         cut: how.
         whole: its shape in the full model.
-        tensor: the slice, or the full tensor; contiguous, unless it is only read.
+        tensor: the slice, or the full tensor.
         store: the rows that this worker keeps, with all columns, on the CPU; None if it keeps none.
         kind: how its bytes are counted.
     """
@@ -44,6 +44,9 @@ class Part:
         folded, dimension, index = self._place(piece, piece.enters, held, worker)
         shape = [*folded.shape[:dimension], len(index), *folded.shape[dimension + 1 :]]
         folded.index_copy_(dimension, index, flat.view(shape).to(folded.device))
+        tensor = self._in(piece.enters)
+        if folded.data_ptr() != tensor.data_ptr():  # a copy: optimizers may keep state in another memory format
+            tensor.copy_(folded.view(tensor.shape))
 
     def entries(self, piece: Piece) -> int:
         """How many numbers a piece has."""
@@ -52,10 +55,14 @@ class Part:
         columns = columns if piece.columns is None else len(piece.columns)
         return rows * columns * rest
 
-    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, int, Tensor]:
-        """A view of the tensor, and where the piece is in it: the dimension, and the places along it."""
+    def _in(self, frame: Frame) -> Tensor:
         tensor = self.store if frame == "store" else self.tensor
         assert tensor is not None
+        return tensor.detach()
+
+    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, int, Tensor]:
+        """A view of the tensor, and where the piece is in it: the dimension, and the places along it."""
+        tensor = self._in(frame)
         rows, columns, rest = _folded(tensor.shape, self.cut)
         along_rows = along_columns = None
         if piece.rows is not None:
@@ -67,7 +74,7 @@ class Part:
             assert self.cut.columns is not None
             own = held[self.cut.columns].held[worker]
             along_columns = _positions(piece.columns, own) if frame == "slice" else _numbers(piece.columns)
-        tensor, device = tensor.detach(), tensor.device
+        device = tensor.device
         if along_rows is not None and along_columns is not None:
             both = (along_rows.unsqueeze(1) * columns + along_columns).flatten()
             return tensor.reshape(rows * columns, rest), 0, both.to(device)
