@@ -394,8 +394,8 @@ def start_with_adafactor(collective, run):
     with ONE_AT_A_TIME:
         net = make_net(run)
         optimizer = torch.optim.Adafactor(net.parameters())
+        train_step(net, optimizer, batch_of(run, collective.worker, 0))
         engine = Engine(net, [optimizer], run.config, collective=collective)
-    train_step(net, optimizer, batch_of(run, collective.worker, 0))
     engine.start()
     train_step(net, optimizer, batch_of(run, collective.worker, 1))
     engine.after_step()
