@@ -74,7 +74,7 @@ def closed_form(group: dict[str, Any]) -> dict[str, float]:
     workers = group["workers"]
     inner, outer = group["inner"] / workers**2, group["outer"] / workers
     held = inner + outer + group["shared"]
-    return {"held": 3 * held, "inner": 3 * inner, "store": group["inner"] / workers}
+    return {"held": 3 * held, "inner": 3 * inner, "store": group["inner"] / workers if workers > 1 else 0}
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[str]) -> dict[str, int]:

@@ -76,7 +76,7 @@ def test_live_tensors_are_the_closed_form_of_memory(sample: tuple[Path, str]) ->
             for step in worker["steps"]:
                 assert step["parameters"] == step["gradients"] == step["momentum"] == 4 * (inner + outer + 35)
                 assert step["inner"] == 3 * 4 * inner
-                assert step["store"] == 4 * 2 * width**2 // workers
+                assert step["store"] == (4 * 2 * width**2 // workers if workers > 1 else 0)
             assert worker["peak_resident"] >= worker["steps"][-1]["resident"] * 0.9 > 1e7
 
 
