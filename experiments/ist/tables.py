@@ -124,7 +124,7 @@ def momentum(content: Content) -> Grid:
     for task in distinct(content["rows"], "task"):
         for policy in ("reset", "keep", "travel"):
             own = usual(content["rows"], task=task, method="ist", workers=ABLATED, sgd_momentum=0.9, momentum=policy)
-            sent = bytes_in_words(mean(row["sent_bytes"] for row in own))
+            sent = bytes_in_words(mean(row["sent_bytes"] for row in own)) if own else "-"
             lines.append([task, f"`{policy}`", spread(values(own, "last")), str(len(own)), sent])
     header = ["task", "momentum at a sync", "IST, %", "n", "sent by a worker"]
     return Grid(f"Momentum 0.9, S = {ABLATED}", header, lines)
