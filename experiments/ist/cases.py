@@ -72,6 +72,11 @@ def base(task: str, method: str, workers: int, seed: int) -> Case:
     return Case(task, method, workers, seed, TASKS[task].lr[method], steps)
 
 
+def rate_of(task: str, method: str, sgd_momentum: float) -> float:
+    """The task's learning rate; with momentum m, which makes steps 1 / (1 - m) times as long, that much less."""
+    return round(TASKS[task].lr[method] * (1 - sgd_momentum), 6)
+
+
 def cases(cfg: DictConfig) -> list[Case]:
     """Every training of the study, once."""
     found: list[Case] = []
@@ -104,4 +109,5 @@ def _ablations(usual: Case) -> Iterator[Case]:
         yield from (replace(case, norm=norm, output_norm=output) for norm in ("batch", "layer", "none") for output in (
             False, True,
         ))  # fmt: skip
-    yield from (replace(usual, sgd_momentum=0.9, momentum=policy) for policy in ("reset", "keep", "travel"))
+    rate = rate_of(usual.task, usual.method, 0.9)
+    yield from (replace(usual, lr=rate, sgd_momentum=0.9, momentum=policy) for policy in ("reset", "keep", "travel"))

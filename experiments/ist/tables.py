@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread, values
 from experiments.ist import links
-from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED
+from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, rate_of
 from experiments.ist.paper import paper_accuracy, paper_speed_up
 from experiments.ist.size_tables import memory, shapes, speed, step_conditions
 from experiments.ist.tasks import TASKS
@@ -164,7 +164,7 @@ def _methods(rows: Rows) -> Iterator[tuple[str, str, int]]:
 
 
 def _rate(case: dict[str, Any]) -> float:
-    return TASKS[case["task"]].lr[case["method"]]
+    return rate_of(case["task"], case["method"], case["sgd_momentum"])
 
 
 GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
