@@ -11,6 +11,10 @@ class LayerSelectionError(ValueError):
     """The hidden neurons of a network cannot be dealt out as asked; the message says which, why, and the way out."""
 
 
+class StageSelectionError(ValueError):
+    """The network cannot be cut into stages as asked; the message says why, where it can be cut, and the way out."""
+
+
 class WorkersDisagree(RuntimeError):
     """Workers came to a sync in different states; continuing would mix their weights."""
 
