@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from resist_lightning.plan import SyncPlan, Transfer
 
-TRAINING_KINDS = ("shared", "merge", "hand_over", "state", "boundary", "output")
+SYNC_KINDS = ("shared", "merge", "hand_over", "state")
+
+TRAINING_KINDS = (*SYNC_KINDS, "boundary", "output")
 
 KINDS = (*TRAINING_KINDS, "evaluation", "checkpoint", "start", "control")
 """Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``; between stages, what
