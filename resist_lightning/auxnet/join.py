@@ -1,4 +1,4 @@
-"""Where a stage meets the user's loss: autograd functions that put the next worker's wish in the place of a gradient."""
+"""Where a stage meets the user's loss: what the next worker wants takes the place of a gradient."""
 
 from __future__ import annotations
 
@@ -53,11 +53,13 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, made: Tensor, anchor: Tensor, output: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
+        """The network's output."""
         ctx.made, ctx.trainee, ctx.batch = made.detach(), trainee, batch
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        """Of the stage's output."""
         ctx.trainee.begin_backward(ctx.batch)
         gradient = ctx.trainee.reply_gradient(ctx.batch, ctx.made)
         return gradient.to(ctx.made.dtype), None, None, None, None
@@ -68,10 +70,12 @@ class Begun(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, made: Tensor, anchor: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
+        """The stage's output."""
         ctx.trainee, ctx.batch = trainee, batch
         return made.view_as(made)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """The user's."""
         ctx.trainee.begin_backward(ctx.batch)
         return gradients[0], None, None, None

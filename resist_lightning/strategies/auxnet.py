@@ -35,9 +35,9 @@ class AuxNetStrategy(SubnetStrategy):
 
     The module's `training_step` runs on every worker, once a batch, and calls the network once: what the network
     returns there is its true output (the last worker sends it to the others), so losses, logs and metrics are true and
-    equal everywhere; the gradient of the loss trains the last stage, and what lies outside of the network. The loss must
-    be a mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on every
-    worker, without auxiliary networks.
+    equal everywhere; the gradient of the loss trains the last stage, and what lies outside of the network. The loss
+    must be a mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on
+    every worker, without auxiliary networks.
 
     Equations and defaults are derived from the paper's abstract; see docs/auxnet.md.
 
@@ -56,9 +56,9 @@ class AuxNetStrategy(SubnetStrategy):
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
             balances the stages by measured time.
         network: name of the network in the module; None finds it by its residual blocks.
-        input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is looked
-            at before the first step, to learn shapes and times; what `training_step` gives to the network must have the
-            same shape.
+        input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is
+            looked at before the first step, to learn shapes and times; what `training_step` gives to the network must
+            have the same shape.
         aux_network: makes an auxiliary network from the shapes of an image and of a boundary (channels, height, width);
             None makes a small one of convolutions. With ``"al-net"`` it is asked for twice the channels.
         aux_width: channels of the first layer of the auxiliary networks that are made by default, at least 1.
