@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from resist_lightning.auxnet.messages import Expected
 
@@ -52,12 +53,14 @@ class Joined(torch.autograd.Function):
     """The network's output, hung on the stage's own: what flows back is what the next worker wants."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, made: Tensor, anchor: Tensor, output: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
         """The network's output."""
         ctx.made, ctx.trainee, ctx.batch = made.detach(), trainee, batch
         return output.clone()
 
     @staticmethod
+    @override
     def backward(ctx: Any, *_: Any) -> Any:
         """Of the stage's output."""
         ctx.trainee.begin_backward(ctx.batch)
@@ -69,12 +72,14 @@ class Begun(torch.autograd.Function):
     """The last stage's output, which is the network's; notes when the backward pass begins."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, made: Tensor, anchor: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
         """The stage's output."""
         ctx.trainee, ctx.batch = trainee, batch
         return made.view_as(made)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Any) -> Any:
         """The user's."""
         ctx.trainee.begin_backward(ctx.batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
@@ -49,7 +49,7 @@ class Spans:
         self.last: list[Span] = []
         self.steps = 0
         self._device = device
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._current: list[Span] = []
         self._name: Name | None = None
         self._since = 0.0
@@ -85,7 +85,7 @@ class Spans:
     def take(self) -> list[float]:
         """Mean seconds of each of :data:`NAMES` in a step since the last call; zeros if there was none."""
         mean = [self._seconds[name] / self.steps if self.steps else 0.0 for name in NAMES]
-        self._seconds, self.steps = Counter(), 0
+        self._seconds, self.steps = defaultdict(float), 0
         return mean
 
     def _now(self) -> float:

@@ -137,7 +137,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if not self._reports:
             return {}
         found = {f"auxnet/mismatch_{worker}": row[0] for worker, row in enumerate(self._reports) if worker}
-        steps = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
+        steps: list[dict[str, float]] = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
         seconds = step_seconds(steps)
         if seconds is not None:
             found["auxnet/speedup_predicted"] = seconds.predicted(self._layout.workers)

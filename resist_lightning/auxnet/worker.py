@@ -103,13 +103,13 @@ class StageWorker:
         if self._last:
             self._messages.send_output(made)
             self.spans.begin("loss")
-            return Begun.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return, no-untyped-call]
+            return Begun.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
         self._messages.send_truth(made)
         self.spans.begin("wait for output")
         assert batch.output is not None
         output = batch.output.take()
         self.spans.begin("loss")
-        return Joined.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return, no-untyped-call]
+        return Joined.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
 
     def count(self) -> None:
         """End a step, after the optimizer's. Waits for the neighbours."""
@@ -211,7 +211,7 @@ class StageWorker:
             )
         batch.trained = True
         self.spans.begin("backward")
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def reply_gradient(self, batch: Batch, made: Tensor) -> Tensor:
         """The gradient of the batch mean of this stage's loss at its output."""

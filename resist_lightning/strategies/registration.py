@@ -17,7 +17,7 @@ _LAUNCHERS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "for
 
 
 def register_strategies() -> None:
-    """Register ``resist``, ``ist``, ``auxnet``, ``local_sgd``, and each with ``_spawn``, ``_fork`` and ``_notebook``."""
+    """Register ``resist``, ``ist``, ``auxnet``, ``local_sgd``, and each with ``_spawn``, ``_fork``, ``_notebook``."""
     for strategy in _STRATEGIES:
         for suffix, start_method in _LAUNCHERS.items():
             StrategyRegistry.register(
