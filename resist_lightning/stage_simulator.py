@@ -167,7 +167,7 @@ class StageSimulator:
         loss.backward()
 
         wanted = []
-        for k, truth in enumerate(made[1:], 1):
+        for truth in made[1:]:
             after = len(x) * _gradient(truth)
             if self.config.multipliers:
                 wanted.append((truth.detach(), -after))  # a stationary point of the augmented Lagrangian

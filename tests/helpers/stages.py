@@ -35,7 +35,6 @@ class TanhBlock(nn.Module):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.out = nn.Linear(width, width)
-        self.scale = nn.Parameter(torch.full((width,), 0.3))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.tanh(self.out(x))
@@ -62,7 +61,7 @@ CUTS = {
     "tanh": {2: ["body.1"], 3: ["body.0", "body.2"], 4: ["body.0", "body.1", "body.2"]},
     "mlp": {2: ["body.1"], 3: ["body.1", "body.2"], 4: ["body.0", "body.1", "body.2"]},
     "preact": {2: ["section2"], 3: ["section1", "section3.0"], 4: ["section1", "section2", "section3.0"]},
-    "convolutions": {2: ["2"], 3: ["0", "4"]},
+    "convolutions": {2: ["3"], 3: ["1", "3"]},
 }
 
 
