@@ -123,7 +123,7 @@ def _first_items(source: object, number: int, kind: str) -> list[Any]:
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    size = loader.batch_size or getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
     return min(size, SAMPLES) if isinstance(size, int) else SAMPLES
 
 
