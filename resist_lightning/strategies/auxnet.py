@@ -183,7 +183,7 @@ class AuxNetStrategy(SubnetStrategy):
         trainer = self._trainer()
         if trainer.state.stage == RunningStage.TRAINING and self.world_size > 1:
             assert isinstance(self.config, StageConfig)
-            return key_loader(dataloader, self.config.seed, frozen=self.config.stored)
+            return key_loader(dataloader, self.config.seed, lambda: trainer.current_epoch, frozen=self.config.stored)
         return dataloader
 
     @override
