@@ -33,7 +33,7 @@ RUNS = {
     },
     **{
         f"{method}, batch norm": Run(
-            StageConfig(method=method, beta=100.0, warmup_steps=2, multiplier_every=3, aux_width=4, local_steps=3),
+            StageConfig(method=method, beta=3.0, warmup_steps=2, multiplier_every=3, aux_width=4, local_steps=3),
             10,
             "preact",
             batches=4,
@@ -59,7 +59,7 @@ RUNS = {
     ),
     "frozen first stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("stem", "body.0", "body.1")),
     "frozen last stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("body.3", "head")),
-    "running statistics": Run(StageConfig(batch_norm="running", beta=100.0, warmup_steps=1, aux_width=4), 5, "preact"),
+    "running statistics": Run(StageConfig(batch_norm="running", beta=3.0, warmup_steps=1, aux_width=4), 5, "preact"),
     "looked at now and then": Run(
         StageConfig(method="al-net", beta=30.0, warmup_steps=2, aux_width=4, local_steps=4, multiplier_every=3),
         9,

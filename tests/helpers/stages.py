@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from resist_lightning import Engine, StageConfig, StageSimulator
+from resist_lightning.auxnet.chain import find_chain
 from resist_lightning.auxnet.layout import StageLayout
 from resist_lightning.auxnet.store import contents
 from resist_lightning.auxnet.worker import StageWorker
@@ -219,8 +222,6 @@ class Staged:
 
 def make_staged(collective: Collective, net: nn.Module, config: StageConfig, x: Tensor) -> Staged:
     """A worker with a copy of a network; ``net`` is not changed."""
-    import copy
-
     with ONE_AT_A_TIME:
         net = copy.deepcopy(net)
         layout = StageLayout(net, config, collective.workers)
@@ -249,3 +250,12 @@ def load_guess(worker: StageWorker, x: Tensor, guess: Tensor | None, multiplier:
         guesses = {"store": {"names": listed, "values": values}}
     seen = [name.hex() for name in names]
     worker.load_state_dict({"steps": steps, "highest_rate": 0.1, "seen": seen, "guesses": guesses})
+
+
+def make_chain(net: nn.Module, config: StageConfig, workers: int) -> list[nn.Module]:
+    """The stages of a network, whose parameters are its own."""
+    chain = find_chain(net, config.network)
+    assert config.cuts is not None
+    ends = (0, *chain.positions(config.cuts), len(chain.units))
+    assert len(ends) == workers + 1
+    return [chain.stage(first, last) for first, last in itertools.pairwise(ends)]
