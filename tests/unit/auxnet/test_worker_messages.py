@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from resist_lightning import StageConfig, WorkersDisagree
 from resist_lightning.auxnet.guesses import StoredGuesses
 from resist_lightning.collective import Collective
 from tests.helpers.nets import mlp
-from tests.helpers.stages import CLASSES, Staged, TanhBlock, load_guess, make_staged, two_layers
+from tests.helpers.stages import CLASSES, ONE_AT_A_TIME, Staged, TanhBlock, load_guess, make_staged, two_layers
 from tests.helpers.threads import Room, run_threads
 
 CUTS = {2: ["body.1"], 3: ["body.0", "body.2"]}
@@ -41,7 +40,9 @@ def batch(number: int, size: int = 4) -> tuple[Tensor, Loss]:
 
 
 def stage_of(collective: Collective, config: StageConfig) -> Staged:
-    return make_staged(collective, make_net(), config, batch(0)[0])
+    with ONE_AT_A_TIME:
+        net = make_net()
+    return make_staged(collective, net, config, batch(0)[0])
 
 
 def is_left(room: Room) -> bool:
@@ -174,7 +175,7 @@ def test_a_batch_that_nobody_trains_on_leaves_nothing_behind(method: Any, warmup
 def called_twice(collective: Collective, config: StageConfig) -> None:
     staged, (x, loss) = stage_of(collective, config), batch(0)
     first, second = loss(staged.worker(x)), loss(staged.worker(x))
-    with pytest.raises(RuntimeError, match="called again before the backward pass.*once per training_step"):
+    with pytest.raises(RuntimeError, match=r"called again before the backward pass.*once per training_step"):
         (first + second).backward()
 
 
@@ -210,4 +211,4 @@ def another_batch(collective: Collective, config: StageConfig, same_steps: int) 
 
 @pytest.mark.parametrize("same_steps", [0, 2])
 def test_another_batch_on_one_worker_is_told_to_all(same_steps: int) -> None:
-    run_threads(partial(another_batch), 3, config_for(3), same_steps)
+    run_threads(another_batch, 3, config_for(3), same_steps)
