@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
-from resist_lightning.collective import Collective, default_collective
+from resist_lightning.collective import default_collective
 from resist_lightning.config import CommonConfig
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
@@ -36,6 +36,7 @@ from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
 from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class Engine:

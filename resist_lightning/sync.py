@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from resist_lightning.changes import Changes
-from resist_lightning.collective import Collective, Finish
 from resist_lightning.exchange import Exchange
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import compressible, make_wire
 
 

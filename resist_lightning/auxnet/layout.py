@@ -14,11 +14,11 @@ from resist_lightning.auxnet.balance import balance
 from resist_lightning.auxnet.chain import Chain, check_stages, find_chain
 from resist_lightning.auxnet.measure import Measured, measure
 from resist_lightning.auxnet.messages import Shapes
-from resist_lightning.collective import Collective
 from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.layout import Layout
 from resist_lightning.partition import Partition
+from resist_lightning.verbs import Collective
 
 
 class StageLayout(Layout):

@@ -11,7 +11,6 @@ from typing_extensions import override
 from resist_lightning.auxnet.layout import StageLayout
 from resist_lightning.auxnet.spans import NAMES, measured_speedup, step_seconds
 from resist_lightning.auxnet.worker import StageWorker
-from resist_lightning.collective import Collective
 from resist_lightning.errors import PartialModelError
 from resist_lightning.exchange import Cargo, Kinds
 from resist_lightning.optimizer_state import OptimizerStates
@@ -19,6 +18,7 @@ from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
 from resist_lightning.presence import Memory
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):

@@ -16,8 +16,8 @@ from resist_lightning.auxnet.messages import Messages, Shapes
 from resist_lightning.auxnet.networks import make_aux_network
 from resist_lightning.auxnet.spans import Spans
 from resist_lightning.auxnet.store import contents
-from resist_lightning.collective import Collective
 from resist_lightning.config import StageConfig
+from resist_lightning.verbs import Collective
 
 CHECKED_STEPS = 3
 """First steps of a run in which the workers compare what they are given."""
