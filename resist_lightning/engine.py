@@ -81,6 +81,7 @@ class Engine:
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
+        self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
             self.layout.warn()
 
@@ -204,6 +205,7 @@ class Engine:
             self._resume_state = self.checkpoint_state()
             self._observation.full.settle()
             self.abandon()
+        self.summary = self._sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
         self.activity.begin("ended")

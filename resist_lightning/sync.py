@@ -70,6 +70,13 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         """What a method has to log of the round that ended, by name; the same on all workers."""
         return {}
 
+    def summary(self) -> dict[str, Any]:
+        """What a method has to say of the whole run, as plain data; the same on all workers.
+
+        Collective: every worker must call this, in the same order.
+        """
+        return {}
+
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""
         self._changing = self._layout.changing()
