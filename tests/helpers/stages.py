@@ -20,9 +20,10 @@ from resist_lightning.auxnet.chain import find_chain
 from resist_lightning.auxnet.layout import StageLayout
 from resist_lightning.auxnet.store import contents
 from resist_lightning.auxnet.worker import StageWorker
-from resist_lightning.collective import Collective, SoloCollective
 from resist_lightning.models import PreActResNet
+from resist_lightning.verbs import Collective, SoloCollective
 from tests.helpers.nets import MlpBlock, mlp
+from tests.helpers.threads import ThreadCollective
 from tests.helpers.training import clone_state
 
 CLASSES = 4
@@ -220,8 +221,8 @@ class Staged:
         return {name: p.grad.clone() for name, p in named if name in names and p.grad is not None}
 
 
-def make_staged(collective: Collective, net: nn.Module, config: StageConfig, x: Tensor) -> Staged:
-    """A worker with a copy of a network; ``net`` is not changed."""
+def make_staged(collective: ThreadCollective, net: nn.Module, config: StageConfig, x: Tensor) -> Staged:
+    """A worker, in a thread, with a copy of a network; ``net`` is not changed. All workers must call it."""
     with ONE_AT_A_TIME:
         net = copy.deepcopy(net)
         layout = StageLayout(net, config, collective.workers)
@@ -237,6 +238,7 @@ def make_staged(collective: Collective, net: nn.Module, config: StageConfig, x: 
             device=torch.device("cpu"),
             rate=lambda: 0.1,
         )
+    collective.room.barrier.wait()  # nobody may compute while another one traces
     return Staged(net, layout, worker)
 
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from resist_lightning import StageConfig
 from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
-from resist_lightning.collective import Collective
 from tests.helpers.lagrangian import gradients_of_lagrangian, true_values
 from tests.helpers.nets import mlp
 from tests.helpers.stages import CLASSES, TanhBlock, load_guess, make_chain, make_staged, two_layers
-from tests.helpers.threads import run_threads
+from tests.helpers.threads import ThreadCollective, run_threads
 
 CUTS = {2: ["body.1"], 3: ["body.0", "body.2"], 4: ["body.0", "body.1", "body.2"]}
 
@@ -68,7 +67,7 @@ class Found:
     multiplier: Tensor | None = None
 
 
-def one_batch(collective: Collective, problem: Problem, steps: int) -> Found:
+def one_batch(collective: ThreadCollective, problem: Problem, steps: int) -> Found:
     """A forward, a backward and the end of the step, from the guesses of the problem."""
     staged = make_staged(collective, problem.net, problem.config, problem.x)
     worker, boundary = staged.worker, collective.worker - 1
@@ -138,7 +137,7 @@ def test_at_every_number_of_stages_and_with_an_update_of_the_multipliers(workers
 # ------------------------------------------------------------------ auxiliary networks
 
 
-def by_network(collective: Collective, problem: Problem) -> dict[str, Any]:
+def by_network(collective: ThreadCollective, problem: Problem) -> dict[str, Any]:
     staged = make_staged(collective, problem.net, problem.config, problem.x)
     guesses = staged.worker.guesses
     before = None
@@ -258,7 +257,7 @@ def test_a_stage_in_a_first_step_has_the_plain_gradients_bit_for_bit(workers: in
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-def first_batch(collective: Collective, problem: Problem) -> dict[str, Tensor]:
+def first_batch(collective: ThreadCollective, problem: Problem) -> dict[str, Tensor]:
     staged = make_staged(collective, problem.net, problem.config, problem.x)
     problem.loss(staged.worker(problem.x)).backward()
     staged.worker.count()

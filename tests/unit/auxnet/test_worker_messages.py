@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from resist_lightning import StageConfig, WorkersDisagree
 from resist_lightning.auxnet.guesses import StoredGuesses
-from resist_lightning.collective import Collective
 from tests.helpers.nets import mlp
 from tests.helpers.stages import CLASSES, ONE_AT_A_TIME, Staged, TanhBlock, load_guess, make_staged, two_layers
-from tests.helpers.threads import Room, run_threads
+from tests.helpers.threads import Room, ThreadCollective, run_threads
 
 CUTS = {2: ["body.1"], 3: ["body.0", "body.2"]}
 METHODS = ("penalty", "al-net", "penalty-store", "al-store")
@@ -39,7 +38,7 @@ def batch(number: int, size: int = 4) -> tuple[Tensor, Loss]:
     return x, lambda output: nn.functional.cross_entropy(output, y)
 
 
-def stage_of(collective: Collective, config: StageConfig) -> Staged:
+def stage_of(collective: ThreadCollective, config: StageConfig) -> Staged:
     with ONE_AT_A_TIME:
         net = make_net()
     return make_staged(collective, net, config, batch(0)[0])
@@ -52,7 +51,7 @@ def is_left(room: Room) -> bool:
 # ------------------------------------------------------------------ what is said
 
 
-def some_steps(collective: Collective, config: StageConfig, sizes: list[int]) -> list[tuple[int, Counter[str]]]:
+def some_steps(collective: ThreadCollective, config: StageConfig, sizes: list[int]) -> list[tuple[int, Counter[str]]]:
     """Before each step, how many entries the log of all has; and the bytes that it sends, by kind."""
     staged, found = stage_of(collective, config), []
     for number, size in enumerate(sizes):
@@ -103,7 +102,9 @@ def test_no_collective_is_called_after_the_first_three_steps(workers: int) -> No
 # ------------------------------------------------------------------ batches that are used in an unusual way
 
 
-def in_parts(collective: Collective, config: StageConfig, parts: int, steps: int) -> tuple[dict[str, Tensor], Any]:
+def in_parts(
+    collective: ThreadCollective, config: StageConfig, parts: int, steps: int
+) -> tuple[dict[str, Tensor], Any]:
     """The gradients of a batch of six that comes in parts, and the guesses that it leaves behind."""
     staged, (x, _) = stage_of(collective, config), batch(0, 6)
     y = torch.arange(6) % CLASSES
@@ -142,7 +143,9 @@ def test_gradients_of_a_batch_in_parts_add_up_to_those_of_the_whole(
         assert not is_left(room)
 
 
-def with_a_pause(collective: Collective, config: StageConfig, skipped: bool) -> tuple[dict[str, Tensor], list[float]]:
+def with_a_pause(
+    collective: ThreadCollective, config: StageConfig, skipped: bool
+) -> tuple[dict[str, Tensor], list[float]]:
     """Two steps, between which a batch may be computed and not trained on."""
     staged, losses = stage_of(collective, config), []
     parameters = [p for p in staged.net.parameters() if p.requires_grad]
@@ -172,7 +175,7 @@ def test_a_batch_that_nobody_trains_on_leaves_nothing_behind(method: Any, warmup
         assert gradients.keys() == expected_gradients.keys() != set()
 
 
-def called_twice(collective: Collective, config: StageConfig) -> None:
+def called_twice(collective: ThreadCollective, config: StageConfig) -> None:
     staged, (x, loss) = stage_of(collective, config), batch(0)
     first, second = loss(staged.worker(x)), loss(staged.worker(x))
     with pytest.raises(RuntimeError, match=r"called again before the backward pass.*once per training_step"):
@@ -184,7 +187,7 @@ def test_two_calls_before_a_backward_pass_are_refused_on_every_worker(warmup_ste
     run_threads(called_twice, 3, config_for(3, warmup_steps=warmup_steps))
 
 
-def another_size(collective: Collective, config: StageConfig) -> str:
+def another_size(collective: ThreadCollective, config: StageConfig) -> str:
     staged = stage_of(collective, config)
     with pytest.raises(ValueError, match="the network is given") as error:
         staged.worker(torch.zeros(4, 5, dtype=torch.float64))
@@ -197,7 +200,7 @@ def test_an_input_of_another_size_is_refused_before_anything_is_sent() -> None:
     assert room.log == []
 
 
-def another_batch(collective: Collective, config: StageConfig, same_steps: int) -> None:
+def another_batch(collective: ThreadCollective, config: StageConfig, same_steps: int) -> None:
     staged = stage_of(collective, config)
     for step in range(same_steps):
         x, loss = batch(step)
