@@ -129,6 +129,7 @@ class RoundMonitor(Callback):
             "partitions": partitions,
             "neurons": _neurons(layout, rounds),
             "sent_by_round": self._sent_by_round,
+            "method": engine.summary,
         }
 
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:
@@ -136,6 +137,7 @@ class RoundMonitor(Callback):
             "sync/round": float(engine.clock.round),
             "sync/share_of_time": engine.seconds.sync / max(self._training_seconds, 1e-9),
             "sync/sent_MB_per_round": sent / len(self._sent_by_round) / 1e6,
+            **engine.sync.metrics(),
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
-from resist_lightning.collective import Collective, default_collective
+from resist_lightning.collective import default_collective
 from resist_lightning.config import CommonConfig
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
@@ -36,6 +36,7 @@ from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
 from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class Engine:
@@ -80,6 +81,7 @@ class Engine:
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
+        self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
             self.layout.warn()
 
@@ -89,9 +91,21 @@ class Engine:
         return self.layout.partition(self.clock.round)
 
     @property
+    def sync(self) -> Any:
+        """This worker's side of the syncs; of which class follows from the method."""
+        return self._sync
+
+    @property
     def observing(self) -> bool:
         """Whether the module is the full model now."""
         return self._observation.full.active
+
+    def prepare(self, example: Tensor) -> None:
+        """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
+
+        Collective: every worker must call this, in the same order.
+        """
+        self.layout.prepare(example.to(self._device), self.collective)
 
     def start(self) -> bool:
         """Take worker 0's weights, or go on with what :meth:`restore` was given, and free what belongs to others.
@@ -134,6 +148,7 @@ class Engine:
             raise RuntimeError("the engine is not running: call start() before the first local step.")
         if self.observing:
             raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
+        self._sync.end_step()
         self.clock.tick()
         self.activity.begin("local steps")
 
@@ -190,6 +205,7 @@ class Engine:
             self._resume_state = self.checkpoint_state()
             self._observation.full.settle()
             self.abandon()
+        self.summary = self._sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
         self.activity.begin("ended")
