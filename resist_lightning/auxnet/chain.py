@@ -126,7 +126,7 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
         name = find_network(module) if network is None else network
         root = module.get_submodule(name)
         tracer, entry, exit = trace_network(root, name)
-        missed = unreached(root, tracer)
+        missed = unreached(root, entry.graph)
         if network is None and missed:
             raise StageSelectionError(
                 f"the forward of {describe(name)} does not call the residual blocks {missed}. If they are of another "

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from resist_lightning.auxnet.graph import ChainTracer
 from resist_lightning.blocks import find_blocks, summary
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.randomness import random_state, set_random_state
 from resist_lightning.tracing import (
     CannotTrace,
+    ChainTracer,
     defaults,
     follow,
     has_forward,
@@ -47,10 +47,10 @@ def find_network(module: nn.Module) -> str:
         if _trains_before(module.get_submodule(outer), name[len(outer) :].lstrip(".")):
             name = outer
     if not has_forward(module.get_submodule(name)):
-        networks = [found[0] for found in _networks(module, name)]
+        networks = ", ".join(f"network={path!r}" for path in _networks(module, name))
         raise StageSelectionError(
-            f"{describe(name)} has no forward of its own, and holds several networks: {', '.join(networks)}. Say which "
-            f"one is cut into stages, e.g. network={networks[0]!r}."
+            f"{describe(name)} has no forward of its own. Say which network in it is cut into stages: "
+            f"{networks or 'there is none'}."
         )
     return name
 
@@ -89,6 +89,11 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     Raises:
         StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
     """
+    if network._compiled_call_impl is not None or "_orig_mod" in name.split("."):
+        raise StageSelectionError(
+            f"{describe(name)} is compiled as a whole (torch.compile), and cannot be cut any more. Compile its blocks "
+            "instead, each by block.compile()."
+        )
     if "forward" in vars(network):
         raise StageSelectionError(
             f"{describe(name)} cannot be cut into stages: its forward was replaced on the object. Put the new forward "
@@ -97,8 +102,8 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     blocks = {block.module for block in find_blocks(network)}
     opaque: set[nn.Module] = set()
     prefix = f"{name}." if name else ""
-    before = random_state()
     while True:
+        random, attributes = random_state(), _attributes(network)
         tracer = ChainTracer(_Leaves(blocks, opaque))
         try:
             graph = follow(tracer, network, prefix)
@@ -111,7 +116,8 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
                     "submodules without residual blocks, or into the blocks: those are not looked into."
                 ) from error
             opaque.add(network.get_submodule(error.path))
-    _refuse_state(network, graph, name, before)
+    changed = [path for path, value in _attributes(network).items() if attributes.get(path, value) != value]
+    _refuse_state(network, tracer, name, changed, drew=not _equal(random, random_state()))
     return tracer, _input(network, graph, name), _output(graph, name)
 
 
@@ -131,15 +137,19 @@ def _input(network: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
     fixed = defaults(network)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     free = [node for node in inputs if not _is_fixed(node, fixed)]
-    wanted = [node for node in free if node.users or not (str(node.target).startswith("*") or node.args)]
-    if len(wanted) != 1:
+    wanted = [node for node in free if node.users or not (_is_variadic(node) or node.args)]
+    if len(wanted) != 1 or _is_variadic(wanted[0]):
         names = ", ".join(str(node.target) for node in wanted)
         raise StageSelectionError(
-            f"{describe(name)} takes {len(wanted)} inputs ({names}), and stages pass one tensor on. Make it a module "
+            f"{describe(name)} takes {names or 'nothing'}, and stages pass one tensor on. Make it a module "
             "that takes one tensor, or name a part of it that does by network=."
         )
     found: fx.Node = wanted[0]
     return found
+
+
+def _is_variadic(node: fx.Node) -> bool:
+    return str(node.target).startswith("*")
 
 
 def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
@@ -152,7 +162,8 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     what = None
     if not isinstance(returned, fx.Node):
-        what = f"a {type(returned).__name__}"
+        kinds = (kind.__name__ for kind in (dict, list, tuple) if isinstance(returned, kind))  # fx has its own
+        what = "None" if returned is None else f"a {next(kinds, type(returned).__name__)}"
     elif isinstance(returned.target, type):
         what = f"a {returned.target.__name__}"
     elif returned.op in ("placeholder", "get_attr"):
@@ -166,24 +177,44 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
     return returned
 
 
-def _refuse_state(network: nn.Module, graph: fx.Graph, name: str, before: dict[str, object]) -> None:
+def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: list[str], *, drew: bool) -> None:
     """What a forward does besides computing its output would be lost, or be what it was when it was traced."""
     problem = None
-    left = left_behind(network, graph)
-    constants = [node for node in graph.nodes if node.op == "get_attr" and str(node.target).startswith("_tensor_const")]
+    left = left_behind(network, tracer.graph)
+    constants = [
+        node for node in tracer.graph.nodes if node.op == "get_attr" and str(node.target).startswith("_tensor_const")
+    ]
     if left:
-        problem = f"leaves a value in an attribute{user_line(left[0])}"
+        problem = f"leaves a value in an attribute{user_line(left[0])}; return it, or let a block keep it"
     elif constants:
         users = [user for node in constants for user in node.users]
-        problem = f"makes a tensor of constants{user_line(users[0]) if users else ''}: register it as a buffer"
-    elif not _equal(before, random_state()):
-        problem = "draws random numbers outside its blocks without a tensor that depends on its input"
+        problem = f"makes a tensor of constants{user_line(users[0]) if users else ''}; register it as a buffer"
+    elif tracer.unlike:
+        where = user_line(tracer.unlike[0])
+        problem = (
+            f"computes under no_grad, autocast or the like{where}, and stages would not; do that inside a block, or "
+            "freeze by requires_grad_(False)"
+        )
+    elif changed:
+        problem = f"changes the attribute {changed[0]!r}, and a graph does not; do that inside a block"
+    elif drew:
+        problem = "draws a random number that a graph would take for a constant; do that inside a block"
     if problem is not None:
         raise StageSelectionError(f"{describe(name)} cannot be cut into stages: its forward {problem}.")
 
 
+def _attributes(network: nn.Module) -> dict[str, object]:
+    """The numbers and switches that modules keep as attributes, by name."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
+
+
 def _equal(one: object, other: object) -> bool:
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
@@ -243,20 +274,22 @@ def _trains(module: nn.Module, node: fx.Node) -> bool:
     return False
 
 
-def _networks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def _networks(module: nn.Module, name: str) -> Iterator[str]:
     """The outermost modules with a forward and parameters in one that has no forward."""
     for child, inner in module.get_submodule(name).named_children():
         path = f"{name}.{child}".lstrip(".")
-        if not any(True for _ in inner.parameters()):
-            continue
-        if has_forward(inner):
-            yield path, inner
-        else:
+        if not has_forward(inner):
             yield from _networks(module, path)
+        elif any(True for _ in inner.parameters()):
+            yield path
 
 
-def unreached(network: nn.Module, tracer: ChainTracer) -> str:
+def unreached(network: nn.Module, graph: fx.Graph) -> str:
     """The residual blocks that the forward of the network never calls; empty if it calls all."""
-    names = [block.name for block in find_blocks(network) if block.name not in tracer.calls]
-    outer = [name for name in names if not any(name.startswith(f"{called}.") for called in tracer.calls)]
-    return summary(outer)
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    names = [block.name for block in find_blocks(network) if not any(_within(block.name, leaf) for leaf in called)]
+    return summary(names)
+
+
+def _within(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")
