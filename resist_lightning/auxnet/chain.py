@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from resist_lightning.auxnet.forward import trace_network, unchanged, unreached
 from resist_lightning.auxnet.graph import Cuts, Unit, build
-from resist_lightning.auxnet.network import check_network, describe, find_network, trace_network, unchanged, unreached
+from resist_lightning.auxnet.network import check_network, describe, find_network
 from resist_lightning.blocks import find_blocks, summary
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.tracing import names_of_tensors

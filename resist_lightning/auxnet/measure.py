@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning.auxnet.chain import Chain
-from resist_lightning.auxnet.network import describe, unchanged
+from resist_lightning.auxnet.forward import unchanged
+from resist_lightning.auxnet.network import describe
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.timing import now
 

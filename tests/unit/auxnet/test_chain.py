@@ -227,6 +227,24 @@ def test_submodules_without_blocks_may_branch():
     assert find_chain(nn.Sequential(nn.Linear(3, 4), Branch(4, 4), nn.Linear(4, 2))).units == ("0", "1", "2")
 
 
+def test_what_cannot_be_written_into_a_graph_is_left_inside_the_submodule_that_does_it():
+    """A layer that was called with a set was tried again and again."""
+
+    class Layer(nn.Linear):
+        def forward(self, x, options):
+            return super().forward(x) if "skip" not in options and x.sum() > 0 else x
+
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer(4, 4)
+
+        def forward(self, x):
+            return self.layer(x, {"a", "b"})
+
+    assert find_chain(nn.Sequential(nn.Linear(3, 4), Calling(), nn.Linear(4, 2))).units == ("0", "1", "2")
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_network_is_followed_as_in_training_and_nothing_changes(training):
     seen = []
