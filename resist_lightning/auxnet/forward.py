@@ -24,6 +24,8 @@ from resist_lightning.tracing import (
     user_line,
 )
 
+_COMPILED = "_orig_mod"  # where torch.compile keeps what it wraps
+
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
@@ -42,7 +44,7 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     Raises:
         StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
     """
-    if network._compiled_call_impl is not None or "_orig_mod" in name.split("."):
+    if network._compiled_call_impl is not None or hasattr(network, _COMPILED) or _COMPILED in name.split("."):
         raise StageSelectionError(
             f"{describe(name)} is compiled as a whole (torch.compile), and cannot be cut any more. Compile its blocks "
             "instead, each by block.compile()."
@@ -61,7 +63,7 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
 
 def _trace(network: nn.Module, name: str) -> ChainTracer:
     """Without residual blocks, a submodule that cannot be traced is not looked into."""
-    blocks = {block.module for block in find_blocks(network)}
+    blocks = set(network_blocks(network).values())
     opaque: set[nn.Module] = set()
     while True:
         random = random_state()
@@ -180,11 +182,17 @@ def _equal(one: object, other: object) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
+def network_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The residual blocks by name; one that torch.compile has wrapped is taken with its wrapper."""
+    names = (block.name.removesuffix(f".{_COMPILED}") for block in find_blocks(network))
+    return {name: network.get_submodule(name) for name in names}
+
+
 def unreached(network: nn.Module, graph: fx.Graph) -> str:
     """The residual blocks that the forward of the network never calls; empty if it calls all."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    names = [block.name for block in find_blocks(network) if not any(_within(block.name, leaf) for leaf in called)]
-    return summary(names)
+    missed = (name for name in network_blocks(network) if not any(_within(name, leaf) for leaf in called))
+    return summary(list(missed))
 
 
 def _within(name: str, outer: str) -> bool:

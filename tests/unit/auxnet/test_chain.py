@@ -227,6 +227,15 @@ def test_submodules_without_blocks_may_branch():
     assert find_chain(nn.Sequential(nn.Linear(3, 4), Branch(4, 4), nn.Linear(4, 2))).units == ("0", "1", "2")
 
 
+def test_blocks_may_be_compiled():
+    net = Blocks()
+    net.a.compile(backend="eager")
+    net.b = torch.compile(net.b, backend="eager")
+    chain = find_chain(net)
+    assert chain.units == ("a", "b", "c")
+    assert "b._orig_mod.out.weight" in chain.names(1, 2)
+
+
 def test_what_cannot_be_written_into_a_graph_is_left_inside_the_submodule_that_does_it():
     """A layer that was called with a set was tried again and again."""
 

@@ -209,4 +209,6 @@ def test_a_network_that_is_compiled_as_a_whole_is_refused():
     message = refusal(net)
     assert "compiled as a whole (torch.compile)" in message
     assert "block.compile()" in message
-    assert "compiled as a whole" in refusal(nn.ModuleDict({"net": torch.compile(Blocks())}))
+    wrapped = nn.ModuleDict({"net": torch.compile(Blocks())})
+    assert "compiled as a whole" in refusal(wrapped)
+    assert "compiled as a whole" in refusal(wrapped, "net")
