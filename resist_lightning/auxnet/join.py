@@ -19,6 +19,7 @@ class Batch:
     Args:
         size: samples.
         serial: whether the stages wait for each other.
+        share: the learning rate as a share of the highest, when the batch came.
         x: the network's input.
         truth: what this stage is really given; None for the first stage.
         reply: the next worker's target, or (serial) its gradient; None for the last stage.
@@ -30,6 +31,7 @@ class Batch:
 
     size: int
     serial: bool
+    share: float
     x: Tensor
     truth: Expected | None
     reply: Expected | None

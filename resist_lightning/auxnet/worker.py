@@ -183,7 +183,7 @@ class StageWorker:
         if not self._last:
             reply = messages.expect_gradient(size) if serial else messages.expect_target(size)
             output = messages.expect_output(size)
-        return Batch(size, serial, x.detach(), truth, reply, output)
+        return Batch(size, serial, self._rate_share(), x.detach(), truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
         """The image, or the guess, or (serial) what the worker before made; and tell the worker before."""
@@ -197,7 +197,7 @@ class StageWorker:
             given.register_post_accumulate_grad_hook(lambda tensor: self._pass_on(tensor.grad))
         else:
             guess, multiplier = self._guesses.make(batch.x)
-            batch.multiplier = multiplier / self._growth() if multiplier is not None else None
+            batch.multiplier = multiplier / self._growth(batch) if multiplier is not None else None
             self._messages.send_target(guess if batch.multiplier is None else guess + batch.multiplier)
             given = guess.requires_grad_()
         batch.given = given
@@ -225,7 +225,7 @@ class StageWorker:
             reply = batch.reply.take()
         if batch.serial:
             return reply
-        return self._penalty().gradient(made, reply) / (batch.size * self.accumulate)
+        return self._penalty(batch).gradient(made, reply) / (batch.size * self.accumulate)
 
     def _end_backward(self) -> None:
         self.spans.begin("optimizer")
@@ -233,9 +233,8 @@ class StageWorker:
     def _learn(self, batch: Batch, given: Tensor, truth: Tensor, gradient: Tensor | None) -> None:
         assert self._guesses is not None
         assert gradient is not None
-        penalty = self._penalty()
+        penalty = self._penalty(batch)
         after = penalty.in_units_of_guess(gradient * (batch.size * self.accumulate))
-        share = self._rate_share()
         multiplier: Tensor | None
         if batch.serial:  # where all stands still: with multipliers, the stage before would get the true gradient
             multiplier = -after if self._config.multipliers else None
@@ -247,8 +246,8 @@ class StageWorker:
                 multiplier = next_multiplier(given, truth, multiplier)
             self._mismatch += mismatch(given, truth)
             self._mismatches += 1
-        kept = multiplier * self._growth() if multiplier is not None else None
-        self._guesses.learn(batch.x, guess, kept, share)
+        kept = multiplier * self._growth(batch) if multiplier is not None else None
+        self._guesses.learn(batch.x, guess, kept, batch.share)
 
     def _is_serial(self, x: Tensor) -> bool:
         """Whether the stages wait for each other in this batch; every worker finds the same."""
@@ -265,15 +264,15 @@ class StageWorker:
             )
         return not self._seen.issuperset(names)
 
-    def _penalty(self) -> Penalty:
-        return Penalty(self._config.beta * self._growth(), self._step_size)
+    def _penalty(self, batch: Batch) -> Penalty:
+        return Penalty(self._config.beta * self._growth(batch), self._step_size)
 
-    def _growth(self) -> float:
+    def _growth(self, batch: Batch) -> float:
         """By how much beta has grown. Multipliers are kept in units of the first beta."""
-        return growth(self._config.beta_growth, self._rate_share())
+        return growth(self._config.beta_growth, batch.share)
 
     def _rate_share(self) -> float:
-        """The learning rate as a share of the highest so far."""
+        """The learning rate as a share of the highest so far; asked once per batch, on every worker."""
         rate = self._rate()
         self._highest_rate = max(self._highest_rate, rate)
         return rate / self._highest_rate if self._highest_rate else 1.0
