@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -188,7 +189,7 @@ class AuxNetStrategy(SubnetStrategy):
             return key_loader(
                 dataloader,
                 self.config.seed,
-                lambda: trainer.fit_loop.epoch_progress.current.processed,
+                partial(_epoch, trainer),
                 stream=self._loaders - 1,
                 frozen=self.config.stored,
             )
@@ -230,3 +231,9 @@ class AuxNetStrategy(SubnetStrategy):
         if engine.collective.workers > 1:
             engine.prepare(example_input(trainer, module, self._input))
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
+
+
+def _epoch(trainer: pl.Trainer) -> int:
+    """Which Lightning tells to samplers."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
