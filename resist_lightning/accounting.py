@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 from resist_lightning.plan import SyncPlan, Transfer
 
-KINDS = ("shared", "merge", "hand_over", "state", "evaluation", "checkpoint", "start", "control")
-"""Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``), observation
-(``evaluation``, ``checkpoint``), once at the ``start``, and ``control`` (headers)."""
+SYNC_KINDS = ("shared", "merge", "hand_over", "state")
 
-TRAINING_KINDS = ("shared", "merge", "hand_over", "state")
+TRAINING_KINDS = (*SYNC_KINDS, "boundary", "output")
+
+KINDS = (*TRAINING_KINDS, "evaluation", "checkpoint", "start", "control")
+"""Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``; between stages, what
+crosses a ``boundary``, and the network's ``output``), observation (``evaluation``, ``checkpoint``), once at the
+``start``, and ``control`` (headers)."""
 
 
 def all_reduce_bytes(payload_bytes: int, workers: int) -> int:

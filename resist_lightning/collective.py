@@ -88,6 +88,24 @@ class Collective(ABC):
             kinds: bytes of ``sends`` by kind.
         """
 
+    @abstractmethod
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """Begin to send a tensor to one worker, which must call :meth:`start_receive` with the same tag.
+
+        Of several messages with one tag, the first sent is the first received.
+
+        Returns:
+            A function that waits until ``flat`` may be written to again.
+        """
+
+    @abstractmethod
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """Begin to receive a tensor of the shape of ``flat`` from one worker; see :meth:`start_send`.
+
+        Returns:
+            A function that waits for it; ``flat`` must be left alone until then.
+        """
+
 
 class SoloCollective(Collective):
     """One worker alone: nothing is sent."""
@@ -117,6 +135,16 @@ class SoloCollective(Collective):
         kinds: Mapping[str, int],
     ) -> None:
         """Nothing to do."""
+
+    @override
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """There is nobody."""
+        raise ValueError(f"worker {target} does not exist: this one is alone.")
+
+    @override
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """There is nobody."""
+        raise ValueError(f"worker {source} does not exist: this one is alone.")
 
 
 class GroupCollective(Collective):
@@ -188,6 +216,43 @@ class GroupCollective(Collective):
         for (_, _, flat), land in zip(incoming, landing, strict=True):
             self._from_wire(land, flat)
         self.sent_bytes.update(kinds)
+
+    @override
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """Begin to send a tensor to one worker."""
+        self._refuse_nccl()
+        wire = self._to_wire(flat.contiguous())
+        work = dist.isend(wire, target, tag=tag)
+        assert work is not None
+        self.sent_bytes[kind] += flat.nbytes
+
+        def finish() -> None:
+            work.wait()
+            assert wire is not None  # kept until here
+
+        return finish
+
+    @override
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """Begin to receive a tensor from one worker."""
+        self._refuse_nccl()
+        land = self._landing(flat)
+        work = dist.irecv(land, source, tag=tag)
+        assert work is not None
+
+        def finish() -> None:
+            work.wait()
+            self._from_wire(land, flat)
+
+        return finish
+
+    def _refuse_nccl(self) -> None:
+        """NCCL executes what is posted in order, so receives that are posted early would block the sends behind."""
+        if not self._stage:
+            raise ValueError(
+                f"messages that are posted early need gloo, and this group has {dist.get_backend()!r}. Choose "
+                "process_group_backend='gloo'; tensors on GPUs are sent through the host."
+            )
 
     def _to_wire(self, flat: Tensor) -> Tensor:
         return flat.cpu() if self._stage else flat

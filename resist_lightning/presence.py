@@ -6,7 +6,7 @@ optimizers, schedulers and callbacks stay valid and reading a value raises. Its 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,34 @@ from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 from resist_lightning.blocks import Block
+
+
+class Memory:
+    """The memory of some tensors, which can be given back while the tensors, as Python objects, stay.
+
+    Args:
+        tensors: by name; they have their memory.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+
+    def free(self) -> None:
+        """Put the tensors on the meta device; gradients are gone.
+
+        Raises:
+            RuntimeError: if a tensor is still in use by an autograd graph.
+        """
+        for name, tensor in self._tensors.items():
+            replace_memory(name, tensor, torch.empty_like(tensor, device="meta"))
+
+    def allocate(self) -> None:
+        """Give the tensors memory again, which the caller must fill."""
+        for name, tensor in self._tensors.items():
+            device = self._devices[name]
+            empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+            replace_memory(name, tensor, empty)
 
 
 class Presence:
@@ -26,7 +54,7 @@ class Presence:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.present = True
-        self._device = {name: tensor.device for name, tensor in block.tensors().items()}
+        self._memory = Memory(block.tensors())
         self._forward = block.module.__dict__.get("forward")
 
     def free(self) -> None:
@@ -35,16 +63,13 @@ class Presence:
         Raises:
             RuntimeError: if a tensor is still in use by an autograd graph.
         """
-        for name, tensor in self.block.tensors().items():
-            replace_memory(name, tensor, torch.empty_like(tensor, device="meta"))
+        self._memory.free()
         self.block.module.forward = _identity
         self.present = False
 
     def allocate(self) -> None:
         """Make the block present again, with memory that the caller must fill."""
-        for name, tensor in self.block.tensors().items():
-            empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._device[name])
-            replace_memory(name, tensor, empty)
+        self._memory.allocate()
         if self._forward is None:
             del self.block.module.forward
         else:

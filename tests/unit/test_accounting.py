@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from resist_lightning import Config
 from resist_lightning.accounting import (
     KINDS,
-    TRAINING_KINDS,
+    SYNC_KINDS,
     WIRE_FORMATS,
     Sizes,
     all_reduce_bytes,
@@ -106,7 +106,7 @@ def mean_bytes_per_worker(workers, min_blocks, rounds=1500):
     assert sizes.shared == {"torch.float32": 4 * 15_422_116}
     partitions = [layout.schedule.partition(round) for round in range(rounds + 1)]
     plans = [plan_sync(old, new) for old, new in pairwise(partitions)]
-    sent = [sum(kinds[k] for k in TRAINING_KINDS) for plan in plans for kinds in sync_bytes(plan, sizes, workers)]
+    sent = [sum(kinds[k] for k in SYNC_KINDS) for plan in plans for kinds in sync_bytes(plan, sizes, workers)]
     return sum(sent) / len(sent)
 
 
@@ -147,7 +147,7 @@ def test_all_workers_together_send_the_closed_form(partitions, shared, block, st
             spread += len(new) - bool(old & new)
     assert len(rows) == workers
     for row in rows:
-        assert set(row) == set(TRAINING_KINDS) <= set(KINDS)
+        assert set(row) == set(SYNC_KINDS) <= set(KINDS)
         assert row["shared"] == -((-2 * (workers - 1) * reduced) // workers)
     assert sum(row["merge"] for row in rows) == block * merged
     assert sum(row["hand_over"] for row in rows) == block * spread

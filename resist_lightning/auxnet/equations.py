@@ -1,0 +1,82 @@
+"""The updates of one step (section 2.2 of the specification), in units of the guess.
+
+Of a boundary with |X| elements per sample: guess λ, truth Y, multiplier u = κ / β', gradient r = p / β' of what comes
+after it, where β' = β / |X|, since β weighs the *mean* square (decision 2). All of them have the boundary's shape, with
+the batch first, and p is that of a sample, not of the batch mean.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How strongly a guess is drawn to the truth, and how far it moves in a step.
+
+    Args:
+        beta: weight of half the mean square of guess minus truth, above 0.
+        step: of the guess, in units of 1 / β'; c in the specification, in (0, 1].
+    """
+
+    beta: float
+    step: float
+
+    def per_element(self, guess: Tensor) -> float:
+        """β' of a boundary; the batch is the first dimension."""
+        return self.beta / math.prod(guess.shape[1:])
+
+    def gradient(self, truth: Tensor, target: Tensor) -> Tensor:
+        """q: what stands in the place of the back-propagated gradient of a sample at a stage's output.
+
+        Args:
+            truth: Y, the stage's output.
+            target: λ + u of the next worker.
+        """
+        return self.per_element(truth) * (truth - target)
+
+    def in_units_of_guess(self, gradient: Tensor) -> Tensor:
+        """From p to r = p / β'."""
+        return gradient / self.per_element(gradient)
+
+    def next_guess(self, guess: Tensor, truth: Tensor, multiplier: Tensor | None, gradient: Tensor) -> Tensor:
+        """λ⁺ = λ - c (λ - Y + u + r).
+
+        Args:
+            guess: λ.
+            truth: Y.
+            multiplier: u; None stands for 0.
+            gradient: r.
+        """
+        direction = guess - truth + gradient
+        return guess - self.step * (direction if multiplier is None else direction + multiplier)
+
+
+def next_multiplier(guess: Tensor, truth: Tensor, multiplier: Tensor) -> Tensor:
+    """u⁺ = u + λ - Y."""
+    return multiplier + guess - truth
+
+
+def mismatch(guess: Tensor, truth: Tensor) -> Tensor:
+    """‖λ - Y‖ / ‖Y‖ over a batch; a number."""
+    found: Tensor = (guess - truth).norm() / truth.norm().clamp_min(1e-12)
+    return found
+
+
+def default_step(stages: int) -> float:
+    """c: the closed form for two stages; from three on it diverges (section 2.2, 4)."""
+    return 1.0 if stages <= 2 else 0.1
+
+
+def grown(beta: float, growth: float, rate: float) -> float:
+    """β after the learning rate has fallen.
+
+    Args:
+        beta: at the highest rate.
+        growth: factor for each factor of ten.
+        rate: learning rate as a share of the highest, in (0, 1].
+    """
+    return beta * growth ** math.floor(-math.log10(rate) + 1e-9) if rate > 0 else beta

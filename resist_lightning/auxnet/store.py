@@ -1,0 +1,60 @@
+"""Guesses and multipliers that are kept for each sample, in the methods without auxiliary networks.
+
+A sample is known by its content, so no loader has to say its number; which also means that a sample that is augmented
+anew in each epoch is never seen twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def contents(x: Tensor) -> list[bytes]:
+    """A name for each sample of a batch (batch, ...): a hash of its values."""
+    rows = x.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+class SampleStore:
+    """What was last kept of each sample; on the CPU.
+
+    Args:
+        multipliers: whether multipliers are kept too.
+    """
+
+    def __init__(self, *, multipliers: bool) -> None:
+        self._multipliers = multipliers
+        self._rows: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Samples that are known."""
+        return len(self._rows)
+
+    def get(self, names: Sequence[bytes], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Guesses and multipliers of known samples, (batch, ...) each."""
+        rows = torch.stack([self._rows[name] for name in names], dim=1).to(device)
+        return rows[0], rows[1] if self._multipliers else None
+
+    def put(self, names: Sequence[bytes], guess: Tensor, multiplier: Tensor | None) -> None:
+        """Keep those of some samples; of one that stands in the batch twice, the last."""
+        parts = [guess] if multiplier is None else [guess, multiplier]
+        rows = torch.stack([part.detach().cpu() for part in parts], dim=1)
+        self._rows.update((name, row.clone()) for name, row in zip(names, rows, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Names (samples, 16) and values (samples, 1 or 2, ...), as tensors."""
+        if not self._rows:
+            return {}
+        names = torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, 16)
+        return {"names": names, "values": torch.stack(list(self._rows.values()))}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with what :meth:`state_dict` gave."""
+        self._rows = {}
+        if state:
+            names = [bytes(name.tolist()) for name in state["names"]]
+            self._rows = {name: value.clone() for name, value in zip(names, state["values"], strict=True)}
