@@ -66,6 +66,14 @@ class Case:
         return " ".join([self.task, self.method, f"K={self.workers}", f"seed {self.seed}", *other])
 
 
+SETTINGS = ("beta", "aux_width", "aux_learning_rate", "warmup_steps", "lambda_step", "multiplier_every")
+
+
+def settings_of(case: Case) -> dict[str, Any]:
+    """What a `StageConfig` is given: settings that the case has."""
+    return {key: value for key, value in case.key.items() if key in SETTINGS and value is not None}
+
+
 def stored(method: str) -> bool:
     """Whether the method keeps guesses by sample, so that samples must not change."""
     return method.endswith("-store")
@@ -111,11 +119,15 @@ def sweep_cases(cfg: DictConfig) -> list[Case]:
     """One thing changed at a time; of the penalty method beta and the size of the auxiliary networks together."""
     found: list[Case] = []
     for task in cfg.sweep_tasks:
-        usual, al, kept = (base(task, name, SWEEP_WORKERS, SWEEP_SEED) for name in ("penalty", "al-net", "penalty-store"))
+        usual, al, kept = (
+            base(task, name, SWEEP_WORKERS, SWEEP_SEED) for name in ("penalty", "al-net", "penalty-store")
+        )
         if cfg.size == "smoke":
             usual, al, kept = (replace(case, warmup_steps=2) for case in (usual, al, kept))
         found += [replace(usual, beta=beta, aux_width=width) for beta in cfg.betas for width in cfg.aux_widths]
-        found += [replace(case, beta=beta) for case in (al, kept, replace(kept, method="al-store")) for beta in cfg.betas]
+        found += [
+            replace(case, beta=beta) for case in (al, kept, replace(kept, method="al-store")) for beta in cfg.betas
+        ]
         found += [replace(usual, aux_learning_rate=rate) for rate in cfg.aux_rates]
         found += [replace(usual, warmup_steps=steps) for steps in cfg.warmups]
     return [

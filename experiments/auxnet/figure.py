@@ -14,7 +14,7 @@ from experiments.accuracy.tables import chosen, distinct
 from experiments.auxnet.tables import read
 from experiments.auxnet.words import TITLES
 from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
-from experiments.ist.figure import _figure, _save
+from experiments.ist.figure import panels_of, saved
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
@@ -37,7 +37,7 @@ def draw_all(folder: Path) -> list[Path]:
 def _draw_accuracy(path: Path, content: dict[str, Any]) -> Path:
     rows = content["rows"]
     tasks = distinct(rows, "task")
-    figure = _figure(len(tasks))
+    figure = panels_of(len(tasks))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = chosen(rows, task=task)
         for augment, style in ((True, "-"), (False, "--")):
@@ -51,7 +51,7 @@ def _draw_accuracy(path: Path, content: dict[str, Any]) -> Path:
         axes.grid(True, axis="y")
         axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=distinct(own, "workers"))
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
-    return _save(figure, path, "Test accuracy of the full model")
+    return saved(figure, path, "Test accuracy of the full model")
 
 
 def _errorbars(axes: Axes, rows: list[dict[str, Any]], colour: str, label: str) -> None:
@@ -63,10 +63,12 @@ def _errorbars(axes: Axes, rows: list[dict[str, Any]], colour: str, label: str) 
 def _draw_timing(path: Path, content: dict[str, Any]) -> Path:
     rows = content["rows"]
     tasks = distinct(rows, "task")
-    figure: Figure = _figure(len(tasks))
+    figure: Figure = panels_of(len(tasks))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = chosen(rows, task=task)
-        names = [(method, schedule) for method in TITLES for schedule in distinct(chosen(own, method=method), "schedule")]
+        names = [
+            (method, schedule) for method in TITLES for schedule in distinct(chosen(own, method=method), "schedule")
+        ]
         for place, (method, schedule) in enumerate(names):
             these = [1000 * row["step_seconds"] for row in chosen(own, method=method, schedule=schedule)]
             words = TITLES[method] if schedule in (None, "gpipe") else "_"
@@ -75,4 +77,4 @@ def _draw_timing(path: Path, content: dict[str, Any]) -> Path:
         axes.invert_yaxis()
         axes.set(xlabel="milliseconds per step")
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
-    return _save(figure, path, "Time of a step, two workers on two cores")
+    return saved(figure, path, "Time of a step, two workers on two cores")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from experiments.accuracy.rows import Study
 from experiments.auxnet import tables
@@ -18,7 +16,7 @@ from experiments.auxnet.cases import Case, accuracy_cases, sweep_cases, timing_c
 from experiments.auxnet.figure import draw_all
 from experiments.auxnet.settings import RESULTS, parse, recorded
 from experiments.auxnet.training import measure
-from experiments.ist.main import WIDE
+from experiments.ist.main import show
 from experiments.launch import readable_errors
 from experiments.tables import main as write_tables
 
@@ -37,14 +35,9 @@ def main(arguments: Sequence[str], usage: str) -> None:
         except KeyboardInterrupt:
             sys.exit("interrupted: trainings that were measured are kept; the same command goes on from there")
     out = Path(cfg.out)
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
     for name in names:
         content = tables.read(name, out)
-        for grid in tables.grids(name, content) if content else []:
-            table = Table(*grid.header, title=grid.title, title_justify="left", title_style="bold")
-            for row in grid.rows:
-                table.add_row(*row)
-            console.print(table)
+        show(tables.grids(name, content) if content else [])
     for path in draw_all(out):
         print(f"wrote {path}")
     if out.resolve() == RESULTS:

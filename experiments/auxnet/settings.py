@@ -104,7 +104,9 @@ def _check_lists(cfg: DictConfig) -> None:
             if name not in known:
                 raise ConfigError(f"{key}={list(cfg[key])}: {name!r} is not known; choose from {', '.join(known)}")
     if not all(1 <= workers <= MOST_WORKERS for workers in cfg.workers):
-        raise ConfigError(f"workers={list(cfg.workers)}: must be numbers from 1 to {MOST_WORKERS}; tasks.py has the cuts")
+        raise ConfigError(
+            f"workers={list(cfg.workers)}: must be numbers from 1 to {MOST_WORKERS}; tasks.py has the cuts"
+        )
     for key, least in (("aux_widths", 1), ("warmups", 0)):
         if min(cfg[key]) < least:
             raise ConfigError(f"{key}={list(cfg[key])}: must be whole numbers of at least {least}")

@@ -56,7 +56,11 @@ def _usual(rows: Rows, *keys: str) -> Rows:
     """Rows that have the defaults of these settings; of a smoke run, whose warm-up is shorter, its own."""
     kept = rows
     for key in keys:
-        usual = [row for row in kept if row["case"][key] == base(row["case"]["task"], "penalty", SWEEP_WORKERS, SWEEP_SEED).key[key]]
+        usual = [
+            row
+            for row in kept
+            if row["case"][key] == base(row["case"]["task"], "penalty", SWEEP_WORKERS, SWEEP_SEED).key[key]
+        ]
         kept = usual or kept
     return kept
 

@@ -76,7 +76,7 @@ def speed(content: Content) -> Grid:
                 f"{mean(row['training_seconds'] for row in own):.1f}",
             ]
         )
-    header = ["task", "method", "K", "augmentation", "seconds per epoch", "ρ measured", "ρ predicted"]
+    header = ["task", "method", "K", "augmentation", "seconds per epoch", "speed-up, measured", "predicted"]
     return Grid("Seconds", [*header, "seconds of training, warm-up included"], lines)
 
 
@@ -87,7 +87,7 @@ def sizes(content: Content) -> Grid:
         if not augment and method == "serial":
             continue
         row = own[0]
-        counted = row["sent_by_step"]
+        counted = [sent for sent in row["sent_by_step"] if sent is not None]
         lines.append(
             [
                 task,
@@ -111,7 +111,7 @@ def explanation(content: Content) -> Grid:
     for task, method, workers, _, own in kinds(content["rows"]):
         if method not in AUXNET or workers == 1:
             continue
-        mismatches = [row["mismatch"] for row in own]
+        mismatches = [row["mismatch"] or [] for row in own]
         lines.append(
             [
                 task,

@@ -57,5 +57,5 @@ def timing(content: Content) -> Grid:
                         str(len(these)),
                     ]
                 )
-    header = ["network", "method", "K", "ms per step", "least to most", "ρ measured", "ρ predicted", "n"]
+    header = ["network", "method", "K", "ms per step", "least to most", "speed-up, measured", "predicted", "n"]
     return Grid("Time of a step", header, lines)

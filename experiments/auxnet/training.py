@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.accuracy.data import Stream
 from experiments.accuracy.training import accuracy, rate
 from experiments.auxnet.cases import Case
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
@@ -19,6 +20,11 @@ from experiments.auxnet.methods import Method, Pipelined, Serial
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.ist.examples import Prepared
 from experiments.paper_tables.memory import forked
+
+EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "timeline")
+"""What every worker tells of itself."""
+ROUND = 50
+"""Steps between two looks of AuxNet's workers at each other, at most."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,8 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
         **{key: max(worker["clock"][key] for worker in workers) for key in workers[0]["clock"]},
         "steps": steps,
         "steps_per_epoch": per_epoch,
-        "held_bytes": [worker["held_bytes"] for worker in workers],
-        "told": [worker["told"] for worker in workers],
-        **by_formula(case, cfg.size),
+        **{key: [worker[key] for worker in workers] for key in ("held_bytes", *EACH)},
+        **by_formula(case, cfg.size, [worker["aux_parameters"] for worker in workers]),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -100,10 +105,11 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
 def _of_worker_0(told: dict[str, Any]) -> dict[str, Any]:
     curve = told["curve"]
     last = {"last": curve[-1]["test"], "last_holdout": curve[-1]["holdout"]} if curve else {}
-    return {**last, "curve": curve}
+    common = {key: told.get(key) for key in ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine")}
+    return {**last, "curve": curve, **common}
 
 
-def by_formula(case: Case, size: str) -> dict[str, Any]:
+def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str, Any]:
     """What a worker sends and holds, by closed form."""
     cuts = cuts_of(case, size)
     with torch.device("meta"):
@@ -114,7 +120,7 @@ def by_formula(case: Case, size: str) -> dict[str, Any]:
         "parameters": parameters_of(network, cuts),
         "boundary_elements": elements,
         "sent_by_formula": sent_bytes(case.method, batch, elements, CLASSES),
-        "held_by_formula": held_bytes(parameters_of(network, cuts), [0] * case.workers),
+        "held_by_formula": held_bytes(parameters_of(network, cuts), aux_parameters),
     }
 
 
@@ -133,9 +139,18 @@ def make_method(job: Job) -> Method:
     if case.method == "serial":
         return Serial(network(), case.lr)
     if case.method == "pipeline":
-        assert case.schedule is not None and case.micro_batches is not None
+        assert case.schedule is not None
+        assert case.micro_batches is not None
         return Pipelined(network, cuts_of(case, job.size), case.lr, case.schedule, case.micro_batches)
-    raise NotImplementedError(case.method)
+    from experiments.auxnet.layered import Layered
+
+    example, _ = stream_of(job).batch(0, 0, 1)
+    return Layered(network(), cuts_of(case, job.size), case, max(1, min(ROUND, job.steps // 3)), example)
+
+
+def stream_of(job: Job) -> Stream[Any]:
+    """The batches of a case, the same on all workers."""
+    return job.data.stream(scale_of(job.case.task, job.size).batch, job.case.seed, augment=job.case.augment)
 
 
 def work(worker: int, job: Job) -> dict[str, Any]:
@@ -149,8 +164,7 @@ def work(worker: int, job: Job) -> dict[str, Any]:
     """
     method, clock = make_method(job), Clock()
     case, curve = job.case, []
-    stream = job.data.stream(scale_of(case.task, job.size).batch, case.seed, augment=case.augment)
-    held = 0
+    stream, held = stream_of(job), 0
     for step in range(job.steps):
         began = time.perf_counter()
         x, y = stream.batch(step, 0, 1)
@@ -170,7 +184,9 @@ def work(worker: int, job: Job) -> dict[str, Any]:
         "curve": curve,
         "clock": clock.told(job.uncounted + (case.warmup_steps or 0)),
         "held_bytes": held,
-        "told": method.told(),
+        "timeline": [],
+        **(method.explained(job.data) if job.stops else {}),
+        **method.told(),
     }
 
 
