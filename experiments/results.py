@@ -74,15 +74,17 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")
     summary = read_json(folder, SUMMARY_FILE)
     clock = read_json(folder, CLOCK_FILE) or {}
-    validation = read_curves(folder).get("val/acc", Curve())
+    curves = read_curves(folder)
+    validation, rounds = curves.get("val/acc", Curve()), _rounds(summary)
     return {
         **{key: run[key] for key in ("strategy", "workers", "seed", "test", "checkpoint")},
         "validation": {"best_accuracy": max(validation.values, default=None)},
         "local_steps": summary["local_steps"] if summary else clock.get("steps"),
         "epochs": clock.get("epochs"),
-        "rounds": summary["rounds"] if summary else None,
-        "local_steps_per_round": summary["local_steps_per_round"] if summary else None,
+        "rounds": rounds[0],
+        "local_steps_per_round": rounds[1],
         "parameters": _parameters(run, summary),
+        "stages": _stages(summary, curves),
         "sent_bytes": _sent(run, summary, clock),
         "seconds": _seconds(run, summary, clock),
         "overrides": run["overrides"],
@@ -92,6 +94,30 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _rounds(summary: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """How many, and how long; none where workers only look at each other at the end of one."""
+    if summary is None or summary["strategy"] == "auxnet":
+        return None, None
+    return summary["rounds"], summary["local_steps_per_round"]
+
+
+def _stages(summary: Mapping[str, Any] | None, curves: Mapping[str, Curve]) -> dict[str, Any] | None:
+    """Of a network in stages, with what was logged last."""
+    if summary is None or summary["strategy"] != "auxnet":
+        return None
+
+    def last(name: str) -> float | None:
+        return curves[f"auxnet/{name}"].values[-1] if f"auxnet/{name}" in curves else None
+
+    mismatches = [last(f"mismatch_{boundary}") for boundary in range(1, summary["workers"])]
+    return {
+        "names": summary["blocks"],
+        "mismatch": [value for value in mismatches if value is not None],
+        "speedup_measured": last("speedup_measured"),
+        "speedup_predicted": last("speedup_predicted"),
+    }
 
 
 def _parameters(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:

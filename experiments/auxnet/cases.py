@@ -70,8 +70,10 @@ SETTINGS = ("beta", "aux_width", "aux_learning_rate", "warmup_steps", "lambda_st
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    """What a `StageConfig` is given: settings that the case has."""
-    return {key: value for key, value in case.key.items() if key in SETTINGS and value is not None}
+    """What a `StageConfig` is given: the method, and settings that the case has."""
+    return {"method": case.method} | {
+        key: value for key, value in case.key.items() if key in SETTINGS and value is not None
+    }
 
 
 def stored(method: str) -> bool:

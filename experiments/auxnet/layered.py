@@ -29,19 +29,25 @@ class Layered(Method):
         cuts: behind which modules it is cut.
         case: the settings.
         round_steps: steps between two looks of the workers at each other.
+        uncounted: first steps, whose rounds tell nothing.
         example: a batch of images.
     """
 
     def __init__(
-        self, network: nn.Module, cuts: tuple[str, ...], case: Case, round_steps: int, example: Tensor
+        self,
+        network: nn.Module,
+        cuts: tuple[str, ...],
+        case: Case,
+        *,
+        round_steps: int,
+        uncounted: int,
+        example: Tensor,
     ) -> None:
         self.network = network
         self.optimizer = make_optimizer(network, case.lr)
-        config = StageConfig(
-            method=case.method, cuts=cuts or None, local_steps=round_steps, seed=case.seed, **settings_of(case)  # type: ignore[arg-type]
-        )  # fmt: skip
+        config = StageConfig(cuts=cuts or None, local_steps=round_steps, seed=case.seed, **settings_of(case))
         self.engine = Engine(network, [self.optimizer], config)
-        self.warmup_rounds = -(-config.warmup_steps // round_steps)
+        self.first_round = -(-uncounted // round_steps)
         self.rounds: list[dict[str, float]] = []
         self.engine.prepare(example)
         self.engine.start()
@@ -53,7 +59,7 @@ class Layered(Method):
         functional.cross_entropy(self.network(x), y).backward()
         self.optimizer.step()
         self.engine.after_step()
-        if self.engine.clock.step == 0 and self.engine.clock.round > self.warmup_rounds:
+        if self.engine.clock.step == 0 and self.engine.clock.round > self.first_round:
             self.rounds.append(self.engine.sync.metrics())
 
     @contextmanager

@@ -99,10 +99,18 @@ def _check_lists(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={SIZES['full'][key]}")
         if len(set(cfg[key])) < len(cfg[key]):
             raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
+    _check_names(cfg)
+    _check_numbers(cfg)
+
+
+def _check_names(cfg: DictConfig) -> None:
     for key, known in (("tasks", TASKS), ("sweep_tasks", TASKS), ("networks", TIMED), ("methods", METHODS)):
         for name in cfg[key]:
             if name not in known:
                 raise ConfigError(f"{key}={list(cfg[key])}: {name!r} is not known; choose from {', '.join(known)}")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
     if not all(1 <= workers <= MOST_WORKERS for workers in cfg.workers):
         raise ConfigError(
             f"workers={list(cfg.workers)}: must be numbers from 1 to {MOST_WORKERS}; tasks.py has the cuts"

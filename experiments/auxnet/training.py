@@ -13,9 +13,10 @@ from torch import nn
 
 from experiments.accuracy.data import Stream
 from experiments.accuracy.training import accuracy, rate
-from experiments.auxnet.cases import Case
+from experiments.auxnet.cases import Case, stored
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
 from experiments.auxnet.examples import CLASSES, input_shape, make_network, prepared, scale_of
+from experiments.auxnet.layered import Layered
 from experiments.auxnet.methods import Method, Pipelined, Serial
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.ist.examples import Prepared
@@ -37,7 +38,7 @@ class Job:
         data: the images, read before the processes start.
         steps: of the training.
         stops: after which steps the whole network is evaluated.
-        uncounted: first steps whose time is not counted, besides a warm-up's.
+        uncounted: first steps whose time is not counted: of a warm-up, or in which guesses are stored for the first time.
     """
 
     case: Case
@@ -45,7 +46,7 @@ class Job:
     data: Prepared
     steps: int
     stops: frozenset[int]
-    uncounted: int = 1
+    uncounted: int
 
 
 @dataclass
@@ -83,12 +84,13 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
     scale = scale_of(case.task, cfg.size)
     per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
     stops: frozenset[int] = frozenset()
+    serial = max(case.warmup_steps or 0, per_epoch if stored(case.method) else 0)
+    uncounted = max(1, serial)
     if steps is None:
         steps = per_epoch * (cfg.epochs or scale.epochs)
         stops = frozenset(max(1, steps * number // cfg.evaluations) for number in range(1, cfg.evaluations + 1))
-        uncounted = 1
     else:
-        uncounted = steps // 3
+        uncounted = serial + steps // 3
     job = Job(case, cfg.size, data, steps, stops, uncounted)
     workers = forked(work, job, case.workers)
     return {
@@ -142,15 +144,28 @@ def make_method(job: Job) -> Method:
         assert case.schedule is not None
         assert case.micro_batches is not None
         return Pipelined(network, cuts_of(case, job.size), case.lr, case.schedule, case.micro_batches)
-    from experiments.auxnet.layered import Layered
-
+    round_steps = max(1, min(ROUND, (job.steps - job.uncounted) // 2))
     example, _ = stream_of(job).batch(0, 0, 1)
-    return Layered(network(), cuts_of(case, job.size), case, max(1, min(ROUND, job.steps // 3)), example)
+    return Layered(
+        network(),
+        cuts_of(case, job.size),
+        case,
+        round_steps=round_steps,
+        uncounted=job.uncounted,
+        example=example,
+    )
 
 
 def stream_of(job: Job) -> Stream[Any]:
-    """The batches of a case, the same on all workers."""
-    return job.data.stream(scale_of(job.case.task, job.size).batch, job.case.seed, augment=job.case.augment)
+    """The batches of a case, the same on all workers: in every epoch all images that fill whole steps, the same ones.
+
+    So an epoch has seen every image that a later one has, which the methods with stored guesses need.
+    """
+    batch = scale_of(job.case.task, job.size).batch
+    stream = job.data.stream(batch, job.case.seed, augment=job.case.augment)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randperm(len(stream.images.labels), generator=generator)[: stream.pass_length]
+    return Stream(stream.images.take(kept), stream.transform, batch, job.case.seed)
 
 
 def work(worker: int, job: Job) -> dict[str, Any]:
@@ -182,7 +197,7 @@ def work(worker: int, job: Job) -> dict[str, Any]:
     held = max(held, method.held_bytes())
     return {
         "curve": curve,
-        "clock": clock.told(job.uncounted + (case.warmup_steps or 0)),
+        "clock": clock.told(job.uncounted),
         "held_bytes": held,
         "timeline": [],
         **(method.explained(job.data) if job.stops else {}),
