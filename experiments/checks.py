@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
-from experiments.schema import Limit
+from experiments.limits import Limit
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
 

@@ -13,12 +13,10 @@ from typing import Any
 import torchvision
 from omegaconf import MISSING
 
-from experiments.limits import Limit, limited
+from experiments.limits import limited
 from experiments.models import NORMS
 from experiments.strategy_schema import DDP, IST, AuxNet, LocalSGD, Plain, ResIST
 from resist_lightning.models import SECTIONS_OF_DEPTH
-
-__all__ = ["Limit", "limited"]
 
 RESNETS = tuple(
     name for name in torchvision.models.list_models(torchvision.models) if name.startswith(("resne", "wide_resnet"))

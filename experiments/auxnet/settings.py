@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from experiments.auxnet.tasks import ALL, TASKS, TIMED
 from experiments.checks import ConfigError, check_keys
-from experiments.schema import limited
+from experiments.limits import limited
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "sweep", "timing")
