@@ -1,9 +1,9 @@
 """Train deep residual networks on workers that are joined by slow links and have little memory.
 
-``import resist_lightning`` registers the strategies ``resist``, ``ist`` and ``local_sgd`` with Lightning.
+``import resist_lightning`` registers the strategies ``resist``, ``ist``, ``auxnet`` and ``local_sgd`` with Lightning.
 """
 
-from resist_lightning.config import Config, NeuronConfig
+from resist_lightning.config import Config, NeuronConfig, StageConfig
 from resist_lightning.engine import Engine
 from resist_lightning.errors import (
     BlockSelectionError,
@@ -12,14 +12,22 @@ from resist_lightning.errors import (
     LayerSelectionError,
     NotFinite,
     PartialModelError,
+    StageSelectionError,
     WorkerLost,
     WorkersDisagree,
 )
 from resist_lightning.neuron_simulator import NeuronSimulator
 from resist_lightning.simulator import Simulator
-from resist_lightning.strategies import ISTStrategy, LocalSGDStrategy, ResISTStrategy, register_strategies
+from resist_lightning.strategies import (
+    AuxNetStrategy,
+    ISTStrategy,
+    LocalSGDStrategy,
+    ResISTStrategy,
+    register_strategies,
+)
 
 __all__ = [
+    "AuxNetStrategy",
     "BlockSelectionError",
     "CheckpointError",
     "CheckpointNotWritten",
@@ -34,6 +42,8 @@ __all__ = [
     "PartialModelError",
     "ResISTStrategy",
     "Simulator",
+    "StageConfig",
+    "StageSelectionError",
     "WorkerLost",
     "WorkersDisagree",
 ]

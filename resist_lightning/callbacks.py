@@ -136,6 +136,7 @@ class RoundMonitor(Callback):
             "sync/round": float(engine.clock.round),
             "sync/share_of_time": engine.seconds.sync / max(self._training_seconds, 1e-9),
             "sync/sent_MB_per_round": sent / len(self._sent_by_round) / 1e6,
+            **engine.sync.metrics(),
         }
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

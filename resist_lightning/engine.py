@@ -89,9 +89,21 @@ class Engine:
         return self.layout.partition(self.clock.round)
 
     @property
+    def sync(self) -> Any:
+        """This worker's side of the syncs; of which class follows from the method."""
+        return self._sync
+
+    @property
     def observing(self) -> bool:
         """Whether the module is the full model now."""
         return self._observation.full.active
+
+    def prepare(self, example: Tensor) -> None:
+        """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
+
+        Collective: every worker must call this, in the same order.
+        """
+        self.layout.prepare(example.to(self._device), self.collective)
 
     def start(self) -> bool:
         """Take worker 0's weights, or go on with what :meth:`restore` was given, and free what belongs to others.
@@ -134,6 +146,7 @@ class Engine:
             raise RuntimeError("the engine is not running: call start() before the first local step.")
         if self.observing:
             raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
+        self._sync.end_step()
         self.clock.tick()
         self.activity.begin("local steps")
 

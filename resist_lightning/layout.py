@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resist_lightning.blocks import Block
+from resist_lightning.collective import Collective
 from resist_lightning.config import CommonConfig, WireName
 from resist_lightning.norm import norms_with_statistics
 
@@ -84,6 +85,12 @@ class Layout(ABC):
     @abstractmethod
     def warn(self) -> None:
         """Say what of the settings has less effect than a user may think."""
+
+    def prepare(self, example: Tensor, collective: Collective) -> None:  # noqa: B027
+        """See an input of the network, a batch, before training starts.
+
+        Collective: every worker must call this, in the same order.
+        """
 
     def is_warmup(self, round: int) -> bool:
         """Whether in ``round`` every worker trains all blocks, scaled as at test time."""

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from resist_lightning.auxnet.layout import StageLayout
+from resist_lightning.auxnet.sync import StageSync
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.block_sync import BlockSync
 from resist_lightning.collective import Collective
-from resist_lightning.config import CommonConfig, Config, NeuronConfig
+from resist_lightning.config import CommonConfig, Config, NeuronConfig, StageConfig
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.ist.sync import NeuronSync
 from resist_lightning.layout import Layout
@@ -27,6 +29,8 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout
     """
     if isinstance(config, NeuronConfig):
         return NeuronLayout(module, config, workers)
+    if isinstance(config, StageConfig):
+        return StageLayout(module, config, workers)
     assert isinstance(config, Config)
     return BlockLayout(module, config, workers)
 
@@ -37,5 +41,7 @@ def make_sync(
     """A worker's side of the syncs."""
     if isinstance(layout, NeuronLayout):
         return NeuronSync(layout, states, collective, device, seconds)
+    if isinstance(layout, StageLayout):
+        return StageSync(layout, states, collective, device, seconds)
     assert isinstance(layout, BlockLayout)
     return BlockSync(layout, states, collective, device, seconds)

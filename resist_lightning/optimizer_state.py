@@ -32,6 +32,10 @@ class OptimizerStates:
         self._optimizers = list(optimizers)
         self._slots = [[_probe(optimizer, group) for group in optimizer.param_groups] for optimizer in optimizers]
 
+    def rate(self) -> float:
+        """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
+        return float(self._optimizers[0].param_groups[0]["lr"]) if self._optimizers else 0.0
+
     def check_travel(self, momentum: str = "travel", instead: str = "'keep' or 'reset'") -> None:
         """Check that the state can go with its block, or be cut with its neurons.
 

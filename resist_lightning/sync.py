@@ -63,6 +63,13 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         self.exchange.take_apart()
         self._as_received = []
 
+    def end_step(self) -> None:
+        """Called after each local step."""
+
+    def metrics(self) -> dict[str, float]:
+        """What a method has to log of the round that ended, by name; the same on all workers."""
+        return {}
+
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""
         self._changing = self._layout.changing()

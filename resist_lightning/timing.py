@@ -1,4 +1,4 @@
-"""Wall time that a worker spends outside local steps."""
+"""Wall time, as that which a worker spends outside local steps."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class Seconds:
     @contextmanager
     def timed(self, what: Literal["sync", "averaging", "hand_over", "observe"]) -> Iterator[None]:
         """Add the time inside to ``what``."""
-        start = self._now()
+        start = now(self._device)
         yield
-        setattr(self, what, getattr(self, what) + self._now() - start)
+        setattr(self, what, getattr(self, what) + now(self._device) - start)
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds of the clock, when a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

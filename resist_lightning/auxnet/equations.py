@@ -71,12 +71,11 @@ def default_step(stages: int) -> float:
     return 1.0 if stages <= 2 else 0.1
 
 
-def grown(beta: float, growth: float, rate: float) -> float:
-    """β after the learning rate has fallen.
+def growth(factor: float, rate: float) -> float:
+    """By how much β has grown.
 
     Args:
-        beta: at the highest rate.
-        growth: factor for each factor of ten.
-        rate: learning rate as a share of the highest, in (0, 1].
+        factor: for each factor of ten by which the learning rate has fallen.
+        rate: learning rate as a share of the highest, in [0, 1].
     """
-    return beta * growth ** math.floor(-math.log10(rate) + 1e-9) if rate > 0 else beta
+    return factor ** math.floor(-math.log10(rate) + 1e-9) if rate > 0 else 1.0

@@ -18,7 +18,8 @@ from resist_lightning.errors import LayerSelectionError
 from resist_lightning.globs import matches
 from resist_lightning.ist.flow import Flow, Layer
 from resist_lightning.ist.neurons import Cut, HiddenLayer, Neurons, Size
-from resist_lightning.ist.tracing import Traced, Weighted, names_of_tensors, trace
+from resist_lightning.ist.tracing import Traced, Weighted, trace
+from resist_lightning.tracing import names_of_tensors
 
 _SHOWN = 5
 

@@ -36,7 +36,8 @@ from resist_lightning.ist.operations import (
     over_positions,
     shape_entry,
 )
-from resist_lightning.ist.tracing import Traced, Weighted, user_line
+from resist_lightning.ist.tracing import Traced, Weighted
+from resist_lightning.tracing import user_line
 
 _KINDS = ("device", "dtype", "ndim")
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from resist_lightning.strategies.auxnet import AuxNetStrategy
 from resist_lightning.strategies.ist import ISTStrategy
 from resist_lightning.strategies.local_sgd import LocalSGDStrategy
 from resist_lightning.strategies.resist import ResISTStrategy
 
+_STRATEGIES = (ResISTStrategy, ISTStrategy, AuxNetStrategy, LocalSGDStrategy)
 _LAUNCHERS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
 def register_strategies() -> None:
-    """Register ``resist``, ``ist`` and ``local_sgd`` and their variants ``_spawn``, ``_fork`` and ``_notebook``."""
-    for strategy in (ResISTStrategy, ISTStrategy, LocalSGDStrategy):
+    """Register ``resist``, ``ist``, ``auxnet``, ``local_sgd``, and each with ``_spawn``, ``_fork``, ``_notebook``."""
+    for strategy in _STRATEGIES:
         for suffix, start_method in _LAUNCHERS.items():
             StrategyRegistry.register(
                 strategy.strategy_name + suffix,
@@ -40,6 +42,6 @@ def _refuse_pytorch_lightning() -> None:
             "`pytorch_lightning`. Use lightning.Trainer, and lightning.LightningModule for your module."
         )
 
-    for strategy in (ResISTStrategy, ISTStrategy, LocalSGDStrategy):
+    for strategy in _STRATEGIES:
         for suffix in _LAUNCHERS:
             other.StrategyRegistry.register(strategy.strategy_name + suffix, refuse, override=True)

@@ -163,11 +163,15 @@ class SavingStrategy(GroupStrategy):
         self._source = None
         if self._restarts is not None:
             self._restarts.begin()
+        self._prepare(engine)
         exact = engine.start()
         if own is not None and exact:
             self._restore_host(own["host"])
         if self.resume_state:
             self._say_how_it_goes_on(engine, same, exact)
+
+    def _prepare(self, engine: Engine) -> None:
+        """Called before the engine starts, with what it goes on from. Collective: every worker must call this."""
 
     def _host_state(self) -> dict[str, Any]:
         """What Lightning has in this worker, and saves of worker 0 only or not at all."""

@@ -37,6 +37,7 @@ from resist_lightning.strategies.saving import SavingStrategy
 from resist_lightning.strategies.signals import Signals
 
 DataPolicy: TypeAlias = Literal["shard", "copy"]
+Seen: TypeAlias = Literal["shard", "copy", "same"]
 
 
 class SubnetStrategy(SavingStrategy):
@@ -47,8 +48,8 @@ class SubnetStrategy(SavingStrategy):
 
     strategy_name: str
 
-    def __init__(self, config: CommonConfig, data: DataPolicy, saving: Saving, launch: Launch) -> None:
-        check_choice("data", data, get_args(DataPolicy))
+    def __init__(self, config: CommonConfig, data: Seen, saving: Saving, launch: Launch) -> None:
+        check_choice("data", data, get_args(Seen))
         super().__init__(saving, launch)
         self.config = config
         self._data = data

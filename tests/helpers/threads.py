@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ class Room:
         self.barrier = threading.Barrier(workers, timeout=SECONDS)
         self.table: dict[Any, Any] = {}
         self.log: list[tuple[int, str, str]] = []
+        self.boxes: defaultdict[tuple[int, int, int], Queue[Tensor]] = defaultdict(Queue)
 
     def share(self, worker: int, value: Any) -> list[Any]:
         """The values of all workers, in order."""
@@ -70,6 +73,23 @@ class ThreadCollective(Collective):
                 assert (flat.dtype, flat.shape) == (came.dtype, came.shape)
                 flat.copy_(came)
         self.sent_bytes.update(kinds)
+
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        self.room.log.append((self.worker, "start_send", kind))
+        self.room.boxes[self.worker, target, tag].put(flat.clone())
+        self.sent_bytes[kind] += flat.nbytes
+        return lambda: None
+
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        self.room.log.append((self.worker, "start_receive", ""))
+        box = self.room.boxes[source, self.worker, tag]
+
+        def finish() -> None:
+            came = box.get(timeout=SECONDS)
+            assert (flat.dtype, flat.shape) == (came.dtype, came.shape)
+            flat.copy_(came)
+
+        return finish
 
 
 def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[list[Any], Room]:

@@ -1,0 +1,112 @@
+"""Where a worker's guess of its input comes from, and what it learns from how wrong it was."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from resist_lightning.auxnet.networks import AuxNetwork
+from resist_lightning.auxnet.store import SampleStore, contents
+
+MOMENTUM = 0.9
+
+
+class Guesses(ABC):
+    """Guesses λ and multipliers u of one boundary, for the batch at hand."""
+
+    @abstractmethod
+    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """λ and u for a batch, without a graph."""
+
+    @abstractmethod
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+        """Move to what λ and u should be for a batch; after :meth:`make`, from what that gave.
+
+        Args:
+            x: the batch.
+            guess: λ⁺.
+            multiplier: u⁺; None without multipliers.
+            rate: learning rate as a share of the highest.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that it has, on the CPU."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` gave."""
+
+
+class NetworkGuesses(Guesses):
+    """By an auxiliary network, which takes one step of SGD with momentum per batch.
+
+    Args:
+        network: the auxiliary network, on its device.
+        learning_rate: the highest rate.
+    """
+
+    def __init__(self, network: AuxNetwork, learning_rate: float) -> None:
+        self.network = network
+        self.optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=MOMENTUM)
+        self._learning_rate = learning_rate
+        self._made: tuple[Tensor, Tensor | None] | None = None
+
+    @override
+    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        self._made = guess, multiplier = self.network(x)
+        return guess.detach(), multiplier.detach() if multiplier is not None else None
+
+    @override
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+        (made, made_multiplier), self._made = self._made or self.network(x), None
+        loss = functional.mse_loss(made, guess) / 2
+        if made_multiplier is not None and multiplier is not None:
+            loss = loss + functional.mse_loss(made_multiplier, multiplier) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate * rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        network = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        return {"network": network, "optimizer": self.optimizer.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class StoredGuesses(Guesses):
+    """As they were last left, for each sample.
+
+    Args:
+        multipliers: whether there are multipliers.
+    """
+
+    def __init__(self, *, multipliers: bool) -> None:
+        self.store = SampleStore(multipliers=multipliers)
+
+    @override
+    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.store.get(contents(x), x.device)
+
+    @override
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+        self.store.put(contents(x), guess, multiplier)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"store": self.store.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.store.load_state_dict(state["store"])

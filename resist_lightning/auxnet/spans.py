@@ -1,0 +1,124 @@
+"""When a worker computes in a step, and when it waits."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+from resist_lightning.auxnet.speedup import StepSeconds
+
+Name: TypeAlias = Literal[
+    "data",
+    "aux forward",
+    "forward",
+    "wait for output",
+    "loss",
+    "wait for target",
+    "backward",
+    "optimizer",
+    "wait for truth",
+    "aux backward",
+]
+"""What happens between two steps (``data``: all that is outside), and in one, in this order. ``loss`` is what the
+user's step does with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
+
+NAMES: tuple[Name, ...] = get_args(Name)
+
+Span: TypeAlias = tuple[str, float, float]
+
+
+class Spans:
+    """The spans of a worker's steps, one behind the other.
+
+    ``time.perf_counter`` is the same clock for all processes of a Linux host.
+
+    Args:
+        device: waited for before the clock is read, if it is a GPU.
+
+    Attributes:
+        last: the spans (name, begin, end in seconds) of the last step that ended.
+        steps: how many ended since :meth:`take`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.last: list[Span] = []
+        self.steps = 0
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._current: list[Span] = []
+        self._name: Name | None = None
+        self._since = 0.0
+
+    def begin(self, name: Name) -> None:
+        """End the span that is open, and begin another one."""
+        now = self._now()
+        if self._name is not None:
+            self._current.append((self._name, self._since, now))
+        self._name, self._since = name, now
+
+    @contextmanager
+    def inside(self, name: Name) -> Iterator[None]:
+        """A span inside another one, which goes on behind it."""
+        around = self._name
+        self.begin(name)
+        yield
+        if around is not None:
+            self.begin(around)
+
+    def end_step(self) -> None:
+        """The step has ended; until the next one, it is ``data``."""
+        self.begin("data")
+        self.last, self._current = self._current, []
+        self.steps += 1
+        for name, begin, end in self.last:
+            self._seconds[name] += end - begin
+
+    def pause(self) -> None:
+        """What comes now is no part of the training."""
+        self._name, self._current = None, []
+
+    def take(self) -> list[float]:
+        """Mean seconds of each of :data:`NAMES` in a step since the last call; zeros if there was none."""
+        mean = [self._seconds[name] / self.steps if self.steps else 0.0 for name in NAMES]
+        self._seconds, self.steps = defaultdict(float), 0
+        return mean
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+_WAITS: tuple[Name, ...] = ("wait for output", "wait for target", "wait for truth")
+_STAGE: tuple[Name, ...] = ("forward", "loss", "backward", "optimizer")
+
+
+def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
+    """The six numbers of section 2.6 from what each worker measured; None where a worker measured nothing.
+
+    Of the waits, those of the worker that waits least: the others wait for it, which is no cost of the exchange.
+
+    Args:
+        workers: for each, the mean seconds of each of :data:`NAMES` in a step.
+    """
+    if not workers or not all(row["forward"] for row in workers):
+        return None
+    return StepSeconds(
+        data=min(row["data"] for row in workers),
+        forward=sum(row["forward"] + row["loss"] for row in workers),
+        backward=sum(row["backward"] + row["optimizer"] for row in workers),
+        penalty=min(sum(row[name] for name in _WAITS) for row in workers),
+        aux_forward=max(row["aux forward"] for row in workers),
+        aux_backward=max(row["aux backward"] for row in workers),
+    )
+
+
+def measured_speedup(workers: Sequence[Mapping[str, float]]) -> float:
+    """Seconds of a step of one process that trains all stages, over those of a step here."""
+    alone = min(row["data"] for row in workers) + sum(row[name] for row in workers for name in _STAGE)
+    return alone / max(sum(row.values()) for row in workers)

@@ -1,0 +1,141 @@
+"""Forwards of a user's modules as graphs, by torch.fx: what the methods that look into a forward have in common.
+
+torch.fx changes torch.nn.Module itself while it traces: no other thread may compute or trace meanwhile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: not torchvision
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
+
+
+class CannotTrace(Exception):
+    """torch.fx cannot follow a forward.
+
+    Args:
+        path: name of the innermost module that it was in, in the module that is traced.
+        where: that module, for a message: ``'net.1' (Branch)``.
+        said: what torch.fx says, and where: `` at net.py:12 (if x.sum() > 0:): TraceError: ...``.
+    """
+
+    def __init__(self, path: str, where: str, said: str) -> None:
+        super().__init__(f"{where}{said}")
+        self.path, self.where, self.said = path, where, said
+
+
+class Tracer(fx.Tracer):
+    """Looks into every module but those of torch.nn, and keeps parameters and buffers that a forward reads as nodes."""
+
+    record_stack_traces = True
+    proxy_buffer_attributes = True
+
+    @override
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m)
+
+
+def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
+    """The forward of a module as a graph, optional arguments at their defaults.
+
+    Args:
+        tracer: what decides which modules are looked into.
+        root: the module.
+        prefix: what its names begin with in the user's module, with the dot at the end.
+
+    Raises:
+        CannotTrace: if torch.fx cannot.
+    """
+    try:
+        return tracer.trace(root, concrete_args=defaults(root) or None)
+    except Exception as error:
+        path, kind = (list(tracer.module_stack.values())[-1:] or [("", type(root))])[0]
+        name = f"{prefix}{path}".rstrip(".")
+        where = f"{name!r} ({kind.__name__})" if name else f"the module itself ({kind.__name__})"
+        raise CannotTrace(path, where, f"{_raised_at(error)}: {type(error).__name__}: {error}") from error
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    if "forward" in vars(module):  # the user's own, which takes the place of the class's
+        return False
+    forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
+    return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """A LightningModule inherits a forward that only raises; Lightning is not imported to find out."""
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    lightning = owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+    return owner is not nn.Module and not (lightning and owner.__name__ == "LightningModule")
+
+
+def user_line(node: fx.Node) -> str:
+    """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
+    frames = _FRAME.findall(node.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    if not own:
+        return ""
+    path, line, code = own[-1]
+    return f" ({path}:{line}: {code})" if code else f" ({path}:{line})"
+
+
+def defaults(root: nn.Module) -> dict[str, Any]:
+    """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
+    plain = bool | int | float | str | None
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, plain)}
+
+
+def left_behind(root: nn.Module, graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Values that the forward leaves in attributes of modules; ask before :func:`in_training` ends."""
+    left = tree_leaves([list(vars(child).values()) for child in root.modules()])
+    return tuple(value.node for value in left if isinstance(value, fx.Proxy) and value.node.graph is graph)
+
+
+@contextmanager
+def in_training(module: nn.Module) -> Iterator[None]:
+    """What is divided only trains. What the tracer, or a forward that it runs, sets on a module is undone."""
+    modules = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
+    before = [dict(vars(child)) for child in modules]
+    if not module.training:
+        for child in modules:
+            child.training = True
+    try:
+        yield
+    finally:
+        for child, attributes in zip(modules, before, strict=True):
+            vars(child).clear()
+            vars(child).update(attributes)
+
+
+def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter and buffer, by its id."""
+    names: dict[int, list[str]] = {}
+    everything: list[tuple[str, Tensor]] = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in everything:
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _raised_at(error: Exception) -> str:
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
+    own = [frame for frame in own if frame.filename != __file__]
+    return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
