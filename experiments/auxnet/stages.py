@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.blocks import find_blocks
+from resist_lightning.auxnet.chain import find_chain
 
 
 def stages(network: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
@@ -18,14 +18,9 @@ def stages(network: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
         network: the network.
         cuts: behind which modules it is cut.
     """
-    blocks = [(name, block.module) for block in find_blocks(network) for name in (block.name,)]
-    names = [name for name, _ in blocks]
-    bounds = [0, *(names.index(name) + 1 for name in cuts), len(blocks)]
-    parts: list[list[nn.Module]] = [[module for _, module in blocks[a:b]] for a, b in pairwise(bounds)]
-    parts[0].insert(0, network.get_submodule("stem"))
-    norm, head = network.get_submodule("norm"), network.get_submodule("head")
-    parts[-1] += [norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head]
-    return [nn.Sequential(*part) for part in parts]
+    chain = find_chain(network)
+    bounds = [0, *chain.positions(cuts), len(chain.units)]
+    return [chain.stage(first, last) for first, last in pairwise(bounds)]
 
 
 def parameters_of(network: nn.Module, cuts: Sequence[str]) -> list[int]:
