@@ -68,7 +68,7 @@ def test_every_strategy_instantiates_into_a_trainer(option: str, composed: Compo
     if option != "single":
         assert type(trainer.strategy) is get_object(target)
     monitored = any(type(callback).__name__ == "RoundMonitor" for callback in trainer.callbacks)
-    assert monitored == (option in ("resist", "ist", "local_sgd"))
+    assert monitored == (option in ("resist", "ist", "auxnet", "local_sgd"))
 
 
 @pytest.mark.parametrize("option", options("model"))
