@@ -39,8 +39,9 @@ def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
     with mpl.rc_context(STYLE):
         figure = new_figure(10, 4.8)
         axes = figure.add_subplot()
+        each_step = {GREY, BLUE} if summary["strategy"] == "auxnet" else {GREY}
         for colour, _, steps, sent in lines:
-            axes.plot(steps, sent, color=colour, drawstyle="default" if colour == GREY else "steps-post")
+            axes.plot(steps, sent, color=colour, drawstyle="default" if colour in each_step else "steps-post")
             axes.plot(last, sent[-1], "o", color=colour, markersize=6, clip_on=False)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_in_words(value)))

@@ -43,11 +43,13 @@ def kind(name: str) -> str:
 
 
 def shares(timeline: Sequence[Spans]) -> list[float]:
-    """For each worker, the share of the step in which it did not wait, 0 to 1; from the first begin to the last end."""
-    begin, end = _ends(timeline)
-    waited = [sum(to - since for name, since, to in spans if kind(name) == WAIT) for spans in timeline]
-    alone = [(end - begin) - sum(to - since for _, since, to in spans) for spans in timeline]
-    return [1 - (own + outside) / (end - begin) for own, outside in zip(waited, alone, strict=True)]
+    """For each worker, the share of its own step in which it did not wait, 0 to 1."""
+    found = []
+    for spans in timeline:
+        waited = sum(to - since for name, since, to in spans if kind(name) == WAIT)
+        begin, end = _ends([spans])
+        found.append(1 - waited / (end - begin))
+    return found
 
 
 def draw_timeline(path: Path, timeline: Sequence[Spans], title: str = "One step") -> Path:
@@ -74,8 +76,8 @@ def draw_timeline(path: Path, timeline: Sequence[Spans], title: str = "One step"
             Patch(color=colour, label=WORDS.get(name, name)) for name, colour in COLOURS.items() if name in there
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9.5, handlelength=1)
-        busy = ", ".join(f"worker {worker} {share:.0%}" for worker, share in enumerate(shares(timeline)))
-        write_title(figure, title, f"{1000 * (end - begin):.3g} ms; computing: {busy}")
+        busy = ", ".join(f"worker {worker} computes {share:.0%}" for worker, share in enumerate(shares(timeline)))
+        write_title(figure, title, f"{1000 * (end - begin):.3g} ms; of its own step, {busy}")
         return save_figure(figure, path)
 
 

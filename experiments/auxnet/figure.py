@@ -1,4 +1,4 @@
-"""Two pictures: test accuracy by method, and seconds of a step."""
+"""Pictures: test accuracy by method, seconds of a step, and who computes and who waits in it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from matplotlib.figure import Figure
 from experiments.accuracy.tables import chosen, distinct
 from experiments.auxnet.tables import read
 from experiments.auxnet.words import TITLES
-from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE, VERMILION
 from experiments.ist.figure import panels_of, saved
+from experiments.timeline_figure import draw_timeline
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
 }  # fmt: skip
-"""Of the methods; PURPLE is left for what is predicted."""
-PREDICTED = PURPLE
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -31,6 +30,17 @@ def draw_all(folder: Path) -> list[Path]:
         if content:
             with mpl.rc_context(STYLE):
                 drawn.append(draw(folder / f"{name}.png", content))
+    return drawn + _draw_timelines(folder, read("timing", folder))
+
+
+def _draw_timelines(folder: Path, content: dict[str, Any] | None) -> list[Path]:
+    """Of the penalty method, the last step of the first training of each network."""
+    drawn = []
+    rows = chosen(content["rows"], method="penalty") if content else []
+    for task in distinct(rows, "task"):
+        timeline = chosen(rows, task=task)[0]["timeline"]
+        if all(timeline):
+            drawn.append(draw_timeline(folder / f"timeline_{task}.png", timeline, f"One step of {task}"))
     return drawn
 
 
