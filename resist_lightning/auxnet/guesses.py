@@ -19,6 +19,11 @@ MOMENTUM = 0.9
 class Guesses(ABC):
     """Guesses λ and multipliers u of one boundary, for the batch at hand."""
 
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """What it needs of memory, between two steps."""
+
     @abstractmethod
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """λ and u for a batch, without a graph."""
@@ -57,6 +62,12 @@ class NetworkGuesses(Guesses):
         self._learning_rate = learning_rate
         self._made: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    @override
+    def held_bytes(self) -> int:
+        parameters = sum(3 * parameter.nbytes for parameter in self.network.parameters())  # gradient and momentum
+        return parameters + sum(buffer.nbytes for buffer in self.network.buffers())
+
     @override
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         self._made = guess, multiplier = self.network(x)
@@ -94,6 +105,11 @@ class StoredGuesses(Guesses):
 
     def __init__(self, *, multipliers: bool) -> None:
         self.store = SampleStore(multipliers=multipliers)
+
+    @property
+    @override
+    def held_bytes(self) -> int:
+        return self.store.held_bytes
 
     @override
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

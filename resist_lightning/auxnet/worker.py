@@ -16,8 +16,8 @@ from resist_lightning.auxnet.messages import Messages, Shapes
 from resist_lightning.auxnet.networks import make_aux_network
 from resist_lightning.auxnet.spans import Spans
 from resist_lightning.auxnet.store import contents
-from resist_lightning.collective import Collective
 from resist_lightning.config import StageConfig
+from resist_lightning.verbs import Collective
 
 CHECKED_STEPS = 3
 """First steps of a run in which the workers compare what they are given."""
@@ -84,6 +84,11 @@ class StageWorker:
         """What makes this worker's guesses; None on worker 0, which has the image."""
         return self._guesses
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what makes this worker's guesses: an auxiliary network with gradients and momentum, or a store."""
+        return self._guesses.held_bytes if self._guesses is not None else 0
+
     def __call__(self, x: Tensor) -> Tensor:
         """The network's output for a batch of the network's input.
 
@@ -95,7 +100,7 @@ class StageWorker:
         """
         self.finish()
         self._check(x)
-        self.spans.begin("aux forward")
+        self.spans.begin("forward" if self._first else "aux forward")
         batch = self._batch = self._open(x)
         stage_input = self._stage_input(batch)
         self.spans.begin("forward")
