@@ -49,8 +49,8 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
     curves, summary = read_curves(folder), read_json(folder, SUMMARY_FILE)
     drawn = [draw_accuracy(folder / "accuracy.png", curves, results)] if curves else []
     if summary and summary["strategy"] == "auxnet":
-        if summary.get("timeline"):
-            drawn.append(draw_timeline(folder / "timeline.png", summary["timeline"], "One step, the last"))
+        if summary["method"].get("timeline"):
+            drawn.append(draw_timeline(folder / "timeline.png", summary["method"]["timeline"], "A typical step"))
     elif summary and summary.get("neurons"):
         drawn.append(draw_neurons(folder / "partition.png", summary))
     elif summary and summary["blocks"]:
@@ -112,6 +112,9 @@ def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
     if found is None:
         return []
     rows = [(f"stage {worker}", "", name) for worker, name in enumerate(found["names"])]
+    if found["guess_bytes"]:
+        held = bytes_in_words(found["guess_bytes"])
+        rows.append(("held to make guesses, at most", held, "an auxiliary network, or what is stored"))
     for boundary, mismatch in enumerate(found["mismatch"], start=1):
         rows.append((f"guess {boundary} minus truth", f"{mismatch:.1%}", "of the truth, in norm, at the end"))
     if found["speedup_measured"] is not None:

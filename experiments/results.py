@@ -74,8 +74,7 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")
     summary = read_json(folder, SUMMARY_FILE)
     clock = read_json(folder, CLOCK_FILE) or {}
-    curves = read_curves(folder)
-    validation, rounds = curves.get("val/acc", Curve()), _rounds(summary)
+    validation, rounds = read_curves(folder).get("val/acc", Curve()), _rounds(summary)
     return {
         **{key: run[key] for key in ("strategy", "workers", "seed", "test", "checkpoint")},
         "validation": {"best_accuracy": max(validation.values, default=None)},
@@ -84,7 +83,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "rounds": rounds[0],
         "local_steps_per_round": rounds[1],
         "parameters": _parameters(run, summary),
-        "stages": _stages(summary, curves),
+        "stages": _stages(summary),
         "sent_bytes": _sent(run, summary, clock),
         "seconds": _seconds(run, summary, clock),
         "overrides": run["overrides"],
@@ -103,20 +102,18 @@ def _rounds(summary: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
     return summary["rounds"], summary["local_steps_per_round"]
 
 
-def _stages(summary: Mapping[str, Any] | None, curves: Mapping[str, Curve]) -> dict[str, Any] | None:
-    """Of a network in stages, with what was logged last."""
+def _stages(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a network in stages, with what the workers found in the last round that ended."""
     if summary is None or summary["strategy"] != "auxnet":
         return None
-
-    def last(name: str) -> float | None:
-        return curves[f"auxnet/{name}"].values[-1] if f"auxnet/{name}" in curves else None
-
-    mismatches = [last(f"mismatch_{boundary}") for boundary in range(1, summary["workers"])]
+    method = summary["method"]
+    last = method["rounds"][-1][1] if method.get("rounds") else {}
     return {
         "names": summary["blocks"],
-        "mismatch": [value for value in mismatches if value is not None],
-        "speedup_measured": last("speedup_measured"),
-        "speedup_predicted": last("speedup_predicted"),
+        "guess_bytes": max(method.get("guess_bytes", [0])),
+        "mismatch": [value for name, value in sorted(last.items()) if name.startswith("auxnet/mismatch_")],
+        "speedup_measured": last.get("auxnet/speedup_measured"),
+        "speedup_predicted": last.get("auxnet/speedup_predicted"),
     }
 
 

@@ -39,7 +39,7 @@ def _draw_timelines(folder: Path, content: dict[str, Any] | None) -> list[Path]:
     rows = chosen(content["rows"], method="penalty") if content else []
     for task in distinct(rows, "task"):
         timeline = chosen(rows, task=task)[0]["timeline"]
-        if all(timeline):
+        if timeline:
             drawn.append(draw_timeline(folder / f"timeline_{task}.png", timeline, f"One step of {task}"))
     return drawn
 

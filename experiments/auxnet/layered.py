@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from experiments.auxnet.methods import Method
 from experiments.benchmarks.held_memory import held_bytes
 from experiments.ist.examples import Prepared
 from resist_lightning import Engine, StageConfig
+from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
 
 
 class Layered(Method):
@@ -48,7 +48,6 @@ class Layered(Method):
         config = StageConfig(cuts=cuts or None, local_steps=round_steps, seed=case.seed, **settings_of(case))
         self.engine = Engine(network, [self.optimizer], config)
         self.first_round = -(-uncounted // round_steps)
-        self.rounds: list[dict[str, float]] = []
         self.engine.prepare(example)
         self.engine.start()
 
@@ -59,8 +58,6 @@ class Layered(Method):
         functional.cross_entropy(self.network(x), y).backward()
         self.optimizer.step()
         self.engine.after_step()
-        if self.engine.clock.step == 0 and self.engine.clock.round > self.first_round:
-            self.rounds.append(self.engine.sync.metrics())
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
@@ -81,32 +78,24 @@ class Layered(Method):
         return {key: next((one[key] for one in told if one[key] is not None), None) for key in found}
 
     def told(self) -> dict[str, Any]:
-        """Of the rounds behind the warm-up."""
-        guesses, trainee, counted = self._guesses, self.engine.sync.trainee, self.engine.collective.sent_bytes
-        store = guesses.store.state_dict() if isinstance(guesses, StoredGuesses) else {}
+        """Of the rounds behind the warm-up, and of a typical step. Collective: every worker must call this."""
+        guesses, counted, summary = self._guesses, self.engine.collective.sent_bytes, self.engine.sync.summary()
         network = guesses.network if isinstance(guesses, NetworkGuesses) else nn.Identity()
+        rounds = [metrics for number, metrics in summary.get("rounds", []) if number >= self.first_round]
         return {
             "aux_parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "stored_bytes": store["values"].nbytes if store else 0,
+            "stored_bytes": self.engine.sync.trainee.held_bytes if isinstance(guesses, StoredGuesses) else 0,
             "sent_by_step": (counted["boundary"] + counted["output"]) / self.engine.clock.total_steps,
-            "mismatch": [self.rounds[-1][f"auxnet/mismatch_{boundary}"] for boundary in self._boundaries],
-            "predicted": self._mean("auxnet/speedup_predicted"),
-            "measured_by_engine": self._mean("auxnet/speedup_measured"),
-            "timeline": [list(span) for span in trainee.spans.last] if trainee is not None else [],
+            "mismatch": _mismatches(rounds[-1]) if rounds else [],
+            "predicted": _median(rounds, "auxnet/speedup_predicted"),
+            "measured_by_engine": _median(rounds, "auxnet/speedup_measured"),
+            "timeline": summary.get("timeline", []),
         }
 
     @property
     def _guesses(self) -> Any:
         trainee = self.engine.sync.trainee
         return trainee.guesses if trainee is not None else None
-
-    @property
-    def _boundaries(self) -> range:
-        return range(1, self.engine.collective.workers if self.rounds else 1)
-
-    def _mean(self, name: str) -> float | None:
-        values = [metrics[name] for metrics in self.rounds if name in metrics]
-        return mean(values) if values else None
 
     def _with_running_statistics(self, data: Prepared) -> float | None:
         """On worker 0."""
@@ -130,6 +119,15 @@ class Layered(Method):
         found = accuracy(fed, data.test)
         fed.train()
         return found
+
+
+def _mismatches(metrics: dict[str, float]) -> list[float]:
+    return [value for name, value in sorted(metrics.items()) if name.startswith("auxnet/mismatch_")]
+
+
+def _median(rounds: list[dict[str, float]], name: str) -> float | None:
+    values = [metrics[name] for metrics in rounds if name in metrics]
+    return median(values) if values else None
 
 
 class _Fed(nn.Module):

@@ -22,8 +22,9 @@ from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.ist.examples import Prepared
 from experiments.paper_tables.memory import forked
 
-EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "timeline")
-"""What every worker tells of itself."""
+EACH = ("aux_parameters", "stored_bytes", "sent_by_step")
+OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
+"""What every worker tells of itself, and what worker 0 tells of all."""
 ROUND = 50
 """Steps between two looks of AuxNet's workers at each other, at most."""
 
@@ -107,7 +108,7 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
 def _of_worker_0(told: dict[str, Any]) -> dict[str, Any]:
     curve = told["curve"]
     last = {"last": curve[-1]["test"], "last_holdout": curve[-1]["holdout"]} if curve else {}
-    common = {key: told.get(key) for key in ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine")}
+    common = {key: told.get(key) for key in OF_ALL}
     return {**last, "curve": curve, **common}
 
 
@@ -199,7 +200,6 @@ def work(worker: int, job: Job) -> dict[str, Any]:
         "curve": curve,
         "clock": clock.told(job.uncounted),
         "held_bytes": held,
-        "timeline": [],
         **(method.explained(job.data) if job.stops else {}),
         **method.told(),
     }
