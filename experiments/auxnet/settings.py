@@ -38,7 +38,7 @@ class Settings:
     seeds: int = limited(least=1, most=100, hint="3 for a spread")
     epochs: int | None = limited(least=1, hint="passes over the training images; null: the task's")
     evaluations: int = limited(least=1, hint="evaluations per training, at equal distances")
-    micro_batches: int = limited(least=1, hint="of the pipeline, per step; the batch must be a multiple")
+    micro_batches: int = limited(least=2, hint="of the pipeline, per step; the batch must be a multiple")
     schedule: str = limited(choices=SCHEDULES, hint="of the pipeline")
     sweep_tasks: list[str] = MISSING
     betas: list[float] = MISSING
@@ -124,6 +124,11 @@ def _check_numbers(cfg: DictConfig) -> None:
 
 
 def _check_batches(cfg: DictConfig) -> None:
+    if cfg.schedule == "1f1b" and "pipeline" in cfg.methods and max(cfg.workers) > cfg.micro_batches:
+        raise ConfigError(
+            f"micro_batches={cfg.micro_batches}: schedule=1f1b needs as many micro-batches as workers, {max(cfg.workers)}; "
+            "raise it, or take schedule=gpipe"
+        )
     for name in {*cfg.tasks, *cfg.networks}:
         batch = ALL[name].scales[cfg.size].batch
         if "pipeline" in cfg.methods and batch % cfg.micro_batches:
