@@ -124,6 +124,12 @@ def test_the_demo_runs_with_every_strategy(strategy: str, composed: Compose) -> 
     check_train(composed("experiment=demo", f"strategy={strategy}", f"trainer.devices={devices}"))
 
 
+@pytest.mark.parametrize("strategy", ["auxnet", "resist", "local_sgd", "ddp", "single"])
+def test_the_digits_of_auxnet_run_with_every_strategy_but_that_of_neurons(strategy: str, composed: Compose) -> None:
+    devices = 1 if strategy == "single" else 2
+    check_train(composed("experiment=auxnet_digits", f"strategy={strategy}", f"trainer.devices={devices}"))
+
+
 @pytest.mark.parametrize("strategy", ["ist", "local_sgd", "ddp", "single"])
 def test_the_digits_of_ist_run_with_every_strategy_but_that_of_blocks(strategy: str, composed: Compose) -> None:
     devices = 1 if strategy == "single" else 2
