@@ -119,11 +119,6 @@ class AuxNetStrategy(SubnetStrategy):
         silence: timedelta = DEFAULT_SILENCE,
         start_method: StartMethod = "popen",
     ) -> None:
-        if process_group_backend not in (None, "gloo"):
-            raise ValueError(
-                f"process_group_backend={process_group_backend!r}: the stages' messages are posted early, and only "
-                "'gloo' lets later ones overtake them. Leave it out; tensors on GPUs are sent through the host."
-            )
         config = StageConfig(
             method=method,
             beta=beta,
@@ -145,7 +140,7 @@ class AuxNetStrategy(SubnetStrategy):
             config,
             "same",
             Saving(on_save_error, snapshots, snapshot_every_n_rounds, on_worker_loss),
-            Launch(parallel_devices, "gloo", timeout, silence, start_method),
+            Launch(parallel_devices, _only_gloo(process_group_backend), timeout, silence, start_method),
         )
         self._input = input
         self._checks = CHECKED_STEPS
@@ -237,3 +232,12 @@ def _epoch(trainer: pl.Trainer) -> int:
     """Which Lightning tells to samplers."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
+
+
+def _only_gloo(backend: str | None) -> str:
+    if backend not in (None, "gloo"):
+        raise ValueError(
+            f"process_group_backend={backend!r}: the stages' messages are posted early, and only 'gloo' lets later "
+            "ones overtake them. Leave it out; tensors on GPUs are sent through the host."
+        )
+    return "gloo"
