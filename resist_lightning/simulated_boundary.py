@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 from typing_extensions import override
 
-from resist_lightning.auxnet.networks import AuxNetwork
+from resist_lightning.auxnet.aux_networks import AuxNetwork
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """λ and κ of a batch at one boundary, (batch, *boundary) each; κ is 0 without multipliers."""

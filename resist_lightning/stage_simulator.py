@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.equations import growth
 from resist_lightning.auxnet.layout import StageLayout
-from resist_lightning.auxnet.networks import make_aux_network
 from resist_lightning.config import NormPolicy, StageConfig
 from resist_lightning.norm import BatchStatistics, Call, norms_with_statistics, recalibrate
 from resist_lightning.simulated_boundary import Boundary, NetworkBoundary, Pair, StoredBoundary

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from resist_lightning.auxnet.networks import AuxNetwork
+from resist_lightning.auxnet.aux_networks import AuxNetwork
 from resist_lightning.auxnet.store import SampleStore, contents
 
 MOMENTUM = 0.9

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.chain import Chain
-from resist_lightning.auxnet.network import describe, unchanged
-from resist_lightning.auxnet.networks import make_aux_network
+from resist_lightning.auxnet.forward import unchanged
+from resist_lightning.auxnet.network import describe
 from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.timing import now

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning.auxnet.agreement import check_equal
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.equations import Penalty, default_step, growth, mismatch, next_multiplier
 from resist_lightning.auxnet.guesses import Guesses, NetworkGuesses, StoredGuesses
 from resist_lightning.auxnet.join import Batch, Begun, Joined
 from resist_lightning.auxnet.messages import Messages, Shapes
-from resist_lightning.auxnet.networks import make_aux_network
 from resist_lightning.auxnet.spans import Spans
 from resist_lightning.auxnet.store import contents
 from resist_lightning.config import StageConfig
