@@ -146,15 +146,17 @@ def test_gradients_of_a_batch_in_parts_add_up_to_those_of_the_whole(
 def with_a_pause(
     collective: ThreadCollective, config: StageConfig, skipped: bool
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Two steps, between which a batch may be computed and not trained on."""
+    """Three steps, between which a batch may be computed and not trained on; the last one trains on it."""
     staged, losses = stage_of(collective, config), []
     parameters = [p for p in staged.net.parameters() if p.requires_grad]
-    for number in [0, 1, 0] if skipped else [0, 0]:
+    for number, trained in [(0, True), (1, False), (0, True), (1, True)]:
+        if not trained and not skipped:
+            continue
         x, loss = batch(number)
         for parameter in parameters:
             parameter.grad = None
         found = loss(staged.worker(x))
-        if number == 0:
+        if trained:
             found.backward()
             losses.append(found.item())
             staged.worker.count()
