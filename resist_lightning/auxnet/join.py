@@ -78,7 +78,7 @@ class Begun(torch.autograd.Function):
     def forward(ctx: Any, made: Tensor, anchor: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
         """The stage's output."""
         ctx.trainee, ctx.batch = trainee, batch
-        return made.view_as(made)
+        return made.clone()  # the user may change it in place; `made` is on its way to the others
 
     @staticmethod
     @override

@@ -215,3 +215,24 @@ def another_batch(collective: ThreadCollective, config: StageConfig, same_steps:
 @pytest.mark.parametrize("same_steps", [0, 2])
 def test_another_batch_on_one_worker_is_told_to_all(same_steps: int) -> None:
     run_threads(another_batch, 3, config_for(3), same_steps)
+
+
+def in_place(collective: ThreadCollective, config: StageConfig, changed: bool) -> tuple[dict[str, Tensor], float]:
+    staged, (x, loss) = stage_of(collective, config), batch(0)
+    output = staged.worker(x)
+    output = output.mul_(0.5) if changed else output * 0.5
+    found = loss(output)
+    found.backward()
+    staged.worker.count()
+    return staged.stage_gradients, found.item()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_the_output_may_be_changed_in_place_on_every_worker(warmup_steps: int) -> None:
+    """The last worker's was a view of what it sent: autograd refused it there, and the others waited."""
+    config = config_for(2, beta=5.0, warmup_steps=warmup_steps)
+    expected, _ = run_threads(in_place, 2, config, False)
+    found, _ = run_threads(in_place, 2, config, True)
+    for (gradients, loss), (expected_gradients, expected_loss) in zip(found, expected, strict=True):
+        assert loss == expected_loss
+        assert all(torch.equal(gradients[name], value) for name, value in expected_gradients.items())
