@@ -55,8 +55,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "size": "full", "out": str(RESULTS), "fresh": False, "folder": None, "cache_dir": "runs/cache",
         "tasks": list(TASKS), "methods": list(METHODS), "workers": [1, 2, 3], "seeds": 3, "epochs": None,
         "evaluations": 4, "micro_batches": 4, "schedule": "gpipe", "sweep_tasks": ["digits", "cifar_deep"],
-        "betas": [0.01, 0.1, 1.0, 10.0, 100.0], "aux_widths": [8, 16, 32, 64], "aux_rates": [0.01, 0.03, 0.1, 0.3],
-        "warmups": [0, 50, 200, 400], "networks": list(TIMED), "steps": 30, "repeats": 3,
+        "betas": [0.1, 1.0, 10.0, 100.0], "aux_widths": [16, 32, 64], "aux_rates": [0.03, 0.1, 0.3],
+        "warmups": [0, 50, 200], "networks": list(TIMED), "steps": 30, "repeats": 3,
     },
     "smoke": {
         "size": "smoke", "out": "runs/auxnet", "fresh": False, "folder": None, "cache_dir": "runs/cache",

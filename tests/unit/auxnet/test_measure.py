@@ -54,11 +54,12 @@ class SlowBlock(MlpBlock):
 def test_seconds_are_of_each_unit_alone_and_the_median_behind_a_warm_up():
     net = Blocks()
     net.a, net.b, net.c = SlowBlock(0.2, 0.02, 0.2, 0.02), SlowBlock(0.05), SlowBlock(0.0)
-    measured = measure(find_chain(net), torch.randn(4, 3), repeats=3)
+    with torch.no_grad():
+        measured = measure(find_chain(net), torch.randn(4, 3), repeats=3)
     assert len(measured.forward_seconds) == len(measured.backward_seconds) == 3
     for seconds, least, most in zip(measured.forward_seconds, (0.02, 0.05, 0.0), (0.15, 0.15, 0.05), strict=True):
         assert least <= seconds < most
-    for seconds, least, most in zip(measured.backward_seconds, (0.04, 0.1, 0.0), (0.2, 0.2, 0.08), strict=True):
+    for seconds, least, most in zip(measured.backward_seconds, (0.04, 0.1, 0.0), (0.2, 0.14, 0.08), strict=True):
         assert least <= seconds < most
 
 

@@ -158,11 +158,11 @@ def test_a_stage_follows_tensors_that_get_new_memory_or_are_replaced():
     first, second = chain.stage(0, 1), chain.stage(1, 2)
     replace_memory("position", net.position, torch.full((6,), 3.0))
     net.double()
+    net.mean = torch.full((3,), 2.0, dtype=torch.float64)
     x = x.double()
     h = net.a(net.stem(x - net.mean))
     assert torch.equal(first(x), h)
     assert torch.equal(second(h), net.b(h + 3.0))
-    assert net.mean.dtype == torch.float64
 
 
 def test_a_stage_computes_with_dropout_as_in_training_even_if_it_was_cut_in_evaluation():
