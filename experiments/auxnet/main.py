@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -52,9 +53,14 @@ def run(name: str, cfg: DictConfig) -> None:
     for number, case in enumerate(missing, start=1):
         found = work(case)
         study.add(case, found)
-        what = f"{found['last']:.2f} %, " if "last" in found else ""
-        ended = f"{what}{1000 * found['step_seconds']:.1f} ms per step, {found['seconds']:.0f} s"
-        print(f"{name} {number}/{len(missing)} {case.name}: {ended}", flush=True)
+        print(f"{name} {number}/{len(missing)} {case.name}: {_ended(found)}, {found['seconds']:.0f} s", flush=True)
+
+
+def _ended(found: dict[str, Any]) -> str:
+    if found.get("diverged"):
+        return "diverged"
+    what = f"{found['last']:.2f} %, " if "last" in found else ""
+    return f"{what}{1000 * found['step_seconds']:.1f} ms per step"
 
 
 CASES: dict[str, Callable[[DictConfig], list[Case]]] = {

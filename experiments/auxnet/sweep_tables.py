@@ -66,4 +66,6 @@ def _usual(rows: Rows, *keys: str) -> Rows:
 
 
 def _cell(rows: Rows) -> str:
+    if any(row.get("diverged") for row in rows):
+        return "diverged"
     return spread(row["last_holdout"] for row in rows)

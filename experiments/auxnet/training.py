@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from experiments.accuracy.data import Stream
 from experiments.accuracy.training import accuracy, rate
@@ -21,6 +22,7 @@ from experiments.auxnet.methods import Method, Pipelined, Serial
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.ist.examples import Prepared
 from experiments.paper_tables.memory import forked
+from resist_lightning import NotFinite
 
 EACH = ("aux_parameters", "stored_bytes", "sent_by_step")
 OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
@@ -74,7 +76,7 @@ class Clock:
 
 
 def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]:
-    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent.
+    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent; or that it came to NaN or infinity.
 
     Args:
         case: what is trained.
@@ -93,7 +95,12 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
     else:
         uncounted = serial + steps // 3
     job = Job(case, cfg.size, data, steps, stops, uncounted)
-    workers = forked(work, job, case.workers)
+    try:
+        workers = forked(work, job, case.workers)
+    except ProcessRaisedException as error:
+        if NotFinite.__name__ not in str(error):
+            raise
+        return {"diverged": True, "seconds": round(time.perf_counter() - started, 1)}
     return {
         **_of_worker_0(workers[0]),
         **{key: max(worker["clock"][key] for worker in workers) for key in workers[0]["clock"]},
