@@ -186,6 +186,15 @@ class EvalModeInStep(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class CallsParts(Classifier):
+    """Goes round the network that is cut."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        net = self.net
+        features = net.section4(net.section3(net.section2(net.section1(net.stem(batch[0])))))
+        return features.square().mean()
+
+
 def train_odd(worker: int, module: type[Classifier]) -> None:
     fit_stages(worker, module(), {**CUTS, "warmup_steps": 0})
 
@@ -195,6 +204,7 @@ def train_odd(worker: int, module: type[Classifier]) -> None:
     [
         (CallsTwice, RuntimeError, "Call it once per training_step"),
         (EvaluatesInStep, PartialModelError, "Evaluate through the Trainer"),
+        (CallsParts, PartialModelError, "Call net as a whole in training, not its parts"),
         (EvalModeInStep, PartialModelError, "Evaluate through the Trainer"),
     ],
 )
