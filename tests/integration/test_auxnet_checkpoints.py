@@ -200,7 +200,7 @@ CASES = {
     "penalty": Case({"method": "penalty"}),
     "penalty, three workers, cut by time": Case({"method": "penalty"}, workers=3, optimizer="adamw"),
     "al-net, gradients that add up": Case({"method": "al-net", "multiplier_every": 2}, accumulate=2),
-    "al-store": Case({"method": "al-store", "multiplier_every": 2}),
+    "al-store, cut where the user says": Case({"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}),
     "al-net, beta grows, loader processes": Case(
         {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7)
     ),
