@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
-from experiments.schema import Limit
+from experiments.limits import Limit
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
 
@@ -42,6 +42,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     _check_workers(cfg)
     _check_blocks(cfg)
     _check_neurons(cfg)
+    _check_stages(cfg)
     _check_start(cfg, sweep)
     _check_steps(cfg)
 
@@ -263,6 +264,15 @@ def _check_neurons(cfg: DictConfig) -> None:
         raise ConfigError(
             f"trainer.devices={cfg.trainer.devices}: model.width={cfg.model.width} has no neuron of each hidden layer for "
             f"each of {workers} workers; set trainer.devices={cfg.model.width} or less, or take a wider model"
+        )
+
+
+def _check_stages(cfg: DictConfig) -> None:
+    strategy, model = (kinds[section._target_] for kinds, section in _kinds(cfg))
+    if strategy is schema.AuxNet and model is schema.MLP:
+        raise ConfigError(
+            "model=mlp with strategy=auxnet: the auxiliary networks make images; take model=preact, or strategy=ist, which "
+            "divides hidden neurons"
         )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: who held which block, loss and accuracy, bytes over steps."""
+"""The pictures of a run: who held which block, loss and accuracy; and the style of all pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.results import Curve
-from experiments.words import bytes_in_words, run_in_words, strategy_in_words
-from resist_lightning.accounting import TRAINING_KINDS
+from experiments.words import run_in_words
 
 # Okabe and Ito's colours: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK = (
@@ -46,8 +45,6 @@ Rounds = Sequence[Sequence[Sequence[int]]]
 """For each round and worker, the blocks it held."""
 
 SHOWN_ROUNDS = 60
-LABEL_GAP = 36
-"""Least distance between two labels of lines, in points: two lines of text."""
 
 
 def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
@@ -61,21 +58,21 @@ def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
     one_map = workers <= 4 and not overlap
     with mpl.rc_context(STYLE):
         if one_map:
-            figure = _figure(10, 1.9 + 0.26 * len(blocks))
+            figure = new_figure(10, 1.9 + 0.26 * len(blocks))
             _draw_holders(figure, shown, blocks)
         else:
             rows = -(-workers // 2)
-            figure = _figure(13, 1.5 + rows * max(0.8, 0.075 * len(blocks)))
+            figure = new_figure(13, 1.5 + rows * max(0.8, 0.075 * len(blocks)))
             _draw_workers(figure, shown, blocks)
         rounds = f"{len(summary['partitions'])} rounds"
         if len(shown) < len(summary["partitions"]):
             rounds = f"the first {len(shown)} of {rounds}"
-        _title(
+        write_title(
             figure,
             f"Who held which block: {len(blocks)} blocks, {workers} workers",
             f"{rounds} of {summary['local_steps_per_round']} local steps{_moved(summary['partitions'])}",
         )
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _draw_holders(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
@@ -121,7 +118,7 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
     neurons, workers = summary["neurons"], summary["workers"]
     holders, shown = neurons["holders"], neurons["shown"]
     with mpl.rc_context(STYLE):
-        figure = _figure(10, 5.2)
+        figure = new_figure(10, 5.2)
         axes = figure.add_subplot()
         colours = ListedColormap([_colour(worker) for worker in range(workers)])
         cells = list(zip(*holders, strict=True))
@@ -138,13 +135,13 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
         some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
         changed = [old != new for before, after in pairwise(holders) for old, new in zip(before, after, strict=True)]
         moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
-        _title(
+        write_title(
             figure,
             f"Who held which neuron of {neurons['layer']}, the first hidden layer: "
             f"{neurons['width']} neurons, {workers} workers",
             f"{rounds} of {summary['local_steps_per_round']} local steps{some}{moved}",
         )
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _moved(partitions: Rounds) -> str:
@@ -161,7 +158,7 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
     """Loss and accuracy over local steps, with the steps where the learning rate fell."""
     raw, tested = curves.get("train/loss", Curve()), results["test"]["accuracy"]
     with mpl.rc_context(STYLE):
-        figure = _figure(11, 4.6)
+        figure = new_figure(11, 4.6)
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         loss_axes.plot(raw.steps, raw.values, color=SKY, alpha=0.4, linewidth=0.9)
         smooth = smoothed(raw)
@@ -181,13 +178,15 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
             axes.set(xlabel="local steps", xlim=(0, results["local_steps"]))
             _mark_rate_drops(axes, _rate(curves))
         figure.legend(loc="outside lower center", ncols=3)
-        _title(figure, f"{run_in_words(results)}: test accuracy {tested:.1%}", _rounds_in_words(results))
-        return _save(figure, path)
+        write_title(figure, f"{run_in_words(results)}: test accuracy {tested:.1%}", _rounds_in_words(results))
+        return save_figure(figure, path)
 
 
 def _who_trained(results: Mapping[str, Any]) -> str:
     if results["workers"] == 1:
         return "training"
+    if results["strategy"] == "auxnet":
+        return "training, last stage fed by guesses"
     return "training, sub-network of worker 0" if results["strategy"] in ("resist", "ist") else "training, worker 0"
 
 
@@ -222,65 +221,11 @@ def _rounds_in_words(results: Mapping[str, Any]) -> str:
     return f"{results['local_steps']} local steps in {results['rounds']} rounds"
 
 
-def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
-    """Bytes that worker 0 has sent by each step, beside what DDP and local SGD would have sent."""
-    name, last = strategy_in_words(summary["strategy"]), summary["local_steps"]
-    total = sum(summary["sent_bytes"].get(kind, [0])[0] for kind in TRAINING_KINDS)
-    syncs = [step for step, _ in summary["sent_by_round"]]
-    ours = ([*syncs, last], [*(sent for _, sent in summary["sent_by_round"]), total])
-    averaged = [summary["local_sgd_bytes"] * (index + 1) / len(syncs) for index in range(len(syncs))]
-    dense = [max(1, last * part // 200) for part in range(201)]
-    lines = [
-        (GREY, "DDP, by closed form", dense, [summary["ddp_bytes"] * step / last for step in dense]),
-        (ORANGE, "local SGD, by closed form", [*syncs, last], [*averaged, summary["local_sgd_bytes"]]),
-        (BLUE, f"{name}, measured", *ours),
-    ]
-    if summary["strategy"] == "local_sgd":
-        del lines[1]
-    with mpl.rc_context(STYLE):
-        figure = _figure(10, 4.8)
-        axes = figure.add_subplot()
-        for colour, _, steps, sent in lines:
-            axes.plot(steps, sent, color=colour, drawstyle="default" if colour == GREY else "steps-post")
-            axes.plot(last, sent[-1], "o", color=colour, markersize=6, clip_on=False)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_in_words(value)))
-        axes.grid(True, axis="y")
-        axes.set(xlim=(0, last), xlabel="local steps", ylabel="sent by worker 0 so far (logarithmic)")
-        _title(figure, f"Bytes that one of {summary['workers']} workers sends", _savings(name, summary, total))
-        _label_ends(figure, axes, last, [(colour, label, sent[-1]) for colour, label, _, sent in lines])
-        return _save(figure, path)
-
-
-def _label_ends(figure: Figure, axes: Axes, last: float, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Write each line's name at its right end, moved apart where two ends are close."""
-    figure.draw_without_rendering()
-    points_per_pixel = 72 / figure.dpi
-    above = float("inf")
-    for colour, label, value in sorted(ends, key=lambda end: -end[2]):
-        own = axes.transData.transform((last, value))[1] * points_per_pixel
-        placed = min(own, above - LABEL_GAP)
-        above = placed
-        axes.annotate(
-            f"{label}\n{bytes_in_words(value)}", (last, value), xytext=(12, placed - own), va="center",
-            textcoords="offset points", color=colour, fontweight="bold", fontsize=10.5, annotation_clip=False,
-        )  # fmt: skip
-
-
-def _savings(name: str, summary: Mapping[str, Any], total: float) -> str:
-    if not total:
-        return ""
-    words = f"{name} sends {summary['ddp_bytes'] / total:.3g} times less than DDP"
-    if summary["strategy"] == "local_sgd":
-        return words
-    return f"{words} and {summary['local_sgd_bytes'] / total:.3g} times less than local SGD with the same rounds"
-
-
 def _colour(worker: int) -> str:
     return WORKER_COLOURS[worker % len(WORKER_COLOURS)]
 
 
-def _title(figure: Figure, title: str, subtitle: str) -> None:
+def write_title(figure: Figure, title: str, subtitle: str) -> None:
     """A bold line and a grey one, flush left, at the same distance from the top of every figure."""
     inch = 1 / figure.get_figheight()
     figure.text(0.01, 1 - 0.08 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
@@ -288,12 +233,14 @@ def _title(figure: Figure, title: str, subtitle: str) -> None:
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.68 * inch))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write it; returns the path."""
     figure.savefig(path, dpi=150)
     return path

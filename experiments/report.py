@@ -16,13 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from experiments.figures import draw_accuracy, draw_bytes, draw_neurons, draw_partition
+from experiments.bytes_figure import draw_bytes
+from experiments.figures import draw_accuracy, draw_neurons, draw_partition
 from experiments.launch import fail
 from experiments.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
+from experiments.timeline_figure import draw_timeline
 from experiments.words import bytes_in_words, run_in_words, seconds_in_words
 
 Row = tuple[str, str, str]
 """What, how much in this run, and what to compare it with."""
+KINDS = {
+    "shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state", "boundary": "boundaries",
+    "output": "outputs",
+}  # fmt: skip
 
 
 def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
@@ -42,7 +48,10 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
     write_results(folder, results)
     curves, summary = read_curves(folder), read_json(folder, SUMMARY_FILE)
     drawn = [draw_accuracy(folder / "accuracy.png", curves, results)] if curves else []
-    if summary and summary.get("neurons"):
+    if summary and summary["strategy"] == "auxnet":
+        if summary["method"].get("timeline"):
+            drawn.append(draw_timeline(folder / "timeline.png", summary["method"]["timeline"], "A typical step"))
+    elif summary and summary.get("neurons"):
         drawn.append(draw_neurons(folder / "partition.png", summary))
     elif summary and summary["blocks"]:
         drawn.append(draw_partition(folder / "partition.png", summary))
@@ -63,7 +72,7 @@ def make_table(results: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("this run", justify="right")
     table.add_column("to compare")
-    for rows in (_accuracy_rows, _parameter_rows, _byte_rows, _time_rows):
+    for rows in (_accuracy_rows, _parameter_rows, _stage_rows, _byte_rows, _time_rows):
         for row in rows(results):
             table.add_row(*row)
         table.add_section()
@@ -97,6 +106,26 @@ def _parameter_rows(results: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
+    """Of a network in stages: where it is cut, how wrong the guesses are, and what the stages gain."""
+    found = results["stages"]
+    if found is None:
+        return []
+    rows = [(f"stage {worker}", "", name) for worker, name in enumerate(found["names"])]
+    if found["guess_bytes"]:
+        held = bytes_in_words(found["guess_bytes"])
+        rows.append(("held to make guesses, at most", held, "an auxiliary network, or what is stored"))
+    for boundary, mismatch in enumerate(found["mismatch"], start=1):
+        rows.append((f"guess {boundary} minus truth", f"{mismatch:.1%}", "of the truth, in norm, at the end"))
+    if found["speedup_measured"] is not None:
+        rows.append(("speed-up over one process", f"{found['speedup_measured']:.2f}x", _predicted(found)))
+    return rows
+
+
+def _predicted(found: Mapping[str, Any]) -> str:
+    return f"predicted {found['speedup_predicted']:.2f}x, from the seconds of this run"
+
+
 def _byte_rows(results: Mapping[str, Any]) -> list[Row]:
     sent = results["sent_bytes"]
     own = ("sent by one worker", bytes_in_words(sent["training"]))
@@ -106,10 +135,10 @@ def _byte_rows(results: Mapping[str, Any]) -> list[Row]:
         return [(*own, "closed form, not measured")]
     if not sent["training"]:
         return [(*own, "no round was completed")]
-    kinds = {"shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state"}
-    parts = [f"{word} {bytes_in_words(sent['by_kind'][k])}" for k, word in kinds.items() if sent["by_kind"].get(k)]
+    parts = [f"{word} {bytes_in_words(sent['by_kind'][k])}" for k, word in KINDS.items() if sent["by_kind"].get(k)]
     rows = [(*own, ", ".join(parts))]
-    for key, name in (("local_sgd", "local SGD"), ("ddp", "DDP")):
+    averaging = [("local_sgd", "local SGD")] if results["rounds"] is not None else []
+    for key, name in (*averaging, ("ddp", "DDP")):
         ratio = f"{sent[f'{key}_ratio']:.3g} times as much"
         rows.append((f"  {name} would have sent", bytes_in_words(sent[key]), ratio))
     aside = sum(sent["by_kind"].get(kind, 0) for kind in ("evaluation", "checkpoint", "start", "control"))
@@ -122,9 +151,10 @@ def _time_rows(results: Mapping[str, Any]) -> list[Row]:
     rows = []
     if seconds["compute"] is not None:
         total = seconds["compute"] + seconds["sync"]
-        for name in ("compute", "sync"):
+        words = ("steps, waiting included", "meetings") if results["stages"] is not None else ("compute", "sync")
+        for name, word in zip(("compute", "sync"), words, strict=True):
             share = f"{seconds[name] / total:.1%} of the time in batches" if total else ""
-            rows.append((f"time in {name}", seconds_in_words(seconds[name]), share))
+            rows.append((f"time in {word}", seconds_in_words(seconds[name]), share))
     if seconds["training"] is not None:
         looked = f"validating and saving {seconds_in_words(seconds['validation'])}"
         rows.append(("time in training", seconds_in_words(seconds["training"]), looked))

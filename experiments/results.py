@@ -74,15 +74,16 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")
     summary = read_json(folder, SUMMARY_FILE)
     clock = read_json(folder, CLOCK_FILE) or {}
-    validation = read_curves(folder).get("val/acc", Curve())
+    validation, rounds = read_curves(folder).get("val/acc", Curve()), _rounds(summary)
     return {
         **{key: run[key] for key in ("strategy", "workers", "seed", "test", "checkpoint")},
         "validation": {"best_accuracy": max(validation.values, default=None)},
         "local_steps": summary["local_steps"] if summary else clock.get("steps"),
         "epochs": clock.get("epochs"),
-        "rounds": summary["rounds"] if summary else None,
-        "local_steps_per_round": summary["local_steps_per_round"] if summary else None,
+        "rounds": rounds[0],
+        "local_steps_per_round": rounds[1],
         "parameters": _parameters(run, summary),
+        "stages": _stages(summary),
         "sent_bytes": _sent(run, summary, clock),
         "seconds": _seconds(run, summary, clock),
         "overrides": run["overrides"],
@@ -92,6 +93,28 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _rounds(summary: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """How many, and how long; none where workers only look at each other at the end of one."""
+    if summary is None or summary["strategy"] == "auxnet":
+        return None, None
+    return summary["rounds"], summary["local_steps_per_round"]
+
+
+def _stages(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a network in stages, with what the workers found in the last round that ended."""
+    if summary is None or summary["strategy"] != "auxnet":
+        return None
+    method = summary["method"]
+    last = method["rounds"][-1][1] if method.get("rounds") else {}
+    return {
+        "names": summary["blocks"],
+        "guess_bytes": max(method.get("guess_bytes", [0])),
+        "mismatch": [value for name, value in sorted(last.items()) if name.startswith("auxnet/mismatch_")],
+        "speedup_measured": last.get("auxnet/speedup_measured"),
+        "speedup_predicted": last.get("auxnet/speedup_predicted"),
+    }
 
 
 def _parameters(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:

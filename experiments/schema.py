@@ -7,114 +7,20 @@ Fields have no defaults: those stand in ``conf/``, once. A section is checked ag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torchvision
 from omegaconf import MISSING
 
+from experiments.limits import limited
 from experiments.models import NORMS
-from resist_lightning.accounting import WIRE_FORMATS
+from experiments.strategy_schema import DDP, IST, AuxNet, LocalSGD, Plain, ResIST
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
-WIRE_HINT = "bits of a parameter at a sync; fp32 sends it as it is"
 RESNETS = tuple(
     name for name in torchvision.models.list_models(torchvision.models) if name.startswith(("resne", "wide_resnet"))
 )
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a value must be besides its type: ``least`` is allowed, ``above`` not; ``hint`` is the way out."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    choices: tuple[Any, ...] = ()
-    hint: str = ""
-
-
-def limited(**limits: Any) -> Any:
-    """A field without default, with a `Limit`."""
-    return field(default=MISSING, metadata={"limit": Limit(**limits)})
-
-
-@dataclass
-class Timeout:
-    _target_: str = MISSING
-    seconds: float = limited(above=0, hint="longer than the slowest worker's lag in a round; 600 is the default")
-
-
-@dataclass
-class Silence:
-    _target_: str = MISSING
-    seconds: float = limited(least=3, hint="workers give a sign of life every second; 30 is the default")
-
-
-@dataclass
-class Rounds:
-    """What the strategies of this package have in common."""
-
-    _target_: str = MISSING
-    local_steps: int = limited(least=1, hint="the paper takes 50; 1 averages after every step")
-    check: str = limited(choices=("sampled", "full", "off"), hint="hashes of shared tensors, compared after each sync")
-    non_finite: str = limited(
-        choices=("raise", "drop"), hint="drop leaves a worker with NaN or infinity out of a round"
-    )
-    data: str = limited(choices=("shard", "copy"), hint="copy is the paper's: all images on every worker")
-    parallel_devices: list[str] | None = MISSING
-    process_group_backend: str | None = limited(choices=("gloo", "nccl"), hint="null chooses by the device")
-    timeout: Timeout = MISSING
-    silence: Silence = MISSING
-    on_save_error: str = limited(choices=("raise", "warn"), hint="warn goes on without the checkpoint")
-    snapshots: str | None = MISSING
-    snapshot_every_n_rounds: int = limited(least=1, hint="1 writes one before each round")
-    on_worker_loss: str = limited(choices=("stop", "shrink"), hint="shrink needs snapshots, and torchrun")
-    start_method: str = limited(
-        choices=("spawn", "fork", "forkserver", "popen"), hint="spawn works in sweeps, popen under torchrun"
-    )
-
-
-@dataclass
-class ResIST(Rounds):
-    wire: str = limited(choices=tuple(WIRE_FORMATS), hint=WIRE_HINT)
-    momentum: str = limited(choices=("reset", "keep", "travel"), hint="the paper restarts it: reset")
-    batch_norm: str = limited(choices=("recalibrate", "running", "batch"), hint="recalibrate is the default")
-    min_blocks: int | None = limited(least=0, hint="0 allows workers without a block; null takes 5, as the paper")
-    blocks_per_worker: Any = MISSING
-    blocks: Any = MISSING
-    seed: int = limited(least=0, hint="0 is a seed")
-    warmup_rounds: int = limited(least=0, hint="0 means no warm-up")
-    test_scale: float | None = limited(above=0, most=1, hint="null takes the share of the blocks that a worker holds")
-
-
-@dataclass
-class IST(Rounds):
-    momentum: str = limited(choices=("reset", "keep", "travel"), hint="the authors' groups restart it: reset")
-    batch_norm: str = limited(choices=("recalibrate", "running", "batch"), hint="recalibrate is the default")
-    layers: Any = MISSING
-    seed: int = limited(least=0, hint="0 is a seed")
-
-
-@dataclass
-class LocalSGD(Rounds):
-    wire: str = limited(choices=tuple(WIRE_FORMATS), hint=WIRE_HINT)
-    momentum: str = limited(choices=("reset", "keep"), hint="the authors restart it: reset")
-
-
-@dataclass
-class DDP:
-    _target_: str = MISSING
-    process_group_backend: str | None = limited(choices=("gloo", "nccl"), hint="null chooses by the device")
-    timeout: Timeout = MISSING
-    start_method: str = limited(choices=("spawn", "fork", "forkserver", "popen"), hint="spawn works in sweeps")
-
-
-@dataclass
-class Plain:
-    _target_: str = MISSING
-    object: str = limited(choices=("auto",), hint="this strategy has no settings")
 
 
 @dataclass
@@ -271,6 +177,7 @@ class Evaluate:
 STRATEGIES: dict[str, type] = {
     "resist_lightning.ResISTStrategy": ResIST,
     "resist_lightning.ISTStrategy": IST,
+    "resist_lightning.AuxNetStrategy": AuxNet,
     "resist_lightning.LocalSGDStrategy": LocalSGD,
     "lightning.pytorch.strategies.DDPStrategy": DDP,
     "builtins.str": Plain,
@@ -278,6 +185,7 @@ STRATEGIES: dict[str, type] = {
 STRATEGY_NAMES = {
     "resist_lightning.ResISTStrategy": "resist",
     "resist_lightning.ISTStrategy": "ist",
+    "resist_lightning.AuxNetStrategy": "auxnet",
     "resist_lightning.LocalSGDStrategy": "local_sgd",
     "lightning.pytorch.strategies.DDPStrategy": "ddp",
     "builtins.str": "single",

@@ -33,7 +33,7 @@ from experiments.quiet import hush
 from experiments.report import report
 from experiments.results import write_run
 
-ROUND_STRATEGIES = ("resist", "ist", "local_sgd")
+ROUND_STRATEGIES = ("resist", "ist", "auxnet", "local_sgd")
 
 hush()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STRATEGY_WORDS = {"resist": "ResIST", "ist": "IST", "local_sgd": "Local SGD", "ddp": "DDP", "single": "One process"}
+STRATEGY_WORDS = {
+    "resist": "ResIST", "ist": "IST", "auxnet": "AuxNet", "local_sgd": "Local SGD", "ddp": "DDP", "single": "One process",
+}  # fmt: skip
 
 
 def strategy_in_words(name: str) -> str:

@@ -18,6 +18,7 @@ from resist_lightning.errors import (
 )
 from resist_lightning.neuron_simulator import NeuronSimulator
 from resist_lightning.simulator import Simulator
+from resist_lightning.stage_simulator import StageSimulator
 from resist_lightning.strategies import (
     AuxNetStrategy,
     ISTStrategy,
@@ -44,6 +45,7 @@ __all__ = [
     "Simulator",
     "StageConfig",
     "StageSelectionError",
+    "StageSimulator",
     "WorkerLost",
     "WorkersDisagree",
 ]

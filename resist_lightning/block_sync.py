@@ -9,13 +9,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.block_layout import BlockLayout, parameters_of
-from resist_lightning.collective import Collective
 from resist_lightning.exchange import Cargo, Kinds
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
 from resist_lightning.presence import Residency
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 from resist_lightning.wire import compressible, noise_for
 
 

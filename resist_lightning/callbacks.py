@@ -129,6 +129,7 @@ class RoundMonitor(Callback):
             "partitions": partitions,
             "neurons": _neurons(layout, rounds),
             "sent_by_round": self._sent_by_round,
+            "method": engine.summary,
         }
 
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective
+from resist_lightning.verbs import Collective
 from resist_lightning.wire import Wire, arrange, flatten, split
 
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
-from resist_lightning.collective import Collective, default_collective
+from resist_lightning.collective import default_collective
 from resist_lightning.config import CommonConfig
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
@@ -36,6 +36,7 @@ from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
 from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class Engine:
@@ -80,6 +81,7 @@ class Engine:
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
+        self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
             self.layout.warn()
 
@@ -203,6 +205,7 @@ class Engine:
             self._resume_state = self.checkpoint_state()
             self._observation.full.settle()
             self.abandon()
+        self.summary = self._sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
         self.activity.begin("ended")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from resist_lightning.bucket import Bucket, make_buckets
-from resist_lightning.collective import Collective, Finish
 from resist_lightning.mean import start_mean
 from resist_lightning.plan import SyncPlan, Transfer
+from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import Wire, arrange, flatten, split
 
 

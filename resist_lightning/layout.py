@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from resist_lightning.blocks import Block
-from resist_lightning.collective import Collective
 from resist_lightning.config import CommonConfig, WireName
 from resist_lightning.norm import norms_with_statistics
+from resist_lightning.verbs import Collective
 
 
 class Layout(ABC):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective, Finish
+from resist_lightning.verbs import Collective, Finish
 
 
 def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:

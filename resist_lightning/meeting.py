@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resist_lightning.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.facts import fingerprint_of
 from resist_lightning.fingerprint import Fingerprint, differences, digest, read, write
@@ -13,6 +12,7 @@ from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.rounds import Clock
 from resist_lightning.soundness import Soundness
+from resist_lightning.verbs import Collective
 
 _EXTRA_NUMBERS = 2
 

@@ -11,7 +11,6 @@ from resist_lightning.auxnet.layout import StageLayout
 from resist_lightning.auxnet.sync import StageSync
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.block_sync import BlockSync
-from resist_lightning.collective import Collective
 from resist_lightning.config import CommonConfig, Config, NeuronConfig, StageConfig
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.ist.sync import NeuronSync
@@ -19,6 +18,7 @@ from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout:

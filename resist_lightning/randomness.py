@@ -67,4 +67,5 @@ def seed_generators(seed: int) -> None:
         torch.cuda.manual_seed(seed)
     random.seed(seed)
     if np is not None:
-        np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # in the other order its numbers would be Python's
+        # A word more than Python seeds its generator with, which has the same algorithm: they shall not draw the same.
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])

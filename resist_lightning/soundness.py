@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective
 from resist_lightning.errors import NotFinite, WorkersDisagree
 from resist_lightning.fingerprint import unequal
 from resist_lightning.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout
 from resist_lightning.rounds import Clock
+from resist_lightning.verbs import Collective
 
 MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 """Purposes after which weights are averaged."""

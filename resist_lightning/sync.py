@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from resist_lightning.changes import Changes
-from resist_lightning.collective import Collective, Finish
 from resist_lightning.exchange import Exchange
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import compressible, make_wire
 
 
@@ -68,6 +68,13 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
 
     def metrics(self) -> dict[str, float]:
         """What a method has to log of the round that ended, by name; the same on all workers."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """What a method has to say of the whole run, as plain data; the same on all workers.
+
+        Collective: every worker must call this, in the same order.
+        """
         return {}
 
     def begin_round(self, round: int) -> None:

@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: not torchvision
+_NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)  # with the separator: not torchvision
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
 
@@ -45,6 +45,54 @@ class Tracer(fx.Tracer):
     @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
+
+
+class ChainTracer(Tracer):
+    """Notes which module made which value, and what a graph does not keep.
+
+    Args:
+        leaf: whether a module is not looked into.
+
+    Attributes:
+        ends: the innermost module that returned a value, by name.
+        calls: how often each module was called, by name.
+        unlike: what is computed under no_grad, autocast and their like.
+    """
+
+    def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.ends: dict[fx.Node, str] = {}
+        self.calls: dict[str, int] = {}
+        self.unlike: list[fx.Node] = []
+        self._leaf = leaf
+        self._modes = _modes()
+
+    @override
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._leaf(m)
+
+    @override
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        self.calls[path] = self.calls.get(path, 0) + 1
+        if isinstance(result, fx.Proxy):
+            self.ends.setdefault(result.node, path)
+        return result
+
+    @override
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy: fx.Proxy = super().create_proxy(*args, **kwargs)
+        if _modes() != self._modes:
+            self.unlike.append(proxy.node)
+        return proxy
+
+
+def _modes() -> tuple[bool, ...]:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))
 
 
 def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
@@ -87,7 +135,7 @@ def has_forward(module: nn.Module) -> bool:
 def user_line(node: fx.Node) -> str:
     """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
     frames = _FRAME.findall(node.stack_trace or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     if not own:
         return ""
     path, line, code = own[-1]
@@ -136,6 +184,7 @@ def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:
 
 
 def _raised_at(error: Exception) -> str:
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
-    own = [frame for frame in own if frame.filename != __file__]
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
     return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""

@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.checks import ConfigError, check_keys
-from experiments.schema import limited
+from experiments.limits import limited
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -34,9 +34,9 @@ from experiments.faults.continuation import Unbroken, goes_on, look, lost_steps,
 from experiments.faults.judge import findings, went_on
 from experiments.faults.training import Settings
 from experiments.launch import readable_errors
+from experiments.limits import limited
 from experiments.links.options import composed, settings_of
 from experiments.record import write_record
-from experiments.schema import limited
 
 CONFIG = Path(__file__).parent / "config"
 

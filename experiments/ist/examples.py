@@ -35,24 +35,29 @@ class Prepared:
     holdout: Batches
     test: Batches
 
-    def stream(self, batch: int, seed: int) -> Stream[Any]:
+    @classmethod
+    def of(cls, module: ArrayData[Any]) -> Prepared:
+        """Read the examples of a data module; those of an evaluation are shuffled, always in the same way."""
+        module.setup("fit")
+        module.setup("test")
+
+        def batches(part: str) -> Batches:
+            examples = module.parts[part]
+            order = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))
+            return [module.evaluation_transform(examples.take(chosen)) for chosen in order.split(EVALUATED)]
+
+        return cls(module, batches("val"), batches("test"))
+
+    def stream(self, batch: int, seed: int, *, augment: bool = True) -> Stream[Any]:
         """The training examples in the order of a seed."""
-        return Stream(self.module.parts["train"], self.module.training_transform, batch, seed)
+        transform = self.module.training_transform if augment else self.module.evaluation_transform
+        return Stream(self.module.parts["train"], transform, batch, seed)
 
 
 @lru_cache(maxsize=2)
 def prepared(task: str, size: str) -> Prepared:
     """Read a task's examples."""
-    module = _module(task, size)
-    module.setup("fit")
-    module.setup("test")
-
-    def batches(part: str) -> Batches:
-        examples = module.parts[part]
-        order = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))
-        return [module.evaluation_transform(examples.take(chosen)) for chosen in order.split(EVALUATED)]
-
-    return Prepared(module, batches("val"), batches("test"))
+    return Prepared.of(_module(task, size))
 
 
 def samples(task: str, size: str, passes: int | None) -> int:

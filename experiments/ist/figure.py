@@ -34,7 +34,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 def _draw_accuracy(path: Path, content: Content) -> Path:
     tasks = distinct(content["rows"], "task")
-    figure = _figure(len(tasks))
+    figure = panels_of(len(tasks))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method, colour in COLOURS.items():
             _errorbars(axes, content["rows"], {"task": task, "method": method}, colour, TITLES[method])
@@ -47,7 +47,7 @@ def _draw_accuracy(path: Path, content: Content) -> Path:
         axes.grid(True, axis="y")
         axes.set(xlabel="workers S", ylabel="test accuracy, %")
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
-    return _save(figure, path, "IST, local SGD and DDP on equal samples")
+    return saved(figure, path, "IST, local SGD and DDP on equal samples")
 
 
 def _errorbars(axes: Axes, rows: list[dict[str, Any]], which: dict[str, Any], colour: str, label: str) -> None:
@@ -60,7 +60,7 @@ def _errorbars(axes: Axes, rows: list[dict[str, Any]], which: dict[str, Any], co
 
 def _draw_memory(path: Path, content: Content) -> Path:
     widths = list(dict.fromkeys(group["width"] for group in content["groups"]))
-    figure = _figure(len(widths))
+    figure = panels_of(len(widths))
     for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         groups = [group for group in content["groups"] if group["width"] == width]
         workers = [group["workers"] for group in groups]
@@ -86,16 +86,18 @@ def _draw_memory(path: Path, content: Content) -> Path:
         axes.grid(True, axis="y")
         axes.set(xlabel="workers S", ylabel="held by a worker (logarithmic)")
         axes.set_title(f"hidden width {width}", loc="left", fontsize=12, fontweight="bold", color=INK)
-    return _save(figure, path, "What a worker of IST holds: points measured, lines by closed form")
+    return saved(figure, path, "What a worker of IST holds: points measured, lines by closed form")
 
 
-def _figure(panels: int) -> Figure:
-    figure = Figure(figsize=(max(9, 5.5 * panels), 4.8), layout="constrained")
+def panels_of(count: int) -> Figure:
+    """A figure for so many axes side by side."""
+    figure = Figure(figsize=(max(9, 5.5 * count), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path, title: str) -> Path:
+def saved(figure: Figure, path: Path, title: str) -> Path:
+    """Write a figure with its title and the legend of its first axes; returns the path."""
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path, dpi=150)

@@ -23,6 +23,7 @@ from experiments.ist.settings import RESULTS, parse, recorded
 from experiments.ist.shapes import Shape, measure_shape
 from experiments.ist.training import measure
 from experiments.launch import readable_errors
+from experiments.paper_tables.tables import Grid
 from experiments.record import write_record
 from experiments.tables import main as write_tables
 
@@ -44,18 +45,22 @@ def main(arguments: Sequence[str], usage: str) -> None:
         except KeyboardInterrupt:
             sys.exit("interrupted: trainings that were measured are kept; the same command goes on from there")
     out = Path(cfg.out)
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
     for name in names:
-        content = json.loads((out / f"{name}.json").read_text())
-        for grid in tables.grids(name, content):
-            table = Table(*grid.header, title=grid.title, title_justify="left", title_style="bold")
-            for row in grid.rows:
-                table.add_row(*row)
-            console.print(table)
+        show(tables.grids(name, json.loads((out / f"{name}.json").read_text())))
     for path in draw_all(out):
         print(f"wrote {path}")
     if out.resolve() == RESULTS:
         write_tables()
+
+
+def show(grids: Sequence[Grid]) -> None:
+    """Print tables."""
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    for grid in grids:
+        table = Table(*grid.header, title=grid.title, title_justify="left", title_style="bold")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def run_accuracy(cfg: DictConfig) -> None:

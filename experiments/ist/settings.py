@@ -14,7 +14,7 @@ from yaml import YAMLError
 from experiments.accuracy.settings import LARGEST_WORKERS
 from experiments.checks import ConfigError, check_keys
 from experiments.ist.tasks import TASKS
-from experiments.schema import limited
+from experiments.limits import limited
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "memory", "shapes")

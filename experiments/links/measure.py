@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from experiments.links.closed_form import closed_form
 from experiments.links.crew import Place
-from resist_lightning.collective import Collective
 from resist_lightning.engine import Engine
+from resist_lightning.verbs import Collective
 
 PHASES = ("waiting", "averaging", "hand_over")
 

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from experiments.checks import ConfigError, check_keys
+from experiments.limits import limited
 from experiments.models import mlp
-from experiments.schema import limited
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.config import Config
 from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet

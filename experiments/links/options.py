@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from experiments.checks import ConfigError, check_keys
+from experiments.limits import limited
 from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
 from experiments.links.networks import check_network
-from experiments.schema import limited
 from resist_lightning.accounting import WIRE_FORMATS
 
 UNSHAPED = "unshaped"

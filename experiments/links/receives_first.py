@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.launch import fail, readable_errors
+from experiments.limits import limited
 from experiments.links.crew import crew, ended_in_one_line
 from experiments.links.namespaces import kernel, namespaces, why_no_namespaces
 from experiments.links.options import LEAST_GBIT, MOST_GBIT, composed
 from experiments.record import write_record
-from experiments.schema import limited
 
 CONFIG = Path(__file__).parent / "config"
 

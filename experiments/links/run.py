@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from experiments.checks import ConfigError
 from experiments.launch import readable_errors
+from experiments.limits import limited
 from experiments.links import tables
 from experiments.links.crew import crew, ended_in_one_line
 from experiments.links.namespaces import kernel
@@ -28,7 +29,6 @@ from experiments.links.options import Rig, check_rig, composed, network, setting
 from experiments.links.plot import draw_links
 from experiments.links.summary import summarise
 from experiments.record import write_record
-from experiments.schema import limited
 
 CONFIG = Path(__file__).parent / "config"
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.checks import ConfigError, check_keys
-from experiments.schema import Limit, limited
+from experiments.limits import Limit, limited
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective
 from resist_lightning.errors import WorkersDisagree
+from resist_lightning.verbs import Collective
 
 Summary: TypeAlias = dict[str, dict[str, Any]]
 """Of each tensor its ``shape``, its ``dtype`` and a checksum for each sample."""

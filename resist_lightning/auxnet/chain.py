@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from resist_lightning.auxnet.forward import network_blocks, trace_network, unchanged, unreached
 from resist_lightning.auxnet.graph import Cuts, Unit, build
-from resist_lightning.auxnet.network import check_network, describe, find_network, trace_network, unchanged, unreached
-from resist_lightning.blocks import find_blocks, summary
+from resist_lightning.auxnet.network import check_network, describe, find_network
+from resist_lightning.blocks import summary
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.tracing import names_of_tensors
 
@@ -126,13 +127,13 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
         name = find_network(module) if network is None else network
         root = module.get_submodule(name)
         tracer, entry, exit = trace_network(root, name)
-        missed = unreached(root, tracer)
+        missed = unreached(root, entry.graph)
         if network is None and missed:
             raise StageSelectionError(
                 f"the forward of {describe(name)} does not call the residual blocks {missed}. If they are of another "
                 "network, name the one that is cut into stages by network=."
             )
-        cuts = Cuts(root, tracer, entry, exit, {block.name for block in find_blocks(root)})
+        cuts = Cuts(root, tracer, entry, exit, network_blocks(root))
         pieces = cuts.units()
     if len(pieces) < 2:
         raise StageSelectionError(f"{describe(name)} cannot be cut into stages: {cuts.why_none()}.")

@@ -9,17 +9,14 @@ is used on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from typing_extensions import override
 
-from resist_lightning.tracing import Tracer, user_line
+from resist_lightning.tracing import ChainTracer, user_line
 
 _SHOWN = 3
 
@@ -43,53 +40,6 @@ class Unit:
     tensors: frozenset[int]
 
 
-class ChainTracer(Tracer):
-    """Notes which module made which value, and refuses what a graph does not keep.
-
-    Args:
-        leaf: whether a module is not looked into.
-
-    Attributes:
-        ends: the innermost module that returned a value, by name.
-        calls: how often each module was called, by name.
-    """
-
-    def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
-        super().__init__()
-        self.ends: dict[fx.Node, str] = {}
-        self.calls: dict[str, int] = {}
-        self._leaf = leaf
-        self._modes = _modes()
-
-    @override
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._leaf(m)
-
-    @override
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
-        path = self.path_of_module(m)
-        self.calls[path] = self.calls.get(path, 0) + 1
-        if isinstance(result, fx.Proxy):
-            self.ends.setdefault(result.node, path)
-        return result
-
-    @override
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            raise ValueError(
-                "no_grad, autocast and their like are not kept when a forward is cut; a block may use them"
-            )
-        return super().create_node(*args, **kwargs)
-
-
-def _modes() -> tuple[bool, ...]:
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in devices))
-
-
 class Cuts:
     """Where a graph can be cut.
 
@@ -110,8 +60,15 @@ class Cuts:
         self._blocks = blocks
         self._nodes = computing(entry)
         self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._tensors = [_tensors(network, node) for node in self._nodes]
         self._ends = {node: name for node, name in tracer.ends.items() if node in self._place and self._may_end(node)}
+        self._last_use = {node: max(map(self._place_of_user, node.users), default=-1) for node in [entry, *self._nodes]}
+        self._tensors = [_tensors(network, node) for node in self._nodes]
+        self._span: dict[int, range] = {}  # of each tensor: from the first node that uses it to the last
+        for place, tensors in enumerate(self._tensors):
+            for tensor in tensors:
+                first = self._span[tensor].start if tensor in self._span else place
+                self._span[tensor] = range(first, place)
+        self._parameters = {id(parameter) for parameter in network.parameters()}
 
     def units(self) -> list[Unit]:
         """The smallest units, in order of computation."""
@@ -130,15 +87,13 @@ class Cuts:
     def why_none(self) -> str:
         """Why there is no place to cut at, as a sentence."""
         what = "residual block" if self._blocks else "module"
-        names = list(dict.fromkeys(self._ends.values()))
-        if len(names) < 2:
-            return f"it has only one {what}" if names else f"its forward calls no {what}"
+        if len(self._ends) < 2:
+            return f"it has only one {what}" if self._ends else f"its forward calls no {what}"
         crossings = [(node, self._crossing(self._place[node])) for node in self._ends]
         reasons = [f"behind {self._ends[node]!r}, {', '.join(what)}" for node, what in crossings if what]
         if not reasons:
             return f"only one {what} of it has parameters"
-        more = f"; and so on behind {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-        return f"more than the output of one {what} would cross the cut: {'; '.join(reasons[:_SHOWN])}{more}"
+        return f"more than the output of one {what} would cross the cut: {_few(reasons)}"
 
     def _may_end(self, node: fx.Node) -> bool:
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
@@ -146,19 +101,19 @@ class Cuts:
     def _crossing(self, place: int) -> list[str]:
         """What else than the value at ``place`` is used behind it."""
         before = [self._entry, *self._nodes[:place]]
-        values = [_describe(node) for node in before if any(self._is_behind(user, place) for user in node.users)]
-        tied = _ids(self._tensors[: place + 1]) & _ids(self._tensors[place + 1 :])
-        return values + [f"{name!r} (used on both sides)" for name in _names(self._network, tied)]
+        values = [_describe(node) for node in before if self._last_use[node] > place]
+        tied = {tensor for tensor, span in self._span.items() if place in span}
+        names = _names(self._network, tied)
+        return values + ([f"{_few(names)} (used on both sides)"] if names else [])
 
-    def _is_behind(self, user: fx.Node, place: int) -> bool:
-        return user.op == "output" or self._place.get(user, -1) > place
+    def _place_of_user(self, user: fx.Node) -> int:
+        return len(self._nodes) if user.op == "output" else self._place.get(user, -1)
 
     def _stands_alone(self, part: range) -> bool:
         """Whether it is a stage's worth: it has a block, or, in a network without blocks, something to train."""
         if self._blocks:
             return any(self._nodes[place] in self._ends for place in part)
-        parameters = {id(parameter) for parameter in self._network.parameters()}
-        return bool(_ids(self._tensors[part.start : part.stop]) & parameters)
+        return any(self._tensors[place] & self._parameters for place in part)
 
     def _unit(self, start: int, stop: int) -> Unit:
         nodes = self._nodes[start:stop]
@@ -170,19 +125,20 @@ class Cuts:
             nodes=tuple(nodes),
             entry=self._nodes[start - 1] if start else self._entry,
             exit=self._exit if last else nodes[-1],
-            tensors=frozenset(_ids(self._tensors[start:stop])),
+            tensors=frozenset().union(*self._tensors[start:stop]),
         )
 
 
 def computing(entry: fx.Node) -> list[fx.Node]:
-    """What a graph computes: without inputs, tensors that are read, and checks of arguments that have a default."""
-    nodes = [node for node in entry.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    return [node for node in nodes if not any(_is_other_input(value, entry) for value in node.all_input_nodes)]
-
-
-def _is_other_input(node: fx.Node, entry: fx.Node) -> bool:
-    """An optional argument kept its default, so that only fx's own check of it is left."""
-    return node.op == "placeholder" and node is not entry
+    """What a graph computes: without inputs, tensors that are read, and checks of optional arguments."""
+    checks = {node for node in entry.graph.nodes if node.op == "placeholder" and node is not entry}
+    nodes = []
+    for node in entry.graph.nodes:
+        if not checks.isdisjoint(node.all_input_nodes):
+            checks.add(node)
+        elif node.op not in ("placeholder", "get_attr", "output"):
+            nodes.append(node)
+    return nodes
 
 
 def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> fx.GraphModule:
@@ -202,22 +158,20 @@ def _tensors(network: nn.Module, node: fx.Node) -> set[int]:
     """Ids of the parameters and buffers that a node uses."""
     if node.op == "call_module":
         called = network.get_submodule(str(node.target))
-        return {id(tensor) for tensor in _all_tensors(called)}
-    return {id(attrgetter(str(read.target))(network)) for read in node.all_input_nodes if read.op == "get_attr"}
-
-
-def _all_tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+        return {id(tensor) for tensor in (*called.parameters(), *called.buffers())}
+    own = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    read = (value for value in node.all_input_nodes if value.op == "get_attr")
+    return {id(attrgetter(str(value.target))(network)) for value in read} & own
 
 
 def _names(network: nn.Module, ids: set[int]) -> list[str]:
-    named = [*network.named_parameters(), *network.named_buffers()]
+    named: list[tuple[str, Tensor]] = [*network.named_parameters(), *network.named_buffers()] if ids else []
     return [name for name, tensor in named if id(tensor) in ids]
 
 
-def _ids(sets: Sequence[set[int]]) -> set[int]:
-    return set().union(*sets)
+def _few(parts: Sequence[str]) -> str:
+    more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+    return "; ".join([*parts[:_SHOWN], *more])
 
 
 def _describe(node: fx.Node) -> str:

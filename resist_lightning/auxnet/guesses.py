@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from resist_lightning.auxnet.networks import AuxNetwork
+from resist_lightning.auxnet.aux_networks import AuxNetwork
 from resist_lightning.auxnet.store import SampleStore, contents
 
 MOMENTUM = 0.9
@@ -18,6 +18,11 @@ MOMENTUM = 0.9
 
 class Guesses(ABC):
     """Guesses λ and multipliers u of one boundary, for the batch at hand."""
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """What it needs of memory, between two steps."""
 
     @abstractmethod
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -57,6 +62,12 @@ class NetworkGuesses(Guesses):
         self._learning_rate = learning_rate
         self._made: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    @override
+    def held_bytes(self) -> int:
+        parameters = sum(3 * parameter.nbytes for parameter in self.network.parameters())  # gradient and momentum
+        return parameters + sum(buffer.nbytes for buffer in self.network.buffers())
+
     @override
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         self._made = guess, multiplier = self.network(x)
@@ -94,6 +105,11 @@ class StoredGuesses(Guesses):
 
     def __init__(self, *, multipliers: bool) -> None:
         self.store = SampleStore(multipliers=multipliers)
+
+    @property
+    @override
+    def held_bytes(self) -> int:
+        return self.store.held_bytes
 
     @override
     def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

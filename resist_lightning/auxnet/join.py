@@ -19,6 +19,7 @@ class Batch:
     Args:
         size: samples.
         serial: whether the stages wait for each other.
+        share: the learning rate as a share of the highest, when the batch came.
         x: the network's input.
         truth: what this stage is really given; None for the first stage.
         reply: the next worker's target, or (serial) its gradient; None for the last stage.
@@ -30,6 +31,7 @@ class Batch:
 
     size: int
     serial: bool
+    share: float
     x: Tensor
     truth: Expected | None
     reply: Expected | None
@@ -76,7 +78,7 @@ class Begun(torch.autograd.Function):
     def forward(ctx: Any, made: Tensor, anchor: Tensor, trainee: Trainee, batch: Batch) -> Tensor:
         """The stage's output."""
         ctx.trainee, ctx.batch = trainee, batch
-        return made.view_as(made)
+        return made.clone()  # the user may change it in place; `made` is on its way to the others
 
     @staticmethod
     @override

@@ -12,13 +12,13 @@ from typing_extensions import override
 
 from resist_lightning.auxnet.balance import balance
 from resist_lightning.auxnet.chain import Chain, check_stages, find_chain
-from resist_lightning.auxnet.measure import Measured, measure
+from resist_lightning.auxnet.measure import Measured, measure, measure_entries
 from resist_lightning.auxnet.messages import Shapes
-from resist_lightning.collective import Collective
 from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.layout import Layout
 from resist_lightning.partition import Partition
+from resist_lightning.verbs import Collective
 
 
 class StageLayout(Layout):
@@ -63,10 +63,14 @@ class StageLayout(Layout):
         if self.chain is None:
             return
         self.measured = measure(self.chain, example)
-        mine = [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
-        rows = collective.gather_numbers(mine)
+        if self._wanted is not None:
+            self.cuts = self._wanted
+            return
+        entries = measure_entries(self.config, self.measured, example)
+        rows = collective.gather_numbers([*self._unit_seconds(), *entries])
         seconds = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        self.cuts = self._wanted if self._wanted is not None else balance(seconds, self.workers)
+        units = len(self.chain.units)
+        self.cuts = balance(seconds[:units], self.workers, seconds[units:])
 
     @property
     def shapes(self) -> Shapes:
@@ -158,7 +162,7 @@ class StageLayout(Layout):
         network = self.chain.name or "the module itself"
         if not self.measured:
             return f"{network} will be cut into {self.workers} stages, at some of {len(self.chain.units) - 1} places."
-        units = [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
+        units = self._unit_seconds()
         total = sum(units)
         lines = [f"{network} is cut into {self.workers} stages:"]
         for worker, name in enumerate(self.parts()):
@@ -182,6 +186,11 @@ class StageLayout(Layout):
     def _drawn_from(self) -> tuple[Any, ...]:
         config = self.config
         return self.workers, self.cuts, config.method, config.seed, config.local_steps, config.batch_norm
+
+    def _unit_seconds(self) -> list[float]:
+        """Of each unit, forward and backward, for the example batch."""
+        assert self.measured is not None
+        return [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
 
     def _name_stage(self, worker: int) -> str:
         assert self.chain is not None

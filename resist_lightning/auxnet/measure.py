@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.chain import Chain
-from resist_lightning.auxnet.network import describe, unchanged
+from resist_lightning.auxnet.forward import unchanged
+from resist_lightning.auxnet.network import describe
+from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.timing import now
 
@@ -76,6 +81,48 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
         nonnegative=tuple(bool((output >= 0).all()) for output in outputs),
         dtype=outputs[0].dtype,
     )
+
+
+def measure_entries(config: StageConfig, measured: Measured, example: Tensor, *, repeats: int = 3) -> tuple[float, ...]:
+    """What the auxiliary network of a stage that begins with a unit takes, forward and backward; of the first unit 0.
+
+    Args:
+        config: the settings.
+        measured: of the units.
+        example: (batch, ...), an input of the network, on its device.
+        repeats: runs whose median is taken, at least 1.
+
+    Returns:
+        Seconds for each unit; infinity where there can be no auxiliary network.
+    """
+    boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
+    if config.stored:
+        return (0.0,) * len(measured.shapes)
+    seconds: dict[tuple[tuple[int, ...], bool], float] = {}
+    for shape, nonnegative in set(boundaries):
+        try:
+            network = make_aux_network(config, measured.input_shape, shape, nonnegative=nonnegative, boundary=0)
+        except StageSelectionError:
+            seconds[shape, nonnegative] = math.inf
+            continue
+        network.to(example.device, measured.dtype)
+        times = [_run(_Guess(network), example)[1:] for _ in range(1 + repeats)]
+        seconds[shape, nonnegative] = median(sum(each) for each in times[1:])
+    return (0.0, *(seconds[boundary] for boundary in boundaries))
+
+
+class _Guess(nn.Module):
+    """An auxiliary network with one output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        guess, multiplier = self.network(x)
+        found: Tensor = guess if multiplier is None else guess + multiplier
+        return found
 
 
 def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:

@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective, Finish
+from resist_lightning.verbs import Collective, Finish
 
 
 class Tag(IntEnum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
@@ -27,6 +27,8 @@ Name: TypeAlias = Literal[
 """What happens between two steps (``data``: all that is outside), and in one, in this order. ``loss`` is what the
 user's step does with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
 
+KEPT_STEPS = 15
+
 NAMES: tuple[Name, ...] = get_args(Name)
 
 Span: TypeAlias = tuple[str, float, float]
@@ -41,12 +43,12 @@ class Spans:
         device: waited for before the clock is read, if it is a GPU.
 
     Attributes:
-        last: the spans (name, begin, end in seconds) of the last step that ended.
+        recent: the last steps that ended, each with its spans (name, begin, end in seconds).
         steps: how many ended since :meth:`take`.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.last: list[Span] = []
+        self.recent: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
         self.steps = 0
         self._device = device
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -73,9 +75,10 @@ class Spans:
     def end_step(self) -> None:
         """The step has ended; until the next one, it is ``data``."""
         self.begin("data")
-        self.last, self._current = self._current, []
+        step, self._current = self._current, []
+        self.recent.append(step)
         self.steps += 1
-        for name, begin, end in self.last:
+        for name, begin, end in step:
             self._seconds[name] += end - begin
 
     def pause(self) -> None:
@@ -92,6 +95,22 @@ class Spans:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]]:
+    """Of the recent steps of all workers, the one that took the median time; for each worker its spans from 0.
+
+    Args:
+        workers: for each, its :attr:`Spans.recent`; the last steps are the same steps.
+    """
+    kept = min(map(len, workers), default=0)
+    if kept == 0:
+        return []
+    steps = [[list(worker)[-kept:][number] for worker in workers] for number in range(kept)]
+    ends = [(min(spans[0][1] for spans in step), max(spans[-1][2] for spans in step)) for step in steps]
+    chosen = sorted(range(kept), key=lambda number: ends[number][1] - ends[number][0])[kept // 2]
+    start = ends[chosen][0]
+    return [[(name, begin - start, end - start) for name, begin, end in spans] for spans in steps[chosen]]
 
 
 _WAITS: tuple[Name, ...] = ("wait for output", "wait for target", "wait for truth")

@@ -34,6 +34,11 @@ class SampleStore:
         """Samples that are known."""
         return len(self._rows)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all rows, without their names."""
+        return sum(row.nbytes for row in self._rows.values())
+
     def get(self, names: Sequence[bytes], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Guesses and multipliers of known samples, (batch, ...) each."""
         rows = torch.stack([self._rows[name] for name in names], dim=1).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.auxnet.layout import StageLayout
-from resist_lightning.auxnet.spans import NAMES, measured_speedup, step_seconds
+from resist_lightning.auxnet.spans import NAMES, measured_speedup, step_seconds, typical_step
 from resist_lightning.auxnet.worker import StageWorker
-from resist_lightning.collective import Collective
 from resist_lightning.errors import PartialModelError
 from resist_lightning.exchange import Cargo, Kinds
 from resist_lightning.optimizer_state import OptimizerStates
@@ -20,6 +20,7 @@ from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
 from resist_lightning.presence import Memory
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):
@@ -43,6 +44,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._absent: dict[str, Tensor] = {}
         self._memory = Memory({})
         self._reports: list[list[float]] = []
+        self._history: list[Any] = []
         self._holding = False
         self._forward: Any = None
         self._guards: list[RemovableHandle] = []
@@ -106,6 +108,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         """Stages stay where they are; the workers tell each other how their steps went."""
         if self.trainee is not None:
             self._reports = self._collective.gather_numbers(self.trainee.report())
+            self._history.append([round, self.metrics()])
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
@@ -147,6 +150,25 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             found["auxnet/speedup_predicted"] = seconds.predicted(self._layout.workers)
             found["auxnet/speedup_measured"] = measured_speedup(steps)
         return found
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        """The stages, what was measured of each round, and a typical step of the last ones."""
+        layout = self._layout
+        if self.trainee is None:
+            return {}
+        rows = self._collective.gather_bytes(json.dumps(list(self.trainee.spans.recent)).encode())
+        seconds = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
+        guesses = self._collective.gather_numbers([self.trainee.held_bytes])
+        return {
+            "stages": layout.parts(),
+            "shapes": [list(shape) for shape in layout.shapes.boundaries],
+            "method": layout.config.method,
+            "guess_bytes": [int(row[0]) for row in guesses],
+            "rounds": self._history,
+            "seconds": seconds,
+            "timeline": typical_step([json.loads(row) for row in rows]),
+        }
 
     def _cargo(self, stage: int) -> Cargo:
         return Cargo(list(self._layout.stage_tensors(stage).values()))

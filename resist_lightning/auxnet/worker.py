@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning.auxnet.agreement import check_equal
-from resist_lightning.auxnet.equations import Penalty, default_step, growth, mismatch, next_multiplier
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.guesses import Guesses, NetworkGuesses, StoredGuesses
 from resist_lightning.auxnet.join import Batch, Begun, Joined
+from resist_lightning.auxnet.learner import Learner
 from resist_lightning.auxnet.messages import Messages, Shapes
-from resist_lightning.auxnet.networks import make_aux_network
 from resist_lightning.auxnet.spans import Spans
 from resist_lightning.auxnet.store import contents
-from resist_lightning.collective import Collective
 from resist_lightning.config import StageConfig
+from resist_lightning.errors import PartialModelError
+from resist_lightning.verbs import Collective
 
 CHECKED_STEPS = 3
 """First steps of a run in which the workers compare what they are given."""
@@ -67,22 +68,25 @@ class StageWorker:
         self._collective = collective
         self._messages = Messages(collective, shapes, device)
         self._guesses = self._make_guesses(nonnegative, device)
+        self._learner = Learner(config, collective.workers, self._guesses, device)
         self._rate = rate
         self._highest_rate = 0.0
         self._batch: Batch | None = None
         self._seen: set[bytes] = set()
+        self._called = False
         self._checks = CHECKED_STEPS
-        self._mismatch = torch.zeros((), device=device)
-        self._mismatches = 0
-        step = default_step(collective.workers) if config.lambda_step is None else config.lambda_step
         self._first, self._last = collective.worker == 0, collective.worker == collective.workers - 1
-        self._step_size = step
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # there is a backward pass of a frozen stage
 
     @property
     def guesses(self) -> Guesses | None:
         """What makes this worker's guesses; None on worker 0, which has the image."""
         return self._guesses
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what makes this worker's guesses: an auxiliary network with gradients and momentum, or a store."""
+        return self._guesses.held_bytes if self._guesses is not None else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """The network's output for a batch of the network's input.
@@ -95,7 +99,8 @@ class StageWorker:
         """
         self.finish()
         self._check(x)
-        self.spans.begin("aux forward")
+        self._called = True
+        self.spans.begin("forward" if self._first else "aux forward")
         batch = self._batch = self._open(x)
         stage_input = self._stage_input(batch)
         self.spans.begin("forward")
@@ -112,8 +117,18 @@ class StageWorker:
         return Joined.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
 
     def count(self) -> None:
-        """End a step, after the optimizer's. Waits for the neighbours."""
+        """End a step, after the optimizer's. Waits for the neighbours.
+
+        Raises:
+            PartialModelError: if the network was not called in it.
+        """
         self.finish()
+        if not self._called:
+            raise PartialModelError(
+                "the network that is cut into stages was not called in this step. Call it as a whole in training_step, "
+                "self.net(x); a way around it through its layers finds only those of one stage."
+            )
+        self._called = False
         self.steps += 1
 
     def finish(self) -> None:
@@ -139,10 +154,7 @@ class StageWorker:
 
     def report(self) -> list[float]:
         """Mean mismatch of this worker's boundary since the last call, and mean seconds of each span."""
-        found = float(self._mismatch) / self._mismatches if self._mismatches else 0.0
-        self._mismatch.zero_()
-        self._mismatches = 0
-        return [found, *self.spans.take()]
+        return [self._learner.take_mismatch(), *self.spans.take()]
 
     def state_dict(self) -> dict[str, Any]:
         """What this worker needs to go on, beside its stage: numbers, strings, lists and tensors."""
@@ -178,21 +190,19 @@ class StageWorker:
         if not self._last:
             reply = messages.expect_gradient(size) if serial else messages.expect_target(size)
             output = messages.expect_output(size)
-        return Batch(size, serial, x.detach(), truth, reply, output)
+        return Batch(size, serial, self._rate_share(), x.detach(), truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
         """The image, or the guess, or (serial) what the worker before made; and tell the worker before."""
         if self._first:
             return batch.x
         assert batch.truth is not None
-        assert self._guesses is not None
         if batch.serial:
             self.spans.begin("wait for truth")
             given = batch.truth.take().clone().requires_grad_()
             given.register_post_accumulate_grad_hook(lambda tensor: self._pass_on(tensor.grad))
         else:
-            guess, multiplier = self._guesses.make(batch.x)
-            batch.multiplier = multiplier / self._growth() if multiplier is not None else None
+            guess, batch.multiplier = self._learner.guess(batch.x, batch.share)
             self._messages.send_target(guess if batch.multiplier is None else guess + batch.multiplier)
             given = guess.requires_grad_()
         batch.given = given
@@ -220,30 +230,19 @@ class StageWorker:
             reply = batch.reply.take()
         if batch.serial:
             return reply
-        return self._penalty().gradient(made, reply) / (batch.size * self.accumulate)
+        return self._learner.gradient(made, reply, batch.share) / (batch.size * self.accumulate)
 
     def _end_backward(self) -> None:
         self.spans.begin("optimizer")
 
     def _learn(self, batch: Batch, given: Tensor, truth: Tensor, gradient: Tensor | None) -> None:
-        assert self._guesses is not None
         assert gradient is not None
-        penalty = self._penalty()
-        after = penalty.in_units_of_guess(gradient * (batch.size * self.accumulate))
-        share = self._rate_share()
-        multiplier: Tensor | None
-        if batch.serial:  # where all stands still: with multipliers, the stage before would get the true gradient
-            multiplier = -after if self._config.multipliers else None
-            guess = truth - after if self._config.method == "penalty-store" else truth
-        else:
-            multiplier = batch.multiplier
-            guess = penalty.next_guess(given, truth, multiplier, after)
-            if multiplier is not None and (self.steps + 1) % self._config.multiplier_every == 0:
-                multiplier = next_multiplier(given, truth, multiplier)
-            self._mismatch += mismatch(given, truth)
-            self._mismatches += 1
-        kept = multiplier * self._growth() if multiplier is not None else None
-        self._guesses.learn(batch.x, guess, kept, share)
+        of_sample = gradient * (batch.size * self.accumulate)
+        if batch.serial:
+            self._learner.begin_at(batch.x, truth, of_sample, batch.share)
+            return
+        guess = given, batch.multiplier
+        self._learner.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
 
     def _is_serial(self, x: Tensor) -> bool:
         """Whether the stages wait for each other in this batch; every worker finds the same."""
@@ -260,15 +259,8 @@ class StageWorker:
             )
         return not self._seen.issuperset(names)
 
-    def _penalty(self) -> Penalty:
-        return Penalty(self._config.beta * self._growth(), self._step_size)
-
-    def _growth(self) -> float:
-        """By how much beta has grown. Multipliers are kept in units of the first beta."""
-        return growth(self._config.beta_growth, self._rate_share())
-
     def _rate_share(self) -> float:
-        """The learning rate as a share of the highest so far."""
+        """The learning rate as a share of the highest so far; asked once per batch, on every worker."""
         rate = self._rate()
         self._highest_rate = max(self._highest_rate, rate)
         return rate / self._highest_rate if self._highest_rate else 1.0
@@ -279,6 +271,11 @@ class StageWorker:
                 f"the network is given {tuple(x.shape[1:])} and was cut with inputs of {self._shapes.input}: what "
                 "crosses a boundary would have another shape. Bring all inputs to one size, and name with `input` "
                 "which part of a batch the network is given."
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "what the network is given requires a gradient, so something before it is trained, and the gradient of "
+                "a guess would not reach it. Make it a part of the network, or detach what the network is given."
             )
         if self._checks:
             self._checks -= 1

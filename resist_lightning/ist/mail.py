@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective
 from resist_lightning.ist.pieces import Part
 from resist_lightning.ist.plan import Piece, full_pieces
 from resist_lightning.partition import Partition
+from resist_lightning.verbs import Collective
 
 Load: TypeAlias = tuple[str, Piece]
 """A piece of the divided tensor of this key."""

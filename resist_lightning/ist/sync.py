@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resist_lightning.collective import Collective
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.ist.mail import Arrived, Mail
 from resist_lightning.ist.partition import kept_rows
@@ -22,6 +21,7 @@ from resist_lightning.ist.subnet import Subnet
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
+from resist_lightning.verbs import Collective
 
 
 class NeuronSync(Sync[NeuronLayout, NeuronPlan]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from resist_lightning.config import AuxFactory, AuxMethod, CheckPolicy, NormPoli
 from resist_lightning.engine import Engine
 from resist_lightning.strategies.example import example_input
 from resist_lightning.strategies.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.keyed import key_loader
+from resist_lightning.strategies.keyed import key_loader, unkey_loader
 from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, Launch, StartMethod
 from resist_lightning.strategies.restarts import SaveErrors, Saving, WorkerLoss
 from resist_lightning.strategies.subnet import SubnetStrategy
@@ -118,11 +119,6 @@ class AuxNetStrategy(SubnetStrategy):
         silence: timedelta = DEFAULT_SILENCE,
         start_method: StartMethod = "popen",
     ) -> None:
-        if process_group_backend not in (None, "gloo"):
-            raise ValueError(
-                f"process_group_backend={process_group_backend!r}: the stages' messages are posted early, and only "
-                "'gloo' lets later ones overtake them. Leave it out; tensors on GPUs are sent through the host."
-            )
         config = StageConfig(
             method=method,
             beta=beta,
@@ -144,10 +140,11 @@ class AuxNetStrategy(SubnetStrategy):
             config,
             "same",
             Saving(on_save_error, snapshots, snapshot_every_n_rounds, on_worker_loss),
-            Launch(parallel_devices, "gloo", timeout, silence, start_method),
+            Launch(parallel_devices, _only_gloo(process_group_backend), timeout, silence, start_method),
         )
         self._input = input
         self._checks = CHECKED_STEPS
+        self._loaders = 0
         self._first_epoch = 0
 
     @override
@@ -183,13 +180,21 @@ class AuxNetStrategy(SubnetStrategy):
         trainer = self._trainer()
         if trainer.state.stage == RunningStage.TRAINING and self.world_size > 1:
             assert isinstance(self.config, StageConfig)
-            return key_loader(dataloader, self.config.seed, lambda: trainer.current_epoch, frozen=self.config.stored)
+            self._loaders += 1
+            return key_loader(
+                dataloader,
+                self.config.seed,
+                partial(_epoch, trainer),
+                stream=self._loaders - 1,
+                frozen=self.config.stored,
+            )
         return dataloader
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Called before each batch: in the first steps, compare it with the other workers'."""
         super().on_train_batch_start(batch, batch_idx)
+        self._loaders = 0  # those that are made from now on are made anew
         trainee = self._trainee
         if trainee is None or self.engine is None:
             return
@@ -199,6 +204,15 @@ class AuxNetStrategy(SubnetStrategy):
         if self._checks:
             self._checks -= 1
             check_equal(self.engine.collective, named_tensors(batch), f"batch {batch_idx}")
+
+    @override
+    def teardown(self) -> None:
+        """Called at the end, after an error too: loaders that the user has combined are the user's again."""
+        self._loaders = 0
+        combined = self._trainer().fit_loop._combined_loader
+        if combined is not None:
+            combined.flattened = [unkey_loader(loader) for loader in combined.flattened]
+        super().teardown()
 
     @property
     def _trainee(self) -> StageWorker | None:
@@ -212,3 +226,18 @@ class AuxNetStrategy(SubnetStrategy):
         if engine.collective.workers > 1:
             engine.prepare(example_input(trainer, module, self._input))
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
+
+
+def _epoch(trainer: pl.Trainer) -> int:
+    """Which Lightning tells to samplers."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
+
+
+def _only_gloo(backend: str | None) -> str:
+    if backend not in (None, "gloo"):
+        raise ValueError(
+            f"process_group_backend={backend!r}: the stages' messages are posted early, and only 'gloo' lets later "
+            "ones overtake them. Leave it out; tensors on GPUs are sent through the host."
+        )
+    return "gloo"

@@ -24,10 +24,10 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from resist_lightning.collective import Collective
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten
 from resist_lightning.files import explain, read_sealed, write_file, write_sealed
 from resist_lightning.resumption import STATE_VERSION
+from resist_lightning.verbs import Collective
 
 CHECKPOINT_KEY = "resist_lightning"
 """Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""

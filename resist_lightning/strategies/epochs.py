@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from resist_lightning.collective import Collective
+from resist_lightning.verbs import Collective
 
 
 def end_epochs_together(trainer: pl.Trainer, dataloader: object, collective: Collective) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from resist_lightning.randomness import random_numbers_apart
 from resist_lightning.strategies.keyed import KeyedIterable
 
-SAMPLES = 8
+SAMPLES = 32
 """An example has so many samples, or as many as a batch if that is smaller."""
 
 _OTHERWISE = "Set example_input_array of the LightningModule to a tensor like the network's input."

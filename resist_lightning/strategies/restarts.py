@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from resist_lightning.collective import Collective, groups_joined
+from resist_lightning.collective import groups_joined
 from resist_lightning.config import check_choice, check_integer
 from resist_lightning.errors import CheckpointError
 from resist_lightning.files import read_sealed
 from resist_lightning.snapshots import Snapshot, SnapshotFolder, needed, usable
 from resist_lightning.torchrun import REMEDY, agent, shares_store, started_by_torchrun
+from resist_lightning.verbs import Collective
 
 SaveErrors: TypeAlias = Literal["raise", "warn"]
 WorkerLoss: TypeAlias = Literal["stop", "shrink"]

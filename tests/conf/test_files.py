@@ -68,7 +68,7 @@ def test_every_strategy_instantiates_into_a_trainer(option: str, composed: Compo
     if option != "single":
         assert type(trainer.strategy) is get_object(target)
     monitored = any(type(callback).__name__ == "RoundMonitor" for callback in trainer.callbacks)
-    assert monitored == (option in ("resist", "ist", "local_sgd"))
+    assert monitored == (option in ("resist", "ist", "auxnet", "local_sgd"))
 
 
 @pytest.mark.parametrize("option", options("model"))
@@ -122,6 +122,12 @@ def without_folder(cfg: Any) -> Any:
 def test_the_demo_runs_with_every_strategy(strategy: str, composed: Compose) -> None:
     devices = 1 if strategy == "single" else 2
     check_train(composed("experiment=demo", f"strategy={strategy}", f"trainer.devices={devices}"))
+
+
+@pytest.mark.parametrize("strategy", ["auxnet", "resist", "local_sgd", "ddp", "single"])
+def test_the_digits_of_auxnet_run_with_every_strategy_but_that_of_neurons(strategy: str, composed: Compose) -> None:
+    devices = 1 if strategy == "single" else 2
+    check_train(composed("experiment=auxnet_digits", f"strategy={strategy}", f"trainer.devices={devices}"))
 
 
 @pytest.mark.parametrize("strategy", ["ist", "local_sgd", "ddp", "single"])

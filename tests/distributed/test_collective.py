@@ -10,14 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from resist_lightning.collective import (
-    GroupCollective,
-    SoloCollective,
-    default_collective,
-    destroy_group,
-    group_exists,
-    join_group,
-)
+from resist_lightning.collective import GroupCollective, default_collective, destroy_group, group_exists, join_group
+from resist_lightning.verbs import SoloCollective
 from tests.helpers.processes import run_workers
 
 

@@ -97,6 +97,34 @@ def test_ist_learns_the_digits_and_its_checkpoint_is_a_model(root: Path, tmp_pat
 
 
 @pytest.mark.timeout(600)
+def test_auxnet_reports_its_stages_and_its_checkpoint_is_a_model(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = ["experiment=auxnet_digits", *SMALL, "strategy.warmup_steps=100", "strategy.check_every_n_steps=20"]
+    output = program(root, "train.py", *small, "trainer.max_epochs=4", f"hydra.run.dir={run}", folder=tmp_path)
+    results, summary = read(run), read(run, "resist_summary.json")
+    assert results["test"]["accuracy"] > 0.3, output
+    assert (results["strategy"], results["workers"], results["rounds"]) == ("auxnet", 2, None)
+    assert results["local_steps"] == 4 * math.ceil(1293 / 32)  # every worker sees all images
+    assert 0.4 < results["parameters"]["held_share"] < 1
+    assert len(results["stages"]["names"]) == 2
+    assert results["stages"]["mismatch"][0] > 0
+    boundary = math.prod(summary["method"]["shapes"][0])
+    assert results["sent_bytes"]["by_kind"]["boundary"] == 4 * 1293 * boundary * 4
+    assert results["sent_bytes"]["by_kind"]["output"] == 4 * 1293 * 10 * 4 / 2  # of the last worker to the other
+    for name in ("timeline.png", "accuracy.png", "bytes.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert not (run / "partition.png").exists()
+
+    for options in (["strategy=single"], ["strategy=auxnet", "devices=2"]):
+        where = tmp_path / options[0].partition("=")[2]
+        best = f"ckpt_path={results['checkpoint']}"
+        program(root, "evaluate.py", best, *options, "accelerator=cpu", f"hydra.run.dir={where}", folder=tmp_path)
+        found = read(where, "evaluation.json")
+        assert found["accuracy"] == pytest.approx(results["test"]["accuracy"], abs=1e-6), options
+        assert found["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4), options
+
+
+@pytest.mark.timeout(600)
 def test_the_same_command_runs_the_other_strategies_with_workers(root: Path, tmp_path: Path) -> None:
     chosen = ["strategy=local_sgd,ddp", "trainer.devices=2", f"hydra.sweep.dir={tmp_path}/sweep"]
     program(root, "train.py", "-m", *TINY, *chosen, folder=tmp_path)

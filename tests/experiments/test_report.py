@@ -111,7 +111,7 @@ def colours(path: Path) -> set[tuple[int, ...]]:
     return {colour for count, colour in counted if count > 100}  # type: ignore[misc,union-attr]
 
 
-BLUE, ORANGE = (0, 114, 178), (230, 159, 0)
+BLUE, ORANGE, SKY = (0, 114, 178), (230, 159, 0), (86, 180, 233)
 
 
 def test_the_pictures_are_drawn_in_the_colours_of_their_lines(folder: Path) -> None:
@@ -162,6 +162,50 @@ def test_each_holder_of_neurons_has_its_colour(tmp_path: Path, workers: int) -> 
     write(tmp_path, run, {**HIDDEN, "workers": workers, "neurons": neurons, "sent_bytes": sent})
     reported(tmp_path)
     assert len(colours(tmp_path / "partition.png")) > workers
+
+
+TIMELINE = [[["forward", 0.0, 0.6], ["backward", 0.6, 1.0]], [["aux forward", 0.0, 0.2], ["forward", 0.2, 1.0]]]
+STAGES = {
+    **SUMMARY, "strategy": "auxnet", "blocks": ["from the input to net.a", "from behind net.a to the output"],
+    "sent_bytes": {"boundary": [4000, 4000], "output": [0, 200], "start": [40, 0]},
+    "method": {
+        "guess_bytes": [0, 5000], "timeline": TIMELINE,
+        "rounds": [[0, {"auxnet/mismatch_1": 0.5}], [1, {
+            "auxnet/mismatch_1": 0.25, "auxnet/speedup_predicted": 1.5, "auxnet/speedup_measured": 1.4,
+        }]],
+    },
+}  # fmt: skip
+
+
+def test_stages_have_no_rounds_and_a_timeline(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "strategy": "auxnet"}, STAGES)
+    results, text = reported(tmp_path)
+    shown = " ".join(text.replace("│", " ").split())
+    for expected in (
+        "AuxNet, 2 workers, 25 local steps ",
+        "stage 1 from behind net.a to the output",
+        "guess 1 minus truth 25.0%",
+        "speed-up over one process 1.40x predicted 1.50x",
+        "held to make guesses, at most 5 kB",
+        "sent by one worker 4.1 kB boundaries 4 kB, outputs 100 B",
+        "DDP would have sent 300 kB 73.2 times as much",
+        "time in steps, waiting included 6.00 s",
+    ):
+        assert expected in shown
+    assert "local SGD" not in text
+    assert (results["rounds"], results["local_steps_per_round"]) == (None, None)
+    assert not (tmp_path / "partition.png").exists()
+    assert {BLUE, SKY} <= colours(tmp_path / "timeline.png")
+    assert BLUE in colours(tmp_path / "bytes.png")
+    assert ORANGE not in colours(tmp_path / "bytes.png")
+
+
+def test_stages_of_a_run_too_short_for_a_round(tmp_path: Path) -> None:
+    write(tmp_path, {**RUN, "strategy": "auxnet"}, {**STAGES, "method": {"rounds": [], "timeline": []}})
+    _, text = reported(tmp_path)
+    assert "stage 1" in text
+    assert "speed-up" not in text
+    assert not (tmp_path / "timeline.png").exists()
 
 
 def test_local_sgd_has_no_partition_to_draw(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.restarted import Harm, Seen
-from tests.helpers.stages import Metered, make_stages, pictures
+from tests.helpers.auxnet import Metered, make_stages, pictures
 from tests.helpers.trainers import QUIET
 
 STEPS = 10

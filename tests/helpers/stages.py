@@ -1,114 +1,263 @@
-"""Trainings of a network that is cut into stages: every worker sees the same samples."""
+"""Small networks that are cut into stages, and the same training of them by workers and by the simulator."""
 
 from __future__ import annotations
 
-import warnings
+import copy
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import MultiStepLR
 
-from resist_lightning import AuxNetStrategy
-from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier
-from tests.helpers.trainers import make_trainer
+from resist_lightning import Engine, StageConfig, StageSimulator
+from resist_lightning.auxnet.chain import find_chain
+from resist_lightning.auxnet.layout import StageLayout
+from resist_lightning.auxnet.store import contents
+from resist_lightning.auxnet.worker import StageWorker
+from resist_lightning.models import PreActResNet
+from resist_lightning.verbs import Collective, SoloCollective
+from tests.helpers.nets import MlpBlock, mlp
+from tests.helpers.threads import ThreadCollective
+from tests.helpers.training import clone_state
 
-SAMPLES = 40
-"""Five batches."""
+CLASSES = 4
 
-
-class Pictures(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are what they are, whoever asks and how often: noise, a little brighter for each class."""
-
-    def __init__(self, samples: int = SAMPLES, size: int = 8) -> None:
-        self.samples, self.size = samples, size
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(500 + index)
-        label = torch.tensor(index % CLASSES)
-        return torch.randn(3, self.size, self.size, generator=generator) + label / 2, label
+ONE_AT_A_TIME = threading.Lock()  # workers may be threads; torch.fx patches, and the seed is, what all of them use
 
 
-def pictures(**options: Any) -> DataLoader[Any]:
-    """A shuffled loader of :class:`Pictures`."""
-    return DataLoader(Pictures(**options), BATCH_SIZE, shuffle=True)
+class TanhBlock(nn.Module):
+    """A smooth residual block that declares where its branch ends."""
+
+    residual_branch_end = "out"
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.out(x))
 
 
-def make_stages(**options: Any) -> AuxNetStrategy:
-    """A strategy with small auxiliary networks, that warms up for one step and meets after every three."""
-    return AuxNetStrategy(
-        **{"aux_width": 4, "warmup_steps": 1, "check_every_n_steps": 3, "aux_learning_rate": 0.02, **options}
+def _convolutions() -> nn.Module:
+    """No residual block and no batch norm; it works in place right behind where it is cut."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(5, 6, 3, stride=2), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(6, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, CLASSES)),
     )
 
 
-def fit_stages(
-    worker: int,
-    module: L.LightningModule,
-    strategy: dict[str, Any] | None = None,
-    loader: Any = None,
-    validation: Any = None,
-    **options: Any,
-) -> L.Trainer:
-    """Train on :func:`pictures`, by default for one epoch; returns the Trainer."""
-    ckpt_path = options.pop("ckpt_path", None)
-    made = make_stages(**(strategy or {}))
-    trainer = make_trainer(made, **{"max_epochs": 1, "use_distributed_sampler": True, **options})
-    trainer.fit(module, pictures() if loader is None else loader, validation, ckpt_path=ckpt_path)
-    return trainer
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "tanh": partial(mlp, TanhBlock),
+    "mlp": partial(mlp, MlpBlock, width=5),
+    "preact": partial(PreActResNet, (1, 1, 2, 1), CLASSES, width_multiplier=1 / 16),
+    "convolutions": _convolutions,
+}
+
+INPUTS = {"tanh": (3,), "mlp": (3,), "preact": (3, 8, 8), "convolutions": (3, 8, 8)}
+
+CUTS = {
+    "tanh": {2: ["body.1"], 3: ["body.0", "body.2"], 4: ["body.0", "body.1", "body.2"]},
+    "mlp": {2: ["body.1"], 3: ["body.1", "body.2"], 4: ["body.0", "body.1", "body.2"]},
+    "preact": {2: ["section2"], 3: ["section1", "section3.0"], 4: ["section1", "section2", "section3.0"]},
+    "convolutions": {2: ["3"], 3: ["1", "3"]},
+}
 
 
-def in_order(loader: DataLoader[Any], seed: int = 0) -> DataLoader[Any]:
-    """The loader, with the order of the samples that the strategy gives to all workers."""
-    sampler: Any = DistributedSampler(loader.dataset, 1, 0, seed=seed)  # type: ignore[arg-type]
-    return DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+def two_layers(input_shape: tuple[int, ...], boundary_shape: tuple[int, ...]) -> nn.Module:
+    """An auxiliary network between vectors."""
+    return nn.Sequential(nn.Linear(input_shape[0], 7), nn.Tanh(), nn.Linear(7, boundary_shape[0]))
 
 
-def fit_plainly(worker: int, module: L.LightningModule, loader: Any = None, **options: Any) -> L.Trainer:
-    """The same training in one process, by Lightning alone."""
-    validation = options.pop("validation", None)
-    trainer = make_trainer("auto", **{"max_epochs": 1, **options})
-    trainer.fit(module, in_order(pictures() if loader is None else loader), validation)
-    return trainer
+@dataclass(frozen=True)
+class Run:
+    """A small training run in double precision; picklable, so that workers build it by themselves.
+
+    Args:
+        config: the settings, but for cuts and auxiliary network, which follow from ``net`` and the workers.
+        steps: how many.
+        net: one of :data:`NETS`.
+        batches: different batches, seen in turn; the last of them is smaller.
+        milestones: steps behind which the learning rate falls to a tenth.
+        frozen: parts of names of parameters that do not train.
+        observe_at: steps behind which the full model is looked at.
+    """
+
+    config: StageConfig
+    steps: int
+    net: str = "tanh"
+    batches: int = 1000
+    optimizer: str = "sgd"
+    milestones: tuple[int, ...] = ()
+    frozen: tuple[str, ...] = ()
+    observe_at: tuple[int, ...] = ()
 
 
-class Metered(Classifier):
-    """Logs in every way that a training_step may."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        images, labels = batch
-        logits = self(images)
-        loss = functional.cross_entropy(logits, labels)
-        self.accuracy(logits, labels)
-        self.log("loss", loss, on_step=True, on_epoch=True)
-        self.log("synced", loss, on_step=True, on_epoch=True, sync_dist=True)
-        self.log("sum", logits.sum(), on_step=False, on_epoch=True, reduce_fx="max")
-        self.log("object", self.accuracy, on_step=True, on_epoch=True)
-        return loss
+def config_for(run: Run, workers: int) -> StageConfig:
+    """The settings with cuts, since those by measured time would differ."""
+    vectors = len(INPUTS[run.net]) == 1 and not run.config.stored
+    cuts = CUTS[run.net][workers] if workers > 1 else None
+    return replace(run.config, cuts=cuts, aux_network=two_layers if vectors else None)
 
 
-class Notes(L.Callback):
-    """The metrics that are known after each batch, and how many parameters had memory then."""
-
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-        self.held: list[list[str]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        self.metrics.append({key: float(value) for key, value in trainer.callback_metrics.items()})
-        self.held.append([name for name, parameter in module.named_parameters() if not parameter.is_meta])
+def make_net(run: Run) -> nn.Module:
+    """The network of a run, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = NETS[run.net]().double()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in run.frozen))
+    return net
 
 
-def told(caught: list[warnings.WarningMessage], part: str) -> list[str]:
-    """The warnings that say something."""
-    return [str(warning.message) for warning in caught if part in str(warning.message)]
+def make_optimizer(run: Run, net: nn.Module) -> Optimizer:
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-3)
+
+
+def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """The batch that all workers see at a step; the last one before they repeat is smaller."""
+    number = step % run.batches
+    generator = torch.Generator().manual_seed(number)
+    size = 3 if number % 4 == 3 or number == run.batches - 1 else 6
+    x = torch.randn((size, *INPUTS[run.net]), generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, CLASSES, (size,), generator=generator)
+
+
+def loss_of(batch: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda output: nn.functional.cross_entropy(output, batch[1])
+
+
+def start_engine(run: Run, workers: int, collective: Collective | None = None) -> tuple[Engine, Optimizer]:
+    """The engine of this worker, started."""
+    net = make_net(run)
+    optimizer = make_optimizer(run, net)
+    engine = Engine(net, [optimizer], config_for(run, workers), collective=collective)
+    engine.prepare(batch_of(run, 0)[0])
+    engine.start()
+    return engine, optimizer
+
+
+def train_engine(
+    worker: int, run: Run, workers: int, each_step: Callable[[Engine, int], None] | None = None
+) -> tuple[Engine, list[float]]:
+    """Train this process's worker to the end; returns the engine, and the loss of each step."""
+    engine, optimizer = start_engine(run, workers)
+    schedule = MultiStepLR(optimizer, [step + 1 for step in run.milestones])
+    losses = []
+    for step in range(run.steps):
+        batch = batch_of(run, step)
+        optimizer.zero_grad()
+        loss = loss_of(batch)(engine.module(batch[0]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        engine.count_step()
+        schedule.step()
+        if each_step is not None:
+            each_step(engine, step)
+        engine.sync_if_due()
+        if step in run.observe_at:
+            with engine.full_model():
+                engine.module.eval()(batch_of(run, 0)[0])
+                engine.module.train()
+    engine.finish()
+    return engine, losses
+
+
+def train_simulator(run: Run, workers: int) -> tuple[StageSimulator, list[float]]:
+    """The same training by the reference."""
+    simulator = StageSimulator(
+        make_net(run), partial(make_optimizer, run), config_for(run, workers), workers, batch_of(run, 0)[0]
+    )
+    schedule = MultiStepLR(simulator.optimizers[0], [step + 1 for step in run.milestones])
+    losses = []
+    for step in range(run.steps):
+        batch = batch_of(run, step)
+        losses.append(simulator.step(batch[0], loss_of(batch)).item())
+        schedule.step()
+    return simulator, losses
+
+
+def plain_training(run: Run) -> tuple[dict[str, Tensor], list[float]]:
+    """Without the package: the network trained by back-propagation."""
+    net = make_net(run)
+    optimizer = make_optimizer(run, net)
+    schedule = MultiStepLR(optimizer, [step + 1 for step in run.milestones])
+    losses = []
+    for step in range(run.steps):
+        batch = batch_of(run, step)
+        optimizer.zero_grad()
+        loss = loss_of(batch)(net(batch[0]))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return clone_state(net), losses
+
+
+# ------------------------------------------------------------------ workers without an engine
+
+
+@dataclass
+class Staged:
+    """A worker that computes its stage of a network, and its copy of that network."""
+
+    net: nn.Module
+    layout: StageLayout
+    worker: StageWorker
+
+    @property
+    def stage_gradients(self) -> dict[str, Tensor]:
+        """By name, of the stage's parameters."""
+        names = self.layout.stage_tensors(self.worker._collective.worker)
+        named = self.net.named_parameters()
+        return {name: p.grad.clone() for name, p in named if name in names and p.grad is not None}
+
+
+def make_staged(collective: ThreadCollective, net: nn.Module, config: StageConfig, x: Tensor) -> Staged:
+    """A worker, in a thread, with a copy of a network; ``net`` is not changed. All workers must call it."""
+    with ONE_AT_A_TIME:
+        net = copy.deepcopy(net)
+        layout = StageLayout(net, config, collective.workers)
+        layout.prepare(x, SoloCollective())
+        number = collective.worker
+        assert layout.chain is not None
+        worker = StageWorker(
+            layout.chain.stage(*layout.units(number)),
+            layout.shapes,
+            layout.nonnegative[number - 1] if number else False,
+            config,
+            collective=collective,
+            device=torch.device("cpu"),
+            rate=lambda: 0.1,
+        )
+    collective.room.barrier.wait()  # nobody may compute while another one traces
+    return Staged(net, layout, worker)
+
+
+def load_guess(worker: StageWorker, x: Tensor, guess: Tensor | None, multiplier: Tensor | None, steps: int = 0) -> None:
+    """Have a worker of a stored method go on with λ and u of a batch, as from a checkpoint; None on worker 0."""
+    guesses: dict[str, Any] = {}
+    names = contents(x)
+    if guess is not None:
+        values = torch.stack([guess] if multiplier is None else [guess, multiplier], dim=1)
+        listed = torch.tensor([list(name) for name in names], dtype=torch.uint8)
+        guesses = {"store": {"names": listed, "values": values}}
+    seen = [name.hex() for name in names]
+    worker.load_state_dict({"steps": steps, "highest_rate": 0.1, "seen": seen, "guesses": guesses})
+
+
+def make_chain(net: nn.Module, config: StageConfig, workers: int) -> list[nn.Module]:
+    """The stages of a network, whose parameters are its own."""
+    chain = find_chain(net, config.network)
+    assert config.cuts is not None
+    ends = (0, *chain.positions(config.cuts), len(chain.units))
+    assert len(ends) == workers + 1
+    return [chain.stage(first, last) for first, last in itertools.pairwise(ends)]

@@ -6,13 +6,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resist_lightning.collective import Collective, Finish
+from resist_lightning.verbs import Collective, Finish
 
 SECONDS = 20.0
 
@@ -106,6 +106,6 @@ def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[l
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
     failures = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+    for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError | Empty)):
         raise error
     return [future.result() for future in futures], room

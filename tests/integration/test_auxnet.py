@@ -11,13 +11,11 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
-from torch.nn import functional
 from torchvision.models import resnet18
 
 from tests.helpers.plain import CLASSES, Classifier, held_out
-from tests.helpers.stages import Metered, Notes, fit_plainly, fit_stages, pictures, told
+from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
 from tests.helpers.trainers import run_trainers, traces
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -107,7 +105,9 @@ class Fit:
 FITS = {
     "pre-activation network": Fit(strategy={"cuts": ["section2"]}),
     "three workers": Fit(workers=3, strategy={"cuts": ["section2", "section3.2"]}),
-    "a resnet18 of torchvision": Fit(OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5),
+    "a resnet18 of torchvision": Fit(
+        OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5
+    ),
     "a head outside of the network": Fit(HeadOutside),
     "nothing trained in the first stage": Fit(FrozenStart, strategy={"cuts": ["section1"]}),
     "a rate that falls with the steps": Fit(Scheduled, strategy={"method": "al-net"}),

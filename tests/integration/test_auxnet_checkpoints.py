@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of, evaluate
-from tests.helpers.stages import Metered, Pictures, fit_stages, make_stages, told
+from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, told
 from tests.helpers.trainers import make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import SavesAt
@@ -57,7 +57,7 @@ def train_and_save(worker: int, folder: str) -> dict[str, Any]:
     )
     at_end, epochs = clone_state(module), trainer.current_epoch
     trainer.save_checkpoint(f"{folder}/end.ckpt")
-    found = {
+    return {
         "epochs": epochs,
         "best": (best.best_model_path, float(best.best_model_score)),
         "of training": (by_training.best_model_path, float(by_training.best_model_score)),
@@ -66,7 +66,6 @@ def train_and_save(worker: int, folder: str) -> dict[str, Any]:
         "predicted": trainer.predict(module, in_turn()),
         "state": at_end,
     }
-    return found
 
 
 def metrics_of(logged: Any) -> dict[str, float]:
@@ -261,9 +260,7 @@ def save(worker: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_other_workers_or_lost_files_go_on_from_the_full_model(
-    workers: int, tmp_path: Path
-) -> None:
+def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, tmp_path: Path) -> None:
     run_trainers(save, 2, str(tmp_path))
     if workers == 2:
         shutil.rmtree(tmp_path / "7.ckpt.workers")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from resist_lightning import WorkersDisagree
 from tests.helpers.plain import BATCH_SIZE, Classifier
-from tests.helpers.stages import Pictures, fit_stages, pictures
+from tests.helpers.auxnet import Pictures, fit_stages, pictures
 from tests.helpers.trainers import run_trainers, run_trainers_to_the_end
 
 CUTS = {"cuts": ["section2"]}

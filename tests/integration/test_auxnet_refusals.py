@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError
 from tests.helpers.plain import Classifier, held_out
-from tests.helpers.stages import fit_stages, make_stages, pictures
+from tests.helpers.auxnet import fit_stages, make_stages, pictures
 from tests.helpers.trainers import QUIET, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -53,7 +53,9 @@ class Odd(Classifier):
         self.net = net
 
 
-def fit_script(module: L.LightningModule, workers: int = 2, strategy: dict[str, Any] | None = None, **more: Any) -> None:
+def fit_script(
+    module: L.LightningModule, workers: int = 2, strategy: dict[str, Any] | None = None, **more: Any
+) -> None:
     """As a main process that would start workers: it must not come so far."""
     made = make_stages(**{"start_method": "fork", **(strategy or {})})
     options = {**QUIET, "strategy": made, "devices": workers, "max_epochs": 1, **more}
@@ -61,7 +63,11 @@ def fit_script(module: L.LightningModule, workers: int = 2, strategy: dict[str, 
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "more workers than stages": (Classifier, {"workers": 9}, "9 workers need 8 cut point.*has 7.*Use at most 8 workers"),
+    "more workers than stages": (
+        Classifier,
+        {"workers": 9},
+        "9 workers need 8 cut point.*has 7.*Use at most 8 workers",
+    ),
     "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes 2 inputs|several inputs|inputs"),
     "no trace": (lambda: Odd(Residual("branches")), {}, "cannot be"),
     "several outputs": (lambda: Odd(Residual("tuple")), {}, "returns"),

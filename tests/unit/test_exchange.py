@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 
-from resist_lightning.collective import SoloCollective
 from resist_lightning.exchange import Cargo, Exchange, Kinds
 from resist_lightning.partition import draw_partition, everything
 from resist_lightning.plan import plan_sync
+from resist_lightning.verbs import SoloCollective
 from tests.helpers.partitions import two_partitions
 from tests.helpers.threads import run_threads
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from resist_lightning.auxnet.agreement import check_equal, named_tensors
-from resist_lightning.collective import SoloCollective
 from resist_lightning.errors import WorkersDisagree
+from resist_lightning.verbs import SoloCollective
 from tests.helpers.threads import ThreadCollective, run_threads
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from resist_lightning.collective import SoloCollective
 from resist_lightning.strategies.epochs import end_epochs_together
+from resist_lightning.verbs import SoloCollective
 
 
 class Pretended(SoloCollective):

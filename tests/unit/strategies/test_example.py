@@ -52,7 +52,7 @@ class Module(L.LightningModule):
 class Rows(Dataset[Any]):
     """Rows of random numbers beside their index."""
 
-    def __init__(self, samples: int = 20) -> None:
+    def __init__(self, samples: int = 50) -> None:
         self.samples = samples
         self.read: list[Any] = []
 
@@ -96,7 +96,7 @@ def example(loader: Any, which: int | str | None = None, module: Module | None =
     return module.found
 
 
-@pytest.mark.parametrize(("batch_size", "samples"), [(3, 3), (8, 8), (12, 8)])
+@pytest.mark.parametrize(("batch_size", "samples"), [(3, 3), (32, 32), (40, 32)])
 def test_the_first_samples_go_through_the_hooks_as_in_training(batch_size: int, samples: int) -> None:
     found = example(DataLoader(Rows(), batch_size=batch_size, shuffle=True))
 
@@ -130,7 +130,7 @@ def test_samplers_of_batches_say_how_many() -> None:
     sampler = BatchSampler(SequentialSampler(range(20)), 2, drop_last=False)
 
     assert example(DataLoader(Rows(), batch_sampler=sampler)).shape == (2, 2)
-    assert example(DataLoader(Rows(), batch_sampler=[[5, 6, 7]])).shape == (8, 2)
+    assert example(DataLoader(Rows(), batch_sampler=[[5, 6, 7]])).shape == (32, 2)
     rows = Rows()
     example(DataLoader(rows, batch_size=None, sampler=sampler))
     assert rows.read[0] == [0, 1]

@@ -176,6 +176,12 @@ def draws(samples: list[Any]) -> Any:
     return samples, torch.rand(()), np.random.rand(), random.random()
 
 
+def number_beside(samples: list[Any]) -> Any:
+    """A collate function that changes each sample's numbers."""
+    batch = default_collate(samples)
+    return {**batch, "noise": batch["noise"] + torch.rand(()) + np.random.rand() + random.random()}
+
+
 def test_the_callers_generators_stay_where_they_are_when_the_data_set_fails() -> None:
     loader = keyed([1, 2, 3], sampler=Order([7]))
     iterator = iter(loader)
@@ -230,6 +236,26 @@ def test_data_sets_that_collate_for_themselves_draw_for_each_batch() -> None:
     assert there == batches(range(8), 0)
     assert there[::-1] == batches([4, 5, 6, 7, 0, 1, 2, 3], 0)
     assert there != batches(range(8), 1)
+    assert there[0] != batches([0, 1, 2, 7], 0)[0]  # all samples of the batch matter, not the first alone
+
+
+@pytest.mark.parametrize("batch_size", [4, None])
+@pytest.mark.parametrize("dataset", [range(SAMPLES), Stream()], ids=["map", "stream"])
+def test_collate_functions_draw_anew_for_each_batch(dataset: Any, batch_size: int | None) -> None:
+    numbers = [number for _, *three in keyed(dataset, collate_fn=draws, batch_size=batch_size) for number in three]
+
+    assert len(numbers) >= 6
+    assert len(set(map(float, numbers))) == len(numbers)
+
+
+def test_streams_that_draw_when_their_iteration_begins_draw_alike() -> None:
+    class Eager(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(torch.randperm(50).tolist())
+
+    orders = [drawn(keyed(Eager(), epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
+
+    assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("options", PROCESSES, ids=["none", "two", "persistent"])
@@ -326,12 +352,19 @@ def test_attributes_of_the_data_set_are_read_and_set_through_the_keyed_one() -> 
 
 def test_a_loader_that_is_keyed_again_has_the_new_seed_only() -> None:
     now = [0]
-    old = keyed(epoch=lambda: now[0])
+    old = keyed(epoch=lambda: now[0], collate_fn=number_beside)
     again: Any = key_loader(old, 4, lambda: 0)
 
     assert isinstance(again.dataset, KeyedDataset)
     assert isinstance(again.dataset.unkeyed, Augmented)
-    assert by_index(again) == by_index(keyed(seed=4))
+    assert by_index(again) == by_index(keyed(seed=4, collate_fn=number_beside))
+
+
+def test_a_loader_whose_processes_run_gets_new_ones() -> None:
+    loader = DataLoader(Augmented(), batch_size=4, num_workers=1, persistent_workers=True)
+    list(loader)
+
+    assert by_index(key_loader(loader, 3, lambda: 0)) == by_index(keyed())
 
 
 def test_a_loader_of_the_users_own_class_stays_one() -> None:

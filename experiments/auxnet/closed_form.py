@@ -1,0 +1,47 @@
+"""What a worker sends in a step and holds while it trains, by formula; and what speed a pipeline may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+ITEM = 4
+"""Bytes of a float32."""
+
+
+def sent_bytes(method: str, batch: int, elements: Sequence[int], classes: int) -> list[int]:
+    """Bytes that each worker sends in a step.
+
+    At a boundary one tensor goes up and one comes down: an activation and its gradient, or a stage's output and the
+    guess of it. AuxNet's last worker sends the network's output to all others, for their losses and metrics.
+
+    Args:
+        method: of training.
+        batch: samples of a step.
+        elements: numbers of one sample at each boundary.
+        classes: outputs of the network.
+    """
+    workers = len(elements) + 1
+    sent = [0] * workers
+    for boundary, numbers in enumerate(elements):
+        sent[boundary] += batch * numbers * ITEM
+        sent[boundary + 1] += batch * numbers * ITEM
+    if method != "pipeline" and workers > 1:
+        sent[-1] += batch * classes * ITEM * (workers - 1)
+    return sent
+
+
+def held_bytes(parameters: Sequence[int], aux_parameters: Sequence[int]) -> list[int]:
+    """Bytes of parameters, gradients and momentum of each worker: of its stage and of its auxiliary network."""
+    return [3 * ITEM * (own + aux) for own, aux in zip(parameters, aux_parameters, strict=True)]
+
+
+def pipeline_speed_up(workers: int, micro_batches: int, compute: float, data: float = 0.0) -> float:
+    """Of a pipeline whose stages are equally long, over one process: ramps of K - 1 micro-batches at both ends.
+
+    Args:
+        workers: stages.
+        micro_batches: of a step.
+        compute: seconds of forward and backward of the whole network, of a whole batch.
+        data: seconds of making a batch, which every worker needs.
+    """
+    return (data + compute) / (data + compute / workers * (micro_batches + workers - 1) / micro_batches)

@@ -1,0 +1,64 @@
+"""From the command line to result files, tables and pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from experiments.accuracy.rows import Study
+from experiments.auxnet import tables
+from experiments.auxnet.cases import Case, accuracy_cases, sweep_cases, timing_cases
+from experiments.auxnet.figure import draw_all
+from experiments.auxnet.settings import RESULTS, parse, recorded
+from experiments.auxnet.training import measure
+from experiments.ist.main import show
+from experiments.launch import readable_errors
+from experiments.tables import main as write_tables
+
+
+def main(arguments: Sequence[str], usage: str) -> None:
+    """Run the program with these command-line arguments; ``usage`` is printed for ``--help``."""
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        return
+    with readable_errors():
+        names, cfg = parse(arguments)
+        torch.set_num_threads(1)
+        try:
+            for name in names:
+                run(name, cfg)
+        except KeyboardInterrupt:
+            sys.exit("interrupted: trainings that were measured are kept; the same command goes on from there")
+    out = Path(cfg.out)
+    for name in names:
+        content = tables.read(name, out)
+        show(tables.grids(name, content) if content else [])
+    for path in draw_all(out):
+        print(f"wrote {path}")
+    if out.resolve() == RESULTS:
+        write_tables()
+
+
+def run(name: str, cfg: DictConfig) -> None:
+    """Measure what is missing of a study, one training after the other: each may need both cores."""
+    study = Study.at(Path(cfg.out) / f"{name}.json", recorded(cfg, name), fresh=cfg.fresh)
+    missing = [case for case in CASES[name](cfg) if study.row_of(case) is None]
+    work = partial(measure, cfg=cfg, steps=cfg.steps if name == "timing" else None)
+    for number, case in enumerate(missing, start=1):
+        found = work(case)
+        study.add(case, found)
+        what = f"{found['last']:.2f} %, " if "last" in found else ""
+        ended = f"{what}{1000 * found['step_seconds']:.1f} ms per step, {found['seconds']:.0f} s"
+        print(f"{name} {number}/{len(missing)} {case.name}: {ended}", flush=True)
+
+
+CASES: dict[str, Callable[[DictConfig], list[Case]]] = {
+    "accuracy": accuracy_cases,
+    "sweep": sweep_cases,
+    "timing": timing_cases,
+}

@@ -1,0 +1,160 @@
+"""What a command line of `run.py` may say, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from experiments.auxnet.tasks import ALL, TASKS, TIMED
+from experiments.checks import ConfigError, check_keys
+from experiments.limits import limited
+
+RESULTS = Path(__file__).parent / "results"
+STUDIES = ("accuracy", "sweep", "timing")
+METHODS = ("serial", "penalty", "al-net", "penalty-store", "al-store", "pipeline")
+SCHEDULES = ("gpipe", "1f1b")
+MOST_WORKERS = 3
+"""As many as tasks have cuts for."""
+
+
+@dataclass
+class Settings:
+    """The command line; ``size`` changes several at once."""
+
+    size: str = limited(choices=("full", "smoke"), hint="smoke runs in seconds")
+    out: str = limited(hint="folder of the result files")
+    fresh: bool = limited(hint="true measures again what is there")
+    folder: str | None = limited(hint="folder=PATH with train/<class>/* and test/<class>/*, for the tasks cifar_*")
+    cache_dir: str = limited(hint="where decoded images are kept")
+    tasks: list[str] = MISSING
+    methods: list[str] = MISSING
+    workers: list[int] = MISSING
+    seeds: int = limited(least=1, most=100, hint="3 for a spread")
+    epochs: int | None = limited(least=1, hint="passes over the training images; null: the task's")
+    evaluations: int = limited(least=1, hint="evaluations per training, at equal distances")
+    micro_batches: int = limited(least=2, hint="of the pipeline, per step; the batch must be a multiple")
+    schedule: str = limited(choices=SCHEDULES, hint="of the pipeline")
+    sweep_tasks: list[str] = MISSING
+    betas: list[float] = MISSING
+    aux_widths: list[int] = MISSING
+    aux_rates: list[float] = MISSING
+    warmups: list[int] = MISSING
+    networks: list[str] = MISSING
+    steps: int = limited(least=4, hint="steps of a training that is only timed; the first third is not counted")
+    repeats: int = limited(least=1, hint="trainings of each kind that are timed, turn and turn about")
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "size": "full", "out": str(RESULTS), "fresh": False, "folder": None, "cache_dir": "runs/cache",
+        "tasks": list(TASKS), "methods": list(METHODS), "workers": [1, 2, 3], "seeds": 3, "epochs": None,
+        "evaluations": 4, "micro_batches": 4, "schedule": "gpipe", "sweep_tasks": ["digits", "cifar_deep"],
+        "betas": [0.1, 1.0, 10.0, 100.0], "aux_widths": [16, 32, 64], "aux_rates": [0.03, 0.1, 0.3],
+        "warmups": [0, 50, 200], "networks": list(TIMED), "steps": 30, "repeats": 3,
+    },
+    "smoke": {
+        "size": "smoke", "out": "runs/auxnet", "fresh": False, "folder": None, "cache_dir": "runs/cache",
+        "tasks": ["digits"], "methods": list(METHODS), "workers": [1, 2], "seeds": 1, "epochs": None,
+        "evaluations": 2, "micro_batches": 2, "schedule": "gpipe", "sweep_tasks": ["digits"],
+        "betas": [0.1, 1.0], "aux_widths": [4], "aux_rates": [0.1], "warmups": [2],
+        "networks": ["resnet_38"], "steps": 6, "repeats": 1,
+    },
+}  # fmt: skip
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
+    """Names of studies (all of them if none is given), and the settings.
+
+    Raises:
+        ConfigError: an unknown study or key, or a value that is impossible.
+    """
+    words = [argument for argument in arguments if "=" not in argument]
+    for word in words:
+        if word not in STUDIES:
+            raise ConfigError(f"{word}: there is no such study; choose from {', '.join(STUDIES)}")
+    try:
+        given = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
+        cfg = OmegaConf.merge(SIZES.get(str(given.get("size", "full")), SIZES["full"]), given)
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        raise ConfigError(f"{' '.join(arguments)}: cannot be read ({error}); write key=value") from error
+    assert isinstance(cfg, DictConfig)
+    check_keys(cfg, Settings, "")
+    names = [name for name in STUDIES if name in words or not words]
+    _check_lists(cfg)
+    _check_batches(cfg)
+    _check_folders(cfg, names)
+    return names, cfg
+
+
+def _check_lists(cfg: DictConfig) -> None:
+    lists = ("tasks", "methods", "workers", "sweep_tasks", "betas", "aux_widths", "aux_rates", "warmups", "networks")
+    for key in lists:
+        if not isinstance(cfg[key], ListConfig) or not cfg[key]:
+            raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={SIZES['full'][key]}")
+        if len(set(cfg[key])) < len(cfg[key]):
+            raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
+    _check_names(cfg)
+    _check_numbers(cfg)
+
+
+def _check_names(cfg: DictConfig) -> None:
+    for key, known in (("tasks", TASKS), ("sweep_tasks", TASKS), ("networks", TIMED), ("methods", METHODS)):
+        for name in cfg[key]:
+            if name not in known:
+                raise ConfigError(f"{key}={list(cfg[key])}: {name!r} is not known; choose from {', '.join(known)}")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    if not all(1 <= workers <= MOST_WORKERS for workers in cfg.workers):
+        raise ConfigError(
+            f"workers={list(cfg.workers)}: must be numbers from 1 to {MOST_WORKERS}; tasks.py has the cuts"
+        )
+    for key, least in (("aux_widths", 1), ("warmups", 0)):
+        if min(cfg[key]) < least:
+            raise ConfigError(f"{key}={list(cfg[key])}: must be whole numbers of at least {least}")
+    for key in ("betas", "aux_rates"):
+        if min(cfg[key]) <= 0:
+            raise ConfigError(f"{key}={list(cfg[key])}: must be numbers above 0")
+
+
+def _check_batches(cfg: DictConfig) -> None:
+    if cfg.schedule == "1f1b" and "pipeline" in cfg.methods and max(cfg.workers) > cfg.micro_batches:
+        raise ConfigError(
+            f"micro_batches={cfg.micro_batches}: schedule=1f1b needs as many micro-batches as workers, {max(cfg.workers)}; "
+            "raise it, or take schedule=gpipe"
+        )
+    for name in {*cfg.tasks, *cfg.networks}:
+        batch = ALL[name].scales[cfg.size].batch
+        if "pipeline" in cfg.methods and batch % cfg.micro_batches:
+            raise ConfigError(
+                f"micro_batches={cfg.micro_batches}: {name} has batches of {batch}, which must be a multiple, so that the "
+                "mean over micro-batches is that over the batch"
+            )
+
+
+def _check_folders(cfg: DictConfig, names: Sequence[str]) -> None:
+    used = [*(cfg.tasks if "accuracy" in names else []), *(cfg.sweep_tasks if "sweep" in names else [])]
+    wanting = [name for name in used if TASKS[name].images == "folder"]
+    if wanting and (cfg.folder is None or not Path(cfg.folder).is_dir()):
+        raise ConfigError(
+            f"folder={cfg.folder}: {wanting[0]} needs a folder with train/<class>/* and test/<class>/*; give "
+            "folder=PATH, or take tasks=[digits] sweep_tasks=[digits]"
+        )
+    out = Path(cfg.out)
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"out={cfg.out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
+    if cfg.size == "smoke" and out.resolve() == RESULTS:
+        raise ConfigError(f"out={cfg.out}: a smoke run must not stand among the results; give out=FOLDER")
+
+
+def recorded(cfg: DictConfig, study: str) -> Mapping[str, Any]:
+    """What a result depends on, besides its case."""
+    own = {"accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",)}[study]
+    return {key: cfg[key] for key in ("size", *own)}

@@ -1,0 +1,69 @@
+"""The tables of the sweep: accuracy on the hold-out by one setting, or by two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.accuracy.tables import Rows, chosen, distinct, spread
+from experiments.auxnet.cases import SWEEP_SEED, SWEEP_WORKERS, base
+from experiments.auxnet.words import title
+from experiments.paper_tables.tables import Grid
+
+Content = dict[str, Any]
+
+
+def betas(content: Content) -> Grid:
+    """Of the penalty method: beta by the size of the auxiliary networks."""
+    rows = _usual(chosen(content["rows"], method="penalty"), "aux_learning_rate", "warmup_steps")
+    found, lines = distinct(rows, "beta"), []
+    for task in distinct(rows, "task"):
+        for width in distinct(rows, "aux_width"):
+            cells = [_cell(chosen(rows, task=task, aux_width=width, beta=beta)) for beta in found]
+            lines.append([task, str(width), *cells])
+    return Grid("β and the auxiliary networks' width", ["task", "width", *(f"β = {beta:g}" for beta in found)], lines)
+
+
+def betas_of_others(content: Content) -> Grid:
+    rows = [row for row in content["rows"] if row["case"]["method"] != "penalty"]
+    found = distinct(rows, "beta")
+    lines = [
+        [task, title(method), *(_cell(chosen(rows, task=task, method=method, beta=beta)) for beta in found)]
+        for task in distinct(rows, "task")
+        for method in distinct(rows, "method")
+    ]
+    return Grid("β of the other methods", ["task", "method", *(f"β = {beta:g}" for beta in found)], lines)
+
+
+def aux_rates(content: Content) -> Grid:
+    return _one(content, "aux_learning_rate", "rate of the auxiliary networks")
+
+
+def warmups(content: Content) -> Grid:
+    return _one(content, "warmup_steps", "warm-up steps")
+
+
+def _one(content: Content, key: str, name: str) -> Grid:
+    others = [other for other in ("beta", "aux_width", "aux_learning_rate", "warmup_steps") if other != key]
+    rows = _usual(chosen(content["rows"], method="penalty"), *others)
+    found = distinct(rows, key)
+    lines = [
+        [task, *(_cell(chosen(rows, task=task, **{key: value})) for value in found)] for task in distinct(rows, "task")
+    ]
+    return Grid(name.capitalize(), ["task", *(f"{value:g}" for value in found)], lines)
+
+
+def _usual(rows: Rows, *keys: str) -> Rows:
+    """Rows that have the defaults of these settings; of a smoke run, whose warm-up is shorter, its own."""
+    kept = rows
+    for key in keys:
+        usual = [
+            row
+            for row in kept
+            if row["case"][key] == base(row["case"]["task"], "penalty", SWEEP_WORKERS, SWEEP_SEED).key[key]
+        ]
+        kept = usual or kept
+    return kept
+
+
+def _cell(rows: Rows) -> str:
+    return spread(row["last_holdout"] for row in rows)

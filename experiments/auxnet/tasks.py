@@ -1,0 +1,153 @@
+"""What is trained: data, network, and where it is cut; small enough for two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Size = Literal["full", "smoke"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a task is.
+
+    Args:
+        blocks: residual blocks of each of the three sections.
+        width: channels of the first section.
+        batch: images per step, of all workers: they all see the same.
+        epochs: passes over the training images.
+        limit: training images of each class before the hold-out is taken; None for all.
+        limit_test: test images of each class; None for all.
+        cuts: for each number of workers, behind which modules the network is cut.
+    """
+
+    blocks: int
+    width: int
+    batch: int
+    epochs: int
+    limit: int | None
+    limit_test: int | None
+    cuts: Mapping[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images and a network.
+
+    Args:
+        title: in words.
+        images: ``digits`` (scikit-learn's), ``folder`` (the command line names it) or ``random`` (for timing only).
+        pixels: height and width of an image.
+        holdout: share of the training images that is kept from training; settings are chosen by it.
+        lr: initial learning rate.
+        scales: by size of the study.
+    """
+
+    title: str
+    images: Literal["digits", "folder", "random"]
+    pixels: int
+    holdout: float
+    lr: float
+    scales: Mapping[str, Scale]
+
+
+def _smoke(batch: int = 8) -> Scale:
+    cuts = {2: ("section2.0",), 3: ("section1.1", "section2.1")}
+    return Scale(blocks=2, width=4, batch=batch, epochs=2, limit=20, limit_test=5, cuts=cuts)
+
+
+def _timed(blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> dict[str, Scale]:
+    return {"full": Scale(blocks, width, batch, 1, None, None, cuts), "smoke": _smoke()}
+
+
+# Cuts are those that balance measured seconds of forward and backward, an auxiliary network being on every stage but the
+# first; they are fixed here, so that all seeds and all methods have the same.
+TASKS = {
+    "digits": Task(
+        "digits of scikit-learn",
+        images="digits",
+        pixels=8,
+        holdout=0.1,
+        lr=0.1,
+        scales={
+            "full": Scale(
+                blocks=6,
+                width=16,
+                batch=32,
+                epochs=20,
+                limit=None,
+                limit_test=None,
+                cuts={2: ("section2.2",), 3: ("section1.5", "section3.0")},
+            ),
+            "smoke": _smoke(),
+        },
+    ),
+    "cifar_deep": Task(
+        "CIFAR-10, JPEG copy, deep and thin",
+        images="folder",
+        pixels=16,
+        holdout=0.1,
+        lr=0.1,
+        scales={
+            "full": Scale(
+                blocks=6,
+                width=16,
+                batch=64,
+                epochs=5,
+                limit=1000,
+                limit_test=500,
+                cuts={2: ("section2.0",), 3: ("section1.4", "section2.4")},
+            ),
+            "smoke": _smoke(),
+        },
+    ),
+    "cifar_wide": Task(
+        "CIFAR-10, JPEG copy, shallow and wide",
+        images="folder",
+        pixels=16,
+        holdout=0.1,
+        lr=0.1,
+        scales={
+            "full": Scale(
+                blocks=2,
+                width=32,
+                batch=64,
+                epochs=5,
+                limit=1000,
+                limit_test=500,
+                cuts={2: ("section2.0",), 3: ("section1.1", "section2.1")},
+            ),
+            "smoke": _smoke(),
+        },
+    ),
+}
+TIMED = {
+    "resnet_38": Task(
+        "random images of 16 x 16",
+        images="random",
+        pixels=16,
+        holdout=0.1,
+        lr=0.01,
+        scales=_timed(6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
+    ),
+    "resnet_110": Task(
+        "random images of 32 x 32",
+        images="random",
+        pixels=32,
+        holdout=0.1,
+        lr=0.01,
+        scales=_timed(18, 16, 32, {2: ("section2.1",), 3: ("section1.12", "section2.9")}),
+    ),
+    "wrn_16_4": Task(
+        "random images of 16 x 16",
+        images="random",
+        pixels=16,
+        holdout=0.1,
+        lr=0.01,
+        scales=_timed(2, 64, 64, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
+    ),
+}
+"""Networks whose steps are timed, and that are not trained to the end."""
+ALL = {**TASKS, **TIMED}

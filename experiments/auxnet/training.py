@@ -1,0 +1,213 @@
+"""Trains one case in real processes: every method on the same images in the same order, in one and the same loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.accuracy.data import Stream
+from experiments.accuracy.training import accuracy, rate
+from experiments.auxnet.cases import Case, stored
+from experiments.auxnet.closed_form import held_bytes, sent_bytes
+from experiments.auxnet.examples import CLASSES, input_shape, make_network, prepared, scale_of
+from experiments.auxnet.layered import Layered
+from experiments.auxnet.methods import Method, Pipelined, Serial
+from experiments.auxnet.stages import boundary_elements, parameters_of
+from experiments.ist.examples import Prepared
+from experiments.paper_tables.memory import forked
+
+EACH = ("aux_parameters", "stored_bytes", "sent_by_step")
+OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
+"""What every worker tells of itself, and what worker 0 tells of all."""
+ROUND = 50
+"""Steps between two looks of AuxNet's workers at each other, at most."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case and what surrounds it.
+
+    Args:
+        case: what is trained.
+        size: of the study.
+        data: the images, read before the processes start.
+        steps: of the training.
+        stops: after which steps the whole network is evaluated.
+        uncounted: first steps whose time is not counted: of a warm-up, or in which guesses are stored for the first time.
+    """
+
+    case: Case
+    size: str
+    data: Prepared
+    steps: int
+    stops: frozenset[int]
+    uncounted: int
+
+
+@dataclass
+class Clock:
+    """Seconds of a worker's steps.
+
+    Args:
+        data: to make each batch.
+        whole: of each step, with that.
+    """
+
+    data: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+    def told(self, uncounted: int) -> dict[str, float]:
+        """Of the steps behind the first ones; the training's seconds are of all."""
+        steady = slice(min(uncounted, len(self.whole) - 1), None)
+        return {
+            "step_seconds": median(self.whole[steady]),
+            "mean_step_seconds": mean(self.whole[steady]),
+            "data_seconds": median(self.data[steady]),
+            "training_seconds": sum(self.whole),
+        }
+
+
+def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]:
+    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent.
+
+    Args:
+        case: what is trained.
+        cfg: the settings.
+        steps: of a training that is only timed; None for the epochs of the settings or of the task.
+    """
+    started, data = time.perf_counter(), prepared(case.task, cfg.size, cfg.folder, cfg.cache_dir)
+    scale = scale_of(case.task, cfg.size)
+    per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
+    stops: frozenset[int] = frozenset()
+    serial = max(case.warmup_steps or 0, per_epoch if stored(case.method) else 0)
+    uncounted = max(1, serial)
+    if steps is None:
+        steps = per_epoch * (cfg.epochs or scale.epochs)
+        stops = frozenset(max(1, steps * number // cfg.evaluations) for number in range(1, cfg.evaluations + 1))
+    else:
+        uncounted = serial + steps // 3
+    job = Job(case, cfg.size, data, steps, stops, uncounted)
+    workers = forked(work, job, case.workers)
+    return {
+        **_of_worker_0(workers[0]),
+        **{key: max(worker["clock"][key] for worker in workers) for key in workers[0]["clock"]},
+        "steps": steps,
+        "steps_per_epoch": per_epoch,
+        **{key: [worker[key] for worker in workers] for key in ("held_bytes", *EACH)},
+        **by_formula(case, cfg.size, [worker["aux_parameters"] for worker in workers]),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _of_worker_0(told: dict[str, Any]) -> dict[str, Any]:
+    curve = told["curve"]
+    last = {"last": curve[-1]["test"], "last_holdout": curve[-1]["holdout"]} if curve else {}
+    common = {key: told.get(key) for key in OF_ALL}
+    return {**last, "curve": curve, **common}
+
+
+def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str, Any]:
+    """What a worker sends and holds, by closed form."""
+    cuts = cuts_of(case, size)
+    with torch.device("meta"):
+        network = make_network(case.task, size, case.seed)
+    elements = boundary_elements(network, cuts, input_shape(case.task))
+    batch = scale_of(case.task, size).batch
+    return {
+        "parameters": parameters_of(network, cuts),
+        "boundary_elements": elements,
+        "sent_by_formula": sent_bytes(case.method, batch, elements, CLASSES),
+        "held_by_formula": held_bytes(parameters_of(network, cuts), aux_parameters),
+    }
+
+
+def cuts_of(case: Case, size: str) -> tuple[str, ...]:
+    """Behind which modules the case's network is cut."""
+    return scale_of(case.task, size).cuts[case.workers] if case.workers > 1 else ()
+
+
+def make_method(job: Job) -> Method:
+    """What a worker trains with. Collective: every worker must call this, in the same order."""
+    case = job.case
+
+    def network() -> nn.Module:
+        return make_network(case.task, job.size, case.seed)
+
+    if case.method == "serial":
+        return Serial(network(), case.lr)
+    if case.method == "pipeline":
+        assert case.schedule is not None
+        assert case.micro_batches is not None
+        return Pipelined(network, cuts_of(case, job.size), case.lr, case.schedule, case.micro_batches)
+    round_steps = max(1, min(ROUND, (job.steps - job.uncounted) // 2))
+    example, _ = stream_of(job).batch(0, 0, 1)
+    return Layered(
+        network(),
+        cuts_of(case, job.size),
+        case,
+        round_steps=round_steps,
+        uncounted=job.uncounted,
+        example=example,
+    )
+
+
+def stream_of(job: Job) -> Stream[Any]:
+    """The batches of a case, the same on all workers: in every epoch all images that fill whole steps, the same ones.
+
+    So an epoch has seen every image that a later one has, which the methods with stored guesses need.
+    """
+    batch = scale_of(job.case.task, job.size).batch
+    stream = job.data.stream(batch, job.case.seed, augment=job.case.augment)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randperm(len(stream.images.labels), generator=generator)[: stream.pass_length]
+    return Stream(stream.images.take(kept), stream.transform, batch, job.case.seed)
+
+
+def work(worker: int, job: Job) -> dict[str, Any]:
+    """A worker of a training.
+
+    ::
+
+        make batch | step | make batch | step | full model, evaluation | make batch ...
+        └── data ──┘      └── data ──┘          (not in any time)
+        └──── whole ──────┴──── whole ─────┘
+    """
+    method, clock = make_method(job), Clock()
+    case, curve = job.case, []
+    stream, held = stream_of(job), 0
+    for step in range(job.steps):
+        began = time.perf_counter()
+        x, y = stream.batch(step, 0, 1)
+        made = time.perf_counter()
+        method.set_rate(rate(case.lr, step, job.steps))
+        method.step(x, y)
+        ended = time.perf_counter()
+        clock.data.append(made - began)
+        clock.whole.append(ended - began)
+        held = max(held, method.held_bytes()) if step < 2 else held
+        if step + 1 in job.stops:
+            with method.full_model() as model:
+                if worker == 0:
+                    curve.append({"step": step + 1, **evaluated(model, job.data)})
+    held = max(held, method.held_bytes())
+    return {
+        "curve": curve,
+        "clock": clock.told(job.uncounted),
+        "held_bytes": held,
+        **(method.explained(job.data) if job.stops else {}),
+        **method.told(),
+    }
+
+
+def evaluated(model: nn.Module, data: Prepared) -> dict[str, float]:
+    """Accuracies on the hold-out and on the test images, in per cent."""
+    training = model.training
+    found = {"holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)}
+    model.train(training)
+    return found

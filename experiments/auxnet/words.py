@@ -1,0 +1,17 @@
+"""Methods in words."""
+
+from __future__ import annotations
+
+TITLES = {
+    "serial": "one process",
+    "penalty": "AuxNet, penalty",
+    "al-net": "AuxNet, augmented Lagrangian",
+    "penalty-store": "penalty, stored guesses",
+    "al-store": "augmented Lagrangian, stored guesses",
+    "pipeline": "pipeline (torch's)",
+}
+
+
+def title(method: str, schedule: str | None = None) -> str:
+    """A method, and the schedule of a pipeline where there are several."""
+    return TITLES[method] + (f", {schedule}" if schedule else "")

@@ -1,0 +1,290 @@
+"""What real processes that train stages say and keep, step by step, and what looking at the full model changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resist_lightning import Engine, PartialModelError, StageConfig, StageSimulator
+from resist_lightning.auxnet.layout import StageLayout
+from tests.helpers.memory import storage_bytes
+from tests.helpers.processes import run_workers
+from tests.helpers.stages import (
+    CUTS,
+    Run,
+    batch_of,
+    config_for,
+    make_net,
+    make_optimizer,
+    start_engine,
+    train_engine,
+)
+from tests.helpers.training import clone_state
+from tests.helpers.wire import Call, Wire, groups, sent_bytes
+
+RUNS = {
+    "batch norm": Run(StageConfig(method="al-net", warmup_steps=2, aux_width=4, local_steps=100), 7, "preact"),
+    "stored": Run(StageConfig(method="al-store", warmup_steps=2, local_steps=100), 7, batches=3),
+    "rounds": Run(StageConfig(method="penalty", warmup_steps=2, local_steps=2), 7, optimizer="adamw"),
+}
+
+
+@dataclass
+class Step:
+    """What a worker said and kept in a step."""
+
+    calls: list[Call]
+    counted: Counter[str]
+    kept_bytes: int
+    absent: set[str]
+
+
+@dataclass
+class History:
+    """What a worker did in a run."""
+
+    steps: list[Step] = field(default_factory=list)
+    objects_stayed: bool = True
+    answers_for_itself: bool = False
+    groups: int = 0
+
+
+def train_all(worker: int, workers: int) -> dict[str, History]:
+    return {name: train(run, workers) for name, run in RUNS.items()}
+
+
+def train(run: Run, workers: int) -> History:
+    engine, optimizer = start_engine(run, workers)
+    module, history = engine.module, History()
+    objects = [id(tensor) for tensor in [*module.parameters(), *module.buffers()]]
+    for step in range(run.steps):
+        x, y = batch_of(run, step)
+        before = Counter(engine.collective.sent_bytes)
+        with Wire() as wire:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(x), y).backward()
+            optimizer.step()
+            engine.count_step()
+            calls = wire.take()
+        counted = Counter(engine.collective.sent_bytes)
+        counted.subtract(before)
+        named = [*module.named_parameters(), *module.named_buffers()]
+        absent = {name for name, tensor in named if tensor.is_meta}
+        history.steps.append(Step(calls, counted, storage_bytes(module, [optimizer]), absent))
+        engine.sync_if_due()
+    history.groups = groups()
+    engine.finish()
+    history.objects_stayed = objects == [id(tensor) for tensor in [*module.parameters(), *module.buffers()]]
+    history.answers_for_itself = "forward" not in vars(module)
+    return history
+
+
+def refusals(worker: int, run: Run, workers: int) -> list[str]:
+    """What a worker says that is asked for what its stage alone cannot do."""
+    engine, _ = start_engine(run, workers)
+    x, _ = batch_of(run, 0)
+    found = []
+    with pytest.raises(PartialModelError) as error, torch.no_grad():
+        engine.module(x)
+    found.append(str(error.value))
+    with pytest.raises(PartialModelError) as error:
+        engine.module.eval()(x)
+    found.append(str(error.value))
+    with pytest.raises(PartialModelError) as error:
+        engine.module.train()(x, x)
+    found.append(str(error.value))
+    engine.abandon()
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
+    """For each worker, what it did in each run."""
+    return run_workers(train_all, request.param, request.param)
+
+
+def shapes_of(run: Run, workers: int) -> tuple[list[int], int]:
+    """Entries of each boundary, and of the output, of a sample: by running the network."""
+    net, found = make_net(run), []
+    for name in CUTS[run.net][workers]:
+        net.get_submodule(name).register_forward_hook(lambda *call: found.append(call[2][0].numel()))
+    output = net.eval()(batch_of(run, 0)[0])
+    return found, output[0].numel()
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def test_bytes_counted_are_the_closed_form_for_every_worker_step_and_kind(trained: list[dict[str, History]]) -> None:
+    workers = len(trained)
+    for name, run in RUNS.items():
+        boundaries, output = shapes_of(run, workers)
+        assert len(boundaries) == workers - 1
+        for worker in range(workers):
+            ends = sum(boundaries[max(worker - 1, 0) : worker + 1])
+            for number, step in enumerate(trained[worker][name].steps):
+                size = len(batch_of(run, number)[0])
+                to_others = (workers - 1) * output if worker == workers - 1 else 0
+                assert step.counted["boundary"] == size * ends * 8 > 0
+                assert step.counted["output"] == size * to_others * 8
+                others = {kind for kind, count in step.counted.items() if count} - {"boundary", "output"}
+                assert others == ({"control"} if number < 3 else set()), (name, worker, number)
+
+
+def test_bytes_counted_are_those_that_crossed_the_wire(trained: list[dict[str, History]]) -> None:
+    for worker, histories in enumerate(trained):
+        for history in histories.values():
+            for step in history.steps:
+                wire = sent_bytes(step.calls, worker, len(trained))
+                assert step.counted["boundary"] + step.counted["output"] == wire["send"]
+                assert sum(step.counted.values()) == sum(wire.values())
+
+
+def test_a_step_is_three_messages_for_each_boundary_and_no_collective_after_the_first_three(
+    trained: list[dict[str, History]],
+) -> None:
+    workers = len(trained)
+    for name, run in RUNS.items():
+        for number in range(run.steps):
+            verbs = Counter(call.verb for worker in trained for call in worker[name].steps[number].calls)
+            assert verbs.pop("send") == verbs.pop("recv_") == 3 * (workers - 1)
+            assert verbs == ({"allgather_": workers} if number < 3 else {})
+        assert all(worker[name].groups == 1 for worker in trained)
+
+
+def test_neighbours_talk_to_each_other_and_the_last_worker_to_all(trained: list[dict[str, History]]) -> None:
+    last = len(trained) - 1
+    for worker, histories in enumerate(trained):
+        neighbours = {peer for peer in (worker - 1, worker + 1) if 0 <= peer <= last}
+        for history in histories.values():
+            for step in history.steps:
+                peers = {call.peer for call in step.calls if call.verb == "send"}
+                assert peers == (set(range(last)) if worker == last else neighbours)
+
+
+def test_receives_are_posted_before_anything_is_sent(trained: list[dict[str, History]]) -> None:
+    for histories in trained:
+        for history in histories.values():
+            for step in history.steps:
+                verbs = [call.verb for call in step.calls if call.verb in ("send", "recv_")]
+                assert verbs == sorted(verbs)  # "recv_" before "send"
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+SLOTS = {"sgd": 1, "adamw": 2}
+
+
+def test_a_worker_keeps_its_stage_with_gradients_and_state_and_no_byte_more(trained: list[dict[str, History]]) -> None:
+    for name, run in RUNS.items():
+        workers, kept = len(trained), Counter[str]()
+        layout = StageLayout(make_net(run), config_for(run, workers), workers)
+        assert layout.chain is not None
+        layout.cuts = layout.chain.positions(CUTS[run.net][workers])
+        tensors = {n for n, _ in [*layout.module.named_parameters(), *layout.module.named_buffers()]}
+        for worker in range(workers):
+            mine = layout.stage_tensors(worker)
+            kept.update(list(mine))
+            parameters = [tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)]
+            expected = sum((2 + SLOTS[run.optimizer]) * parameter.nbytes for parameter in parameters)
+            expected += 4 * len(parameters) * (run.optimizer == "adamw")  # which counts its steps
+            for step in trained[worker][name].steps:
+                assert step.absent == tensors - set(mine)
+                assert step.kept_bytes == expected > 0
+        assert kept == Counter(tensors)
+
+
+def test_afterwards_the_module_is_the_whole_network_and_its_tensors_are_the_same_objects(
+    trained: list[dict[str, History]],
+) -> None:
+    assert all(history.objects_stayed for worker in trained for history in worker.values())
+    assert all(history.answers_for_itself for worker in trained for history in worker.values())
+
+
+def test_a_stage_cannot_be_evaluated_and_says_what_can() -> None:
+    for worker, (evaluated, too, called) in enumerate(run_workers(refusals, 2, RUNS["batch norm"], 2)):
+        assert evaluated == too
+        assert f"worker {worker} has one stage" in evaluated
+        assert "engine.full_model()" in evaluated
+        assert "one input" in called
+
+
+# ------------------------------------------------------------------ what changes nothing
+
+
+def final(worker: int, runs: list[Run], workers: int) -> list[tuple[dict[str, Tensor], list[float], dict[str, Any]]]:
+    found = []
+    for run in runs:
+        engine, losses = train_engine(worker, run, workers)
+        found.append((clone_state(engine.module), losses, engine.sync.trainee.state_dict()))
+    return found
+
+
+def test_looking_at_the_full_model_in_the_middle_changes_nothing() -> None:
+    """Not the weights, the auxiliary networks, the losses or what a worker remembers; bit for bit."""
+    run = replace(RUNS["batch norm"], config=replace(RUNS["batch norm"].config, local_steps=3, multiplier_every=3))
+    watched = replace(run, observe_at=(0, 1, 2, 4, 5))
+    for plain, observed in run_workers(final, 2, [run, watched], 2):
+        assert observed[1] == plain[1]
+        assert plain[0].keys() == observed[0].keys()
+        assert all(torch.equal(observed[0][name], value) for name, value in plain[0].items())
+        assert repr(observed[2]) == repr(plain[2])
+
+
+class Tempered(nn.Module):
+    """A network inside of a module that has a parameter of its own."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.net = make_net(run)
+        self.temperature = nn.Parameter(torch.full((), 2.0, dtype=torch.float64))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits / self.temperature, labels)
+
+
+OUTSIDE = Run(StageConfig(warmup_steps=2, local_steps=3, beta=10.0, network="net"), 7)
+
+
+def train_tempered(worker: int, workers: int) -> dict[str, Tensor]:
+    module = Tempered(OUTSIDE)
+    optimizer = make_optimizer(OUTSIDE, module)
+    engine = Engine(module, [optimizer], config_for(OUTSIDE, workers))
+    engine.prepare(batch_of(OUTSIDE, 0)[0])
+    engine.start()
+    for step in range(OUTSIDE.steps):
+        x, y = batch_of(OUTSIDE, step)
+        optimizer.zero_grad()
+        module.loss(module.net(x), y).backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+def test_what_lies_outside_of_the_network_trains_alike_on_all_workers() -> None:
+    states = run_workers(train_tempered, 2, 2)
+
+    simulator = StageSimulator(
+        Tempered(OUTSIDE),
+        lambda module: make_optimizer(OUTSIDE, module),
+        config_for(OUTSIDE, 2),
+        2,
+        batch_of(OUTSIDE, 0)[0],
+    )
+    assert isinstance(simulator.module, Tempered)
+    for step in range(OUTSIDE.steps):
+        x, y = batch_of(OUTSIDE, step)
+        simulator.step(x, lambda logits, y=y: simulator.module.loss(logits, y))
+    expected = clone_state(simulator.full_model())
+    assert abs(expected["temperature"].item() - 2.0) > 1e-3
+    for state in states:
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12)
+            assert torch.equal(state[name], states[0][name])

@@ -1,0 +1,176 @@
+"""Stages in real gloo processes train what one process does that computes the same schedule (check 6 of section 8).
+
+All is in double precision. In steps that wait for each other, and for one worker, the numbers are those of plain
+back-propagation bit for bit. In the other steps engine and simulator round differently, since one of them computes in
+units of the guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resist_lightning import StageConfig
+from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
+from resist_lightning.simulated_boundary import NetworkBoundary, StoredBoundary
+from tests.helpers.processes import run_workers
+from tests.helpers.stages import Run, plain_training, train_engine, train_simulator
+from tests.helpers.training import clone_state
+
+METHODS = ("penalty", "al-net", "penalty-store", "al-store")
+
+RUNS = {
+    **{
+        f"{method}, vectors": Run(
+            StageConfig(method=method, beta=30.0, warmup_steps=3, multiplier_every=2, local_steps=4), 13, batches=4
+        )
+        for method in METHODS
+    },
+    **{
+        f"{method}, batch norm": Run(
+            StageConfig(method=method, beta=3.0, warmup_steps=2, multiplier_every=3, aux_width=4, local_steps=3),
+            10,
+            "preact",
+            batches=4,
+        )
+        for method in METHODS
+    },
+    "no warm-up, no batch norm": Run(StageConfig(warmup_steps=0, beta=50.0, aux_width=4), 5, "convolutions"),
+    "falling rate and growing beta": Run(
+        StageConfig(method="al-net", beta=20.0, beta_growth=3.0, warmup_steps=3, multiplier_every=1),
+        12,
+        "mlp",
+        milestones=(1, 5, 8),
+    ),
+    "falling rate and growing beta, stored": Run(
+        StageConfig(method="al-store", beta=20.0, beta_growth=3.0, warmup_steps=3, multiplier_every=1),
+        12,
+        "mlp",
+        batches=3,
+        milestones=(1, 5, 8),
+    ),
+    "another step of the guesses, AdamW": Run(
+        StageConfig(method="al-net", lambda_step=0.4, beta=20.0, warmup_steps=2), 9, optimizer="adamw"
+    ),
+    "frozen first stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("stem", "body.0", "body.1")),
+    "frozen last stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("body.3", "head")),
+    "running statistics": Run(StageConfig(batch_norm="running", beta=3.0, warmup_steps=1, aux_width=4), 5, "preact"),
+    "looked at now and then": Run(
+        StageConfig(method="al-net", beta=30.0, warmup_steps=2, aux_width=4, local_steps=4, multiplier_every=3),
+        9,
+        "preact",
+        observe_at=(0, 1, 4, 5),
+    ),
+    "warm-up only": Run(StageConfig(warmup_steps=100), 6, "preact"),
+}
+
+
+@dataclass
+class Trained:
+    """What a worker ended with."""
+
+    state: dict[str, Tensor]
+    losses: list[float]
+    guesses: dict[str, Tensor]
+
+
+def train_all(worker: int, workers: int) -> dict[str, Trained]:
+    return {name: train(worker, run, workers) for name, run in RUNS.items()}
+
+
+def train(worker: int, run: Run, workers: int) -> Trained:
+    engine, losses = train_engine(worker, run, workers)
+    guesses = engine.sync.trainee.guesses
+    kept: dict[str, Tensor] = {}
+    if isinstance(guesses, NetworkGuesses):
+        kept = clone_state(guesses.network)
+    elif isinstance(guesses, StoredGuesses):
+        kept = guesses.store.state_dict()
+    return Trained(clone_state(engine.module), losses, kept)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def trained(request: pytest.FixtureRequest) -> list[dict[str, Trained]]:
+    """For each worker, what it ended each run with."""
+    return run_workers(train_all, request.param, request.param)
+
+
+@cache
+def simulated(name: str, workers: int) -> tuple[dict[str, Tensor], list[float], list[Any]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes
+    simulator, losses = train_simulator(RUNS[name], workers)
+    torch.set_num_threads(threads)
+    return clone_state(simulator.full_model()), losses, simulator.boundaries
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_train_what_the_simulator_trains(trained: list[dict[str, Trained]], name: str) -> None:
+    expected, losses, _ = simulated(name, len(trained))
+    for worker in trained:
+        assert_close(worker[name].state, expected)
+        torch.testing.assert_close(worker[name].losses, losses, rtol=1e-9, atol=0)
+        assert worker[name].losses == trained[0][name].losses
+        for key, value in trained[0][name].state.items():
+            assert torch.equal(worker[name].state[key], value)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_auxiliary_networks_and_stored_guesses_become_those_of_the_simulator(
+    trained: list[dict[str, Trained]], name: str
+) -> None:
+    _, _, boundaries = simulated(name, len(trained))
+    assert len(boundaries) == len(trained) - 1
+    assert trained[0][name].guesses == {}
+    for worker, boundary in zip(trained[1:], boundaries, strict=True):
+        found = worker[name].guesses
+        if isinstance(boundary, NetworkBoundary):
+            assert_close(found, clone_state(boundary.network))
+            continue
+        assert isinstance(boundary, StoredBoundary)
+        pairs = list(boundary.table.values())  # in the order in which samples were first seen, as in the store
+        assert found["values"].shape[0] == len(pairs) > 0
+        torch.testing.assert_close(found["values"][:, 0], torch.stack([guess for guess, _ in pairs]))
+        if RUNS[name].config.multipliers:
+            beta = RUNS[name].config.beta / found["values"][0, 0].numel()
+            torch.testing.assert_close(found["values"][:, 1] * beta, torch.stack([kappa for _, kappa in pairs]))
+        else:
+            assert found["values"].shape[1] == 1
+
+
+def test_steps_that_wait_for_each_other_are_plain_back_propagation_bit_for_bit(
+    trained: list[dict[str, Trained]],
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, run in RUNS.items():
+        _, losses = plain_training(run)
+        serial = min(run.config.warmup_steps, run.steps)
+        assert trained[0][name].losses[:serial] == losses[:serial], name
+    state, _ = plain_training(RUNS["warm-up only"])
+    torch.set_num_threads(threads)
+    compared = 0
+    for key, value in trained[0]["warm-up only"].state.items():
+        if "running" not in key:  # which are estimated anew
+            assert torch.equal(trained[0]["warm-up only"].state[key], value), key
+            assert torch.equal(trained[0]["warm-up only"].state[key], state[key]), key
+            compared += 1
+    assert compared > 10
+
+
+def test_steps_at_the_same_time_are_not_plain_back_propagation(trained: list[dict[str, Trained]]) -> None:
+    """So the runs above do take such steps."""
+    for name, run in RUNS.items():
+        _, losses = plain_training(run)
+        assert (trained[0][name].losses != losses) == (name != "warm-up only")

@@ -1,0 +1,231 @@
+"""AuxNet's experiments: all methods train on the same images, and what is counted is the closed form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from experiments.auxnet import tables
+from experiments.auxnet.cases import accuracy_cases, base, sweep_cases, timing_cases
+from experiments.auxnet.closed_form import pipeline_speed_up, sent_bytes
+from experiments.auxnet.examples import make_network, prepared
+from experiments.auxnet.main import main
+from experiments.auxnet.methods import Pipelined, Serial
+from experiments.auxnet.networks import SmallImageResNet, layers
+from experiments.auxnet.settings import RESULTS, parse
+from experiments.auxnet.stages import boundary_elements, parameters_of
+from experiments.auxnet.tasks import ALL
+from experiments.auxnet.training import Job, by_formula, stream_of
+from experiments.tables import PLACE, filled
+from resist_lightning.blocks import find_blocks
+from tests.helpers.processes import run_workers
+from tests.helpers.programs import ROOT, refusal, run_program
+
+PROGRAM = "experiments/auxnet/run.py"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of all result files of the command itself, and what it printed."""
+    out = tmp_path_factory.mktemp("auxnet") / "new"
+    return out, run_program([PROGRAM, "size=smoke", f"out={out}"], ROOT, timeout=300)
+
+
+def record(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def rows_of(folder: Path, name: str, **wanted: Any) -> list[dict[str, Any]]:
+    return tables.chosen(record(folder, name)["rows"], **wanted)
+
+
+def test_every_case_is_trained_once(smoke: tuple[Path, str]) -> None:
+    cfg = parse(["size=smoke"])[1]
+    for name, wanted in (("accuracy", accuracy_cases), ("sweep", sweep_cases), ("timing", timing_cases)):
+        cases = [row["case"] for row in record(smoke[0], name)["rows"]]
+        assert cases == [case.key for case in wanted(cfg)]
+        assert len(cases) > 6
+    assert all(row["steps"] == 2 * row["steps_per_epoch"] == 32 for row in record(smoke[0], "accuracy")["rows"])
+
+
+def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = (smoke[0] / "accuracy.json").read_bytes()
+    main(["accuracy", "size=smoke", f"out={smoke[0]}"], "")
+    assert (smoke[0] / "accuracy.json").read_bytes() == before
+    assert "1/" not in capsys.readouterr().out.partition("Test accuracy")[0]
+
+
+def test_one_worker_alone_is_training_in_one_process(smoke: tuple[Path, str]) -> None:
+    (alone,) = rows_of(smoke[0], "accuracy", method="penalty", workers=1)
+    (serial,) = rows_of(smoke[0], "accuracy", method="serial", augment=True)
+    assert alone["curve"] == serial["curve"]
+    assert rows_of(smoke[0], "accuracy", method="serial", augment=False)[0]["curve"] != serial["curve"]
+
+
+def test_live_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
+    """Widths 4, 8, 16, two blocks each, cut behind the first block of width 8: by hand."""
+    first = 36 + 2 * (2 * 8 + 2 * 144) + (8 + 16 + 288 + 576 + 32)
+    second = (2 * 16 + 2 * 576) + (16 + 32 + 1152 + 2304 + 128) + (2 * 32 + 2 * 2304) + 32 + 170
+    image, width, boundary = 1, 32, 8
+    aux = 9 * image * width + 2 * width + 2 * (9 * width * width + 2 * width) + width * boundary + boundary
+    for row in record(smoke[0], "accuracy")["rows"]:
+        if row["case"]["workers"] != 2:
+            continue
+        own = {"penalty": aux, "al-net": aux + width * boundary + boundary}.get(row["case"]["method"], 0)
+        assert row["parameters"] == [first, second]
+        assert row["held_bytes"] == row["held_by_formula"] == [12 * first, 12 * (second + own)]
+
+
+def test_counted_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
+    elements, batch = 8 * 4 * 4, 8
+    for row in record(smoke[0], "accuracy")["rows"]:
+        if row["case"]["workers"] == 2:
+            outputs = 0 if row["case"]["method"] == "pipeline" else batch * 10 * 4
+            assert row["sent_by_formula"] == [batch * elements * 4, batch * elements * 4 + outputs]
+            if row["case"]["method"] != "pipeline":
+                assert row["sent_by_step"] == row["sent_by_formula"]
+
+
+def test_stored_guesses_are_one_of_each_image(smoke: tuple[Path, str]) -> None:
+    for method, numbers in (("penalty-store", 1), ("al-store", 2)):
+        (row,) = rows_of(smoke[0], "accuracy", method=method)
+        assert row["stored_bytes"] == [0, numbers * 128 * 8 * 4 * 4 * 4]  # 128 images fill whole steps
+
+
+def test_what_is_said_of_guesses_is_there_for_auxiliary_networks_only(smoke: tuple[Path, str]) -> None:
+    for row in record(smoke[0], "accuracy")["rows"]:
+        if row["case"]["workers"] == 2 and row["case"]["method"] != "pipeline":
+            assert (row["aux_fed"] is None) == row["case"]["method"].endswith("-store")
+            assert 0 <= row["running"] <= 100
+            assert len(row["mismatch"]) == 1
+            assert row["mismatch"][0] > 0
+            assert row["predicted"] > 0
+            assert [spans[0][0] for spans in row["timeline"]] == ["data", "data"]
+
+
+def test_what_is_printed_is_what_is_written(smoke: tuple[Path, str]) -> None:
+    out, output = smoke
+    assert {path.name for path in out.iterdir()} == {
+        "accuracy.json", "accuracy.png", "sweep.json", "timing.json", "timing.png", "timeline_resnet_38.png",
+    }  # fmt: skip
+    for name in tables.GRIDS:
+        for grid in tables.grids(name, record(out, name)):
+            assert grid.rows
+            assert grid.title in " ".join(output.split())
+            assert all(len(line) == len(grid.header) for line in grid.rows)
+
+
+def test_the_page_shows_the_result_files() -> None:
+    page = (ROOT / "experiments/auxnet/README.md").read_text()
+    assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
+    assert filled(page) == page, "run python experiments/tables.py"
+
+
+def first_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    data = prepared("digits", "smoke", None, "")
+    stream = data.stream(8, 0)
+    return [stream.batch(step, 0, 1) for step in range(count)]
+
+
+def _pipeline(worker: int, cuts: tuple[str, ...], schedule: str, micro_batches: int) -> dict[str, Tensor] | None:
+    method = Pipelined(lambda: make_network("digits", "smoke", 0), cuts, 0.1, schedule, micro_batches)
+    assert dist.get_world_size() == len(cuts) + 1
+    for x, y in first_batches(3):
+        method.step(x, y)
+    with method.full_model() as model:
+        return model.state_dict() if worker == 0 else None
+
+
+@pytest.mark.parametrize(("workers", "schedule", "micro_batches"), [(2, "gpipe", 1), (2, "1f1b", 2), (3, "gpipe", 4)])
+def test_a_pipeline_is_back_propagation_by_micro_batches(workers: int, schedule: str, micro_batches: int) -> None:
+    cuts = ALL["digits"].scales["smoke"].cuts[workers]
+    found = run_workers(_pipeline, workers, cuts, schedule, micro_batches)[0]
+    serial = Serial(make_network("digits", "smoke", 0), 0.1)
+    start = serial.network.state_dict()["section3.1.conv2.weight"].clone()
+    for x, y in first_batches(3):
+        serial.optimizer.zero_grad()
+        for part, labels in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+            (functional.cross_entropy(serial.network(part), labels) / micro_batches).backward()
+        serial.optimizer.step()
+    expected = serial.network.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(start, expected["section3.1.conv2.weight"])
+
+
+def test_closed_forms_by_hand() -> None:
+    assert sent_bytes("penalty", 2, [5, 7], 10) == [40, 96, 56 + 2 * 80]
+    assert sent_bytes("pipeline", 2, [5, 7], 10) == [40, 96, 56]
+    assert sent_bytes("serial", 2, [], 10) == [0]
+    assert pipeline_speed_up(2, 4, compute=8.0) == 2 * 4 / 5
+    assert pipeline_speed_up(3, 6, compute=8.0, data=1.0) == pytest.approx(9 / (1 + 8 / 3 * 8 / 6))
+    assert pipeline_speed_up(3, 1, compute=8.0) == 1
+
+
+def test_the_networks_are_those_of_their_names() -> None:
+    with torch.device("meta"):
+        deep, wide = SmallImageResNet(18, 16), SmallImageResNet(2, 64)
+    assert layers(18) == 110
+    assert len(find_blocks(deep)) == 54
+    assert sum(p.numel() for p in deep.parameters()) == pytest.approx(1.73e6, rel=0.01)  # He et al.: 1.7 M
+    assert sum(p.numel() for p in wide.parameters()) == pytest.approx(2.75e6, rel=0.02)  # WRN-16-4: 2.8 M
+    elements = boundary_elements(deep, ["section1.17", "section2.0"], (3, 32, 32))
+    assert elements == [16 * 32 * 32, 32 * 16 * 16]
+    assert sum(parameters_of(deep, ["section2.0"])) == sum(p.numel() for p in deep.parameters())
+    with pytest.raises(ValueError, match="blocks=0 and width=16"):
+        SmallImageResNet(0)
+
+
+@pytest.mark.parametrize("task", ALL)
+@pytest.mark.parametrize("size", ["full", "smoke"])
+def test_every_task_can_be_cut_where_it_says(task: str, size: str) -> None:
+    for workers in (2, 3):
+        found = by_formula(base(task, "penalty", workers, 0), size, [0] * workers)
+        assert len(found["parameters"]) == workers
+        assert min(found["parameters"]) > 0
+
+
+def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
+    case = replace(base("digits", "penalty-store", 2, 0), augment=False)
+    job = Job(case, "smoke", prepared("digits", "smoke", None, ""), 1, frozenset(), 1)
+    stream = stream_of(job)
+    epochs = [[stream.batch(16 * epoch + step, 0, 1)[0] for step in range(16)] for epoch in range(2)]
+    images = [{image.numpy().tobytes() for batch in epoch for image in batch} for epoch in epochs]
+    assert images[0] == images[1]
+    assert len(images[0]) == 128
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("size=huge", "size=huge: must be one of full, smoke"),
+        ("acuracy", "acuracy: there is no such study; choose from accuracy, sweep, timing"),
+        ("seeds=0", "seeds=0: must be a whole number, at least 1"),
+        ("epoch=3", "did you mean epochs?"),
+        ("tasks=[cifar]", "'cifar' is not known; choose from digits, cifar_deep, cifar_wide"),
+        ("methods=[]", "must be a list of one or more"),
+        ("methods=[dni]", "'dni' is not known; choose from serial, penalty"),
+        ("workers=[4]", "must be numbers from 1 to 3"),
+        ("workers=[2,2]", "stands there twice"),
+        ("betas=[0]", "betas=[0]: must be numbers above 0"),
+        ("schedule=1f1b workers=[3]", "schedule=1f1b needs as many micro-batches as workers"),
+        ("micro_batches=3", "digits has batches of 8, which must be a multiple"),
+        ("tasks=[cifar_deep]", "folder=None: cifar_deep needs a folder with train/<class>/*"),
+        (f"out={ROOT / PROGRAM}/x", "is a file, and a folder is needed"),
+        (f"out={RESULTS}", "a smoke run must not stand among the results"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(lambda: main(["size=smoke", *option.split()], ""), tmp_path, capsys)
