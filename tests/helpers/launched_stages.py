@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from tests.helpers.restarted import Harm, Seen
 from tests.helpers.auxnet import Metered, make_stages, pictures
+from tests.helpers.restarted import Harm, Seen
 from tests.helpers.trainers import QUIET
 
 STEPS = 10

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
+from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.trainers import run_trainers, traces
 from tests.helpers.training import assert_equal_states, clone_state
 

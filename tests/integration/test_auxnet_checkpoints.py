@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of, evaluate
 from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, told
+from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of, evaluate
 from tests.helpers.trainers import make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import SavesAt

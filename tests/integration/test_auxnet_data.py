@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from resist_lightning import WorkersDisagree
-from tests.helpers.plain import BATCH_SIZE, Classifier
 from tests.helpers.auxnet import Pictures, fit_stages, pictures
+from tests.helpers.plain import BATCH_SIZE, Classifier
 from tests.helpers.trainers import run_trainers, run_trainers_to_the_end
 
 CUTS = {"cuts": ["section2"]}

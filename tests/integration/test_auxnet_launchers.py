@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.auxnet import Metered, fit_stages
 from tests.helpers.launched_stages import STEPS, train
 from tests.helpers.processes import run_workers
-from tests.helpers.auxnet import Metered, fit_stages
 from tests.helpers.trainers import run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_launchers import PATIENCE_SECONDS, as_a_main_process, run

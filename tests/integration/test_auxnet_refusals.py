@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError
-from tests.helpers.plain import Classifier, held_out
 from tests.helpers.auxnet import fit_stages, make_stages, pictures
+from tests.helpers.plain import Classifier, held_out
 from tests.helpers.trainers import QUIET, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 

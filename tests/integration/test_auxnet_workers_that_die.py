@@ -11,8 +11,8 @@ import pytest
 
 from resist_lightning import NotFinite, WorkerLost
 from tests.helpers import dying
-from tests.helpers.plain import Classifier
 from tests.helpers.auxnet import fit_stages, pictures
+from tests.helpers.plain import Classifier
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
 
