@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"workers": 9},
         "9 workers need 8 cut point.*has 7.*Use at most 8 workers",
     ),
-    "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes 2 inputs|several inputs|inputs"),
+    "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes x, y, and stages pass one tensor on"),
     "no trace": (lambda: Odd(Residual("branches")), {}, "cannot be"),
     "several outputs": (lambda: Odd(Residual("tuple")), {}, "returns"),
     "an unknown cut": (Classifier, {"strategy": {"cuts": ["section9"]}}, "section9"),
