@@ -24,7 +24,7 @@ from resist_lightning.verbs import Collective
 class StageLayout(Layout):
     """The stages of a model; worker k trains stage k in every round.
 
-    Where the network is cut is known after :meth:`prepare`.
+    Where the network is cut is known after :meth:`prepare`, or at once where the settings say it.
 
     Args:
         module: the user's module, complete.
@@ -54,7 +54,7 @@ class StageLayout(Layout):
             check_stages(self.chain, workers)
             inside = set(self.chain.names(0, len(self.chain.units)))
             if config.cuts is not None:
-                self._wanted = _check_number(self.chain.positions(config.cuts), config, workers)
+                self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
         self.shared = {name: tensor for name, tensor in named if name not in inside}
 

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.auxnet.layout import StageLayout
@@ -46,6 +47,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._history: list[Any] = []
         self._holding = False
         self._forward: Any = None
+        self._guards: list[RemovableHandle] = []
         self.trainee: StageWorker | None = None
 
     @override
@@ -128,10 +130,12 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             others = [worker for worker in range(layout.workers) if worker != self._worker]
             self._absent = {name: t for worker in others for name, t in layout.stage_tensors(worker).items()}
             self._memory = Memory(self._absent)
-        self._states.drop(t for t in self._absent.values() if isinstance(t, torch.nn.Parameter))
+        self._states.drop(t for t in self._absent.values() if isinstance(t, nn.Parameter))
         self._memory.free()
         self._forward = vars(chain.network).get("forward")
         chain.network.forward = self._train_stage
+        owners = {layout.module.get_submodule(name.rpartition(".")[0]) for name in self._absent}
+        self._guards = [owner.register_forward_pre_hook(self._refuse_part) for owner in owners]
         self._holding = True
 
     @override
@@ -179,6 +183,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if not self._holding or self._layout.chain is None:
             return
         network = self._layout.chain.network
+        for guard in self._guards:
+            guard.remove()
         if self._forward is None:
             del network.forward
         else:
@@ -197,3 +203,12 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if others or any(value is not None for value in options.values()):
             raise PartialModelError("the network is cut with one input; call it with the image alone.")
         return self.trainee(x)
+
+    def _refuse_part(self, part: nn.Module, _: Any) -> None:
+        chain = self._layout.chain
+        assert chain is not None
+        raise PartialModelError(
+            f"worker {self._worker} was asked to compute a {type(part).__name__} that another worker's stage has. Call "
+            f"{chain.name or 'the module'} as a whole in training, not its parts; or name with network= the part that "
+            "is called."
+        )

@@ -209,7 +209,9 @@ class AuxNetStrategy(SubnetStrategy):
     def teardown(self) -> None:
         """Called at the end, after an error too: loaders that the user has combined are the user's again."""
         self._loaders = 0
-        combined = self._trainer().fit_loop._combined_loader
+        module = self.lightning_module
+        attached = module is not None and module._trainer is not None  # not where a launch was refused
+        combined = self._trainer().fit_loop._combined_loader if attached else None
         if combined is not None:
             combined.flattened = [unkey_loader(loader) for loader in combined.flattened]
         super().teardown()

@@ -1,0 +1,315 @@
+"""``Trainer(strategy="auxnet")``: unchanged modules train, and their metrics are true on every worker."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
+from tests.helpers.plain import CLASSES, Classifier, held_out
+from tests.helpers.trainers import run_trainers, traces
+from tests.helpers.training import assert_equal_states, clone_state
+
+State = dict[str, Tensor]
+
+
+class OfTorchvision(Metered):
+    """The network that everybody tries first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = resnet18(num_classes=CLASSES)
+
+
+class HeadOutside(Metered):
+    """A backbone, and a layer that all workers compute and train alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.head = nn.Sequential(nn.BatchNorm1d(CLASSES), nn.Linear(CLASSES, CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(super().forward(images))
+
+
+class FrozenStart(Metered):
+    """Nothing in the first stage is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (self.net.stem, self.net.section1):
+            part.requires_grad_(False)
+
+
+class Scheduled(Metered):
+    """A rate that falls with every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Plateau(Metered):
+    """A rate that falls when a metric of the training stops to do so."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0, mode="min")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss_epoch"}}
+
+
+class ByDict(Metered):
+    """Batches with names."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+
+def by_names(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    images, labels = zip(*samples, strict=True)
+    weights = [torch.ones(2)] * len(samples)
+    return {"weight": torch.stack(weights), "label": torch.stack(labels), "image": torch.stack(images)}
+
+
+def named_pictures() -> Any:
+    loader = pictures()
+    return torch.utils.data.DataLoader(loader.dataset, loader.batch_size, shuffle=True, collate_fn=by_names)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training, and how it is done."""
+
+    module: Callable[[], L.LightningModule] = Metered
+    workers: int = 2
+    strategy: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    loader: Callable[[], Any] = pictures
+    steps: int = 10
+
+
+FITS = {
+    "pre-activation network": Fit(strategy={"cuts": ["section2"]}),
+    "three workers": Fit(workers=3, strategy={"cuts": ["section2", "section3.2"]}),
+    "a resnet18 of torchvision": Fit(
+        OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5
+    ),
+    "a head outside of the network": Fit(HeadOutside),
+    "nothing trained in the first stage": Fit(FrozenStart, strategy={"cuts": ["section1"]}),
+    "a rate that falls with the steps": Fit(Scheduled, strategy={"method": "al-net"}),
+    "a rate that falls by a metric": Fit(Plateau, options={"max_epochs": 4}, steps=20),
+    "gradients that add up, clipped by value": Fit(
+        options={
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 0.01,
+            "gradient_clip_algorithm": "value",
+        },
+        steps=6,
+    ),
+    "a batch with names": Fit(ByDict, strategy={"input": "image"}, loader=named_pictures),
+    "limited": Fit(options={"limit_train_batches": 3, "max_epochs": -1, "max_steps": 8}, steps=8),
+    "in double precision": Fit(options={"precision": "64-true"}),
+}
+
+
+def by_stages(worker: int, case: Fit, strategy: dict[str, Any]) -> dict[str, Any]:
+    module, notes = case.module(), Notes()
+    options = {"max_epochs": 2, "callbacks": [notes], **case.options}
+    trainer = fit_stages(worker, module, {**case.strategy, **strategy}, case.loader(), **options)
+    return {
+        "state": clone_state(module),
+        "metrics": notes.metrics,
+        "logged": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "held": notes.held,
+        "steps": trainer.global_step,
+        "traces": traces(module),
+        "group left": dist.is_initialized(),
+        "rates": [group["lr"] for group in trainer.optimizers[0].param_groups],
+    }
+
+
+def plainly(worker: int, case: Fit) -> dict[str, Any]:
+    module, notes = case.module(), Notes()
+    options = {"max_epochs": 2, "callbacks": [notes], **case.options}
+    trainer = fit_plainly(worker, module, case.loader(), **options)
+    return {
+        "state": clone_state(module),
+        "metrics": notes.metrics,
+        "logged": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "rates": [group["lr"] for group in trainer.optimizers[0].param_groups],
+    }
+
+
+def both_ways(worker: int, case: Fit) -> tuple[dict[str, Any], dict[str, Any]]:
+    waiting = by_stages(worker, case, {"warmup_steps": 99, "batch_norm": "running"})
+    return waiting, by_stages(worker, case, {"warmup_steps": 1})
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_modules_train_unchanged_and_what_they_log_is_true(name: str) -> None:
+    """Stages that wait for each other do what one process does; those that do not give one model and equal metrics."""
+    case = FITS[name]
+
+    results = run_trainers(both_ways, case.workers, case)
+
+    plain = plainly(0, case)
+    assert len(plain["metrics"]) >= case.steps
+    for waiting, _ in results:
+        assert_equal_states(waiting["state"], plain["state"])
+        assert waiting["rates"] == pytest.approx(plain["rates"])
+        for mine, theirs in zip(waiting["metrics"], plain["metrics"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert waiting["logged"] == pytest.approx(plain["logged"], rel=1e-4, abs=1e-5)
+    for _, at_once in results:
+        assert_trained_at_once(at_once, results[0][1], plain, case)
+    names = [name for name, _ in case.module().named_parameters()]
+    for worker_results in results:
+        for result in worker_results:
+            assert result["steps"] == case.steps
+            assert result["traces"] == []
+            assert not result["group left"]
+            assert 0 < len(result["held"][0]) < len(names)
+    assert {name for waiting, _ in results for name in waiting["held"][-1]} == set(names)
+
+
+def assert_trained_at_once(result: dict[str, Any], first: dict[str, Any], plain: dict[str, Any], case: Fit) -> None:
+    """As on the first worker; as in one process in the one step of warm-up, and otherwise not."""
+    assert_equal_states(result["state"], first["state"], exactly=True)
+    for what in ("metrics", "logged", "rates"):
+        assert result[what] == first[what]
+    assert result["metrics"][0] == pytest.approx(plain["metrics"][0], rel=1e-4, abs=1e-5)
+    assert result["metrics"][-1]["loss_step"] != pytest.approx(plain["metrics"][-1]["loss_step"], rel=1e-3)
+    for name, before in case.module().named_parameters():
+        after = result["state"][name]
+        assert after.isfinite().all()
+        assert before.requires_grad != torch.equal(after, before.to(after)), name
+
+
+def alone(worker: int) -> tuple[State, State]:
+    module, plain = Metered(), Metered()
+    fit_stages(worker, module, {"warmup_steps": 0}, max_epochs=2)
+    fit_plainly(worker, plain, max_epochs=2)
+    return clone_state(module), clone_state(plain)
+
+
+def test_one_worker_is_plain_lightning() -> None:
+    """Check 1 of section 8, bit for bit."""
+    ((state, plain),) = run_trainers(alone, 1)
+    assert_equal_states(state, plain, exactly=True)
+
+
+# ------------------------------------------------------------------ learning
+
+
+def learn(worker: int, strategy: dict[str, Any], options: dict[str, Any]) -> tuple[float, float]:
+    module = Metered()
+    trainer = fit_stages(worker, module, strategy, max_epochs=12, **options)
+    trainer.validate(module, in_evaluation(), verbose=False)
+    return float(trainer.callback_metrics["val/acc"]), float(trainer.callback_metrics["val/loss"])
+
+
+def in_evaluation() -> Any:
+    return torch.utils.data.DataLoader(pictures().dataset, 8)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "least"),
+    [
+        ({"method": "penalty", "cuts": ["section2", "section3.2"]}, {}, 0.7),
+        ({"method": "al-net", "cuts": ["section2"]}, {"precision": "bf16-mixed"}, 0.5),
+        ({"method": "penalty-store", "cuts": ["section2", "section3.2"]}, {}, 0.8),
+        ({"method": "al-store", "cuts": ["section2"]}, {}, 0.5),
+    ],
+)
+def test_every_method_learns_and_so_in_mixed_precision(strategy: Any, options: Any, least: float) -> None:
+    """Four classes: a guess is right in one of four."""
+    results = run_trainers(learn, 1 + len(strategy["cuts"]), {"warmup_steps": 10, **strategy}, options)
+    assert results[0][0] > least
+    assert results == [results[0]] * len(results)
+
+
+# ------------------------------------------------------------------ what else users do
+
+
+def validate_within(worker: int, method: str) -> list[State]:
+    states = []
+    for options in ({}, {"val_check_interval": 2, "num_sanity_val_steps": 1, "validation": held_out(worker)}):
+        module = Metered(dropout=0.2 if method == "penalty" else 0.0)  # stored by content
+        L.seed_everything(3, verbose=False)
+        fit_stages(worker, module, {"method": method, "cuts": ["section2"]}, max_epochs=2, **options)
+        states.append(clone_state(module))
+    return states
+
+
+@pytest.mark.parametrize("method", ["penalty", "al-store"])
+def test_validation_in_mid_epoch_changes_nothing(method: str) -> None:
+    results = run_trainers(validate_within, 2, method)
+    for without, within in results:
+        assert_equal_states(within, without, exactly=True)
+        assert_equal_states(without, results[0][0], exactly=True)
+
+
+class Unfreezes(L.Callback):
+    """Trains the first section from the second epoch on; not by BaseFinetuning, see docs/assumptions.md."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            module.net.section1.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": module.net.section1.parameters(), "lr": 0.02})
+
+
+class FineTuned(Metered):
+    """Its first section is frozen, and unknown to the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.section1.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def fine_tune(worker: int) -> list[State]:
+    states = []
+    for warmup_steps in (99, 1):
+        module = FineTuned()
+        strategy = {"warmup_steps": warmup_steps, "batch_norm": "running", "cuts": ["section2"]}
+        fit_stages(worker, module, strategy, callbacks=[Unfreezes()], max_epochs=2)
+        states.append(clone_state(module))
+    return states
+
+
+def test_a_part_that_is_unfrozen_in_mid_training_trains() -> None:
+    plain = FineTuned()
+    fit_plainly(0, plain, callbacks=[Unfreezes()], max_epochs=2)
+    begun = clone_state(FineTuned())
+    for waiting, at_once in run_trainers(fine_tune, 2):
+        assert_equal_states(waiting, clone_state(plain))
+        assert not torch.equal(at_once["net.section1.0.conv1.weight"], begun["net.section1.0.conv1.weight"])
+
+
+def clip(worker: int) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_stages(worker, Classifier(), gradient_clip_val=1.0, limit_train_batches=2)
+    return told(caught, "limits the norm of each stage's gradients by itself")
+
+
+def test_clipping_by_norm_warns_that_no_worker_knows_the_norm_of_all() -> None:
+    mine, theirs = run_trainers(clip, 2)
+    assert len(mine) == 1
+    assert theirs == []

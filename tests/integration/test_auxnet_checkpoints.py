@@ -1,0 +1,278 @@
+"""``Trainer(strategy="auxnet")``: checkpoints are plain models, and a run goes on exactly from any of them."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, told
+from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of, evaluate
+from tests.helpers.trainers import make_trainer, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import SavesAt
+
+State = dict[str, Tensor]
+
+BATCHES = 5  # in an epoch; the workers meet after every three steps
+STOPS = (3, 5, 7)
+"""Where a meeting is due in mid-epoch, at the end of an epoch, and in mid-epoch between meetings."""
+
+
+# ------------------------------------------------------------------ a checkpoint is a model
+
+
+def in_turn() -> DataLoader[Any]:
+    """Of all workers' ``held_out``; Lightning deals the batches out, the even ones to worker 0."""
+    batches = [batch_of(100 + worker, step) for step in range(2) for worker in range(2)]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def train_and_save(worker: int, folder: str) -> dict[str, Any]:
+    module = Metered()
+    best = ModelCheckpoint(folder, monitor="val/loss", filename="val-{step}", save_top_k=-1)
+    by_training = ModelCheckpoint(folder, monitor="loss_epoch", filename="train-{epoch}", save_top_k=1)
+    stopping = EarlyStopping("val/loss", mode="max", min_delta=1e9, patience=1)  # no epoch but the first improves
+    logger = CSVLogger(folder) if worker == 0 else CSVLogger(f"{folder}/other")
+    trainer = fit_stages(
+        *(worker, module, {"cuts": ["section2"]}),
+        validation=in_turn(),
+        max_epochs=9,
+        enable_checkpointing=True,
+        callbacks=[best, by_training, stopping, LearningRateMonitor("step")],
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    at_end, epochs = clone_state(module), trainer.current_epoch
+    trainer.save_checkpoint(f"{folder}/end.ckpt")
+    return {
+        "epochs": epochs,
+        "best": (best.best_model_path, float(best.best_model_score)),
+        "of training": (by_training.best_model_path, float(by_training.best_model_score)),
+        "validated": metrics_of(trainer.validate(module, in_turn(), verbose=False)[0]),
+        "tested": metrics_of(trainer.test(module, in_turn(), ckpt_path="best", verbose=False)[0]),
+        "predicted": trainer.predict(module, in_turn()),
+        "state": at_end,
+    }
+
+
+def metrics_of(logged: Any) -> dict[str, float]:
+    return {key.split("/")[1]: float(value) for key, value in logged.items()}
+
+
+def test_checkpoints_are_plain_models_and_evaluate_as_reported(tmp_path: Path) -> None:
+    results = run_trainers(train_and_save, 2, str(tmp_path))
+
+    for found in results:
+        assert found["epochs"] == 2
+        for same in ("best", "of training", "validated", "tested"):
+            assert found[same] == results[0][same]
+        assert_equal_states(found["state"], results[0]["state"], exactly=True)
+    names = clone_state(Metered()).keys()
+    saved = {path.name: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
+    train = Path(results[0]["of training"][0]).name
+    assert saved.keys() == {"val-step=5.ckpt", "val-step=10.ckpt", "end.ckpt", train}
+    loss_of = {}
+    for name, checkpoint in saved.items():
+        assert checkpoint["state_dict"].keys() == names
+        module = Classifier(**checkpoint["hyper_parameters"])
+        weights = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("accuracy")}
+        module.load_state_dict(weights, strict=True)
+        loss_of[name] = evaluate(module, 2)
+    best_path, best_score = results[0]["best"]
+    best = loss_of[Path(best_path).name]
+    assert best_score == pytest.approx(best["loss"], abs=1e-6)
+    assert best["loss"] == min(loss_of[f"val-step={step}.ckpt"]["loss"] for step in (5, 10))
+    assert results[0]["tested"] == pytest.approx(best, abs=1e-6)
+    assert results[0]["validated"] == pytest.approx(loss_of["end.ckpt"], abs=1e-6)
+    loaded = Metered()
+    loaded.load_state_dict(saved[Path(best_path).name]["state_dict"])
+    for worker, found in enumerate(results):
+        for step, predicted in enumerate(found["predicted"]):
+            torch.testing.assert_close(predicted, loaded.eval()(batch_of(100 + worker, step)[0]))
+    rows = next(tmp_path.glob("lightning_logs/version_0/metrics.csv")).read_text().splitlines()
+    assert "lr-SGD" in rows[0]
+
+
+def evaluate_anywhere(worker: int, strategy: str, path: str) -> tuple[dict[str, float], dict[str, float], State]:
+    made: Any = make_stages() if strategy == "auxnet" else strategy
+    module, trainer = Metered(seed=worker), make_trainer(made)
+    validated = trainer.validate(module, in_turn(), ckpt_path=path, verbose=False)[0]
+    tested = trainer.test(module, in_turn(), ckpt_path=path, verbose=False)[0]
+    return metrics_of(validated), metrics_of(tested), clone_state(module)
+
+
+def only_train(worker: int, path: str) -> State:
+    module = Metered()
+    trainer = fit_stages(worker, module, {"cuts": ["section2"]})
+    trainer.save_checkpoint(path)
+    return clone_state(module)
+
+
+def test_a_checkpoint_is_evaluated_alike_under_this_strategy_and_without_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    state = run_trainers(only_train, 2, path)[0]
+    here = run_trainers(evaluate_anywhere, 2, "auxnet", path)
+    module = Metered()
+    module.load_state_dict(state)
+    expected = evaluate(module, 2)
+    for validated, tested, loaded in here:
+        assert validated == tested == pytest.approx(expected, abs=1e-6)
+        assert_equal_states(loaded, state, exactly=True)
+    validated, tested, loaded = evaluate_anywhere(0, "auto", path)
+    assert validated == tested == pytest.approx(expected, abs=1e-6)
+    assert_equal_states(loaded, state, exactly=True)
+
+
+def norm_policy(worker: int, policy: str) -> tuple[float, float, State]:
+    module = Metered()
+    seen: list[float] = []
+
+    class Sees(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append(float(trainer.callback_metrics["val/loss"]))
+
+    strategy = {"cuts": ["section2"], "batch_norm": policy, "warmup_steps": 0}
+    trainer = fit_stages(worker, module, strategy, validation=in_turn(), callbacks=[Sees()])
+    after = trainer.validate(module, in_turn(), verbose=False)[0]["val/loss"]
+    return seen[0], after, clone_state(module)
+
+
+def test_batch_norm_statistics_are_by_policy_of_guesses_of_images_or_of_the_batch() -> None:
+    """Training is the same with all; what a stage's norm has seen in training are guesses."""
+    policies = ("recalibrate", "running", "batch")
+    found = {policy: run_trainers(norm_policy, 2, policy) for policy in policies}
+    for policy in policies:
+        (during, after, state), theirs = found[policy]
+        assert during == theirs[0]
+        assert (during == after) == (policy != "batch")  # after the training it is the model that is saved
+        weights = {name: value for name, value in state.items() if "running" not in name and "tracked" not in name}
+        reference = found["running"][0][2]
+        assert_equal_states(weights, {name: reference[name] for name in weights}, exactly=True)
+    losses = {policy: results[0][0] for policy, results in found.items()}
+    assert len(set(losses.values())) == 3
+
+
+# ------------------------------------------------------------------ exact resume
+
+
+class Augmented(Pictures):
+    """With noise from every generator that a user's transforms may use."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        return image + torch.randn(3, 8, 8) / 2 + random.random() / 2, label
+
+
+class Scheduled(Metered):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, and the batches after which it is stopped."""
+
+    strategy: dict[str, Any]
+    workers: int = 2
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    processes: bool = False
+    stops: tuple[int, ...] = STOPS
+
+
+CASES = {
+    "penalty": Case({"method": "penalty"}, stops=(1, 3, 5, 9, 10)),
+    "penalty, three workers, cut by time": Case({"method": "penalty"}, workers=3, optimizer="adamw"),
+    "al-net, gradients that add up": Case({"method": "al-net", "multiplier_every": 2}, accumulate=2),
+    "al-store, cut where the user says": Case({"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}),
+    "al-net, beta grows, loader processes": Case(
+        {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7)
+    ),
+}
+
+
+def train(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback]) -> State:
+    L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
+    module = Scheduled(optimizer=case.optimizer, seed=7 if ckpt_path is None else 8)
+    processes = {"num_workers": 1, "multiprocessing_context": "fork"} if case.processes else {}
+    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, **processes)
+    fit_stages(
+        *(worker, module, case.strategy, loader),
+        max_epochs=3,
+        accumulate_grad_batches=case.accumulate,
+        callbacks=callbacks,
+        ckpt_path=ckpt_path,
+    )
+    return clone_state(module)
+
+
+def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[State]:
+    states = [train(worker, case, None, [SavesAt(folder, case.stops)])]
+    return states + [train(worker, case, f"{folder}/{stop}.ckpt", []) for stop in case.stops]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(name: str, tmp_path: Path) -> None:
+    """Guesses, multipliers, momentum and where the network is cut included."""
+    case = CASES[name]
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+        assert len(resumed) == len(case.stops)
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
+
+
+def go_on(worker: int, path: str) -> tuple[State, list[str], int, list[str], list[str]]:
+    held: list[str] = []
+    said: list[str] = []
+
+    class Sees(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+            held[:] = [name for name, parameter in module.named_parameters() if not parameter.is_meta]
+
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+    module = Scheduled(seed=8)
+    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit_stages(worker, module, {}, loader, max_epochs=3, callbacks=[Sees()], ckpt_path=path)
+    return clone_state(module), told(caught, "are not all there"), trainer.global_step, held, said
+
+
+def save(worker: int, folder: str) -> None:
+    train(worker, Case({}), None, [SavesAt(folder, (7,))])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, tmp_path: Path) -> None:
+    run_trainers(save, 2, str(tmp_path))
+    if workers == 2:
+        shutil.rmtree(tmp_path / "7.ckpt.workers")
+
+    results = run_trainers(go_on, workers, str(tmp_path / "7.ckpt"))
+
+    names = {name for name, _ in Metered().named_parameters()}
+    assert set().union(*(held for _, _, _, held, _ in results)) == names
+    for worker, (state, warned, steps, held, said) in enumerate(results):
+        assert_equal_states(state, results[0][0], exactly=True)
+        assert steps in (12, 15)
+        assert len(warned) == (workers == 2 and worker == 0)
+        assert len(held) < len(names) or workers == 1
+        expected = f"The {workers} worker(s) here go on from its full model, with a new partition, in round 3"
+        assert any(expected in line for line in said) == (workers != 2 and worker == 0)

@@ -1,0 +1,219 @@
+"""``Trainer(strategy="auxnet")``: all workers see the same batches, augmented alike, or say how they differ."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from resist_lightning import WorkersDisagree
+from tests.helpers.auxnet import Pictures, fit_stages, pictures
+from tests.helpers.plain import BATCH_SIZE, Classifier
+from tests.helpers.trainers import run_trainers, run_trainers_to_the_end
+
+CUTS = {"cuts": ["section2"]}
+
+
+class Augmented(Pictures):
+    """Transforms that draw from every generator; the last number of an image says which sample it is."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        image = image + torch.randn(3, 8, 8) + float(np.random.rand()) + random.random()
+        image[2, 7, 7] = index
+        return image, label
+
+
+def add_noise(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Collates, at random."""
+    images, labels = zip(*samples, strict=True)
+    noise = torch.randn(len(images), 3, 8, 8)
+    noise[:, 2, 7, 7] = 0
+    return torch.stack(images) + noise, torch.stack(labels)
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    """Of unknown length, in an order of its own."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = Augmented()
+        for index in torch.randperm(len(data)).tolist():
+            yield data[index]
+
+
+class Seeing(Classifier):
+    """Notes the images that it is given, of each epoch by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[int, Tensor]] = [{}, {}]
+        self.order: list[list[int]] = [[], []]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        numbers = [int(image[2, 7, 7]) for image in batch[0]]
+        self.order[self.current_epoch] += numbers
+        self.seen[self.current_epoch].update(zip(numbers, batch[0].clone(), strict=True))
+        return super().training_step(batch, batch_idx)
+
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "in this process": {},
+    "two loader processes": {"num_workers": 2, "multiprocessing_context": "fork"},
+    "processes that stay": {"num_workers": 1, "multiprocessing_context": "fork", "persistent_workers": True},
+    "a random collate function": {"collate_fn": add_noise},
+}
+
+
+def see(worker: int, loader: str, method: str) -> tuple[list[dict[int, Tensor]], list[list[int]]]:
+    torch.manual_seed(worker)  # users forget to seed
+    np.random.seed(worker)
+    random.seed(worker)
+    data: Any = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, **LOADERS.get(loader, {}))
+    if loader == "endless":
+        data = DataLoader(Endless(), BATCH_SIZE)
+    module = Seeing()
+    fit_stages(worker, module, {**CUTS, "method": method}, data, max_epochs=2)
+    return module.seen, module.order
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, "endless"])
+def test_all_workers_see_the_same_images_in_the_same_order_augmented_anew_in_each_epoch(loader: str) -> None:
+    """Though they have seeded nothing, or differently."""
+    (mine, order), (theirs, other_order) = run_trainers(see, 2, loader, "penalty")
+
+    assert order == other_order
+    assert order[0] != order[1]
+    for epoch in range(2):
+        assert sorted(order[epoch]) == list(range(len(Pictures())))
+        for number, image in mine[epoch].items():
+            assert torch.equal(image, theirs[epoch][number])
+    assert not any(torch.equal(mine[0][number], mine[1][number]) for number in mine[0])
+
+
+def test_with_stored_guesses_the_augmentation_is_that_of_the_first_epoch() -> None:
+    (mine, order), (theirs, _) = run_trainers(see, 2, "two loader processes", "al-store")
+
+    assert order[0] != order[1]
+    for number, image in mine[0].items():
+        for other in (mine[1], theirs[0], theirs[1]):
+            assert torch.equal(image, other[number])
+
+
+def see_frozen_collate(worker: int) -> None:
+    see(worker, "a random collate function", "al-store")
+
+
+def test_stored_guesses_with_a_random_collate_function_are_refused_in_the_second_epoch() -> None:
+    for outcome in run_trainers_to_the_end(see_frozen_collate, 2):
+        assert isinstance(outcome.error, ValueError), outcome
+        assert "Take random transforms out of the collate function" in str(outcome.error)
+        assert "method='penalty'" in str(outcome.error)
+
+
+# ------------------------------------------------------------------ workers that do not see the same
+
+
+class DrawsInStep(Classifier):
+    """Augments where the strategy does not see it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0] + torch.randn_like(batch[0]), batch[1]), batch_idx)
+
+
+class DrawsInTransfer(Classifier):
+    """The same, in a hook."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + torch.randn_like(batch[0]), batch[1]
+
+
+class OwnGenerator(Pictures):
+    """Has a generator that differs between processes."""
+
+    def __init__(self, worker: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(worker)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        return image + torch.randn(image.shape, generator=self.generator), label
+
+
+def disagree(worker: int, what: str) -> None:
+    torch.manual_seed(worker)
+    module = {"step": DrawsInStep, "transfer": DrawsInTransfer}.get(what, Classifier)()
+    loader = pictures()
+    if what == "generator":
+        loader = DataLoader(OwnGenerator(worker), BATCH_SIZE, shuffle=True)
+    fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "shuffle")
+
+
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        ("step", "step 0: .*the network's input"),
+        ("transfer", r"batch 0: .*batch\[0\]"),
+        ("generator", r"batch 0: .*batch\[0\]"),
+        ("shuffle", r"batch 0: .*batch\[0\].*batch\[1\]"),
+    ],
+)
+def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, where: str) -> None:
+    for outcome in run_trainers_to_the_end(disagree, 2, what):
+        assert isinstance(outcome.error, WorkersDisagree), outcome
+        assert re.search(where, str(outcome.error)), outcome.error
+        assert "Leave the order of the samples to Lightning" in str(outcome.error)
+        assert "not in training_step or a batch-transfer hook" in str(outcome.error)
+
+
+def shuffle_alike(worker: int) -> list[list[int]]:
+    torch.manual_seed(5)
+    module = Seeing()
+    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True)
+    fit_stages(worker, module, CUTS, loader, max_epochs=2, use_distributed_sampler=False)
+    return module.order
+
+
+def test_a_shuffle_of_the_users_own_works_if_it_is_seeded_alike() -> None:
+    mine, theirs = run_trainers(shuffle_alike, 2)
+    assert mine == theirs
+    assert mine[0] != mine[1]
+    assert [sorted(epoch) for epoch in mine] == [list(range(len(Pictures())))] * 2
+
+
+# ------------------------------------------------------------------ the last batch, and other sizes
+
+
+def uneven(worker: int, method: str) -> tuple[int, bool]:
+    module = Classifier()
+    trainer = fit_stages(worker, module, {**CUTS, "method": method}, pictures(samples=21), max_epochs=3)
+    return trainer.global_step, all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("method", ["al-net", "penalty-store"])
+def test_a_last_batch_may_be_smaller(method: str) -> None:
+    assert run_trainers(uneven, 2, method) == [(9, True)] * 2
+
+
+class TwoSizes(Pictures):
+    """The second half of the samples is larger."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        return (image if index < 16 else image.repeat(1, 2, 2)), label
+
+
+def change_size(worker: int) -> None:
+    fit_stages(worker, Classifier(), CUTS, DataLoader(TwoSizes(32), BATCH_SIZE), use_distributed_sampler=False)
+
+
+def test_images_of_another_size_in_mid_training_are_refused_by_all() -> None:
+    for outcome in run_trainers_to_the_end(change_size, 2):
+        assert isinstance(outcome.error, ValueError), outcome
+        assert "is given (3, 16, 16) and was cut with inputs of (3, 8, 8)" in str(outcome.error)

@@ -1,0 +1,250 @@
+"""``Trainer(strategy="auxnet")``: what cannot work is refused before any step, with a message that helps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from resist_lightning import AuxNetStrategy, PartialModelError, StageSelectionError
+from tests.helpers.auxnet import fit_stages, make_stages, pictures
+from tests.helpers.plain import Classifier, held_out
+from tests.helpers.trainers import QUIET, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.training import assert_equal_states, clone_state
+
+CUTS = {"cuts": ["section2"]}
+
+# ------------------------------------------------------------------ before launch: in the process of the script
+
+
+class Residual(nn.Module):
+    """The usual network, with a forward that a test chooses."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        net = Classifier().net
+        self.stem = net.stem
+        self.sections = nn.Sequential(net.section1, net.section2, net.section3, net.section4)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "branches" and float(x.sum()) > 0:
+            x = -x
+        x = self.sections(self.stem(x)).mean((2, 3))
+        return (x, x) if self.how == "tuple" else x
+
+
+class TwoInputs(Residual):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x + y)
+
+
+class Odd(Classifier):
+    """With another network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+def fit_script(
+    module: L.LightningModule, workers: int = 2, strategy: dict[str, Any] | None = None, **more: Any
+) -> None:
+    """As a main process that would start workers: it must not come so far."""
+    made = make_stages(**{"start_method": "fork", **(strategy or {})})
+    options = {**QUIET, "strategy": made, "devices": workers, "max_epochs": 1, **more}
+    L.Trainer(**options).fit(module, pictures())
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "more workers than stages": (
+        Classifier,
+        {"workers": 9},
+        "9 workers need 8 cut point.*has 7.*Use at most 8 workers",
+    ),
+    "several inputs": (lambda: Odd(TwoInputs("")), {}, "takes x, y, and stages pass one tensor on"),
+    "no trace": (lambda: Odd(Residual("branches")), {}, "cannot be"),
+    "several outputs": (lambda: Odd(Residual("tuple")), {}, "returns"),
+    "an unknown cut": (Classifier, {"strategy": {"cuts": ["section9"]}}, "section9"),
+    "as many cuts as workers": (Classifier, {"strategy": {"cuts": ["section1", "section2"]}}, "there are 2 workers"),
+    "an unknown network": (Classifier, {"strategy": {"network": "nets"}}, "nets"),
+    "half precision": (Classifier, {"plugins": [MixedPrecision("16-mixed", "cuda")]}, "Use 'bf16-mixed'"),
+    "batch norm over the workers": (
+        lambda: Odd(nn.SyncBatchNorm.convert_sync_batchnorm(Classifier().net)),
+        {},
+        "SyncBatchNorm",
+    ),
+    "averaged weights": (Classifier, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
+    "sync_batchnorm": (Classifier, {"sync_batchnorm": True}, "sync_batchnorm=True contradicts"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_before_any_process_starts(name: str) -> None:
+    module, options, expected = REFUSED[name]
+    with pytest.raises(ValueError, match=expected) as raised:
+        fit_script(module(), **options)
+    assert len(str(raised.value)) > 60
+
+
+def test_other_backends_than_gloo_are_refused() -> None:
+    with pytest.raises(ValueError, match="only 'gloo' lets later ones overtake them"):
+        AuxNetStrategy(process_group_backend="nccl")
+
+
+# ------------------------------------------------------------------ before the first step
+
+
+def no_such_input(worker: int, which: Any) -> None:
+    fit_stages(worker, Classifier(), {"input": which})
+
+
+@pytest.mark.parametrize(("which", "expected"), [("image", "of 2 elements"), (5, "of 2 elements"), (1, "int64")])
+def test_a_wrong_name_of_the_input_is_told_with_what_the_batch_has(which: Any, expected: str) -> None:
+    for outcome in run_trainers_to_the_end(no_such_input, 2, which):
+        assert isinstance(outcome.error, ValueError), outcome
+        assert expected in str(outcome.error)
+        assert "input=" in str(outcome.error)
+
+
+class WrongShape(nn.Module):
+    """An auxiliary network that knows nothing of its boundary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Small(nn.Module):
+    """A user's auxiliary network."""
+
+    def __init__(self, image: tuple[int, ...], boundary: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scale = image[1] // boundary[1]
+        self.layer = nn.Conv2d(image[0], boundary[0], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(functional.avg_pool2d(x, self.scale))
+
+
+def wrong_shape(image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
+    return WrongShape()
+
+
+def with_factory(worker: int, factory: Any, method: str) -> tuple[list[str], bool]:
+    kinds: list[str] = []
+
+    class Sees(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            guesses = trainer.strategy.engine.sync.trainee.guesses
+            kinds[:] = [type(child).__name__ for child in guesses.network.modules()] if guesses is not None else []
+
+    module = Classifier()
+    fit_stages(worker, module, {**CUTS, "aux_network": factory, "method": method}, callbacks=[Sees()])
+    return kinds, all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("method", ["penalty", "al-net"])
+def test_users_may_bring_their_own_auxiliary_network(method: str) -> None:
+    (first, sound), (second, _) = run_trainers(with_factory, 2, Small, method)
+    assert first == []
+    assert "Small" in second
+    assert sound
+
+
+def test_an_auxiliary_network_of_another_shape_is_refused() -> None:
+    outcomes = run_trainers_to_the_end(with_factory, 2, wrong_shape, "penalty")
+    for outcome in outcomes:
+        assert outcome.error is not None
+    assert isinstance(outcomes[1].error, ValueError), outcomes[1]
+    assert "(8, 4, 4)" in str(outcomes[1].error)
+
+
+# ------------------------------------------------------------------ in the first step
+
+
+class CallsTwice(Classifier):
+    """As consistency losses do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return functional.mse_loss(self.net(batch[0]), self.net(batch[0]))
+
+
+class EvaluatesInStep(Classifier):
+    """Asks one stage for the whole network's answer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.net(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+class EvalModeInStep(Classifier):
+    """The same, by the mode."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net.eval()
+        return super().training_step(batch, batch_idx)
+
+
+class CallsParts(Classifier):
+    """Goes round the network that is cut."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        net = self.net
+        features = net.section4(net.section3(net.section2(net.section1(net.stem(batch[0])))))
+        return features.square().mean()
+
+
+def train_odd(worker: int, module: type[Classifier]) -> None:
+    fit_stages(worker, module(), {**CUTS, "warmup_steps": 0})
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "expected"),
+    [
+        (CallsTwice, RuntimeError, "Call it once per training_step"),
+        (EvaluatesInStep, PartialModelError, "Evaluate through the Trainer"),
+        (CallsParts, PartialModelError, "Call net as a whole in training, not its parts"),
+        (EvalModeInStep, PartialModelError, "Evaluate through the Trainer"),
+    ],
+)
+def test_what_a_training_step_must_not_do_is_told_on_all_workers(module: Any, kind: Any, expected: str) -> None:
+    for outcome in run_trainers_to_the_end(train_odd, 2, module, timeout=30):
+        assert isinstance(outcome.error, kind), outcome
+        assert expected in str(outcome.error)
+
+
+# ------------------------------------------------------------------ after a refusal
+
+
+def refused_then_right(worker: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    module = Classifier()
+    with pytest.raises(StageSelectionError):
+        fit_stages(worker, module, {"cuts": ["head"]})
+    fit_stages(worker, module, {**CUTS, "warmup_steps": 0, "batch_norm": "running"}, validation=held_out(worker))
+    fresh = Classifier()
+    fit_stages(worker, fresh, {**CUTS, "warmup_steps": 0, "batch_norm": "running"})
+    return clone_state(module), clone_state(fresh)
+
+
+def test_after_a_refusal_the_module_is_as_it_was() -> None:
+    for state, fresh in run_trainers(refused_then_right, 2):
+        assert_equal_states(state, fresh, exactly=True)
+
+
+def test_the_names_are_known_to_the_trainer() -> None:
+    for name, start_method in {
+        "auxnet": "popen",
+        "auxnet_spawn": "spawn",
+        "auxnet_fork": "fork",
+        "auxnet_notebook": "fork",
+    }.items():
+        strategy = make_trainer(name, devices=2).strategy
+        assert isinstance(strategy, AuxNetStrategy)
+        assert strategy._start_method == start_method

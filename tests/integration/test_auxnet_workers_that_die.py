@@ -1,0 +1,118 @@
+"""``Trainer(strategy="auxnet")``: whatever happens to one worker, nobody waits for its messages for ever."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from resist_lightning import NotFinite, WorkerLost
+from tests.helpers import dying
+from tests.helpers.auxnet import fit_stages, pictures
+from tests.helpers.plain import Classifier
+from tests.helpers.trainers import run_trainers_to_the_end
+from tests.helpers.worker import Outcome
+
+PATIENCE_SECONDS = 60
+NAME = r"worker {} \(host .+, pid \d+\) "
+CUTS = {2: ["section2"], 3: ["section2", "section3.2"]}
+AT_STEP = 7
+
+pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
+
+
+class Harmed(Classifier):
+    """One worker comes to harm in a step: before its forward, or between its forward and its backward."""
+
+    def __init__(self, what: str, where: str, doomed: int) -> None:
+        super().__init__()
+        self.what, self.where, self.doomed = what, where, doomed
+
+    def meet(self, where: str, batch_idx: int) -> None:
+        if (where, self.global_step, self.global_rank) == (self.where, AT_STEP, self.doomed):
+            dying.HARMS[self.what]()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.meet("forward", batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self.meet("backward", batch_idx)
+        return loss
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.meet("step", 0)
+
+
+def train(worker: int, what: str, where: str, doomed: int, warmup_steps: int, workers: int, timeout: float) -> None:
+    strategy = {
+        "cuts": CUTS[workers],
+        "silence": timedelta(seconds=3),
+        "timeout": timedelta(seconds=timeout),
+        "warmup_steps": warmup_steps,
+    }
+    fit_stages(worker, Harmed(what, where, doomed), strategy, pictures(samples=400))
+
+
+def harm(what: str, where: str, doomed: int, warmup_steps: int = 0, workers: int = 2, timeout: float = 30) -> Any:
+    began = time.monotonic()
+    arguments = what, where, doomed, warmup_steps, workers, timeout
+    outcomes = run_trainers_to_the_end(train, workers, *arguments, timeout=PATIENCE_SECONDS)
+    assert time.monotonic() - began < PATIENCE_SECONDS / 2
+    return outcomes
+
+
+def assert_lost(outcome: Outcome, worker: int, how: str) -> None:
+    assert isinstance(outcome.error, WorkerLost), outcome
+    assert re.match(NAME.format(worker) + how, str(outcome.error)), outcome.error
+
+
+@pytest.mark.parametrize(
+    ("where", "doomed", "workers", "warmup_steps"),
+    [
+        ("forward", 2, 3, 0),  # the others wait for the network's output
+        ("backward", 1, 2, 0),
+        ("step", 0, 2, 0),  # the other waits for the truth
+        ("backward", 1, 2, 99),  # the other waits for a gradient, inside its backward pass
+        ("forward", 0, 3, 99),  # worker 1 waits for the truth, and worker 2 for worker 1
+    ],
+)
+def test_a_killed_worker_is_named_by_all_others(where: str, doomed: int, workers: int, warmup_steps: int) -> None:
+    outcomes = harm("kill", where, doomed, warmup_steps, workers)
+
+    assert outcomes[doomed].end == "SIGKILL"
+    for other in set(range(workers)) - {doomed}:
+        assert_lost(outcomes[other], doomed, "ended without a word")
+
+
+@pytest.mark.parametrize(("where", "doomed"), [("forward", 1), ("backward", 1), ("step", 0)])
+def test_an_error_in_one_worker_ends_all(where: str, doomed: int) -> None:
+    outcomes = harm("raise", where, doomed)
+
+    assert isinstance(outcomes[doomed].error, KeyError)
+    assert_lost(outcomes[1 - doomed], doomed, "failed with KeyError: .*a mistake")
+
+
+def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
+    outcomes = harm("hang", "backward", 1, warmup_steps=99, timeout=5)
+
+    assert_lost(outcomes[0], 1, "is alive, but has not come")
+
+
+class Diverges(Classifier):
+    """The loss of one worker's copy becomes NaN; the others' as well, as all compute the same."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 4 else loss
+
+
+def diverge(worker: int) -> None:
+    fit_stages(worker, Diverges(), {"cuts": CUTS[2]}, pictures(samples=100))
+
+
+def test_a_stage_with_nan_ends_the_run_at_the_next_meeting() -> None:
+    for outcome in run_trainers_to_the_end(diverge, 2):
+        assert isinstance(outcome.error, NotFinite), outcome
+        assert "worker 1 in" in str(outcome.error)
