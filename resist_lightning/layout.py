@@ -159,5 +159,5 @@ def _refuse_sync_batch_norm(module: nn.Module) -> None:
     if names:
         raise ValueError(
             f"{names[0]} is a SyncBatchNorm: it would communicate in every step, in a sub-network that differs between "
-            "workers. Use BatchNorm; its statistics are averaged at each sync."
+            "workers. Use BatchNorm; the full model has statistics of all workers."
         )

@@ -62,7 +62,7 @@ class SubnetStrategy(SavingStrategy):
         if self._layer_sync is not None:
             raise ValueError(
                 "sync_batchnorm=True contradicts local training: it would communicate in every step. Leave it out; "
-                "batch-norm statistics are averaged at each sync."
+                "the full model has batch-norm statistics of all workers anyway."
             )
         refuse_launch(self.cluster_environment, self.accelerator, self._start_method)
         if self._start_method == "popen":
