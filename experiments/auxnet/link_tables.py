@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from experiments.accuracy.tables import Rows, chosen, distinct, spread
+from experiments.accuracy.tables import Rows, chosen, distinct
 from experiments.auxnet.words import TITLES, title
 from experiments.links.tables import bandwidth
 from experiments.paper_tables.tables import Grid
 
 Content = dict[str, Any]
+Row = dict[str, Any]
 
 
-def methods_of(rows: Rows) -> Iterator[tuple[str, str, Rows]]:
-    """Network, method in words, and their rows, in the order of the tables."""
-    for task in distinct(rows, "task"):
-        for method in TITLES:
-            own = chosen(rows, task=task, method=method)
-            for schedule in distinct(own, "schedule"):
-                yield task, title(method, schedule), chosen(own, schedule=schedule)
+def methods_of(rows: Rows) -> Iterator[tuple[str, str | None, Rows]]:
+    """Method, schedule and their rows, in the order of the tables."""
+    for method in TITLES:
+        own = chosen(rows, method=method)
+        for schedule in distinct(own, "schedule"):
+            yield method, schedule, chosen(own, schedule=schedule)
 
 
 def by_link(rows: Rows) -> Iterator[tuple[float | None, Rows]]:
@@ -30,83 +30,71 @@ def by_link(rows: Rows) -> Iterator[tuple[float | None, Rows]]:
         yield gbit, chosen(rows, bandwidth_gbit=gbit)
 
 
-def exchange_seconds(row: dict[str, Any]) -> float:
-    """Of a step's bytes, by formula, one direction after the other, over the row's link: as long as back-propagation,
-    which needs an activation before it has a gradient, must wait for them."""
+def exchange_seconds(row: Row) -> float:
+    """Of a step's bytes, by formula, one direction after the other, over the row's link.
+
+    So long the link is needed where nothing is hidden: a gradient cannot be sent before the activation has arrived.
+    """
     return float(sum(row["sent_by_formula"]) * 8 / (row["case"]["bandwidth_gbit"] * 1e9))
 
 
-def pairs(rows: Rows, others: Rows) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def pairs(rows: Rows, others: Rows) -> list[tuple[Row, Row]]:
     """Rows with those of the same turn, so that what slows the machine for a while slows both."""
     of_turn = {row["case"]["seed"]: row for row in others}
-    for row in rows:
-        if row["case"]["seed"] in of_turn:
-            yield row, of_turn[row["case"]["seed"]]
+    return [(row, of_turn[row["case"]["seed"]]) for row in rows if row["case"]["seed"] in of_turn]
 
 
 def links(content: Content) -> Grid:
-    rows, lines = content["rows"], []
-    for task, method, own in methods_of(rows):
-        alone, unshaped = chosen(rows, task=task, method="serial"), chosen(own, bandwidth_gbit=None)
-        for gbit, these in by_link(own):
-            serial = these[0]["case"]["workers"] == 1
-            milliseconds = [1000 * row["step_seconds"] for row in these]
-            lines.append(
-                [
-                    task,
-                    method,
-                    "no link" if serial else bandwidth(gbit),
-                    f"{median(milliseconds):.1f}",
-                    f"{min(milliseconds):.1f} to {max(milliseconds):.1f}",
-                    _ratio(pairs(alone, these)),
-                    *(["-", "-", "-", "-"] if gbit is None else _exchange(these, unshaped)),
-                    str(len(these)),
-                ]
-            )
+    """All over the turns: medians of seconds, of ratios and of differences."""
+    lines = []
+    for task in distinct(content["rows"], "task"):
+        rows = chosen(content["rows"], task=task)
+        alone = chosen(rows, method="serial")
+        for method, schedule, own in methods_of(rows):
+            unshaped = chosen(own, bandwidth_gbit=None)
+            for gbit, these in by_link(own):
+                link = "none" if method == "serial" else bandwidth(gbit)
+                cells = _exchange(these, unshaped) if gbit is not None else ["-"] * 4
+                start = [task, title(method, schedule), link]
+                lines.append([*start, *_milliseconds(these), _ratio(pairs(alone, these)), *cells, str(len(these))])
     header = ["network", "method", "link", "ms per step", "least to most", "speed-up over one process"]
-    header += ["step / unshaped step", "more than unshaped, ms", "bytes / bandwidth, ms", "hidden"]
+    header += ["step / unshaped", "longer than unshaped, ms", "bytes / bandwidth, ms", "hidden"]
     return Grid("Steps over links", [*header, "n"], lines)
 
 
 def link_bytes(content: Content) -> Grid:
     """At the boundary, both directions together."""
     lines = []
-    for task, method, own in methods_of(content["rows"]):
-        if own[0]["case"]["workers"] == 1:
-            continue
-        for gbit, these in by_link(own):
-            formula = sum(these[0]["sent_by_formula"])
-            kernel, counted = (_sums(these, key) for key in ("kernel_sent_by_step", "sent_by_step"))
-            lines.append(
-                [
-                    task,
-                    method,
-                    bandwidth(gbit),
-                    f"{formula:,}",
-                    spread(counted) if len(set(counted)) > 1 else f"{counted[0]:,.0f}" if counted else "-",
-                    f"{median(kernel):,.0f}" if kernel else "-",
-                    f"{median(kernel) / formula:.4f}" if kernel else "-",
-                ]
-            )
-    header = ["network", "method", "link", "bytes per step: by formula", "our count", "kernel", "kernel / formula"]
-    return Grid("Bytes across the boundary", header, lines)
+    for task in distinct(content["rows"], "task"):
+        for method, schedule, own in methods_of(chosen(content["rows"], task=task)):
+            for gbit, these in by_link(own) if method != "serial" else ():
+                formula = sum(these[0]["sent_by_formula"])
+                counted, kernel = (_sums(these, key) for key in ("sent_by_step", "kernel_sent_by_step"))
+                cells = [f"{median(counted):,.0f}"] if counted else ["-"]
+                cells += [f"{median(kernel):,.0f}", f"{median(kernel) / formula:.4f}"] if kernel else ["-", "-"]
+                lines.append([task, title(method, schedule), bandwidth(gbit), f"{formula:,}", *cells])
+    header = ["network", "method", "link", "bytes per step, by formula", "our count", "the kernel's"]
+    return Grid("Bytes across the boundary", [*header, "kernel / formula"], lines)
 
 
-def _sums(rows: Rows, key: str) -> list[float]:
-    """Of all workers, where each of them has counted."""
-    return [sum(row[key]) for row in rows if None not in row[key]]
+def _milliseconds(rows: Rows) -> list[str]:
+    found = [1000 * row["step_seconds"] for row in rows]
+    return [f"{median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}"]
 
 
 def _exchange(rows: Rows, unshaped: Rows) -> list[str]:
-    """What the link costs, as cells: medians over the turns."""
-    found = list(pairs(rows, unshaped))
-    ideal = exchange_seconds(rows[0])
+    """What the link costs, as cells."""
+    found, ideal = pairs(rows, unshaped), exchange_seconds(rows[0])
     if not found:
         return ["-", "-", f"{1000 * ideal:.1f}", "-"]
-    more = median(row["step_seconds"] - other["step_seconds"] for row, other in found)
-    return [_ratio(iter(found)), f"{1000 * more:.1f}", f"{1000 * ideal:.1f}", f"{100 * (1 - more / ideal):.0f} %"]
+    longer = median(row["step_seconds"] - other["step_seconds"] for row, other in found)
+    return [_ratio(found), f"{1000 * longer:.1f}", f"{1000 * ideal:.1f}", f"{100 * (1 - longer / ideal):.0f} %"]
 
 
-def _ratio(found: Iterator[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    ratios = [one["step_seconds"] / other["step_seconds"] for one, other in found]
-    return f"{median(ratios):.2f}" if ratios else "-"
+def _ratio(found: list[tuple[Row, Row]]) -> str:
+    return f"{median(one['step_seconds'] / other['step_seconds'] for one, other in found):.2f}" if found else "-"
+
+
+def _sums(rows: Rows, key: str) -> list[float]:
+    """Over all workers, where each of them has counted."""
+    return [sum(row[key]) for row in rows if None not in row[key]]

@@ -16,7 +16,11 @@ from experiments.auxnet.training import Job, measure
 from experiments.links.crew import Crew, crew, ended_in_one_line
 from experiments.links.options import network
 
+PROGRAM = link_worker.__name__
 WORKERS, MTU = 2, 1500
+LEAST_BURST_BYTES = 32 * 1024
+"""Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
+sends half a megabyte and more at once; with less than this, 0.1 Gbit/s was not reached."""
 TIMEOUT_SECONDS = 300
 """For one training over one link."""
 
@@ -29,7 +33,7 @@ def over_links(cfg: DictConfig) -> Iterator[tuple[Callable[[LinkCase], dict[str,
         cfg: the settings.
     """
     links = OmegaConf.create({"workers": WORKERS, "bandwidths_gbit": cfg.bandwidths_gbit, "name": None, "mtu": MTU})
-    with ended_in_one_line(), network(links) as (made, possible), crew(made, link_worker.__name__) as workers:
+    with ended_in_one_line(), network(links, LEAST_BURST_BYTES) as (made, possible), crew(made, PROGRAM) as workers:
         yield partial(_measured, cfg=cfg, workers=workers), possible
 
 

@@ -79,7 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "evaluations": 2, "micro_batches": 2, "schedule": "gpipe", "sweep_tasks": ["digits"],
         "betas": [0.1, 1.0], "aux_widths": [4], "aux_rates": [0.1], "warmups": [2],
         "networks": ["resnet_38"], "steps": 6, "repeats": 1,
-        "link_networks": ["resnet_38"], "link_steps": 6, "bandwidths_gbit": [0.01, UNSHAPED],
+        "link_networks": ["resnet_38"], "link_steps": 9, "bandwidths_gbit": [0.001, UNSHAPED],
     },
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None, launch: Launch = 
     scale = scale_of(case.task, cfg.size)
     per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
     stops: frozenset[int] = frozenset()
-    warmup = 0 if case.method == SERIAL_STAGES else case.warmup_steps or 0  # which is timed, where there is nothing else
+    warmup = 0 if case.method == SERIAL_STAGES else case.warmup_steps or 0  # where all steps are of it, it is timed
     serial = max(warmup, per_epoch if stored(case.method) else 0)
     uncounted = max(1, serial)
     if steps is None:

@@ -17,7 +17,14 @@ from rich.console import Console
 
 from experiments.checks import ConfigError, check_keys
 from experiments.limits import limited
-from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
+from experiments.links.namespaces import (
+    LARGEST_WORKERS,
+    LEAST_BURST_BYTES,
+    Loopback,
+    namespaces,
+    namespaces_in_use,
+    why_no_namespaces,
+)
 from experiments.links.networks import check_network
 from resist_lightning.accounting import WIRE_FORMATS
 
@@ -113,8 +120,13 @@ def check_name(name: str | None) -> None:
 
 
 @contextmanager
-def network(cfg: DictConfig) -> Iterator[tuple[Loopback, list[float | None]]]:
-    """The workers' network, and the bandwidths that it can have (None: unshaped); says what is missing."""
+def network(cfg: DictConfig, least_burst: int = LEAST_BURST_BYTES) -> Iterator[tuple[Loopback, list[float | None]]]:
+    """The workers' network, and the bandwidths that it can have (None: unshaped); says what is missing.
+
+    Args:
+        cfg: its workers, bandwidths_gbit, name and mtu.
+        least_burst: bytes of a shaper's bucket, at least; small against what is sent at once.
+    """
     missing = why_no_namespaces()
     wanted = [gbit_of(entry) for entry in cfg.bandwidths_gbit]
     if missing:
@@ -124,7 +136,7 @@ def network(cfg: DictConfig) -> Iterator[tuple[Loopback, list[float | None]]]:
         )
         yield Loopback(cfg.workers), [None]
         return
-    with namespaces(cfg.workers, cfg.name or "", cfg.mtu) as made:
+    with namespaces(cfg.workers, cfg.name or "", cfg.mtu, least_burst) as made:
         yield made, wanted
 
 
