@@ -55,7 +55,7 @@ def test_counted_bytes_are_the_closed_form_and_what_the_kernel_saw(smoke: tuple[
         if row["case"]["method"] != "pipeline":
             assert row["sent_by_step"] == row["sent_by_formula"]
         for kernel, formula in zip(row["kernel_sent_by_step"], row["sent_by_formula"], strict=True):
-            assert formula < kernel < 1.2 * formula
+            assert formula < kernel < 1.5 * formula
 
 
 @needs_namespaces
