@@ -20,7 +20,7 @@ PROGRAM = link_worker.__name__
 WORKERS, MTU = 2, 1500
 LEAST_BURST_BYTES = 32 * 1024
 """Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
-sends half a megabyte and more at once; with less than this, 0.1 Gbit/s was not reached."""
+sends half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms."""
 TIMEOUT_SECONDS = 300
 """For one training over one link."""
 
