@@ -9,9 +9,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.auxnet.tasks import ALL
+from experiments.links.options import gbit_of
 from resist_lightning.config import StageConfig
 
 AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
+SERIAL_STAGES = "serial-stages"
+"""The penalty method in a warm-up that does not end: stages on workers that wait for each other, as back-propagation
+must."""
 SWEEP_SEED = 1000
 """Settings are judged on the hold-out, with a seed that no other table uses."""
 SWEEP_WORKERS = 2
@@ -23,7 +27,7 @@ class Case:
 
     Args:
         task: one of `tasks.ALL`.
-        method: serial, pipeline, or one of `AUXNET`.
+        method: serial, pipeline, `SERIAL_STAGES`, or one of `AUXNET`.
         workers: number of processes, of one thread each.
         seed: of weights, order and augmentation.
         lr: learning rate at the start.
@@ -66,12 +70,23 @@ class Case:
         return " ".join([self.task, self.method, f"K={self.workers}", f"seed {self.seed}", *other])
 
 
+@dataclass(frozen=True)
+class LinkCase(Case):
+    """A training whose workers are joined by links.
+
+    Args:
+        bandwidth_gbit: of the links; None for unshaped ones, and where there is one worker.
+    """
+
+    bandwidth_gbit: float | None = None
+
+
 SETTINGS = ("beta", "aux_width", "aux_learning_rate", "warmup_steps", "lambda_step", "multiplier_every")
 
 
 def settings_of(case: Case) -> dict[str, Any]:
     """What a `StageConfig` is given: the method, and settings that the case has."""
-    return {"method": case.method} | {
+    return {"method": "penalty" if case.method == SERIAL_STAGES else case.method} | {
         key: value for key, value in case.key.items() if key in SETTINGS and value is not None
     }
 
@@ -149,7 +164,30 @@ def timing_cases(cfg: DictConfig) -> list[Case]:
             for method in (name for name in cfg.methods if name not in ("serial", "pipeline")):
                 case = replace(base(network, method, 2, turn), warmup_steps=2)
                 found.append(case)
-            if "pipeline" in cfg.methods:
-                pipe = base(network, "pipeline", 2, turn)
-                found += [replace(pipe, schedule=name, micro_batches=cfg.micro_batches) for name in ("gpipe", "1f1b")]
+            found += _pipelines(cfg, network, turn)
     return found
+
+
+def link_cases(cfg: DictConfig) -> list[LinkCase]:
+    """One process, and two workers over every link, turn and turn about; the seed is the number of the turn."""
+    found = []
+    for turn in range(cfg.repeats):
+        for network in cfg.link_networks:
+            if "serial" in cfg.methods:
+                found.append(LinkCase(**base(network, "serial", 1, turn).key))
+            cases = _pipelines(cfg, network, turn)
+            if "penalty" in cfg.methods:
+                usual = base(network, "penalty", 2, turn)
+                cases.append(replace(usual, method=SERIAL_STAGES, warmup_steps=cfg.link_steps))
+                cases.append(replace(usual, warmup_steps=2))
+            found += [
+                LinkCase(**case.key, bandwidth_gbit=gbit_of(entry)) for entry in cfg.bandwidths_gbit for case in cases
+            ]
+    return found
+
+
+def _pipelines(cfg: DictConfig, network: str, turn: int) -> list[Case]:
+    if "pipeline" not in cfg.methods:
+        return []
+    pipe = base(network, "pipeline", 2, turn)
+    return [replace(pipe, schedule=name, micro_batches=cfg.micro_batches) for name in ("gpipe", "1f1b")]

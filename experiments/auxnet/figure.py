@@ -1,9 +1,9 @@
-"""Pictures: test accuracy by method, seconds of a step, and who computes and who waits in it."""
+"""Pictures: test accuracy by method, seconds of a step, also over links, and who computes and who waits in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, median, pstdev
 from typing import Any
 
 import matplotlib as mpl
@@ -11,21 +11,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.accuracy.tables import chosen, distinct
+from experiments.auxnet.link_tables import by_link, methods_of
 from experiments.auxnet.tables import read
-from experiments.auxnet.words import TITLES
-from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE, VERMILION
+from experiments.auxnet.words import TITLES, title
+from experiments.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE, VERMILION
 from experiments.ist.figure import panels_of, saved
+from experiments.links.tables import bandwidth
 from experiments.timeline_figure import draw_timeline
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
+    "serial-stages": BLACK,
 }  # fmt: skip
 
 
 def draw_all(folder: Path) -> list[Path]:
     """Draw what the result files of ``folder`` allow; returns the pictures."""
     drawn = []
-    for name, draw in (("accuracy", _draw_accuracy), ("timing", _draw_timing)):
+    for name, draw in (("accuracy", _draw_accuracy), ("timing", _draw_timing), ("links", _draw_links)):
         content = read(name, folder)
         if content:
             with mpl.rc_context(STYLE):
@@ -55,9 +58,9 @@ def _draw_accuracy(path: Path, content: dict[str, Any]) -> Path:
             words = TITLES["serial"] + ("" if augment else ", no augmentation")
             if alone:
                 axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=style, label=words)
-        for method, words in TITLES.items():
+        for method in distinct(own, "method"):
             if method != "serial":
-                _errorbars(axes, chosen(own, method=method), COLOURS[method], words)
+                _errorbars(axes, chosen(own, method=method), COLOURS[method], TITLES[method])
         axes.grid(True, axis="y")
         axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=distinct(own, "workers"))
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
@@ -88,3 +91,27 @@ def _draw_timing(path: Path, content: dict[str, Any]) -> Path:
         axes.set(xlabel="milliseconds per step")
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
     return saved(figure, path, "Time of a step, two workers on two cores")
+
+
+def _draw_links(path: Path, content: dict[str, Any]) -> Path:
+    rows = content["rows"]
+    tasks = distinct(rows, "task")
+    figure = panels_of(len(tasks))
+    places = [gbit for gbit, _ in by_link(rows)]
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for method, schedule, own in methods_of(chosen(rows, task=task)):
+            found = [
+                (places.index(gbit), 1000 * median(row["step_seconds"] for row in these))
+                for gbit, these in by_link(own)
+            ]
+            words, colour = title(method, schedule), COLOURS[method]
+            if method == "serial":
+                axes.axhline(found[0][1], color=colour, linewidth=1.2, label=words)
+            else:
+                style = "--" if schedule == "1f1b" else "-"
+                axes.plot(*zip(*found, strict=True), style, color=colour, marker="o", label=words)
+        axes.set_xticks(range(len(places)), [bandwidth(gbit) for gbit in places])
+        axes.set(xlabel="link", ylabel="milliseconds per step", ylim=(0, None))
+        axes.grid(True, axis="y")
+        axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
+    return saved(figure, path, "Time of a step over links, two workers")

@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 
 from experiments.accuracy.rows import Study
 from experiments.auxnet import tables
-from experiments.auxnet.cases import Case, accuracy_cases, sweep_cases, timing_cases
+from experiments.auxnet.cases import accuracy_cases, link_cases, sweep_cases, timing_cases
 from experiments.auxnet.figure import draw_all
+from experiments.auxnet.links import over_links
 from experiments.auxnet.settings import RESULTS, parse, recorded
 from experiments.auxnet.training import measure
 from experiments.ist.main import show
@@ -49,11 +50,21 @@ def run(name: str, cfg: DictConfig) -> None:
     """Measure what is missing of a study, one training after the other: each may need both cores."""
     study = Study.at(Path(cfg.out) / f"{name}.json", recorded(cfg, name), fresh=cfg.fresh)
     missing = [case for case in CASES[name](cfg) if study.row_of(case) is None]
-    work = partial(measure, cfg=cfg, steps=cfg.steps if name == "timing" else None)
+    if name == "links" and missing:
+        with over_links(cfg) as (work, possible):
+            _add(study, [case for case in missing if case.bandwidth_gbit in possible], work)
+    else:
+        _add(study, missing, partial(measure, cfg=cfg, steps=cfg.steps if name == "timing" else None))
+
+
+def _add(study: Study, missing: Sequence[Any], work: Callable[[Any], dict[str, Any]]) -> None:
     for number, case in enumerate(missing, start=1):
         found = work(case)
         study.add(case, found)
-        print(f"{name} {number}/{len(missing)} {case.name}: {_ended(found)}, {found['seconds']:.0f} s", flush=True)
+        print(
+            f"{study.path.stem} {number}/{len(missing)} {case.name}: {_ended(found)}, {found['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def _ended(found: dict[str, Any]) -> str:
@@ -63,8 +74,9 @@ def _ended(found: dict[str, Any]) -> str:
     return f"{what}{1000 * found['step_seconds']:.1f} ms per step"
 
 
-CASES: dict[str, Callable[[DictConfig], list[Case]]] = {
+CASES: dict[str, Callable[[DictConfig], Sequence[Any]]] = {
     "accuracy": accuracy_cases,
     "sweep": sweep_cases,
     "timing": timing_cases,
+    "links": link_cases,
 }

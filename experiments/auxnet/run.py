@@ -4,11 +4,12 @@ python experiments/auxnet/run.py folder=PATH                     (all studies; P
 python experiments/auxnet/run.py accuracy tasks=[digits]         (some of them, some of it)
 python experiments/auxnet/run.py size=smoke out=FOLDER           (seconds)
 
-Studies: accuracy, sweep, timing. Options are key=value, all in settings.py; among them tasks, methods, workers, seeds,
-epochs, betas, aux_widths, out. Every method trains in real processes of one thread each, on the same images in the same
-order, in the same loop; nothing else should run on the machine, as all of it is timed. Prints tables, and writes a JSON
-file for each study and pictures; the full size into experiments/auxnet/results, and its tables into README.md. A training
-that was measured is not measured again, unless fresh=true.
+Studies: accuracy, sweep, timing, links. Options are key=value, all in settings.py; among them tasks, methods, workers,
+seeds, epochs, betas, aux_widths, bandwidths_gbit, out. Every method trains in real processes of one thread each, on the
+same images in the same order, in the same loop; nothing else should run on the machine, as all of it is timed. Prints
+tables, and writes a JSON file for each study and pictures; the full size into experiments/auxnet/results, and its tables
+into README.md. A training that was measured is not measured again, unless fresh=true. Links need root and iproute2:
+without, they are unshaped only.
 """
 
 from __future__ import annotations

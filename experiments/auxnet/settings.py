@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,22 @@ from yaml import YAMLError
 from experiments.auxnet.tasks import ALL, TASKS, TIMED
 from experiments.checks import ConfigError, check_keys
 from experiments.limits import limited
+from experiments.links.options import UNSHAPED, check_bandwidths
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("accuracy", "sweep", "timing")
+STUDIES = ("accuracy", "sweep", "timing", "links")
 METHODS = ("serial", "penalty", "al-net", "penalty-store", "al-store", "pipeline")
 SCHEDULES = ("gpipe", "1f1b")
+KNOWN: Mapping[str, Iterable[str]] = {
+    "tasks": TASKS, "sweep_tasks": TASKS, "networks": TIMED, "link_networks": TIMED, "methods": METHODS,
+}  # fmt: skip
+"""What lists of names choose from."""
+LISTS = (*KNOWN, "workers", "betas", "aux_widths", "aux_rates", "warmups", "bandwidths_gbit")
+RECORDED = {
+    "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",),
+    "links": ("link_steps",),
+}  # fmt: skip
+"""What the results of a study depend on, besides their cases."""
 MOST_WORKERS = 3
 """As many as tasks have cuts for."""
 
@@ -48,6 +59,9 @@ class Settings:
     networks: list[str] = MISSING
     steps: int = limited(least=4, hint="steps of a training that is only timed; the first third is not counted")
     repeats: int = limited(least=1, hint="trainings of each kind that are timed, turn and turn about")
+    link_networks: list[str] = MISSING
+    link_steps: int = limited(least=4, hint="steps of a training over a link; the first third is not counted")
+    bandwidths_gbit: list[Any] = MISSING
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -57,6 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "evaluations": 4, "micro_batches": 4, "schedule": "gpipe", "sweep_tasks": ["digits", "cifar_deep"],
         "betas": [0.1, 1.0, 10.0, 100.0], "aux_widths": [16, 32, 64], "aux_rates": [0.03, 0.1, 0.3],
         "warmups": [0, 50, 200], "networks": list(TIMED), "steps": 30, "repeats": 3,
+        "link_networks": ["resnet_38", "wrn_16_4"], "link_steps": 12, "bandwidths_gbit": [0.1, 1, UNSHAPED],
     },
     "smoke": {
         "size": "smoke", "out": "runs/auxnet", "fresh": False, "folder": None, "cache_dir": "runs/cache",
@@ -64,6 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "evaluations": 2, "micro_batches": 2, "schedule": "gpipe", "sweep_tasks": ["digits"],
         "betas": [0.1, 1.0], "aux_widths": [4], "aux_rates": [0.1], "warmups": [2],
         "networks": ["resnet_38"], "steps": 6, "repeats": 1,
+        "link_networks": ["resnet_38"], "link_steps": 9, "bandwidths_gbit": [0.001, UNSHAPED],
     },
 }  # fmt: skip
 
@@ -93,18 +109,18 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
 
 
 def _check_lists(cfg: DictConfig) -> None:
-    lists = ("tasks", "methods", "workers", "sweep_tasks", "betas", "aux_widths", "aux_rates", "warmups", "networks")
-    for key in lists:
+    for key in LISTS:
         if not isinstance(cfg[key], ListConfig) or not cfg[key]:
             raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={SIZES['full'][key]}")
         if len(set(cfg[key])) < len(cfg[key]):
             raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
     _check_names(cfg)
     _check_numbers(cfg)
+    check_bandwidths(cfg.bandwidths_gbit)
 
 
 def _check_names(cfg: DictConfig) -> None:
-    for key, known in (("tasks", TASKS), ("sweep_tasks", TASKS), ("networks", TIMED), ("methods", METHODS)):
+    for key, known in KNOWN.items():
         for name in cfg[key]:
             if name not in known:
                 raise ConfigError(f"{key}={list(cfg[key])}: {name!r} is not known; choose from {', '.join(known)}")
@@ -129,7 +145,7 @@ def _check_batches(cfg: DictConfig) -> None:
             f"micro_batches={cfg.micro_batches}: schedule=1f1b needs as many micro-batches as workers, {max(cfg.workers)}; "
             "raise it, or take schedule=gpipe"
         )
-    for name in {*cfg.tasks, *cfg.networks}:
+    for name in {*cfg.tasks, *cfg.networks, *cfg.link_networks}:
         batch = ALL[name].scales[cfg.size].batch
         if "pipeline" in cfg.methods and batch % cfg.micro_batches:
             raise ConfigError(
@@ -156,5 +172,4 @@ def _check_folders(cfg: DictConfig, names: Sequence[str]) -> None:
 
 def recorded(cfg: DictConfig, study: str) -> Mapping[str, Any]:
     """What a result depends on, besides its case."""
-    own = {"accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",)}[study]
-    return {key: cfg[key] for key in ("size", *own)}
+    return {key: cfg[key] for key in ("size", *RECORDED[study])}

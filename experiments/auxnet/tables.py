@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread
 from experiments.auxnet.cases import AUXNET, SWEEP_WORKERS, stored
+from experiments.auxnet.link_tables import link_bytes, links
 from experiments.auxnet.networks import layers
 from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, warmups
 from experiments.auxnet.tasks import ALL
@@ -133,6 +134,7 @@ GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
     "accuracy": (accuracy, speed, sizes, explanation),
     "sweep": (betas, betas_of_others, aux_rates, warmups),
     "timing": (timing,),
+    "links": (links, link_bytes),
 }
 
 
@@ -199,9 +201,23 @@ def timing_conditions(content: Content) -> str:
     )
 
 
+def link_conditions(content: Content) -> str:
+    """What the steps over links were timed with."""
+    rows, settings = content["rows"], content["settings"]
+    networks = []
+    for name in distinct(rows, "task"):
+        scale = ALL[name].scales[settings["size"]]
+        networks.append(f"{name} behind {', '.join(scale.cuts[2])}, batch {scale.batch}")
+    return (
+        f"K = 2, cut at {'; '.join(networks)}. Median of the steps behind the first third of {settings['link_steps']}, "
+        f"median over n = {seeds(rows)} trainings, turn and turn about. {on(content['machine'])}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "auxnet_conditions": partial(_told, "accuracy", conditions),
     "auxnet_sweep_conditions": partial(_told, "sweep", sweep_conditions),
     "auxnet_timing_conditions": partial(_told, "timing", timing_conditions),
+    "auxnet_link_conditions": partial(_told, "links", link_conditions),
     **{f"auxnet_{make.__name__}": partial(_written, name, make) for name, makes in GRIDS.items() for make in makes},
 }

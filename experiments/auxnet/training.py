@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from experiments.accuracy.data import Stream
 from experiments.accuracy.training import accuracy, rate
-from experiments.auxnet.cases import Case, stored
+from experiments.auxnet.cases import SERIAL_STAGES, Case, stored
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
 from experiments.auxnet.examples import CLASSES, input_shape, make_network, prepared, scale_of
 from experiments.auxnet.layered import Layered
@@ -24,7 +24,7 @@ from experiments.ist.examples import Prepared
 from experiments.paper_tables.memory import forked
 from resist_lightning import NotFinite
 
-EACH = ("aux_parameters", "stored_bytes", "sent_by_step")
+EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "kernel_sent_by_step")
 OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
 """What every worker tells of itself, and what worker 0 tells of all."""
 ROUND = 50
@@ -52,6 +52,15 @@ class Job:
     uncounted: int
 
 
+Launch: TypeAlias = Callable[[Job], list[dict[str, Any]]]
+"""Has all workers of a job do `work`; what each of them told."""
+
+
+def alone_here(job: Job) -> list[dict[str, Any]]:
+    """The workers as processes of this host, which find each other by a file."""
+    return forked(work, job, job.case.workers)
+
+
 @dataclass
 class Clock:
     """Seconds of a worker's steps.
@@ -75,19 +84,22 @@ class Clock:
         }
 
 
-def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]:
-    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent; or that it came to NaN or infinity.
+def measure(case: Case, cfg: Any, *, steps: int | None = None, launch: Launch = alone_here) -> dict[str, Any]:
+    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent;
+    or that it came to NaN or infinity.
 
     Args:
         case: what is trained.
         cfg: the settings.
         steps: of a training that is only timed; None for the epochs of the settings or of the task.
+        launch: starts the workers.
     """
     started, data = time.perf_counter(), prepared(case.task, cfg.size, cfg.folder, cfg.cache_dir)
     scale = scale_of(case.task, cfg.size)
     per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
     stops: frozenset[int] = frozenset()
-    serial = max(case.warmup_steps or 0, per_epoch if stored(case.method) else 0)
+    warmup = 0 if case.method == SERIAL_STAGES else case.warmup_steps or 0  # where all steps are of it, it is timed
+    serial = max(warmup, per_epoch if stored(case.method) else 0)
     uncounted = max(1, serial)
     if steps is None:
         steps = per_epoch * (cfg.epochs or scale.epochs)
@@ -96,7 +108,7 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
         uncounted = serial + steps // 3
     job = Job(case, cfg.size, data, steps, stops, uncounted)
     try:
-        workers = forked(work, job, case.workers)
+        workers = launch(job)
     except ProcessRaisedException as error:
         if NotFinite.__name__ not in str(error):
             raise
@@ -106,7 +118,7 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None) -> dict[str, Any]
         **{key: max(worker["clock"][key] for worker in workers) for key in workers[0]["clock"]},
         "steps": steps,
         "steps_per_epoch": per_epoch,
-        **{key: [worker[key] for worker in workers] for key in ("held_bytes", *EACH)},
+        **{key: [worker.get(key) for worker in workers] for key in ("held_bytes", *EACH)},
         **by_formula(case, cfg.size, [worker["aux_parameters"] for worker in workers]),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -176,8 +188,8 @@ def stream_of(job: Job) -> Stream[Any]:
     return Stream(stream.images.take(kept), stream.transform, batch, job.case.seed)
 
 
-def work(worker: int, job: Job) -> dict[str, Any]:
-    """A worker of a training.
+def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
+    """A worker of a training; ``done`` is told before each step, and behind the last, how many there were.
 
     ::
 
@@ -189,6 +201,7 @@ def work(worker: int, job: Job) -> dict[str, Any]:
     case, curve = job.case, []
     stream, held = stream_of(job), 0
     for step in range(job.steps):
+        done(step)
         began = time.perf_counter()
         x, y = stream.batch(step, 0, 1)
         made = time.perf_counter()
@@ -202,6 +215,7 @@ def work(worker: int, job: Job) -> dict[str, Any]:
             with method.full_model() as model:
                 if worker == 0:
                     curve.append({"step": step + 1, **evaluated(model, job.data)})
+    done(job.steps)
     held = max(held, method.held_bytes())
     return {
         "curve": curve,

@@ -9,6 +9,7 @@ TITLES = {
     "penalty-store": "penalty, stored guesses",
     "al-store": "augmented Lagrangian, stored guesses",
     "pipeline": "pipeline (torch's)",
+    "serial-stages": "stages in series (AuxNet's warm-up)",
 }
 
 

@@ -97,15 +97,17 @@ class Namespaces(Loopback):
         workers: number of workers.
         name: what the namespaces' names begin with; empty draws one.
         mtu: largest packet of the links, in bytes.
+        least_burst: bytes of a shaper's bucket, at least.
     """
 
     interface = INTERFACE
     counts = True
 
-    def __init__(self, workers: int, name: str = "", mtu: int = 1500) -> None:
+    def __init__(self, workers: int, name: str = "", mtu: int = 1500, least_burst: int = LEAST_BURST_BYTES) -> None:
         self.workers = workers
         self.name = name or f"rl-{secrets.token_hex(4)}"
         self.mtu = mtu
+        self.least_burst = least_burst
         self.address = ADDRESS.format(1)
         self.port = 29500
         self.bridge = f"{self.name}-b"
@@ -149,7 +151,8 @@ class Namespaces(Loopback):
                     _run("tc", "-n", namespace, "qdisc", "del", "dev", device, "root")
                 continue
             rate = round(gbit * 1e9)
-            limits = ["rate", f"{rate}bit", "burst", str(burst_bytes(rate)), "limit", str(QUEUE_BYTES)]
+            burst = str(burst_bytes(rate, self.least_burst))
+            limits = ["rate", f"{rate}bit", "burst", burst, "limit", str(QUEUE_BYTES)]
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *limits)
         self._shaped = gbit is not None
 
@@ -166,19 +169,21 @@ class Namespaces(Loopback):
         return [*((self.namespace(w), INTERFACE) for w in workers), *((self.bridge, f"port{w}") for w in workers)]
 
 
-def burst_bytes(bits_per_second: int) -> int:
+def burst_bytes(bits_per_second: int, least: int = LEAST_BURST_BYTES) -> int:
     """The bucket of a shaper: small against what is measured, large enough for the rate to be reached."""
-    return max(LEAST_BURST_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
+    return max(least, round(bits_per_second / 8 * BURST_SECONDS))
 
 
 @contextmanager
-def namespaces(workers: int, name: str = "", mtu: int = 1500) -> Iterator[Namespaces]:
+def namespaces(
+    workers: int, name: str = "", mtu: int = 1500, least_burst: int = LEAST_BURST_BYTES
+) -> Iterator[Namespaces]:
     """The network, for as long as the context lasts; removed also after an error, Ctrl-C or a SIGTERM.
 
     Raises:
         LinksError: if it could not be made; nothing is left of it.
     """
-    made = Namespaces(workers, name, mtu)
+    made = Namespaces(workers, name, mtu, least_burst)
     with terminable():
         try:
             made.make()

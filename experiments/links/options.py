@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,14 @@ from rich.console import Console
 
 from experiments.checks import ConfigError, check_keys
 from experiments.limits import limited
-from experiments.links.namespaces import LARGEST_WORKERS, Loopback, namespaces, namespaces_in_use, why_no_namespaces
+from experiments.links.namespaces import (
+    LARGEST_WORKERS,
+    LEAST_BURST_BYTES,
+    Loopback,
+    namespaces,
+    namespaces_in_use,
+    why_no_namespaces,
+)
 from experiments.links.networks import check_network
 from resist_lightning.accounting import WIRE_FORMATS
 
@@ -75,14 +82,19 @@ def check_rig(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
     for method in cfg.methods:
         check_method(method)
-    for gbit in cfg.bandwidths_gbit:
+    check_bandwidths(cfg.bandwidths_gbit)
+    check_name(cfg.name)
+    check_network(cfg)
+
+
+def check_bandwidths(bandwidths: Iterable[Any]) -> None:
+    """Raise a ConfigError unless links can have all of these."""
+    for gbit in bandwidths:
         number = isinstance(gbit, int | float) and not isinstance(gbit, bool)
         if gbit != UNSHAPED and not (number and LEAST_GBIT <= gbit <= MOST_GBIT):
             raise ConfigError(
                 f"bandwidths_gbit: {gbit!r} must be a number of Gbit/s from {LEAST_GBIT} to {MOST_GBIT}, or {UNSHAPED}"
             )
-    check_name(cfg.name)
-    check_network(cfg)
 
 
 def check_method(method: str) -> None:
@@ -108,10 +120,15 @@ def check_name(name: str | None) -> None:
 
 
 @contextmanager
-def network(cfg: DictConfig) -> Iterator[tuple[Loopback, list[float | None]]]:
-    """The workers' network, and the bandwidths that it can have (None: unshaped); says what is missing."""
+def network(cfg: DictConfig, least_burst: int = LEAST_BURST_BYTES) -> Iterator[tuple[Loopback, list[float | None]]]:
+    """The workers' network, and the bandwidths that it can have (None: unshaped); says what is missing.
+
+    Args:
+        cfg: its workers, bandwidths_gbit, name and mtu.
+        least_burst: bytes of a shaper's bucket, at least; small against what is sent at once.
+    """
     missing = why_no_namespaces()
-    wanted = [None if gbit == UNSHAPED else float(gbit) for gbit in cfg.bandwidths_gbit]
+    wanted = [gbit_of(entry) for entry in cfg.bandwidths_gbit]
     if missing:
         Console(stderr=True).print(
             f"[yellow]No shaped links: {missing}.[/] Only the unshaped row is measured, over the loopback, without the "
@@ -119,8 +136,13 @@ def network(cfg: DictConfig) -> Iterator[tuple[Loopback, list[float | None]]]:
         )
         yield Loopback(cfg.workers), [None]
         return
-    with namespaces(cfg.workers, cfg.name or "", cfg.mtu) as made:
+    with namespaces(cfg.workers, cfg.name or "", cfg.mtu, least_burst) as made:
         yield made, wanted
+
+
+def gbit_of(entry: Any) -> float | None:
+    """An entry of ``bandwidths_gbit``; None for unshaped links."""
+    return None if entry == UNSHAPED else float(entry)
 
 
 def settings_of(cfg: DictConfig) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""The tables of steps over links: seconds, what of the exchange is hidden behind computing, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from experiments.accuracy.tables import Rows, chosen, distinct
+from experiments.auxnet.words import TITLES, title
+from experiments.links.tables import bandwidth
+from experiments.paper_tables.tables import Grid
+
+Content = dict[str, Any]
+Row = dict[str, Any]
+
+
+def methods_of(rows: Rows) -> Iterator[tuple[str, str | None, Rows]]:
+    """Method, schedule and their rows, in the order of the tables."""
+    for method in TITLES:
+        own = chosen(rows, method=method)
+        for schedule in distinct(own, "schedule"):
+            yield method, schedule, chosen(own, schedule=schedule)
+
+
+def by_link(rows: Rows) -> Iterator[tuple[float | None, Rows]]:
+    """Rows of each bandwidth, the narrowest link first and unshaped links last."""
+    found = {row["case"]["bandwidth_gbit"] for row in rows}
+    for gbit in sorted(found, key=lambda one: float("inf") if one is None else one):
+        yield gbit, chosen(rows, bandwidth_gbit=gbit)
+
+
+def exchange_seconds(row: Row) -> float:
+    """Of a step's bytes, by formula, one direction after the other, over the row's link.
+
+    So long the link is needed where nothing is hidden: a gradient cannot be sent before the activation has arrived.
+    """
+    return float(sum(row["sent_by_formula"]) * 8 / (row["case"]["bandwidth_gbit"] * 1e9))
+
+
+def pairs(rows: Rows, others: Rows) -> list[tuple[Row, Row]]:
+    """Rows with those of the same turn, so that what slows the machine for a while slows both."""
+    of_turn = {row["case"]["seed"]: row for row in others}
+    return [(row, of_turn[row["case"]["seed"]]) for row in rows if row["case"]["seed"] in of_turn]
+
+
+def links(content: Content) -> Grid:
+    """All over the turns: medians of seconds, of ratios and of differences."""
+    lines = []
+    for task in distinct(content["rows"], "task"):
+        rows = chosen(content["rows"], task=task)
+        alone = chosen(rows, method="serial")
+        for method, schedule, own in methods_of(rows):
+            unshaped = chosen(own, bandwidth_gbit=None)
+            for gbit, these in by_link(own):
+                link = "none" if method == "serial" else bandwidth(gbit)
+                cells = _exchange(these, unshaped) if gbit is not None else ["-"] * 4
+                start = [task, title(method, schedule), link]
+                lines.append([*start, *_milliseconds(these), _ratio(pairs(alone, these)), *cells, str(len(these))])
+    header = ["network", "method", "link", "ms per step", "least to most", "speed-up over one process"]
+    header += ["step / unshaped", "longer than unshaped, ms", "bytes / bandwidth, ms", "hidden"]
+    return Grid("Steps over links", [*header, "n"], lines)
+
+
+def link_bytes(content: Content) -> Grid:
+    """At the boundary, both directions together."""
+    lines = []
+    for task in distinct(content["rows"], "task"):
+        for method, schedule, own in methods_of(chosen(content["rows"], task=task)):
+            for gbit, these in by_link(own) if method != "serial" else ():
+                formula = sum(these[0]["sent_by_formula"])
+                counted, kernel = (_sums(these, key) for key in ("sent_by_step", "kernel_sent_by_step"))
+                cells = [f"{median(counted):,.0f}"] if counted else ["-"]
+                cells += [f"{median(kernel):,.0f}", f"{median(kernel) / formula:.4f}"] if kernel else ["-", "-"]
+                lines.append([task, title(method, schedule), bandwidth(gbit), f"{formula:,}", *cells])
+    header = ["network", "method", "link", "bytes per step, by formula", "our count", "the kernel's"]
+    return Grid("Bytes across the boundary", [*header, "kernel / formula"], lines)
+
+
+def _milliseconds(rows: Rows) -> list[str]:
+    found = [1000 * row["step_seconds"] for row in rows]
+    return [f"{median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}"]
+
+
+def _exchange(rows: Rows, unshaped: Rows) -> list[str]:
+    """What the link costs, as cells."""
+    found, ideal = pairs(rows, unshaped), exchange_seconds(rows[0])
+    if not found:
+        return ["-", "-", f"{1000 * ideal:.1f}", "-"]
+    longer = median(row["step_seconds"] - other["step_seconds"] for row, other in found)
+    return [_ratio(found), f"{1000 * longer:.1f}", f"{1000 * ideal:.1f}", f"{100 * (1 - longer / ideal):.0f} %"]
+
+
+def _ratio(found: list[tuple[Row, Row]]) -> str:
+    return f"{median(one['step_seconds'] / other['step_seconds'] for one, other in found):.2f}" if found else "-"
+
+
+def _sums(rows: Rows, key: str) -> list[float]:
+    """Over all workers, where each of them has counted."""
+    return [sum(row[key]) for row in rows if None not in row[key]]
