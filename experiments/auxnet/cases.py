@@ -16,6 +16,8 @@ AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"
 """The penalty method in a warm-up that does not end: stages on workers that wait for each other, as back-propagation
 must."""
+WITH_THREE = ("penalty", "al-net")
+"""Methods that are trained on three workers too."""
 SWEEP_SEED = 1000
 """Settings are judged on the hold-out, with a seed that no other table uses."""
 SWEEP_WORKERS = 2
@@ -128,6 +130,8 @@ def _methods(cfg: DictConfig, task: str, seed: int) -> Iterator[Case]:
                 case = replace(case, schedule=cfg.schedule, micro_batches=cfg.micro_batches)
             if case.warmup_steps is not None and smallest:
                 case = replace(case, warmup_steps=2)
+            if workers > 2 and method not in WITH_THREE:
+                continue
             if workers > 1 or (method == "penalty" and seed == 0):  # alone, every method is plain training
                 yield case
 

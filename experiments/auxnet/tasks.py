@@ -94,9 +94,9 @@ TASKS = {
             "full": Scale(
                 blocks=6,
                 width=16,
-                batch=64,
+                batch=32,
                 epochs=5,
-                limit=1000,
+                limit=500,
                 limit_test=500,
                 cuts={2: ("section2.0",), 3: ("section1.4", "section2.4")},
             ),
@@ -113,9 +113,9 @@ TASKS = {
             "full": Scale(
                 blocks=2,
                 width=32,
-                batch=64,
+                batch=32,
                 epochs=5,
-                limit=1000,
+                limit=500,
                 limit_test=500,
                 cuts={2: ("section2.0",), 3: ("section1.1", "section2.1")},
             ),
