@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class OptimizerStates:
             if _odd(groups):
                 optimizer.state.clear()
 
-    def drop(self, parameters: Iterable[nn.Parameter]) -> None:
+    def drop(self, parameters: Collection[nn.Parameter]) -> None:
         """Forget the state of some parameters."""
         for optimizer in self._optimizers:
             for parameter in parameters:

@@ -78,7 +78,9 @@ def convolutions(input_shape: Sequence[int], boundary_shape: Sequence[int], widt
             f"{tuple(boundary_shape)} of {tuple(input_shape)}. Give `aux_network`: a function from these two shapes to "
             "a module."
         )
-    halvings = max(0, int(math.log2(max(1.0, min(map(_ratio, input_shape[1:], boundary_shape[1:]))))))
+    wanted = min(map(_ratio, input_shape[1:], boundary_shape[1:]))
+    possible = min(input_shape[1:]) / 2  # down to 2 x 2: of one pixel a batch norm makes nothing, where a batch has one
+    halvings = max(0, int(math.log2(max(1.0, min(wanted, possible)))))
     widths = [min(width * 2**i, max(width, boundary_shape[0])) for i in range(halvings + 1)]
     layers: list[nn.Module] = [*_layer(input_shape[0], widths[0], stride=1)]
     for before, after in itertools.pairwise(widths):

@@ -74,6 +74,8 @@ class NetworkGuesses(Guesses):
         return guess.detach(), multiplier.detach() if multiplier is not None else None
 
     @override
+    @torch.inference_mode(mode=False)
+    @torch.enable_grad()
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
         (made, made_multiplier), self._made = self._made or self.network(x), None
         loss = functional.mse_loss(made, guess) / 2

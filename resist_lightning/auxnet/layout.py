@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
+from resist_lightning.auxnet.aux_networks import make_aux_network
 from resist_lightning.auxnet.balance import balance
 from resist_lightning.auxnet.chain import Chain, check_stages, find_chain
 from resist_lightning.auxnet.measure import Measured, measure, measure_entries
@@ -18,6 +22,7 @@ from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.layout import Layout
 from resist_lightning.partition import Partition
+from resist_lightning.tracing import names_of_tensors
 from resist_lightning.verbs import Collective
 
 
@@ -53,6 +58,7 @@ class StageLayout(Layout):
             self.chain = find_chain(module, config.network)
             check_stages(self.chain, workers)
             inside = set(self.chain.names(0, len(self.chain.units)))
+            _refuse_tied(module, self.chain.network)
             if config.cuts is not None:
                 self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
@@ -71,6 +77,10 @@ class StageLayout(Layout):
         seconds = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         units = len(self.chain.units)
         self.cuts = balance(seconds[:units], self.workers, seconds[units:])
+        for boundary, (cut, nonnegative) in enumerate(zip(self.cuts, self.nonnegative, strict=True), start=1):
+            if seconds[units + cut] == math.inf:  # there is no auxiliary network: say why, on every worker
+                shapes = self.measured.input_shape, self.measured.shapes[cut - 1]
+                make_aux_network(self.config, *shapes, nonnegative=nonnegative, boundary=boundary)
 
     @property
     def shapes(self) -> Shapes:
@@ -132,13 +142,13 @@ class StageLayout(Layout):
         cuts = tuple(map(int, table.get("cuts", ())))
         if self.chain is None or table.get("workers") != self.workers or self.config.cuts is not None:
             return
-        if list(cuts) == sorted({*cuts}) and 0 < cuts[0] <= cuts[-1] < len(self.chain.units):
+        if cuts and list(cuts) == sorted({*cuts}) and 0 < cuts[0] <= cuts[-1] < len(self.chain.units):
             self._wanted = self.cuts = cuts
 
     @override
     def settings(self) -> dict[str, str]:
         values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        values["aux_network"] = getattr(values["aux_network"], "__qualname__", str(values["aux_network"]))
+        values["aux_network"] = _name_of(values["aux_network"])
         values["cuts"] = list(values["cuts"]) if values["cuts"] is not None else None
         return {name: str(value) for name, value in values.items()}
 
@@ -198,6 +208,26 @@ class StageLayout(Layout):
         begin = "the input" if first == 0 else f"behind {self.chain.units[first - 1]}"
         end = "the output" if last == len(self.chain.units) else self.chain.units[last - 1]
         return f"from {begin} to {end}"
+
+
+def _name_of(factory: Any) -> str:
+    """The same on all workers, whatever stands where in their memory."""
+    if isinstance(factory, partial):
+        return f"{_name_of(factory.func)} with {factory.args} and {factory.keywords}"
+    if factory is None or inspect.isroutine(factory) or inspect.isclass(factory):
+        return getattr(factory, "__qualname__", str(factory))
+    return type(factory).__qualname__
+
+
+def _refuse_tied(module: nn.Module, network: nn.Module) -> None:
+    inside = set(network.modules())
+    for names in names_of_tensors(module).values():
+        owners = {module.get_submodule(name.rpartition(".")[0]) for name in names}
+        if owners & inside and owners - inside:
+            raise StageSelectionError(
+                f"{' and '.join(names)} are one tensor, inside and outside of the network that is cut; only one worker "
+                "would have it. Give the layer outside weights of its own, or make it a part of the network."
+            )
 
 
 def _check_number(positions: tuple[int, ...], config: StageConfig, workers: int) -> tuple[int, ...]:

@@ -67,7 +67,14 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
             outputs: list[Tensor] = []
             x = example.detach()
             for number, stage in enumerate(stages):
-                output, *seconds = _run(stage, x.requires_grad_(number > 0))
+                try:
+                    output, *seconds = _run(stage, x.requires_grad_(number > 0))
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise StageSelectionError(
+                        f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, on an "
+                        f"example of what it is given, {tuple(example.shape)}: {error}. Name with `input` which part "
+                        "of a batch it is given."
+                    ) from error
                 _check(chain, number, output, [example, *outputs])
                 x = output.detach()
                 outputs.append(x)
@@ -102,7 +109,7 @@ def measure_entries(config: StageConfig, measured: Measured, example: Tensor, *,
     for shape, nonnegative in set(boundaries):
         try:
             network = make_aux_network(config, measured.input_shape, shape, nonnegative=nonnegative, boundary=0)
-        except StageSelectionError:
+        except (ValueError, TypeError, RuntimeError):  # of the user's own network too; told if a stage must begin here
             seconds[shape, nonnegative] = math.inf
             continue
         network.to(example.device, measured.dtype)

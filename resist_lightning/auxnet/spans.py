@@ -72,10 +72,20 @@ class Spans:
         if around is not None:
             self.begin(around)
 
-    def end_step(self) -> None:
-        """The step has ended; until the next one, it is ``data``."""
+    def call_it(self, name: Name) -> None:
+        """The span that is open was this all the time."""
+        self._name = name if self._name is not None else None
+
+    def end_step(self, *, counts: bool = True) -> None:
+        """The step has ended; until the next one, it is ``data``.
+
+        Args:
+            counts: whether it is one of the steps that are told of; one in which stages wait for each other is not.
+        """
         self.begin("data")
         step, self._current = self._current, []
+        if not counts:
+            return
         self.recent.append(step)
         self.steps += 1
         for name, begin, end in step:
@@ -114,7 +124,10 @@ def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]
 
 
 _WAITS: tuple[Name, ...] = ("wait for output", "wait for target", "wait for truth")
-_STAGE: tuple[Name, ...] = ("forward", "loss", "backward", "optimizer")
+_DONE_BY_ALL: tuple[Name, ...] = ("data", "loss", "optimizer")
+"""What every worker does, and one process would do once: the user's step, hooks, what the optimizer does for each of
+its parameters. Of the optimizer's own work a stage has a part only, which is not told apart: a small injustice to the
+stages."""
 
 
 def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
@@ -128,9 +141,9 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
     if not workers or not all(row["forward"] for row in workers):
         return None
     return StepSeconds(
-        data=min(row["data"] for row in workers),
-        forward=sum(row["forward"] + row["loss"] for row in workers),
-        backward=sum(row["backward"] + row["optimizer"] for row in workers),
+        data=_done_by_all(workers),
+        forward=sum(row["forward"] for row in workers),
+        backward=sum(row["backward"] for row in workers),
         penalty=min(sum(row[name] for name in _WAITS) for row in workers),
         aux_forward=max(row["aux forward"] for row in workers),
         aux_backward=max(row["aux backward"] for row in workers),
@@ -139,5 +152,10 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
 
 def measured_speedup(workers: Sequence[Mapping[str, float]]) -> float:
     """Seconds of a step of one process that trains all stages, over those of a step here."""
-    alone = min(row["data"] for row in workers) + sum(row[name] for row in workers for name in _STAGE)
-    return alone / max(sum(row.values()) for row in workers)
+    stages = sum(row["forward"] + row["backward"] for row in workers)
+    return (_done_by_all(workers) + stages) / max(sum(row.values()) for row in workers)
+
+
+def _done_by_all(workers: Sequence[Mapping[str, float]]) -> float:
+    """Of the worker that is quickest with it: the others' may be a wait."""
+    return min(sum(row[name] for name in _DONE_BY_ALL) for row in workers)

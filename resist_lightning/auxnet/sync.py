@@ -130,10 +130,10 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             others = [worker for worker in range(layout.workers) if worker != self._worker]
             self._absent = {name: t for worker in others for name, t in layout.stage_tensors(worker).items()}
             self._memory = Memory(self._absent)
-        self._states.drop(t for t in self._absent.values() if isinstance(t, nn.Parameter))
+        self._states.drop([t for t in self._absent.values() if isinstance(t, nn.Parameter)])
         self._memory.free()
         self._forward = vars(chain.network).get("forward")
-        chain.network.forward = self._train_stage
+        chain.network.forward = torch.compiler.disable(self._train_stage)
         owners = {layout.module.get_submodule(name.rpartition(".")[0]) for name in self._absent}
         self._guards = [owner.register_forward_pre_hook(self._refuse_part) for owner in owners]
         self._holding = True
@@ -198,7 +198,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if not (chain.network.training and torch.is_grad_enabled()):
             raise PartialModelError(
                 f"worker {self._worker} has one stage of {chain.name or 'the module'} only, and was asked to evaluate "
-                "it. Evaluate through the Trainer, or inside `engine.full_model()`."
+                "it: it is in eval mode, or no gradients are recorded. Evaluate through the Trainer, or inside "
+                "`engine.full_model()`; to train with frozen batch norms, set those to eval mode, not the network."
             )
         if others or any(value is not None for value in options.values()):
             raise PartialModelError("the network is cut with one input; call it with the image alone.")

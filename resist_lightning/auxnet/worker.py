@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ class StageWorker:
 
     Attributes:
         accumulate: batches whose gradients are added up before a step.
-        known_by_now: whether every sample was seen before, so that a stored guess must be there.
+        epoch_batches: batches of an epoch, after which a method that stores guesses must see samples again.
         steps: how many were taken.
         spans: when it computed, and when it waited.
     """
@@ -59,7 +60,7 @@ class StageWorker:
         rate: Callable[[], float],
     ) -> None:
         self.accumulate = 1
-        self.known_by_now = False
+        self.epoch_batches = sys.maxsize
         self.steps = 0
         self.spans = Spans(device)
         self._stage = stage
@@ -70,10 +71,11 @@ class StageWorker:
         self._guesses = self._make_guesses(nonnegative, device)
         self._learner = Learner(config, collective.workers, self._guesses, device)
         self._rate = rate
-        self._highest_rate = 0.0
+        self._highest_rate, self._share = 0.0, 1.0
         self._batch: Batch | None = None
         self._seen: set[bytes] = set()
         self._called = False
+        self._misses = 0
         self._checks = CHECKED_STEPS
         self._first, self._last = collective.worker == 0, collective.worker == collective.workers - 1
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # there is a backward pass of a frozen stage
@@ -97,6 +99,8 @@ class StageWorker:
             ValueError: if the batch has another shape than the network was cut with.
             WorkersDisagree: if the workers have different batches; looked for in the first steps.
         """
+        if self._batch is not None:
+            self.spans.call_it("data")  # a batch whose gradients are being added up
         self.finish()
         self._check(x)
         self._called = True
@@ -104,7 +108,7 @@ class StageWorker:
         batch = self._batch = self._open(x)
         stage_input = self._stage_input(batch)
         self.spans.begin("forward")
-        made: Tensor = self._stage(stage_input)
+        made: Tensor = self._stage(stage_input).to(self._shapes.dtype)
         if self._last:
             self._messages.send_output(made)
             self.spans.begin("loss")
@@ -137,7 +141,7 @@ class StageWorker:
         if batch is None:
             return
         given, truth = batch.given, batch.truth
-        if batch.serial and given is not None and not batch.trained:  # the worker before waits for it
+        if batch.serial and given is not None and given.grad is None:  # the worker before waits for it
             self._messages.send_gradient(torch.zeros_like(given))
         if batch.reply is not None:
             batch.reply.take()
@@ -147,10 +151,10 @@ class StageWorker:
         self._messages.settle()
         if given is not None and truth is not None and batch.trained:
             self.spans.begin("aux backward")
-            self._learn(batch, given.detach(), truth.take(), given.grad)
+            self._learn(batch, given.detach(), truth.take(), given.grad if given.grad is not None else 0 * given)
         if self._config.stored and batch.trained:
             self._seen.update(contents(batch.x))
-        self.spans.end_step()
+        self.spans.end_step(counts=not batch.serial)
 
     def report(self) -> list[float]:
         """Mean mismatch of this worker's boundary since the last call, and mean seconds of each span."""
@@ -161,6 +165,8 @@ class StageWorker:
         return {
             "steps": self.steps,
             "highest_rate": self._highest_rate,
+            "share": self._share,
+            "misses": self._misses,
             "seen": sorted(name.hex() for name in self._seen),
             "guesses": self._guesses.state_dict() if self._guesses is not None else {},
         }
@@ -168,6 +174,7 @@ class StageWorker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what :meth:`state_dict` gave."""
         self.steps, self._highest_rate = state["steps"], state["highest_rate"]
+        self._share, self._misses = state["share"], state["misses"]
         self._seen = {bytes.fromhex(name) for name in state["seen"]}
         if self._guesses is not None:
             self._guesses.load_state_dict(state["guesses"])
@@ -219,6 +226,11 @@ class StageWorker:
                 "the network was called again before the backward pass of the call before. Call it once per "
                 "training_step: workers that train stages at the same time exchange what belongs to one batch."
             )
+        if batch.trained:
+            raise RuntimeError(
+                "a second backward pass came through one output of the network, and what the stages exchange belongs "
+                "to one. Add the losses up, and call backward once."
+            )
         batch.trained = True
         self.spans.begin("backward")
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -235,8 +247,7 @@ class StageWorker:
     def _end_backward(self) -> None:
         self.spans.begin("optimizer")
 
-    def _learn(self, batch: Batch, given: Tensor, truth: Tensor, gradient: Tensor | None) -> None:
-        assert gradient is not None
+    def _learn(self, batch: Batch, given: Tensor, truth: Tensor, gradient: Tensor) -> None:
         of_sample = gradient * (batch.size * self.accumulate)
         if batch.serial:
             self._learner.begin_at(batch.x, truth, of_sample, batch.share)
@@ -251,19 +262,24 @@ class StageWorker:
         if not self._config.stored:
             return False
         names = contents(x)
-        if self.known_by_now and not self._seen.intersection(names):
+        self._misses = 0 if self._seen.intersection(names) else self._misses + 1
+        if self._misses > self.epoch_batches:
             raise ValueError(
-                f"method={self._config.method!r} keeps guesses by sample, and none of a batch was ever seen before: "
-                "the samples are augmented anew. Take random transforms out of the collate function and the "
-                "training_step (those of the data set are frozen), or use method='penalty' or 'al-net'."
+                f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than an "
+                "epoch, no sample was ever seen before: they are augmented anew. Take random transforms out of the "
+                "collate function and the training_step (those of the data set are frozen), or use method='penalty' "
+                "or 'al-net'."
             )
         return not self._seen.issuperset(names)
 
     def _rate_share(self) -> float:
         """The learning rate as a share of the highest so far; asked once per batch, on every worker."""
         rate = self._rate()
+        if rate <= 0 < self._highest_rate:
+            return self._share  # a schedule that ends at 0
         self._highest_rate = max(self._highest_rate, rate)
-        return rate / self._highest_rate if self._highest_rate else 1.0
+        self._share = rate / self._highest_rate if self._highest_rate else 1.0
+        return self._share
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self._shapes.input:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -143,9 +144,7 @@ class AuxNetStrategy(SubnetStrategy):
             Launch(parallel_devices, _only_gloo(process_group_backend), timeout, silence, start_method),
         )
         self._input = input
-        self._checks = CHECKED_STEPS
         self._loaders = 0
-        self._first_epoch = 0
 
     @override
     def check_before_launch(self, trainer: pl.Trainer) -> None:
@@ -156,7 +155,7 @@ class AuxNetStrategy(SubnetStrategy):
                 f"precision={trainer.precision!r} scales the loss, which trains the last stage only, and stages would "
                 "be scaled differently. Use 'bf16-mixed' or '32-true'."
             )
-        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+        if _clips_by_norm(trainer):
             rank_zero_warn(
                 f"gradient_clip_val={trainer.gradient_clip_val} limits the norm of each stage's gradients by itself: "
                 "no worker knows that of all."
@@ -192,7 +191,7 @@ class AuxNetStrategy(SubnetStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Called before each batch: in the first steps, compare it with the other workers'."""
+        """Called before each batch: the first ones of an epoch are compared with the other workers'."""
         super().on_train_batch_start(batch, batch_idx)
         self._loaders = 0  # those that are made from now on are made anew
         trainee = self._trainee
@@ -200,9 +199,8 @@ class AuxNetStrategy(SubnetStrategy):
             return
         trainer = self._trainer()
         trainee.accumulate = trainer.accumulate_grad_batches
-        trainee.known_by_now = trainer.current_epoch > self._first_epoch
-        if self._checks:
-            self._checks -= 1
+        trainee.epoch_batches = int(min(trainer.num_training_batches, sys.maxsize))
+        if batch_idx < CHECKED_STEPS:
             check_equal(self.engine.collective, named_tensors(batch), f"batch {batch_idx}")
 
     @override
@@ -224,10 +222,20 @@ class AuxNetStrategy(SubnetStrategy):
     def _prepare(self, engine: Engine) -> None:
         trainer, module = self._trainer(), self.lightning_module
         assert module is not None
-        self._checks, self._first_epoch = CHECKED_STEPS, trainer.current_epoch
+        outside = [name for name, tensor in engine.layout.shared.items() if tensor.requires_grad]
+        if engine.collective.workers > 1 and outside and _clips_by_norm(trainer):
+            raise ValueError(
+                f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of what a worker has, so "
+                f"{outside[0]}, which lies outside of the stages and is trained alike on all workers, would part. Clip "
+                "by value (gradient_clip_algorithm='value'), or make it a part of the network."
+            )
         if engine.collective.workers > 1:
             engine.prepare(example_input(trainer, module, self._input))
             rank_zero_info(f"{type(self).__name__}: {engine.layout.describe()}")
+
+
+def _clips_by_norm(trainer: pl.Trainer) -> bool:
+    return bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
 
 
 def _epoch(trainer: pl.Trainer) -> int:

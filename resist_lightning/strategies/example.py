@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -23,9 +24,9 @@ _OTHERWISE = "Set example_input_array of the LightningModule to a tensor like th
 def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | str | None) -> Tensor:
     """A small batch of what the network gets, on the training device.
 
-    It is the module's ``example_input_array``, if that is a tensor; or the first samples of the training data, which
-    go through the collate function and the batch-transfer hooks as in training. No iterator of a loader is made and no
-    random generator moves.
+    It is made of the first samples of the training data, which go through the collate function and the batch-transfer
+    hooks as in training; where those cannot be read without consuming them, the module's ``example_input_array``. No
+    iterator of a loader is made and no random generator moves.
 
     Args:
         trainer: its training loaders are made.
@@ -40,15 +41,28 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
     """
     with random_numbers_apart():
         example: object = module.example_input_array
-        if isinstance(example, Tensor):
-            converted: Tensor = trainer.precision_plugin.convert_input(example)
-            return _checked(converted.to(trainer.strategy.root_device), "example_input_array is")
         loader = trainer.fit_loop._combined_loader
         assert loader is not None, "the training loaders are not made yet"
-        batch = tree_unflatten([_first_batch(each) for each in loader.flattened], loader._spec)
+        try:
+            batch = tree_unflatten([_first_batch(each) for each in loader.flattened], loader._spec)
+        except ValueError:
+            if not isinstance(example, Tensor):
+                raise
+            return _given(trainer, example)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         return select_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0), which)
+
+
+def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
+    """An ``example_input_array``, which often is one sample, of zeros: as a batch, of noise."""
+    found = _checked(example, "example_input_array is")
+    if len(found) == 1:
+        found = found.expand(2, *found.shape[1:])
+    if bool((found == found.flatten()[0]).all()):
+        found = torch.randn_like(found)
+    converted: Tensor = trainer.precision_plugin.convert_input(found)
+    return converted.to(trainer.strategy.root_device)
 
 
 def select_input(batch: Any, which: int | str | None) -> Tensor:

@@ -241,23 +241,23 @@ class SavingStrategy(GroupStrategy):
         return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
 
     def _say_how_it_goes_on(self, engine: Engine, same: bool, exact: bool) -> None:
-        clock = engine.clock
+        clock, source = engine.clock, self._loaded_from or "the training before"
         where = f"round {clock.round} after {clock.step} local steps"
         if exact:
             rank_zero_info(f"{type(self).__name__}: goes on exactly where the checkpoint was written, in {where}.")
         elif not same:
             rank_zero_info(
-                f"{type(self).__name__}: {self._loaded_from} was written with other workers or settings. The "
+                f"{type(self).__name__}: {source} was written with other workers or settings. The "
                 f"{self.world_size} worker(s) here go on from its full model, with a new partition, in {where}."
             )
         elif "files" not in self.resume_state:
             rank_zero_info(
-                f"{type(self).__name__}: {self._loaded_from} has the full model only, as after the end of a training. "
+                f"{type(self).__name__}: {source} has the full model only, as after the end of a training. "
                 f"The training goes on from it in {where}."
             )
         else:
             rank_zero_warn(
-                f"{type(self).__name__}: the workers' own files beside {self._loaded_from} are not all there. The "
+                f"{type(self).__name__}: the workers' own files beside {source} are not all there. The "
                 f"training goes on from the full model in {where}; optimizer state, random numbers and the place in "
                 "the data begin anew. Keep the folder `.workers` with its checkpoint to go on exactly."
             )

@@ -251,7 +251,8 @@ def load_guess(worker: StageWorker, x: Tensor, guess: Tensor | None, multiplier:
         listed = torch.tensor([list(name) for name in names], dtype=torch.uint8)
         guesses = {"store": {"names": listed, "values": values}}
     seen = [name.hex() for name in names]
-    worker.load_state_dict({"steps": steps, "highest_rate": 0.1, "seen": seen, "guesses": guesses})
+    rates = {"highest_rate": 0.1, "share": 1.0, "misses": 0}
+    worker.load_state_dict({"steps": steps, **rates, "seen": seen, "guesses": guesses})
 
 
 def make_chain(net: nn.Module, config: StageConfig, workers: int) -> list[nn.Module]:

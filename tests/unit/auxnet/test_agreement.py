@@ -78,7 +78,7 @@ def test_samples_that_differ_are_named_with_their_tensor_and_the_workers() -> No
     )
     assert "shuffle=True" in told
     assert "use_distributed_sampler=True" in told
-    assert "seed_everything" in told
+    assert "seeded by the rank" in told
     assert "training_step" in told
 
 

@@ -165,11 +165,28 @@ def test_data_without_a_first_sample_are_refused() -> None:
         example(DataLoader({"x": torch.zeros(2)}, sampler=["x"]))  # type: ignore[arg-type]
 
 
-def test_the_modules_own_example_goes_before_the_data() -> None:
+def test_the_data_go_before_the_modules_own_example() -> None:
     module = Module()
     module.example_input_array = torch.ones(5, 7)
 
-    assert torch.equal(example(DataLoader(Rows()), module=module), torch.ones(5, 7))
+    assert torch.equal(example(DataLoader(Rows()), module=module), example(DataLoader(Rows())))
+
+
+def test_the_modules_own_example_takes_the_place_of_data_that_cannot_be_read_twice() -> None:
+    module = Module()
+    module.example_input_array = torch.arange(35.0).view(5, 7)
+
+    assert torch.equal(example(DataLoader(Once(3)), module=module), torch.arange(35.0).view(5, 7))
+
+
+def test_an_own_example_of_one_sample_of_zeros_becomes_a_batch_of_noise() -> None:
+    module = Module()
+    module.example_input_array = torch.zeros(1, 7)
+
+    found = example(DataLoader(Once(3)), module=module)
+
+    assert found.shape == (2, 7)
+    assert found.std() > 0.1
 
 
 def test_the_modules_own_example_must_be_an_input() -> None:
@@ -177,7 +194,7 @@ def test_the_modules_own_example_must_be_an_input() -> None:
     module.example_input_array = torch.ones(5, dtype=torch.int64)
 
     with pytest.raises(ValueError, match=r"example_input_array is torch\.int64 of shape \(5,\); .* must be a floating"):
-        example(DataLoader(Rows()), module=module)
+        example(DataLoader(Once(3)), module=module)
 
 
 X, Y, LABEL = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2])
