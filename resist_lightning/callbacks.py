@@ -32,8 +32,8 @@ class RoundMonitor(Callback):
 
     Logged to the trainer's loggers, from worker 0: ``sync/round``, ``sync/share_of_time`` (of the time in batches, 0 to
     1) and ``sync/sent_MB_per_round`` (10^6 bytes); of stages also ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k),
-    ``auxnet/speedup_predicted`` and ``auxnet/speedup_measured``, which all workers find alike. The summary is ``resist_summary.json`` in the trainer's
-    ``default_root_dir``.
+    ``auxnet/speedup_predicted`` and ``auxnet/speedup_measured``, which all workers find alike. The summary is
+    ``resist_summary.json`` in the trainer's ``default_root_dir``.
 
     Args:
         every_n_rounds: log once in so many rounds, at least 1.
