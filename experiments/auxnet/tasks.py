@@ -92,13 +92,13 @@ TASKS = {
         lr=0.1,
         scales={
             "full": Scale(
-                blocks=6,
+                blocks=3,
                 width=16,
                 batch=32,
                 epochs=5,
                 limit=500,
                 limit_test=500,
-                cuts={2: ("section2.0",), 3: ("section1.4", "section2.4")},
+                cuts={2: ("section2.0",), 3: ("section1.2", "section2.2")},
             ),
             "smoke": _smoke(),
         },
@@ -112,7 +112,7 @@ TASKS = {
         scales={
             "full": Scale(
                 blocks=2,
-                width=32,
+                width=24,
                 batch=32,
                 epochs=5,
                 limit=500,

@@ -107,7 +107,8 @@ class StageWorker:
         self.spans.begin("forward" if self._first else "aux forward")
         batch = self._batch = self._open(x)
         stage_input = self._stage_input(batch)
-        self.spans.begin("forward")
+        if not self._first:
+            self.spans.begin("forward")
         made: Tensor = self._stage(stage_input).to(self._shapes.dtype)
         if self._last:
             self._messages.send_output(made)
