@@ -152,6 +152,8 @@ def disagree(worker: int, what: str) -> None:
     loader = pictures()
     if what == "generator":
         loader = DataLoader(OwnGenerator(worker), BATCH_SIZE, shuffle=True)
+    elif what == "shuffle":
+        loader = DataLoader(Pictures(), BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(worker))
     fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "shuffle")
 
 
@@ -172,16 +174,20 @@ def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, wher
         assert "not in training_step or a batch-transfer hook" in str(outcome.error)
 
 
-def shuffle_alike(worker: int) -> list[list[int]]:
-    torch.manual_seed(5)
+def shuffle_alike(worker: int, seeds: tuple[int, ...]) -> list[list[int]]:
     module = Seeing()
-    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True)
+    generator = torch.Generator().manual_seed(seeds[worker]) if seeds else None
+    torch.manual_seed(worker)
+    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, generator=generator)
     fit_stages(worker, module, CUTS, loader, max_epochs=2, use_distributed_sampler=False)
     return module.order
 
 
-def test_a_shuffle_of_the_users_own_works_if_it_is_seeded_alike() -> None:
-    mine, theirs = run_trainers(shuffle_alike, 2)
+@pytest.mark.parametrize("seeds", [(5, 5), ()])
+def test_a_shuffle_of_the_users_own_works_if_it_has_no_generator_or_one_that_is_seeded_alike(
+    seeds: tuple[int, ...],
+) -> None:
+    mine, theirs = run_trainers(shuffle_alike, 2, seeds)
     assert mine == theirs
     assert mine[0] != mine[1]
     assert [sorted(epoch) for epoch in mine] == [list(range(len(Pictures())))] * 2
