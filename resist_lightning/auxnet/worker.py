@@ -266,9 +266,9 @@ class StageWorker:
         if self._misses > self.epoch_batches:
             raise ValueError(
                 f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than all "
-                "the data have, no sample was ever seen before: they are augmented anew. Take random transforms out of the "
-                "collate function and the training_step (those of the data set are frozen), or use method='penalty' "
-                "or 'al-net'."
+                "the data have, no sample was ever seen before: they are augmented anew. Take random transforms out of "
+                "the collate function and the training_step (those of the data set are frozen), or use "
+                "method='penalty' or 'al-net'."
             )
         return not self._seen.issuperset(names)
 
