@@ -12,16 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from resist_lightning import ResISTStrategy, StageSelectionError, WorkersDisagree
-from tests.helpers.auxnet import Pictures, fit_stages, in_order, make_stages, pictures
+from tests.helpers.auxnet import fit_stages, in_order, make_stages, pictures
 from tests.helpers.nets import MlpBlock
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, held_out
 from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_auxnet import HeadOutside
-from tests.integration.test_auxnet_data import Augmented, OwnGenerator, Seeing
 
 State = dict[str, Tensor]
 
@@ -56,72 +54,6 @@ def test_validation_while_gradients_are_added_up_changes_nothing(warmup_steps: i
     for validated, plain in found:
         assert_equal_states(validated, plain, exactly=True)
         assert_equal_states(validated, found[0][0], exactly=True)
-
-
-# ------------------------------------------------------------------ the order of the samples
-
-
-class DropsInOneStage(Seeing):
-    """Draws random numbers from the global generator on one worker only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.section1 = nn.Sequential(nn.Dropout(0.1), self.net.section1)
-
-
-def draw_order(worker: int, kind: str) -> tuple[list[list[int]], bool]:
-    torch.manual_seed(5)
-    module, data = DropsInOneStage(), Augmented()
-    weighted = WeightedRandomSampler([1.0] * len(data), len(data)) if kind == "weighted" else None
-    loader = DataLoader(data, BATCH_SIZE, sampler=weighted, shuffle=weighted is None)
-    sampler: Any = loader.sampler
-    before = dict(vars(sampler))
-    fit_stages(worker, module, CUTS, loader, max_epochs=2, use_distributed_sampler=False)
-    return module.order, vars(sampler) == before and loader.sampler is sampler and sampler.generator is None
-
-
-@pytest.mark.parametrize("kind", ["weighted", "shuffle"])
-def test_an_order_that_is_drawn_from_the_global_generator_is_that_of_all_workers_in_every_epoch(kind: str) -> None:
-    (mine, same), (theirs, _) = run_trainers(draw_order, 2, kind)
-
-    assert mine == theirs
-    assert mine[0] != mine[1]
-    assert [len(epoch) for epoch in mine] == [len(Pictures())] * 2
-    assert same, "the user's own sampler"
-
-
-class PartsLater(OwnGenerator):
-    """Every worker draws its own numbers from the second epoch on."""
-
-    epoch = 0
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        own, label = super().__getitem__(index)
-        return own if self.epoch else Pictures.__getitem__(self, index)[0], label
-
-
-class TellsData(Classifier):
-    def __init__(self, data: PartsLater) -> None:
-        super().__init__()
-        self.data, self.steps = data, 0
-
-    def on_train_epoch_start(self) -> None:
-        self.data.epoch = self.current_epoch
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.steps += 1
-
-
-def part_later(worker: int) -> tuple[int, int]:
-    data = PartsLater(worker)
-    module = TellsData(data)
-    with pytest.raises(WorkersDisagree, match=r"batch 0: .*batch\[0\]"):
-        fit_stages(worker, module, CUTS, DataLoader(data, BATCH_SIZE), max_epochs=3)
-    return data.epoch, module.steps
-
-
-def test_batches_that_part_in_the_second_epoch_are_told_at_its_start() -> None:
-    assert run_trainers(part_later, 2) == [(1, 5)] * 2
 
 
 # ------------------------------------------------------------------ a training_step that optimizes by itself
