@@ -75,7 +75,7 @@ class StageSimulator:
         self._step_size = config.lambda_step or (1.0 if workers <= 2 else 0.1)
         self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
         self._still: list[str] = []
-        self._highest_rate = 0.0
+        self._highest_rate, self._share = 0.0, 1.0
 
     def step(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor]) -> Tensor:
         """One step of all stages, and of their auxiliary networks; in the mode in which :attr:`module` is.
@@ -186,7 +186,9 @@ class StageSimulator:
         """The learning rate as a share of the highest so far."""
         rate = self.optimizers[0].param_groups[0]["lr"]
         self._highest_rate = max(self._highest_rate, rate)
-        return rate / self._highest_rate if self._highest_rate else 1.0
+        if rate > 0:  # else a schedule has ended at 0, and the share stays where it was
+            self._share = rate / self._highest_rate
+        return self._share
 
 
 def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], list[Boundary]]:
@@ -208,5 +210,5 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
+    """Zero where nothing flows back, as out of a stage that begins with a detached tensor."""
+    return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -210,13 +209,10 @@ class StageLayout(Layout):
         return f"from {begin} to {end}"
 
 
-def _name_of(factory: Any) -> str:
+def _name_of(factory: object) -> str:
     """The same on all workers, whatever stands where in their memory."""
-    if isinstance(factory, partial):
-        return f"{_name_of(factory.func)} with {factory.args} and {factory.keywords}"
-    if factory is None or inspect.isroutine(factory) or inspect.isclass(factory):
-        return getattr(factory, "__qualname__", str(factory))
-    return type(factory).__qualname__
+    name = getattr(factory, "__qualname__", None)
+    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
 
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:

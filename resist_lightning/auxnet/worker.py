@@ -43,7 +43,7 @@ class StageWorker:
 
     Attributes:
         accumulate: batches whose gradients are added up before a step.
-        epoch_batches: batches of an epoch, after which a method that stores guesses must see samples again.
+        epoch_batches: batches of all the data, after which a method that stores guesses must see samples again.
         steps: how many were taken.
         spans: when it computed, and when it waited.
     """
@@ -266,10 +266,10 @@ class StageWorker:
         self._misses = 0 if self._seen.intersection(names) else self._misses + 1
         if self._misses > self.epoch_batches:
             raise ValueError(
-                f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than an "
-                "epoch, no sample was ever seen before: they are augmented anew. Take random transforms out of the "
-                "collate function and the training_step (those of the data set are frozen), or use method='penalty' "
-                "or 'al-net'."
+                f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than all "
+                "the data have, no sample was ever seen before: they are augmented anew. Take random transforms out of "
+                "the collate function and the training_step (those of the data set are frozen), or use "
+                "method='penalty' or 'al-net'."
             )
         return not self._seen.issuperset(names)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
@@ -199,7 +200,7 @@ class AuxNetStrategy(SubnetStrategy):
             return
         trainer = self._trainer()
         trainee.accumulate = trainer.accumulate_grad_batches
-        trainee.epoch_batches = int(min(trainer.num_training_batches, sys.maxsize))
+        trainee.epoch_batches = _batches_of_all_data(trainer)
         if batch_idx < CHECKED_STEPS:
             check_equal(self.engine.collective, named_tensors(batch), f"batch {batch_idx}")
 
@@ -236,6 +237,13 @@ class AuxNetStrategy(SubnetStrategy):
 
 def _clips_by_norm(trainer: pl.Trainer) -> bool:
     return bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm in (None, "norm")
+
+
+def _batches_of_all_data(trainer: pl.Trainer) -> int:
+    """Which an epoch would have without limit_train_batches; of data of unknown length, more than there can be."""
+    combined = trainer.fit_loop._combined_loader
+    lengths = [sized_len(loader) for loader in combined.flattened] if combined is not None else []
+    return max((sys.maxsize if length is None else length for length in lengths), default=sys.maxsize)
 
 
 def _epoch(trainer: pl.Trainer) -> int:

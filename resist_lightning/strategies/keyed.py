@@ -29,13 +29,12 @@ def key_loader(
 ) -> object:
     """A loader like ``dataloader`` whose data set and collate function draw the same random numbers on all workers.
 
-    These are the numbers of torch's, NumPy's and Python's global generators, in loader processes too. A sampler
-    that would draw its order from torch's global generator (RandomSampler, WeightedRandomSampler) draws it from
-    (seed, epoch). A generator that the data set made for itself is not seen. A data set with ``__getitems__`` is
-    asked for one sample at a time, as its random numbers belong to one sample; if that does not give a list of one,
-    they are the whole batch's. An iterable data set's depend on the number of the item and on the loader process. A
-    loader that Lightning begins again within an epoch, because another one is longer, repeats its augmentation as
-    it repeats its order.
+    These are the numbers of torch's, NumPy's and Python's global generators, in loader processes too. A sampler of
+    samples or batches that draws its order from them draws the same one on all workers. A generator that the data set
+    or a sampler made for itself is not seen. A data set with ``__getitems__`` is asked for one sample at a time, as its
+    random numbers belong to one sample; if that does not give a list of one, they are the whole batch's. An iterable
+    data set's depend on the number of the item and on the loader process. A loader that Lightning begins again within
+    an epoch, because another one is longer, repeats its augmentation as it repeats its order.
 
     Args:
         dataloader: a training loader as ``Strategy.process_dataloader`` gets it; itself and its data set stay as they
@@ -67,8 +66,7 @@ def key_loader(
     twin = copy.copy(dataloader)
     # Its attributes may not be set, and to make it again from arguments would guess those of a subclass.
     vars(twin).update(dataset=keyed(dataset, keys), collate_fn=KeyedCollate(collate, keys))
-    vars(twin).update(_iterator=None, _before_keys=dataloader)
-    vars(twin).update(_keyed_samplers=_own_samplers(twin), _order_keys=Keys((seed, stream), epoch))
+    vars(twin).update(_iterator=None, _before_keys=dataloader, _order_keys=Keys((seed, stream), epoch))
     cls = type(dataloader)
     if not issubclass(cls, _TellsEpoch):
         twin.__class__ = type(cls.__name__, (_TellsEpoch, cls), {"__module__": cls.__module__})
@@ -112,15 +110,8 @@ class Keys:
 
     def seed(self, *what: object) -> None:
         """Seed the global generators for what is drawn next."""
-        seed_generators(self._number(*what))
-
-    def generator(self, *what: object) -> torch.Generator:
-        """A generator of its own for what is drawn next."""
-        return torch.Generator().manual_seed(self._number(*what) % 2**63)
-
-    def _number(self, *what: object) -> int:
         key = repr((*self._seeds, int(self._epoch), *what))
-        return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
+        seed_generators(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
 class _Forwarding:
@@ -218,33 +209,47 @@ class KeyedCollate:
             return self.unkeyed(samples)
 
 
+class KeyedOrder:
+    """A sampler, of samples or of batches, whose random numbers depend on how much it has given."""
+
+    def __init__(self, sampler: Any, keys: Keys) -> None:
+        self.unkeyed = sampler
+        self._keys = keys
+
+    def __iter__(self) -> Iterator[Any]:
+        with random_numbers_apart():
+            self._keys.seed("order")
+            items = iter(self.unkeyed)
+        for number in count():
+            with random_numbers_apart():
+                self._keys.seed("order", number)
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def __len__(self) -> int:
+        return len(self.unkeyed)
+
+
 class _TellsEpoch(DataLoader[Any]):
     """Put before the class of a user's loader."""
 
-    _keyed_samplers: list[Any]
     _order_keys: Keys
+
+    @property
+    @override
+    def _index_sampler(self) -> Any:
+        """What torch iterates to know what to fetch; the user's samplers stay where they are."""
+        return KeyedOrder(super()._index_sampler, self._order_keys)
 
     @override
     def __iter__(self) -> Any:
         if isinstance(self.dataset, KeyedDataset | KeyedIterable):
             self.dataset._keys.tell_epoch()
             self._order_keys.tell_epoch()
-            for sampler in self._keyed_samplers:
-                sampler.generator = self._order_keys.generator("order")
         return super().__iter__()
-
-
-def _own_samplers(loader: DataLoader[Any]) -> list[Any]:
-    """Give a loader copies of its samplers that would draw from torch's global generator; returns these."""
-    sampler, batches = loader.sampler, loader.batch_sampler
-    keyed = []
-    if getattr(sampler, "generator", loader) is None:
-        keyed.append(copy.copy(sampler))
-        vars(loader).update(sampler=keyed[0])
-        if getattr(batches, "sampler", None) is sampler:
-            vars(loader).update(batch_sampler=copy.copy(batches))
-            cast(Any, loader.batch_sampler).sampler = keyed[0]
-    return keyed
 
 
 def _zero() -> int:

@@ -221,7 +221,13 @@ class Staged:
         return {name: p.grad.clone() for name, p in named if name in names and p.grad is not None}
 
 
-def make_staged(collective: ThreadCollective, net: nn.Module, config: StageConfig, x: Tensor) -> Staged:
+def make_staged(
+    collective: ThreadCollective,
+    net: nn.Module,
+    config: StageConfig,
+    x: Tensor,
+    rate: Callable[[], float] = lambda: 0.1,
+) -> Staged:
     """A worker, in a thread, with a copy of a network; ``net`` is not changed. All workers must call it."""
     with ONE_AT_A_TIME:
         net = copy.deepcopy(net)
@@ -236,7 +242,7 @@ def make_staged(collective: ThreadCollective, net: nn.Module, config: StageConfi
             config,
             collective=collective,
             device=torch.device("cpu"),
-            rate=lambda: 0.1,
+            rate=rate,
         )
     collective.room.barrier.wait()  # nobody may compute while another one traces
     return Staged(net, layout, worker)

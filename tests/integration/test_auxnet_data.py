@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from resist_lightning import WorkersDisagree
 from tests.helpers.auxnet import Pictures, fit_stages, pictures
@@ -117,6 +117,57 @@ def test_stored_guesses_with_a_random_collate_function_are_refused_in_the_second
         assert "method='penalty'" in str(outcome.error)
 
 
+# ------------------------------------------------------------------ an order that is drawn from a global generator
+
+
+class DropsInOneStage(Seeing):
+    """Draws random numbers from the global generator on one worker only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.section1 = nn.Sequential(nn.Dropout(0.1), self.net.section1)
+
+
+class OwnOrder(Sampler[int]):
+    """A user's, by the oldest of generators."""
+
+    def __len__(self) -> int:
+        return len(Pictures())
+
+    def __iter__(self) -> Iterator[int]:
+        yield from random.sample(range(len(self)), len(self))
+
+
+def draw_order(worker: int, kind: str, by_lightning: bool) -> tuple[list[list[int]], bool]:
+    torch.manual_seed(5)
+    random.seed(worker)
+    module, data = DropsInOneStage(), Augmented()
+    samplers = {"weighted": WeightedRandomSampler([1.0] * len(data), len(data)), "own": OwnOrder()}
+    sampler: Any = samplers.get(kind) or RandomSampler(data)
+    before = dict(vars(sampler))
+    if kind == "batches":
+        loader: Any = DataLoader(data, batch_sampler=BatchSampler(sampler, BATCH_SIZE, drop_last=False))
+    else:
+        loader = DataLoader(data, BATCH_SIZE, sampler=sampler)
+    fit_stages(worker, module, CUTS, loader, max_epochs=2, use_distributed_sampler=by_lightning)
+    return module.order, vars(sampler) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_lightning"),
+    [("weighted", False), ("weighted", True), ("own", False), ("own", True), ("batches", False)],
+)
+def test_an_order_that_is_drawn_from_a_global_generator_is_that_of_all_workers_in_every_epoch(
+    kind: str, by_lightning: bool
+) -> None:
+    (mine, same), (theirs, _) = run_trainers(draw_order, 2, kind, by_lightning)
+
+    assert mine == theirs
+    assert mine[0] != mine[1]
+    assert [len(epoch) for epoch in mine] == [len(Pictures())] * 2
+    assert same, "the user's own sampler"
+
+
 # ------------------------------------------------------------------ workers that do not see the same
 
 
@@ -152,10 +203,9 @@ def disagree(worker: int, what: str) -> None:
     loader = pictures()
     if what == "generator":
         loader = DataLoader(OwnGenerator(worker), BATCH_SIZE, shuffle=True)
-    if what == "order":
-        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(worker))
-        loader = DataLoader(loader.dataset, BATCH_SIZE, sampler=order.tolist())
-    fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "order")
+    elif what == "shuffle":
+        loader = DataLoader(Pictures(), BATCH_SIZE, shuffle=True, generator=torch.Generator().manual_seed(worker))
+    fit_stages(worker, module, CUTS, loader, use_distributed_sampler=what != "shuffle")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +214,7 @@ def disagree(worker: int, what: str) -> None:
         ("step", "step 0: .*the network's input"),
         ("transfer", r"batch 0: .*batch\[0\]"),
         ("generator", r"batch 0: .*batch\[0\]"),
-        ("order", r"batch 0: .*batch\[0\].*batch\[1\]"),
+        ("shuffle", r"batch 0: .*batch\[0\].*batch\[1\]"),
     ],
 )
 def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, where: str) -> None:
@@ -175,19 +225,57 @@ def test_workers_that_see_other_batches_say_so_in_the_first_step(what: str, wher
         assert "not in training_step or a batch-transfer hook" in str(outcome.error)
 
 
-def shuffle_alike(worker: int) -> list[list[int]]:
-    torch.manual_seed(5)
+def shuffle_alike(worker: int, seeds: tuple[int, ...]) -> list[list[int]]:
     module = Seeing()
-    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True)
+    generator = torch.Generator().manual_seed(seeds[worker]) if seeds else None
+    torch.manual_seed(worker)
+    loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, generator=generator)
     fit_stages(worker, module, CUTS, loader, max_epochs=2, use_distributed_sampler=False)
     return module.order
 
 
-def test_a_shuffle_of_the_users_own_works_if_it_is_seeded_alike() -> None:
-    mine, theirs = run_trainers(shuffle_alike, 2)
+@pytest.mark.parametrize("seeds", [(5, 5), ()])
+def test_a_shuffle_of_the_users_own_works_if_it_has_no_generator_or_one_that_is_seeded_alike(
+    seeds: tuple[int, ...],
+) -> None:
+    mine, theirs = run_trainers(shuffle_alike, 2, seeds)
     assert mine == theirs
     assert mine[0] != mine[1]
     assert [sorted(epoch) for epoch in mine] == [list(range(len(Pictures())))] * 2
+
+
+class PartsLater(OwnGenerator):
+    """Every worker draws its own numbers from the second epoch on."""
+
+    epoch = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        own, label = super().__getitem__(index)
+        return own if self.epoch else Pictures.__getitem__(self, index)[0], label
+
+
+class TellsData(Classifier):
+    def __init__(self, data: PartsLater) -> None:
+        super().__init__()
+        self.data, self.steps = data, 0
+
+    def on_train_epoch_start(self) -> None:
+        self.data.epoch = self.current_epoch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+
+
+def part_later(worker: int) -> tuple[int, int]:
+    data = PartsLater(worker)
+    module = TellsData(data)
+    with pytest.raises(WorkersDisagree, match=r"batch 0: .*batch\[0\]"):
+        fit_stages(worker, module, CUTS, DataLoader(data, BATCH_SIZE), max_epochs=3)
+    return data.epoch, module.steps
+
+
+def test_batches_that_part_in_the_second_epoch_are_told_at_its_start() -> None:
+    assert run_trainers(part_later, 2) == [(1, 5)] * 2
 
 
 # ------------------------------------------------------------------ the last batch, and other sizes

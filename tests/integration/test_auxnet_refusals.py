@@ -45,6 +45,15 @@ class TwoInputs(Residual):
         return super().forward(x + y)
 
 
+class Tied(Classifier):
+    """A layer outside has a weight of the network's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = nn.Linear(self.net.head.in_features, self.net.head.out_features)
+        self.outside.weight = self.net.head.weight
+
+
 class Odd(Classifier):
     """With another network."""
 
@@ -80,6 +89,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "SyncBatchNorm",
     ),
+    "a weight of a layer outside": (Tied, {}, "are one tensor, inside and outside of the network"),
     "averaged weights": (Classifier, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging"),
     "sync_batchnorm": (Classifier, {"sync_batchnorm": True}, "sync_batchnorm=True contradicts"),
 }

@@ -1,0 +1,328 @@
+"""``Trainer(strategy="auxnet")``: unusual trainings that once hung, stopped, or parted the workers without a word."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from resist_lightning import ResISTStrategy, StageSelectionError, WorkersDisagree
+from tests.helpers.auxnet import fit_stages, in_order, make_stages, pictures
+from tests.helpers.nets import MlpBlock
+from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, held_out
+from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_auxnet import HeadOutside
+
+State = dict[str, Tensor]
+
+CUTS = {"cuts": ["section2"]}
+
+
+def is_sound(module: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
+
+
+# ------------------------------------------------------------------ validation while gradients are added up
+
+
+def add_up(worker: int, warmup_steps: int) -> tuple[State, State]:
+    """Weights after a training with validation in it, and without."""
+    states = []
+    for every in (4, None):
+        module = Classifier()
+        fit_stages(
+            *(worker, module, {**CUTS, "warmup_steps": warmup_steps, "batch_norm": "running"}, pictures(samples=72)),
+            validation=held_out(worker) if every else None,
+            accumulate_grad_batches=3,
+            val_check_interval=every,
+        )
+        states.append(clone_state(module))
+    return states[0], states[1]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_validation_while_gradients_are_added_up_changes_nothing(warmup_steps: int) -> None:
+    found = run_trainers(add_up, 2, warmup_steps)
+    for validated, plain in found:
+        assert_equal_states(validated, plain, exactly=True)
+        assert_equal_states(validated, found[0][0], exactly=True)
+
+
+# ------------------------------------------------------------------ a training_step that optimizes by itself
+
+
+class TwoBackwards(Classifier):
+    """Two losses, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        output = self.net(batch[0])
+        self.manual_backward(functional.cross_entropy(output, batch[1]), retain_graph=True)
+        self.manual_backward(output.square().mean())
+        optimizer.step()
+
+
+def train_twice(worker: int, warmup_steps: int) -> None:
+    fit_stages(worker, TwoBackwards(), {**CUTS, "warmup_steps": warmup_steps})
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_a_second_backward_pass_is_told_on_all_workers_within_seconds(warmup_steps: int) -> None:
+    begin = time.monotonic()
+    for outcome in run_trainers_to_the_end(train_twice, 2, warmup_steps, timeout=40):
+        assert isinstance(outcome.error, RuntimeError), outcome
+        assert "Add the losses up, and call backward once" in str(outcome.error)
+    assert time.monotonic() - begin < 30
+
+
+class TwoOptimizers(Classifier):
+    """One for the first sections, one for the others; notes of what each of them has state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strange: list[int] = []
+        self.known: list[int] = []
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [torch.optim.SGD(parameters[::2], 0.05, momentum=0.9), torch.optim.AdamW(parameters[1::2], 1e-3)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        states = [optimizer.state for optimizer in optimizers]
+        self.strange += [sum(p.is_meta for p in state) for state in states]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+        self.known = [len(state) for state in states]
+
+
+def two_optimizers(worker: int, path: str) -> tuple[list[int], list[int]]:
+    module = TwoOptimizers()
+    fit_stages(worker, module, {"cuts": ["section2"]}, max_epochs=2, ckpt_path=path)
+    return module.strange, module.known
+
+
+def test_state_of_parameters_that_are_absent_is_dropped_in_every_optimizer(tmp_path: Path) -> None:
+    """As a checkpoint has it that Lightning wrote by itself."""
+    alone = make_trainer("auto", max_epochs=1)
+    alone.fit(TwoOptimizers(), in_order(pictures()))
+    alone.save_checkpoint(tmp_path / "alone.ckpt")
+
+    found = run_trainers(two_optimizers, 2, str(tmp_path / "alone.ckpt"))
+
+    assert all(strange and not any(strange) for strange, _ in found)
+    count = len(list(TwoOptimizers().parameters()))
+    assert sum(sum(known) for _, known in found) == count
+
+
+# ------------------------------------------------------------------ gradients that are clipped
+
+
+def clip(worker: int, algorithm: str) -> tuple[bool, State]:
+    module = HeadOutside()
+    fit_stages(
+        *(worker, module, {**CUTS, "warmup_steps": 0}),
+        max_epochs=2,
+        gradient_clip_val=0.01,
+        gradient_clip_algorithm=algorithm,
+    )
+    changed = not torch.equal(module.head[1].weight, HeadOutside().head[1].weight)
+    return changed and is_sound(module), clone_state(module)
+
+
+def test_clipping_by_the_norm_of_a_part_is_refused_where_a_layer_outside_would_part() -> None:
+    for outcome in run_trainers_to_the_end(clip, 2, "norm"):
+        assert isinstance(outcome.error, ValueError), outcome
+        assert "gradient_clip_val=0.01" in str(outcome.error)
+        assert "gradient_clip_algorithm='value'" in str(outcome.error)
+
+
+def test_clipping_by_value_trains_a_layer_outside_alike() -> None:
+    (sound, mine), (_, theirs) = run_trainers(clip, 2, "value")
+    assert sound
+    assert_equal_states(mine, theirs, exactly=True)
+
+
+# ------------------------------------------------------------------ auxiliary networks of the user's
+
+
+def small(image: tuple[int, ...], boundary: tuple[int, ...], width: int = 3) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(image[0], width, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(boundary[1:]), nn.Conv2d(width, boundary[0], 1)),
+    )
+
+
+class Factory:
+    """Has no name of its own."""
+
+    def __call__(self, image: tuple[int, ...], boundary: tuple[int, ...], width: int = 3) -> nn.Module:
+        return small(image, boundary, width)
+
+
+FACTORIES: dict[str, Any] = {
+    "a partial": lambda factory: partial(factory, width=2),
+    "a lambda": lambda factory: lambda image, boundary: factory(image, boundary, 4),
+    "an object": lambda factory: factory,
+}
+
+
+def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
+    heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one lies elsewhere on each worker
+    module = Classifier()
+    options = {**CUTS, "aux_network": FACTORIES[names[worker]](heap[-1])}
+    steps = fit_stages(worker, module, options).global_step
+    return is_sound(module), steps
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_what_makes_an_auxiliary_network_need_not_be_a_function(name: str) -> None:
+    assert run_trainers(with_factories, 2, (name, name)) == [(True, 5)] * 2
+
+
+def test_workers_with_other_auxiliary_networks_disagree_at_the_start() -> None:
+    for outcome in run_trainers_to_the_end(with_factories, 2, ("a partial", "an object")):
+        assert isinstance(outcome.error, WorkersDisagree), outcome
+        assert "aux_network" in str(outcome.error)
+
+
+class OfVectors(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (MlpBlock() for _ in range(3))
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), *blocks, nn.Linear(6, CLASSES))
+
+
+def of_vectors(worker: int) -> None:
+    fit_stages(worker, OfVectors())
+
+
+def test_a_network_of_vectors_without_an_auxiliary_network_is_refused_on_all_workers() -> None:
+    for outcome in run_trainers_to_the_end(of_vectors, 2):
+        assert isinstance(outcome.error, StageSelectionError), outcome
+        assert "here it is (6,) of (3, 8, 8). Give `aux_network`" in str(outcome.error)
+
+
+# ------------------------------------------------------------------ sizes and types
+
+
+def few_of_many(worker: int, method: str) -> int:
+    options = {**CUTS, "method": method, "warmup_steps": 0}
+    loader = pictures(samples=640)
+    return fit_stages(worker, Classifier(), options, loader, max_epochs=6, limit_train_batches=1).global_step
+
+
+@pytest.mark.parametrize("method", ["penalty-store", "al-store"])
+def test_stored_guesses_go_on_where_an_epoch_has_new_samples(method: str) -> None:
+    assert run_trainers(few_of_many, 2, method) == [6] * 2
+
+
+class PoolsAtOnce(Classifier):
+    """One pixel crosses the boundary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stem = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.net = nn.Sequential(*stem, nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+def one_left(worker: int, method: str) -> tuple[bool, int]:
+    module = PoolsAtOnce()
+    options = {"cuts": ["2"], "method": method}
+    trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=2)
+    return is_sound(module), trainer.global_step
+
+
+@pytest.mark.parametrize("method", ["penalty", "al-net"])
+def test_a_last_batch_may_have_one_sample(method: str) -> None:
+    assert run_trainers(one_left, 2, method) == [(True, 4)] * 2
+
+
+class KeepsOutput(Classifier):
+    """Notes what the network gave."""
+
+    outputs: list[Tensor]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = self.net(batch[0])
+        self.outputs = [*getattr(self, "outputs", []), output.detach().clone()]
+        return functional.cross_entropy(output, batch[1])
+
+
+def in_bfloat16(worker: int) -> list[tuple[torch.dtype, list[float]]]:
+    module = KeepsOutput()
+    fit_stages(worker, module, CUTS, precision="bf16-mixed")
+    return [(output.dtype, output.flatten().tolist()) for output in module.outputs]
+
+
+def test_in_mixed_precision_the_output_is_the_same_on_all_workers() -> None:
+    mine, theirs = run_trainers(in_bfloat16, 2)
+    assert len(mine) == 5
+    assert mine == theirs
+
+
+# ------------------------------------------------------------------ one training after another
+
+
+def fit_twice(worker: int) -> tuple[int, bool, list[str]]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+    module = Classifier()
+    trainer = fit_stages(worker, module, CUTS)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, pictures())
+    return trainer.global_step, is_sound(module), said
+
+
+def test_a_second_fit_goes_on_and_names_what_it_goes_on_from() -> None:
+    (steps, sound, said), (other_steps, _, _) = run_trainers(fit_twice, 2)
+    assert steps == other_steps == 15
+    assert sound
+    how = [text for text in said if "goes on" in text]
+    assert how
+    assert all("the training before" in text for text in how)
+    assert not any("  " in text or ": has" in text or "of the full" in text for text in how)
+
+
+def from_resist(worker: int, path: str) -> tuple[int, bool]:
+    first = make_trainer(ResISTStrategy(local_steps=2, min_blocks=1, blocks_per_worker="auto"), max_epochs=1)
+    first.fit(Classifier(), pictures())
+    first.save_checkpoint(path)
+    module = Classifier(seed=3)
+    trainer = fit_stages(worker, module, {}, max_epochs=2, ckpt_path=path)
+    return trainer.current_epoch, is_sound(module)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_strategy(tmp_path: Path) -> None:
+    assert run_trainers(from_resist, 2, str(tmp_path / "resist.ckpt")) == [(2, True)] * 2
+
+
+def compiled(worker: int) -> tuple[int, bool]:
+    module = Classifier()
+    made: Any = torch.compile(module, backend="eager")
+    trainer = make_trainer(make_stages(**CUTS), max_epochs=1, use_distributed_sampler=True)
+    trainer.fit(made, pictures())
+    return trainer.global_step, is_sound(module)
+
+
+def test_a_module_that_is_compiled_trains() -> None:
+    assert run_trainers(compiled, 2) == [(5, True)] * 2
