@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import NeuronConfig
-from resist_lightning.accounting import TRAINING_KINDS, all_reduce_bytes
+from resist_lightning.accounting import SYNC_KINDS, all_reduce_bytes
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_engine, train_simulator
@@ -180,9 +180,9 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(train
         for worker in range(workers):
             for round, sync in enumerate(syncs(run, trained[worker][name])):
                 expected = {"shared": shared, "merge": 0, **layout.hand_over_bytes(round, states)[worker]}
-                assert {kind: sync.counted[kind] for kind in TRAINING_KINDS} == expected, (name, worker, round)
+                assert {kind: sync.counted[kind] for kind in SYNC_KINDS} == expected, (name, worker, round)
                 kinds.update(expected)
-                others = {kind for kind, count in sync.counted.items() if count} - set(TRAINING_KINDS)
+                others = {kind for kind, count in sync.counted.items() if count} - set(SYNC_KINDS)
                 assert others == {"control"}
     assert all(kinds[kind] > 0 for kind in ("shared", "hand_over", "state"))
 

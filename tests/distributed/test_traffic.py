@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resist_lightning import Config, Engine
-from resist_lightning.accounting import TRAINING_KINDS, sync_bytes
+from resist_lightning.accounting import SYNC_KINDS, sync_bytes
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import plan_sync
@@ -99,9 +99,9 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said)
             for round, sync in enumerate(syncs_of(run, said[worker][name])):
                 plan = plan_sync(layout.schedule.partition(round), layout.schedule.partition(round + 1))
                 expected = sync_bytes(plan, sizes, workers)[worker]
-                assert {kind: sync.counted[kind] for kind in TRAINING_KINDS} == expected, (name, worker, round)
+                assert {kind: sync.counted[kind] for kind in SYNC_KINDS} == expected, (name, worker, round)
                 kinds.update(expected)
-    assert all(kinds[kind] > 0 for kind in TRAINING_KINDS)
+    assert all(kinds[kind] > 0 for kind in SYNC_KINDS)
 
 
 def test_bytes_counted_are_those_that_crossed_the_wire(said):
@@ -112,7 +112,7 @@ def test_bytes_counted_are_those_that_crossed_the_wire(said):
                 wire = sent_bytes(step.syncing, worker, workers)
                 if name not in COMPRESSED:  # compressed means go from worker to worker
                     assert step.counted["shared"] == wire["allreduce_"]
-                training = sum(step.counted[kind] for kind in TRAINING_KINDS)
+                training = sum(step.counted[kind] for kind in SYNC_KINDS)
                 assert training == wire["allreduce_"] + wire["send"]
                 assert step.counted["control"] == wire["allgather_"]
                 assert sum(step.counted.values()) == sum(wire.values())
