@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig
 
 from experiments.auxnet.tasks import ALL, TASKS, TIMED
-from experiments.checks import ConfigError, check_keys
+from experiments.checks import ConfigError
 from experiments.limits import limited
 from experiments.links.options import UNSHAPED, check_bandwidths
+from experiments.studies import check_list, check_out, read_studies
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "sweep", "timing", "links")
@@ -90,18 +89,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
     Raises:
         ConfigError: an unknown study or key, or a value that is impossible.
     """
-    words = [argument for argument in arguments if "=" not in argument]
-    for word in words:
-        if word not in STUDIES:
-            raise ConfigError(f"{word}: there is no such study; choose from {', '.join(STUDIES)}")
-    try:
-        given = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
-        cfg = OmegaConf.merge(SIZES.get(str(given.get("size", "full")), SIZES["full"]), given)
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
-        raise ConfigError(f"{' '.join(arguments)}: cannot be read ({error}); write key=value") from error
-    assert isinstance(cfg, DictConfig)
-    check_keys(cfg, Settings, "")
-    names = [name for name in STUDIES if name in words or not words]
+    names, cfg = read_studies(arguments, STUDIES, SIZES, Settings)
     _check_lists(cfg)
     _check_batches(cfg)
     _check_folders(cfg, names)
@@ -110,10 +98,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
 
 def _check_lists(cfg: DictConfig) -> None:
     for key in LISTS:
-        if not isinstance(cfg[key], ListConfig) or not cfg[key]:
-            raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={SIZES['full'][key]}")
-        if len(set(cfg[key])) < len(cfg[key]):
-            raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
+        check_list(cfg, key, SIZES["full"][key])
     _check_names(cfg)
     _check_numbers(cfg)
     check_bandwidths(cfg.bandwidths_gbit)
@@ -145,7 +130,7 @@ def _check_batches(cfg: DictConfig) -> None:
             f"micro_batches={cfg.micro_batches}: schedule=1f1b needs as many micro-batches as workers, {max(cfg.workers)}; "
             "raise it, or take schedule=gpipe"
         )
-    for name in {*cfg.tasks, *cfg.networks, *cfg.link_networks}:
+    for name in dict.fromkeys([*cfg.tasks, *cfg.networks, *cfg.link_networks]):
         batch = ALL[name].scales[cfg.size].batch
         if "pipeline" in cfg.methods and batch % cfg.micro_batches:
             raise ConfigError(
@@ -162,12 +147,7 @@ def _check_folders(cfg: DictConfig, names: Sequence[str]) -> None:
             f"folder={cfg.folder}: {wanting[0]} needs a folder with train/<class>/* and test/<class>/*; give "
             "folder=PATH, or take tasks=[digits] sweep_tasks=[digits]"
         )
-    out = Path(cfg.out)
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"out={cfg.out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
-    if cfg.size == "smoke" and out.resolve() == RESULTS:
-        raise ConfigError(f"out={cfg.out}: a smoke run must not stand among the results; give out=FOLDER")
+    check_out(cfg, RESULTS, small="smoke", called="a smoke run")
 
 
 def recorded(cfg: DictConfig, study: str) -> Mapping[str, Any]:

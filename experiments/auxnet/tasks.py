@@ -62,6 +62,12 @@ def _timed(blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ..
     return {"full": Scale(blocks, width, batch, 1, None, None, cuts), "smoke": _smoke()}
 
 
+def _cifar(shape: str, blocks: int, width: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:
+    full = Scale(blocks, width, batch=32, epochs=5, limit=500, limit_test=500, cuts=cuts)
+    scales = {"full": full, "smoke": _smoke()}
+    return Task(f"CIFAR-10, JPEG copy, {shape}", images="folder", pixels=16, holdout=0.1, lr=0.1, scales=scales)
+
+
 # Cuts are those that balance measured seconds of forward and backward, an auxiliary network being on every stage but the
 # first; they are fixed here, so that all seeds and all methods have the same.
 TASKS = {
@@ -84,44 +90,8 @@ TASKS = {
             "smoke": _smoke(),
         },
     ),
-    "cifar_deep": Task(
-        "CIFAR-10, JPEG copy, deep and thin",
-        images="folder",
-        pixels=16,
-        holdout=0.1,
-        lr=0.1,
-        scales={
-            "full": Scale(
-                blocks=3,
-                width=16,
-                batch=32,
-                epochs=5,
-                limit=500,
-                limit_test=500,
-                cuts={2: ("section2.0",), 3: ("section1.2", "section2.2")},
-            ),
-            "smoke": _smoke(),
-        },
-    ),
-    "cifar_wide": Task(
-        "CIFAR-10, JPEG copy, shallow and wide",
-        images="folder",
-        pixels=16,
-        holdout=0.1,
-        lr=0.1,
-        scales={
-            "full": Scale(
-                blocks=2,
-                width=24,
-                batch=32,
-                epochs=5,
-                limit=500,
-                limit_test=500,
-                cuts={2: ("section2.0",), 3: ("section1.1", "section2.1")},
-            ),
-            "smoke": _smoke(),
-        },
-    ),
+    "cifar_deep": _cifar("deep and thin", 3, 16, {2: ("section2.0",), 3: ("section1.2", "section2.2")}),
+    "cifar_wide": _cifar("shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
 }
 TIMED = {
     "resnet_38": Task(

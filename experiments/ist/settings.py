@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig
 
 from experiments.accuracy.settings import LARGEST_WORKERS
-from experiments.checks import ConfigError, check_keys
+from experiments.checks import ConfigError
 from experiments.ist.tasks import TASKS
 from experiments.limits import limited
+from experiments.studies import check_list, check_out, read_studies
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "memory", "shapes")
@@ -60,33 +59,15 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
     Raises:
         ConfigError: an unknown study or key, or a value that is impossible.
     """
-    words = [argument for argument in arguments if "=" not in argument]
-    for word in words:
-        if word not in STUDIES:
-            raise ConfigError(f"{word}: there is no such study; choose from {', '.join(STUDIES)}")
-    try:
-        given = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
-        cfg = OmegaConf.merge(SIZES.get(str(given.get("size", "full")), SIZES["full"]), given)
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
-        raise ConfigError(f"{' '.join(arguments)}: cannot be read ({error}); write key=value") from error
-    assert isinstance(cfg, DictConfig)
-    check_keys(cfg, Settings, "")
+    names, cfg = read_studies(arguments, STUDIES, SIZES, Settings)
     _check_lists(cfg)
-    out = Path(cfg.out)
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"out={cfg.out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
-    if cfg.size == "sample" and out.resolve() == RESULTS:
-        raise ConfigError(f"out={cfg.out}: a sample must not stand among the results; give out=FOLDER")
-    return [name for name in STUDIES if name in words or not words], cfg
+    check_out(cfg, RESULTS, small="sample", called="a sample")
+    return names, cfg
 
 
 def _check_lists(cfg: DictConfig) -> None:
     for key in ("tasks", "workers", "widths", "memory_workers"):
-        if not isinstance(cfg[key], ListConfig) or not cfg[key]:
-            raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={SIZES['full'][key]}")
-        if len(set(cfg[key])) < len(cfg[key]):
-            raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
+        check_list(cfg, key, SIZES["full"][key])
     for task in cfg.tasks:
         if task not in TASKS:
             raise ConfigError(f"tasks={list(cfg.tasks)}: {task!r} is not known; choose from {', '.join(TASKS)}")
