@@ -85,6 +85,7 @@ class AuxNet(Workers):
     lambda_step: float | None = limited(above=0, most=1, hint="null takes 1 for two stages and 0.1 for more")
     multiplier_every: int = limited(least=1, hint="10 is the default; 1 may diverge")
     warmup_steps: int = limited(least=0, hint="0 means no warm-up")
+    serial_every: int = limited(least=0, hint="0 means never, 1 means always")
     cuts: Any = MISSING
     network: str | None = MISSING
     input: Any = MISSING

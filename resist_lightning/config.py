@@ -137,6 +137,7 @@ class StageConfig(CommonConfig):
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
             the auxiliary networks learn to make what really comes.
+        serial_every: after them, of so many steps one is serial, a correction by the true gradient; 0 is never.
         cuts: names of the modules behind which the network is cut, one fewer than workers; None balances by time.
         network: name of the network in the module; None finds it by its residual blocks.
         aux_network: makes an auxiliary network from the shapes of an image and of a boundary, without the batch; None
@@ -158,6 +159,7 @@ class StageConfig(CommonConfig):
     lambda_step: float | None = None
     multiplier_every: int = 10
     warmup_steps: int = 200
+    serial_every: int = 0
     cuts: Sequence[str] | None = None
     network: str | None = None
     aux_network: AuxFactory | None = None
@@ -173,6 +175,7 @@ class StageConfig(CommonConfig):
         check_choice("method", self.method, get_args(AuxMethod))
         check_integer("multiplier_every", self.multiplier_every, 1, "10 is the default; 1 may diverge")
         check_integer("warmup_steps", self.warmup_steps, 0, "0 means no warm-up")
+        check_integer("serial_every", self.serial_every, 0, "0 means never, 1 means always")
         check_integer("aux_width", self.aux_width, 1, "32 is the default")
         _check_above("beta", self.beta, 0)
         _check_above("aux_learning_rate", self.aux_learning_rate, 0)
@@ -187,6 +190,11 @@ class StageConfig(CommonConfig):
     def stored(self) -> bool:
         """Whether guesses are stored by sample, and there are no auxiliary networks."""
         return self.method.endswith("-store")
+
+    def serial(self, step: int) -> bool:
+        """Whether the stages wait for each other in this step; ``step`` counts from 0."""
+        behind = step - self.warmup_steps
+        return behind < 0 or (self.serial_every > 0 and behind % self.serial_every == 0)
 
     @property
     def multipliers(self) -> bool:

@@ -120,7 +120,7 @@ class StageSimulator:
         self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float
     ) -> tuple[Tensor, list[Pair]]:
         known = all(boundary.knows(x) for boundary in self.boundaries)
-        if self.steps < self.config.warmup_steps or not known:
+        if self.config.serial(self.steps) or not known:
             return self._serial(x, loss_of_output, share)
         return self._parallel(x, loss_of_output, share)
 

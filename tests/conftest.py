@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests.helpers.leaks import MARK, no_leaks
 
@@ -25,6 +26,12 @@ def leaves_nothing_behind() -> Iterator[None]:
     """Fail the test that leaves an environment variable, a process group, a process, a thread or a file."""
     with no_leaks(ROOT):
         yield
+
+
+@pytest.fixture(autouse=True)
+def the_same_chance() -> None:
+    """Whatever a test draws, it draws in every order of the tests."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

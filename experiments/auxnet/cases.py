@@ -16,7 +16,10 @@ AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"
 """The penalty method in a warm-up that does not end: stages on workers that wait for each other, as back-propagation
 must."""
-WITH_THREE = ("penalty", "al-net")
+HYBRID = "hybrid"
+"""The penalty method with a step of back-propagation now and then."""
+HYBRID_EVERY = 4
+WITH_THREE = ("penalty", "al-net", HYBRID)
 """Methods that are trained on three workers too."""
 SWEEP_SEED = 1000
 """Settings are judged on the hold-out, with a seed that no other table uses."""
@@ -29,7 +32,7 @@ class Case:
 
     Args:
         task: one of `tasks.ALL`.
-        method: serial, pipeline, `SERIAL_STAGES`, or one of `AUXNET`.
+        method: serial, pipeline, `SERIAL_STAGES`, `HYBRID`, or one of `AUXNET`.
         workers: number of processes, of one thread each.
         seed: of weights, order and augmentation.
         lr: learning rate at the start.
@@ -38,6 +41,7 @@ class Case:
         aux_width: channels of the auxiliary networks.
         aux_learning_rate: of the auxiliary networks, at the start.
         warmup_steps: first steps, of plain back-propagation through the workers.
+        serial_every: after them, steps from one of back-propagation to the next.
         lambda_step: step of the guess; None takes the default for the number of workers.
         multiplier_every: steps between two updates of the multipliers.
         schedule: of the pipeline.
@@ -54,6 +58,7 @@ class Case:
     aux_width: int | None = None
     aux_learning_rate: float | None = None
     warmup_steps: int | None = None
+    serial_every: int | None = None
     lambda_step: float | None = None
     multiplier_every: int | None = None
     schedule: str | None = None
@@ -83,12 +88,14 @@ class LinkCase(Case):
     bandwidth_gbit: float | None = None
 
 
-SETTINGS = ("beta", "aux_width", "aux_learning_rate", "warmup_steps", "lambda_step", "multiplier_every")
+SETTINGS = (
+    "beta", "aux_width", "aux_learning_rate", "warmup_steps", "serial_every", "lambda_step", "multiplier_every",
+)  # fmt: skip
 
 
 def settings_of(case: Case) -> dict[str, Any]:
     """What a `StageConfig` is given: the method, and settings that the case has."""
-    return {"method": "penalty" if case.method == SERIAL_STAGES else case.method} | {
+    return {"method": "penalty" if case.method in (SERIAL_STAGES, HYBRID) else case.method} | {
         key: value for key, value in case.key.items() if key in SETTINGS and value is not None
     }
 
@@ -101,6 +108,8 @@ def stored(method: str) -> bool:
 def base(task: str, method: str, workers: int, seed: int) -> Case:
     """The case of the main table, with the package's defaults; of a pipeline without its schedule."""
     case = Case(task, method, workers, seed, ALL[task].lr, augment=not stored(method))
+    if method == HYBRID:
+        return replace(base(task, "penalty", workers, seed), method=HYBRID, serial_every=HYBRID_EVERY)
     if method not in AUXNET:
         return case
     usual = StageConfig()
@@ -151,6 +160,7 @@ def sweep_cases(cfg: DictConfig) -> list[Case]:
         ]
         found += [replace(usual, aux_learning_rate=rate) for rate in cfg.aux_rates]
         found += [replace(usual, warmup_steps=steps) for steps in cfg.warmups]
+        found += [replace(usual, method=HYBRID, serial_every=every) for every in cfg.serial_every]
     return [
         replace(case, multiplier_every=base(case.task, "al-store", 1, 0).multiplier_every)
         if case.method == "al-store"

@@ -35,6 +35,11 @@ def held_bytes(parameters: Sequence[int], aux_parameters: Sequence[int]) -> list
     return [3 * ITEM * (own + aux) for own, aux in zip(parameters, aux_parameters, strict=True)]
 
 
+def hybrid_speed_up(speed_up: float, every: int) -> float:
+    """Where one of ``every`` steps is as long as in one process, and the others are ``speed_up`` times as fast."""
+    return every / ((every - 1) / speed_up + 1)
+
+
 def pipeline_speed_up(workers: int, micro_batches: int, compute: float, data: float = 0.0) -> float:
     """Of a pipeline whose stages are equally long, over one process: ramps of K - 1 micro-batches at both ends.
 

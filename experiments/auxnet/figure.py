@@ -14,13 +14,13 @@ from experiments.accuracy.tables import chosen, distinct
 from experiments.auxnet.link_tables import by_link, methods_of
 from experiments.auxnet.tables import read
 from experiments.auxnet.words import TITLES, title
-from experiments.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE, VERMILION
+from experiments.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
 from experiments.ist.figure import panels_of, saved
 from experiments.links.tables import bandwidth
 from experiments.timeline_figure import draw_timeline
 
 COLOURS = {
-    "serial": GREY, "penalty": BLUE, "al-net": SKY, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
+    "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
     "serial-stages": BLACK,
 }  # fmt: skip
 

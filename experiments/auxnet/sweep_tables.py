@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, spread
-from experiments.auxnet.cases import SWEEP_SEED, SWEEP_WORKERS, base
+from experiments.auxnet.cases import HYBRID, SWEEP_SEED, SWEEP_WORKERS, base
 from experiments.auxnet.words import title
 from experiments.paper_tables.tables import Grid
 
 Content = dict[str, Any]
+
+ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 
 
 def betas(content: Content) -> Grid:
@@ -24,7 +26,7 @@ def betas(content: Content) -> Grid:
 
 
 def betas_of_others(content: Content) -> Grid:
-    rows = [row for row in content["rows"] if row["case"]["method"] != "penalty"]
+    rows = [row for row in content["rows"] if row["case"]["method"] not in ("penalty", HYBRID)]
     found = distinct(rows, "beta")
     lines = [
         [task, title(method), *(_cell(chosen(rows, task=task, method=method, beta=beta)) for beta in found)]
@@ -42,8 +44,24 @@ def warmups(content: Content) -> Grid:
     return _one(content, "warmup_steps", "warm-up steps")
 
 
+def hybrids(content: Content) -> Grid:
+    """Every so many steps one of back-propagation; never is the penalty method with its defaults."""
+    never = _usual(chosen(content["rows"], method="penalty"), *ONE_AT_A_TIME)
+    rows = chosen(content["rows"], method=HYBRID)
+    found = sorted(distinct(rows, "serial_every"), reverse=True)
+    lines = [
+        [
+            task,
+            _cell(chosen(never, task=task)),
+            *(_cell(chosen(rows, task=task, serial_every=every)) for every in found),
+        ]
+        for task in distinct(rows, "task")
+    ]
+    return Grid("Serial steps", ["task", "never", *(f"every {every} steps" for every in found)], lines)
+
+
 def _one(content: Content, key: str, name: str) -> Grid:
-    others = [other for other in ("beta", "aux_width", "aux_learning_rate", "warmup_steps") if other != key]
+    others = [other for other in ONE_AT_A_TIME if other != key]
     rows = _usual(chosen(content["rows"], method="penalty"), *others)
     found = distinct(rows, key)
     lines = [

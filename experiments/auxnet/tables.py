@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread
-from experiments.auxnet.cases import AUXNET, SWEEP_WORKERS, stored
+from experiments.auxnet.cases import AUXNET, HYBRID, SWEEP_WORKERS, stored
 from experiments.auxnet.link_tables import link_bytes, links
 from experiments.auxnet.networks import layers
-from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, warmups
+from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, hybrids, warmups
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.timing_tables import seconds_of, speed_ups, timing
 from experiments.auxnet.words import TITLES, title
@@ -110,7 +110,7 @@ def explanation(content: Content) -> Grid:
     """What the stages have learned to work with, beside what they are given when they are put in sequence."""
     lines = []
     for task, method, workers, _, own in kinds(content["rows"]):
-        if method not in AUXNET or workers == 1:
+        if method not in (*AUXNET, HYBRID) or workers == 1:
             continue
         mismatches = [row["mismatch"] or [] for row in own]
         lines.append(
@@ -132,7 +132,7 @@ def explanation(content: Content) -> Grid:
 
 GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
     "accuracy": (accuracy, speed, sizes, explanation),
-    "sweep": (betas, betas_of_others, aux_rates, warmups),
+    "sweep": (betas, betas_of_others, aux_rates, warmups, hybrids),
     "timing": (timing,),
     "links": (links, link_bytes),
 }

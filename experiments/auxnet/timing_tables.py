@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from statistics import mean
 from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct
-from experiments.auxnet.closed_form import pipeline_speed_up
+from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up
 from experiments.auxnet.networks import layers
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.words import TITLES, title
@@ -31,7 +32,8 @@ def speed_ups(own: Rows, alone: Rows) -> list[str]:
     if case["method"] == "pipeline":
         data = mean(row["data_seconds"] for row in alone)
         return [*found, f"{pipeline_speed_up(case['workers'], case['micro_batches'], serial - data, data):.2f}"]
-    predicted = [row["predicted"] for row in own if row["predicted"] is not None]
+    every = case["serial_every"] or sys.maxsize
+    predicted = [hybrid_speed_up(row["predicted"], every) for row in own if row["predicted"] is not None]
     return [*found, f"{mean(predicted):.2f}" if predicted else "-"]
 
 

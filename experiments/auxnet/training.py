@@ -73,13 +73,19 @@ class Clock:
     data: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
 
-    def told(self, uncounted: int) -> dict[str, float]:
-        """Of the steps behind the first ones; the training's seconds are of all."""
-        steady = slice(min(uncounted, len(self.whole) - 1), None)
+    def told(self, uncounted: int, period: int = 1) -> dict[str, float]:
+        """Of the steps behind the first ones; the training's seconds are of all.
+
+        Args:
+            uncounted: first steps.
+            period: steps after which one of another kind comes again: seconds are medians of each kind, and their mean.
+        """
+        start = min(uncounted, len(self.whole) - 1)
+        kinds = [self.whole[start + kind :: period] for kind in range(period)]
         return {
-            "step_seconds": median(self.whole[steady]),
-            "mean_step_seconds": mean(self.whole[steady]),
-            "data_seconds": median(self.data[steady]),
+            "step_seconds": mean(median(kind) for kind in kinds if kind),
+            "mean_step_seconds": mean(self.whole[start:]),
+            "data_seconds": median(self.data[start:]),
             "training_seconds": sum(self.whole),
         }
 
@@ -219,7 +225,7 @@ def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None
     held = max(held, method.held_bytes())
     return {
         "curve": curve,
-        "clock": clock.told(job.uncounted),
+        "clock": clock.told(job.uncounted, case.serial_every or 1),
         "held_bytes": held,
         **(method.explained(job.data) if job.stops else {}),
         **method.told(),

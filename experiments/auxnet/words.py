@@ -6,6 +6,7 @@ TITLES = {
     "serial": "one process",
     "penalty": "AuxNet, penalty",
     "al-net": "AuxNet, augmented Lagrangian",
+    "hybrid": "AuxNet, every 4th step serial",
     "penalty-store": "penalty, stored guesses",
     "al-store": "augmented Lagrangian, stored guesses",
     "pipeline": "pipeline (torch's)",

@@ -258,7 +258,7 @@ class StageWorker:
 
     def _is_serial(self, x: Tensor) -> bool:
         """Whether the stages wait for each other in this batch; every worker finds the same."""
-        if self.steps < self._config.warmup_steps:
+        if self._config.serial(self.steps):
             return True
         if not self._config.stored:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from experiments.auxnet import tables
 from experiments.auxnet.cases import accuracy_cases, base, sweep_cases, timing_cases
-from experiments.auxnet.closed_form import pipeline_speed_up, sent_bytes
+from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up, sent_bytes
 from experiments.auxnet.examples import make_network, prepared
 from experiments.auxnet.main import main
 from experiments.auxnet.methods import Pipelined, Serial
@@ -23,7 +24,7 @@ from experiments.auxnet.networks import SmallImageResNet, layers
 from experiments.auxnet.settings import RESULTS, parse
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.auxnet.tasks import ALL
-from experiments.auxnet.training import Job, by_formula, stream_of
+from experiments.auxnet.training import Clock, Job, by_formula, stream_of
 from experiments.tables import PLACE, filled
 from resist_lightning.blocks import find_blocks
 from tests.helpers.processes import run_workers
@@ -79,7 +80,7 @@ def test_live_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
     for row in record(smoke[0], "accuracy")["rows"]:
         if row["case"]["workers"] != 2:
             continue
-        own = {"penalty": aux, "al-net": aux + width * boundary + boundary}.get(row["case"]["method"], 0)
+        own = {"penalty": aux, "hybrid": aux, "al-net": aux + width * boundary + boundary}.get(row["case"]["method"], 0)
         assert row["parameters"] == [first, second]
         assert row["held_bytes"] == row["held_by_formula"] == [12 * first, 12 * (second + own)]
 
@@ -169,6 +170,16 @@ def test_closed_forms_by_hand() -> None:
     assert pipeline_speed_up(2, 4, compute=8.0) == 2 * 4 / 5
     assert pipeline_speed_up(3, 6, compute=8.0, data=1.0) == pytest.approx(9 / (1 + 8 / 3 * 8 / 6))
     assert pipeline_speed_up(3, 1, compute=8.0) == 1
+    assert hybrid_speed_up(2.0, 4) == 4 / 2.5
+    assert hybrid_speed_up(2.0, 1) == 1
+    assert hybrid_speed_up(2.0, sys.maxsize) == pytest.approx(2)
+
+
+def test_steps_of_two_kinds_are_weighed_by_how_often_they_come() -> None:
+    clock = Clock(data=[0.0] * 11, whole=[99.0, *[4.0, 1.0, 1.0] * 3, 4.0])
+    assert clock.told(1, 3)["step_seconds"] == 2
+    assert clock.told(1)["step_seconds"] == 1
+    assert Clock([0.0], [5.0]).told(3, 4)["step_seconds"] == 5
 
 
 def test_the_networks_are_those_of_their_names() -> None:
@@ -217,6 +228,7 @@ def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
         ("methods=[dni]", "'dni' is not known; choose from serial, penalty"),
         ("workers=[4]", "must be numbers from 1 to 3"),
         ("workers=[2,2]", "stands there twice"),
+        ("serial_every=[0]", "serial_every=[0]: must be whole numbers of at least 1"),
         ("betas=[0]", "betas=[0]: must be numbers above 0"),
         ("link_networks=[digits]", "'digits' is not known; choose from resnet_38, resnet_110, wrn_16_4"),
         ("bandwidths_gbit=[0]", "0 must be a number of Gbit/s from 0.001 to 100, or unshaped"),

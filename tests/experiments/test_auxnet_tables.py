@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from experiments.auxnet import tables
+from experiments.auxnet import sweep_tables, tables
 from experiments.auxnet.cases import SWEEP_SEED, base
 from experiments.timeline_figure import draw_timeline, shares
 
@@ -67,6 +67,8 @@ def test_the_sweep_shows_the_holdout_by_one_setting() -> None:
     rows += [
         row("penalty", 2, SWEEP_SEED, 70.0, 1, aux_width=8),
         row("penalty", 2, SWEEP_SEED, 40.0, 1, warmup_steps=0),
+        row("hybrid", 2, SWEEP_SEED, 65.0, 1, serial_every=2),
+        row("hybrid", 2, SWEEP_SEED, 63.0, 1, serial_every=8),
     ]
     rows += [row("al-net", 2, SWEEP_SEED, 30.0, 1)]
     content = {**CONTENT, "rows": rows}
@@ -74,6 +76,8 @@ def test_the_sweep_shows_the_holdout_by_one_setting() -> None:
     assert tables.betas(content).rows == [["digits", "8", "-", "69.00"], ["digits", str(width), "49.00", "59.00"]]
     assert tables.warmups(content).rows == [["digits", "39.00", "59.00"]]
     assert tables.betas_of_others(content).rows == [["digits", "AuxNet, augmented Lagrangian", "29.00"]]
+    assert sweep_tables.hybrids(content).header[1:] == ["never", "every 8 steps", "every 2 steps"]
+    assert sweep_tables.hybrids(content).rows == [["digits", "59.00", "62.00", "64.00"]]
 
 
 def test_a_study_that_was_not_made_says_so(tmp_path: Path) -> None:
