@@ -62,8 +62,10 @@ def _timed(blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ..
     return {"full": Scale(blocks, width, batch, 1, None, None, cuts), "smoke": _smoke()}
 
 
-def _cifar(shape: str, blocks: int, width: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:
-    full = Scale(blocks, width, batch=32, epochs=5, limit=500, limit_test=500, cuts=cuts)
+def _cifar(
+    shape: str, blocks: int, width: int, cuts: Mapping[int, tuple[str, ...]], *, epochs: int, limit: int
+) -> Task:
+    full = Scale(blocks, width, batch=32, epochs=epochs, limit=limit, limit_test=500, cuts=cuts)
     scales = {"full": full, "smoke": _smoke()}
     return Task(f"CIFAR-10, JPEG copy, {shape}", images="folder", pixels=16, holdout=0.1, lr=0.1, scales=scales)
 
@@ -90,8 +92,12 @@ TASKS = {
             "smoke": _smoke(),
         },
     ),
-    "cifar_deep": _cifar("deep and thin", 3, 16, {2: ("section2.0",), 3: ("section1.2", "section2.2")}),
-    "cifar_wide": _cifar("shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
+    "cifar_deep": _cifar(
+        "deep and thin", 3, 16, {2: ("section2.0",), 3: ("section1.2", "section2.2")}, epochs=6, limit=1000
+    ),
+    "cifar_wide": _cifar(
+        "shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}, epochs=5, limit=500
+    ),
 }
 TIMED = {
     "resnet_38": Task(
