@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint format clean
@@ -35,8 +36,9 @@ $(MADE):
 demo: env ## the main job: ResIST on the digits with two worker processes on the CPU
 	$(BIN)/python experiments/train.py experiment=demo $(ARGS)
 
-test: env ## all tests; ARGS="-k partition" for some
-	$(BIN)/python -m pytest $(ARGS)
+# Workers wait a good part of the time, so more jobs than two cores; files stay whole, as their fixtures are for all tests.
+test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check .
