@@ -56,8 +56,8 @@ class AuxNetStrategy(SubnetStrategy):
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other: plain back-propagation, while the auxiliary
             networks learn to give what really comes.
-        serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the price
-            of speed. 4 makes every fourth step wait; 0 (default) is never, 1 always: back-propagation.
+        serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
+            price of speed. 4 makes every fourth step wait; 0 (default) is never, 1 always: back-propagation.
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
             balances the stages by measured time.
         network: name of the network in the module; None finds it by its residual blocks.
