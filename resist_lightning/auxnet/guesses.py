@@ -11,7 +11,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from resist_lightning.auxnet.aux_networks import AuxNetwork
-from resist_lightning.auxnet.store import SampleStore, contents
+from resist_lightning.auxnet.store import Samples, SampleStore
 
 MOMENTUM = 0.9
 
@@ -25,11 +25,11 @@ class Guesses(ABC):
         """What it needs of memory, between two steps."""
 
     @abstractmethod
-    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
         """λ and u for a batch, without a graph."""
 
     @abstractmethod
-    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+    def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
         """Move to what λ and u should be for a batch; after :meth:`make`, from what that gave.
 
         Args:
@@ -69,15 +69,15 @@ class NetworkGuesses(Guesses):
         return parameters + sum(buffer.nbytes for buffer in self.network.buffers())
 
     @override
-    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        self._made = guess, multiplier = self.network(x)
+    def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
+        self._made = guess, multiplier = self.network(x.images)
         return guess.detach(), multiplier.detach() if multiplier is not None else None
 
     @override
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
-    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
-        (made, made_multiplier), self._made = self._made or self.network(x), None
+    def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+        (made, made_multiplier), self._made = self._made or self.network(x.images), None
         loss = functional.mse_loss(made, guess) / 2
         if made_multiplier is not None and multiplier is not None:
             loss = loss + functional.mse_loss(made_multiplier, multiplier) / 2
@@ -114,12 +114,12 @@ class StoredGuesses(Guesses):
         return self.store.held_bytes
 
     @override
-    def make(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.store.get(contents(x), x.device)
+    def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
+        return self.store.get(x.names, x.images.device)
 
     @override
-    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
-        self.store.put(contents(x), guess, multiplier)
+    def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
+        self.store.put(x.names, guess, multiplier)
 
     @override
     def state_dict(self) -> dict[str, Any]:

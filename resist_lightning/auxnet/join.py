@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.auxnet.messages import Expected
+from resist_lightning.auxnet.store import Samples
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Batch:
     size: int
     serial: bool
     share: float
-    x: Tensor
+    x: Samples
     truth: Expected | None
     reply: Expected | None
     output: Expected | None

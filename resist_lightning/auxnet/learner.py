@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resist_lightning.auxnet.equations import Penalty, default_step, growth, mismatch, next_multiplier
 from resist_lightning.auxnet.guesses import Guesses
+from resist_lightning.auxnet.store import Samples
 from resist_lightning.config import StageConfig
 
 
@@ -34,7 +35,7 @@ class Learner:
         """q: of each sample, at the output ``made`` of a stage whose next one wants ``target``."""
         return self._penalty(share).gradient(made, target)
 
-    def guess(self, x: Tensor, share: float) -> tuple[Tensor, Tensor | None]:
+    def guess(self, x: Samples, share: float) -> tuple[Tensor, Tensor | None]:
         """λ and u for a batch of images."""
         assert self.guesses is not None
         guess, multiplier = self.guesses.make(x)
@@ -42,7 +43,7 @@ class Learner:
 
     def correct(
         self,
-        x: Tensor,
+        x: Samples,
         guess: tuple[Tensor, Tensor | None],
         truth: Tensor,
         gradient: Tensor,
@@ -68,7 +69,7 @@ class Learner:
         self._batches += 1
         self._learn(x, after, multiplier, share)
 
-    def begin_at(self, x: Tensor, truth: Tensor, gradient: Tensor, share: float) -> None:
+    def begin_at(self, x: Samples, truth: Tensor, gradient: Tensor, share: float) -> None:
         """Learn from a step in which the stage was given the truth.
 
         A multiplier begins where all stands still, at -r; a stored guess where the stage before is then given the true
@@ -85,7 +86,7 @@ class Learner:
         self._batches = 0
         return found
 
-    def _learn(self, x: Tensor, guess: Tensor, multiplier: Tensor | None, share: float) -> None:
+    def _learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, share: float) -> None:
         assert self.guesses is not None
         self.guesses.learn(x, guess, multiplier * self._growth(share) if multiplier is not None else None, share)
 

@@ -8,9 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+class Samples:
+    """A batch of images whose names are made once, and only where they are asked for.
+
+    Args:
+        images: (batch, ...).
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.detach()
+
+    @cached_property
+    def names(self) -> list[bytes]:
+        """A name for each sample."""
+        return contents(self.images)
 
 
 def contents(x: Tensor) -> list[bytes]:

@@ -16,7 +16,7 @@ from resist_lightning.auxnet.join import Batch, Begun, Joined
 from resist_lightning.auxnet.learner import Learner
 from resist_lightning.auxnet.messages import Messages, Shapes
 from resist_lightning.auxnet.spans import Spans
-from resist_lightning.auxnet.store import contents
+from resist_lightning.auxnet.store import Samples
 from resist_lightning.config import StageConfig
 from resist_lightning.errors import PartialModelError
 from resist_lightning.verbs import Collective
@@ -154,7 +154,7 @@ class StageWorker:
             self.spans.begin("aux backward")
             self._learn(batch, given.detach(), truth.take(), given.grad if given.grad is not None else 0 * given)
         if self._config.stored and batch.trained:
-            self._seen.update(contents(batch.x))
+            self._seen.update(batch.x.names)
         self.spans.end_step(counts=not batch.serial)
 
     def report(self) -> list[float]:
@@ -192,18 +192,19 @@ class StageWorker:
 
     def _open(self, x: Tensor) -> Batch:
         """Post the receives of a batch."""
-        size, serial, messages = len(x), self._is_serial(x), self._messages
+        samples = Samples(x)
+        size, serial, messages = len(x), self._is_serial(samples), self._messages
         truth = None if self._first else messages.expect_truth(size)
         reply = output = None
         if not self._last:
             reply = messages.expect_gradient(size) if serial else messages.expect_target(size)
             output = messages.expect_output(size)
-        return Batch(size, serial, self._rate_share(), x.detach(), truth, reply, output)
+        return Batch(size, serial, self._rate_share(), samples, truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
         """The image, or the guess, or (serial) what the worker before made; and tell the worker before."""
         if self._first:
-            return batch.x
+            return batch.x.images
         assert batch.truth is not None
         if batch.serial:
             self.spans.begin("wait for truth")
@@ -256,14 +257,13 @@ class StageWorker:
         guess = given, batch.multiplier
         self._learner.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
 
-    def _is_serial(self, x: Tensor) -> bool:
+    def _is_serial(self, x: Samples) -> bool:
         """Whether the stages wait for each other in this batch; every worker finds the same."""
         if self._config.serial(self.steps):
             return True
         if not self._config.stored:
             return False
-        names = contents(x)
-        self._misses = 0 if self._seen.intersection(names) else self._misses + 1
+        self._misses = 0 if self._seen.intersection(x.names) else self._misses + 1
         if self._misses > self.epoch_batches:
             raise ValueError(
                 f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than all "
@@ -271,7 +271,7 @@ class StageWorker:
                 "the collate function and the training_step (those of the data set are frozen), or use "
                 "method='penalty' or 'al-net'."
             )
-        return not self._seen.issuperset(names)
+        return not self._seen.issuperset(x.names)
 
     def _rate_share(self) -> float:
         """The learning rate as a share of the highest so far; asked once per batch, on every worker."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resist_lightning import StageConfig
 from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
+from resist_lightning.auxnet.store import Samples
 from tests.helpers.lagrangian import gradients_of_lagrangian, true_values
 from tests.helpers.nets import mlp
 from tests.helpers.stages import CLASSES, TanhBlock, load_guess, make_chain, make_staged, two_layers
@@ -81,7 +82,7 @@ def one_batch(collective: ThreadCollective, problem: Problem, steps: int) -> Fou
     worker.count()
     found = Found(staged.stage_gradients, output.detach())
     if isinstance(worker.guesses, StoredGuesses):
-        found.guess, found.multiplier = worker.guesses.make(problem.x)
+        found.guess, found.multiplier = worker.guesses.make(Samples(problem.x))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resist_lightning import StageConfig, StageSimulator
 from resist_lightning.auxnet.guesses import StoredGuesses
+from resist_lightning.auxnet.store import Samples
 from tests.helpers.lagrangian import gradients_of_lagrangian
 from tests.helpers.stages import TanhBlock, load_guess, make_staged, two_layers
 from tests.helpers.threads import ThreadCollective, run_threads
@@ -54,7 +55,7 @@ def serial_batch(collective: ThreadCollective, problem: Problem) -> tuple[dict[s
     problem.loss(staged.worker(problem.x)).backward()
     staged.worker.count()
     guesses = staged.worker.guesses
-    made = guesses.make(problem.x) if isinstance(guesses, StoredGuesses) else ()
+    made = guesses.make(Samples(problem.x)) if isinstance(guesses, StoredGuesses) else ()
     return staged.stage_gradients, [tensor for tensor in made if tensor is not None]
 
 
@@ -133,7 +134,7 @@ def decaying(collective: ThreadCollective, problem: Problem) -> list[tuple[dict[
     for _ in RATES:
         staged.net.zero_grad()
         guesses = staged.worker.guesses
-        guess = guesses.make(problem.x)[0].clone() if guesses is not None else None
+        guess = guesses.make(Samples(problem.x))[0].clone() if guesses is not None else None
         problem.loss(staged.worker(problem.x)).backward()
         staged.worker.count()
         found.append((staged.stage_gradients, guess))

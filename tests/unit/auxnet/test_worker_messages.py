@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resist_lightning import StageConfig, WorkersDisagree
 from resist_lightning.auxnet.guesses import StoredGuesses
+from resist_lightning.auxnet.store import Samples
 from tests.helpers.nets import mlp
 from tests.helpers.stages import CLASSES, ONE_AT_A_TIME, Staged, TanhBlock, load_guess, make_staged, two_layers
 from tests.helpers.threads import Room, ThreadCollective, run_threads
@@ -121,7 +122,7 @@ def in_parts(
     staged.worker.count()
     guesses = staged.worker.guesses
     assert staged.worker.steps == steps + 1
-    return staged.stage_gradients, guesses.make(x) if isinstance(guesses, StoredGuesses) else None
+    return staged.stage_gradients, guesses.make(Samples(x)) if isinstance(guesses, StoredGuesses) else None
 
 
 @pytest.mark.parametrize("method", ["penalty-store", "al-store"])
