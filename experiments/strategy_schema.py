@@ -82,7 +82,7 @@ class AuxNet(Workers):
     method: str = limited(choices=get_args(AuxMethod), hint="penalty is the default; those with -store keep guesses")
     beta: float = limited(above=0, hint="weight of the penalty")
     beta_growth: float = limited(least=1, hint="1 leaves beta as it is")
-    lambda_step: float | None = limited(above=0, most=1, hint="null takes 1 for two stages and 0.1 for more")
+    lambda_step: float | None = limited(above=0, most=1, hint="null takes 1, or 0.1 where three stages store")
     multiplier_every: int = limited(least=1, hint="10 is the default; 1 may diverge")
     warmup_steps: int = limited(least=0, hint="0 means no warm-up")
     serial_every: int = limited(least=0, hint="0 means never, 1 means always")

@@ -133,7 +133,8 @@ class StageConfig(CommonConfig):
             ``al-net`` (auxiliary networks), ``penalty-store`` and ``al-store`` (stored by sample; augmentation off).
         beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
         beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen.
-        lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1 for two stages and 0.1 for more.
+        lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
+            three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
             the auxiliary networks learn to make what really comes.
@@ -182,7 +183,7 @@ class StageConfig(CommonConfig):
         if not self.beta_growth >= 1:
             raise ValueError(f"beta_growth={self.beta_growth!r} must be at least 1 (1 leaves beta as it is).")
         if self.lambda_step is not None and not 0 < self.lambda_step <= 1:
-            raise ValueError(f"lambda_step={self.lambda_step!r} must lie in (0, 1]; None takes 1 or 0.1.")
+            raise ValueError(f"lambda_step={self.lambda_step!r} must lie in (0, 1]; None takes the default.")
         if isinstance(self.cuts, str):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names, e.g. ['layer2'].")
 

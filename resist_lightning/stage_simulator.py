@@ -72,7 +72,7 @@ class StageSimulator:
         self._stages, self.boundaries = _divide(layout, config)
         self._network = layout.chain.name if layout.chain else config.network or ""
         self._stages = self._stages or [self.module.get_submodule(self._network)]
-        self._step_size = config.lambda_step or (1.0 if workers <= 2 else 0.1)
+        self._step_size = config.lambda_step or (0.1 if config.stored and workers > 2 else 1.0)
         self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
         self._still: list[str] = []
         self._highest_rate, self._share = 0.0, 1.0

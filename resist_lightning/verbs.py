@@ -34,8 +34,9 @@ class Collective(ABC):
         """Numbers of all workers. Collective: every worker must call this, in the same order."""
 
     def gather_bytes(self, text: bytes) -> list[bytes]:
-        """Bytes of all workers, of any length; a number of 64 bits carries one. For errors and summaries, where that does
-        not matter.
+        """Bytes of all workers, of any length; a number of 64 bits carries one.
+
+        For errors and summaries, where that does not matter.
 
         Collective: every worker must call this, in the same order.
         """

@@ -24,6 +24,8 @@ WITH_THREE = ("penalty", "al-net", HYBRID)
 SWEEP_SEED = 1000
 """Settings are judged on the hold-out, with a seed that no other table uses."""
 SWEEP_WORKERS = 2
+STEP_WORKERS = 3
+"""Of the step of the guesses, which from three stages on is a question."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def sweep_cases(cfg: DictConfig) -> list[Case]:
         found += [replace(usual, aux_learning_rate=rate) for rate in cfg.aux_rates]
         found += [replace(usual, warmup_steps=steps) for steps in cfg.warmups]
         found += [replace(usual, method=HYBRID, serial_every=every) for every in cfg.serial_every]
+        found += [replace(usual, workers=STEP_WORKERS, lambda_step=step) for step in cfg.lambda_steps]
     return [
         replace(case, multiplier_every=base(case.task, "al-store", 1, 0).multiplier_every)
         if case.method == "al-store"

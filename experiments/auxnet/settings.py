@@ -23,7 +23,17 @@ KNOWN: Mapping[str, Iterable[str]] = {
     "tasks": TASKS, "sweep_tasks": TASKS, "networks": TIMED, "link_networks": TIMED, "methods": METHODS,
 }  # fmt: skip
 """What lists of names choose from."""
-LISTS = (*KNOWN, "workers", "betas", "aux_widths", "aux_rates", "warmups", "serial_every", "bandwidths_gbit")
+LISTS = (
+    *KNOWN,
+    "workers",
+    "betas",
+    "aux_widths",
+    "aux_rates",
+    "warmups",
+    "serial_every",
+    "lambda_steps",
+    "bandwidths_gbit",
+)
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",),
     "links": ("link_steps",),
@@ -56,6 +66,7 @@ class Settings:
     aux_rates: list[float] = MISSING
     warmups: list[int] = MISSING
     serial_every: list[int] = MISSING
+    lambda_steps: list[float] = MISSING
     networks: list[str] = MISSING
     steps: int = limited(least=4, hint="steps of a training that is only timed; the first third is not counted")
     repeats: int = limited(least=1, hint="trainings of each kind that are timed, turn and turn about")
@@ -70,7 +81,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "tasks": list(TASKS), "methods": list(METHODS), "workers": [1, 2, 3], "seeds": 3, "epochs": None,
         "evaluations": 4, "micro_batches": 4, "schedule": "gpipe", "sweep_tasks": ["digits", "cifar_deep"],
         "betas": [0.1, 1.0, 10.0, 100.0], "aux_widths": [16, 32, 64], "aux_rates": [0.03, 0.1, 0.3],
-        "warmups": [0, 50, 200], "serial_every": [2, 4, 8], "networks": list(TIMED), "steps": 30, "repeats": 3,
+        "warmups": [0, 50, 200], "serial_every": [2, 4, 8], "lambda_steps": [0.1, 0.3, 1.0], "networks": list(TIMED), "steps": 30, "repeats": 3,
         "link_networks": ["resnet_38", "wrn_16_4"], "link_steps": 12, "bandwidths_gbit": [0.1, 1, UNSHAPED],
     },
     "smoke": {
@@ -78,6 +89,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "tasks": ["digits"], "methods": list(METHODS), "workers": [1, 2], "seeds": 1, "epochs": None,
         "evaluations": 2, "micro_batches": 2, "schedule": "gpipe", "sweep_tasks": ["digits"],
         "betas": [0.1, 1.0], "aux_widths": [4], "aux_rates": [0.1], "warmups": [2], "serial_every": [2],
+        "lambda_steps": [0.5],
         "networks": ["resnet_38"], "steps": 6, "repeats": 1,
         "link_networks": ["resnet_38"], "link_steps": 9, "bandwidths_gbit": [0.001, UNSHAPED],
     },
@@ -120,9 +132,11 @@ def _check_numbers(cfg: DictConfig) -> None:
     for key, least in (("aux_widths", 1), ("warmups", 0), ("serial_every", 1)):
         if min(cfg[key]) < least:
             raise ConfigError(f"{key}={list(cfg[key])}: must be whole numbers of at least {least}")
-    for key in ("betas", "aux_rates"):
+    for key in ("betas", "aux_rates", "lambda_steps"):
         if min(cfg[key]) <= 0:
             raise ConfigError(f"{key}={list(cfg[key])}: must be numbers above 0")
+    if max(cfg.lambda_steps) > 1:
+        raise ConfigError(f"lambda_steps={list(cfg.lambda_steps)}: must be numbers of at most 1")
 
 
 def _check_batches(cfg: DictConfig) -> None:

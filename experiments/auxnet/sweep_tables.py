@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, spread
-from experiments.auxnet.cases import HYBRID, SWEEP_SEED, SWEEP_WORKERS, base
+from experiments.auxnet.cases import HYBRID, STEP_WORKERS, SWEEP_SEED, SWEEP_WORKERS, base
 from experiments.auxnet.words import title
 from experiments.paper_tables.tables import Grid
 
@@ -16,7 +16,7 @@ ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 
 def betas(content: Content) -> Grid:
     """Of the penalty method: beta by the size of the auxiliary networks."""
-    rows = _usual(chosen(content["rows"], method="penalty"), "aux_learning_rate", "warmup_steps")
+    rows = _usual(_of_two(content), "aux_learning_rate", "warmup_steps")
     found, lines = distinct(rows, "beta"), []
     for task in distinct(rows, "task"):
         for width in distinct(rows, "aux_width"):
@@ -46,7 +46,7 @@ def warmups(content: Content) -> Grid:
 
 def hybrids(content: Content) -> Grid:
     """Every so many steps one of back-propagation; never is the penalty method with its defaults."""
-    never = _usual(chosen(content["rows"], method="penalty"), *ONE_AT_A_TIME)
+    never = _usual(_of_two(content), *ONE_AT_A_TIME)
     rows = chosen(content["rows"], method=HYBRID)
     found = sorted(distinct(rows, "serial_every"), reverse=True)
     lines = [
@@ -60,9 +60,22 @@ def hybrids(content: Content) -> Grid:
     return Grid("Serial steps", ["task", "never", *(f"every {every} steps" for every in found)], lines)
 
 
+def lambda_steps(content: Content) -> Grid:
+    rows = chosen(content["rows"], workers=STEP_WORKERS)
+    found = sorted(distinct(rows, "lambda_step"))
+    lines = [
+        [task, *(_cell(chosen(rows, task=task, lambda_step=step)) for step in found)] for task in distinct(rows, "task")
+    ]
+    return Grid(f"Step of the guesses, K = {STEP_WORKERS}", ["task", *(f"c = {step:g}" for step in found)], lines)
+
+
+def _of_two(content: Content) -> Rows:
+    return chosen(content["rows"], method="penalty", workers=SWEEP_WORKERS)
+
+
 def _one(content: Content, key: str, name: str) -> Grid:
     others = [other for other in ONE_AT_A_TIME if other != key]
-    rows = _usual(chosen(content["rows"], method="penalty"), *others)
+    rows = _usual(_of_two(content), *others)
     found = distinct(rows, key)
     lines = [
         [task, *(_cell(chosen(rows, task=task, **{key: value})) for value in found)] for task in distinct(rows, "task")

@@ -13,7 +13,7 @@ from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread
 from experiments.auxnet.cases import AUXNET, HYBRID, SWEEP_WORKERS, stored
 from experiments.auxnet.link_tables import link_bytes, links
 from experiments.auxnet.networks import layers
-from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, hybrids, warmups
+from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, hybrids, lambda_steps, warmups
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.timing_tables import seconds_of, speed_ups, timing
 from experiments.auxnet.words import TITLES, title
@@ -132,7 +132,7 @@ def explanation(content: Content) -> Grid:
 
 GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
     "accuracy": (accuracy, speed, sizes, explanation),
-    "sweep": (betas, betas_of_others, aux_rates, warmups, hybrids),
+    "sweep": (betas, betas_of_others, aux_rates, warmups, hybrids, lambda_steps),
     "timing": (timing,),
     "links": (links, link_bytes),
 }

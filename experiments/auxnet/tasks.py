@@ -58,8 +58,10 @@ def _smoke(batch: int = 8) -> Scale:
     return Scale(blocks=2, width=4, batch=batch, epochs=2, limit=20, limit_test=5, cuts=cuts)
 
 
-def _timed(blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> dict[str, Scale]:
-    return {"full": Scale(blocks, width, batch, 1, None, None, cuts), "smoke": _smoke()}
+def _timed(pixels: int, blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:
+    full = Scale(blocks, width, batch, epochs=1, limit=None, limit_test=None, cuts=cuts)
+    scales = {"full": full, "smoke": _smoke()}
+    return Task(f"random images of {pixels} x {pixels}", "random", pixels, holdout=0.1, lr=0.01, scales=scales)
 
 
 def _cifar(
@@ -100,30 +102,9 @@ TASKS = {
     ),
 }
 TIMED = {
-    "resnet_38": Task(
-        "random images of 16 x 16",
-        images="random",
-        pixels=16,
-        holdout=0.1,
-        lr=0.01,
-        scales=_timed(6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
-    ),
-    "resnet_110": Task(
-        "random images of 32 x 32",
-        images="random",
-        pixels=32,
-        holdout=0.1,
-        lr=0.01,
-        scales=_timed(18, 16, 32, {2: ("section2.1",), 3: ("section1.12", "section2.9")}),
-    ),
-    "wrn_16_4": Task(
-        "random images of 16 x 16",
-        images="random",
-        pixels=16,
-        holdout=0.1,
-        lr=0.01,
-        scales=_timed(2, 64, 64, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
-    ),
+    "resnet_38": _timed(16, 6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
+    "resnet_110": _timed(32, 18, 16, 32, {2: ("section2.1",), 3: ("section1.12", "section2.9")}),
+    "wrn_16_4": _timed(16, 2, 64, 64, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
 }
 """Networks whose steps are timed, and that are not trained to the end."""
 ALL = {**TASKS, **TIMED}

@@ -185,9 +185,10 @@ class StageLayout(Layout):
     def warn(self) -> None:
         if self.workers > 1:
             self._warn_of_batch_statistics()
-        if self.workers > 2 and self.config.lambda_step == 1:
+        if self.workers > 2 and self.config.stored and self.config.lambda_step == 1:
             warnings.warn(
-                f"lambda_step=1 diverges from three stages on, and here are {self.workers}; None takes 0.1.",
+                "lambda_step=1 diverges where the guesses of three stages or more are stored, and here are "
+                f"{self.workers}; None takes 0.1.",
                 stacklevel=3,
             )
 

@@ -27,7 +27,7 @@ class Learner:
     def __init__(self, config: StageConfig, stages: int, guesses: Guesses | None, device: torch.device) -> None:
         self.guesses = guesses
         self._config = config
-        self._step = default_step(stages) if config.lambda_step is None else config.lambda_step
+        self._step = default_step(stages, stored=config.stored) if config.lambda_step is None else config.lambda_step
         self._mismatch = torch.zeros((), device=device)
         self._batches = 0
 

@@ -51,8 +51,8 @@ class AuxNetStrategy(SubnetStrategy):
         beta: weight of the penalty, half the mean square per element of guess minus truth; above 0.
         beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
             least 1.
-        lambda_step: step of the guesses in units of 1 / beta, in (0, 1]; None takes 1 for two stages and 0.1 for more,
-            where 1 diverges.
+        lambda_step: step of the guesses in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
+            three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other: plain back-propagation, while the auxiliary
             networks learn to give what really comes.

@@ -229,6 +229,7 @@ def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
         ("workers=[4]", "must be numbers from 1 to 3"),
         ("workers=[2,2]", "stands there twice"),
         ("serial_every=[0]", "serial_every=[0]: must be whole numbers of at least 1"),
+        ("lambda_steps=[2]", "lambda_steps=[2]: must be numbers of at most 1"),
         ("betas=[0]", "betas=[0]: must be numbers above 0"),
         ("link_networks=[digits]", "'digits' is not known; choose from resnet_38, resnet_110, wrn_16_4"),
         ("bandwidths_gbit=[0]", "0 must be a number of Gbit/s from 0.001 to 100, or unshaped"),

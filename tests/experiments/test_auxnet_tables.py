@@ -67,6 +67,8 @@ def test_the_sweep_shows_the_holdout_by_one_setting() -> None:
     rows += [
         row("penalty", 2, SWEEP_SEED, 70.0, 1, aux_width=8),
         row("penalty", 2, SWEEP_SEED, 40.0, 1, warmup_steps=0),
+        row("penalty", 3, SWEEP_SEED, 33.0, 1, lambda_step=0.3),
+        row("penalty", 3, SWEEP_SEED, 32.0, 1, lambda_step=0.1),
         row("hybrid", 2, SWEEP_SEED, 65.0, 1, serial_every=2),
         row("hybrid", 2, SWEEP_SEED, 63.0, 1, serial_every=8),
     ]
@@ -76,6 +78,8 @@ def test_the_sweep_shows_the_holdout_by_one_setting() -> None:
     assert tables.betas(content).rows == [["digits", "8", "-", "69.00"], ["digits", str(width), "49.00", "59.00"]]
     assert tables.warmups(content).rows == [["digits", "39.00", "59.00"]]
     assert tables.betas_of_others(content).rows == [["digits", "AuxNet, augmented Lagrangian", "29.00"]]
+    assert sweep_tables.lambda_steps(content).header == ["task", "c = 0.1", "c = 0.3"]
+    assert sweep_tables.lambda_steps(content).rows == [["digits", "31.00", "32.00"]]
     assert sweep_tables.hybrids(content).header[1:] == ["never", "every 8 steps", "every 2 steps"]
     assert sweep_tables.hybrids(content).rows == [["digits", "59.00", "62.00", "64.00"]]
 

@@ -85,8 +85,9 @@ def test_the_mismatch_is_the_distance_as_a_share_of_the_truth() -> None:
 
 
 @pytest.mark.parametrize(("stages", "step"), [(1, 1.0), (2, 1.0), (3, 0.1), (9, 0.1)])
-def test_the_closed_form_is_taken_for_two_stages_only(stages: int, step: float) -> None:
-    assert default_step(stages) == step
+def test_the_closed_form_is_not_taken_for_stored_guesses_of_three_stages(stages: int, step: float) -> None:
+    assert default_step(stages, stored=True) == step
+    assert default_step(stages, stored=False) == 1
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,22 @@ def test_a_table_that_says_nothing_of_these_cuts_changes_nothing(table: dict[str
     layout.resume(table, 3)
 
     assert layout.cuts == fresh.cuts
+
+
+# ------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "warned"),
+    [
+        ({"method": "al-store", "lambda_step": 1.0}, 3, True),
+        ({"method": "al-store", "lambda_step": 1.0}, 2, False),
+        ({"method": "al-store"}, 3, False),
+        ({"method": "penalty", "lambda_step": 1.0}, 3, False),
+    ],
+)
+def test_a_step_that_diverges_where_guesses_are_stored_warns(
+    options: dict[str, Any], workers: int, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    StageLayout(mlp(MlpBlock), StageConfig(**options), workers).warn()
+    assert any("lambda_step=1 diverges" in str(warning.message) for warning in recwarn) == warned
