@@ -23,6 +23,8 @@ COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
     "serial-stages": BLACK,
 }  # fmt: skip
+BESIDE = 0.1
+"""Distance of the methods from each other, in workers."""
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -58,19 +60,23 @@ def _draw_accuracy(path: Path, content: dict[str, Any]) -> Path:
             words = TITLES["serial"] + ("" if augment else ", no augmentation")
             if alone:
                 axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=style, label=words)
-        for method in distinct(own, "method"):
-            if method != "serial":
-                _errorbars(axes, chosen(own, method=method), COLOURS[method], TITLES[method])
+        several = [row for row in own if row["case"]["workers"] > 1]  # alone, every method is the line
+        for place, method in enumerate(names := distinct(several, "method")):
+            shift = BESIDE * (place - (len(names) - 1) / 2)
+            _errorbars(axes, chosen(several, method=method), shift, COLOURS[method], TITLES[method])
         axes.grid(True, axis="y")
-        axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=distinct(own, "workers"))
+        workers = distinct(several, "workers")
+        axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=workers)
+        axes.set_xlim(min(workers) - 0.5, max(workers) + 0.5)
         axes.set_title(task, loc="left", fontsize=12, fontweight="bold", color=INK)
     return saved(figure, path, "Test accuracy of the full model")
 
 
-def _errorbars(axes: Axes, rows: list[dict[str, Any]], colour: str, label: str) -> None:
+def _errorbars(axes: Axes, rows: list[dict[str, Any]], shift: float, colour: str, label: str) -> None:
     found = {workers: [row["last"] for row in chosen(rows, workers=workers)] for workers in distinct(rows, "workers")}
     means, spreads = [mean(own) for own in found.values()], [pstdev(own) for own in found.values()]
-    axes.errorbar(list(found), means, spreads, color=colour, label=label, marker="o", markersize=5, capsize=3)
+    places = [workers + shift for workers in found]
+    axes.errorbar(places, means, spreads, color=colour, label=label, fmt="o", markersize=6, capsize=3)
 
 
 def _draw_timing(path: Path, content: dict[str, Any]) -> Path:
