@@ -36,9 +36,9 @@ $(MADE):
 demo: env ## the main job: ResIST on the digits with two worker processes on the CPU
 	$(BIN)/python experiments/train.py experiment=demo $(ARGS)
 
-# Workers wait a good part of the time, so more jobs than two cores; files stay whole, as their fixtures are for all tests.
+# Workers wait a good part of the time, so more jobs than two cores.
 test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
 lint: env ## style, types, layers
 	$(BIN)/ruff check .

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+from tests.helpers.jobs import Files
 from tests.helpers.leaks import MARK, no_leaks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +21,12 @@ os.environ[MARK] = str(os.getpid())
 # No deadline: the machine may be busy. No database and always the same examples: CI finds what we find.
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    """With `-n`: who takes which tests."""
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)
