@@ -39,11 +39,12 @@ def kinds(rows: Rows) -> Iterator[tuple[str, str, int, bool, Rows]]:
 
 
 def accuracy(content: Content) -> Grid:
-    """Against one process with the same augmentation, which is the fair baseline of a method that must do without."""
+    """Against one process with the same seeds and augmentation, the fair baseline of a method that must do without."""
     lines = []
     for task, method, workers, augment, own in kinds(content["rows"]):
         alone = chosen(content["rows"], task=task, method="serial", augment=augment)
-        behind = mean(row["last"] for row in own) - mean(row["last"] for row in alone) if alone else None
+        serial = {row["case"]["seed"]: row["last"] for row in alone}
+        behind = [row["last"] - serial[row["case"]["seed"]] for row in own if row["case"]["seed"] in serial]
         lines.append(
             [
                 task,
@@ -51,7 +52,7 @@ def accuracy(content: Content) -> Grid:
                 str(workers),
                 "yes" if augment else "no",
                 spread(row["last"] for row in own),
-                "-" if method == "serial" or behind is None else f"{behind:+.2f}",
+                "-" if method == "serial" or not behind else f"{mean(behind):+.2f}",
                 str(len(own)),
             ]
         )

@@ -41,7 +41,7 @@ def test_a_method_stands_beside_the_process_with_its_own_augmentation() -> None:
     assert found[0] == ["digits", "one process", "1", "yes", "92.00 ± 2.00", "-", "2"]
     assert found[2] == ["digits", "AuxNet, penalty", "2", "yes", "90.00 ± 1.00", "-2.00", "2"]
     assert found[4][1:6] == ["penalty, stored guesses", "2", "no", "81.00", "+1.00"]
-    assert [line[5] for line in found] == ["-", "-", "-2.00", "-22.00", "+1.00", "+0.00"]
+    assert [line[5] for line in found] == ["-", "-", "-2.00", "-20.00", "+1.00", "+2.00"]
 
 
 def test_speed_ups_are_over_the_process_and_too_many_workers_are_marked() -> None:
