@@ -20,8 +20,8 @@ from experiments.links.tables import bandwidth
 from experiments.timeline_figure import draw_timeline
 
 COLOURS = {
-    "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION, "pipeline": GREEN,
-    "serial-stages": BLACK,
+    "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION,
+    "pipeline": GREEN, "serial-stages": BLACK,
 }  # fmt: skip
 BESIDE = 0.1
 """Distance of the methods from each other, in workers."""

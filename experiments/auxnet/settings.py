@@ -24,16 +24,8 @@ KNOWN: Mapping[str, Iterable[str]] = {
 }  # fmt: skip
 """What lists of names choose from."""
 LISTS = (
-    *KNOWN,
-    "workers",
-    "betas",
-    "aux_widths",
-    "aux_rates",
-    "warmups",
-    "serial_every",
-    "lambda_steps",
-    "bandwidths_gbit",
-)
+    *KNOWN, "workers", "betas", "aux_widths", "aux_rates", "warmups", "serial_every", "lambda_steps", "bandwidths_gbit",
+)  # fmt: skip
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",),
     "links": ("link_steps",),
@@ -81,7 +73,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "tasks": list(TASKS), "methods": list(METHODS), "workers": [1, 2, 3], "seeds": 3, "epochs": None,
         "evaluations": 4, "micro_batches": 4, "schedule": "gpipe", "sweep_tasks": ["digits", "cifar_deep"],
         "betas": [0.1, 1.0, 10.0, 100.0], "aux_widths": [16, 32, 64], "aux_rates": [0.03, 0.1, 0.3],
-        "warmups": [0, 50, 200], "serial_every": [2, 4, 8], "lambda_steps": [0.1, 0.3, 1.0], "networks": list(TIMED), "steps": 30, "repeats": 3,
+        "warmups": [0, 50, 200], "serial_every": [2, 4, 8], "lambda_steps": [0.1, 0.3, 1.0],
+        "networks": list(TIMED), "steps": 30, "repeats": 3,
         "link_networks": ["resnet_38", "wrn_16_4"], "link_steps": 12, "bandwidths_gbit": [0.1, 1, UNSHAPED],
     },
     "smoke": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from statistics import mean
 from typing import Any
 
@@ -32,8 +31,9 @@ def speed_ups(own: Rows, alone: Rows) -> list[str]:
     if case["method"] == "pipeline":
         data = mean(row["data_seconds"] for row in alone)
         return [*found, f"{pipeline_speed_up(case['workers'], case['micro_batches'], serial - data, data):.2f}"]
-    every = case["serial_every"] or sys.maxsize
-    predicted = [hybrid_speed_up(row["predicted"], every) for row in own if row["predicted"] is not None]
+    predicted = [row["predicted"] for row in own if row["predicted"] is not None]
+    if case["serial_every"]:
+        predicted = [hybrid_speed_up(parallel, case["serial_every"]) for parallel in predicted]
     return [*found, f"{mean(predicted):.2f}" if predicted else "-"]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from experiments.auxnet.cases import HYBRID_EVERY
+
 TITLES = {
     "serial": "one process",
     "penalty": "AuxNet, penalty",
     "al-net": "AuxNet, augmented Lagrangian",
-    "hybrid": "AuxNet, every 4th step serial",
+    "hybrid": f"AuxNet, every {HYBRID_EVERY}th step serial",
     "penalty-store": "penalty, stored guesses",
     "al-store": "augmented Lagrangian, stored guesses",
     "pipeline": "pipeline (torch's)",
