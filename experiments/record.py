@@ -1,10 +1,18 @@
-"""Result files: what was measured, on what."""
+"""Result files, as JSON Lines: what was measured, on what.
+
+The first line has the machine, the settings and all single values; every other line is one row::
+
+    {"machine": {...}, "settings": {...}}
+    {"rows": {...}}
+    {"rows": {...}}
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +20,12 @@ import lightning
 import torch
 
 
-def write_record(path: Path, content: dict[str, Any], **machine: str | None) -> Path:
+def write_record(path: Path, content: Mapping[str, Any], **machine: str | None) -> Path:
     """Write a result file, with hardware and versions.
 
     Args:
         path: the file.
-        content: what was measured.
+        content: what was measured; of a list of dictionaries, each becomes a line.
         machine: more about the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +38,37 @@ def write_record(path: Path, content: dict[str, Any], **machine: str | None) -> 
         "lightning": lightning.__version__,
         **machine,
     }
-    path.write_text(json.dumps({"machine": stamp, **content}, indent=1) + "\n")
+    path.write_text(as_lines({"machine": stamp, **content}))
     print(f"wrote {path}")
     return path
+
+
+def as_lines(content: Mapping[str, Any]) -> str:
+    """The text of a result file, which :func:`read_record` reads."""
+    lists = {key: value for key, value in content.items() if _is_list_of_rows(value)}
+    head = {key: value for key, value in content.items() if key not in lists}
+    rows = [{key: row} for key, value in lists.items() for row in value]
+    return "".join(json.dumps(line) + "\n" for line in [head, *rows])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a result file says.
+
+    Raises:
+        ValueError: the file is not JSON Lines.
+    """
+    head, *rows = map(json.loads, path.read_text().splitlines())
+    content: dict[str, Any] = dict(head)
+    for line in rows:
+        for key, row in line.items():
+            content.setdefault(key, []).append(row)
+    return content
+
+
+def read_if_made(path: Path) -> dict[str, Any] | None:
+    """What a result file says; None if it has not been made."""
+    return read_record(path) if path.exists() else None
+
+
+def _is_list_of_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)

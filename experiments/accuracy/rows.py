@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from experiments.accuracy.cases import Case
 from experiments.accuracy.settings import Settings, recorded
 from experiments.checks import ConfigError
-from experiments.record import write_record
+from experiments.record import read_record, write_record
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Study:
         Raises:
             ConfigError: the file holds results of other settings.
         """
-        return cls.at(Path(settings.out) / f"{name}.json", recorded(settings), fresh=settings.fresh)
+        return cls.at(Path(settings.out) / f"{name}.jsonl", recorded(settings), fresh=settings.fresh)
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
@@ -54,7 +53,7 @@ class Study:
         if fresh or not path.exists():
             return cls(path, ours, [])
         try:
-            content = json.loads(path.read_text())
+            content = read_record(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({error}); remove it, or take fresh=true") from error
         theirs = content["settings"]

@@ -6,7 +6,7 @@ python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision down
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
 Studies: main check design local_steps momentum batch_norm scale wire rates. Options are key=value: see settings.py. A
-result is written as soon as it is there (results/STUDY.json); a second call goes on from there, fresh=true begins anew.
+result is written as soon as it is there (results/STUDY.jsonl); a second call goes on from there, fresh=true begins anew.
 """
 
 from __future__ import annotations

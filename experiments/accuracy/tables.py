@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from experiments.record import read_if_made
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -227,8 +227,8 @@ GRIDS: dict[str, Callable[[Content], str]] = {
 
 def read(name: str, folder: Path) -> Content | None:
     """A result file; None if there is none, or no row in it."""
-    path = folder / f"{name}.json"
-    content: Content | None = json.loads(path.read_text()) if path.exists() else None
+    path = folder / f"{name}.jsonl"
+    content: Content | None = read_if_made(path)
     return content if content and content["rows"] else None
 
 

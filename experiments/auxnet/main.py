@@ -48,7 +48,7 @@ def main(arguments: Sequence[str], usage: str) -> None:
 
 def run(name: str, cfg: DictConfig) -> None:
     """Measure what is missing of a study, one training after the other: each may need both cores."""
-    study = Study.at(Path(cfg.out) / f"{name}.json", recorded(cfg, name), fresh=cfg.fresh)
+    study = Study.at(Path(cfg.out) / f"{name}.jsonl", recorded(cfg, name), fresh=cfg.fresh)
     missing = [case for case in CASES[name](cfg) if study.row_of(case) is None]
     if name == "links" and missing:
         with over_links(cfg) as (work, possible):
@@ -60,6 +60,10 @@ def run(name: str, cfg: DictConfig) -> None:
 def _add(study: Study, missing: Sequence[Any], work: Callable[[Any], dict[str, Any]]) -> None:
     for number, case in enumerate(missing, start=1):
         found = work(case)
+        if study.path.stem != "timing" or any(
+            row["timeline"] for row in study.rows if row["case"]["task"] == case.task
+        ):
+            found["timeline"] = None  # the picture shows one step of each network, and a timeline is long
         study.add(case, found)
         print(
             f"{study.path.stem} {number}/{len(missing)} {case.name}: {_ended(found)}, {found['seconds']:.0f} s",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from experiments.auxnet.tasks import ALL
 from experiments.auxnet.timing_tables import seconds_of, speed_ups, timing
 from experiments.auxnet.words import TITLES, title
 from experiments.paper_tables.tables import Grid
+from experiments.record import read_if_made
 from experiments.words import bytes_in_words
 
 RESULTS = Path(__file__).parent / "results"
@@ -146,8 +146,8 @@ def grids(name: str, content: Content) -> list[Grid]:
 
 def read(name: str, folder: Path = RESULTS) -> Content | None:
     """A result file; None if there is none, or no row in it."""
-    path = folder / f"{name}.json"
-    content: Content | None = json.loads(path.read_text()) if path.exists() else None
+    path = folder / f"{name}.jsonl"
+    content: Content | None = read_if_made(path)
     return content if content and content["rows"] else None
 
 

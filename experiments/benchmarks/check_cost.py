@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 experiments/benchmarks/check_cost.py
 Syncs of the paper's network of 41 million parameters without training in between, real processes over loopback; an
 engine for each setting of `check`, turn and turn about in one run. Beside the whole sync: the seconds of the hashes and
 of the search for NaN alone (there is no setting without it). Prints a table and writes
-experiments/benchmarks/results/check_cost.json.
+experiments/benchmarks/results/check_cost.jsonl.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def report(sync: dict[str, float], hashes: dict[str, float], search: float, args
     Console().print(table)
     content = {"settings": vars(args), "device": DEVICE.type, "median_sync_seconds": sync,
                "median_hash_seconds": hashes, "median_search_seconds": search}  # fmt: skip
-    write_record(RESULTS / f"check_cost{'_gpu' if DEVICE.type == 'cuda' else ''}.json", content)
+    write_record(RESULTS / f"check_cost{'_gpu' if DEVICE.type == 'cuda' else ''}.jsonl", content)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 4 experiments/benchmarks/held_memory.py
 
 The paper's network of 41 million parameters, SGD with momentum (m = 1), real processes. Counts the bytes of all distinct
 storages of parameters, gradients and optimizer state after each local step, and reads the process's memory from the
-kernel. Prints a table and writes experiments/benchmarks/results/held_memory_S.json.
+kernel. Prints a table and writes experiments/benchmarks/results/held_memory_S.jsonl.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
         Console().print(table)
         content = {"settings": vars(args), "workers": len(rows), "full_bytes": 3 * full}
         measured = [dict(zip(worst, row, strict=True)) for row in rows]
-        write_record(RESULTS / f"held_memory_{len(rows)}.json", {**content, "worst_bytes_by_worker": measured})
+        write_record(RESULTS / f"held_memory_{len(rows)}.jsonl", {**content, "worst_bytes_by_worker": measured})
     dist.barrier()
     dist.destroy_process_group()
 

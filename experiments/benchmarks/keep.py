@@ -1,6 +1,6 @@
 """Keeps the results of a run for the record: python experiments/benchmarks/keep.py RUN_DIR NAME [--pictures FOLDER].
 
-Copies results.json to experiments/benchmarks/results/NAME.json without the paths of this machine, and the run's pictures
+Copies results.json to experiments/benchmarks/results/NAME.jsonl without the paths of this machine, and the run's pictures
 to FOLDER.
 """
 
@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 from pathlib import Path
+
+from experiments.record import as_lines
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +28,7 @@ def main() -> None:
     results["overrides"] = [override for override in results.get("overrides", []) if os.sep not in override]
     results["cores"] = os.cpu_count()
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{args.name}.jsonl").write_text(as_lines(results))
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
         for picture in args.run.glob("*.png"):

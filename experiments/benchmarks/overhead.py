@@ -3,7 +3,7 @@
 python experiments/benchmarks/overhead.py
 
 A plain PyTorch loop, Lightning's DDP and our strategies train the same network on the same batches, turn and turn about in
-one run. Prints a table and writes experiments/benchmarks/results/overhead.json.
+one run. Prints a table and writes experiments/benchmarks/results/overhead.jsonl.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
         table.add_row(name, f"{1e3 * value:.2f} ms", f"{1e3 * (value - medians['plain loop']):.2f} ms")
     Console().print(table)
     counts = {name: len(values) for name, values in seconds.items()}
-    write_record(RESULTS / "overhead.json", {"settings": vars(args), "median_seconds": medians, "n": counts})
+    write_record(RESULTS / "overhead.jsonl", {"settings": vars(args), "median_seconds": medians, "n": counts})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python experiments/benchmarks/policies.py digits
 python experiments/benchmarks/policies.py FOLDER          (train/<class>/*, test/<class>/*, e.g. CIFAR-10 as JPEG)
 
 Runs on the reference simulator, so any number of workers trains on one machine. Prints a table and writes
-experiments/benchmarks/results/policies_*.json.
+experiments/benchmarks/results/policies_*.jsonl.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
     Console().print(show(rows))
     name = "digits" if digits else "image_folder"
     settings = {**vars(args), "data": name}
-    write_record(RESULTS / f"policies_{name}.json", {"settings": settings, "rows": rows})
+    write_record(RESULTS / f"policies_{name}.jsonl", {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The paper's network of 41 million parameters, SGD with momentum, real processes 
 DDP trains the same network in the same run. Files are flushed to the disk by this package and not by Lightning, and are
 in the page cache when they are read. The added time of a local step is measured on a tiny network: stretches with and
 without the watch and the notes, turn and turn about; each turn's means over all steps and workers (the median step hides
-what happens once a second). Prints tables and writes experiments/benchmarks/results/recovery.json.
+what happens once a second). Prints tables and writes experiments/benchmarks/results/recovery.jsonl.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def report(content: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a small network and few turns, to see that it works")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of recovery.json")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of recovery.jsonl")
     parser.add_argument("--files", type=Path, help="folder of the files written, which stay; else a temporary one")
     args = parser.parse_args(arguments)
     settings: dict[str, Any] = {**FULL, **(SMOKE if args.smoke else {})}
@@ -278,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         report(content)
-        write_record(args.output / "recovery.json", content)
+        write_record(args.output / "recovery.jsonl", content)
     dist.destroy_process_group()
 
 

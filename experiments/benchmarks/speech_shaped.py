@@ -5,7 +5,7 @@ python experiments/benchmarks/speech_shaped.py
 One process and one thread, about a minute. The networks are the paper's (batch norm after each linear layer, none with
 bias) with batch statistics in training and running ones in the test; SGD without momentum, rate 0.05, batch 128, 10
 epochs. The linear classifier is logistic regression on the 64 leading principal directions, the best of three penalties
-*by the test itself*: more than it deserves. Writes experiments/benchmarks/results/speech_shaped.json.
+*by the test itself*: more than it deserves. Writes experiments/benchmarks/results/speech_shaped.jsonl.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
             row[f"width_{width}"] = of_a_network(train, test, width, data.num_classes)
         rows.append(row)
         print(row)
-    write_record(RESULTS / "speech_shaped.json", {"epochs": EPOCHS, "rate": RATE, "batch": BATCH, "rows": rows})
+    write_record(RESULTS / "speech_shaped.jsonl", {"epochs": EPOCHS, "rate": RATE, "batch": BATCH, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 experiments/benchmarks/step_time.py
 
 Both train worker 0's sub-network of the paper's "101" (narrow), turn and turn about in one run, so that a busy machine
-disturbs both alike. Prints a table and writes experiments/benchmarks/results/step_time.json.
+disturbs both alike. Prints a table and writes experiments/benchmarks/results/step_time.jsonl.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
         table.add_row(name, f"{value:.4f}", f"{value / medians['plain loop']:.3f}")
     Console().print(table)
     write_record(
-        RESULTS / "step_time.json",
+        RESULTS / "step_time.jsonl",
         {"settings": vars(args), "median_seconds": medians, "ratio": ratio, "seconds": seconds},
     )
 

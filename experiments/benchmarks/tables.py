@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from experiments.record import read_record
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,7 +16,7 @@ RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)"
 
 
 def record(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    content: dict[str, Any] = read_record(RESULTS / f"{name}.jsonl")
     return content
 
 
@@ -28,10 +28,10 @@ def runs(prefix: str) -> str:
     """Accuracy, parameters and bytes of the methods on the same work."""
     rows = []
     for name, title in RUNS.items():
-        path = RESULTS / f"{prefix}_{name}.json"
+        path = RESULTS / f"{prefix}_{name}.jsonl"
         if not path.exists():
             continue
-        run = json.loads(path.read_text())
+        run = read_record(path)
         sent, parameters, seconds = run["sent_bytes"], run["parameters"], run["seconds"]
         rows.append(
             [
@@ -128,7 +128,7 @@ def recovery_rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def recovery(part: str) -> str:
-    if not (RESULTS / "recovery.json").exists():
+    if not (RESULTS / "recovery.jsonl").exists():
         return "not measured yet\n"
     header, *rows = recovery_rows(record("recovery"))[part]
     return markdown(header, rows)

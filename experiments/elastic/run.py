@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=0.4, help="that a worker rests after each local step")
     parser.add_argument("--away", type=float, default=5.0, help="seconds before the lost host comes back")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds to wait for anything")
-    parser.add_argument("--out", type=Path, default=RESULTS / "elastic.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "elastic.jsonl")
     options = parser.parse_args(arguments)
     record = run(options.hosts, options.steps, options.seconds, options.away, options.limit)
     settings = {key: getattr(options, key) for key in ("hosts", "steps", "seconds", "away")}

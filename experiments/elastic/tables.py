@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from experiments.record import read_record
 from experiments.tables import markdown
 
-RECORD = Path(__file__).parent / "results" / "elastic.json"
+RECORD = Path(__file__).parent / "results" / "elastic.jsonl"
 
 
 def table() -> str:
     if not RECORD.exists():
         return "Not measured yet.\n"
-    record: dict[str, Any] = json.loads(RECORD.read_text())
+    record: dict[str, Any] = read_record(RECORD)
     rows = [
         [
             what,

@@ -1,11 +1,10 @@
 """Joins the records of soaks that ran side by side, with different seeds, into one.
 
-python experiments/faults/join.py runs/a/faults.json runs/b/faults.json output=experiments/faults/results
+python experiments/faults/join.py runs/a/faults.jsonl runs/b/faults.jsonl output=experiments/faults/results
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.faults import tables
+from experiments.record import as_lines, read_record
 
 OF_EACH = ("seed", "number", "minutes", "output")
 """Settings in which the records may differ."""
@@ -53,10 +53,10 @@ def main() -> None:
     from experiments.faults.plot import draw_seconds
 
     *paths, output = sys.argv[1:]
-    content = joined([json.loads(Path(path).read_text()) for path in paths])
-    path = Path(output.removeprefix("output=")) / "faults.json"
+    content = joined([read_record(Path(path)) for path in paths])
+    path = Path(output.removeprefix("output=")) / "faults.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(as_lines(content))
     tables.show(content)
     print(f"wrote {path}, {draw_seconds(path.with_suffix('.png'), content)}")
 

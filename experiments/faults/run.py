@@ -6,7 +6,7 @@ python experiments/faults/run.py number=20 seed=1 output=runs/faults
 
 After every fault it looks at how each worker ended, at what is left of processes and files, and trains on from the last
 checkpoint to compare the weights, bit for bit, with those of a training to which nothing happened. Prints a table, and
-writes faults.json and faults.png. Ends with exit code 1 if anything was found. Needs Linux.
+writes faults.jsonl and faults.png. Ends with exit code 1 if anything was found. Needs Linux.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def main() -> int:
             print(f"{number}/{len(cases)} {tables.line(rows[-1])}", flush=True)
     content = {"settings": settings_of(cfg), "seconds": round(time.monotonic() - start), "rows": rows}
     tables.show(content)
-    path = write_record(Path(cfg.output) / "faults.json", {**content, "summary": tables.summary(rows)})
+    path = write_record(Path(cfg.output) / "faults.jsonl", {**content, "summary": tables.summary(rows)})
     from experiments.faults.plot import draw_seconds
 
     print(f"wrote {draw_seconds(path.with_suffix('.png'), content)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from experiments.faults.faults import KINDS, PLACES
 from experiments.links.tables import NOT_YET, WIDTH
+from experiments.record import read_if_made
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,8 +116,7 @@ def _number(value: float | None) -> str:
 
 
 def _read() -> dict[str, Any] | None:
-    path = RESULTS / "faults.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_if_made(RESULTS / "faults.jsonl")
 
 
 def faults_claim() -> str:

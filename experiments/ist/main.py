@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from experiments.ist.shapes import Shape, measure_shape
 from experiments.ist.training import measure
 from experiments.launch import readable_errors
 from experiments.paper_tables.tables import Grid
-from experiments.record import write_record
+from experiments.record import read_record, write_record
 from experiments.tables import main as write_tables
 
 WIDE = 170
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str], usage: str) -> None:
             sys.exit("interrupted: trainings that were measured are kept; the same command goes on from there")
     out = Path(cfg.out)
     for name in names:
-        show(tables.grids(name, json.loads((out / f"{name}.json").read_text())))
+        show(tables.grids(name, read_record(out / f"{name}.jsonl")))
     for path in draw_all(out):
         print(f"wrote {path}")
     if out.resolve() == RESULTS:
@@ -65,7 +64,7 @@ def show(grids: Sequence[Grid]) -> None:
 
 def run_accuracy(cfg: DictConfig) -> None:
     """Train what is missing."""
-    study = Study.at(Path(cfg.out) / "accuracy.json", recorded(cfg), fresh=cfg.fresh)
+    study = Study.at(Path(cfg.out) / "accuracy.jsonl", recorded(cfg), fresh=cfg.fresh)
     missing = [case for case in cases(cfg) if study.row_of(case) is None]
     work = partial(measure, size=cfg.size, passes=cfg.passes)
     for number, (case, found) in enumerate(each(missing, work, cfg.jobs), start=1):
@@ -78,14 +77,14 @@ def run_memory(cfg: DictConfig) -> None:
     groups = [
         measure_group(Group(workers, width, cfg.inputs)) for width in cfg.widths for workers in cfg.memory_workers
     ]
-    write_record(Path(cfg.out) / "memory.json", {"settings": {"inputs": cfg.inputs}, "groups": groups})
+    write_record(Path(cfg.out) / "memory.jsonl", {"settings": {"inputs": cfg.inputs}, "groups": groups})
 
 
 def run_shapes(cfg: DictConfig) -> None:
     """The paper's networks, or those of a sample."""
     rows = [measure_shape(Shape(cfg.inputs, width), cfg.rounds, cfg.steps) for width in cfg.widths]
     settings = {"inputs": cfg.inputs, "rounds": cfg.rounds, "steps": cfg.steps}
-    write_record(Path(cfg.out) / "shapes.json", {"settings": settings, "rows": rows})
+    write_record(Path(cfg.out) / "shapes.jsonl", {"settings": settings, "rows": rows})
 
 
 RUNS: dict[str, Callable[[DictConfig], None]] = {"memory": run_memory, "shapes": run_shapes, "accuracy": run_accuracy}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from experiments.ist.paper import paper_accuracy, paper_speed_up
 from experiments.ist.size_tables import memory, shapes, speed, step_conditions
 from experiments.ist.tasks import TASKS
 from experiments.paper_tables.tables import Grid
+from experiments.record import read_if_made
 from experiments.words import bytes_in_words
 
 RESULTS = Path(__file__).parent / "results"
@@ -181,8 +181,7 @@ def grids(name: str, content: Content) -> list[Grid]:
 
 def read(name: str, folder: Path = RESULTS) -> Content | None:
     """A result file; None if it was not made."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_if_made(folder / f"{name}.jsonl")
 
 
 def _written(name: str, make: Callable[[Content], Grid]) -> str:

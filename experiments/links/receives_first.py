@@ -2,7 +2,7 @@
 
 python experiments/links/receives_first.py megabytes=37.8 bandwidth_gbit=0.1
 
-Prints a table and writes receives_first.json (docs/decisions/0004-receives-first.md).
+Prints a table and writes receives_first.jsonl (docs/decisions/0004-receives-first.md).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
         "seconds": seconds,
         "workers": run["workers"],
     }
-    write_record(Path(cfg.output) / "receives_first.json", content, **kernel())
+    write_record(Path(cfg.output) / "receives_first.jsonl", content, **kernel())
 
 
 if __name__ == "__main__":

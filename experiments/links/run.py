@@ -5,7 +5,7 @@ python experiments/links/run.py size=smoke output=runs/links
 python experiments/links/run.py methods=[local_sgd,resist] bandwidths_gbit=[1,unshaped] batch=8
 
 Every worker is a process in a network namespace of its own, and `tc` shapes its link. Prints a table, and writes
-links.json and links.png. Needs root and iproute2: without, it runs the unshaped row only.
+links.jsonl and links.png. Needs root and iproute2: without, it runs the unshaped row only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
             print(f"{method}, {tables.bandwidth(gbit)}: measured", flush=True)
     content = {"settings": settings, "rows": summarise(settings, runs), "runs": runs}
     tables.show(content)
-    path = write_record(Path(cfg.output) / "links.json", content, **kernel())
+    path = write_record(Path(cfg.output) / "links.jsonl", content, **kernel())
     print(f"wrote {draw_links(path.with_suffix('.png'), content)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.links.networks import network_in_words
+from experiments.record import read_if_made
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -208,9 +208,7 @@ def receives_first() -> str:
 
 def record(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """A result file; None where it has not been made."""
-    path = folder / f"{name}.json"
-    content: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return content
+    return read_if_made(folder / f"{name}.jsonl")
 
 
 def _seconds(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.paper_tables.memory import Group, measure_group
 from experiments.paper_tables.networks import SLOTS, WORKERS, measure, networks
 from experiments.paper_tables.settings import RESULTS, parse
 from experiments.paper_tables.volumes import all_volumes
-from experiments.record import write_record
+from experiments.record import read_record, write_record
 from experiments.tables import main as write_tables
 
 WIDTHS = {"full": 1.0, "smoke": 1 / 16}
@@ -42,8 +41,8 @@ def main(arguments: Sequence[str], usage: str) -> None:
         content = gather(cfg)
     except KeyboardInterrupt:
         sys.exit("interrupted: the workers are ended, and nothing is written")
-    path = write_record(out / "paper_tables.json", content, torchvision=torchvision.__version__)
-    content = json.loads(path.read_text())
+    path = write_record(out / "paper_tables.jsonl", content, torchvision=torchvision.__version__)
+    content = read_record(path)
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     for make in tables.GRIDS.values():
         console.print(show(make(content)))

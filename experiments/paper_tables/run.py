@@ -4,7 +4,7 @@ python experiments/paper_tables/run.py
 python experiments/paper_tables/run.py size=smoke
 
 Options: size=smoke|full, out=FOLDER, rounds=N (plans in a mean of bytes), processes=[2,4,8] (groups of real workers whose
-memory is measured; [] for none). Prints tables and writes paper_tables.json and gb_per_round.png; the full size into
+memory is measured; [] for none). Prints tables and writes paper_tables.jsonl and gb_per_round.png; the full size into
 experiments/paper_tables/results, and its tables into README.md.
 """
 

@@ -1,8 +1,7 @@
-"""Tables from paper_tables.json: as rich tables on the screen and as markdown in README.md (experiments/tables.py)."""
+"""Tables from paper_tables.jsonl: as rich tables on the screen and as markdown in README.md (experiments/tables.py)."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from experiments.record import read_record
 from experiments.tables import markdown
 
-RECORD = Path(__file__).parent / "results" / "paper_tables.json"
+RECORD = Path(__file__).parent / "results" / "paper_tables.jsonl"
 MB, GB, G = 1e6, 1e9, 1e9
 
 BY_HAND_GMACS = {22: 2.443, 11: 1.612, 6: 1.235, 5: 1.159, 4: 1.084}
@@ -217,7 +217,7 @@ GRIDS: dict[str, Callable[[Content], Grid]] = {
 
 
 def record() -> Content:
-    content: Content = json.loads(RECORD.read_text())
+    content: Content = read_record(RECORD)
     return content
 
 

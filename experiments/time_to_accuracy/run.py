@@ -4,7 +4,7 @@ python experiments/time_to_accuracy/run.py folder=FOLDER          (train/<class>
 python experiments/time_to_accuracy/run.py size=smoke output=runs/time_to_accuracy
 
 Every worker is a process in a network namespace of its own, and `tc` shapes its link, as in experiments/links. Prints a
-table, and writes time_to_accuracy.json and time_to_accuracy.png. Needs root and iproute2: without, it runs unshaped.
+table, and writes time_to_accuracy.jsonl and time_to_accuracy.png. Needs root and iproute2: without, it runs unshaped.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     data = cfg.folder if cfg.folder in MADE else "image folder"
     content = {"settings": {**settings_of(cfg), "data": data}, "rows": rows}
     tables.show(content)
-    path = write_record(Path(cfg.output) / "time_to_accuracy.json", content, **kernel())
+    path = write_record(Path(cfg.output) / "time_to_accuracy.jsonl", content, **kernel())
     print(f"wrote {draw_curves(path.with_suffix('.png'), content)}")
 
 

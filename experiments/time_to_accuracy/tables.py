@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from experiments.links.networks import network_in_words
 from experiments.links.tables import NOT_YET, WIDTH, bandwidth, machine, title
+from experiments.record import read_record
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,19 +67,19 @@ def show(content: Mapping[str, Any]) -> None:
 
 
 def time_to_accuracy(folder: Path = RESULTS) -> str:
-    path = folder / "time_to_accuracy.json"
+    path = folder / "time_to_accuracy.jsonl"
     if not path.exists():
         return NOT_YET
-    rows = json.loads(path.read_text())["rows"]
+    rows = read_record(path)["rows"]
     return markdown(header(rows), cells(rows))
 
 
 def time_to_accuracy_claim(folder: Path = RESULTS) -> str:
     """What was run, on what."""
-    path = folder / "time_to_accuracy.json"
+    path = folder / "time_to_accuracy.jsonl"
     if not path.exists():
         return NOT_YET
-    content = json.loads(path.read_text())
+    content = read_record(path)
     settings = content["settings"]
     of_each = "all" if settings["limit"] is None else f"{settings['limit']:,}"
     lines = [

@@ -5,7 +5,7 @@ python experiments/unequal/run.py --workers 4
 python experiments/unequal/run.py --workers 2 --smoke --output runs/unequal
 
 Every worker is a process with a part of a core (a quota of its cgroup); the last one has a third of the others'. Both
-settings train turn and turn about in one run. Prints a table, and writes unequal_N.json and unequal.png.
+settings train turn and turn about in one run. Prints a table, and writes unequal_N.jsonl and unequal.png.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> None:
         raise SystemExit(f"error: a worker cannot be slowed down here: {reason}.")
     settings = settings_of(args)
     content = {"settings": settings, "rows": rows_of(settings, measure(settings, args.timeout))}
-    path = write_record(args.output / f"unequal_{args.workers}.json", content)
+    path = write_record(args.output / f"unequal_{args.workers}.jsonl", content)
     print(tables.table([content]))
     print(f"wrote {draw_steps(path.parent / 'unequal.png', tables.records(path.parent))}")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.record import read_record
 from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The result files of a folder, by number of workers."""
-    found = [json.loads(path.read_text()) for path in folder.glob("unequal_*.json")]
+    found = [read_record(path) for path in folder.glob("unequal_*.jsonl")]
     return sorted(found, key=lambda content: content["settings"]["workers"])
 
 

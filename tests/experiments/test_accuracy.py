@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from experiments.accuracy.main import known, main
 from experiments.accuracy.networks import OpenResNet, make_network, partitioned
 from experiments.accuracy.settings import Settings, read_command_line
 from experiments.accuracy.training import DataParallel, make_optimizer, make_trainer, train
+from experiments.record import read_record
 from resist_lightning import Config
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
@@ -47,7 +47,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["rows"]
+    found: list[dict[str, Any]] = read_record(folder / f"{name}.jsonl")["rows"]
     return found
 
 
@@ -83,11 +83,11 @@ def test_a_second_call_computes_nothing(results: Path, monkeypatch: pytest.Monke
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    before = {path: path.read_text() for path in results.glob("*.json")}
+    before = {path: path.read_text() for path in results.glob("*.jsonl")}
     monkeypatch.setattr(pool, "measure", refuse)
 
     assert main([*SMOKE, f"out={results}", *TRAINED], "") == 0
-    assert {path: path.read_text() for path in results.glob("*.json")} == before
+    assert {path: path.read_text() for path in results.glob("*.jsonl")} == before
     with pytest.raises(AssertionError, match="measured again"):
         main([*SMOKE, f"out={results}", "momentum", "fresh=true"], "")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from experiments.auxnet.settings import RESULTS, parse
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.training import Clock, Job, by_formula, stream_of
+from experiments.record import read_record
 from experiments.tables import PLACE, filled
 from resist_lightning.blocks import find_blocks
 from tests.helpers.processes import run_workers
@@ -40,7 +40,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def record(folder: Path, name: str) -> Any:
-    return json.loads((folder / f"{name}.json").read_text())
+    return read_record(folder / f"{name}.jsonl")
 
 
 def rows_of(folder: Path, name: str, **wanted: Any) -> list[dict[str, Any]]:
@@ -57,9 +57,9 @@ def test_every_case_is_trained_once(smoke: tuple[Path, str]) -> None:
 
 
 def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    before = (smoke[0] / "accuracy.json").read_bytes()
+    before = (smoke[0] / "accuracy.jsonl").read_bytes()
     main(["accuracy", "size=smoke", f"out={smoke[0]}"], "")
-    assert (smoke[0] / "accuracy.json").read_bytes() == before
+    assert (smoke[0] / "accuracy.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Test accuracy")[0]
 
 
@@ -108,13 +108,18 @@ def test_what_is_said_of_guesses_is_there_for_auxiliary_networks_only(smoke: tup
             assert len(row["mismatch"]) == 1
             assert row["mismatch"][0] > 0
             assert row["predicted"] > 0
-            assert [spans[0][0] for spans in row["timeline"]] == ["data", "data"]
+            assert row["timeline"] is None
+
+
+def test_the_timeline_of_one_step_is_kept_once_for_each_network(smoke: tuple[Path, str]) -> None:
+    kept = [row["timeline"] for row in record(smoke[0], "timing")["rows"] if row["timeline"]]
+    assert [[spans[0][0] for spans in timeline] for timeline in kept] == [["data", "data"]]
 
 
 def test_what_is_printed_is_what_is_written(smoke: tuple[Path, str]) -> None:
     out, output = smoke
     assert {path.name for path in out.iterdir()} == {
-        "accuracy.json", "accuracy.png", "sweep.json", "timing.json", "timing.png", "timeline_resnet_38.png",
+        "accuracy.jsonl", "accuracy.png", "sweep.jsonl", "timing.jsonl", "timing.png", "timeline_resnet_38.png",
     }  # fmt: skip
     for name in ("accuracy", "sweep", "timing"):
         for grid in tables.grids(name, record(out, name)):

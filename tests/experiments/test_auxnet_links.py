@@ -17,6 +17,7 @@ from experiments.auxnet.links import LEAST_BURST_BYTES
 from experiments.auxnet.main import main
 from experiments.auxnet.settings import parse
 from experiments.links import namespaces as rig
+from experiments.record import read_record
 from tests.helpers.programs import ROOT, run_program
 
 MISSING = rig.why_no_namespaces()
@@ -36,7 +37,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
 
 
 def rows_of(folder: Path, **wanted: Any) -> list[dict[str, Any]]:
-    return tables.chosen(json.loads((folder / "links.json").read_text())["rows"], **wanted)
+    return tables.chosen(read_record(folder / "links.jsonl")["rows"], **wanted)
 
 
 @needs_namespaces
@@ -44,7 +45,7 @@ def test_every_method_is_measured_over_every_link(smoke: tuple[Path, str]) -> No
     cases = [row["case"] for row in rows_of(smoke[0])]
     assert cases == [case.key for case in link_cases(parse(["size=smoke"])[1])]
     assert len(cases) == 1 + 2 * 4
-    assert {path.name for path in smoke[0].iterdir()} == {"links.json", "links.png"}
+    assert {path.name for path in smoke[0].iterdir()} == {"links.jsonl", "links.png"}
 
 
 @needs_namespaces
@@ -69,15 +70,15 @@ def test_steps_that_are_counted_go_over_the_shaped_link(smoke: tuple[Path, str])
 
 @needs_namespaces
 def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    before = (smoke[0] / "links.json").read_bytes()
+    before = (smoke[0] / "links.jsonl").read_bytes()
     main(["links", "size=smoke", f"out={smoke[0]}"], "")
-    assert (smoke[0] / "links.json").read_bytes() == before
+    assert (smoke[0] / "links.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Steps over links")[0]
 
 
 @needs_namespaces
 def test_what_is_printed_is_what_is_written(smoke: tuple[Path, str]) -> None:
-    content = json.loads((smoke[0] / "links.json").read_text())
+    content = read_record(smoke[0] / "links.jsonl")
     for grid in tables.grids("links", content):
         assert grid.rows
         assert grid.title in smoke[1]
@@ -156,7 +157,7 @@ def test_the_conditions_name_cuts_and_turns() -> None:
 
 
 def test_the_picture_has_a_line_for_each_method(tmp_path: Path) -> None:
-    (tmp_path / "links.json").write_text(json.dumps(CONTENT))
+    (tmp_path / "links.jsonl").write_text(json.dumps(CONTENT))
     (drawn,) = draw_all(tmp_path)
     with Image.open(drawn) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from experiments.elastic.script import LOCAL_STEPS
 
 @pytest.mark.timeout(400)
 def test_the_others_go_on_without_a_lost_host_and_take_it_in_again(tmp_path: Path) -> None:
-    out = tmp_path / "elastic.json"
+    out = tmp_path / "elastic.jsonl"
     record = main(["--hosts=2", "--steps=80", "--seconds=0.3", "--away=0", f"--out={out}"])
 
     assert (record["lost"]["workers"], record["back"]["workers"]) == (1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from experiments.faults.faults import KINDS, PLACES
 from experiments.faults.judge import findings
 from experiments.faults.training import ROUNDS, Settings
 from experiments.links.options import composed
+from experiments.record import read_record
 from resist_lightning.files import write_sealed
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, run_program
@@ -35,7 +35,7 @@ def test_a_sample_of_the_soak_finds_nothing(tmp_path: Path) -> None:
     arguments = ["size=sample", f"output={tmp_path}", "timeout_seconds=10"]
     run_program(["experiments/faults/run.py", *arguments], ROOT, timeout=110)
 
-    content = json.loads((tmp_path / "faults.json").read_text())
+    content = read_record(tmp_path / "faults.jsonl")
     assert [row["fault"] for row in content["rows"]] == [str(case.fault) for case in SAMPLE]
     assert [row["findings"] for row in content["rows"]] == [[] for _ in SAMPLE]
     assert content["summary"]["all"]["faults"] == len(SAMPLE)

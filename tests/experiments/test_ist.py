@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, pstdev
@@ -22,6 +21,7 @@ from experiments.ist.tasks import TASKS
 from experiments.ist.training import finisher, make_start, measure, sent_bytes, train
 from experiments.links.closed_form import _of_neurons, neuron_bytes
 from experiments.links.namespaces import why_no_namespaces
+from experiments.record import read_record
 from experiments.tables import PLACE, filled
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.ist.layout import NeuronLayout
@@ -43,7 +43,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def record(folder: Path, name: str) -> Any:
-    return json.loads((folder / f"{name}.json").read_text())
+    return read_record(folder / f"{name}.jsonl")
 
 
 def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -> None:
@@ -57,9 +57,9 @@ def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -
 
 
 def test_a_second_run_measures_nothing_again(sample: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    before = (sample[0] / "accuracy.json").read_bytes()
+    before = (sample[0] / "accuracy.jsonl").read_bytes()
     main(["accuracy", "size=sample", f"out={sample[0]}", *CHOSEN], "")
-    assert (sample[0] / "accuracy.json").read_bytes() == before
+    assert (sample[0] / "accuracy.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Accuracy on equal samples")[0]
 
 
@@ -211,7 +211,7 @@ def test_the_speed_up_by_formula() -> None:
 def test_what_is_printed_is_what_is_written(sample: tuple[Path, str]) -> None:
     out, output = sample
     assert {path.name for path in out.iterdir()} == {
-        "accuracy.json", "accuracy.png", "memory.json", "memory.png", "shapes.json",
+        "accuracy.jsonl", "accuracy.png", "memory.jsonl", "memory.png", "shapes.jsonl",
     }  # fmt: skip
     for name in tables.GRIDS:
         for grid in tables.grids(name, record(out, name)):
@@ -229,7 +229,7 @@ def test_the_page_shows_the_result_files() -> None:
 @needs_namespaces
 def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path) -> None:
     run_program(["experiments/links/run.py", "size=ist_smoke", "methods=[ist,none]", f"output={tmp_path}"], ROOT)
-    content = json.loads((tmp_path / "links.json").read_text())
+    content = read_record(tmp_path / "links.jsonl")
     (ist, silent) = content["runs"]
     for worker in ist["workers"]:
         counted = sum(worker["counted"].get(kind, 0) for kind in ("shared", "hand_over", "state"))
@@ -243,7 +243,7 @@ def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path)
 @needs_namespaces
 def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
     run_program(["experiments/time_to_accuracy/run.py", "size=ist_smoke", f"output={tmp_path}"], ROOT)
-    rows = json.loads((tmp_path / "time_to_accuracy.json").read_text())["rows"]
+    rows = read_record(tmp_path / "time_to_accuracy.jsonl")["rows"]
     assert [(entry["method"], entry["steps"]) for entry in rows] == [("ddp", [4, 8]), ("ist", [4, 8])]
     assert 0 < rows[1]["kernel_sent_bytes"][1] < rows[0]["kernel_sent_bytes"][1] / 4
 

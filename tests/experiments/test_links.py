@@ -18,6 +18,7 @@ import pytest
 from experiments.checks import ConfigError
 from experiments.links import namespaces as rig
 from experiments.links import options, run, summary, tables
+from experiments.record import read_record
 from tests.helpers.programs import ROOT
 
 MISSING = rig.why_no_namespaces()
@@ -106,8 +107,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     process = start(RUN, *arguments)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert {path.name for path in folder.iterdir()} == {"links.json", "links.png"}
-    return {"output": output, **json.loads((folder / "links.json").read_text())}
+    assert {path.name for path in folder.iterdir()} == {"links.jsonl", "links.png"}
+    return {"output": output, **read_record(folder / "links.jsonl")}
 
 
 @needs_namespaces

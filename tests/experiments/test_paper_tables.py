@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from experiments.paper_tables.main import main
 from experiments.paper_tables.networks import Network, count_parameters, measure, networks, on_meta, paper_network
 from experiments.paper_tables.settings import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
+from experiments.record import read_record
 from experiments.tables import PLACE, filled
 from resist_lightning import Config
 from resist_lightning.block_layout import BlockLayout
@@ -38,7 +38,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     """The result file of the command itself, what it printed, and its folder."""
     out = tmp_path_factory.mktemp("paper_tables") / "new"
     output = run_program([PROGRAM, "size=smoke", f"out={out}"], ROOT)
-    return json.loads((out / "paper_tables.json").read_text()), output, out
+    return read_record(out / "paper_tables.jsonl"), output, out
 
 
 @pytest.mark.parametrize("workers", PRINTED)

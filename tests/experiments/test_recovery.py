@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 from experiments.benchmarks import recovery, tables
+from experiments.record import read_record
 from tests.helpers.trainers import run_trainers
 
 
@@ -26,7 +26,7 @@ def test_the_record_says_what_lies_on_the_disk(tmp_path: Path, monkeypatch: pyte
 
     run_trainers(benchmark, 2, ["--smoke", "--output", str(output), "--files", str(files)], timeout=80)
 
-    content = json.loads((output / "recovery.json").read_text())
+    content = read_record(output / "recovery.jsonl")
     for every in ("1", "2"):
         snapshot = content["snapshots"][every]
         assert len(snapshot["bytes_by_worker"]) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import lightning as L
 import pytest
 import torch
@@ -12,6 +10,7 @@ from experiments.benchmarks.keep import RESULTS
 from experiments.benchmarks.speech_shaped import network, of_a_linear_classifier, of_a_network
 from experiments.classifier import LitClassifier
 from experiments.data import SpeechShaped
+from experiments.record import read_record
 
 
 def small(**options: int) -> SpeechShaped:
@@ -69,7 +68,7 @@ def test_a_network_learns_it_and_a_linear_classifier_does_not() -> None:
 
 
 def test_the_numbers_in_the_docstring_are_those_of_the_result_file() -> None:
-    rows = json.loads((RESULTS / "speech_shaped.json").read_text())["rows"]
+    rows = read_record(RESULTS / "speech_shaped.jsonl")["rows"]
     text = " ".join((SpeechShaped.__doc__ or "").split())
     assert [row["seed"] for row in rows] == [0, 1, 2]
     for column in ("width_512", "width_128", "linear"):

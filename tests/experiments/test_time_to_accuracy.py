@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from experiments.checks import ConfigError
 from experiments.links import options
 from experiments.links.namespaces import namespaces_in_use, why_no_namespaces
+from experiments.record import read_record
 from experiments.time_to_accuracy import run, tables, worker
 from tests.helpers.programs import ROOT, run_program
 
@@ -26,7 +26,7 @@ def test_both_methods_train_on_equal_samples(tmp_path: Path) -> None:
     assert "wrote" in output
     assert namespaces_in_use() == before
     assert (tmp_path / "time_to_accuracy.png").stat().st_size > 10_000
-    rows = json.loads((tmp_path / "time_to_accuracy.json").read_text())["rows"]
+    rows = read_record(tmp_path / "time_to_accuracy.jsonl")["rows"]
     assert [row["method"] for row in rows] == ["ddp", "resist"]
     for row in rows:
         assert row["steps"] == [4, 8]

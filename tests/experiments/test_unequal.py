@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments.record import read_record
 from experiments.unequal import run, tables
 from experiments.unequal.quota import ROOT as CGROUPS
 from experiments.unequal.quota import why_no_quota
@@ -23,7 +23,7 @@ def test_both_settings_train_beside_a_slow_worker(tmp_path: Path) -> None:
     assert "wrote" in output
     assert not [path for path in [*CGROUPS.glob("unequal_*"), *CGROUPS.glob("cpu/unequal_*")] if path.is_dir()]
     assert (tmp_path / "unequal.png").stat().st_size > 10_000
-    content = json.loads((tmp_path / "unequal_2.json").read_text())
+    content = read_record(tmp_path / "unequal_2.jsonl")
     equal, auto = content["rows"]
     assert (equal["shares"], equal["blocks"], equal["table"]) == ("equal", [4, 4], {})
     assert auto["shares"] == "auto"
