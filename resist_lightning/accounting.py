@@ -130,12 +130,15 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int
     for block in plan.averaged:
         reduced.update(sizes.averaged[block])
     shared = sum(all_reduce_bytes(size, workers) for size in reduced.values())
+    merge = _sent(plan.merge, sizes.blocks)
+    hand_over = _sent(plan.hand_over, sizes.blocks)
+    state = _sent((*plan.merge, *plan.hand_over), sizes.states)
     return [
         {
             "shared": shared + _compressed_mean(plan, sizes, worker, workers),
-            "merge": _sent(plan.merge, sizes.blocks, worker),
-            "hand_over": _sent(plan.hand_over, sizes.blocks, worker),
-            "state": _sent((*plan.merge, *plan.hand_over), sizes.states, worker),
+            "merge": merge[worker],
+            "hand_over": hand_over[worker],
+            "state": state[worker],
         }
         for worker in range(workers)
     ]
@@ -148,5 +151,9 @@ def _compressed_mean(plan: SyncPlan, sizes: Sizes, worker: int, workers: int) ->
     return sizes.wire.mean_bytes(entries, worker, workers)
 
 
-def _sent(transfers: Sequence[Transfer], sizes: Sequence[int], worker: int) -> int:
-    return sum(sizes[transfer.block] for transfer in transfers if transfer.source == worker)
+def _sent(transfers: Sequence[Transfer], sizes: Sequence[int]) -> Counter[int]:
+    """Bytes that each worker sends."""
+    sent: Counter[int] = Counter()
+    for transfer in transfers:
+        sent[transfer.source] += sizes[transfer.block]
+    return sent

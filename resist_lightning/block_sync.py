@@ -68,7 +68,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
-        plan, kinds = plan_observation(plan, self._layout.workers), Kinds.all(kind)
+        plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
         self.leave_out(plan)
         if unequal:
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,16 @@ class Partition:
 
     def holders(self, block: int) -> tuple[int, ...]:
         """The workers that hold ``block``, in ascending order."""
-        return tuple(worker for worker, held in enumerate(self.held) if block in held)
+        return self._holders[block]
+
+    @cached_property
+    def _holders(self) -> tuple[tuple[int, ...], ...]:
+        """For each block its holders: ``held`` inverted once, as plans ask for every block."""
+        holders: list[list[int]] = [[] for _ in range(self.blocks)]
+        for worker, held in enumerate(self.held):
+            for block in held:
+                holders[block].append(worker)
+        return tuple(map(tuple, holders))
 
 
 def blocks_per_worker(blocks: int, workers: int, min_blocks: int) -> tuple[int, ...]:
@@ -94,6 +104,11 @@ def deal(blocks: int, counts: Sequence[int], seed: int, round: int, what: str = 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
     """
+    return _dealt(blocks, tuple(counts), seed, round, what)
+
+
+@lru_cache(maxsize=64)  # a sync asks several times for the partitions of two rounds; IST has one for each layer
+def _dealt(blocks: int, counts: tuple[int, ...], seed: int, round: int, what: str) -> Partition:
     workers = len(counts)
     circle = _shuffled(blocks, f"{seed}/{round}/{what}")
     held: list[tuple[int, ...]] = [()] * workers
@@ -111,4 +126,11 @@ def everything(blocks: int, workers: int) -> Partition:
 
 def _shuffled(count: int, key: str) -> list[int]:
     """The numbers below ``count`` in an order drawn from ``key``: sorted by a hash, so it depends on nothing else."""
-    return sorted(range(count), key=lambda index: hashlib.sha256(f"{key}/{index}".encode()).digest())
+    prefix = hashlib.sha256(f"{key}/".encode())
+
+    def drawn(index: int) -> bytes:
+        digest = prefix.copy()
+        digest.update(b"%d" % index)
+        return digest.digest()
+
+    return sorted(range(count), key=drawn)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from resist_lightning.partition import Partition
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """One block on its way from one worker to another."""
 
     source: int
@@ -66,7 +66,8 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
         raise ValueError(
             f"cannot sync {before.blocks} blocks on {before.workers} workers to {after.blocks} on {after.workers}."
         )
-    before = _without(before, left_out)
+    if left_out:
+        before = _without(before, left_out)
     averaged: list[int] = []
     owner: dict[int, int] = {}
     merge: list[Transfer] = []
@@ -79,13 +80,20 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
         if len(old) == len(new) == before.workers > 1:
             averaged.append(block)
             continue
-        candidates = [worker for worker in old if worker in new] or list(old)
-        root = min(candidates, key=lambda worker: (owned[worker], worker))
+        root = _owner(old, new, owned)
         owned[root] += 1
         owner[block] = root
         merge.extend(Transfer(worker, root, block) for worker in old if worker != root)
         hand_over.extend(Transfer(root, worker, block) for worker in new if worker != root)
     return SyncPlan(tuple(averaged), owner, tuple(merge), tuple(hand_over), left_out)
+
+
+def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> int:
+    """Of the last holders, preferably those that stay, the one that owns the fewest blocks so far."""
+    if len(old) == 1:
+        return old[0]
+    staying = [worker for worker in old if worker in new]
+    return min(staying or old, key=lambda worker: (owned[worker], worker))
 
 
 def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
@@ -98,15 +106,22 @@ def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
     return replace(partition, held=tuple(held))
 
 
-def plan_observation(sync: SyncPlan, workers: int) -> SyncPlan:
-    """Plan to assemble the full model on every worker, as if the round ended here.
+def plan_observation(sync: SyncPlan, worker: int, workers: int) -> SyncPlan:
+    """Plan one worker's part in assembling the full model on every worker, as if the round ended here.
 
     Averages and merges as ``sync`` would, at the same owners, so that what is seen equals what the sync would make of
     it, bit for bit.
 
     Args:
         sync: the plan of the sync that would come next.
+        worker: whose part; all parts together have (workers - 1) transfers of every block, too many to be made here.
         workers: number of workers.
     """
-    spread = (Transfer(root, worker, block) for block, root in sync.owner.items() for worker in range(workers))
-    return replace(sync, hand_over=tuple(transfer for transfer in spread if transfer.source != transfer.target))
+    others = [other for other in range(workers) if other != worker]
+    spread: list[Transfer] = []
+    for block, root in sync.owner.items():
+        if root == worker:
+            spread.extend(Transfer(root, other, block) for other in others)
+        else:
+            spread.append(Transfer(root, worker, block))
+    return replace(sync, hand_over=tuple(spread))

@@ -115,7 +115,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if self.trainee is not None:
             self.trainee.finish()
             self.trainee.spans.pause()
-        plan = plan_observation(plan, self._layout.workers)
+        plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
         self.exchange.hand_over(plan, self._cargo, Kinds.all(kind), self._hold_all)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -128,7 +129,8 @@ def test_an_observation_gives_everyone_what_the_sync_would_make(partitions):
     before, after = partitions
     workers, values = before.workers, trained(before)
     sync = plan_sync(before, after)
-    plan = plan_observation(sync, workers)
+    parts = [plan_observation(sync, worker, workers) for worker in range(workers)]
+    plan = together(parts)
     seen, synced = execute(plan, values, workers), execute(sync, values, workers)
     assert (plan.averaged, plan.owner, plan.merge) == (sync.averaged, sync.owner, sync.merge)
     assert set(seen) == {(worker, block) for worker in range(workers) for block in range(before.blocks)}
@@ -137,6 +139,19 @@ def test_an_observation_gives_everyone_what_the_sync_would_make(partitions):
         assert {seen[worker, block] for worker in range(workers)} == {sum(old) / len(old)}
         assert all(synced[worker, block] == seen[worker, block] for worker in after.holders(block))
     assert max(Counter(plan.hand_over).values(), default=1) == 1
+    for worker, part in enumerate(parts):
+        assert [t for t in plan.hand_over if worker in (t.source, t.target)] == sorted(part.hand_over, key=by_block)
+
+
+def by_block(transfer: Transfer) -> tuple[int, int]:
+    return transfer.block, transfer.target
+
+
+def together(parts: list[SyncPlan]) -> SyncPlan:
+    """What all workers do in an observation; both ends of a transfer must know of it."""
+    seen = Counter(transfer for part in parts for transfer in part.hand_over)
+    assert set(seen.values()) <= {2}
+    return replace(parts[0], hand_over=tuple(sorted(seen, key=by_block)))
 
 
 @given(two_partitions(), st.data())
