@@ -70,6 +70,11 @@ def recognise(name: str, module: nn.Module) -> Block | None:
     return None
 
 
+def block_at(name: str, module: nn.Module) -> Block:
+    """``module`` as a block of this name, whether its class is recognised or not."""
+    return recognise(name, module) or Block(name, module, None, _keeps_shape(module))
+
+
 def select_blocks(module: nn.Module, choice: BlockChoice = None) -> tuple[Block, ...]:
     """Choose the blocks to partition.
 
@@ -91,7 +96,7 @@ def select_blocks(module: nn.Module, choice: BlockChoice = None) -> tuple[Block,
     elif isinstance(choice, str):
         blocks = _by_globs(module, [choice])
     elif callable(choice):
-        blocks = [_as_block(name, child) for name, child in module.named_modules() if name and choice(name, child)]
+        blocks = [block_at(name, child) for name, child in module.named_modules() if name and choice(name, child)]
         if not blocks:
             raise BlockSelectionError(f"the predicate given as `blocks` chose nothing. {candidates(module)}")
         _refuse_shape_changes(blocks, module)
@@ -162,7 +167,7 @@ def _by_globs(module: nn.Module, patterns: Sequence[str]) -> list[Block]:
     for pattern in patterns:
         matched = [(name, child) for name, child in module.named_modules() if name and matches(pattern, name)]
         known = [block for block in (recognise(name, child) for name, child in matched) if block is not None]
-        blocks = known or [_as_block(name, child) for name, child in matched]
+        blocks = known or [block_at(name, child) for name, child in matched]
         if not blocks:
             raise BlockSelectionError(f"blocks={pattern!r} matches nothing. {candidates(module)}")
         keeping = [block for block in blocks if block.keeps_shape]
@@ -171,10 +176,6 @@ def _by_globs(module: nn.Module, patterns: Sequence[str]) -> list[Block]:
         chosen.update((block.name, block) for block in keeping)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     return sorted(chosen.values(), key=lambda block: order[block.name])
-
-
-def _as_block(name: str, module: nn.Module) -> Block:
-    return recognise(name, module) or Block(name, module, None, _keeps_shape(module))
 
 
 def _keeps_shape(module: nn.Module) -> bool:

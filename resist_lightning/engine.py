@@ -26,6 +26,7 @@ from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
 from resist_lightning.collective import default_collective
 from resist_lightning.config import CommonConfig
+from resist_lightning.full_model import bare, take_off
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
 from resist_lightning.methods import make_layout, make_sync
@@ -67,7 +68,8 @@ class Engine:
         self.module = module
         self.config = config
         self.collective = collective or default_collective()
-        self.layout = make_layout(module, config, self.collective.workers)
+        with bare(module):
+            self.layout = make_layout(module, config, self.collective.workers)
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)
@@ -118,6 +120,7 @@ class Engine:
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
+        take_off(self.module)  # of a full model that it has been
         reports = self._meeting.introduce(self.clock, self.states, [float(self.resumption.exact)])
         exact = all(has_own for has_own, _ in reports)
         if not exact:

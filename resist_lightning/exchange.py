@@ -76,6 +76,7 @@ class Exchange:
     """
 
     def __init__(self, collective: Collective, device: torch.device, wire: Wire | None = None) -> None:
+        self.worker = collective.worker
         self._collective = collective
         self._device = device
         self._wire = wire

@@ -2,17 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from resist_lightning.blocks import block_at
 from resist_lightning.exchange import Exchange
+from resist_lightning.hashing import Hasher, as_numbers
 from resist_lightning.layout import Layout
-from resist_lightning.norm import BatchStatistics, Call, norms_with_statistics, recalibrate
-from resist_lightning.scaling import ScaleHooks, fold, foldable, unfold
+from resist_lightning.norm import (
+    BatchStatistics,
+    Call,
+    norms_with_statistics,
+    recalibrate,
+    remove_batch_statistics,
+)
+from resist_lightning.scaling import ScaleHooks, fold, foldable, folded, remove_scale_hooks, unfold
+
+
+def put_on(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module with the weights of a full model what else belongs to it, in the place of what it has of that.
+
+    Args:
+        module: the user's.
+        state: from :meth:`FullModel.state`; empty for weights that are not of a full model.
+    """
+    take_off(module)
+    names, there = state.get("hooked", []), dict(module.named_modules())
+    missing = [name for name in names if name not in there]
+    if missing:
+        warnings.warn(
+            f"the full model scales {missing[0]!r}, which this module does not have: what it computes is not what was "
+            "reported of the full model. Load the weights into the module that was trained.",
+            stacklevel=3,
+        )
+    if names:
+        ScaleHooks([block_at(name, there[name]) for name in names if name in there], state["scale"])
+    if state.get("batch_statistics", False):
+        BatchStatistics(norms_with_statistics(module).values())
+
+
+def take_off(module: nn.Module) -> None:
+    """Undo :func:`put_on`, of this module or of one that it is a copy of."""
+    remove_scale_hooks(module)
+    remove_batch_statistics(module)
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is without what :func:`put_on` gave it, so that its own forward can be looked at."""
+    children = list(module.modules())
+    hooks: list[Any] = [h for child in children for h in (child._forward_hooks, child._forward_hooks_with_kwargs)]
+    kept = [dict(h) for h in hooks]
+    forwards = [(child, vars(child)["forward"]) for child in children if "forward" in vars(child)]
+    take_off(module)
+    try:
+        yield
+    finally:
+        for now, before in zip(hooks, kept, strict=True):
+            now.clear()
+            now.update(before)
+        for child, forward in forwards:
+            vars(child)["forward"] = forward
 
 
 class FullModel:
@@ -83,34 +138,58 @@ class FullModel:
         self._remembered = []
 
     def settle(self) -> None:
-        """Leave the module as the full model for good. Scales that do not fold into weights stay as hooks."""
-        self._batch_statistics.remove()
+        """Leave the module as the full model for good. What :func:`put_on` would give it stays on it."""
         self._originals, self._statistics = {}, {}
         self.active = False
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`undo` needs, beside the module's weights."""
+        """What :meth:`undo` and :func:`put_on` need, beside the module's weights."""
         layout = self._layout
         return {
             "scale": layout.scale,
             "blocks": [block.name for block in layout.blocks],
             "hooked": [block.name for block in layout.blocks if not foldable(block)],
+            "batch_statistics": layout.config.batch_norm == "batch",
             "originals": {name: tensor.cpu() for name, tensor in self._originals.items()},
             "norm_statistics": {name: tensor.cpu() for name, tensor in self._statistics.items()},
+            "left": {name: _mark(tensor) for name, tensor in self._not_as_trained().items()},
         }
 
-    def undo(self, state: dict[str, Any]) -> None:
-        """Turn loaded weights of a full model back into weights to train, exactly."""
-        layout = self._layout
+    def undo(self, state: Mapping[str, Any]) -> None:
+        """Turn weights of a full model back into weights to train, exactly.
+
+        What has been written since, e.g. by loading other weights, is taken as it is.
+        """
+        layout, left = self._layout, state.get("left")
         names = set(state["blocks"])
         blocks = [block for block in layout.blocks if block.name in names]
+        tensors = {**folded(blocks), **self._norm_buffers()}
+        untouched: set[str] | None = None  # before there were marks: all
+        if left is not None:
+            untouched = {name for name, mark in left.items() if name in tensors and _mark(tensors[name], mark) == mark}
+            written = sorted(tensors.keys() & left.keys() - untouched)
+            if untouched and written and self._exchange.worker == 0:
+                warnings.warn(
+                    f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
+                    f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
+                    "their statistics are those of the training before. To begin from what the module holds, use a "
+                    "new Trainer.",
+                    stacklevel=5,
+                )
         if state["scale"] != 1:
-            unfold(blocks, state["scale"], state["originals"])
+            unfold(blocks, state["scale"], state["originals"], untouched)
         buffers = self._norm_buffers()
         with torch.no_grad():
             for name, statistic in state["norm_statistics"].items():
-                if name in buffers:
+                if name in buffers and (untouched is None or name in untouched):
                     buffers[name].copy_(statistic)
+
+    def _not_as_trained(self) -> dict[str, Tensor]:
+        """By name, the tensors that in the full model are not what they are in training."""
+        scaled = folded(self._layout.blocks) if self._layout.scale != 1 else {}
+        buffers = self._norm_buffers()
+        estimated = {name: buffers[name] for name, s in self._statistics.items() if not torch.equal(buffers[name], s)}
+        return {**scaled, **estimated}
 
     def _norm_buffers(self) -> dict[str, Tensor]:
         return {
@@ -118,3 +197,15 @@ class FullModel:
             for name, norm in norms_with_statistics(self._layout.module).items()
             for key, buffer in norm.named_buffers(recurse=False)
         }
+
+
+def _mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
+    """Tells whether a tensor has been written since: its data type and a number for its bits.
+
+    Args:
+        tensor: of any device and memory format.
+        like: an earlier mark, of a tensor that may have been converted since.
+    """
+    dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
+    (number,) = as_numbers(Hasher(1).hashes([tensor.detach().to(dtype).contiguous()], 0))
+    return [str(dtype).removeprefix("torch."), int(number)]

@@ -81,7 +81,7 @@ class InputRecorder:
         # A forward inside a backward is activation checkpointing, which runs a part of the network a second time.
         in_backward = torch._C._current_graph_task_id() != -1
         if self._depth == 0 and not in_backward and module.training and torch.is_grad_enabled():
-            self.calls.append((module, tree_map(_detach, args), tree_map(_detach, kwargs)))
+            self.calls.append((module, _copied(args), _copied(kwargs)))
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
         self._depth += 1
 
@@ -118,7 +118,7 @@ def recalibrate(
     with torch.no_grad(), forward_context():
         for called, args, kwargs in calls:
             try:
-                called(*args, **kwargs)
+                called(*_copied(args), **_copied(kwargs))
             except RuntimeError as error:
                 names = {child: name for name, child in module.named_modules()}
                 raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
@@ -155,8 +155,16 @@ class BatchStatistics:
     def remove(self) -> None:
         """Give the layers their own forward back."""
         for norm in self._norms:
-            del norm.__dict__["forward"]
+            remove_batch_statistics(norm)
         self._norms = []
+
+
+def remove_batch_statistics(module: nn.Module) -> None:
+    """Give all layers of ``module`` that :class:`BatchStatistics` has changed their own forward back."""
+    for child in module.modules():
+        forward = vars(child).get("forward")
+        if isinstance(forward, partial) and forward.func is _normalise_by_batch:
+            del child.__dict__["forward"]
 
 
 def _normalise_by_batch(norm: _BatchNorm, x: Tensor) -> Tensor:
@@ -173,8 +181,9 @@ def _counter(norm: _BatchNorm) -> Tensor:
     return _statistic(norm, "num_batches_tracked")
 
 
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def _copied(values: Any) -> Any:
+    """Tensors that nobody else writes to: a forward may change its input in place, a loader may fill it again."""
+    return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, values)
 
 
 def _to_cpu(value: Any) -> Any:

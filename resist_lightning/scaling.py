@@ -7,7 +7,8 @@ model. A block whose branch has no such layer is scaled by a hook instead: x + s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,24 +48,51 @@ def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
     """
     originals: dict[str, Tensor] = {}
     with torch.no_grad():
-        for block in blocks:
-            for name, tensor in _last_layer(block).items():
-                original = tensor.detach().clone()
-                tensor.mul_(scale)
-                if not torch.equal(tensor / scale, original):
-                    originals[name] = original
+        for name, tensor in folded(blocks).items():
+            original = tensor.detach().clone()
+            tensor.mul_(scale)
+            if not torch.equal(tensor / scale, original):
+                originals[name] = original
     return originals
 
 
-def unfold(blocks: Iterable[Block], scale: float, originals: dict[str, Tensor]) -> None:
-    """Undo :func:`fold`, exactly."""
+def folded(blocks: Iterable[Block]) -> dict[str, Tensor]:
+    """By name, the tensors that :func:`fold` multiplies."""
+    return {name: tensor for block in blocks for name, tensor in _last_layer(block).items()}
+
+
+def unfold(blocks: Iterable[Block], scale: float, originals: dict[str, Tensor], only: Collection[str] | None) -> None:
+    """Undo :func:`fold`, exactly; of all its tensors (None), or only of those that are named."""
     with torch.no_grad():
-        for block in blocks:
-            for name, tensor in _last_layer(block).items():
+        for name, tensor in folded(blocks).items():
+            if only is None or name in only:
                 if name in originals:
                     tensor.copy_(originals[name])
                 else:
                     tensor.div_(scale)
+
+
+class ScaleHook:
+    """A forward hook that scales a residual branch.
+
+    It may stay on the user's module, so it pickles, copies and exports with it.
+
+    Args:
+        scale: the factor.
+        argument: name of the block's input where the hook is on the block: its output becomes x + s (block(x) - x).
+            None where it is on the submodule that ends the branch.
+    """
+
+    def __init__(self, scale: float, argument: str | None) -> None:
+        self.scale = scale
+        self.argument = argument
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Called by torch after the forward of the block, or of its last submodule."""
+        if self.argument is None:
+            return output * self.scale
+        x = args[0] if args else kwargs[self.argument]
+        return x + self.scale * (output - x)
 
 
 class ScaleHooks:
@@ -78,7 +106,7 @@ class ScaleHooks:
     """
 
     def __init__(self, blocks: Sequence[Block], scale: float) -> None:
-        self._handles: list[RemovableHandle] = [self._attach(block, scale) for block in blocks] if scale != 1 else []
+        self._handles: list[RemovableHandle] = [_attach(block, scale) for block in blocks] if scale != 1 else []
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -86,17 +114,21 @@ class ScaleHooks:
             handle.remove()
         self._handles = []
 
-    @staticmethod
-    def _attach(block: Block, scale: float) -> RemovableHandle:
-        def scale_branch(_: nn.Module, __: Any, output: Any) -> Any:
-            return output * scale
 
-        def scale_difference(_: nn.Module, args: Any, output: Any) -> Any:
-            return args[0] + scale * (output - args[0])
+def remove_scale_hooks(module: nn.Module) -> None:
+    """Take off all hooks that scale blocks of ``module``, whoever attached them: it may be a copy."""
+    for child in module.modules():
+        for key in [key for key, hook in child._forward_hooks.items() if isinstance(hook, ScaleHook)]:
+            del child._forward_hooks[key]
+            child._forward_hooks_with_kwargs.pop(key, None)
 
-        if block.branch_end is not None:
-            return block.module.get_submodule(block.branch_end).register_forward_hook(scale_branch)
-        return block.module.register_forward_hook(scale_difference)
+
+def _attach(block: Block, scale: float) -> RemovableHandle:
+    if block.branch_end is not None:
+        branch = block.module.get_submodule(block.branch_end)
+        return branch.register_forward_hook(ScaleHook(scale, None), with_kwargs=True)
+    hook = ScaleHook(scale, next(iter(inspect.signature(block.module.forward).parameters), ""))
+    return block.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _last_layer(block: Block) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from resist_lightning.collective import default_collective
 from resist_lightning.engine import Engine
 from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.files import refused
+from resist_lightning.full_model import put_on
 from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY, load_checkpoint, read_own, remove, save_together
 from resist_lightning.strategies.group import GroupStrategy
 from resist_lightning.strategies.launch import Launch
@@ -141,16 +142,24 @@ class SavingStrategy(GroupStrategy):
         """Load the full model; what belongs to the training is restored in :meth:`setup`."""
         if self._snapshot is None:
             super().load_model_state_dict(checkpoint, strict=strict)
-        self.resume_state = checkpoint.get(CHECKPOINT_KEY, {})
+        state = dict(checkpoint.get(CHECKPOINT_KEY, {}))
+        if self._trainer().state.fn != TrainerFn.FITTING:
+            state.pop("files", None)  # a fit after this one goes on from the full model, not from within that training
+        self.resume_state = state
 
     @property
     def resume_state(self) -> dict[str, Any]:
-        """What the module's weights do not say of the training that made them; empty for any other module."""
+        """What the module's weights do not say of the training that made them; empty for any other module.
+
+        Setting it gives the module what belongs to the full model and does not fold into weights.
+        """
         return self._resume_state if self._resume_for is self.lightning_module else {}
 
     @resume_state.setter
     def resume_state(self, state: dict[str, Any]) -> None:
         self._resume_state, self._resume_for = state, self.lightning_module
+        if self.lightning_module is not None:
+            put_on(self.lightning_module, state)
 
     def _go_on(self, engine: Engine) -> None:
         """Start the engine, with what was loaded. Collective: every worker must call this."""

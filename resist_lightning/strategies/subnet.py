@@ -19,6 +19,7 @@ from typing_extensions import override
 from resist_lightning.collective import default_collective, group_exists
 from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
+from resist_lightning.full_model import bare
 from resist_lightning.methods import make_layout
 from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
@@ -78,7 +79,8 @@ class SubnetStrategy(SavingStrategy):
         self._saving.check_launch()
         module = self.lightning_module
         if module is not None and not is_overridden("configure_model", module):
-            make_layout(module, self.config, self.num_nodes * self.num_processes)
+            with bare(module):
+                make_layout(module, self.config, self.num_nodes * self.num_processes)
 
     @property
     @override

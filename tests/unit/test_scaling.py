@@ -55,7 +55,7 @@ def test_unfolding_restores_bit_for_bit(kind, scale):
     originals = fold([block], scale)
     folded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     changed = {name for name in before if not torch.equal(before[name], folded[name])}
-    unfold([block], scale, originals)
+    unfold([block], scale, originals, None)
     assert changed == (
         {"conv2.weight"} if kind == "preact" else {f"{block.branch_end}.{n}" for n in ("weight", "bias")}
     )
@@ -69,14 +69,14 @@ def test_unfolding_tiny_and_huge_numbers_restores_them_too():
     with torch.no_grad():
         module.bn2.weight.copy_(numbers)
     originals = fold([block], 1 / 3)
-    unfold([block], 1 / 3, originals)
+    unfold([block], 1 / 3, originals, None)
     assert module.bn2.weight.tolist() == numbers.tolist()
 
 
 def test_a_power_of_two_needs_no_copies():
     block, _, _ = block_of("preact")
     assert fold([block], 0.5) == {}
-    unfold([block], 0.5, {})
+    unfold([block], 0.5, {}, None)
     assert set(fold([block], 0.3)) == {"b.conv2.weight"}
 
 
