@@ -110,6 +110,8 @@ def recalibrate(
     modes = {child: child.training for child in module.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
+    statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    others = [(buffer, buffer.clone()) for buffer in module.buffers() if id(buffer) not in statistics]
     module.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -124,6 +126,9 @@ def recalibrate(
                 raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
     for child, mode in modes.items():
         child.training = mode
+    for buffer, old in others:  # a forward may count its calls
+        if not torch.equal(buffer, old):
+            buffer.copy_(old)
     for norm in norms:
         norm.momentum = momenta[norm]
         reached = int(_counter(norm)) > 0

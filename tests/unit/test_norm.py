@@ -215,3 +215,43 @@ def test_activation_checkpointing_records_a_batch_once():
     module(images(1)[0]).sum().backward()
     assert [name for name, _, _ in seen()] == ["Checkpointed"]
     recorder.remove()
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(x.sub_(5).div_(2))
+
+
+def test_recorded_inputs_are_those_that_the_network_was_called_with():
+    """Neither a forward that changes them, in training or in the replay, nor a loader that fills them anew, counts."""
+    module, static = InPlace().train(), torch.empty(64, 3)
+    recorder, _ = recorded(module, calls=8)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(64, 3, generator=generator) * 2 + 5 + step for step in range(8)]
+    for batch in batches:
+        module(static.copy_(batch))
+    expected = torch.stack([(batch.mean(0) - 5) / 2 for batch in batches]).mean(0)
+    for _ in range(2):
+        recalibrate(module, list(recorder.calls), nullcontext)
+        torch.testing.assert_close(module.norm.running_mean, expected)
+    recorder.remove()
+
+
+class Counting(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_recalibration_does_not_count_as_calls():
+    module = Counting()
+    recalibrate(module, [(module, (x,), {}) for x in images(3)], nullcontext)
+    assert int(module.calls) == 0

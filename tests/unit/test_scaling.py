@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +12,8 @@ from torch import nn
 from resist_lightning.blocks import Block, recognise
 from resist_lightning.models import PreActBlock
 from resist_lightning.rounds import Schedule
-from resist_lightning.scaling import ScaleHooks, coverage, fold, foldable, unfold
-from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, randomise_norms, residual_block
+from resist_lightning.scaling import ScaleHooks, coverage, fold, foldable, remove_scale_hooks, unfold
+from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, mlp, randomise_norms, residual_block
 
 KINDS = ["preact", "basic", "bottleneck", "resnext", "renamed"]
 
@@ -181,3 +184,72 @@ def test_a_last_layer_that_is_not_linear_in_its_weight_is_scaled_one_way_or_the_
     fold([block], 0.5)
     ScaleHooks([block] if not foldable(block) else [], 0.5)
     torch.testing.assert_close(module(x), x + 0.5 * (y - x))
+
+
+class Attending(nn.Module):
+    """A block with more inputs than the one that it adds to."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.inside = nn.Linear(width, width)
+
+    def forward(self, hidden, mask=None, *, gain=1.0):
+        out = torch.sin(self.inside(hidden)) * gain
+        return hidden + (out if mask is None else out * mask)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, x, mask: block(x, mask, gain=2.0),
+        lambda block, x, mask: block(hidden=x, mask=mask, gain=2.0),
+        lambda block, x, mask: block(mask=mask, gain=2.0, hidden=x),
+    ],
+)
+def test_a_hooked_block_may_be_called_by_keyword_and_with_more_inputs(call):
+    module, x, mask = Attending(), torch.randn(3, 6), torch.rand(3, 6)
+    y = call(module, x, mask)
+    hooks = ScaleHooks([Block("b", module, None, True)], 0.3)
+    torch.testing.assert_close(call(module, x, mask), x + 0.3 * (y - x))
+    hooks.remove()
+    torch.testing.assert_close(call(module, x, mask), y, rtol=0, atol=0)
+
+
+class Gated(Undeclared):
+    """Its branch ends in a submodule without weights."""
+
+    residual_branch_end = "gate"
+
+    def __init__(self, width=6):
+        super().__init__(width)
+        self.gate = nn.Tanh()
+
+    def forward(self, x):
+        return x + self.gate(self.inside(x))
+
+
+@pytest.mark.parametrize("kind", [Undeclared, Gated])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net, x: torch.export.export(net, (x,)).module(),
+        torch.jit.trace,
+        lambda net, x: torch.compile(net, backend="eager", fullgraph=True),
+        lambda net, x: pickle.loads(pickle.dumps(net)),
+        lambda net, x: copy.deepcopy(net),
+    ],
+    ids=["export", "trace", "compile", "pickle", "deepcopy"],
+)
+def test_hooks_go_where_the_module_goes_and_come_off_there(kind, made):
+    net, x = mlp(kind, blocks=2).eval(), torch.randn(4, 3)
+    plain = net(x)
+    for name in ("0", "1"):
+        ScaleHooks([recognise(name, net.body[int(name)]) or Block(name, net.body[int(name)], None, True)], 0.3)
+    scaled = net(x)
+    assert not torch.allclose(scaled, plain)
+    gone = made(net, x)
+    torch.testing.assert_close(gone(x), scaled)
+    if type(gone) is type(net):
+        remove_scale_hooks(gone)
+        torch.testing.assert_close(gone(x), plain)
+        torch.testing.assert_close(net(x), scaled)
