@@ -26,12 +26,24 @@ from resist_lightning.verbs import Collective, Finish, SoloCollective
 
 
 class GroupCollective(Collective):
-    """The workers of torch.distributed's default group. Creates no group of its own."""
+    """The workers of torch.distributed's default group. Creates no group of its own.
 
-    def __init__(self) -> None:
+    Args:
+        device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
+
+    Raises:
+        ValueError: if the group cannot send tensors of ``device`` by gloo or NCCL.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__(worker=dist.get_rank(), workers=dist.get_world_size())
-        self._stage = dist.get_backend() == "gloo"
-        self._device = torch.device("cpu" if self._stage else "cuda")
+        backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        if device is None:
+            device = torch.device("cpu" if backends.get("cpu") == "gloo" else "cuda")
+        backend = backends.get(device.type, backends.get("cpu"))
+        _check_backend(backend, device, backends)
+        self._stage = backend == "gloo"
+        self._device = torch.device("cpu") if self._stage else device
 
     @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
@@ -41,6 +53,19 @@ class GroupCollective(Collective):
         dist.all_gather(gathered, mine)
         self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
         return [row.tolist() for row in gathered]
+
+    @override
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Bytes of all workers: their lengths, then all as long as the longest. Collective: see the base class."""
+        lengths = [int(row[0]) for row in self.gather_numbers([len(text)])]
+        padded = text.ljust(max(lengths), b"\0")
+        if not padded:
+            return [b""] * self.workers
+        mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
+        dist.all_gather(gathered, mine)
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return [row.cpu().numpy().tobytes()[:length] for row, length in zip(gathered, lengths, strict=True)]
 
     @override
     def start_mean(self, flat: Tensor, kind: str) -> Finish:
@@ -136,18 +161,44 @@ class GroupCollective(Collective):
         return flat.cpu() if self._stage else flat
 
     def _landing(self, flat: Tensor) -> Tensor:
-        return torch.empty_like(flat, device="cpu") if self._stage and flat.is_cuda else flat
+        return torch.empty_like(flat, device="cpu") if self._stage else flat
 
     def _from_wire(self, wire: Tensor, flat: Tensor) -> None:
         if wire is not flat:
             flat.copy_(wire)
 
 
-def default_collective() -> Collective:
-    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
+def default_collective(device: torch.device | None = None) -> Collective:
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member.
+
+    Args:
+        device: of the tensors that will be sent; see :class:`GroupCollective`.
+    """
     if group_exists() and dist.get_world_size() > 1:
-        return GroupCollective()
+        return GroupCollective(device)
     return SoloCollective()
+
+
+def _check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
+    """Raise where the default group cannot serve the tensors of this worker."""
+    config = ",".join(f"{kind}:{name}" for kind, name in backends.items())
+    if backend is None or (backend == "gloo" and backends.get("cpu") != "gloo"):
+        raise ValueError(
+            f"the module is on {device}, and torch.distributed's default group has {config!r} only. Move the module "
+            "to its GPU before the Engine is made, or call init_process_group('cpu:gloo,cuda:nccl')."
+        )
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(
+            f"torch.distributed's default group sends tensors on {device} by {backend!r}, and only 'gloo' and 'nccl' "
+            "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
+        )
+    bound = dist.distributed_c10d._get_default_group().bound_device_id
+    if backend == "nccl" and bound is not None and device.index is not None and bound != device:
+        raise ValueError(
+            f"worker {dist.get_rank()}'s module is on {device}, and its process group is bound to {bound}. Call "
+            f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
+            "before the module is moved."
+        )
 
 
 def group_exists() -> bool:

@@ -67,7 +67,8 @@ class Engine:
     ) -> None:
         self.module = module
         self.config = config
-        self.collective = collective or default_collective()
+        self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        self.collective = collective or default_collective(self._device)
         with bare(module):
             self.layout = make_layout(module, config, self.collective.workers)
         self.clock = Clock(config.local_steps)
@@ -76,7 +77,6 @@ class Engine:
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
         self._meeting = Meeting(self.layout, self.collective, host or Host())
-        self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.seconds = Seconds(self._device)
         self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
         self._observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)

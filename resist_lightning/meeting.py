@@ -33,7 +33,10 @@ class Host:
         return []
 
     def learn(self, reports: list[list[float]]) -> None:
-        """Receive the numbers of all workers."""
+        """Receive the numbers of all workers; at every meeting."""
+
+    def agree(self, reports: list[list[float]]) -> None:
+        """Receive them where a round ends, and change what the next local steps use, equally on all workers."""
 
 
 class Meeting:
@@ -104,7 +107,10 @@ class Meeting:
         check_headers(headers)
         self.soundness.judge([numbers[len(mine) - 2 : len(mine)] for numbers in received], clock)
         end = len(mine) + len(extra)
-        self._host.learn([numbers[end:] for numbers in received])
+        told = [numbers[end:] for numbers in received]
+        self._host.learn(told)
+        if purpose == Purpose.SYNC:
+            self._host.agree(told)
         return [numbers[len(mine) : end] for numbers in received]
 
     def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:

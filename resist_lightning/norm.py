@@ -51,7 +51,7 @@ class InputRecorder:
         self.still: frozenset[str] = frozenset()
         self._module = module
         self._norms = norms_with_statistics(module)
-        self._depth = 0
+        self._outermost: nn.Module | None = None  # whose forward runs now
         names = {""} | {name[:end] for name in self._norms for end in _dots(name)}
         self._handles: list[RemovableHandle] = []
         for name in names:
@@ -78,15 +78,19 @@ class InputRecorder:
         self.calls.clear()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._outermost is not None:
+            return  # before all that torch.compile cannot trace: blocks are compiled one by one
         # A forward inside a backward is activation checkpointing, which runs a part of the network a second time.
-        in_backward = torch._C._current_graph_task_id() != -1
-        if self._depth == 0 and not in_backward and module.training and torch.is_grad_enabled():
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._outermost = module
+        if module.training and torch.is_grad_enabled():
             self.calls.append((module, _copied(args), _copied(kwargs)))
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
-        self._depth += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
+        if module is self._outermost:
+            self._outermost = None
 
 
 def recalibrate(

@@ -33,16 +33,9 @@ class Collective(ABC):
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Numbers of all workers. Collective: every worker must call this, in the same order."""
 
+    @abstractmethod
     def gather_bytes(self, text: bytes) -> list[bytes]:
-        """Bytes of all workers, of any length; a number of 64 bits carries one.
-
-        For errors and summaries, where that does not matter.
-
-        Collective: every worker must call this, in the same order.
-        """
-        lengths = [int(row[0]) for row in self.gather_numbers([len(text)])]
-        rows = self.gather_numbers([*text, *[0] * (max(lengths) - len(text))])
-        return [bytes(map(int, row[:length])) for row, length in zip(rows, lengths, strict=True)]
+        """Bytes of all workers, of any length. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
     def start_mean(self, flat: Tensor, kind: str) -> Finish:
@@ -108,6 +101,11 @@ class SoloCollective(Collective):
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Its own numbers."""
         return [list(numbers)]
+
+    @override
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Its own bytes."""
+        return [text]
 
     @override
     def start_mean(self, flat: Tensor, kind: str) -> Finish:

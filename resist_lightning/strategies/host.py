@@ -49,12 +49,22 @@ class LightningHost(Host):
 
     @override
     def learn(self, reports: list[list[float]]) -> None:
-        """Take all requests, and the smallest loss scale: workers skip different steps, so their scales drift apart."""
+        """Take all requests."""
         self._signals.learn(int(report[1]) for report in reports)
+
+    @override
+    def agree(self, reports: list[list[float]]) -> None:
+        """Take the smallest loss scale: workers skip different steps, so their scales drift apart.
+
+        Where a round ends, all gradients were used. With manual optimization that is not known, and gradients that are
+        being added up must have one scale; every worker then keeps its own, which divides out.
+        """
         scaler = self._scaler()
         smallest = min(report[0] for report in reports)
-        if scaler is not None and smallest > 0 and smallest != scaler.get_scale():
-            scaler.update(smallest)
+        if scaler is None or not self._trainer.lightning_module.automatic_optimization:
+            return
+        if smallest > 0 and smallest != scaler.get_scale():
+            scaler.load_state_dict({**scaler.state_dict(), "scale": smallest})  # update() fails before the first step
 
     def _scaler(self) -> Any | None:
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,10 @@ def verbs(worker):
     collective.broadcast_(first, "start")
     sent = dict(collective.sent_bytes)
     texts = collective.gather_bytes(b"\x00\xff" * worker)
-    assert collective.sent_bytes["control"] - sent["control"] == 2 * 8 * (1 + 4)
+    assert collective.sent_bytes["control"] - sent["control"] == 2 * (8 + 4)
+    before = collective.sent_bytes["control"]
+    assert collective.gather_bytes(b"") == [b""] * collective.workers
+    assert collective.sent_bytes["control"] - before == 2 * 8
     return numbers, mean.tolist(), largest.tolist(), flags.tolist(), first.item(), sent, texts
 
 
@@ -100,3 +104,63 @@ def test_a_quick_worker_does_not_find_the_group_before():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert run_workers(rejoin, 2, port) == [[1, 3, 5]] * 2
+
+
+def default_backends(worker, port):
+    """A group as a plain loop makes it: without a backend, as torch recommends, or with one for each kind of device."""
+    workers, found = dist.get_world_size(), []
+    for number, backend in enumerate((None, "cpu:gloo", "cpu:gloo,cuda:gloo")):
+        destroy_group()
+        dist.init_process_group(backend, f"tcp://127.0.0.1:{port + number}", rank=worker, world_size=workers)
+        for collective in (default_collective(), default_collective(torch.device("cpu"))):
+            flat = torch.tensor([float(worker)])
+            collective.mean_(flat, "shared")
+            found.append((collective.gather_numbers([worker]), flat.item()))
+    return found
+
+
+def test_a_group_without_a_backend_and_one_with_several():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert run_workers(default_backends, 2, port) == [[([[0], [1]], 0.5)] * 6] * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "bound", "wire"),
+    [
+        ("cpu:gloo,cuda:nccl", "cuda:1", None, "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cpu", None, "cpu"),
+        ("cpu:gloo,cuda:nccl", None, None, "cpu"),
+        ("cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
+        ("cuda:nccl", None, None, "cuda"),
+        ("cpu:gloo,cuda:gloo", "cuda:1", None, "cpu"),
+        ("cpu:gloo", "cuda:0", None, "cpu"),
+    ],
+)
+def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(monkeypatch, config, device, bound, wire):
+    assert str(group_of(monkeypatch, config, device, bound)._device) == wire
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "bound", "said"),
+    [
+        ("cuda:nccl", "cpu", None, r"module is on cpu.*group has 'cuda:nccl' only.*Move the module"),
+        ("cpu:mpi", "cpu", None, r"on cpu by 'mpi'.*only 'gloo' and 'nccl'.*init_process_group\('gloo'\)"),
+        ("xpu:xccl", "xpu:0", None, r"on xpu:0 by 'xccl'"),
+        ("cuda:nccl", "cuda:1", "cuda:0", r"worker 1's module is on cuda:1.*bound to cuda:0.*set_device\(1\)"),
+    ],
+)
+def test_a_group_that_cannot_serve_the_module_is_refused(monkeypatch, config, device, bound, said):
+    with pytest.raises(ValueError, match=said):
+        group_of(monkeypatch, config, device, bound)
+
+
+def group_of(monkeypatch, config, device, bound):
+    """A collective of a group that does not exist."""
+    group = SimpleNamespace(bound_device_id=torch.device(bound) if bound else None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
+    return GroupCollective(torch.device(device) if device else None)

@@ -47,6 +47,10 @@ class ThreadCollective(Collective):
         self.room.log.append((self.worker, "gather_numbers", "control"))
         return [list(row) for row in self.room.share(self.worker, list(numbers))]
 
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        self.room.log.append((self.worker, "gather_bytes", "control"))
+        return list(self.room.share(self.worker, text))
+
     def start_mean(self, flat: Tensor, kind: str) -> Finish:
         self.room.log.append((self.worker, "start_mean", kind))
         stacked = torch.stack(self.room.share(self.worker, flat.clone()))

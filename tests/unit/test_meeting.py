@@ -15,7 +15,7 @@ from tests.helpers.threads import run_threads
 
 class Talkative(Host):
     def __init__(self, number, stop):
-        self.number, self.stop, self.heard = number, stop, None
+        self.number, self.stop, self.heard, self.agreed = number, stop, None, None
 
     def stop_flag(self):
         return self.stop
@@ -25,6 +25,9 @@ class Talkative(Host):
 
     def learn(self, reports):
         self.heard = reports
+
+    def agree(self, reports):
+        self.agreed = reports
 
 
 def meet(collective, steps, stops, purposes):
@@ -36,14 +39,16 @@ def meet(collective, steps, stops, purposes):
         extra = meeting.hold(purposes[me], Clock(50, round=2, step=steps[me]), [me + 3, -0.25])
     except WorkersDisagree as error:
         return str(error), host.heard
+    assert host.agreed == (host.heard if purposes[me] == Purpose.SYNC else None)
     return extra, host.heard
 
 
 SYNC = (Purpose.SYNC,) * 3
 
 
-def test_extra_numbers_and_reports_of_all_workers_reach_all():
-    results, room = run_threads(meet, 3, (7, 7, 7), (1, 1, 1), SYNC)
+@pytest.mark.parametrize("purpose", [Purpose.SYNC, Purpose.EVALUATION])
+def test_extra_numbers_and_reports_of_all_workers_reach_all(purpose):
+    results, room = run_threads(meet, 3, (7, 7, 7), (1, 1, 1), (purpose,) * 3)
     assert results == [([[3, -0.25], [4, -0.25], [5, -0.25]], [[0.0, 0.5], [10.0, 10.5], [20.0, 20.5]])] * 3
     assert [verb for _, verb, _ in room.log] == ["gather_numbers"] * 3
 
@@ -65,4 +70,4 @@ def test_whoever_differs_all_hear_the_same_error_and_learn_nothing(steps, stops,
 
 def test_a_host_has_nothing_to_say_by_default():
     host = Host()
-    assert (host.stop_flag(), host.report(), host.learn([[]])) == (0, [], None)
+    assert (host.stop_flag(), host.report(), host.learn([[]]), host.agree([[]])) == (0, [], None, None)

@@ -255,3 +255,21 @@ def test_recalibration_does_not_count_as_calls():
     module = Counting()
     recalibrate(module, [(module, (x,), {}) for x in images(3)], nullcontext)
     assert int(module.calls) == 0
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks, without graph breaks", "the network"])
+def test_compiled_networks_are_recorded(whole):
+    torch._dynamo.reset()
+    net = small_preact()
+    compiled = [net] if whole else [block for block in net.modules() if type(block).__name__ == "PreActBlock"][:2]
+    for module in compiled:
+        module.compile(backend="eager", fullgraph=not whole)
+    recorder = InputRecorder(net, 2)
+    batches = [torch.randn(2, 3, 8, 8) for _ in range(3)]
+    for batch in batches:
+        net(batch).sum().backward()
+    assert [
+        len(recorder.calls),
+        *(args[0].equal(x) for (_, args, _), x in zip(recorder.calls, batches[1:], strict=True)),
+    ] == [2, True, True]
+    torch._dynamo.reset()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from resist_lightning.strategies.host import LightningHost
 
@@ -29,8 +30,11 @@ class Requests:
         self.learnt += requests
 
 
-def host_with(scaler: Any = None, *, stop: bool = False, signals: Any = None) -> LightningHost:
-    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), should_stop=stop)
+def host_with(scaler: Any = None, *, stop: bool = False, signals: Any = None, manual: bool = False) -> LightningHost:
+    module = SimpleNamespace(automatic_optimization=not manual)
+    trainer: Any = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=scaler), should_stop=stop, lightning_module=module
+    )
     return LightningHost(trainer, signals or Requests())
 
 
@@ -51,9 +55,35 @@ def test_the_smallest_loss_scale_is_taken(mine: float, others: list[float], agre
     host = host_with(own)
     assert host.report() == [mine, 0.0]
 
-    host.learn([[mine, 0.0], *([other, 0.0] for other in others)])
+    host.agree([[mine, 0.0], *([other, 0.0] for other in others)])
 
     assert own.get_scale() == agreed
+
+
+def test_a_resumed_run_agrees_before_its_first_step() -> None:
+    """The scaler has made no state yet, and ``update`` would fail."""
+    own = torch.amp.GradScaler("cpu", init_scale=4.0)
+    own.load_state_dict({**scaler(512.0).state_dict(), "_growth_tracker": 7})
+
+    host_with(own).agree([[512.0, 0.0], [256.0, 0.0]])
+    own.scale(torch.ones(()))
+
+    assert (own.get_scale(), own.state_dict()["_growth_tracker"]) == (256.0, 7)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_gradients_that_are_added_up_have_one_scale(manual: bool) -> None:
+    """Two batches of gradient 1; between them the workers meet: to evaluate, or where a round ends."""
+    own, parameter = scaler(1024.0), nn.Parameter(torch.ones(1))
+    host = host_with(own, manual=manual)
+    for _ in range(2):
+        own.scale(parameter.sum()).backward()
+        host.learn([[1024.0, 0.0], [512.0, 0.0]])
+        if manual:
+            host.agree([[1024.0, 0.0], [512.0, 0.0]])
+    own.unscale_(torch.optim.SGD([parameter], 1.0))
+    assert parameter.grad is not None
+    assert parameter.grad.item() == 2.0
 
 
 def test_without_a_scaler_nothing_is_agreed_upon() -> None:
@@ -62,6 +92,6 @@ def test_without_a_scaler_nothing_is_agreed_upon() -> None:
     without: Any = LightningHost(SimpleNamespace(precision_plugin=None), Requests())  # type: ignore[arg-type]
     for host in (host_with(), host_with(disabled), without):
         assert host.report() == [0.0, 0.0]
-        host.learn([[0.0, 0.0], [0.0, 0.0]])
-    host_with(own).learn([[1024.0, 0.0], [0.0, 0.0]])  # a worker without one
+        host.agree([[0.0, 0.0], [0.0, 0.0]])
+    host_with(own).agree([[1024.0, 0.0], [0.0, 0.0]])  # a worker without one
     assert own.get_scale() == 1024.0
