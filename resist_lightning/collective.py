@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 from resist_lightning.accounting import all_reduce_bytes
-from resist_lightning.connections import remembered
+from resist_lightning.connections import noted, remembered
 from resist_lightning.torchrun import attempt
 from resist_lightning.verbs import Collective, Finish, SoloCollective
 
@@ -238,7 +238,8 @@ def join_group(
     key = (os.getpid(), address, port)
     if key not in _stores:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
+        with noted(set()):
+            _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
     _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
@@ -259,6 +260,7 @@ class StoreClient(Protocol):
     def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
     def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
+    def set_timeout(self, timeout: timedelta, /) -> None: ...  # noqa: D102
     def clone(self) -> StoreClient:
         """A connection of its own to the same store, which another thread may use."""
 

@@ -13,19 +13,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _made: set[str] = set()
+_ours: set[str] = set()
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
     """Remember the connections that are made inside; those of an earlier group are forgotten."""
-    before = set(_sockets())
-    yield
+    made: set[str] = set()
+    with noted(made):
+        yield
     _made.clear()
-    _made.update(set(_sockets()) - before)
+    _made.update(made)
 
 
-def cut_connections() -> int:
-    """Shut down the remembered connections that still exist; from any thread.
+@contextmanager
+def noted(made: set[str]) -> Iterator[None]:
+    """Add the names of the sockets that are made inside to ``made``, after an error too."""
+    before = set(_sockets())
+    try:
+        yield
+    finally:
+        new = set(_sockets()) - before
+        made.update(new)
+        _ours.update(new)
+
+
+def let_go() -> None:
+    """In a forked process: close all sockets that were noted in the one that trains.
+
+    Else its peers would not see them closed when it is killed, and its port would stay taken. The numbers of the files
+    stay taken, as there may still be objects that hold them.
+    """
+    found = _sockets()
+    with suppress(OSError):
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for name in _ours & set(found):
+            os.dup2(nothing, found[name])
+        os.close(nothing)
+
+
+def cut_connections(made: set[str] | None = None) -> int:
+    """Shut down the connections of those names that still exist, by default the remembered ones; from any thread.
 
     Returns:
         How many there were: none where there is no /proc (Linux has it), or where the group made them later (NCCL, and
@@ -33,7 +61,7 @@ def cut_connections() -> int:
     """
     cut = 0
     for name, descriptor in _sockets().items():
-        if name in _made:
+        if name in (_made if made is None else made):
             with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
                 connection.getpeername()  # not of the socket that listens: gloo ends the process if that is shut down
                 connection.shutdown(socket.SHUT_RDWR)

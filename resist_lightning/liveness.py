@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias
 
 BEAT_SECONDS = 1.0
@@ -17,6 +17,8 @@ NAP_SECONDS = 5.0
 _BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl")
 _TIMED_OUT = ("timed out", "timeout")
 _APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
+
+_LONGEST_LINE = 1_000_000  # some hundred bytes, and as many for each worker where one names those that are alive
 
 End: TypeAlias = Literal["", "done", "failed", "gave up"]
 
@@ -63,9 +65,29 @@ class Sign:
         return f"worker {self.worker} (host {self.host}, pid {self.pid})"
 
 
-def read_sign(text: str) -> Sign:
-    """A sign from what :meth:`Sign.write` gave."""
-    return Sign(**json.loads(text))
+def read_sign(line: bytes, worker: int) -> Sign | None:
+    """A sign of ``worker`` from what :meth:`Sign.write` gave, or None: others too may write to the store.
+
+    Fields that are unknown, as of a newer version, are passed over.
+    """
+    try:
+        given = json.loads(line) if len(line) <= _LONGEST_LINE else None
+    except (ValueError, RecursionError):  # ValueErrors are those of JSON and of UTF-8 too
+        return None
+    if not isinstance(given, dict) or given.get("worker") != worker:
+        return None
+    known = {field.name: given[field.name] for field in fields(Sign) if field.name in given}
+    if any(type(value) not in _TYPES[name] for name, value in known.items()):
+        return None
+    try:
+        return Sign(**known)
+    except TypeError:  # something is missing
+        return None
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    field.name: {"int": (int,), "float": (int, float)}.get(str(field.type), (str,)) for field in fields(Sign)
+}
 
 
 @dataclass(frozen=True)

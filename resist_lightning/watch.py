@@ -6,6 +6,7 @@ because a call to a store whose host is frozen does not return: one gives and re
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import socket
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from resist_lightning.activity import Activity
-from resist_lightning.board import Board
+from resist_lightning.board import CONNECT_SECONDS, Board
 from resist_lightning.connections import cut_connections
 from resist_lightning.errors import WorkerLost
 from resist_lightning.liveness import BEAT_SECONDS, End, Liveness, Sign, Verdict, is_broken_connection, read_sign
@@ -93,7 +94,8 @@ class Watch:
         ]
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch. The threads end before the interpreter does, which aborts if one is in a call to C++ then."""
+        atexit.register(self.stop)
         for thread in self._threads:
             thread.start()
 
@@ -102,13 +104,22 @@ class Watch:
         self._wake.set()
 
     def stop(self) -> None:
-        """Stop watching. A call to a store that does not answer is left behind."""
+        """Stop watching. A call to a store that does not answer is cut off."""
         self._stopped.set()
         self._arrived.set()
         self._wake.set()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(BEAT_SECONDS)
+        if os.getpid() == self._sign.pid and not self._ended(BEAT_SECONDS):  # a fork has the connection, but no thread
+            self._board.cut()
+            self._ended(CONNECT_SECONDS + BEAT_SECONDS)
+        atexit.unregister(self.stop)
+
+    def _ended(self, patience: float) -> bool:
+        """Whether the threads end within some seconds."""
+        deadline = time.monotonic() + patience
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in others)
 
     def check(self) -> None:
         """Costs nothing; call it where this worker can end.
@@ -160,22 +171,23 @@ class Watch:
         self.stop()
 
     def _beat(self) -> None:
-        """Give signs of life, and read those of the others. May hang in a call; nothing waits for it."""
+        """Give signs of life, and read those of the others. May hang in a call until :meth:`stop`."""
         while not self._stopped.is_set():
-            sign = self._next_sign()
             try:
+                sign = self._next_sign()
                 self._board.post(sign.write())
-                rows = self._board.read()
-            except (RuntimeError, OSError):  # torch raises these when the store cannot be reached
+                lines = self._board.read()
+                signs = [read_sign(line, worker) for worker, line in lines.items()]
+            except Exception:  # noqa: BLE001 - the store cannot be reached; of anything else too, no thread may die here
                 self._reached = False
-                with suppress(RuntimeError, OSError):
-                    self._stopped.wait(2 * BEAT_SECONDS)
-                    self._board.connect_again()
+                if not self._stopped.wait(2 * BEAT_SECONDS):
+                    with suppress(Exception):
+                        self._board.connect_again()
                 continue
             with self._lock:
-                self._liveness.hear([read_sign(row) for row in rows], time.monotonic())
+                self._liveness.hear([sign for sign in signs if sign is not None], time.monotonic())
             self._posted, self._reached = sign.end, True
-            if len(rows) == self._board.workers:  # else somebody has just begun
+            if len(lines) == self._board.workers:  # else somebody has just begun
                 self._wake.wait(BEAT_SECONDS)
                 self._wake.clear()
             self._stopped.wait(_REST_SECONDS)
@@ -206,7 +218,8 @@ class Watch:
             with self._lock:
                 self._liveness.wake(time.monotonic())
             if self.verdict is None:
-                self._judge()
+                with suppress(Exception):  # the next look may succeed; without this thread nobody looks
+                    self._judge()
             if self.verdict is not None:
                 self._end_this_worker()
                 return
@@ -228,11 +241,12 @@ class Watch:
         cut_connections()
         if self._arrived.wait(self._silence):
             return
-        sys.stderr.write(
-            f"{self.error()!r}\nworker {self._sign.worker} is ended: for {self._silence:.0f} s it has not ended by "
-            f"itself. It was last doing: {self._sign.doing}.\n"
-        )
-        sys.stderr.flush()
+        with suppress(Exception):
+            sys.stderr.write(
+                f"{self.error()!r}\nworker {self._sign.worker} is ended: for {self._silence:.0f} s it has not ended by "
+                f"itself. It was last doing: {self._sign.doing}.\n"
+            )
+            sys.stderr.flush()
         with suppress(Exception):
             self._around.before_exit()
         os._exit(EXIT_CODE)

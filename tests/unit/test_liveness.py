@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -33,7 +34,34 @@ def beats(liveness: Liveness, seconds: int, start: int = 0, silent: tuple[int, .
 
 def test_a_sign_can_be_posted_and_read():
     sign = replace(FIRST[1], end="failed", text='ValueError: "ü"\n', seconds=1.5)
-    assert read_sign(sign.write()) == sign
+    assert read_sign(sign.write().encode(), 1) == sign
+    assert read_sign(replace(sign, seconds=2).write().encode(), 1) == replace(sign, seconds=2.0)
+
+
+def test_a_sign_of_a_newer_version_can_be_read():
+    line = json.dumps({**asdict(FIRST[1]), "what": "dreaming", "mood": ["new"]}).encode()
+    assert read_sign(line, 1) == replace(FIRST[1], what="dreaming")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"not json",
+        b"\xff\x00\x80",
+        b"[" * 100_000,
+        b"5",
+        b'{"worker": 1}',
+        json.dumps({**asdict(FIRST[1]), "seconds": "long"}).encode(),
+        json.dumps({**asdict(FIRST[1]), "pid": True}).encode(),
+        json.dumps({**asdict(FIRST[1]), "end": ["failed"]}).encode(),
+        json.dumps({**asdict(FIRST[1]), "text": "x" * 1_000_000}).encode(),
+        FIRST[2].write().encode(),
+    ],
+    ids=["empty", "text", "binary", "deep", "number", "parts", "type", "truth", "list", "huge", "of another worker"],
+)
+def test_what_is_no_sign_of_the_worker_is_passed_over(line: bytes):
+    assert read_sign(line, 1) is None
 
 
 def test_nobody_is_lost_while_all_give_signs():
