@@ -19,12 +19,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import schema
-from experiments.build import build_data, build_module, build_strategy
-from experiments.checks import ConfigError, check_evaluate, is_plain
+from experiments.app import schema
+from experiments.app.build import build_data, build_module, build_strategy
+from experiments.app.checks import check_evaluate, is_plain
+from experiments.app.launch import check_command_line, readable_errors
+from experiments.app.quiet import hush
 from experiments.data.module import ArrayData
-from experiments.launch import check_command_line, readable_errors
-from experiments.quiet import hush
+from experiments.harness.settings import ConfigError
 
 hush()
 

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bytes_figure import draw_bytes
-from experiments.figures import draw_accuracy, draw_neurons, draw_partition
-from experiments.launch import fail
-from experiments.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
-from experiments.timeline_figure import draw_timeline
-from experiments.words import bytes_in_words, run_in_words, seconds_in_words
+from experiments.app.bytes_figure import draw_bytes
+from experiments.app.launch import fail
+from experiments.app.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
+from experiments.app.run_figures import draw_accuracy, draw_neurons, draw_partition
+from experiments.app.timeline_figure import draw_timeline
+from experiments.harness.words import bytes_in_words, run_in_words, seconds_in_words
 
 Row = tuple[str, str, str]
 """What, how much in this run, and what to compare it with."""

@@ -24,14 +24,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments import schema
-from experiments.build import build_data, build_module, build_strategy
-from experiments.checks import ConfigError, check_train
+from experiments.app import schema
+from experiments.app.build import build_data, build_module, build_strategy
+from experiments.app.checks import check_train
+from experiments.app.launch import check_command_line, make, readable_errors
+from experiments.app.quiet import hush
+from experiments.app.results import write_run
 from experiments.evaluate import evaluate
-from experiments.launch import check_command_line, make, readable_errors
-from experiments.quiet import hush
+from experiments.harness.settings import ConfigError
 from experiments.report import report
-from experiments.results import write_run
 
 ROUND_STRATEGIES = ("resist", "ist", "auxnet", "local_sgd")
 

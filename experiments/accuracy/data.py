@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from experiments.accuracy.settings import LARGEST_WORKERS, Settings
-from experiments.checks import ConfigError
 from experiments.data import CIFAR10, Digits, ImageFolder
 from experiments.data.arrays import Examples, Images
 from experiments.data.augment import BatchTransform
 from experiments.data.folder import IMAGENET_MEAN, IMAGENET_STD
 from experiments.data.module import ImageData, Transform
+from experiments.harness.settings import ConfigError
 
 
 @dataclass

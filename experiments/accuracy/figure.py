@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.accuracy.tables import SETS, TITLES, Content, chosen, distinct, read
-from experiments.figures import BLUE, GREEN, GREY, INK, ORANGE, STYLE
+from experiments.harness.figures import BLUE, GREEN, GREY, INK, ORANGE, STYLE
 
 COLOURS = {"resist": BLUE, "local_sgd": ORANGE, "ddp": GREEN, "single": GREY}
 

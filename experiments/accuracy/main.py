@@ -13,10 +13,10 @@ from experiments.accuracy.cases import STUDIES, Case
 from experiments.accuracy.data import prepare
 from experiments.accuracy.figure import draw_all
 from experiments.accuracy.pool import measured
-from experiments.accuracy.rows import Study
-from experiments.accuracy.settings import RESULTS, Settings, read_command_line
-from experiments.checks import ConfigError
-from experiments.launch import readable_errors
+from experiments.accuracy.settings import RESULTS, Settings, read_command_line, recorded
+from experiments.app.launch import readable_errors
+from experiments.harness.settings import ConfigError
+from experiments.harness.study import Study
 
 INTERRUPTED = 130
 
@@ -36,6 +36,15 @@ def main(arguments: Sequence[str], usage: str) -> int:
     return 0
 
 
+def opened(name: str, settings: Settings) -> Study:
+    """What was measured of a study so far.
+
+    Raises:
+        ConfigError: the file holds results of other settings.
+    """
+    return Study.at(Path(settings.out) / f"{name}.jsonl", recorded(settings), fresh=settings.fresh)
+
+
 def known() -> list[str]:
     """Names of all studies; the dear one that only chooses a learning rate comes last."""
     names = list(STUDIES)
@@ -49,7 +58,7 @@ def run(names: Sequence[str], settings: Settings) -> None:
         ConfigError: data, or result files, that do not fit.
     """
     _check_place(settings)
-    studies = {name: Study.opened(name, settings) for name in names}
+    studies = {name: opened(name, settings) for name in names}
     wanted = {name: check.cases(settings) if name == "check" else STUDIES[name](settings) for name in names}
     _copy_known(studies, wanted, settings)
     if any(_missing(studies[name], wanted[name]) for name in names):
@@ -85,7 +94,7 @@ def _copy_known(studies: dict[str, Study], wanted: dict[str, list[Case]], settin
     others = [] if settings.fresh else [name for name in STUDIES if name not in studies]
     for name in others:
         try:
-            trained[name] = Study.opened(name, settings)
+            trained[name] = opened(name, settings)
         except ConfigError:
             continue  # other settings: nothing to copy from there
     for name, study in studies.items():

@@ -10,8 +10,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.checks import ConfigError, check_keys
-from experiments.limits import limited
+from experiments.harness.settings import ConfigError, check_keys, limited
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -1,4 +1,4 @@
-"""Tables from the result files: printed by run.py and put into README.md by experiments/tables.py."""
+"""Tables from the result files: printed by run.py and put into README.md by experiments/harness/tables.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from experiments.record import read_if_made
-from experiments.tables import markdown
+from experiments.harness.record import read_if_made
+from experiments.harness.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "resist": "ResIST"}

@@ -10,9 +10,9 @@ from torch import nn
 
 from experiments.auxnet.networks import SmallImageResNet
 from experiments.auxnet.tasks import ALL, Scale
-from experiments.checks import ConfigError
 from experiments.data import Digits, Fake, ImageFolder
 from experiments.data.module import ImageData
+from experiments.harness.settings import ConfigError
 from experiments.ist.examples import Prepared
 
 CLASSES = 10

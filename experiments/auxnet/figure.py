@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.accuracy.tables import chosen, distinct
+from experiments.app.timeline_figure import draw_timeline
 from experiments.auxnet.link_tables import by_link, methods_of
 from experiments.auxnet.tables import read
 from experiments.auxnet.words import TITLES, title
-from experiments.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, STYLE, VERMILION
 from experiments.ist.figure import panels_of, saved
 from experiments.links.tables import bandwidth
-from experiments.timeline_figure import draw_timeline
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION,

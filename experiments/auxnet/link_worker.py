@@ -18,7 +18,7 @@ import torch.distributed as dist
 from experiments.auxnet.cases import Case
 from experiments.auxnet.examples import prepared
 from experiments.auxnet.training import Job, work
-from experiments.links.crew import Place
+from experiments.harness.links.crew import Place
 from experiments.paper_tables.memory import PATIENCE
 
 

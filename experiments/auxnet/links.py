@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.auxnet import link_worker
 from experiments.auxnet.cases import Case, LinkCase
 from experiments.auxnet.training import Job, measure
-from experiments.links.crew import Crew, crew, ended_in_one_line
+from experiments.harness.links.crew import Crew, crew, ended_in_one_line
 from experiments.links.options import network
 
 PROGRAM = link_worker.__name__

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from experiments.accuracy.rows import Study
+from experiments.app.launch import readable_errors
 from experiments.auxnet import tables
 from experiments.auxnet.cases import accuracy_cases, link_cases, sweep_cases, timing_cases
 from experiments.auxnet.figure import draw_all
 from experiments.auxnet.links import over_links
 from experiments.auxnet.settings import RESULTS, parse, recorded
 from experiments.auxnet.training import measure
+from experiments.harness.study import Study
+from experiments.harness.tables import main as write_tables
 from experiments.ist.main import show
-from experiments.launch import readable_errors
-from experiments.tables import main as write_tables
 
 
 def main(arguments: Sequence[str], usage: str) -> None:

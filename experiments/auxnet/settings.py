@@ -10,10 +10,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from experiments.auxnet.tasks import ALL, TASKS, TIMED
-from experiments.checks import ConfigError
-from experiments.limits import limited
+from experiments.harness.cli import check_list, check_out, read_studies
+from experiments.harness.settings import ConfigError, limited
 from experiments.links.options import UNSHAPED, check_bandwidths
-from experiments.studies import check_list, check_out, read_studies
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "sweep", "timing", "links")

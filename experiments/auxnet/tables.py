@@ -1,4 +1,4 @@
-"""The tables of AuxNet's experiments, from their result files: on the screen and in README.md (experiments/tables.py)."""
+"""The tables of AuxNet's experiments, from their result files: on the screen and in README.md (experiments/harness/tables.py)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, h
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.timing_tables import seconds_of, speed_ups, timing
 from experiments.auxnet.words import TITLES, title
+from experiments.harness.record import read_if_made
+from experiments.harness.words import bytes_in_words
 from experiments.paper_tables.tables import Grid
-from experiments.record import read_if_made
-from experiments.words import bytes_in_words
 
 RESULTS = Path(__file__).parent / "results"
 NOT_YET = "Not measured yet.\n"

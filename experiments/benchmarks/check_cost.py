@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.keep import RESULTS
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import Config, Engine
 from resist_lightning.headers import Purpose
 from resist_lightning.models import preact_resnet

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from experiments.benchmarks.keep import RESULTS
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import Config, Engine
 from resist_lightning.models import preact_resnet
 

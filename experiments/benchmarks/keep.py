@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from experiments.record import as_lines
+from experiments.harness.record import as_lines
 
 RESULTS = Path(__file__).parent / "results"
 

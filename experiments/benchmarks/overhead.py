@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from experiments.app.quiet import hush
 from experiments.benchmarks.keep import RESULTS
 from experiments.benchmarks.step_time import Clock, Module, differences, make_loader, make_optimizer
-from experiments.quiet import hush
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import LocalSGDStrategy, ResISTStrategy
 from resist_lightning.models import PreActResNet
 

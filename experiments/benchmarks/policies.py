@@ -29,7 +29,7 @@ from experiments.benchmarks.keep import RESULTS
 from experiments.data.folder import ImageFolder
 from experiments.data.module import ImageData
 from experiments.data.sets import Digits
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import Config, Simulator
 from resist_lightning.models import PreActResNet
 

@@ -37,11 +37,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.app.quiet import hush
 from experiments.benchmarks import tables
 from experiments.benchmarks.keep import RESULTS
 from experiments.benchmarks.step_time import Clock, Module
-from experiments.quiet import hush
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
 from resist_lightning.strategies.guard import Guard

@@ -24,7 +24,7 @@ from torch import nn
 from experiments.benchmarks.keep import RESULTS
 from experiments.data import SpeechShaped
 from experiments.data.arrays import Features
-from experiments.record import write_record
+from experiments.harness.record import write_record
 
 SEEDS = (0, 1, 2)
 WIDTHS = (128, 512)

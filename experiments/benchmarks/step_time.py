@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.benchmarks.keep import RESULTS
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet, preact_resnet
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and of the benchmarks' page, from their result files (python experiments/tables.py)."""
+"""The tables of README.md and of the benchmarks' page, from their result files (python experiments/harness/tables.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from experiments.record import read_record
-from experiments.tables import markdown
+from experiments.harness.record import read_record
+from experiments.harness.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.elastic.script import HOST, LOCAL_STEPS
-from experiments.record import write_record
+from experiments.harness.record import write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.record import read_record
-from experiments.tables import markdown
+from experiments.harness.record import read_record
+from experiments.harness.tables import markdown
 
 RECORD = Path(__file__).parent / "results" / "elastic.jsonl"
 

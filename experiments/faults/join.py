@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.faults import tables
-from experiments.record import as_lines, read_record
+from experiments.harness.record import as_lines, read_record
 
 OF_EACH = ("seed", "number", "minutes", "output")
 """Settings in which the records may differ."""

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.faults.faults import KINDS, PLACES
-from experiments.figures import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from experiments.harness.figures import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, SKY, STYLE, VERMILION
 
 COLOURS = dict(zip(PLACES, (BLUE, SKY, GREEN, ORANGE, PURPLE, VERMILION), strict=True))
 NOTE: dict[str, Any] = {

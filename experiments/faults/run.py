@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from omegaconf import MISSING, DictConfig
 
+from experiments.app.launch import readable_errors
 from experiments.faults import crew, tables
 from experiments.faults.cases import SAMPLE, Case, draw
 from experiments.faults.continuation import Unbroken, goes_on, look, lost_steps, train_unbroken
 from experiments.faults.judge import findings, went_on
 from experiments.faults.training import Settings
-from experiments.launch import readable_errors
-from experiments.limits import limited
+from experiments.harness.record import write_record
+from experiments.harness.settings import limited
 from experiments.links.options import composed, settings_of
-from experiments.record import write_record
 
 CONFIG = Path(__file__).parent / "config"
 

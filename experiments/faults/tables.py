@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.faults.faults import KINDS, PLACES
+from experiments.harness.record import read_if_made
+from experiments.harness.tables import markdown
 from experiments.links.tables import NOT_YET, WIDTH
-from experiments.record import read_if_made
-from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 Rows = Sequence[Mapping[str, Any]]

@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from experiments.app.quiet import hush
 from experiments.faults.faults import Fault, Injector
-from experiments.quiet import hush
 from resist_lightning import LocalSGDStrategy, ResISTStrategy
 from resist_lightning.models import PreActResNet
 from resist_lightning.strategies.subnet import SubnetStrategy

@@ -14,7 +14,7 @@ from experiments.accuracy.settings import LARGEST_WORKERS
 from experiments.data import Digits, SpeechShaped
 from experiments.data.module import ArrayData
 from experiments.ist.tasks import TASKS
-from experiments.models import mlp
+from experiments.networks import mlp
 
 Batches = list[tuple[Tensor, Tensor]]
 EVALUATED = 256
@@ -68,7 +68,7 @@ def samples(task: str, size: str, passes: int | None) -> int:
 
 
 def make_network(task: str, size: str, **options: Any) -> nn.Module:
-    """The task's network; ``options`` are those of `experiments.models.mlp`."""
+    """The task's network; ``options`` are those of `experiments.networks.mlp`."""
     module, chosen = prepared(task, size).module, TASKS[task]
     return mlp(
         in_features=module.in_features,

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from experiments.accuracy.tables import distinct, values
-from experiments.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE
+from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, INK, ORANGE, SKY, STYLE
+from experiments.harness.words import bytes_in_words
 from experiments.ist.memory import closed_form
 from experiments.ist.tables import TITLES, Content, read, usual
-from experiments.words import bytes_in_words
 
 COLOURS = {"ddp": GREEN, "local_sgd": ORANGE, "ist": BLUE}
 

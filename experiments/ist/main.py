@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.accuracy.pool import each
-from experiments.accuracy.rows import Study
+from experiments.app.launch import readable_errors
+from experiments.harness.record import read_record, write_record
+from experiments.harness.study import Study
+from experiments.harness.tables import main as write_tables
 from experiments.ist import tables
 from experiments.ist.cases import cases
 from experiments.ist.figure import draw_all
@@ -21,10 +24,7 @@ from experiments.ist.memory import Group, measure_group
 from experiments.ist.settings import RESULTS, parse, recorded
 from experiments.ist.shapes import Shape, measure_shape
 from experiments.ist.training import measure
-from experiments.launch import readable_errors
 from experiments.paper_tables.tables import Grid
-from experiments.record import read_record, write_record
-from experiments.tables import main as write_tables
 
 WIDE = 170
 """Characters in a line of a file or pipe, which has no width of its own."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.held_memory import resident_bytes, storage_bytes
-from experiments.models import mlp
+from experiments.networks import mlp
 from experiments.paper_tables.memory import forked
 from resist_lightning import Engine, NeuronConfig
 from resist_lightning.ist.layout import NeuronLayout

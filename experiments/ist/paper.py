@@ -6,7 +6,7 @@ the paper was not available to us.
 
 from __future__ import annotations
 
-from experiments.tables import markdown
+from experiments.harness.tables import markdown
 
 ACCURACY = (
     ("speech, 2 layers (hidden 4096)", "0.7938", "0.7998", "0.8153"),

@@ -10,10 +10,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from experiments.accuracy.settings import LARGEST_WORKERS
-from experiments.checks import ConfigError
+from experiments.harness.cli import check_list, check_out, read_studies
+from experiments.harness.settings import ConfigError, limited
 from experiments.ist.tasks import TASKS
-from experiments.limits import limited
-from experiments.studies import check_list, check_out, read_studies
 
 RESULTS = Path(__file__).parent / "results"
 STUDIES = ("accuracy", "memory", "shapes")

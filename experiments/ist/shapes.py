@@ -12,7 +12,7 @@ from torch import nn
 
 from experiments.ist.cases import LOCAL_STEPS
 from experiments.links.closed_form import neuron_bytes
-from experiments.models import mlp
+from experiments.networks import mlp
 from resist_lightning import NeuronConfig
 from resist_lightning.accounting import all_reduce_bytes
 from resist_lightning.ist.layout import NeuronLayout

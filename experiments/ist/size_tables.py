@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.harness.words import bytes_in_words
 from experiments.ist.cases import LOCAL_STEPS
 from experiments.ist.memory import closed_form
 from experiments.ist.shapes import BATCH, GBITS, speed_up
 from experiments.paper_tables.tables import Grid
-from experiments.words import bytes_in_words
 
 Content = dict[str, Any]
 

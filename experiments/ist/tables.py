@@ -1,4 +1,4 @@
-"""The tables of IST's experiments, from their result files: on the screen and in README.md (experiments/tables.py)."""
+"""The tables of IST's experiments, from their result files: on the screen and in README.md (experiments/harness/tables.py)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import mean
 from typing import Any
 
 from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread, values
+from experiments.harness.record import read_if_made
+from experiments.harness.words import bytes_in_words
 from experiments.ist import links
 from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, rate_of
 from experiments.ist.paper import paper_accuracy, paper_speed_up
 from experiments.ist.size_tables import memory, shapes, speed, step_conditions
 from experiments.ist.tasks import TASKS
 from experiments.paper_tables.tables import Grid
-from experiments.record import read_if_made
-from experiments.words import bytes_in_words
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "ist": "IST"}

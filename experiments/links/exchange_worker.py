@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.links.crew import Place
+from experiments.harness.links.crew import Place
 from resist_lightning.collective import GroupCollective
 
 Way = Callable[[Tensor, Tensor, int], None]

@@ -19,8 +19,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 
+from experiments.harness.links.crew import Place
 from experiments.links.closed_form import closed_form
-from experiments.links.crew import Place
 from resist_lightning.engine import Engine
 from resist_lightning.verbs import Collective
 

@@ -10,9 +10,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from experiments.checks import ConfigError, check_keys
-from experiments.limits import limited
-from experiments.models import mlp
+from experiments.harness.settings import ConfigError, check_keys, limited
+from experiments.networks import mlp
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.config import Config
 from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet

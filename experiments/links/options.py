@@ -15,9 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from experiments.checks import ConfigError, check_keys
-from experiments.limits import limited
-from experiments.links.namespaces import (
+from experiments.harness.links.namespaces import (
     LARGEST_WORKERS,
     LEAST_BURST_BYTES,
     Loopback,
@@ -25,6 +23,7 @@ from experiments.links.namespaces import (
     namespaces_in_use,
     why_no_namespaces,
 )
+from experiments.harness.settings import ConfigError, check_keys, limited
 from experiments.links.networks import check_network
 from resist_lightning.accounting import WIRE_FORMATS
 

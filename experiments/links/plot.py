@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.figures import BLUE, GREY, INK, LIGHT, ORANGE, STYLE
+from experiments.harness.figures import BLUE, GREY, INK, LIGHT, ORANGE, STYLE
 from experiments.links.networks import network_in_words
 from experiments.links.tables import bandwidth, title
 

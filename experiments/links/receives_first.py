@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 from rich.table import Table
 
-from experiments.launch import fail, readable_errors
-from experiments.limits import limited
-from experiments.links.crew import crew, ended_in_one_line
-from experiments.links.namespaces import kernel, namespaces, why_no_namespaces
+from experiments.app.launch import fail, readable_errors
+from experiments.harness.links.crew import crew, ended_in_one_line
+from experiments.harness.links.namespaces import kernel, namespaces, why_no_namespaces
+from experiments.harness.record import write_record
+from experiments.harness.settings import limited
 from experiments.links.options import LEAST_GBIT, MOST_GBIT, composed
-from experiments.record import write_record
 
 CONFIG = Path(__file__).parent / "config"
 

@@ -19,16 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from omegaconf import DictConfig
 
-from experiments.checks import ConfigError
-from experiments.launch import readable_errors
-from experiments.limits import limited
+from experiments.app.launch import readable_errors
+from experiments.harness.links.crew import crew, ended_in_one_line
+from experiments.harness.links.namespaces import kernel
+from experiments.harness.record import write_record
+from experiments.harness.settings import ConfigError, limited
 from experiments.links import tables
-from experiments.links.crew import crew, ended_in_one_line
-from experiments.links.namespaces import kernel
 from experiments.links.options import Rig, check_rig, composed, network, settings_of
 from experiments.links.plot import draw_links
 from experiments.links.summary import summarise
-from experiments.record import write_record
 
 CONFIG = Path(__file__).parent / "config"
 

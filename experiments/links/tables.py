@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.harness.record import read_if_made
+from experiments.harness.tables import markdown
 from experiments.links.networks import network_in_words
-from experiments.record import read_if_made
-from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 190

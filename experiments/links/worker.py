@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.app.quiet import hush
 from experiments.benchmarks.step_time import Module
-from experiments.links.crew import Place
+from experiments.harness.links.crew import Place
 from experiments.links.measure import Window
 from experiments.links.methods import make_strategy, make_trainer
 from experiments.links.networks import fully_connected, make_network
-from experiments.quiet import hush
 
 IMAGE, CLASSES = (3, 32, 32), 10
 """CIFAR's."""

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.figures import BLUE, GREY, INK, ORANGE, SKY, STYLE
+from experiments.harness.figures import BLUE, GREY, INK, ORANGE, SKY, STYLE
 
 GB = 1e9
 BAR = 0.2

@@ -13,15 +13,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.launch import readable_errors
+from experiments.app.launch import readable_errors
+from experiments.harness.record import read_record, write_record
+from experiments.harness.tables import main as write_tables
 from experiments.paper_tables import tables
 from experiments.paper_tables.figure import draw
 from experiments.paper_tables.memory import Group, measure_group
 from experiments.paper_tables.networks import SLOTS, WORKERS, measure, networks
 from experiments.paper_tables.settings import RESULTS, parse
 from experiments.paper_tables.volumes import all_volumes
-from experiments.record import read_record, write_record
-from experiments.tables import main as write_tables
 
 WIDTHS = {"full": 1.0, "smoke": 1 / 16}
 WIDE = 160

@@ -11,8 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.checks import ConfigError, check_keys
-from experiments.limits import Limit, limited
+from experiments.harness.settings import ConfigError, Limit, check_keys, limited
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-"""Tables from paper_tables.jsonl: as rich tables on the screen and as markdown in README.md (experiments/tables.py)."""
+"""Tables from paper_tables.jsonl: as rich tables on the screen and as markdown in README.md (experiments/harness/tables.py)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.record import read_record
-from experiments.tables import markdown
+from experiments.harness.record import read_record
+from experiments.harness.tables import markdown
 
 RECORD = Path(__file__).parent / "results" / "paper_tables.jsonl"
 MB, GB, G = 1e6, 1e9, 1e9

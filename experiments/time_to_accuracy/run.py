@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.checks import ConfigError
-from experiments.launch import readable_errors
-from experiments.limits import limited
-from experiments.links.crew import crew, ended_in_one_line
-from experiments.links.namespaces import kernel
+from experiments.app.launch import readable_errors
+from experiments.harness.links.crew import crew, ended_in_one_line
+from experiments.harness.links.namespaces import kernel
+from experiments.harness.record import write_record
+from experiments.harness.settings import ConfigError, limited
 from experiments.links.options import Rig, check_rig, composed, network, settings_of
 from experiments.links.tables import bandwidth
-from experiments.record import write_record
 from experiments.time_to_accuracy import tables
 from experiments.time_to_accuracy.plot import draw_curves
 from experiments.time_to_accuracy.worker import MADE, ValidateOnTest, make_data

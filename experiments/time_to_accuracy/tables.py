@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.harness.record import read_record
+from experiments.harness.tables import markdown
 from experiments.links.networks import network_in_words
 from experiments.links.tables import NOT_YET, WIDTH, bandwidth, machine, title
-from experiments.record import read_record
-from experiments.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 

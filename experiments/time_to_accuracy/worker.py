@@ -8,15 +8,15 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from experiments.classifier import LitClassifier
+from experiments.app.classifier import LitClassifier
+from experiments.app.quiet import hush
 from experiments.data.folder import ImageFolder
 from experiments.data.module import ArrayData, ImageData
 from experiments.data.sets import Digits
 from experiments.data.shaped import SpeechShaped
-from experiments.links.crew import Place
+from experiments.harness.links.crew import Place
 from experiments.links.methods import make_strategy, make_trainer
 from experiments.links.networks import fully_connected, make_network
-from experiments.quiet import hush
 
 MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
 """What stands for a folder, and needs none."""

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.figures import BLUE, GREY, INK, STYLE
+from experiments.harness.figures import BLUE, GREY, INK, STYLE
 from experiments.unequal.tables import chosen
 
 COLOURS = {"equal": GREY, "auto": BLUE}

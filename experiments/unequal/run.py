@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.record import write_record
+from experiments.harness.record import write_record
 from experiments.unequal import tables
 from experiments.unequal.plot import draw_steps
 from experiments.unequal.quota import quotas, why_no_quota

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.record import read_record
-from experiments.tables import markdown
+from experiments.harness.record import read_record
+from experiments.harness.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 

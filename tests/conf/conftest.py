@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.launch import CONF
+from experiments.app.launch import CONF
 
 Compose = Callable[..., DictConfig]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.checks import check_evaluate, check_train
-from experiments.launch import check_command_line
+from experiments.app.checks import check_evaluate, check_train
+from experiments.app.launch import check_command_line
 
 BAD = {
     "strategy.local_stepps=10": r"local_stepps=10: unknown key.*did you mean strategy\.local_steps\?",

@@ -14,12 +14,12 @@ from hydra import initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from experiments import schema
-from experiments.build import build_data, build_module, build_strategy
-from experiments.checks import check_evaluate, check_train
-from experiments.classifier import LitClassifier
+from experiments.app import schema
+from experiments.app.build import build_data, build_module, build_strategy
+from experiments.app.checks import check_evaluate, check_train
+from experiments.app.classifier import LitClassifier
+from experiments.app.launch import CONF, _jobs
 from experiments.data.module import ArrayData, Loading
-from experiments.launch import CONF, _jobs
 from experiments.train import build_trainer
 from resist_lightning.models import PreActResNet
 from tests.conf.conftest import Compose

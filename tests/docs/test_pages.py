@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import tables
+from experiments.harness import tables
 from resist_lightning.blocks import select_blocks
 from tests.helpers.programs import ROOT, run_program
 
@@ -88,7 +88,7 @@ def test_tables_show_their_result_files() -> None:
     for page in tables.PAGES:
         text = page.read_text()
         assert tables.PLACE.search(text)
-        assert tables.filled(text) == text, "run python experiments/tables.py"
+        assert tables.filled(text) == text, "run python experiments/harness/tables.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

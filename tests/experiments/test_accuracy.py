@@ -17,7 +17,7 @@ from experiments.accuracy.main import known, main
 from experiments.accuracy.networks import OpenResNet, make_network, partitioned
 from experiments.accuracy.settings import Settings, read_command_line
 from experiments.accuracy.training import DataParallel, make_optimizer, make_trainer, train
-from experiments.record import read_record
+from experiments.harness.record import read_record
 from resist_lightning import Config
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks

@@ -23,8 +23,8 @@ from experiments.auxnet.settings import RESULTS, parse
 from experiments.auxnet.stages import boundary_elements, parameters_of
 from experiments.auxnet.tasks import ALL
 from experiments.auxnet.training import Clock, Job, by_formula, stream_of
-from experiments.record import read_record
-from experiments.tables import PLACE, filled
+from experiments.harness.record import read_record
+from experiments.harness.tables import PLACE, filled
 from resist_lightning.blocks import find_blocks
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, refusal, run_program
@@ -131,7 +131,7 @@ def test_what_is_printed_is_what_is_written(smoke: tuple[Path, str]) -> None:
 def test_the_page_shows_the_result_files() -> None:
     page = (ROOT / "experiments/auxnet/README.md").read_text()
     assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/tables.py"
+    assert filled(page) == page, "run python experiments/harness/tables.py"
 
 
 def first_batches(count: int) -> list[tuple[Tensor, Tensor]]:

@@ -16,8 +16,8 @@ from experiments.auxnet.figure import draw_all
 from experiments.auxnet.links import LEAST_BURST_BYTES
 from experiments.auxnet.main import main
 from experiments.auxnet.settings import parse
-from experiments.links import namespaces as rig
-from experiments.record import read_record
+from experiments.harness.links import namespaces as rig
+from experiments.harness.record import read_record
 from tests.helpers.programs import ROOT, run_program
 
 MISSING = rig.why_no_namespaces()

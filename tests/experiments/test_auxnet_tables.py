@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from experiments.app.timeline_figure import draw_timeline, shares
 from experiments.auxnet import sweep_tables, tables
 from experiments.auxnet.cases import SWEEP_SEED, base
-from experiments.timeline_figure import draw_timeline, shares
 
 MACHINE = {"cores": 2, "processor": "x", "torch": "2"}
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from experiments.classifier import LitClassifier, Schedule
-from experiments.clock import CLOCK_FILE, Clock
+from experiments.app.classifier import LitClassifier, Schedule
+from experiments.app.clock import CLOCK_FILE, Clock
 from experiments.data import Fake
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.checks import ConfigError
 from experiments.faults import cases, crew, faults, join, run, tables
 from experiments.faults.cases import SAMPLE, Case
 from experiments.faults.continuation import Left, Unbroken, look, same
@@ -22,8 +21,9 @@ from experiments.faults.crew import Ended
 from experiments.faults.faults import KINDS, PLACES
 from experiments.faults.judge import findings
 from experiments.faults.training import ROUNDS, Settings
+from experiments.harness.record import read_record
+from experiments.harness.settings import ConfigError
 from experiments.links.options import composed
-from experiments.record import read_record
 from resist_lightning.files import write_sealed
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, run_program

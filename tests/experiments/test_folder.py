@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.build import build_data
-from experiments.checks import ConfigError
+from experiments.app.build import build_data
+from experiments.app.launch import make
 from experiments.data import ImageFolder, folder
-from experiments.launch import make
+from experiments.harness.settings import ConfigError
 
 COLOURS = {"blue": (0, 0, 200), "green": (0, 200, 0), "red": (200, 0, 0)}
 Write = Callable[..., None]

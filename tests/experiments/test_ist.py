@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.harness.links.namespaces import why_no_namespaces
+from experiments.harness.record import read_record
+from experiments.harness.tables import PLACE, filled
 from experiments.ist import tables
 from experiments.ist.cases import ABLATED, Case, base, cases
 from experiments.ist.examples import make_network
@@ -20,9 +23,6 @@ from experiments.ist.shapes import Shape, speed_up, volumes
 from experiments.ist.tasks import TASKS
 from experiments.ist.training import finisher, make_start, measure, sent_bytes, train
 from experiments.links.closed_form import _of_neurons, neuron_bytes
-from experiments.links.namespaces import why_no_namespaces
-from experiments.record import read_record
-from experiments.tables import PLACE, filled
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.optimizer_state import OptimizerStates
@@ -223,7 +223,7 @@ def test_what_is_printed_is_what_is_written(sample: tuple[Path, str]) -> None:
 def test_the_page_shows_the_result_files() -> None:
     page = (ROOT / "experiments/ist/README.md").read_text()
     assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/tables.py"
+    assert filled(page) == page, "run python experiments/harness/tables.py"
 
 
 @needs_namespaces

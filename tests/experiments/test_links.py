@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from experiments.checks import ConfigError
-from experiments.links import namespaces as rig
+from experiments.harness.links import namespaces as rig
+from experiments.harness.record import read_record
+from experiments.harness.settings import ConfigError
 from experiments.links import options, run, summary, tables
-from experiments.record import read_record
 from tests.helpers.programs import ROOT
 
 MISSING = rig.why_no_namespaces()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.build import build_data, build_module
-from experiments.checks import ConfigError
-from experiments.models import mlp
+from experiments.app.build import build_data, build_module
+from experiments.harness.settings import ConfigError
+from experiments.networks import mlp
 from resist_lightning import NeuronConfig
 from resist_lightning.ist.layout import NeuronLayout
 from tests.conf.conftest import Compose, composed

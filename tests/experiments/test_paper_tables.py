@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from experiments.harness.record import read_record
+from experiments.harness.tables import PLACE, filled
 from experiments.paper_tables import tables
 from experiments.paper_tables.main import main
 from experiments.paper_tables.networks import Network, count_parameters, measure, networks, on_meta, paper_network
 from experiments.paper_tables.settings import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
-from experiments.record import read_record
-from experiments.tables import PLACE, filled
 from resist_lightning import Config
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
@@ -162,7 +162,7 @@ def test_what_is_printed_is_what_is_written(smoke: tuple[dict[str, Any], str, Pa
 def test_the_page_shows_the_result_file() -> None:
     page = (ROOT / "experiments/paper_tables/README.md").read_text()
     assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/tables.py"
+    assert filled(page) == page, "run python experiments/harness/tables.py"
     assert "| 8 | 4 | 2.64940 | 2.649 | 1.28927 | 1.289 |" in page
     content = tables.record()
     assert content["settings"] == {"size": "full", "rounds": 200, "processes": [2, 4, 8]}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import recovery, tables
-from experiments.record import read_record
+from experiments.harness.record import read_record
 from tests.helpers.trainers import run_trainers
 
 

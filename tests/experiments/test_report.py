@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from experiments.figures import smoothed
+from experiments.app.results import Curve, collect, read_curves
+from experiments.app.run_figures import smoothed
+from experiments.harness.words import bytes_in_words, seconds_in_words
 from experiments.report import report
-from experiments.results import Curve, collect, read_curves
-from experiments.words import bytes_in_words, seconds_in_words
 
 RUN = {
     "strategy": "resist", "workers": 2, "seed": 0, "full_parameters": 1000, "wall_seconds": 95.0,

@@ -6,11 +6,11 @@ import lightning as L
 import pytest
 import torch
 
+from experiments.app.classifier import LitClassifier
 from experiments.benchmarks.keep import RESULTS
 from experiments.benchmarks.speech_shaped import network, of_a_linear_classifier, of_a_network
-from experiments.classifier import LitClassifier
 from experiments.data import SpeechShaped
-from experiments.record import read_record
+from experiments.harness.record import read_record
 
 
 def small(**options: int) -> SpeechShaped:

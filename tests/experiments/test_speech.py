@@ -11,12 +11,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from experiments.build import build_data, build_module
-from experiments.checks import ConfigError
+from experiments.app.build import build_data, build_module
 from experiments.data import SpeechCommands, clips
 from experiments.data import speech as speech_module
 from experiments.data.clips import WORDS, list_clips, speaker_percent
 from experiments.data.mel import decibels
+from experiments.harness.settings import ConfigError
 from tests.helpers.clips import CLIPS, clip, write_wav
 
 # Speakers of the first clips in the data set's own testing_list.txt and validation_list.txt (10 % each), version 0.02.
@@ -234,7 +234,7 @@ def flat_network(*, num_classes: int, in_features: int) -> nn.Module:
 def test_a_network_for_images_is_refused_and_another_is_told_the_width(tmp_path: Path) -> None:
     data = opened(tmp_path)
     optimizer = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
-    for target in ("resist_lightning.models.preact_resnet", "experiments.models.torchvision_resnet"):
+    for target in ("resist_lightning.models.preact_resnet", "experiments.networks.torchvision_resnet"):
         cfg = OmegaConf.create({"model": {"_target_": target}, "optimizer": optimizer})
         with pytest.raises(ConfigError, match=r"is for images, and SpeechCommands gives rows of 4096 features"):
             build_module(cfg, data)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from experiments.checks import ConfigError
+from experiments.harness.links.namespaces import namespaces_in_use, why_no_namespaces
+from experiments.harness.record import read_record
+from experiments.harness.settings import ConfigError
 from experiments.links import options
-from experiments.links.namespaces import namespaces_in_use, why_no_namespaces
-from experiments.record import read_record
 from experiments.time_to_accuracy import run, tables, worker
 from tests.helpers.programs import ROOT, run_program
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.record import read_record
+from experiments.harness.record import read_record
 from experiments.unequal import run, tables
 from experiments.unequal.quota import ROOT as CGROUPS
 from experiments.unequal.quota import why_no_quota

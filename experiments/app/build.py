@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from experiments import schema
-from experiments.checks import ConfigError
-from experiments.classifier import LitClassifier
+from experiments.app import schema
+from experiments.app.classifier import LitClassifier
+from experiments.app.launch import make
 from experiments.data.module import ArrayData, FeatureData, ImageData
-from experiments.launch import make
+from experiments.harness.settings import ConfigError
 
 
 def build_data(section: DictConfig) -> ArrayData[Any]:

@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from experiments.accuracy.cases import Case
-from experiments.accuracy.settings import Settings, recorded
-from experiments.checks import ConfigError
-from experiments.record import read_record, write_record
+from experiments.harness.record import read_record, write_record
+from experiments.harness.settings import ConfigError
+
+
+class HasKey(Protocol):
+    """A case: one training or measurement."""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells it from other cases, as plain data."""
 
 
 @dataclass
@@ -28,15 +34,6 @@ class Study:
     path: Path
     settings: Mapping[str, Any]
     rows: list[dict[str, Any]]
-
-    @classmethod
-    def opened(cls, name: str, settings: Settings) -> Study:
-        """Read what is there.
-
-        Raises:
-            ConfigError: the file holds results of other settings.
-        """
-        return cls.at(Path(settings.out) / f"{name}.jsonl", recorded(settings), fresh=settings.fresh)
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
@@ -65,11 +62,11 @@ class Study:
                 )
         return cls(path, ours, content["rows"])
 
-    def row_of(self, case: Case) -> dict[str, Any] | None:
+    def row_of(self, case: HasKey) -> dict[str, Any] | None:
         """What was measured for ``case``, or None."""
         return next((row for row in self.rows if row["case"] == case.key), None)
 
-    def add(self, case: Case, found: Mapping[str, Any]) -> None:
+    def add(self, case: HasKey, found: Mapping[str, Any]) -> None:
         """Add a row and write the file; whoever reads it sees it whole."""
         self.rows.append({"case": case.key, **found})
         draft = self.path.with_suffix(".draft")

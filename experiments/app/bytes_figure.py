@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from experiments.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure, write_title
-from experiments.words import bytes_in_words, strategy_in_words
+from experiments.harness.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure, write_title
+from experiments.harness.words import bytes_in_words, strategy_in_words
 from resist_lightning.accounting import TRAINING_KINDS
 
 WITHOUT_AVERAGES = ("local_sgd", "auxnet")

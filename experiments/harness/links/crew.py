@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.links.namespaces import LinksError, Loopback, interface_bytes, terminable, undisturbed
+from experiments.harness.links.namespaces import LinksError, Loopback, interface_bytes, terminable, undisturbed
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 0.01
 
 
@@ -94,7 +94,7 @@ class Crew:
     def start(self, module: str) -> None:
         """Start a server (see `server`) for every worker."""
         for worker in range(self.network.workers):
-            command = [sys.executable, "-m", "experiments.links.server", module, str(os.getpid())]
+            command = [sys.executable, "-m", "experiments.harness.links.server", module, str(os.getpid())]
             with (self.folder / f"output.{worker}").open("wb") as output, undisturbed():
                 self.processes.append(
                     subprocess.Popen(

@@ -19,9 +19,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.checks import ConfigError
+from experiments.harness.settings import ConfigError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 BAD_CONFIG_EXIT_CODE = 2
 
 

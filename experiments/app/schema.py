@@ -1,4 +1,4 @@
-"""What a configuration may say: keys, types and limits. Data only; `experiments.checks` compares a config
+"""What a configuration may say: keys, types and limits. Data only; `experiments.app.checks` compares a config
 with it.
 
 Fields have no defaults: those stand in ``conf/``, once. A section is checked against the class of its
@@ -13,9 +13,9 @@ from typing import Any
 import torchvision
 from omegaconf import MISSING
 
-from experiments.limits import limited
-from experiments.models import NORMS
-from experiments.strategy_schema import DDP, IST, AuxNet, LocalSGD, Plain, ResIST
+from experiments.app.strategy_schema import DDP, IST, AuxNet, LocalSGD, Plain, ResIST
+from experiments.harness.settings import limited
+from experiments.networks import NORMS
 from resist_lightning.models import SECTIONS_OF_DEPTH
 
 RESNETS = tuple(
@@ -192,10 +192,10 @@ STRATEGY_NAMES = {
 }
 MODELS: dict[str, type] = {
     "resist_lightning.models.preact_resnet": PreAct,
-    "experiments.models.torchvision_resnet": Torchvision,
-    "experiments.models.mlp": MLP,
+    "experiments.networks.torchvision_resnet": Torchvision,
+    "experiments.networks.mlp": MLP,
 }
-IMAGE_MODELS = frozenset({"resist_lightning.models.preact_resnet", "experiments.models.torchvision_resnet"})
+IMAGE_MODELS = frozenset({"resist_lightning.models.preact_resnet", "experiments.networks.torchvision_resnet"})
 DATA: dict[str, type] = {
     "experiments.data.Digits": Digits,
     "experiments.data.CIFAR10": CIFAR,

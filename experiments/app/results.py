@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from experiments.clock import CLOCK_FILE
+from experiments.app.clock import CLOCK_FILE
 from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes
 
 RUN_FILE = "run.json"

@@ -1,4 +1,4 @@
-"""The pictures of a run: who held which block, loss and accuracy; and the style of all pictures."""
+"""The pictures of a run: who held which block, loss and accuracy."""
 
 from __future__ import annotations
 
@@ -9,38 +9,31 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from experiments.results import Curve
-from experiments.words import run_in_words
+from experiments.app.results import Curve
+from experiments.harness.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    YELLOW,
+    new_figure,
+    save_figure,
+    write_title,
+)
+from experiments.harness.words import run_in_words
 
-# Okabe and Ito's colours: told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
-)  # fmt: skip
 WORKER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
-GREY, LIGHT, INK = "#6B6B6B", "#E3E3E3", "#222222"
-STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": LIGHT,
-    "axes.axisbelow": True,
-    "lines.linewidth": 2.2,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-}
 Rounds = Sequence[Sequence[Sequence[int]]]
 """For each round and worker, the blocks it held."""
 
@@ -223,24 +216,3 @@ def _rounds_in_words(results: Mapping[str, Any]) -> str:
 
 def _colour(worker: int) -> str:
     return WORKER_COLOURS[worker % len(WORKER_COLOURS)]
-
-
-def write_title(figure: Figure, title: str, subtitle: str) -> None:
-    """A bold line and a grey one, flush left, at the same distance from the top of every figure."""
-    inch = 1 / figure.get_figheight()
-    figure.text(0.01, 1 - 0.08 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
-    figure.text(0.01, 1 - 0.38 * inch, subtitle, va="top", fontsize=11, color=GREY)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.68 * inch))
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write it; returns the path."""
-    figure.savefig(path, dpi=150)
-    return path

@@ -1,6 +1,6 @@
 """Writes the tables of README.md and of the experiments' pages from their result files.
 
-python experiments/tables.py
+python experiments/harness/tables.py
 
 A page has places for tables, `<!-- table: NAME -->` to `<!-- end of table -->`; the folder of an experiment has a `tables.py`
 with TABLES: a function for each name that gives the text. tests/docs compares the pages with the result files.
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py"))
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py") if path.parent.name != "harness")
 PAGES = (ROOT / "README.md", *(folder / "README.md" for folder in FOLDERS))
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.checks import ConfigError, check_keys
+from experiments.harness.settings import ConfigError, check_keys
 
 
 def read_studies(

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from experiments.figures import (
+from experiments.harness.figures import (
     BLUE,
     GREEN,
     GREY,

@@ -1,4 +1,4 @@
-"""What a configuration may say of a strategy; part of `experiments.schema`."""
+"""What a configuration may say of a strategy; part of `experiments.app.schema`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from omegaconf import MISSING
 
-from experiments.limits import limited
+from experiments.harness.settings import limited
 from resist_lightning.accounting import WIRE_FORMATS
 from resist_lightning.config import AuxMethod
 

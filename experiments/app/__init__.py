@@ -1,0 +1,1 @@
+"""Parts of the main job: train.py, evaluate.py, report.py."""

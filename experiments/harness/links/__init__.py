@@ -1,0 +1,1 @@
+"""Worker processes in network namespaces, joined by links of chosen bandwidth."""
