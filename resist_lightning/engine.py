@@ -35,6 +35,7 @@ from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.pace import Pace
 from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
+from resist_lightning.swaps import SwappingOptimizers
 from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
 from resist_lightning.verbs import Collective
@@ -79,8 +80,10 @@ class Engine:
         self._meeting = Meeting(self.layout, self.collective, host or Host())
         self.seconds = Seconds(self._device)
         self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
-        self._observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
-        self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self._observation)
+        self.observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
+        self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self.observation)
+        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
+        self._observed_kind = ""
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}
@@ -100,7 +103,7 @@ class Engine:
     @property
     def observing(self) -> bool:
         """Whether the module is the full model now."""
-        return self._observation.full.active
+        return self.observation.full.active
 
     def prepare(self, example: Tensor) -> None:
         """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
@@ -127,7 +130,7 @@ class Engine:
             self.resumption.forget_own()
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._meeting.soundness.begin()
-        self._observation.start()
+        self.observation.start()
         self._sync.divide(self.clock.round)
         self._sync.begin()
         self.resumption.load_tensors()
@@ -188,13 +191,16 @@ class Engine:
         """Assemble the full model; see :meth:`full_model`. Collective: every worker must call this."""
         purpose = Purpose.CHECKPOINT if kind == "checkpoint" else Purpose.EVALUATION
         self.activity.begin("saving" if kind == "checkpoint" else "evaluation")
-        with self.seconds.timed("observe"):
+        with torch.inference_mode(False), self.seconds.timed("observe"):  # or no gradient could pass its tensors
             self._assemble(purpose, kind, keep=True)
+        self._observed_kind = kind
+        self.swaps.catch()
 
     def end_observation(self) -> None:
-        """Go back to this worker's sub-network, bit for bit. Sends nothing."""
-        with self.seconds.timed("observe"):
-            self._observation.put_back(self.clock.round)
+        """Go back to this worker's sub-network, bit for bit; buffers that were written stay so. Sends nothing."""
+        self.swaps.release()
+        with torch.inference_mode(False), self.seconds.timed("observe"):
+            self.observation.put_back(self.clock.round)
         self.activity.begin("local steps")
 
     def finish(self) -> None:
@@ -203,10 +209,10 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        with self.seconds.timed("observe"):
+        with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
-            self._observation.full.settle()
+            self.observation.full.settle()
             self.abandon()
         self.summary = self._sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
@@ -215,7 +221,8 @@ class Engine:
 
     def abandon(self) -> None:
         """Stop without a word to the others; after an error. Absent blocks stay absent, and reading them raises."""
-        self._observation.end()
+        self.swaps.release()
+        self.observation.end()
         self._sync.end()
         self.running = False
 
@@ -227,7 +234,7 @@ class Engine:
         """
         if not self.observing:
             return self._resume_state
-        return {**self.resumption.place(), **self._observation.full.state()}
+        return {**self.resumption.place(), **self.observation.full.state()}
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None = None) -> bool:
         """Continue from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
@@ -241,7 +248,7 @@ class Engine:
             Whether the partition is the one that the checkpoint was made with.
         """
         if "scale" in state:
-            self._observation.full.undo(state)
+            self.observation.full.undo(state)
         return self.resumption.restore(state, own)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -257,6 +264,12 @@ class Engine:
             WorkersDisagree: if they are not.
         """
         self._meeting.hold(Purpose.HOST, self.clock)
+
+    def _on_own_weights(self, act: Callable[[], Any]) -> None:
+        """In the middle of an observation. Collective: every worker must call this, in the same order."""
+        self.end_observation()
+        act()
+        self.begin_observation(self._observed_kind)
 
     def _end_round(self) -> None:
         self.activity.begin("meeting")
@@ -278,7 +291,7 @@ class Engine:
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
-        self._observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
+        self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:
         plan: Plan = self._sync.plan(self.clock.round, self._meeting.soundness.left_out)
@@ -286,4 +299,4 @@ class Engine:
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)
-        self._observation.begin_round(self.clock.round)
+        self.observation.begin_round(self.clock.round)

@@ -22,6 +22,7 @@ from resist_lightning.norm import (
     remove_batch_statistics,
 )
 from resist_lightning.scaling import ScaleHooks, fold, foldable, folded, remove_scale_hooks, unfold
+from resist_lightning.writes import Writes
 
 
 def put_on(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -86,19 +87,41 @@ class FullModel:
         self._layout = layout
         self._exchange = exchange
         self._forward_context = forward_context
+        self.swapped = False  # whether the trained weights were exchanged between `note` and `remember`
         self._remembered: list[tuple[Tensor, Tensor]] = []
+        self._noted: dict[int, Tensor] = {}
+        self._writes: Writes | None = None
         self._originals: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
         self._batch_statistics = BatchStatistics([])
         self._hooks = ScaleHooks([], 1.0)
 
+    def note(self, tensors: Sequence[Tensor]) -> None:
+        """Keep copies of this worker's tensors, before anybody has prepared them for an evaluation."""
+        self._noted = {id(tensor): tensor.detach().clone() for tensor in tensors}
+
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Keep copies of this worker's tensors, for :meth:`restore`."""
-        self._remembered = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self.swapped, self._remembered = False, []
+        for tensor in tensors:
+            copy = self._noted.get(id(tensor))
+            if copy is None or not torch.equal(copy, tensor):
+                self.swapped |= copy is not None and isinstance(tensor, nn.Parameter)
+                copy = tensor.detach().clone()
+            self._remembered.append((tensor, copy))
 
-    def remembered(self) -> dict[int, Tensor]:
-        """What :meth:`remember` was given, by the identity of the tensor."""
-        return {id(tensor): copy for tensor, copy in self._remembered}
+    def forget_notes(self) -> None:
+        """Call it when the evaluation has ended."""
+        self._noted = {}
+
+    def own(self) -> dict[int, Tensor]:
+        """What this worker will have after :meth:`restore`, by the identity of the module's tensors."""
+        written = {id(tensor): tensor for tensor in self.written().values()}
+        return {**{id(tensor): copy for tensor, copy in self._remembered}, **written}
+
+    def written(self) -> dict[str, Tensor]:
+        """By name, the tensors that user code has written since :meth:`open`, and that stay so."""
+        return self._writes.found() if self._writes is not None else {}
 
     def open(self, calls: Sequence[Call], still: Collection[str], kind: str, left_out: Sequence[int] = ()) -> None:
         """Scale the blocks and set the batch-norm statistics.
@@ -121,13 +144,17 @@ class FullModel:
         elif calls:
             estimated = recalibrate(layout.module, calls, self._forward_context, still)
             self._exchange.average(estimated, kind, left_out)
+        self._writes = Writes(layout.module, self._ours())
         self.active = True
 
     def close(self) -> None:
-        """Take off what is not a weight: hooks and batch statistics."""
+        """Take off what is not a weight, hooks and batch statistics; what user code has written is its own."""
         self._batch_statistics.remove()
         self._hooks.remove()
         self._originals, self._statistics = {}, {}
+        written = {id(tensor) for tensor in self.written().values()}
+        self._remembered = [(tensor, copy) for tensor, copy in self._remembered if id(tensor) not in written]
+        self._writes = None
         self.active = False
 
     def restore(self) -> None:
@@ -139,6 +166,7 @@ class FullModel:
 
     def settle(self) -> None:
         """Leave the module as the full model for good. What :func:`put_on` would give it stays on it."""
+        self._writes = None
         self._originals, self._statistics = {}, {}
         self.active = False
 
@@ -190,6 +218,15 @@ class FullModel:
         buffers = self._norm_buffers()
         estimated = {name: buffers[name] for name, s in self._statistics.items() if not torch.equal(buffers[name], s)}
         return {**scaled, **estimated}
+
+    def _ours(self) -> set[str]:
+        """Names of what in the full model is not the user's: statistics, scaled weights, and what has another shape."""
+        layout = self._layout
+        own_shapes = {id(tensor): copy.shape for tensor, copy in self._remembered}
+        module = layout.module
+        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+        cut = {name for name, tensor in named if own_shapes.get(id(tensor), tensor.shape) != tensor.shape}
+        return cut | folded(layout.blocks).keys() | self._norm_buffers().keys()
 
     def _norm_buffers(self) -> dict[str, Tensor]:
         return {

@@ -17,6 +17,7 @@ from resist_lightning.norm import InputRecorder
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks
 from resist_lightning.sync import Plan, Sync
+from resist_lightning.writes import version
 
 
 class Observation:
@@ -70,13 +71,15 @@ class Observation:
         module = self._layout.module
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
         tensors = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
+        unsynced = self._writes_unsynced
         if self.full.active:
-            copies = self.full.remembered()
-            tensors = {name: copies[id(tensor)] for name, tensor in named if id(tensor) in copies}
+            own = self.full.own()
+            tensors = {name: own[id(tensor)].detach() for name, tensor in named if id(tensor) in own}
+            unsynced += len(self.full.written())
         return {
             "tensors": {name: tensor.cpu() for name, tensor in tensors.items()},
             "inputs": self.recorder.own() if self.recorder is not None else None,
-            "unsynced": self._writes_unsynced,
+            "unsynced": unsynced,
         }
 
     def load_own(self, own: dict[str, Any]) -> None:
@@ -84,6 +87,20 @@ class Observation:
         if self.recorder is not None and own["inputs"] is not None:
             self.recorder.load_own(own["inputs"], self._device)
         self._writes_at_start = self._writes() - own["unsynced"]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether weights were exchanged between :meth:`note_weights` and the full model that was assembled last."""
+        return self.full.swapped
+
+    def note_weights(self) -> None:
+        """Call it before code that may exchange weights for an evaluation. Sends nothing."""
+        with torch.inference_mode(False):
+            self.full.note(self._own_tensors())
+
+    def forget_notes(self) -> None:
+        """Give the memory of :meth:`note_weights` back, when the evaluation has ended."""
+        self.full.forget_notes()
 
     def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.
@@ -104,13 +121,14 @@ class Observation:
         self._warmup_hooks.remove()
         plan = sync_plan()
         if keep:
-            self.full.remember([*self._layout.shared.values(), *self._sync.held()])
+            self.full.remember(self._own_tensors())
         changed = any(changes for _, changes in reports)  # otherwise what several workers hold is equal already
         self._sync.assemble(plan, kind, unequal=changed)
         self.full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind, plan.left_out)
 
     def put_back(self, round: int) -> None:
-        """Go back to this worker's part in ``round``, bit for bit. Sends nothing."""
+        """Go back to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
+        self._writes_unsynced += len(self.full.written())
         self.full.close()
         self._sync.make_room(round)
         self.full.restore()
@@ -119,7 +137,10 @@ class Observation:
 
     def _writes(self) -> int:
         """Moves whenever a shared parameter or counter is written to."""
-        return sum(tensor._version for tensor in self._layout.shared.values())
+        return sum(version(tensor) for tensor in self._layout.shared.values())
+
+    def _own_tensors(self) -> list[Tensor]:
+        return [*self._layout.shared.values(), *self._sync.held()]
 
     def _hook_warmup(self, round: int) -> None:
         self._warmup_hooks.remove()

@@ -36,6 +36,7 @@ from resist_lightning.strategies.position import Position
 from resist_lightning.strategies.restarts import Saving
 from resist_lightning.strategies.saving import SavingStrategy
 from resist_lightning.strategies.signals import Signals
+from resist_lightning.strategies.validation import ValidationOrder
 
 DataPolicy: TypeAlias = Literal["shard", "copy"]
 Seen: TypeAlias = Literal["shard", "copy", "same"]
@@ -55,6 +56,7 @@ class SubnetStrategy(SavingStrategy):
         self.config = config
         self._data = data
         self._patches: LoopPatches | None = None
+        self._order: ValidationOrder | None = None
         self._stepped = False
 
     @override
@@ -130,6 +132,8 @@ class SubnetStrategy(SavingStrategy):
         """Called last before the first batch: from here on a worker holds its part only."""
         assert self.engine is not None
         self.guard.look_up()
+        self._order = ValidationOrder(self._trainer(), self.engine)
+        self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
 
     @override
@@ -182,6 +186,8 @@ class SubnetStrategy(SavingStrategy):
         """Called after ModelCheckpoint has saved: go on with the sub-network."""
         if self.engine is not None and self.engine.observing:
             self.engine.end_observation()
+        if self.engine is not None:
+            self.engine.observation.forget_notes()
 
     @override
     def teardown(self) -> None:
@@ -189,6 +195,9 @@ class SubnetStrategy(SavingStrategy):
         if self._patches is not None:
             self._patches.remove()
             self._patches = None
+        if self._order is not None:
+            self._order.remove()
+            self._order = None
         if self._restarted:
             resume_from_path_given(self._trainer())
         super().teardown()

@@ -1,0 +1,50 @@
+"""The order of hooks around a validation: who swaps weights for it swaps this worker's own, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from resist_lightning.engine import Engine
+
+
+class ValidationOrder:
+    """Ends the full model before ``on_validation_end`` where weights were swapped before it was assembled.
+
+    Callbacks and the module are called before the strategy at the start of a validation, and at its end. Whoever puts
+    other weights into the module in ``on_validation_start`` (averages, or a schedule-free optimizer) puts the old ones
+    back in ``on_validation_end``: they must find there what they left. Otherwise the full model stays until the
+    strategy's turn, so that ``on_validation_end`` can save and export it.
+
+    Args:
+        trainer: whose validation loop is patched.
+        engine: of this worker.
+    """
+
+    def __init__(self, trainer: pl.Trainer, engine: Engine) -> None:
+        self._loop: Any = trainer.fit_loop.epoch_loop.val_loop
+        self._engine = engine
+        patched = vars(self._loop)
+        patched["on_run_start"] = self._after(self._note, self._loop.on_run_start)
+        patched["_on_evaluation_end"] = self._after(self._end_if_swapped, self._loop._on_evaluation_end)
+
+    def remove(self) -> None:
+        """Put the loop's own methods back."""
+        del self._loop.on_run_start, self._loop._on_evaluation_end
+
+    def _note(self) -> None:
+        if self._engine.running:
+            self._engine.observation.note_weights()
+
+    def _end_if_swapped(self) -> None:
+        if self._engine.observing and self._engine.observation.swapped:
+            self._engine.end_observation()
+
+    def _after(self, first: Callable[[], None], usual: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            first()
+            return usual(*args, **kwargs)
+
+        return called

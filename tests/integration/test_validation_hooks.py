@@ -1,0 +1,261 @@
+"""What users do in hooks of the validation: what they write stays, and swapped weights come back (contract 16)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import SGD
+
+from tests.helpers.plain import Classifier, held_out, stream
+from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+
+METHODS = ("resist", "local_sgd", "ist")
+EPOCH = 5
+
+
+class Swapping(SGD):
+    """``eval()`` shows the running mean of the weights, ``train()`` puts the trained ones back, exactly."""
+
+    showing = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.held():
+            mean = self.state[parameter].setdefault("mean", parameter.detach().clone())
+            mean.lerp_(parameter, 0.2)
+        return loss
+
+    def held(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def eval(self) -> None:
+        self.swap(showing=True)
+
+    def train(self) -> None:
+        self.swap(showing=False)
+
+    @torch.no_grad()
+    def swap(self, *, showing: bool) -> None:
+        if self.showing == showing:
+            return
+        self.showing = showing
+        for parameter, state in self.state.items():
+            if "mean" in state:
+                shown = state["mean"].clone()
+                state["mean"].copy_(parameter)
+                parameter.copy_(shown)
+
+
+class Scored(Classifier):
+    """Notes the weights that are seen in validations."""
+
+    def __init__(self, face: str, swaps: str = "") -> None:
+        super().__init__(kind=kind_for(face))
+        self.swaps = swaps
+        self.trained: list[Tensor] = []
+        self.shown: list[Tensor] = []
+        self.seen: list[Tensor] = []
+
+    def weights(self) -> Tensor:
+        """Of the last layer, which all workers hold."""
+        return list(self.net.parameters())[-1].detach().clone()
+
+    def configure_optimizers(self) -> Any:
+        return Swapping(self.parameters(), 0.05) if self.swaps else SGD(self.parameters(), 0.05)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0:
+            self.seen.append(self.weights())
+
+    def on_validation_start(self) -> None:
+        self.trained.append(self.weights())
+        self.swap("start", "eval")
+        self.shown.append(self.weights())
+
+    def on_validation_epoch_start(self) -> None:
+        self.swap("epoch", "eval")
+
+    def on_validation_epoch_end(self) -> None:
+        self.swap("epoch", "train")
+
+    def on_validation_end(self) -> None:
+        self.swap("start", "train")
+
+    def swap(self, where: str, method: str) -> None:
+        if self.swaps.startswith(where):
+            optimizer: Any = self.optimizers()
+            getattr(optimizer if "wrapped" in self.swaps else optimizer.optimizer, method)()
+
+
+class Average(L.Callback):
+    """An exponential average of what the worker holds, shown in validations. A sync begins it anew."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        for name, parameter in module.named_parameters():
+            if not parameter.is_meta:
+                old = self.average.get(name)
+                new = parameter.detach().clone()
+                self.average[name] = new if old is None or old.shape != new.shape else old.lerp(new, 0.2)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        named = {name: parameter for name, parameter in module.named_parameters() if not parameter.is_meta}
+        self.kept = {name: parameter.detach().clone() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            if name in self.average:
+                parameter.data.copy_(self.average[name])
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        for name, parameter in module.named_parameters():
+            if name in self.kept:
+                parameter.data.copy_(self.kept[name])
+
+
+SWAPS = {
+    "a module's hooks": "start",
+    "a module's hooks, by Lightning's optimizer": "start, wrapped",
+    "hooks inside the validation": "epoch",
+    "hooks inside the validation, by Lightning's optimizer": "epoch, wrapped",
+    "a callback's hooks": "",
+}
+
+
+def train(
+    worker: int, face: str, how: str, validate: bool = True
+) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    module = Scored(face, SWAPS[how])
+    trainer = make_trainer(
+        make_strategy(face, **({"batch_norm": "running"} if face != "local_sgd" else {})),
+        max_epochs=2,
+        callbacks=[] if SWAPS[how] else [Average()],
+        val_check_interval=2 if validate else 1.0,
+        limit_val_batches=1.0 if validate else 0,
+    )
+    trainer.fit(module, stream(worker, EPOCH), held_out(worker))
+    if "start" in SWAPS[how]:
+        assert not any(map(torch.equal, module.trained, module.shown))
+    return clone_state(module), module.shown, module.seen
+
+
+def train_all(worker: int, face: str) -> dict[str, Any]:
+    """Of each way the end without a validation (it is the same, where the optimizer swaps) and with them."""
+    plain = {swaps: train(worker, face, how, validate=False) for how, swaps in SWAPS.items() if swaps in ("", "start")}
+    return {how: [plain["start" if swaps else ""], train(worker, face, how)] for how, swaps in SWAPS.items()}
+
+
+@pytest.mark.parametrize("face", METHODS)
+def test_swapped_weights_are_averaged_and_come_back(face: str) -> None:
+    """A training is bit for bit the one without validation; all workers see the mean of what they show."""
+    first, second = run_trainers(train_all, 2, face)
+    for how in SWAPS:
+        for plain, watched in (first[how], second[how]):
+            assert_equal_states(watched[0], plain[0], exactly=True)
+        (_, shown, seen), (_, shown_too, seen_too) = first[how][1], second[how][1]
+        assert len(seen) == 4
+        assert all(map(torch.equal, seen, seen_too))
+        if "inside" not in how:
+            for mine, theirs, mean in zip(shown, shown_too, seen, strict=True):
+                torch.testing.assert_close((mine + theirs) / 2, mean)
+    inside, outside = first["hooks inside the validation"], first["a module's hooks"]
+    assert all(map(torch.equal, inside[1][2], outside[1][2]))
+
+
+# Buffers
+
+
+class Counting(Classifier):
+    """Keeps what it finds in validations in buffers."""
+
+    def __init__(self, face: str = "resist") -> None:
+        super().__init__(kind=kind_for(face))
+        self.face = face
+        self.register_buffer("best", torch.zeros(()))
+        self.register_buffer("seen_images", torch.zeros((), dtype=torch.long))
+        self.register_buffer("matrix", torch.zeros(2, 2), persistent=False)
+        self.register_buffer("threshold", torch.tensor(0.5))
+        self.threshold_of_epochs = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.counter.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.history: list[list[float]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.seen_images += len(batch[1])
+        self.matrix.data[0, 1] += 1.0
+        self.counter.count += 1
+
+    def on_validation_epoch_end(self) -> None:
+        self.best.fill_(max(float(self.best), 0.5 + 0.25 * self.current_epoch))
+        self.threshold = torch.tensor(0.75)
+        self.threshold_of_epochs.add_(1)
+
+    def on_train_epoch_end(self) -> None:
+        self.history.append(self.written())
+
+    @property
+    def counter(self) -> Any:
+        """A module that, if blocks are partitioned, one worker has."""
+        return self.net.section3[2] if hasattr(self.net, "section3") else self.net
+
+    def written(self) -> list[float]:
+        count = self.counter.count
+        return [
+            *(float(self.best), float(self.seen_images), float(self.matrix[0, 1]), float(self.threshold)),
+            *(float(self.threshold_of_epochs), -1.0 if count.is_meta else float(count)),
+        ]
+
+
+class AtTheEnd(L.Callback):
+    """Resets a statistic of batch norm, which is no business of a validation."""
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if isinstance(module, Counting):
+            next(child for child in module.modules() if hasattr(child, "running_mean")).running_mean.fill_(7.0)
+
+
+def count(worker: int, face: str, folder: str) -> dict[str, Any]:
+    module, saving = Counting(face), ModelCheckpoint(folder, "middle", every_n_epochs=2)
+    options = {"max_epochs": 3, "callbacks": [AtTheEnd(), saving], "enable_checkpointing": True}
+    make_trainer(make_strategy(face), **options).fit(module, stream(worker, EPOCH), held_out(worker))
+    watched, plain = clone_state(module), Counting(face)
+    make_trainer(make_strategy(face), max_epochs=3, limit_val_batches=0).fit(plain, stream(worker, EPOCH))
+    resumed = Counting(face)
+    options["callbacks"] = [AtTheEnd()]
+    make_trainer(make_strategy(face), **options).fit(
+        resumed, stream(worker, EPOCH, start=2 * EPOCH), held_out(worker), ckpt_path=f"{folder}/middle.ckpt"
+    )
+    return {
+        "history": module.history,
+        "end": module.written(),
+        "resumed": resumed.written(),
+        "watched": watched,
+        "plain": clone_state(plain),
+        "resumed state": clone_state(resumed),
+    }
+
+
+@pytest.mark.parametrize("face", METHODS)
+def test_buffers_that_a_validation_writes_stay_written_and_nothing_else_does(face: str, tmp_path: Path) -> None:
+    """As in one process: two batches of eight images in each of three validations; checkpoints have them too."""
+    expected = [[0.5 + 0.25 * epoch, 16.0 * (epoch + 1), 2.0 * (epoch + 1), 0.75, epoch + 1.0] for epoch in range(3)]
+    for found in run_trainers(count, 2, face, str(tmp_path)):
+        assert [row[:5] for row in found["history"]] == expected
+        for epoch, row in enumerate(found["history"]):
+            assert row[5] in (2.0 * (epoch + 1), -1.0)  # of a block that another worker holds
+        assert found["end"] == found["resumed"] == [*expected[-1], 6.0]
+        weights = {
+            name: value for name, value in found["plain"].items() if name.startswith("net") and "count" not in name
+        }
+        assert_equal_states({name: found["watched"][name] for name in weights}, weights, exactly=True)
+        assert_equal_states(found["resumed state"], found["watched"], exactly=True)
