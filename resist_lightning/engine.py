@@ -191,13 +191,13 @@ class Engine:
         """Assemble the full model; see :meth:`full_model`. Collective: every worker must call this."""
         purpose = Purpose.CHECKPOINT if kind == "checkpoint" else Purpose.EVALUATION
         self.activity.begin("saving" if kind == "checkpoint" else "evaluation")
-        with torch.inference_mode(False), self.seconds.timed("observe"):  # or no gradient could pass its tensors
+        with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(purpose, kind, keep=True)
         self._observed_kind = kind
         self.swaps.catch()
 
     def end_observation(self) -> None:
-        """Go back to this worker's sub-network, bit for bit; buffers that were written stay so. Sends nothing."""
+        """Go back to this worker's sub-network, bit for bit; written buffers stay so. Sends nothing."""
         self.swaps.release()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self.observation.put_back(self.clock.round)
@@ -266,7 +266,6 @@ class Engine:
         self._meeting.hold(Purpose.HOST, self.clock)
 
     def _on_own_weights(self, act: Callable[[], Any]) -> None:
-        """In the middle of an observation. Collective: every worker must call this, in the same order."""
         self.end_observation()
         act()
         self.begin_observation(self._observed_kind)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist_lightning.bucket import Bucket, make_buckets
-from resist_lightning.mean import start_mean
+from resist_lightning.mean import mean_into, start_mean
 from resist_lightning.plan import SyncPlan, Transfer
+from resist_lightning.unit_vectors import normalise, unit_vectors
 from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import Wire, arrange, flatten, split
 
@@ -73,9 +74,17 @@ class Exchange:
         collective: the workers.
         device: where the tensors of present blocks live.
         wire: how compressed cargo is sent; needed only if there is any.
+        module: the user's, whose unit vectors have unit length after an average too.
     """
 
-    def __init__(self, collective: Collective, device: torch.device, wire: Wire | None = None) -> None:
+    def __init__(
+        self,
+        collective: Collective,
+        device: torch.device,
+        wire: Wire | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        self._module = module
         self.worker = collective.worker
         self._collective = collective
         self._device = device
@@ -124,6 +133,7 @@ class Exchange:
         def finish() -> None:
             for step in begun:
                 step()
+            self._normalise(tensors)
 
         return finish
 
@@ -144,7 +154,8 @@ class Exchange:
             copies[transfer.block].append(tensors)
         for block, others in copies.items():
             for own, values in zip(cargo(block).tensors, zip(*others, strict=True), strict=True):
-                _mean_into(own, values)
+                mean_into(own, values)
+            self._normalise(cargo(block).tensors)
 
     def hand_over(
         self, plan: SyncPlan, cargo: Callable[[int], Cargo], kinds: Kinds, make_room: Callable[[], None]
@@ -168,6 +179,12 @@ class Exchange:
             load = cargo(block)
             if load.compressed and not load.compressed[0].is_meta:
                 _put(arrange(load.compressed), self._decompressed(message, load))
+
+    def _normalise(self, averaged: Iterable[Tensor]) -> None:
+        if self._module is None or self._collective.workers == 1:
+            return
+        vectors = {id(vector) for vector in unit_vectors(self._module).values()}
+        normalise(tensor for tensor in averaged if id(tensor) in vectors)
 
     def _transfer(
         self, transfers: Sequence[Transfer], cargo: Callable[[int], Cargo], kind: str, state_kind: str
@@ -277,15 +294,3 @@ def _copy_into(tensors: Iterable[Tensor], flat: Tensor) -> None:
     for tensor in tensors:
         tensor.detach().copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
         offset += tensor.numel()
-
-
-def _mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
-    """Replace ``own`` by the mean of it and ``others``; by the maximum for integers."""
-    own = own.detach()
-    if own.is_floating_point():
-        # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
-        offset = torch.stack([other.to(own.device) - own for other in others]).sum(0)
-        own.add_(offset / (len(others) + 1))
-    else:
-        for other in others:
-            own.copy_(torch.maximum(own, other.to(own.device)))

@@ -1,4 +1,4 @@
-"""The mean of flat buffers over those workers that count."""
+"""The mean over those workers that count: of flat buffers, and of a tensor of which there are copies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
         flat.mul_(collective.workers / (collective.workers - len(left_out)))
 
     return finish_without_them
+
+
+def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
+    """Replace ``own`` by the mean of it and ``others``; by the maximum for integers."""
+    own = own.detach()
+    if own.is_floating_point():
+        # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
+        offset = torch.stack([other.to(own.device) - own for other in others]).sum(0)
+        own.add_(offset / (len(others) + 1))
+    else:
+        for other in others:
+            own.copy_(torch.maximum(own, other.to(own.device)))
 
 
 def _least(dtype: torch.dtype) -> int:

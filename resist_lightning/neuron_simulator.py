@@ -23,6 +23,7 @@ from resist_lightning.norm import BatchStatistics, InputRecorder, norms_with_sta
 from resist_lightning.partition import Partition
 from resist_lightning.rounds import Clock
 from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
+from resist_lightning.unit_vectors import normalise, unit_vectors
 
 Slot: TypeAlias = tuple[int, str, str]
 """Number of an optimizer, name of a parameter, name of what the optimizer keeps for it."""
@@ -138,6 +139,9 @@ class NeuronSimulator:
             else:
                 values = torch.stack([tensors[name].detach() for tensors in copies])
                 tensor.copy_(values.mean(0) if values.is_floating_point() else values.max(0).values)
+        if len(copies) > 1:
+            vectors = unit_vectors(self.workers[0].module)
+            normalise(tensor for name, tensor in full.items() if name in vectors and name not in self.neurons.cuts)
         return full
 
     def _state_of(self, index: int) -> dict[Slot, Tensor]:

@@ -24,6 +24,7 @@ from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks, fold, foldable
 from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
+from resist_lightning.unit_vectors import normalise, unit_vectors
 from resist_lightning.wire import Wire, arrange, compressible, flatten, make_wire, noise_for, split
 
 
@@ -134,10 +135,13 @@ class Simulator:
         everyone = tuple(range(len(self.workers)))
         copies = [worker.tensors() for worker in self.workers]
         means: dict[str, Tensor] = {}
+        vectors = unit_vectors(self.workers[0].module)
         for name in copies[0]:
             holders = partition.holders(self._block_of[name]) if name in self._block_of else everyone
             values = torch.stack([copies[worker][name].detach() for worker in holders])
             means[name] = values.mean(0) if values.is_floating_point() else values.max(0).values
+            if name in vectors and len(holders) > 1:
+                normalise([means[name]])
         return means
 
     def _means_over(self, wire: Wire, plan: SyncPlan) -> dict[str, Tensor]:

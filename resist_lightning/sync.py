@@ -44,7 +44,7 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         self, layout: AnyLayout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
         wire = make_wire(layout.wire)
-        self.exchange = Exchange(collective, device, wire)
+        self.exchange = Exchange(collective, device, wire, layout.module)
         self._layout = layout
         self._states = states
         self._worker = collective.worker

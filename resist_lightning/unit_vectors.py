@@ -1,0 +1,33 @@
+"""The vectors of spectral norm: their mean over workers is shorter than 1, and is made a unit vector again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+
+def unit_vectors(module: nn.Module) -> dict[str, Tensor]:
+    """By name, the buffers of ``module`` that are unit vectors: of torch's spectral norm, the old one and the new."""
+    named = dict(module.named_buffers())
+    return {name: named[name] for name in _names(module) if name in named}
+
+
+def normalise(vectors: Iterable[Tensor]) -> None:
+    """Give vectors the length 1, in place; zeros stay."""
+    with torch.no_grad():
+        for vector in vectors:
+            vector.div_(vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    for name, child in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(child, _SpectralNorm):
+            yield from (f"{prefix}_u", f"{prefix}_v")
+        for hook in child._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                yield from (f"{prefix}{hook.name}_u", f"{prefix}{hook.name}_v")
