@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py") if path.parent.name != "harness")
-PAGES = (ROOT / "README.md", *(folder / "README.md" for folder in FOLDERS))
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", *(folder / "README.md" for folder in FOLDERS))
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
