@@ -193,7 +193,7 @@ def _check_backend(backend: str | None, device: torch.device, backends: Mapping[
             "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
         )
     bound = dist.distributed_c10d._get_default_group().bound_device_id
-    if backend == "nccl" and bound is not None and device.index is not None and bound != device:
+    if backend == "nccl" and bound is not None and device not in (bound, torch.device(bound.type)):
         raise ValueError(
             f"worker {dist.get_rank()}'s module is on {device}, and its process group is bound to {bound}. Call "
             f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
