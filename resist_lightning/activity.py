@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 from resist_lightning.rounds import Clock
@@ -38,6 +39,14 @@ class Activity:
         self.round, self.step, self.since = self._clock.round, self._clock.step, time.monotonic()
         for listener in self.listeners:
             listener(self)
+
+    @contextmanager
+    def during(self, what: What) -> Iterator[None]:
+        """Inside, the worker does ``what``; then what it did before, unless an error ends it there."""
+        before = self.what
+        self.begin(what)
+        yield
+        self.begin(before)
 
     def describe(self) -> str:
         """In words, e.g. ``hand-over, round 2, local step 50``."""

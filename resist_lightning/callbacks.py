@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -25,6 +26,9 @@ SUMMARY_FILE = "resist_summary.json"
 SHOWN_NEURONS = 64
 SHOWN_ROUNDS = 60
 """How much of a partition of neurons the summary has."""
+
+DRAWN_AGAIN_ROUNDS = 1000
+"""Of how many rounds before a run was resumed the summary has the partitions."""
 
 
 class RoundMonitor(Callback):
@@ -51,11 +55,14 @@ class RoundMonitor(Callback):
         self._sent_by_round: list[list[int]] = []
         self._first: Clock | None = None
         self._seen_round = 0
+        self._partitions: dict[int, str] = {}  # by round, who held what, as JSON, which takes a tenth of the memory
+        self._held_parameters_max = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count; say so where there is nothing to observe."""
         self._training_seconds, self._sent_by_round, self._first = 0.0, [], None
+        self._partitions, self._held_parameters_max = {}, 0
         if _engine(trainer) is None:
             rank_zero_warn(f"RoundMonitor has nothing to report under {type(trainer.strategy).__name__}.")
 
@@ -68,6 +75,7 @@ class RoundMonitor(Callback):
         engine = _engine(trainer)
         if self._first is None and engine is not None:  # a resumed run begins in a later round
             self._first, self._seen_round = copy.copy(engine.clock), engine.clock.round
+            self._note_partition(engine)
 
     @override
     def on_train_batch_end(
@@ -79,6 +87,7 @@ class RoundMonitor(Callback):
         if engine is None or engine.clock.round == self._seen_round:
             return
         self._seen_round = engine.clock.round
+        self._note_partition(engine)
         sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)
         self._sent_by_round.append([engine.clock.round * engine.config.local_steps, sent])
         if len(self._sent_by_round) % self._every_n_rounds == 0:
@@ -89,21 +98,30 @@ class RoundMonitor(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the summary."""
         engine = _engine(trainer)
-        if engine is not None and engine.sent_bytes_by_worker:
-            path = Path(trainer.default_root_dir) / SUMMARY_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.summary(trainer.strategy, engine), indent=1) + "\n")
+        if engine is None or not engine.sent_bytes_by_worker:
+            return
+        text = json.dumps(self.summary(trainer.strategy, engine), indent=1) + "\n"
+        folder = trainer.default_root_dir  # which may be a URL
+        path = os.path.join(folder, SUMMARY_FILE)
+        try:
+            system = get_filesystem(folder)
+            system.makedirs(folder, exist_ok=True)
+            with system.open(path, "w") as file:
+                file.write(text)
+        except OSError as error:
+            rank_zero_warn(f"{path} could not be written ({error}). The training has ended well.")
 
     def summary(self, strategy: Any, engine: Engine) -> dict[str, Any]:
         """What the run did: parameters held, seconds, bytes and partitions; see docs/how-it-works.md.
 
-        Rounds, local steps and partitions are those of the whole run; seconds and bytes those since it was resumed.
+        Rounds, local steps and partitions are those of the whole run (partitions of rounds before it was resumed are
+        empty from round 1000 on); seconds and bytes those since it was resumed.
         """
         layout, workers, clock = engine.layout, engine.collective.workers, engine.clock
         first = self._first or Clock(clock.local_steps)
         rounds = clock.round + (clock.step > 0)
-        each_round = [(layout.held(round), layout.held_parameters(round)) for round in range(rounds)]
-        partitions, held = [row for row, _ in each_round], [row for _, row in each_round]
+        partitions = [self._partition(layout, round) for round in range(rounds)]
+        held = layout.held_parameters(rounds - 1) if rounds else []
         full = sum(p.numel() for p in layout.module.parameters())
         averaged = sum(tensor.nbytes for tensor in [*layout.module.parameters(), *layout.module.buffers()])
         gradients = sum(p.nbytes for p in layout.module.parameters() if p.requires_grad)
@@ -116,8 +134,8 @@ class RoundMonitor(Callback):
             "blocks": layout.parts(),
             "shared_parameters": sum(p.numel() for p in layout.shared.values() if isinstance(p, nn.Parameter)),
             "full_parameters": full,
-            "held_parameters": held[-1] if held else [],
-            "held_parameters_max": max((max(row) for row in held), default=full),
+            "held_parameters": held,
+            "held_parameters_max": max(self._held_parameters_max, *held) if held else full,
             "scale": layout.scale,
             "seconds": {
                 "training": self._training_seconds,
@@ -133,6 +151,20 @@ class RoundMonitor(Callback):
             "method": engine.summary,
         }
 
+    def _note_partition(self, engine: Engine) -> None:
+        """Keep who holds what in this round, which the worker has just drawn: all rounds at the end take minutes."""
+        if engine.collective.worker == 0:
+            layout, round = engine.layout, engine.clock.round
+            self._partitions[round] = json.dumps(layout.held(round))
+            self._held_parameters_max = max(self._held_parameters_max, *layout.held_parameters(round))
+
+    def _partition(self, layout: Layout, round: int) -> list[Any]:
+        """Who held what; of the rounds before the run was resumed the first ones are drawn again."""
+        if round in self._partitions:
+            found: list[Any] = json.loads(self._partitions[round])
+            return found
+        return layout.held(round) if round < DRAWN_AGAIN_ROUNDS else [[] for _ in range(layout.workers)]
+
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:
         metrics = {
             "sync/round": float(engine.clock.round),
@@ -140,8 +172,10 @@ class RoundMonitor(Callback):
             "sync/sent_MB_per_round": sent / len(self._sent_by_round) / 1e6,
             **engine.sync.metrics(),
         }
+        # As Lightning counts what it logs in this batch, which it does next: loggers drop what goes back.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=step)
 
 
 def _neurons(layout: Layout, rounds: int) -> dict[str, Any] | None:

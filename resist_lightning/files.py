@@ -8,8 +8,9 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -19,6 +20,13 @@ CHUNK_BYTES = 1 << 22
 SEALED_SUFFIX = ".pt"
 
 _TORCH_WRITER = "inline_container"  # in the text of its errors
+
+# torch.save writes a zip file. Its last record may be followed by a comment, which every reader of zip files passes
+# over: there the seal stands. The record's last two bytes are the comment's length.
+_ZIP_START, _ZIP_END, _ZIP_END_BYTES, _LENGTH_BYTES = b"PK", b"PK\x05\x06", 22, 2
+_SEAL = re.compile(rb"resist-lightning crc32=([0-9a-f]{8})")
+_SEAL_BYTES = len(b"resist-lightning crc32=00000000")
+_SEAL_LENGTH = _SEAL_BYTES.to_bytes(_LENGTH_BYTES, "little")
 
 _UNREADABLE = {
     FileNotFoundError: "there is no such file.",
@@ -30,10 +38,55 @@ _UNREADABLE = {
 def write_file(state: object, path: Path) -> None:
     """Write ``state`` with torch.save to ``path``, atomically: whoever is killed on the way leaves what was there.
 
+    The file carries a checksum of itself, its seal, at its end: torch.load reads it as any other one, and
+    :func:`check_seal` finds damage.
+
     Raises:
         OSError: if it cannot be written; then nothing is left of it.
     """
-    _write(state, path.parent, path.name, lambda _: path.name)
+    _write(state, path.parent, path.name, lambda _: path.name, sealed=True)
+
+
+def to_sealed_bytes(state: object) -> bytes:
+    """The content of a file of :func:`write_file`."""
+    buffer = io.BytesIO()
+    checksummed = _Checksummed(buffer)
+    torch.save(state, cast(BinaryIO, checksummed))
+    _append_seal(buffer, checksummed.crc)
+    return buffer.getvalue()
+
+
+def check_seal(file: IO[bytes], path: object, *, sealed: bool) -> None:
+    """Check that a file is what :func:`write_file` wrote. A file of torch.save, without a seal, passes.
+
+    Args:
+        file: open for reading; it may be anywhere, and is left at its start.
+        path: its name, for the error.
+        sealed: whether only torch.save or :func:`write_file` can have written it, so that anything else at the end of
+            a zip file is damage.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    file.seek(0)
+    starts_as_zip = file.read(len(_ZIP_START)) == _ZIP_START
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ZIP_END_BYTES - _SEAL_BYTES))
+    tail = file.read()
+    seal = _SEAL.fullmatch(tail[-_SEAL_BYTES:])
+    if seal is not None:
+        found, expected = _checksum_before_seal(file, size), int(seal[1], 16)
+        if found != expected:
+            raise CheckpointError(
+                f"{path} is damaged: its checksum is {found:08x} and should be {expected:08x} ({size} bytes). Use "
+                "another checkpoint, or copy this one anew."
+            )
+    elif sealed and starts_as_zip and not _ends_as_torch_ends(tail):
+        raise CheckpointError(
+            f"{path} is cut off after {size} bytes, or damaged at its end, where its checksum should stand. Use "
+            "another checkpoint, or copy this one anew."
+        )
+    file.seek(0)
 
 
 def write_sealed(state: object, folder: Path, stem: str) -> Path:
@@ -93,6 +146,21 @@ def refused(parts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def check_loadable(parts: Mapping[str, Any]) -> None:
+    """Find out when the first file is written, not when a run should go on from it, that it cannot be loaded.
+
+    Raises:
+        ValueError: if one of the parts cannot; the message names them.
+    """
+    names = refused(parts)
+    if names:
+        raise ValueError(
+            f"what a run goes on from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
+            "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
+            "`on_save_checkpoint`."
+        )
+
+
 def explain(path: Path, error: BaseException) -> str:
     """What a file that could not be read is, and what to do."""
     return f"{path} cannot be loaded: {_what_is_wrong(path, error)}"
@@ -118,24 +186,53 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
-def _write(state: object, folder: Path, stem: str, name: Callable[[int], str]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], sealed: bool = False) -> Path:
     part = folder / f".{stem}.part"  # only one worker writes it; processes of two hosts may have the same number
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             checksummed = _Checksummed(file)
             try:
                 torch.save(state, cast(BinaryIO, checksummed))
             except RuntimeError as error:
                 raise _behind(error) or checksummed.error or error from None
+            if sealed:
+                _append_seal(file, checksummed.crc)
             file.flush()
             os.fsync(file.fileno())
         path = folder / name(checksummed.crc)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # the folder is none, or may not be written to
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(part)  # a full disk does not say of which file
         raise
     return path
+
+
+def _append_seal(file: IO[bytes], crc: int) -> None:
+    """Write the seal behind a zip file of torch.save with this checksum, as its comment."""
+    file.seek(-_LENGTH_BYTES, os.SEEK_END)
+    file.write(_SEAL_LENGTH)
+    file.write(b"resist-lightning crc32=%08x" % crc)
+
+
+def _checksum_before_seal(file: IO[bytes], size: int) -> int:
+    """The checksum of a sealed file as torch.save wrote it: without the seal, whose length was zero then."""
+    crc, left = 0, size - _SEAL_BYTES - _LENGTH_BYTES
+    file.seek(0)
+    while left > 0 and (chunk := file.read(min(left, CHUNK_BYTES))):
+        crc = zlib.crc32(chunk, crc)
+        left -= len(chunk)
+    length = file.read(_LENGTH_BYTES)
+    written = bytes(_LENGTH_BYTES) if length == _SEAL_LENGTH else length
+    return zlib.crc32(written, crc)
+
+
+def _ends_as_torch_ends(tail: bytes) -> bool:
+    end = tail[-_ZIP_END_BYTES:]
+    return end.startswith(_ZIP_END) and end.endswith(bytes(_LENGTH_BYTES))
 
 
 def _behind(error: BaseException) -> BaseException | None:

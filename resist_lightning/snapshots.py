@@ -14,6 +14,7 @@ together are the full model, for any number of workers.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -58,7 +59,10 @@ class SnapshotFolder:
         self.path = path
 
     def write(self, state: dict[str, Any], round: int, worker: int, workers: int) -> None:
-        """Write this worker's file, and remove its files of all rounds but the newest two.
+        """Write this worker's file, and remove its files of older rounds.
+
+        The newest two rounds stay, and the newest one that is whole as far as this worker can see: where the disk of
+        another worker is full, it is the one to go on from.
 
         Raises:
             OSError: if it cannot be written; the snapshots before it stay as they are.
@@ -68,7 +72,8 @@ class SnapshotFolder:
         for file in folder.glob(f"worker-{worker}-of-*.pt"):
             if file != written:
                 file.unlink(missing_ok=True)
-        for old in self._rounds()[KEPT_ROUNDS:]:
+        rounds, whole = self._rounds(), self._newest_whole()
+        for old in [old for old in rounds[KEPT_ROUNDS:] if old != whole]:
             _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
 
     def newest_first(self) -> list[Snapshot]:
@@ -76,9 +81,12 @@ class SnapshotFolder:
         found = []
         for round in self._rounds():
             sets: dict[int, dict[int, Path]] = {}
-            for file in sorted(self._of(round).glob("worker-*")):
-                if match := _FILE.fullmatch(file.name):
-                    sets.setdefault(int(match[2]), {})[int(match[1])] = file
+            names: list[str] = []
+            with suppress(FileNotFoundError):  # another worker has just removed it
+                names = sorted(os.listdir(self._of(round)))
+            for name in names:
+                if match := _FILE.fullmatch(name):
+                    sets.setdefault(int(match[2]), {})[int(match[1])] = self._of(round) / name
             found += [Snapshot(round, workers, files) for workers, files in sorted(sets.items(), reverse=True)]
         return found
 
@@ -99,16 +107,30 @@ class SnapshotFolder:
             return [int(number) for number in json.loads((self.path / _AGENTS).read_text())]
         return []
 
+    def make(self) -> None:
+        """Make the folder, if it is not there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
     def set_agents(self, agents: Iterable[int]) -> None:
         """Say whose workers may go on from here by themselves."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
+
+    def _newest_whole(self) -> int | None:
+        """The newest round with a file of each worker that has any here; each host may have a folder of its own."""
+        snapshots = self.newest_first()
+        writers = {(snapshot.workers, worker) for snapshot in snapshots for worker in snapshot.files}
+        for snapshot in snapshots:
+            if all(worker in snapshot.files for workers, worker in writers if workers == snapshot.workers):
+                return snapshot.round
+        return None
 
     def _rounds(self) -> list[int]:
         """The rounds that have snapshots, newest first."""
-        if not self.path.is_dir():
-            return []
-        found = (_ROUND.fullmatch(entry.name) for entry in self.path.iterdir())
+        names: list[str] = []
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            names = os.listdir(self.path)
+        found = (_ROUND.fullmatch(name) for name in names)
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def _of(self, round: int) -> Path:

@@ -13,37 +13,54 @@ takes the place of the one before. Whoever is killed on the way leaves the check
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import TorchCheckpointIO
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
-from typing_extensions import override
 
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten
-from resist_lightning.files import explain, read_sealed, write_file, write_sealed
-from resist_lightning.resumption import STATE_VERSION
+from resist_lightning.files import read_sealed, write_sealed
 from resist_lightning.verbs import Collective
 
 CHECKPOINT_KEY = "resist_lightning"
 """Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""
 
-_NO_NUMBER = 5  # EIO, for an error of the file system that has no number
+_NOTHING, _DISK, _OTHER = range(3)  # kinds of failures
 
 
-class AtomicIO(TorchCheckpointIO):
-    """Lightning's, but a local file is replaced in one go; Lightning's own may copy it from another disk."""
+def local_path(path: _PATH) -> Path | None:
+    """The local path that ``path``, which may be a ``file://`` URL, stands for; None for another file system's."""
+    system = get_filesystem(path)
+    return Path(system._strip_protocol(str(path))) if isinstance(system, LocalFileSystem) else None
 
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        if storage_options is None and _is_local(path):
-            write_file(checkpoint, Path(path))
-        else:
-            super().save_checkpoint(checkpoint, path, storage_options)
+
+def exists(path: _PATH) -> bool:
+    """Whether there is such a file, on whatever file system."""
+    return bool(get_filesystem(path).exists(str(path)))
+
+
+def agree_on_path(path: _PATH, collective: Collective) -> str:
+    """Worker 0's path of a checkpoint, where the workers may name it differently.
+
+    A metric that is not reduced over the workers, a clock or a rank in the name make names differ.
+
+    Collective: every worker must call this, in the same order.
+    """
+    local = local_path(path)
+    mine = str(path if local is None else local)
+    theirs = [text.decode() for text in collective.gather_bytes(mine.encode())]
+    if len(set(theirs)) > 1:
+        rank_zero_warn(
+            f"the workers name this checkpoint differently ({', '.join(sorted(set(theirs)))}): all files go to worker "
+            f"0's, {theirs[0]}. Name it alike, e.g. by a metric that is logged with sync_dist=True."
+        )
+    return theirs[0]
 
 
 def save_together(
@@ -58,48 +75,70 @@ def save_together(
     Args:
         checkpoint: what ``write`` will write; gets the names of the workers' files.
         own: what this worker alone has, or None on all workers to write the model only.
-        path: of the model's file.
+        path: of the model's file, the same on all workers.
         write: writes the model's file; called on worker 0.
         collective: the workers.
 
     Raises:
-        CheckpointNotWritten: on all workers, if one could not write; the checkpoint before it stays as it was.
+        CheckpointNotWritten: on all workers, if the disk of one refused; the checkpoint before it stays as it was.
+        Exception: on a worker on which anything else went wrong, its own one; on the others a RuntimeError that has it.
     """
-    folder, mine = _folder(path), None
-    if own is not None and not _is_local(path):
-        own = None
+    local, mine = local_path(path), None
+    folder = folder_of(local) if local is not None else None
+    if own is not None and folder is None:
         rank_zero_warn(
             f"{path} is no local path: the checkpoint carries the full model only, not what each worker has."
         )
-    if own is not None:
-        stem, number, error = _stem(checkpoint, collective), 0, 0
+    if own is not None and folder is not None:
+        number, failure = 0, None
         there = {file.name for file in folder.glob("*.pt")}
         try:
-            mine = write_sealed(own, folder, stem)
+            mine = write_sealed(own, folder, _stem(checkpoint, collective))
             number = int(_seal(mine), 16)
             mine = None if mine.name in there else mine  # of the checkpoint before, which stays if this one fails
-        except OSError as failure:
-            error = failure.errno or _NO_NUMBER
-        rows = collective.gather_numbers([error, number])
-        _raise_together([int(row[0]) for row in rows], folder, mine)
+        except Exception as error:  # noqa: BLE001 - the others wait
+            failure = error
+        numbers = _share(number, failure, str(folder), _New(folder, mine), collective)
         checkpoint[CHECKPOINT_KEY]["files"] = [
-            f"{_stem(checkpoint, collective, worker)}.{int(row[1]):08x}.pt" for worker, row in enumerate(rows)
+            f"{_stem(checkpoint, collective, worker)}.{number:08x}.pt" for worker, number in enumerate(numbers)
         ]
-    error = 0
+    failure = None
     if collective.worker == 0:
         try:
             write()
-        except OSError as failure:
-            error = failure.errno or _NO_NUMBER
-    errors = [int(row[0]) for row in collective.gather_numbers([error])]
-    _raise_together(errors, Path(path), mine)
-    _remove_files(folder, collective.worker, keep=checkpoint.get(CHECKPOINT_KEY, {}).get("files", []))
+        except Exception as error:  # noqa: BLE001 - the others wait
+            failure = error
+    _share(0, failure, str(path), _New(folder, mine), collective)
+    if local is not None and collective.worker > 0 and not local.exists():  # on a disk of its own; else worker 0 does
+        remove_files(local, files_named_in(checkpoint), collective.worker)
 
 
 def remove(path: _PATH, worker: int) -> None:
-    """Remove what a worker has written beside a checkpoint."""
-    if _is_local(path):
-        _remove_files(_folder(path), worker, keep=[])
+    """Remove what the workers have written beside a checkpoint, whose own file worker 0 removes."""
+    local = local_path(path)
+    if local is not None and worker == 0:
+        remove_files(local)
+    elif local is not None and not local.exists():  # on a disk of its own; else worker 0 removes all
+        remove_files(local, worker=worker)
+
+
+def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = None) -> None:
+    """Remove the files of all workers, or of one, beside the checkpoint ``path``, but for those to ``keep``."""
+    folder = folder_of(path)
+    names: list[str] = []
+    with suppress(FileNotFoundError):  # not there, or another worker has just removed it
+        names = os.listdir(folder)
+    for name in names:
+        if name.endswith((".pt", ".part")) and name not in keep and (worker is None or f"-{worker}-of-" in name):
+            (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else is still there
+        folder.rmdir()
+
+
+def files_named_in(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the workers' files that belong to a checkpoint: names only, whatever folder they may speak of."""
+    state = checkpoint.get(CHECKPOINT_KEY, {})
+    return [Path(name).name for name in state.get("files", [])]
 
 
 def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] | None:
@@ -113,10 +152,10 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
     Raises:
         CheckpointError: if the file is damaged.
     """
-    files = state.get("files", [])
-    if worker >= len(files):
+    files, local = files_named_in({CHECKPOINT_KEY: state}), local_path(path)
+    if worker >= len(files) or local is None:
         return None
-    for folder in (_folder(path), _folder(os.path.realpath(path))):
+    for folder in (folder_of(local), folder_of(Path(os.path.realpath(local)))):
         file = folder / files[worker]
         if file.exists():
             try:
@@ -130,64 +169,56 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
     return None
 
 
-def load_checkpoint(load: Callable[[], Any], path: _PATH) -> dict[str, Any]:
-    """Load the model's file.
+def folder_of(path: Path) -> Path:
+    """The folder of the workers' files that belong to the checkpoint ``path``."""
+    return Path(f"{path}.workers")
+
+
+@dataclass(frozen=True)
+class _New:
+    """What a save has made so far: this worker's file, unless it was there, in the folder of the workers' files."""
+
+    folder: Path | None
+    file: Path | None
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+        with suppress(OSError):  # other files are there
+            if self.folder is not None:
+                self.folder.rmdir()
+
+
+def _share(number: int, failure: Exception | None, path: str, new: _New, collective: Collective) -> list[int]:
+    """Each worker's number, if nothing failed. Collective: every worker must call this, in the same order.
 
     Raises:
-        FileNotFoundError: if there is none.
-        CheckpointError: if it is no checkpoint of Lightning, is damaged, or was written by a newer version.
+        CheckpointNotWritten: on all workers, if a disk refused; what is new is removed.
+        Exception: as :func:`save_together`.
     """
-    try:
-        checkpoint = load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        if not _is_local(path):
-            raise
-        raise CheckpointError(explain(Path(path), error)) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        what = "a bare state_dict" if _is_state_dict(checkpoint) else f"a {type(checkpoint).__name__}"
-        raise CheckpointError(
-            f"{path} holds {what} and no checkpoint of Lightning. Load weights by `module.load_state_dict(torch.load("
-            f"path))` before `fit`; `ckpt_path` needs a file that the Trainer has written."
-        )
-    version = checkpoint.get(CHECKPOINT_KEY, {}).get("version", 0)
-    if version > STATE_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer resist-lightning (format {version}; this one reads up to {STATE_VERSION}). "
-            f"Update the package, or remove the key {CHECKPOINT_KEY!r} to use the weights alone."
-        )
-    return checkpoint
+    kind = _NOTHING if failure is None else _DISK if isinstance(failure, OSError) else _OTHER
+    rows = collective.gather_numbers([kind, number])
+    kinds = [int(row[0]) for row in rows]
+    if not any(kinds):
+        return [int(row[1]) for row in rows]
+    texts = [text.decode() for text in collective.gather_bytes(_in_words(failure).encode())]
+    new.remove()
+    said = "; ".join(f"worker {worker}: {text}" for worker, text in enumerate(texts) if kinds[worker])
+    if _OTHER not in kinds:
+        raise CheckpointNotWritten(
+            f"{path} could not be written ({said}). What stood there before is unchanged. Make room, or choose another "
+            "folder; with on_save_error='warn' the training goes on without it."
+        ) from failure
+    if failure is not None:
+        raise failure
+    raise RuntimeError(f"{path} could not be written ({said}).")
 
 
-def _raise_together(errors: list[int], path: Path, mine: Path | None) -> None:
-    failed = [worker for worker, error in enumerate(errors) if error]
-    if not failed:
-        return
-    if mine is not None:
-        mine.unlink(missing_ok=True)
-        with suppress(OSError):
-            mine.parent.rmdir()
-    said = "; ".join(f"worker {worker}: {os.strerror(errors[worker])}" for worker in failed)
-    raise CheckpointNotWritten(
-        f"{path} could not be written ({said}). What stood there before is unchanged. Make room, or choose another "
-        "folder; with on_save_error='warn' the training goes on without it."
-    )
-
-
-def _remove_files(folder: Path, worker: int, keep: list[str]) -> None:
-    names: list[str] = []
-    with suppress(FileNotFoundError):  # not there, or another worker has just removed it
-        names = os.listdir(folder)
-    for name in names:
-        if name.endswith((".pt", ".part")) and name not in keep and (worker == 0 or f"-{worker}-of-" in name):
-            (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # another worker's are still there
-        folder.rmdir()
-
-
-def _folder(path: _PATH) -> Path:
-    return Path(f"{path}.workers")
+def _in_words(failure: Exception | None) -> str:
+    if isinstance(failure, OSError):
+        return failure.strerror or f"{type(failure).__name__}: {failure}"
+    return f"{type(failure).__name__}: {failure}"[:1000]
 
 
 def _stem(checkpoint: dict[str, Any], collective: Collective, worker: int | None = None) -> str:
@@ -198,11 +229,3 @@ def _stem(checkpoint: dict[str, Any], collective: Collective, worker: int | None
 
 def _seal(path: Path) -> str:
     return path.name.split(".")[-2]
-
-
-def _is_local(path: _PATH) -> bool:
-    return "file" in get_filesystem(path).protocol
-
-
-def _is_state_dict(found: object) -> bool:
-    return isinstance(found, dict) and bool(found) and all(hasattr(value, "shape") for value in found.values())

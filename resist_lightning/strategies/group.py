@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -14,7 +16,7 @@ from resist_lightning.activity import Activity
 from resist_lightning.collective import destroy_group, gather_tensor, group_exists, join_group
 from resist_lightning.engine import Engine
 from resist_lightning.presence import present_to_cpu
-from resist_lightning.strategies.checkpoints import AtomicIO
+from resist_lightning.strategies.checkpoint_io import AtomicIO
 from resist_lightning.strategies.guard import Guard
 from resist_lightning.strategies.launch import Launch
 from resist_lightning.strategies.signals import Signals
@@ -32,12 +34,24 @@ class GroupStrategy(DDPStrategy):
             process_group_backend=launch.process_group_backend,
             timeout=launch.timeout,
             start_method=launch.start_method,
-            checkpoint_io=AtomicIO(),
         )
         self.engine: Engine | None = None
         self.guard = Guard(launch.silence)
         self.signals: Signals | None = None
         self._owns_group = False
+
+    @property  # type: ignore[explicit-override] # which mypy does not see here
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads the model's file: the plugin of the Trainer, or else :class:`AtomicIO`."""
+        if self._checkpoint_io is None:  # not given to Lightning's constructor, which would take it for the user's
+            self._checkpoint_io = AtomicIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicIO()  # has an effect only where it wraps nothing yet
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     @override
     def _get_process_group_backend(self) -> str:

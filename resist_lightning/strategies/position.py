@@ -12,7 +12,8 @@ thrown away (a loader with ``state_dict`` is set instead), and the random state 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,6 +67,18 @@ class Position:
             "before_fetch": self._kept(first),
             "loaders": self._loaders if first + 1 == progress.ready else self._loader_states(),
         }
+
+    @contextmanager
+    def before_the_fetch(self) -> Iterator[None]:
+        """Inside, Lightning's progress is as if the batch that has been fetched last were still to be fetched."""
+        progress = self._epoch_loop.batch_progress
+        progress.current.ready -= 1
+        progress.total.ready -= 1
+        try:
+            yield
+        finally:
+            progress.current.ready += 1
+            progress.total.ready += 1
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; call it when the loaders are made, before the first epoch begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from resist_lightning.collective import groups_joined
 from resist_lightning.config import check_choice, check_integer
-from resist_lightning.errors import CheckpointError
+from resist_lightning.engine import Engine
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten
 from resist_lightning.files import read_sealed
 from resist_lightning.snapshots import Snapshot, SnapshotFolder, needed, usable
+from resist_lightning.strategies.checkpoints import local_path
 from resist_lightning.torchrun import REMEDY, agent, shares_store, started_by_torchrun
 from resist_lightning.verbs import Collective
 
@@ -43,12 +46,22 @@ class Saving:
         """Check every value."""
         check_choice("on_save_error", self.on_save_error, get_args(SaveErrors))
         check_choice("on_worker_loss", self.on_worker_loss, get_args(WorkerLoss))
+        if self.snapshots is not None and self.snapshot_folder is None:
+            raise ValueError(
+                f"snapshots={str(self.snapshots)!r} must be a folder with a local path, or a file:// URL: workers "
+                "replace files in it in one go, which other file systems cannot do. Mount it, and name its path."
+            )
         check_integer("snapshot_every_n_rounds", self.snapshot_every_n_rounds, 1, "1 writes one before each round")
         if self.on_worker_loss == "shrink" and self.snapshots is None:
             raise ValueError(
                 "on_worker_loss='shrink' takes the blocks of a lost worker from a snapshot: name a folder that all "
                 "workers can read, snapshots=FOLDER."
             )
+
+    @property
+    def snapshot_folder(self) -> Path | None:
+        """The folder of snapshots as a local path."""
+        return local_path(str(self.snapshots)) if self.snapshots is not None else None
 
     def check_launch(self) -> None:
         """Check, before any process is started, that a lost worker can be done without.
@@ -79,9 +92,10 @@ class Restarts:
         collective: the workers.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], saving: Saving, collective: Collective) -> None:
-        self.folder = SnapshotFolder(Path(folder))
+    def __init__(self, folder: Path, saving: Saving, collective: Collective) -> None:
+        self.folder = SnapshotFolder(folder)
         self.chosen: Snapshot | None = None
+        self._failing = False  # the newest snapshot could not be written
         self._saving = saving
         self._collective = collective
 
@@ -101,7 +115,7 @@ class Restarts:
         if all(row[1] for row in rows) or max(row[2] for row in rows) > 1:
             return True
         rank_zero_info("Started again by torchrun, before all workers had written a snapshot: the run begins anew.")
-        self.folder.remove()
+        self.end()
         return False
 
     def choose(self) -> dict[str, Any]:
@@ -158,6 +172,8 @@ class Restarts:
 
         Raises:
             ValueError: if the folder has snapshots of a run that this one does not go on with.
+            CheckpointNotWritten: on all workers, if it cannot be written to and the settings say
+                ``on_save_error="raise"``.
         """
         if self.chosen is None and any(number for (number,) in self._gather(len(self.folder.newest_first()))):
             raise ValueError(
@@ -166,24 +182,28 @@ class Restarts:
                 "or name another one."
             )
         agents = [int(number) for (number,) in self._gather(agent(groups_joined()))]
-        if self.chosen is not None:  # each host may have a folder of its own
-            self.folder.forget_later(self.chosen.round)
-        if self._collective.worker == 0:
-            self.folder.set_agents({number for number in agents if number})
-        self._gather(0)  # nobody writes a snapshot before this is done
+        failure = self._take_over({number for number in agents if number})
+        # Nobody writes a snapshot before this is done.
+        numbers = [int(number) for (number,) in self._gather((failure.errno or -1) if failure is not None else 0)]
+        failed = [f"worker {worker}: {_in_words(number)}" for worker, number in enumerate(numbers) if number]
+        if failed and (self._saving.on_save_error == "raise" or self._collective.worker == 0):
+            self._not_written(f"snapshots={str(self.folder.path)!r} cannot be written ({'; '.join(failed)}).", failure)
 
     def write(self, state: dict[str, Any], round: int) -> None:
         """Write this worker's file of a round. Sends nothing.
 
         Raises:
-            OSError: if it cannot be written and the settings say ``on_save_error="raise"``.
+            CheckpointNotWritten: if it cannot be written and the settings say ``on_save_error="raise"``.
         """
         try:
             self.folder.write(state, round, self._collective.worker, self._collective.workers)
         except OSError as error:
-            if self._saving.on_save_error == "raise":
-                raise
-            rank_zero_warn(f"no snapshot of round {round}: {error}. The training goes on.")
+            said, self._failing = self._failing, True
+            if not said:  # a full disk is not told of in every round
+                worker = self._collective.worker
+                self._not_written(f"worker {worker} could not write the snapshot of round {round}: {error}.", error)
+        else:
+            self._failing = False
 
     def due(self, round: int) -> bool:
         """Whether a snapshot is written where ``round`` begins."""
@@ -191,7 +211,10 @@ class Restarts:
 
     def end(self) -> None:
         """The run has come to its end: nobody will go on from its snapshots."""
-        self.folder.remove()
+        try:
+            self.folder.remove()
+        except OSError as error:
+            rank_zero_warn(f"the snapshots in {self.folder.path} could not be removed ({error}). Remove the folder.")
 
     def describe(self) -> str:
         """What the run goes on from, in words."""
@@ -213,5 +236,62 @@ class Restarts:
             )
         rank_zero_info(f"Started again by torchrun: going on from {self.describe()}.")
 
+    def _take_over(self, agents: set[int]) -> OSError | None:
+        """Make the folder this run's, and say what the disk refused."""
+        try:
+            if self.chosen is not None:  # each host may have a folder of its own
+                self.folder.forget_later(self.chosen.round)
+            if self._collective.worker == 0:
+                self.folder.set_agents(agents)
+            else:
+                self.folder.make()
+        except OSError as error:
+            return error
+        return None
+
+    def _not_written(self, text: str, failure: OSError | None) -> None:
+        """The training goes on without snapshots if the settings say so; those that are there stay."""
+        if self._saving.on_save_error == "raise":
+            raise CheckpointNotWritten(
+                f"{text} Make room, or name another folder; with on_save_error='warn' the training goes on without it."
+            ) from failure
+        warnings.warn(f"{text} The training goes on without it.", stacklevel=2)
+
     def _gather(self, number: float) -> list[list[float]]:
         return self._collective.gather_numbers([number])
+
+
+def say_how_it_goes_on(name: str, source: str, engine: Engine, *, same: bool, exact: bool, files: bool) -> None:
+    """Tell the user how much of a checkpoint the training goes on with.
+
+    Args:
+        name: of the strategy.
+        source: the checkpoint.
+        engine: where it goes on.
+        same: whether the workers and settings are those of the checkpoint.
+        exact: whether every worker has its own state.
+        files: whether the checkpoint speaks of files of the workers.
+    """
+    workers, where = engine.collective.workers, f"round {engine.clock.round} after {engine.clock.step} local steps"
+    if exact:
+        rank_zero_info(f"{name}: goes on exactly where the checkpoint was written, in {where}.")
+    elif not same:
+        rank_zero_info(
+            f"{name}: {source} was written with other workers or settings. The {workers} worker(s) here go on from its "
+            f"full model, with a new partition, in {where}."
+        )
+    elif not files:
+        rank_zero_info(
+            f"{name}: {source} has the full model only, as after the end of a training. The training goes on from it "
+            f"in {where}."
+        )
+    else:
+        rank_zero_warn(
+            f"{name}: the workers' own files beside {source} are not all there. The training goes on from the full "
+            f"model in {where}; optimizer state, random numbers and the place in the data begin anew. Keep the folder "
+            "`.workers` with its checkpoint to go on exactly."
+        )
+
+
+def _in_words(number: int) -> str:
+    return os.strerror(number) if number > 0 else "an error without a number"

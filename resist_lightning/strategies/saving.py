@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,32 @@ from typing import Any
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from resist_lightning.collective import default_collective
+from resist_lightning.collective import default_collective, group_exists
 from resist_lightning.engine import Engine
 from resist_lightning.errors import CheckpointNotWritten
-from resist_lightning.files import refused
+from resist_lightning.files import check_loadable
 from resist_lightning.full_model import put_on
-from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY, load_checkpoint, read_own, remove, save_together
+from resist_lightning.strategies.checkpoint_callbacks import CheckpointCallbacks, say_not_written
+from resist_lightning.strategies.checkpoint_io import forgive_thread, load_checkpoint, snapshots_at, write_model
+from resist_lightning.strategies.checkpoints import (
+    CHECKPOINT_KEY,
+    agree_on_path,
+    exists,
+    read_own,
+    remove,
+    save_together,
+)
 from resist_lightning.strategies.group import GroupStrategy
 from resist_lightning.strategies.launch import Launch
 from resist_lightning.strategies.lightning_patches import resume_from
 from resist_lightning.strategies.position import Position
-from resist_lightning.strategies.restarts import Restarts, Saving
+from resist_lightning.strategies.restarts import Restarts, Saving, say_how_it_goes_on
+from resist_lightning.verbs import SoloCollective
 
 
 class SavingStrategy(GroupStrategy):
@@ -38,14 +49,16 @@ class SavingStrategy(GroupStrategy):
         self._source: Restarts | None = None  # whence the run goes on
         self._restarted = self._dumping = False
         self._checked = False  # whether what Lightning and its loaders add can be loaded again
-        self._position: Position | None = None
         self._unwritten = False  # the newest checkpoint, which could not be written
+        self._position: Position | None = None
         self._loaded_from: _PATH = ""
         self._resume_state: dict[str, Any] = {}
         self._resume_for: nn.Module | None = None
         self.last_written = ""  # the checkpoint that a run could go on from; callbacks name theirs before it is there
         self._saved: dict[str, Any] = {}
         self._own: dict[str, Any] | None = None
+        self._written_as: dict[str, str] = {}  # worker 0's names of checkpoints that this worker named differently
+        self._callbacks: CheckpointCallbacks | None = None
         self._snapshot: dict[str, Any] | None = None
 
     @property
@@ -59,12 +72,14 @@ class SavingStrategy(GroupStrategy):
         """Called in each worker when it starts. After a restart by torchrun the run goes on from its snapshots."""
         super().setup_environment()
         trainer, self._restarts = self._trainer(), None
-        if self._saving.snapshots is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._restarts = Restarts(self._saving.snapshots, self._saving, default_collective())
-        self._restarted = self._restarts.restarted()
-        if self._restarted:
-            resume_from(trainer, str(self._saving.snapshots))
+        self._callbacks = CheckpointCallbacks(trainer)
+        if (folder := self._saving.snapshot_folder) is not None:
+            self._restarts = Restarts(folder, self._saving, default_collective())
+            self._restarted = self._restarts.restarted()
+            if self._restarted:
+                resume_from(trainer, str(folder))
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -90,34 +105,42 @@ class SavingStrategy(GroupStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write a checkpoint that is a model; what only this package needs stands under a key of its own."""
+        """Write a checkpoint that is a model; what only this package needs stands under a key of its own.
+
+        Collective: every worker must call this, as Trainer.save_checkpoint does; its files go where worker 0 says.
+        """
+        own, saved = self._own, self._saved
+        self._own, self._saved = None, {}
         if self.engine is not None and self.engine.running and self.interrupted:
-            rank_zero_warn(f"{filepath} is not written: after an error no worker can assemble the full model.")
+            refused = f"{filepath} is not written: after an error no worker can assemble the full model."
+            say_not_written(refused, self._callbacks)
             return
-        own, self._own = self._own, None
+        collective = default_collective() if group_exists() and not self.interrupted else SoloCollective()
+        if not self.is_global_zero and collective.workers == 1:
+            return  # the workers have parted, or one has failed before the training: worker 0 alone writes the model
         if "optimizer_states" not in checkpoint:
             own = None  # weights only
-        if self._saved:
-            checkpoint[CHECKPOINT_KEY], self._saved = {**self._saved}, {}
-        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
-        activity = self.engine.activity if own is not None and self.engine is not None else None
-        doing = activity.what if activity is not None else None
+        if saved:
+            checkpoint[CHECKPOINT_KEY] = saved
         if own is not None and not self._checked:
-            _check_loadable(own["host"])
-        try:
-            if activity is not None:
-                activity.begin("saving")
-            save_together(checkpoint, own, filepath, write, default_collective())
-        except CheckpointNotWritten as error:
-            if self._saving.on_save_error == "raise":
-                raise
-            rank_zero_warn(f"{error} The training goes on.")
-            self._unwritten = True
-        else:
-            self._unwritten = False
-            self.last_written = str(filepath) if own is not None else self.last_written
-        if activity is not None and doing is not None:
-            activity.begin(doing)
+            check_loadable(own["host"])
+        path = agree_on_path(filepath, collective)
+        self._written_as[str(filepath)] = path
+        save = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
+        write = partial(write_model, save, checkpoint, path, self.checkpoint_io, self._saving.on_save_error == "warn")
+        failure = None
+        with self.engine.activity.during("saving") if self.engine is not None and own is not None else nullcontext():
+            try:
+                save_together(checkpoint, own, path, write, collective)
+            except CheckpointNotWritten as error:
+                if self._saving.on_save_error == "raise":
+                    raise
+                failure = error
+        self._unwritten = failure is not None
+        if failure is not None:
+            say_not_written(f"{failure} The training goes on.", self._callbacks)
+        elif own is not None:
+            self.last_written = path
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -126,16 +149,20 @@ class SavingStrategy(GroupStrategy):
             rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
             return
         super().remove_checkpoint(filepath)
-        remove(filepath, self.global_rank)
+        remove(self._written_as.pop(str(filepath), filepath), self.global_rank)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Called by Lightning to resume, or to evaluate a checkpoint."""
-        self._loaded_from, self._snapshot, self._source = checkpoint_path, None, None
-        if Path(checkpoint_path).is_dir() and self._trainer().state.fn == TrainerFn.FITTING:
-            return self._load_snapshot(checkpoint_path)
+        path = (
+            checkpoint_path if exists(checkpoint_path) else self._written_as.get(str(checkpoint_path), checkpoint_path)
+        )
+        self._loaded_from, self._snapshot, self._source = path, None, None
+        folder = snapshots_at(path, self.checkpoint_io)
+        if folder is not None and self._trainer().state.fn == TrainerFn.FITTING:
+            return self._load_snapshot(folder)
         options = {} if weights_only is None else {"weights_only": weights_only}  # unknown to Lightning 2.5
-        return load_checkpoint(partial(super().load_checkpoint, checkpoint_path, **options), checkpoint_path)
+        return load_checkpoint(partial(super().load_checkpoint, path, **options), path, self.checkpoint_io)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -161,6 +188,16 @@ class SavingStrategy(GroupStrategy):
         if self.lightning_module is not None:
             put_on(self.lightning_module, state)
 
+    @override
+    def teardown(self) -> None:
+        """Called at the end, after an error too: callbacks are the user's again."""
+        if self._callbacks is not None:
+            self._callbacks.remove()
+            self._callbacks = None
+        if self._saving.on_save_error == "warn":
+            forgive_thread(self.checkpoint_io, wait=True)
+        super().teardown()
+
     def _go_on(self, engine: Engine) -> None:
         """Start the engine, with what was loaded. Collective: every worker must call this."""
         snapshot, self._snapshot = self._snapshot, None
@@ -177,7 +214,8 @@ class SavingStrategy(GroupStrategy):
         if own is not None and exact:
             self._restore_host(own["host"])
         if self.resume_state:
-            self._say_how_it_goes_on(engine, same, exact)
+            source, files = str(self._loaded_from or "the training before"), "files" in self.resume_state
+            say_how_it_goes_on(type(self).__name__, source, engine, same=same, exact=exact, files=files)
 
     def _prepare(self, engine: Engine) -> None:
         """Called before the engine starts, with what it goes on from. Collective: every worker must call this."""
@@ -210,9 +248,9 @@ class SavingStrategy(GroupStrategy):
             parameters[name].grad = gradient.to(parameters[name].device)
         self._position.restore(state["position"])
 
-    def _load_snapshot(self, path: _PATH) -> dict[str, Any]:
+    def _load_snapshot(self, path: Path) -> dict[str, Any]:
         """What Lightning keeps in checkpoints, from a folder of snapshots. Collective: every worker must call this."""
-        own_folder = self._restarts is not None and self._restarts.folder.path.resolve() == Path(path).resolve()
+        own_folder = self._restarts is not None and self._restarts.folder.path.resolve() == path.resolve()
         self._source = self._restarts if own_folder else Restarts(path, self._saving, default_collective())
         assert self._source is not None
         self._snapshot = self._source.choose()
@@ -231,45 +269,20 @@ class SavingStrategy(GroupStrategy):
             "lightning": self._dump_lightning(),
         }
         if not self._checked:
-            _check_loadable({**state["lightning"], **state["own"]["host"]})
+            check_loadable({**state["lightning"], **state["own"]["host"]})
             self._checked = True
         self._restarts.write(state, engine.clock.round)
 
     def _dump_lightning(self) -> dict[str, Any]:
         """What Lightning keeps in checkpoints beside the model, as if the fetched batch were still to be fetched."""
-        progress = self._trainer().fit_loop.epoch_loop.batch_progress
+        assert self._position is not None
         self._dumping = True
-        progress.current.ready -= 1
-        progress.total.ready -= 1
         try:
-            dumped = self._trainer()._checkpoint_connector.dump_checkpoint(weights_only=False)
+            with self._position.before_the_fetch():
+                dumped = self._trainer()._checkpoint_connector.dump_checkpoint(weights_only=False)
         finally:
-            progress.current.ready += 1
-            progress.total.ready += 1
             self._dumping = False
         return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
-
-    def _say_how_it_goes_on(self, engine: Engine, same: bool, exact: bool) -> None:
-        clock, source = engine.clock, self._loaded_from or "the training before"
-        where = f"round {clock.round} after {clock.step} local steps"
-        if exact:
-            rank_zero_info(f"{type(self).__name__}: goes on exactly where the checkpoint was written, in {where}.")
-        elif not same:
-            rank_zero_info(
-                f"{type(self).__name__}: {source} was written with other workers or settings. The "
-                f"{self.world_size} worker(s) here go on from its full model, with a new partition, in {where}."
-            )
-        elif "files" not in self.resume_state:
-            rank_zero_info(
-                f"{type(self).__name__}: {source} has the full model only, as after the end of a training. "
-                f"The training goes on from it in {where}."
-            )
-        else:
-            rank_zero_warn(
-                f"{type(self).__name__}: the workers' own files beside {source} are not all there. The "
-                f"training goes on from the full model in {where}; optimizer state, random numbers and the place in "
-                "the data begin anew. Keep the folder `.workers` with its checkpoint to go on exactly."
-            )
 
     def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
         self._saved = engine.checkpoint_state()
@@ -278,14 +291,3 @@ class SavingStrategy(GroupStrategy):
         return {
             key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
         }
-
-
-def _check_loadable(parts: Mapping[str, Any]) -> None:
-    """Find out when the first file is written, not when a run should go on from it, that it cannot be loaded."""
-    names = refused(parts)
-    if names:
-        raise ValueError(
-            f"what a run goes on from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
-            "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
-            "`on_save_checkpoint`."
-        )

@@ -21,6 +21,7 @@ from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.full_model import bare
 from resist_lightning.methods import make_layout
+from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
@@ -75,6 +76,7 @@ class SubnetStrategy(SavingStrategy):
 
     def check_before_launch(self, trainer: pl.Trainer) -> None:
         """Called by the launcher, before any process starts: raise for what cannot work."""
+        resolve_file_urls(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_callbacks(trainer)

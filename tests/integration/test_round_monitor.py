@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 
 from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
 from resist_lightning.partition import draw_partition
-from tests.helpers.plain import Classifier, stream
+from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers
 
 STEPS = 8  # two rounds of three steps, and two steps
@@ -104,7 +105,7 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert float(row["sync/round"]) == 2
     assert 0 < float(row["sync/share_of_time"]) < 1
     assert float(row["sync/sent_MB_per_round"]) == pytest.approx((2 * SHARED_BYTES + moved[0]) / 2 / 1e6)
-    assert int(row["step"]) == 7
+    assert int(row["step"]) == 6  # as Lightning counts: batches before this one
 
 
 def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
@@ -164,3 +165,92 @@ def test_after_a_resume_all_bytes_are_of_the_same_steps(tmp_path: Path) -> None:
     assert summary["sent_bytes"]["shared"] == [SYNCS * SHARED_BYTES] * 2
     assert summary["local_sgd_bytes"] == SYNCS * held_bytes(FULL)
     assert summary["ddp_bytes"] == 9 * GRADIENT_BYTES
+
+
+# Loggers.
+
+
+class Listening(Logger):
+    """Notes the steps in the order in which they are logged."""
+
+    name, version = "listening", 0
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.steps.append(step)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """There are none."""
+
+
+class TwoOptimizers(Classifier):
+    """Steps twice a batch, so that global_step is twice as fast as the steps of loggers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, *rest = self.parameters()
+        return [torch.optim.SGD([first], 0.01), torch.optim.SGD(rest, 0.01)]
+
+
+def logs_in_order(worker: int, folder: str) -> list[list[int]]:
+    listening = [Listening(), Listening()]
+    path = None
+    for epochs in (1, 2):  # the second one is resumed
+        trainer = make_trainer(
+            make_strategy(), max_epochs=epochs, logger=listening, callbacks=[RoundMonitor()], log_every_n_steps=1,
+            val_check_interval=4, default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(TwoOptimizers(), stream(worker, STEPS), held_out(worker), ckpt_path=path)
+        path = f"{folder}/{epochs}.ckpt"
+        trainer.save_checkpoint(path)
+    return [logger.steps for logger in listening]
+
+
+def test_the_steps_of_all_that_is_logged_never_go_back(tmp_path: Path) -> None:
+    for steps in run_trainers(logs_in_order, 1, str(tmp_path))[0]:
+        assert steps == sorted(steps)
+        assert len(steps) > 2 * STEPS
+        assert steps[-1] == 2 * STEPS - 1
+
+
+def summary_without_drawing(worker: int, folder: str) -> list[Any]:
+    monitor = RoundMonitor()
+    module = Classifier("chain")
+    trainer = fit(worker, module, STEPS, make_strategy("ist"), callbacks=[monitor], default_root_dir=folder)
+    engine = trainer.strategy.engine
+    expected = [engine.layout.held(round) for round in range(3)]
+    if worker:
+        return []  # worker 0 writes the summary
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.layout, "held", None)
+        return [monitor.summary(trainer.strategy, engine)["partitions"], expected]
+
+
+def test_no_round_is_drawn_again_at_the_end(tmp_path: Path) -> None:
+    found, expected = run_trainers(summary_without_drawing, 2, str(tmp_path))[0]
+    assert found == expected
+
+
+def test_a_summary_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run_trainers(monitored_in_a_file, 1, f"{tmp_path}/file/root")
+
+
+def monitored_in_a_file(worker: int, folder: str) -> None:
+    with pytest.warns(UserWarning, match=r"resist_summary\.json could not be written"):
+        fit(worker, Classifier(), STEPS, make_strategy(), callbacks=[RoundMonitor()], default_root_dir=folder)

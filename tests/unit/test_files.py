@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import os
 import threading
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from resist_lightning.errors import CheckpointError
-from resist_lightning.files import read_file, read_sealed, write_file, write_sealed
+from resist_lightning.files import check_seal, read_file, read_sealed, to_sealed_bytes, write_file, write_sealed
 
 STATE = {"weights": torch.arange(1000.0), "list": [1, "two", None], "nested": {"three": torch.ones(2, 3)}}
 
@@ -35,6 +37,70 @@ def test_one_wrong_bit_anywhere_is_found(position: int, tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="is damaged: its checksum is"):
         read_sealed(path)
+
+
+# The seal of a model's file.
+
+
+def sealed(path: Path) -> bytes:
+    write_file(STATE, path)
+    return path.read_bytes()
+
+
+def is_refused(content: bytes, sealed: bool = True) -> bool:
+    try:
+        check_seal(io.BytesIO(content), "a.ckpt", sealed=sealed)
+        torch.load(io.BytesIO(content), weights_only=True)
+    except Exception:  # noqa: BLE001 - by whomever
+        return True
+    return False
+
+
+def test_a_sealed_file_is_any_torch_file(tmp_path: Path) -> None:
+    content = sealed(tmp_path / "a")
+
+    for options in ({"weights_only": True}, {"weights_only": True, "mmap": True}):
+        assert torch.equal(torch.load(tmp_path / "a", **options)["weights"], STATE["weights"])
+    with zipfile.ZipFile(tmp_path / "a") as archive:
+        assert archive.testzip() is None
+    assert not is_refused(content)
+    assert not is_refused(to_sealed_bytes(STATE))
+
+
+def test_one_wrong_bit_in_any_byte_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+    content = sealed(tmp_path / "a")
+
+    missed = []
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        if not is_refused(bytes(changed)):
+            missed.append(position)
+    assert missed == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30, 31, 32, 53, 60, 1000])
+def test_a_sealed_file_that_is_cut_off_is_found(cut: int, tmp_path: Path) -> None:
+    assert is_refused(sealed(tmp_path / "a")[:-cut])
+    assert is_refused(sealed(tmp_path / "a") + bytes(cut))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_torch_save_without_a_seal_passes(zipped: bool) -> None:
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer, _use_new_zipfile_serialization=zipped)
+
+    assert not is_refused(buffer.getvalue())
+    assert not is_refused(buffer.getvalue() + b"what a user's plugin adds", sealed=False)
+
+
+def test_a_disk_that_refuses_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/\.a\.part'"):
+        write_file(STATE, tmp_path / "a")
 
 
 class Breaks:

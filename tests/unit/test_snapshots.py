@@ -25,6 +25,19 @@ def test_the_newest_two_rounds_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["round=00000010", "round=00000100"]
 
 
+def test_the_newest_whole_round_is_kept_where_a_worker_cannot_write(tmp_path: Path) -> None:
+    folder = SnapshotFolder(tmp_path)
+    write(folder, 3, 2)
+    for round in (4, 5, 6):
+        folder.write({}, round, 1, 2)  # the disk of worker 0 is full
+
+    assert usable(folder.newest_first(), 0, 2) == [3]
+    assert usable(folder.newest_first(), 1, 2) == [6, 5, 3]
+    write(folder, 7, 2)
+    write(folder, 8, 2)
+    assert [snapshot.round for snapshot in folder.newest_first()] == [8, 7]
+
+
 def test_a_worker_needs_its_own_file_or_after_another_number_of_workers_all(tmp_path: Path) -> None:
     folder = SnapshotFolder(tmp_path)
     write(folder, 3, 3)

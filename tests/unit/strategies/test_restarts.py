@@ -13,6 +13,7 @@ from resist_lightning.strategies.restarts import Saving
         ({"on_save_error": "ignore"}, "on_save_error='ignore' is not known; choose one of 'raise', 'warn'"),
         ({"on_worker_loss": "wait"}, "on_worker_loss='wait' is not known; choose one of 'stop', 'shrink'"),
         ({"snapshot_every_n_rounds": 0}, "snapshot_every_n_rounds=0 must be a whole number of at least 1"),
+        ({"snapshots": "memory://folder"}, "snapshots='memory://folder' must be a folder with a local path"),
         ({"on_worker_loss": "shrink"}, "name a folder that all workers can read, snapshots=FOLDER"),
     ],
 )

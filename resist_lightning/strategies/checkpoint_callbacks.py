@@ -1,0 +1,106 @@
+"""``ModelCheckpoint`` as it must be where workers see different metrics, and a disk may refuse a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from resist_lightning.errors import CheckpointNotWritten
+
+
+class Refused(CheckpointNotWritten):
+    """Tells a callback that its checkpoint was not written; the training goes on."""
+
+
+class CheckpointCallbacks:
+    """Replaces methods of a trainer's ``ModelCheckpoint`` callbacks, and puts them back.
+
+    * ``_monitor_candidates``: file names and the best checkpoints follow worker 0's metrics on all workers. A metric
+      without ``sync_dist`` would give every worker names, and an order, of its own.
+    * ``_save_checkpoint`` and ``on_exception``: a file that was not written is neither announced, nor linked to, nor
+      uploaded.
+
+    Args:
+        trainer: the trainer of this worker, which can talk to the others.
+
+    Attributes:
+        saving: whether such a callback is saving, and must hear of a failure by :class:`Refused`.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.saving = False
+        self._undo: list[tuple[Any, str]] = []
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                self._replace(callback, "_monitor_candidates", self._alike)
+                self._replace(callback, "_save_checkpoint", self._unless_refused)
+                self._replace(callback, "on_exception", self._unannounced)
+
+    def remove(self) -> None:
+        """Put the original methods back."""
+        for callback, name in self._undo:
+            delattr(callback, name)
+        self._undo = []
+
+    def _replace(self, callback: ModelCheckpoint, name: str, wrap: Callable[..., Callable[..., Any]]) -> None:
+        setattr(callback, name, wrap(getattr(callback, name)))
+        self._undo.append((callback, name))
+
+    def _alike(self, candidates: Callable[[pl.Trainer], dict[str, Any]]) -> Callable[[pl.Trainer], dict[str, Any]]:
+        """Collective: every worker asks for its metrics where a checkpoint may be due."""
+
+        def worker_0s(trainer: pl.Trainer) -> dict[str, Any]:
+            found = candidates(trainer)
+            # From the CPU: a tensor would arrive on worker 0's device.
+            mine = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in found.items()}
+            theirs: dict[str, Any] = trainer.strategy.broadcast(mine)
+            return theirs
+
+        return worker_0s
+
+    def _unless_refused(self, save: Callable[..., None]) -> Callable[..., None]:
+        def save_or_warn(*args: Any) -> None:
+            announcing, self.saving = self.saving, True
+            try:
+                save(*args)
+            except Refused as error:
+                if announcing:
+                    raise  # to `on_exception`, which would announce it next
+                rank_zero_warn(str(error))
+            finally:
+                self.saving = announcing
+
+        return save_or_warn
+
+    def _unannounced(self, on_exception: Callable[..., None]) -> Callable[..., None]:
+        def save_or_warn(*args: Any) -> None:
+            self.saving = True
+            try:
+                on_exception(*args)
+            except Refused as error:
+                rank_zero_warn(str(error))
+            finally:
+                self.saving = False
+
+        return save_or_warn
+
+
+def say_not_written(text: str, callbacks: CheckpointCallbacks | None) -> None:
+    """Tell the callback that has asked for a checkpoint, which must not announce it, or else the user."""
+    if callbacks is not None and callbacks.saving:
+        raise Refused(text)
+    rank_zero_warn(text)
+
+
+def resolve_file_urls(trainer: pl.Trainer) -> None:
+    """Undo that Lightning takes the ``file:`` of a ``dirpath="file:///folder"`` for a folder in the current one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            _, found, folder = str(callback.dirpath).partition("/file:/")
+            if found:
+                callback.dirpath = f"/{folder}"
