@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.accounting import WIRE_FORMATS, Sizes
-from resist_lightning.blocks import Block, left_out, select_blocks, summary
+from resist_lightning.blocks import Block, left_out, select_blocks, summary, untrained
 from resist_lightning.config import PAPER_MIN_BLOCKS, Config
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
@@ -30,6 +30,7 @@ class BlockLayout(Layout):
         module: the user's module, complete.
         config: the settings of the run.
         workers: number of workers.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
         BlockSelectionError: if the blocks cannot be chosen as asked.
@@ -37,11 +38,12 @@ class BlockLayout(Layout):
             synchronises batch norm.
     """
 
-    def __init__(self, module: nn.Module, config: Config, workers: int) -> None:
+    def __init__(self, module: nn.Module, config: Config, workers: int, trained: Collection[int] | None = None) -> None:
         super().__init__(module, config, workers)
         self.config: Config = config
         self.wire = config.wire
-        self.blocks = select_blocks(module, config.blocks)
+        self.blocks = select_blocks(module, config.blocks, trained)
+        self._trained = trained
         count = len(self.blocks)
         self.schedule = _make_schedule(config, count, workers)
         self.scale = coverage(self.schedule) if config.test_scale is None else config.test_scale
@@ -182,10 +184,20 @@ class BlockLayout(Layout):
     @override
     def warn(self) -> None:
         """Say what of the settings has less effect than a user may think."""
-        unused = left_out(self.module, self.config.blocks)
+        unused = left_out(self.module, self.config.blocks, self._trained)
         if unused:
             warnings.warn(
-                f"{summary(unused)} match `blocks` but change the shape of their input: shared.", stacklevel=3
+                f"{summary(unused)} match `blocks` but stay shared: they seem to change the shape of their input, are "
+                "single layers or chains of layers, or are of a network that does not train.",
+                stacklevel=3,
+            )
+        still = untrained(self.module, self.blocks, self._trained)
+        if still:
+            warnings.warn(
+                f"nothing trains now in the network of {summary([block.name for block in still])}, and `blocks` deals "
+                "them out all the same: what it computes depends on the worker. If it is a teacher or a moving "
+                "average, leave it out of `blocks`; if it is trained later, all is well.",
+                stacklevel=3,
             )
         if not self.blocks or self.workers == 1:
             return

@@ -13,6 +13,7 @@ from resist_lightning.exchange import Cargo, Kinds
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import SyncPlan, plan_observation, plan_sync
 from resist_lightning.presence import Residency
+from resist_lightning.residual import FirstForward
 from resist_lightning.sync import Sync
 from resist_lightning.timing import Seconds
 from resist_lightning.verbs import Collective
@@ -35,6 +36,18 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             states.check_travel()
         self._device = device
         self._residency = Residency(layout.blocks)
+        self._first_forward = FirstForward([])
+
+    @override
+    def divide(self, round: int) -> None:
+        if self._layout.partial:
+            self._first_forward = FirstForward(self._layout.blocks)
+        super().divide(round)
+
+    @override
+    def end(self) -> None:
+        super().end()
+        self._first_forward.remove()
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:

@@ -71,7 +71,7 @@ class Engine:
         self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.collective = collective or default_collective(self._device)
         with bare(module):
-            self.layout = make_layout(module, config, self.collective.workers)
+            self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)

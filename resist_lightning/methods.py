@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from resist_lightning.auxnet.layout import StageLayout
 from resist_lightning.auxnet.sync import StageSync
@@ -21,8 +23,14 @@ from resist_lightning.timing import Seconds
 from resist_lightning.verbs import Collective
 
 
-def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout:
+def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = ()) -> Layout:
     """The parts of a module.
+
+    Args:
+        module: the user's.
+        config: the settings.
+        workers: how many there are.
+        optimizers: the user's; none if they are not known yet.
 
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
@@ -32,7 +40,9 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int) -> Layout
     if isinstance(config, StageConfig):
         return StageLayout(module, config, workers)
     assert isinstance(config, Config)
-    return BlockLayout(module, config, workers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    return BlockLayout(module, config, workers, trained or None)
 
 
 def make_sync(

@@ -7,13 +7,13 @@ optimizers, schedulers and callbacks stay valid and reading a value raises. Its 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
 from resist_lightning.blocks import Block
+from resist_lightning.bypass import Bypass
 
 
 class Memory:
@@ -56,6 +56,7 @@ class Presence:
         self.present = True
         self._memory = Memory(block.tensors())
         self._forward = block.module.__dict__.get("forward")
+        self._bypass = Bypass(block.name, block.module)
 
     def free(self) -> None:
         """Make the block absent: free its parameters, gradients and buffers, and bypass it.
@@ -64,7 +65,7 @@ class Presence:
             RuntimeError: if a tensor is still in use by an autograd graph.
         """
         self._memory.free()
-        self.block.module.forward = _identity
+        self.block.module.forward = self._bypass
         self.present = False
 
     def allocate(self) -> None:
@@ -107,11 +108,6 @@ class Residency:
     def hold_all(self) -> None:
         """Allocate every absent block; the caller fills them."""
         self.hold(range(len(self._presence)))
-
-
-def _identity(x: Any, *_: Any, **__: Any) -> Any:
-    """What an absent residual block does."""
-    return x
 
 
 def replace_memory(name: str, tensor: Tensor, new: Tensor) -> None:

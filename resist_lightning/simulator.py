@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.blocks import select_blocks
+from resist_lightning.bypass import Bypass
 from resist_lightning.config import Config, NormPolicy
 from resist_lightning.norm import BatchStatistics, InputRecorder, norms_with_statistics
 from resist_lightning.plan import SyncPlan, plan_sync
+from resist_lightning.residual import FirstForward
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks, fold, foldable
 from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
@@ -109,7 +111,9 @@ class Simulator:
         made = make_optimizers(module)
         optimizers = [made] if isinstance(made, Optimizer) else list(made)
         recorder = InputRecorder(module, self.config.recalibration_batches)
-        return SimulatedWorker(module, optimizers, select_blocks(module, self.config.blocks), recorder)
+        blocks = select_blocks(module, self.config.blocks)
+        FirstForward(blocks)
+        return SimulatedWorker(module, optimizers, blocks, recorder)
 
     def _sync(self) -> None:
         before = self.schedule.partition(self.clock.round)
@@ -228,15 +232,9 @@ class Simulator:
             for number, block in enumerate(worker.blocks):
                 for parameter in block.module.parameters():
                     parameter.grad = None
-                if number in partition.held[index]:
-                    block.module.__dict__.pop("forward", None)
-                else:
-                    block.module.forward = _skip
-
-
-def _skip(x: Any) -> Any:
-    """A block that a worker lacks."""
-    return x
+                vars(block.module).pop("forward", None)
+                if number not in partition.held[index]:
+                    block.module.forward = Bypass(block.name, block.module)
 
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:

@@ -337,7 +337,7 @@ WARNINGS = {
     "other logs": "self.log('train/epoch_loss",
     "loaders": "the workers' training loaders have",
     "nothing partitioned": "nothing is partitioned: the default min_blocks=5",
-    "shape": "match `blocks` but change the shape",
+    "shape": "match `blocks` but stay shared",
 }
 
 

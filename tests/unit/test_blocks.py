@@ -212,3 +212,81 @@ def test_a_block_lists_parameters_then_buffers_by_qualified_name():
     state = net.state_dict(keep_vars=True)
     assert all(tensors[name] is state[name] for name in tensors)
     assert block.section == "section3"
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("stem.0", r"'stem\.0' is a single layer or a chain of layers \(Conv2d\)"),
+        ("stem.*", r"'stem\.0' is a single layer"),
+        (lambda name, _: name == "stem", r"'stem' is a single layer or a chain of layers \(Sequential\)"),
+        ("pool", r"'pool' is a single layer or a chain of layers \(MaxPool2d\)"),
+        ("rest", r"'rest' has no parameters"),
+    ],
+)
+def test_layers_chains_of_layers_and_what_has_no_parameters_are_no_blocks(choice, reason):
+    class Rest(nn.Module):
+        def forward(self, x):
+            return x.sin()
+
+    net = nn.Sequential()
+    net.add_module("stem", nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    net.add_module("pool", nn.MaxPool2d(1))
+    net.add_module("rest", Rest())
+    with pytest.raises(BlockSelectionError, match=reason):
+        select_blocks(net, choice)
+
+
+def test_layers_among_blocks_stay_shared_under_a_glob_and_are_reported():
+    net = mlp(Undeclared)
+    net.body.append(nn.Linear(6, 6))
+    net.body.append(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    assert names(net, "body.*") == [f"body.{index}" for index in range(4)]
+    assert left_out(net, "body.*") == ("body.4", "body.5")
+
+
+class Wider(MlpBlock):
+    """Its layers as they are registered say nothing of its shape; it is declared."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.last = nn.Linear(width, 3 * width)
+
+
+class UndeclaredWider(Undeclared):
+    def __init__(self, width):
+        super().__init__(width)
+        self.last = nn.Linear(width, 3 * width)
+
+
+@pytest.mark.parametrize("block", [Wider, UndeclaredWider])
+def test_the_order_of_registration_refuses_no_block(block):
+    net = mlp(block)
+    assert names(net, "body.*") == [f"body.{index}" for index in range(4)]
+    assert names(net, "body.2") == names(net, lambda name, _: name == "body.2") == ["body.2"]
+
+
+def test_where_some_blocks_seem_to_change_the_shape_a_glob_takes_the_others():
+    net = mlp(Undeclared)
+    net.body[0].last = nn.Linear(6, 9)
+    assert names(net, "body.*") == ["body.1", "body.2", "body.3"]
+    assert left_out(net, "body.*") == ("body.0",)
+
+
+def distilling(student, teacher):
+    return nn.ModuleDict({"teacher": teacher.requires_grad_(False), "student": student})
+
+
+def test_a_frozen_teacher_stays_whole():
+    net = distilling(small_preact(), narrow_resnet())
+    assert names(net) == [f"student.section3.{i}" for i in (1, 2, 3, 4)]
+    assert names(distilling(narrow_resnet(), narrow_resnet()), "layer3.*") == ["student.layer3.1", "student.layer3.2"]
+    assert names(net, "teacher.layer3.*") == ["teacher.layer3.1", "teacher.layer3.2"]  # may be trained later
+
+
+def test_a_network_that_no_optimizer_has_stays_whole():
+    net = nn.ModuleDict({"average": small_preact(), "net": small_preact()})
+    trained = {id(parameter) for parameter in net["net"].parameters()}
+    assert [block.network for block in select_blocks(net, None, trained)] == ["net"] * 4
+    with pytest.raises(BlockSelectionError, match=r"nothing trains in the network of .*teacher\.layer3\.1-2.*blocks="):
+        select_blocks(distilling(nn.Linear(2, 2), narrow_resnet()))

@@ -186,7 +186,7 @@ def test_the_description_says_what_was_chosen():
     [
         (Config(), 2, r"nothing is partitioned: the default min_blocks=5 gives every worker all 4.*0 to 3"),
         (Config(min_blocks=0), 5, r"5 workers for 4 blocks with min_blocks=0: some workers train shared layers only"),
-        (Config(min_blocks=1, blocks="section[23].*"), 2, r"section2\.0, section3\.0 match `blocks` but change the"),
+        (Config(min_blocks=1, blocks="section[23].*"), 2, r"section2\.0, section3\.0 match `blocks` but stay shared"),
     ],
 )
 def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, message):
