@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from resist_lightning.liveness import BEAT_SECONDS, name_of_exit
 
-State: TypeAlias = Literal["unwatched", "watched", "failed"]
+State: TypeAlias = Literal["unwatched", "watched", "failed", "stopped"]
 
 
 class Children:
@@ -25,14 +25,17 @@ class Children:
         processes: the children.
         grace: seconds that worker 0 has to end by itself when a child has failed under its watch, and that the children
             have when worker 0 has failed.
-        state: whether worker 0 watches the others, and whether it has failed.
+        state: whether worker 0 watches the others, whether it has failed, and whether all have agreed to stop.
     """
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]], grace: float, state: Callable[[], State]) -> None:
         self._processes = processes
         self._grace = grace
         self._state = state
-        threading.Thread(target=self._observe, name="resist_lightning children", daemon=True).start()
+        self._pid = os.getpid()
+        self._leaving = threading.Event()
+        self._observer = threading.Thread(target=self._observe, name="resist_lightning children", daemon=True)
+        self._observer.start()
         atexit.register(self._leave_none)
 
     def how_ended(self, pid: int) -> str | None:
@@ -47,14 +50,21 @@ class Children:
                 process.kill()
 
     def _observe(self) -> None:
-        """Wait for a child that fails; then end all, as Lightning does, but give worker 0 time to say what happened."""
+        """Wait for a child that fails; then end all, as Lightning does, but give worker 0 time to say what happened.
+
+        Once all have agreed to stop, each process ends as its program will have it.
+        """
         while not any(failed := [process for process in self._processes if process.poll()]):
             if all(process.poll() == 0 for process in self._processes):
                 return
-            time.sleep(BEAT_SECONDS)
-        deadline = time.monotonic() + (self._grace if self._state() != "unwatched" else 0.0)
-        while time.monotonic() < deadline and self._state() != "unwatched":
-            time.sleep(BEAT_SECONDS)
+            if self._leaving.wait(BEAT_SECONDS):
+                return
+        deadline = time.monotonic() + self._grace
+        while time.monotonic() < deadline and self._state() in ("watched", "failed"):
+            if self._leaving.wait(BEAT_SECONDS):
+                return
+        if self._state() == "stopped":
+            return
         self.kill()
         if self._state() != "failed":
             sys.stderr.write(f"a worker (pid {failed[0].pid}) {name_of_exit(failed[0].returncode)}; all are ended.\n")
@@ -62,10 +72,14 @@ class Children:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _leave_none(self) -> None:
-        """At the exit of worker 0, after it has failed: wait for the children, and kill those that do not end."""
-        if self._state() == "failed":
+        """At the exit of worker 0, unless it has trained to the end: wait for the children, kill those that go on."""
+        if os.getpid() != self._pid:  # a fork of worker 0
+            return
+        if self._state() in ("failed", "stopped"):
             deadline = time.monotonic() + self._grace
             for process in self._processes:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
             self.kill()
+        self._leaving.set()  # no thread may write while the interpreter ends
+        self._observer.join(BEAT_SECONDS)

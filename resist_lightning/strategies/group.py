@@ -19,7 +19,8 @@ from resist_lightning.presence import present_to_cpu
 from resist_lightning.strategies.checkpoint_io import AtomicIO
 from resist_lightning.strategies.guard import Guard
 from resist_lightning.strategies.launch import Launch
-from resist_lightning.strategies.signals import Signals
+from resist_lightning.strategies.loaders import LoaderShield
+from resist_lightning.strategies.signals import Signals, requests_by_signal
 
 
 class GroupStrategy(DDPStrategy):
@@ -38,6 +39,7 @@ class GroupStrategy(DDPStrategy):
         self.engine: Engine | None = None
         self.guard = Guard(launch.silence)
         self.signals: Signals | None = None
+        self._shield: LoaderShield | None = None
         self._owns_group = False
 
     @property  # type: ignore[explicit-override] # which mypy does not see here
@@ -66,6 +68,9 @@ class GroupStrategy(DDPStrategy):
         self._owns_group = not group_exists()
         super().setup_environment()
         trainer = self._trainer()
+        if trainer.state.fn == TrainerFn.FITTING:  # a user's hook may start loader processes before the training
+            self._shield = LoaderShield([*requests_by_signal(self.cluster_environment)])
+            self._shield.install()
         if trainer.state.fn == TrainerFn.FITTING and self.world_size > 1:
             assert self._timeout is not None
             self.guard.begin(trainer, self._activity, self._timeout)
@@ -121,6 +126,9 @@ class GroupStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         """Called at the end, after an error too: leave the group, and move to the CPU what this worker has."""
+        if self._shield is not None:
+            self._shield.remove()
+            self._shield = None
         leaving = self._owns_group and group_exists() and not self.interrupted
         if leaving:
             with self.guard.around():

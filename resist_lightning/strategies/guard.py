@@ -42,13 +42,15 @@ class Guard:
             )
         self.silence = silence
         self.children: Children | None = None
-        self._failed = False
+        self._failed = self._stopped = False
         self._watch: Watch | None = None
 
     @property
     def state(self) -> State:
-        """Whether the others are watched, and whether this worker has failed."""
-        return "failed" if self._failed else "watched" if self._watch is not None else "unwatched"
+        """Whether the others are watched, whether this worker has failed, and whether all have agreed to stop."""
+        if self._failed or self._stopped:
+            return "failed" if self._failed else "stopped"
+        return "watched" if self._watch is not None else "unwatched"
 
     def begin(self, trainer: pl.Trainer, activity: Callable[[], Activity | None], timeout: timedelta) -> None:
         """Begin to watch; call it where the group exists.
@@ -61,7 +63,7 @@ class Guard:
         environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         where = f"{environment.main_address}:{environment.main_port}"
         children = self.children
-        self._failed = False
+        self._failed = self._stopped = False
         self._watch = Watch(
             Board(trainer.global_rank, trainer.world_size),
             Surroundings(
@@ -103,8 +105,8 @@ class Guard:
         try:
             yield
         except BaseException as error:
-            together = isinstance(error, (KeyboardInterrupt, SIGTERMException)) and ends_together()
-            if self._watch is None or together or isinstance(error, _TunerExitException):
+            self._stopped = isinstance(error, (KeyboardInterrupt, SIGTERMException)) and ends_together()
+            if self._watch is None or self._stopped or isinstance(error, _TunerExitException):
                 raise
             self._failed = True
             watch = self._watch

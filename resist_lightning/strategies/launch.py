@@ -87,6 +87,12 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         with guard.around(self._checked.ends_together):
             return function(*args, **kwargs)
 
+    @override
+    def kill(self, signum: Any) -> None:
+        """Called by Lightning after a Ctrl-C. Children that have agreed to stop end as their program will have it."""
+        if self._checked.guard.state != "stopped":
+            super().kill(signum)
+
 
 class ProcessLauncher(_MultiProcessingLauncher):
     """Lightning's launcher by spawn, fork or forkserver."""

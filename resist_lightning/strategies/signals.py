@@ -42,10 +42,8 @@ class Signals:
         self._noted = self._agreed = 0
         self._first_at = 0.0
         self._originals: dict[int, Any] = {}
-        self._bits = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
-        environment: Any = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            self._bits[environment.requeue_signal] = _REQUEUE
+        self._bits = requests_by_signal(getattr(trainer.strategy, "cluster_environment", None))
+        self._said = 0
 
     @property
     def requests(self) -> int:
@@ -80,9 +78,12 @@ class Signals:
                 signal.raise_signal(number)
 
     def learn(self, requests: Iterable[int]) -> None:
-        """Receive the requests of all workers, at a meeting: now all know them."""
-        for request in requests:
+        """Receive the requests of all workers, in order, at a meeting: now all know them."""
+        for worker, request in enumerate(requests):
             self._agreed |= request
+            for number, bit in self._bits.items():
+                if request & bit:
+                    self._say(worker, number)
 
     def act(self) -> None:
         """Act upon what all workers know. Collective: every worker must call this, at the same place.
@@ -94,6 +95,7 @@ class Signals:
         agreed, self._agreed = self._agreed, 0
         if agreed & _REQUEUE:
             self._noted &= ~_REQUEUE
+            self._said &= ~_REQUEUE
             number = next(number for number, bit in self._bits.items() if bit == _REQUEUE)
             self._originals[number](number, None)
         if agreed & (_TERMINATE | _INTERRUPT):
@@ -114,11 +116,31 @@ class Signals:
                 raise KeyboardInterrupt
             raise SIGTERMException(_EXIT_CODE)
         if not self._noted & bit and not ending:
-            what = "save a checkpoint" if bit == _REQUEUE else "stop"
-            again = "" if bit == _REQUEUE else " A second signal stops this worker at once, without a checkpoint."
-            name = signal.Signals(number).name
-            said = f"worker {self._trainer.global_rank}: {name}: all workers {what} when this round ends.{again}\n"
-            os.write(2, said.encode())
+            self._say(self._trainer.global_rank, number)
         if bit != _REQUEUE and not ending:
             self._first_at = time.monotonic()
         self._noted |= bit
+
+    def _say(self, worker: int, number: int) -> None:
+        """Once for all workers: worker 0 says what reached it at once, and what reached others when it learns of it."""
+        bit = self._bits[signal.Signals(number)]
+        stopping = self._said & (_TERMINATE | _INTERRUPT)
+        if self._trainer.global_rank != 0 or self._said & bit or (stopping and bit != _REQUEUE):
+            return
+        self._said |= bit
+        what = "save a checkpoint" if bit == _REQUEUE else "stop"
+        again = "" if bit == _REQUEUE else " A second signal stops its worker at once, without a checkpoint."
+        name = signal.Signals(number).name
+        os.write(2, f"worker {worker}: {name}: all workers {what} when this round ends.{again}\n".encode())
+
+
+def requests_by_signal(environment: Any) -> dict[signal.Signals, int]:
+    """What a worker notes of each signal that it heeds.
+
+    Args:
+        environment: Lightning's cluster environment.
+    """
+    requests = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+        requests[environment.requeue_signal] = _REQUEUE
+    return requests

@@ -137,9 +137,9 @@ class Stream(Dataset[tuple[Tensor, Tensor]]):
         return batch_of(self.worker, self.next - 1)
 
 
-def stream(worker: int, epoch: int, start: int = 0) -> DataLoader[Any]:
+def stream(worker: int, epoch: int, start: int = 0, **options: Any) -> DataLoader[Any]:
     """A loader of a :class:`Stream`."""
-    return DataLoader(Stream(worker, epoch, start), batch_size=None)
+    return DataLoader(Stream(worker, epoch, start), **{"batch_size": None, **options})
 
 
 def held_out(worker: int, batches: int = 2) -> DataLoader[Any]:

@@ -107,6 +107,8 @@ def test_so_it_does_where_a_callback_saves_on_exceptions(callback: str, tmp_path
 
 
 class Signalled(Classifier):
+    """Signals its process group, loader processes included, as SLURM, torchrun and terminals do."""
+
     def __init__(self, number: int, workers: tuple[int, ...], times: int = 1) -> None:
         super().__init__()
         self.number, self.workers, self.times = number, workers, times
@@ -115,7 +117,7 @@ class Signalled(Classifier):
         if batch_idx == 4 and self.trainer.global_rank in self.workers:
             for time_ in range(self.times):
                 time.sleep(time_ * 1.2 * SAME_SECONDS)
-                os.kill(os.getpid(), self.number)
+                os.killpg(0, self.number)
         return super().training_step(batch, batch_idx)
 
 
@@ -123,7 +125,8 @@ def fit_until_signalled(worker: int, folder: str, callback: str, batches: int, n
     callbacks: list[L.Callback] = [OnExceptionCheckpoint(folder)]
     if callback == "save_on_exception":
         callbacks = [ModelCheckpoint(folder, filename="on_exception", save_on_exception=True)]
-    fit(worker, Signalled(number, *args), batches, callbacks=callbacks, enable_checkpointing=True)
+    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(Signalled(number, *args), stream(worker, batches, num_workers=1))
 
 
 def fit_on(worker: int, path: str, batches: int) -> tuple[int, dict[str, torch.Tensor]]:
@@ -151,7 +154,7 @@ def test_a_signal_ends_all_workers_when_the_round_ends_with_a_checkpoint_to_resu
     number: int, workers: tuple[int, ...], callback: str, batches: int, error: type[BaseException], tmp_path: Path
 ) -> None:
     outcomes = run_trainers_to_the_end(
-        fit_until_signalled, 2, str(tmp_path), callback, batches, int(number), workers, timeout=SOON_SECONDS
+        fit_until_signalled, 2, str(tmp_path), callback, batches, int(number), workers, timeout=60
     )
 
     assert [type(outcome.error) for outcome in outcomes] == [error, error]
@@ -167,7 +170,7 @@ def test_a_signal_ends_all_workers_when_the_round_ends_with_a_checkpoint_to_resu
 
 def test_a_second_signal_ends_the_worker_at_once_and_the_others_learn_of_it(tmp_path: Path) -> None:
     outcomes = run_trainers_to_the_end(
-        fit_until_signalled, 2, str(tmp_path), "OnExceptionCheckpoint", 8, int(signal.SIGTERM), (1,), 2, timeout=20
+        fit_until_signalled, 2, str(tmp_path), "OnExceptionCheckpoint", 8, int(signal.SIGTERM), (1,), 2, timeout=60
     )
 
     assert isinstance(outcomes[1].error, SIGTERMException)

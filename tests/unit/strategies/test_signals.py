@@ -59,3 +59,11 @@ def test_what_came_too_late_is_given_to_the_handler_that_was_there(signals: Sign
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         signals.remove()
+
+
+def test_what_reached_another_worker_is_said_once_too_however_often_it_is_learnt(signals: Signals, capfd: Any) -> None:
+    for _ in range(2):
+        signals.learn([0, 2, 2])
+        with pytest.raises(KeyboardInterrupt):
+            signals.act()
+    assert capfd.readouterr().err.count("worker 1: SIGINT: all workers stop when this round ends.") == 1
