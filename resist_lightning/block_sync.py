@@ -78,6 +78,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         with self._seconds.timed("hand_over"):
             self.exchange.merge(plan, cargo, Kinds())
             self.exchange.hand_over(plan, cargo, Kinds(), lambda: self.make_room(round + 1))
+            self._states.take_numbers()
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
@@ -90,9 +91,12 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold the blocks of ``round``, and forget the optimizer state of those that leave."""
+        """Hold the blocks of ``round``, and forget the optimizer state of all that do not stay.
+
+        Of those that arrive too: some optimizers make state of parameters without gradient, so of absent ones.
+        """
         held = self._layout.partition(round).held[self._worker]
-        self._states.drop(parameters_of(self._residency.leaving(held)))
+        self._states.drop(parameters_of(self._residency.not_staying(held)))
         self._residency.hold(held)
 
     def cargo(self, index: int, *, round: int | None = None) -> Cargo:

@@ -10,12 +10,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
@@ -192,8 +192,9 @@ def _check_backend(backend: str | None, device: torch.device, backends: Mapping[
             f"torch.distributed's default group sends tensors on {device} by {backend!r}, and only 'gloo' and 'nccl' "
             "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
         )
-    bound = dist.distributed_c10d._get_default_group().bound_device_id
-    if backend == "nccl" and bound is not None and device not in (bound, torch.device(bound.type)):
+    group: Any = _get_default_group()  # torch's stubs do not know all of it
+    bound = group.bound_device_id
+    if backend == "nccl" and bound is not None and device.index not in (None, bound.index):
         raise ValueError(
             f"worker {dist.get_rank()}'s module is on {device}, and its process group is bound to {bound}. Call "
             f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
@@ -252,6 +253,17 @@ def join_group(
             timeout=timeout,
             device_id=device,
         )
+
+
+def messages_sent() -> int:
+    """How many operations this process has begun in the default group; 0 where there is no group. Sends nothing."""
+    if not group_exists():
+        return 0
+    group: Any = _get_default_group()
+    try:
+        return int(group._get_sequence_number_for_group())
+    except RuntimeError:  # a backend that does not count
+        return 0
 
 
 class StoreClient(Protocol):

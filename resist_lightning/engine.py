@@ -89,6 +89,7 @@ class Engine:
         self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
             self.layout.warn()
+            self.states.warn(config.momentum, config.local_steps)
 
     @property
     def partition(self) -> Any:
@@ -128,6 +129,7 @@ class Engine:
         exact = all(has_own for has_own, _ in reports)
         if not exact:
             self.resumption.forget_own()
+            self.states.forget_lonely()
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._meeting.soundness.begin()
         self.observation.start()

@@ -167,8 +167,7 @@ class NeuronSimulator:
     def _give_state(self, worker: SimulatedWorker, index: int, state: dict[Slot, Tensor]) -> None:
         parameters = dict(worker.module.named_parameters())
         if self.config.momentum == "reset":
-            for optimizer in worker.optimizers:
-                optimizer.state.clear()
+            worker.restart_optimizers()
         for (number, name, slot), whole in state.items():
             worker.optimizers[number].state[parameters[name]][slot] = whole[self._index(name, index)].clone()
 

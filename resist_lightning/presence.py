@@ -92,9 +92,9 @@ class Residency:
         """The blocks that are present."""
         return [presence.block for presence in self._presence if presence.present]
 
-    def leaving(self, keep: Collection[int]) -> list[Block]:
-        """The present blocks that are not among those to keep."""
-        return [p.block for index, p in enumerate(self._presence) if p.present and index not in keep]
+    def not_staying(self, keep: Collection[int]) -> list[Block]:
+        """All blocks but those of ``keep`` that are present."""
+        return [p.block for index, p in enumerate(self._presence) if not (p.present and index in keep)]
 
     def hold(self, keep: Collection[int]) -> None:
         """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them."""

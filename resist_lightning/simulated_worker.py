@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,32 @@ class SimulatedWorker:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def __post_init__(self) -> None:
+        self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
+        for optimizer, first in zip(self.optimizers, self._first, strict=True):
+            optimizer.register_step_pre_hook(lambda o, *_, first=first: _remember(o, first))
+            optimizer.register_step_post_hook(lambda o, *_, first=first: _forget_unchanged(o, first))
+
+    def restart_optimizers(self) -> None:
+        """Forget their state, and in their parameter groups what their own steps have made of it."""
+        for optimizer, first in zip(self.optimizers, self._first, strict=True):
+            optimizer.state.clear()
+            for group, values in zip(optimizer.param_groups, first, strict=True):
+                group.update(values)
+                values.clear()
+
+
+def _remember(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, first, strict=True):
+        now = {name: value for name, value in group.items() if isinstance(value, int | float) and name not in values}
+        values.update(now)
+
+
+def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, first, strict=True):
+        for name in [name for name, value in values.items() if group[name] == value]:
+            del values[name]
 
 
 def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:

@@ -187,36 +187,38 @@ class Simulator:
             value = sent_by(root, value)
         return _pieces(value, own)
 
-    def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Tensor]:
+    def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Any]:
         """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
-        gathered: dict[tuple[int, str, str], list[Tensor]] = {}
+        gathered: dict[tuple[int, str, str], list[Any]] = {}
         for worker, blocks in zip(self.workers, held, strict=True):
             for name, parameter in worker.module.named_parameters():
                 if self._block_of.get(name) in blocks:
                     for number, optimizer in enumerate(worker.optimizers):
                         for slot, value in optimizer.state.get(parameter, {}).items():
-                            if isinstance(value, Tensor):
+                            if isinstance(value, Tensor | int | float):
                                 gathered.setdefault((number, name, slot), []).append(value)
-        return {key: torch.stack(values).mean(0) for key, values in gathered.items()}
+        return {key: _mean(values) for key, values in gathered.items()}
 
     def _treat_momentum(
         self,
         worker: SimulatedWorker,
         kept: set[int],
         holds: set[int],
-        momenta: dict[tuple[int, str, str], Tensor],
+        momenta: dict[tuple[int, str, str], Any],
     ) -> None:
+        if self.config.momentum == "reset":
+            worker.restart_optimizers()
+            return
         for number, optimizer in enumerate(worker.optimizers):
-            if self.config.momentum == "reset":
-                optimizer.state.clear()
-                continue
             for name, parameter in worker.module.named_parameters():
                 block = self._block_of.get(name)
                 if block is None or block in kept:
                     continue
                 optimizer.state.pop(parameter, None)
                 if self.config.momentum == "travel" and block in holds:
-                    slots = {s: v.clone() for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)}
+                    slots = {
+                        s: copy.deepcopy(v) for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)
+                    }
                     if slots:
                         optimizer.state[parameter] = slots
 
@@ -235,6 +237,14 @@ class Simulator:
                 vars(block.module).pop("forward", None)
                 if number not in partition.held[index]:
                     block.module.forward = Bypass(block.name, block.module)
+
+
+def _mean(values: list[Any]) -> Any:
+    """Of tensors, or of Python numbers in their own class."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values).mean(0)
+    mean = sum(values) / len(values)
+    return mean if isinstance(values[0], float) else type(values[0])(round(mean))
 
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:

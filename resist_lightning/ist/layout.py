@@ -166,7 +166,7 @@ class NeuronLayout(Layout):
         for name, cut in self.neurons.cuts.items():
             tensor = tensors[name]
             slots = states.slots([tensor]) if isinstance(tensor, nn.Parameter) else []
-            per_entry = sum(slot.element_size() for slot in slots) if self.config.momentum == "travel" else 0
+            per_entry = sum(slot.dtype.itemsize for slot in slots) if self.config.momentum == "travel" else 0
             for worker, entries in enumerate(sent_entries(cut, plan)):
                 sent[worker]["hand_over"] += entries * self.rest(name) * tensor.element_size()
                 sent[worker]["state"] += entries * self.rest(name) * per_entry

@@ -37,7 +37,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     ) -> None:
         super().__init__(layout, states, collective, device, seconds)
         if layout.config.momentum != "reset":
-            states.check_travel(layout.config.momentum, instead="'reset'")
+            states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
         self._mail = Mail(collective, device)
         self._subnet = Subnet(layout, collective.worker)
         tensors = self._subnet.tensors.items()
@@ -86,6 +86,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         for key, part in {**self._parts(), **self._new_state(counters)}.items():
             piece, values = kept[key]
             part.put(piece, held, self._worker, values)
+        self._states.take_numbers()
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
@@ -102,6 +103,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self._put(moving, arrived, plan)
             for tensor in self._subnet.tensors.values():
                 tensor.grad = None  # of other neurons
+            self._states.take_numbers()
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:

@@ -162,5 +162,5 @@ def group_of(monkeypatch, config, device, bound):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
+    monkeypatch.setattr("resist_lightning.collective._get_default_group", lambda: group)
     return GroupCollective(torch.device(device) if device else None)

@@ -35,9 +35,33 @@ def adamw(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), lr=1e-2)]
 
 
+class ScheduleFree(Optimizer):
+    """Averages its own steps, by numbers in its groups; keeps a count, a copy and wide state of parameters."""
+
+    def __init__(self, parameters, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(count=0, z=p.detach().clone(), mean=torch.zeros_like(p, dtype=torch.float32))
+                state["count"] += 1
+                state["z"].sub_(p.grad, alpha=group["lr"])
+                state["mean"].lerp_(p.grad.float(), 1 / state["count"])
+                p.lerp_(state["z"], 1 / group["k"]).sub_(state["mean"], alpha=0.01 / state["count"])
+
+
+def schedule_free(model: nn.Module) -> list[Optimizer]:
+    return [ScheduleFree(model.parameters(), lr=0.05)]
+
+
 CASES = {
     f"{make.__name__}, {momentum}": (make, Config(local_steps=2, min_blocks=2, momentum=momentum, batch_norm="running"))
-    for make in (two_optimizers, two_groups, adamw)
+    for make in (two_optimizers, two_groups, adamw, schedule_free)
     for momentum in ("reset", "keep", "travel")
 }
 
@@ -106,7 +130,7 @@ def test_state_is_sent_only_where_it_travels_and_then_all_of_it(trained, name):
     assert (total > 0) == name.endswith("travel")
 
 
-@pytest.mark.parametrize("make", ["two_optimizers", "two_groups", "adamw"])
+@pytest.mark.parametrize("make", ["two_optimizers", "two_groups", "adamw", "schedule_free"])
 def test_the_three_policies_train_three_different_models(trained, make):
     stems = [trained[0][f"{make}, {momentum}"][0]["stem.weight"] for momentum in ("reset", "keep", "travel")]
     assert not torch.allclose(stems[0], stems[1])

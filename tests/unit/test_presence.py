@@ -177,9 +177,8 @@ def test_a_worker_holds_the_blocks_that_it_is_told_to_and_no_others():
     assert residency.held() == list(blocks)
     for keep in ({0, 2}, {1, 2}, set(), {3}, {0, 1, 2, 3}, range(4)):
         before = residency.held()
-        assert residency.leaving(keep) == [
-            block for index, block in enumerate(blocks) if block in before and index not in keep
-        ]
+        staying = [block for index, block in enumerate(blocks) if block in before and index in keep]
+        assert residency.not_staying(keep) == [block for block in blocks if block not in staying]
         residency.hold(keep)
         assert residency.held() == [blocks[index] for index in sorted(keep)]
         for index, block in enumerate(blocks):
