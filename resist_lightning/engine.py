@@ -89,7 +89,6 @@ class Engine:
         self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
             self.layout.warn()
-            self.states.warn(config.momentum, config.local_steps)
 
     @property
     def partition(self) -> Any:
@@ -129,7 +128,6 @@ class Engine:
         exact = all(has_own for has_own, _ in reports)
         if not exact:
             self.resumption.forget_own()
-            self.states.forget_lonely()
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._meeting.soundness.begin()
         self.observation.start()
@@ -249,13 +247,7 @@ class Engine:
         Returns:
             Whether the partition is the one that the checkpoint was made with.
         """
-        if "scale" in state:
-            self.observation.full.undo(state)
         return self.resumption.restore(state, own)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """By name, the gradients of this worker's parameters, also while the module is the full model."""
-        return self._sync.gradients()
 
     def meet(self) -> None:
         """Check that all workers are at the same place, before something else is sent that might pair with a sync.

@@ -49,6 +49,8 @@ def make_sync(
     layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
 ) -> Sync[Any, Any]:
     """A worker's side of the syncs."""
+    if collective.worker == 0:
+        states.warn(layout.config.momentum, layout.config.local_steps)
     if isinstance(layout, NeuronLayout):
         return NeuronSync(layout, states, collective, device, seconds)
     if isinstance(layout, StageLayout):

@@ -63,6 +63,8 @@ class Resumption:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
         if not state:
             return True
+        if "scale" in state:
+            self._observation.full.undo(state)
         self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
         self._layout.resume(state.get("table", {}), self._clock.round)
         here = self._layout.identity(), self._layout.held(self._clock.round)
@@ -80,6 +82,7 @@ class Resumption:
     def forget_own(self) -> None:
         """Go on from the full model alone. Where a sync was due, the full model is what it would make."""
         self._own = None
+        self._states.forget_lonely()
         if self._clock.due:
             self._clock.next_round()
 

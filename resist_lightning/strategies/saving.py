@@ -226,7 +226,7 @@ class SavingStrategy(GroupStrategy):
         assert self._position is not None
         trainer = self._trainer()
         accumulating = trainer.fit_loop._should_accumulate() or not self.lightning_module.automatic_optimization
-        gradients = self.engine.gradients() if accumulating and self.engine is not None else {}
+        gradients = self.engine.sync.gradients() if accumulating and self.engine is not None else {}
         precision = self.precision_plugin.state_dict()
         schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         return {
