@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +15,11 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.multiprocessing.spawn import ProcessExitedException
 from typing_extensions import override
 
 from resist_lightning.config import check_choice
-from resist_lightning.errors import WorkerLost
-from resist_lightning.liveness import name_of_exit
 from resist_lightning.strategies.children import Children
 from resist_lightning.strategies.guard import DEFAULT_SILENCE, PARENT, Guard
 
@@ -92,51 +87,6 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         """Called by Lightning after a Ctrl-C. Children that have agreed to stop end as their program will have it."""
         if self._checked.guard.state != "stopped":
             super().kill(signum)
-
-
-class ProcessLauncher(_MultiProcessingLauncher):
-    """Lightning's launcher by spawn, fork or forkserver."""
-
-    @override
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        if trainer is not None:
-            checked: Any = self._strategy
-            checked.check_before_launch(trainer)
-        try:
-            return super().launch(function, *args, trainer=trainer, **kwargs)
-        except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
-            raise WorkerLost(
-                f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
-                f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
-                "workers' errors above."
-            ) from error
-
-    @override
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        """Called in each worker. Only the first to end is heard by the main process: the others say it themselves."""
-        strategy: Any = self._strategy
-        try:
-            with strategy.guard.around(strategy.ends_together):
-                super()._wrapping_function(*args, **kwargs)
-        except WorkerLost as error:
-            sys.stderr.write(f"WorkerLost: {error}\n")
-            sys.stderr.flush()
-            raise
-
-    @override
-    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Called in worker 0 at the end: what the main process needs beside the weights, to save or go on."""
-        buffer = io.BytesIO()
-        strategy: Any = trainer.strategy
-        torch.save(strategy.resume_state, buffer)
-        return {**super().get_extra_results(trainer), "resume_state": buffer.getvalue()}
-
-    @override
-    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
-        """Called in the main process with worker 0's extra results."""
-        super().update_main_process_results(trainer, extra)
-        strategy: Any = trainer.strategy
-        strategy.resume_state = torch.load(io.BytesIO(extra["resume_state"]), weights_only=True)
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:

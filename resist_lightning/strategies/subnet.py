@@ -26,7 +26,6 @@ from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
     Launch,
-    ProcessLauncher,
     ScriptLauncher,
     check_callbacks,
     refuse_launch,
@@ -34,6 +33,7 @@ from resist_lightning.strategies.launch import (
 )
 from resist_lightning.strategies.lightning_patches import LoopPatches, resume_from_path_given
 from resist_lightning.strategies.position import Position
+from resist_lightning.strategies.processes import ProcessLauncher
 from resist_lightning.strategies.restarts import Saving
 from resist_lightning.strategies.saving import SavingStrategy
 from resist_lightning.strategies.signals import Signals
@@ -208,6 +208,8 @@ class SubnetStrategy(SavingStrategy):
         if self.signals is not None:
             signals, self.signals = self.signals, None
             signals.remove()
+        if isinstance(self._launcher, ProcessLauncher):
+            self._launcher.restore_interrupt()
 
     def _make_engine(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,35 @@ def test_a_checkpoint_saved_by_the_main_process_of_forked_workers_can_be_resumed
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert saved["resist_lightning"]["scale"] == 0.5
     assert (saved["resist_lightning"]["round"], saved["resist_lightning"]["step"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("start_method", "to_all"), [("fork", False), ("spawn", True)])
+def test_an_interrupt_leaves_no_worker_and_the_next_fit_works(
+    start_method: str, to_all: bool, root: Path, tmp_path: Path
+) -> None:
+    """A notebook's kernel is interrupted alone, a terminal's Ctrl-C reaches the workers too.
+
+    Up to version 0.1 forked workers stayed alive, and the next fit died of EADDRINUSE.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.interrupted", start_method, str(tmp_path)],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (tmp_path / "training").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    assert process.returncode == 0, output
+    assert "interrupted, 0 workers left" in output
+    assert "not interrupted" not in output
+    assert "trained again" in output
