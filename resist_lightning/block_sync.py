@@ -88,6 +88,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
             self.exchange.merge(plan, self.cargo, kinds)
         self.exchange.hand_over(plan, self.cargo, kinds, self._residency.hold_all)
+        self.guard.release()
 
     @override
     def make_room(self, round: int) -> None:
@@ -98,6 +99,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         held = self._layout.partition(round).held[self._worker]
         self._states.drop(parameters_of(self._residency.not_staying(held)))
         self._residency.hold(held)
+        absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
+        self.guard.watch({block.name: block.module for block in absent})
 
     def cargo(self, index: int, *, round: int | None = None) -> Cargo:
         """What travels of a block: at the end of ``round``, or (None) to be looked at, exactly and without state."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 Call: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -56,8 +57,10 @@ class InputRecorder:
         self._handles: list[RemovableHandle] = []
         for name in names:
             watched = module.get_submodule(name)
-            self._handles.append(watched.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            self._handles.append(watched.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(
+                watched.register_forward_pre_hook(_OnlyHere(self._enter), prepend=True, with_kwargs=True)
+            )
+            self._handles.append(watched.register_forward_hook(_OnlyHere(self._leave), always_call=True))
 
     def own(self) -> dict[str, Any] | None:
         """The inputs, for :meth:`load_own`; None if one of them cannot be written to a file that is safe to load."""
@@ -84,13 +87,35 @@ class InputRecorder:
         if torch._C._current_graph_task_id() != -1:
             return
         self._outermost = module
-        if module.training and torch.is_grad_enabled():
+        traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None  # with inputs of no value
+        if module.training and torch.is_grad_enabled() and not traced:
             self.calls.append((module, _copied(args), _copied(kwargs)))
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._outermost:
             self._outermost = None
+
+
+class _OnlyHere:
+    """A hook of the module that it is on. Copies of the module, and what is saved of it, get one that does nothing."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
+
+    @override
+    def __reduce_ex__(self, _: Any) -> Any:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """A hook that does nothing."""
+
+    def __call__(self, *args: Any) -> None:
+        pass
 
 
 def recalibrate(

@@ -12,6 +12,7 @@ from resist_lightning.changes import Changes
 from resist_lightning.exchange import Exchange
 from resist_lightning.layout import Layout
 from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.part_guard import PartGuard
 from resist_lightning.timing import Seconds
 from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import compressible, make_wire
@@ -44,6 +45,7 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         self, layout: AnyLayout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
         wire = make_wire(layout.wire)
+        self.guard = PartGuard(collective.worker)
         self.exchange = Exchange(collective, device, wire, layout.module)
         self._layout = layout
         self._states = states

@@ -63,6 +63,9 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def make_room(self, round: int) -> None:
         self._subnet.hold()
+        if self._layout.workers > 1:
+            owners = {name.rpartition(".")[0] for name in self._subnet.tensors}
+            self.guard.watch({name: self._layout.module.get_submodule(name) for name in sorted(owners)})
 
     @override
     def divide(self, round: int) -> None:
@@ -112,6 +115,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
         arrived = self._mail.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
+        self.guard.release()
         self._put(self._parts(), arrived, plan)
 
     @override

@@ -137,6 +137,14 @@ class SubnetStrategy(SavingStrategy):
         self._order = ValidationOrder(self._trainer(), self.engine)
         self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
+        self.engine.sync.guard.stepping = False
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Called for each batch, by automatic and manual optimization: the module is called to train."""
+        assert self.engine is not None
+        with self.engine.sync.guard.training_step():
+            return super().training_step(*args, **kwargs)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
