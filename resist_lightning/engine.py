@@ -26,7 +26,7 @@ from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
 from resist_lightning.collective import default_collective
 from resist_lightning.config import CommonConfig
-from resist_lightning.full_model import bare, take_off
+from resist_lightning.full_model import take_off
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
 from resist_lightning.methods import make_layout, make_sync
@@ -70,8 +70,7 @@ class Engine:
         self.config = config
         self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.collective = collective or default_collective(self._device)
-        with bare(module):
-            self.layout = make_layout(module, config, self.collective.workers, optimizers)
+        self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)

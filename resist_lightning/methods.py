@@ -14,6 +14,7 @@ from resist_lightning.auxnet.sync import StageSync
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.block_sync import BlockSync
 from resist_lightning.config import CommonConfig, Config, NeuronConfig, StageConfig
+from resist_lightning.full_model import bare
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.ist.sync import NeuronSync
 from resist_lightning.layout import Layout
@@ -35,14 +36,15 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
     """
-    if isinstance(config, NeuronConfig):
-        return NeuronLayout(module, config, workers)
-    if isinstance(config, StageConfig):
-        return StageLayout(module, config, workers)
-    assert isinstance(config, Config)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    return BlockLayout(module, config, workers, trained or None)
+    with bare(module):
+        if isinstance(config, NeuronConfig):
+            return NeuronLayout(module, config, workers)
+        if isinstance(config, StageConfig):
+            return StageLayout(module, config, workers)
+        assert isinstance(config, Config)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        return BlockLayout(module, config, workers, trained or None)
 
 
 def make_sync(

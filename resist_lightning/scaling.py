@@ -7,7 +7,6 @@ model. A block whose branch has no such layer is scaled by a hook instead: x + s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.blocks import Block
+from resist_lightning.bypass import first_argument
 from resist_lightning.rounds import Schedule
 
 # Exactly these classes: one derived from them may do more (an activation, a weight computed anew at each call).
@@ -127,7 +127,7 @@ def _attach(block: Block, scale: float) -> RemovableHandle:
     if block.branch_end is not None:
         branch = block.module.get_submodule(block.branch_end)
         return branch.register_forward_hook(ScaleHook(scale, None), with_kwargs=True)
-    hook = ScaleHook(scale, next(iter(inspect.signature(block.module.forward).parameters), ""))
+    hook = ScaleHook(scale, first_argument(block.module))
     return block.module.register_forward_hook(hook, with_kwargs=True)
 
 

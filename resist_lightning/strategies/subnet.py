@@ -19,7 +19,6 @@ from typing_extensions import override
 from resist_lightning.collective import default_collective, group_exists
 from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
-from resist_lightning.full_model import bare
 from resist_lightning.methods import make_layout
 from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.epochs import end_epochs_together
@@ -83,8 +82,7 @@ class SubnetStrategy(SavingStrategy):
         self._saving.check_launch()
         module = self.lightning_module
         if module is not None and not is_overridden("configure_model", module):
-            with bare(module):
-                make_layout(module, self.config, self.num_nodes * self.num_processes)
+            make_layout(module, self.config, self.num_nodes * self.num_processes)
 
     @property
     @override
