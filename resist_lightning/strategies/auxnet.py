@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -170,19 +169,16 @@ class AuxNetStrategy(SubnetStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Called by Lightning for each loader: in training all of the data, in the same order for all workers."""
-        if self._trainer().state.stage == RunningStage.TRAINING:
+        if self._making_training_loaders:
             return {"num_replicas": 1, "rank": 0, "seed": self.config.seed}
         return super().distributed_sampler_kwargs
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Called by Lightning for each loader: augmentation follows from (seed, epoch, sample).
-
-        Collective: every worker calls this, in the same order.
-        """
+        """Called by Lightning for each loader: augmentation follows from (seed, epoch, sample)."""
         dataloader = super().process_dataloader(dataloader)
         trainer = self._trainer()
-        if trainer.state.stage == RunningStage.TRAINING and self.world_size > 1:
+        if self._making_training_loaders and self.world_size > 1:
             assert isinstance(self.config, StageConfig)
             self._loaders += 1
             return key_loader(

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from resist_lightning.verbs import Collective
 
 
-def end_epochs_together(trainer: pl.Trainer, dataloader: object, collective: Collective) -> None:
-    """Limit the training epochs of all workers to the shortest loader.
+def end_epochs_together(loader: CombinedLoader, collective: Collective) -> None:
+    """Limit the epochs of all workers to those of the worker whose epochs are shortest.
 
-    Collective: every worker must call this, in the same order. Loaders of unknown length are left alone: if they end at
+    Collective: every worker must call this, in the same order. Epochs of unknown length are left alone: if they end at
     different steps, the header of the next sync stops the run with an error.
 
     Args:
-        trainer: its ``limit_train_batches`` is lowered, before Lightning reads it.
-        dataloader: this worker's training loader.
+        loader: this worker's training loaders, with the limits that follow from ``Trainer(limit_train_batches=...)``.
+            Its limits are lowered, before an iterator of it is made; those of loaders that are made later are not.
         collective: the workers.
     """
-    lengths = [int(row[0]) for row in collective.gather_numbers([_length(dataloader)])]
-    if len(set(lengths)) > 1 and min(lengths) >= 0:
-        rank_zero_warn(
-            f"the workers' training loaders have {lengths} batches; every epoch ends after {min(lengths)} for all of "
-            "them. Shard the data evenly to use all of it."
-        )
-        trainer.limit_train_batches = _shorter(trainer.limit_train_batches, min(lengths))
+    batches = [int(row[0]) for row in collective.gather_numbers([_batches(loader)])]
+    if len(set(batches)) == 1 or min(batches) < 0:
+        return
+    shortest = min(batches)
+    rank_zero_warn(
+        f"the workers' training epochs have {batches} batches; every epoch ends after {shortest} for all of them. "
+        "Shard the data evenly to use all of it."
+    )
+    limits = loader.limits or [float("inf")] * len(loader.flattened)
+    loader.limits = [min(limit, shortest) for limit in limits]
 
 
-def _length(dataloader: object) -> int:
-    """Number of batches; -1 if unknown."""
-    try:
-        return len(dataloader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return -1
-
-
-def _shorter(limit: int | float | None, batches: int) -> int:
-    """Lightning's limit, a number (int) or share (float) of batches, applied to the shortest loader."""
-    return min(limit, batches) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+def _batches(loader: CombinedLoader) -> int:
+    """Number of batches in an epoch; -1 if unknown. Lightning knows it once an iterator is made."""
+    lengths = [sized_len(each) for each in loader.flattened]
+    limits = loader.limits or [float("inf")] * len(lengths)
+    known = [
+        min(float("inf") if length is None else length, limit) for length, limit in zip(lengths, limits, strict=True)
+    ]
+    batches = min(known) if loader._mode == "min_size" else max(known)
+    return -1 if batches == float("inf") else int(batches)

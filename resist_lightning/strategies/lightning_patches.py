@@ -9,9 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from resist_lightning.randomness import random_state
+from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.position import Position
 from resist_lightning.strategies.signals import Signals
+from resist_lightning.verbs import Collective
 
 
 class LoopPatches:
@@ -23,6 +24,9 @@ class LoopPatches:
     * The validation loop draws a seed for its loader's iterator from the global generator, so a run that validates
       would train on other augmentations than one that does not. So it is where a resumed run passes over a validation
       (Lightning 2.5.1 and later).
+    * The training loaders are made by whoever asks first: the loop, or a hook or ``configure_optimizers`` of the user's
+      that reads ``trainer.estimated_stepping_batches``. The stage of the trainer does not say it.
+    * Workers' epochs of different lengths end together.
     * Iterators and batches are made in the loops, and :class:`Position` notes the random state before each.
     * A run that goes on in the middle of an epoch is warned that its loader starts anew, which ours does not.
     * ``_SignalConnector.register_signal_handlers`` registers a handler that broadcasts on the default group; ours are
@@ -32,9 +36,14 @@ class LoopPatches:
         trainer: the trainer whose loops are patched.
         position: told of iterators, batches and validation.
         signals: installed when Lightning has installed its own.
+        collective: the workers whose epochs end together.
+
+    Attributes:
+        making_loaders: whether the loaders that Lightning makes now are those of the training.
     """
 
-    def __init__(self, trainer: pl.Trainer, position: Position, signals: Signals) -> None:
+    def __init__(self, trainer: pl.Trainer, position: Position, signals: Signals, collective: Collective) -> None:
+        self.making_loaders = False
         self._undo: list[tuple[Any, str]] = []
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
@@ -45,7 +54,14 @@ class LoopPatches:
             skip = val_loop.increment_progress_to_evaluation_end
             self._replace(val_loop, "increment_progress_to_evaluation_end", _isolated(skip, position))
         load, begin, fetch = fit_loop._load_combined_loader_states, epoch_loop.on_run_start, epoch_loop._on_before_fetch
-        self._replace(fit_loop, "_load_combined_loader_states", _both(load, position.note_iterator))
+
+        def before_iterator() -> None:
+            assert fit_loop._combined_loader is not None
+            end_epochs_together(fit_loop._combined_loader, collective)
+            position.note_iterator()
+
+        self._replace(fit_loop, "setup_data", self._noting_loaders(fit_loop.setup_data, position))
+        self._replace(fit_loop, "_load_combined_loader_states", _both(load, before_iterator))
         self._replace(epoch_loop, "on_run_start", lambda fetcher: position.begin_epoch(begin, fetcher))
         self._replace(epoch_loop, "_on_before_fetch", _both(position.note_fetch, fetch))
         self._replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
@@ -57,6 +73,17 @@ class LoopPatches:
         for owner, name in self._undo:
             delattr(owner, name)
         self._undo = []
+
+    def _noting_loaders(self, setup_data: Callable[[], None], position: Position) -> Callable[[], None]:
+        def setup_training_data() -> None:
+            self.making_loaders = True
+            try:
+                setup_data()
+            finally:
+                self.making_loaders = False
+            position.note_made()
+
+        return setup_training_data
 
     def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         setattr(owner, name, method)
@@ -100,7 +127,7 @@ def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[],
 
 def _isolated(run: Callable[..., Any], position: Position) -> Callable[..., Any]:
     def run_isolated(*args: Any, **kwargs: Any) -> Any:
-        position.outside_validation = random_state()
+        position.outside_validation = position.random_state()
         try:
             with isolate_rng():
                 return run(*args, **kwargs)

@@ -7,18 +7,21 @@ Lightning saves no random state, and only worker 0's position in the data::
     random state    random state before each fetch         position = batches trained in the epoch
 
 To resume, the iterator is made again from its random state, the batches that were trained are fetched once more and
-thrown away (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back.
+thrown away (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back. Where a
+shorter one of several loaders was begun again, that is done from the random state that there was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Generator
 
 from resist_lightning.randomness import Randomness, random_state, set_random_state
 
@@ -41,12 +44,11 @@ class Position:
         self._epoch_loop = trainer.fit_loop.epoch_loop
         self._iterator_made: Randomness = {}
         self._before_fetch: dict[int, Randomness] = {}
-        self._begun_again: set[int] = set()  # fetches in which one of several loaders began anew, by random numbers
-        self._parts: list[object] = []
+        self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
+        self._order: list[object] | None = []  # what an iterator took its samples' order from when it was made
         self._pending: dict[str, Any] = {}
         self._fetched_again: dict[int, Randomness] = {}
         self._loaders: list[dict[str, Any]] = []
-        self._stale_iterator: object = None
 
     @property
     def pending(self) -> bool:
@@ -55,16 +57,20 @@ class Position:
 
     def state(self) -> dict[str, Any]:
         """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
-        now = self.outside_validation or random_state()
+        now = {
+            "random": self.outside_validation or self.random_state(),
+            "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch,
+        }
         progress: Any = self._epoch_loop.batch_progress.current
         if progress.processed == progress.ready and self._epoch_loop._num_ready_batches_reached():
-            return {"random": now, "ended_epoch": self._epochs_processed()}
+            return {**now, "ended_epoch": self._epochs_processed()}
         first = progress.processed
-        self._note_parts()
+        begun_again = {loader: _newest(states, before=first) for loader, states in self._begun_again.items()}
         return {
-            "random": now,
+            **now,
             "iterator_made": self._iterator_made,
             "before_fetch": self._kept(first),
+            "begun_again": begun_again,
             "loaders": self._loaders if first + 1 == progress.ready else self._loader_states(),
         }
 
@@ -82,41 +88,65 @@ class Position:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; call it when the loaders are made, before the first epoch begins."""
-        self._stale_iterator = self._iterator()
         self._pending = state
-        set_random_state(state["random"])
+        self._fit_loop._last_train_dl_reload_epoch = state.get(
+            "loaders_made_in", self._fit_loop._last_train_dl_reload_epoch
+        )
+        self._set_random_state(state["random"])
+
+    def random_state(self) -> Randomness:
+        """That of the global generators, and of those that the user gave to loaders and samplers."""
+        return {**random_state(), "loaders": [generator.get_state() for generator in self._generators()]}
 
     def note_iterator(self) -> None:
-        """Called just before the first epoch's iterator is made."""
-        self._iterator_made = random_state()
+        """Called just before an iterator is made of new loaders: by the fit loop, or by a hook that asks for them."""
+        loader = self._fit_loop._combined_loader
+        assert loader is not None
+        if any(_is_running(each) for each in loader.flattened):
+            loader.reset()  # processes that have served somebody else have random numbers that nobody knows
+        self._iterator_made, self._order = self.random_state(), None
+
+    def note_made(self) -> None:
+        """Called when there are loaders, whether or not they and their iterator have just been made."""
+        if self._order is None:
+            self._order = _order(self._iterator())
+            self._watch_loaders()
 
     def note_fetch(self) -> None:
         """Called just before each batch is fetched."""
         fetcher = self._fit_loop._data_fetcher
         assert fetcher is not None
         if fetcher.fetched in self._fetched_again:
-            set_random_state(self._fetched_again[fetcher.fetched])
+            self._set_random_state(self._fetched_again[fetcher.fetched])
         progress: Any = self._epoch_loop.batch_progress.current
         trained = progress.processed
         if self._keep_loaders():
             self._loaders = self._loader_states()
-        self._note_parts()
-        self._before_fetch = {**self._kept(trained), fetcher.fetched: random_state()}
+        self._before_fetch = {**self._kept(trained), fetcher.fetched: self.random_state()}
 
     def begin_epoch(self, begin: Callable[[Any], None], fetcher: Any) -> None:
         """Called in place of Lightning's beginning of an epoch's batches, ``begin``, which may make an iterator."""
-        self._before_fetch, self._begun_again = {}, set()
+        self._before_fetch, self._begun_again = {}, {}
         if "iterator_made" in self._pending:  # the last batch may have been fetched, but it was not trained
             self._epoch_loop.batch_progress.is_last_batch = False
         if self._pending.get("ended_epoch", self._epochs_processed()) < self._epochs_processed():
             self._begin_with_batch_0()
-        iterator, before = self._iterator(), random_state()
+        iterator, before = self._iterator(), self.random_state()
         begin(fetcher)
-        if self._iterator() is not iterator:
+        made = self._iterator() is not iterator
+        if made:
             self._iterator_made = before
-        elif iterator is self._stale_iterator and not self._epoch_loop._num_ready_batches_reached():
-            self._make_iterator_again(fetcher)
-        self._stale_iterator, self._pending = object(), {}
+        if self._epoch_loop._num_ready_batches_reached():
+            pass  # a resumed run ends an epoch here, all of whose batches are trained
+        elif "iterator_made" in self._pending:
+            self._go_to_place(fetcher)
+        elif not made and (self._pending or _order(self._iterator()) != self._order):
+            # A resumed run begins an epoch; or a hook has iterated a loader whose processes go on, and has moved it.
+            fetcher.combined_loader.reset()
+            self._iterator_made = self.random_state()
+            iter(fetcher)
+        self._watch_loaders()
+        self._pending = {}
 
     def _begin_with_batch_0(self) -> None:
         """What Lightning does where a checkpoint was written after an epoch's last batch, if it knows their number."""
@@ -136,17 +166,48 @@ class Position:
         loader = self._fit_loop._combined_loader
         return loader._iterator if loader is not None else None
 
-    def _note_parts(self) -> None:
-        """Whether the last fetch made an iterator, as a shorter one of several loaders is begun again."""
-        parts = list(getattr(self._iterator(), "iterators", []))
-        if self._before_fetch and any(now is not before for now, before in zip(parts, self._parts, strict=False)):
-            self._begun_again.add(max(self._before_fetch))
-        self._parts = parts
+    def _generators(self) -> list[Generator]:
+        """Those that the user gave to the training loaders or their samplers."""
+        loader = self._fit_loop._combined_loader
+        found: list[Generator] = []
+        for each in loader.flattened if loader is not None else []:
+            batches = getattr(each, "batch_sampler", None)
+            for owner in (each, getattr(each, "sampler", None), batches, getattr(batches, "sampler", None)):
+                generator = getattr(owner, "generator", None)
+                if isinstance(generator, Generator) and not any(generator is known for known in found):
+                    found.append(generator)
+        return found
+
+    def _set_random_state(self, state: Randomness) -> None:
+        set_random_state(state)
+        for generator, own in zip(self._generators(), state.get("loaders", []), strict=False):
+            generator.set_state(own)
+
+    def _watch_loaders(self) -> None:
+        """Be told when one of several loaders is begun again, as it is shorter."""
+        iterator: Any = self._iterator()
+        if len(getattr(iterator, "iterables", [])) > 1:
+            iterator.iterables = [
+                _Watched(each.loader if isinstance(each, _Watched) else each, partial(self._begin_again, number))
+                for number, each in enumerate(iterator.iterables)
+            ]
+
+    def _begin_again(self, loader: int) -> None:
+        """Called just before a loader is begun again, within a fetch."""
+        fetcher = self._fit_loop._data_fetcher
+        assert fetcher is not None
+        state = self._pending.get("begun_again", {}).get(loader, {}).get(fetcher.fetched)
+        if state is not None:
+            self._set_random_state(state)
+        progress: Any = self._epoch_loop.batch_progress.current
+        trained = progress.processed
+        states = self._begun_again.get(loader, {})
+        needed = _newest(states, before=trained) | {fetch: old for fetch, old in states.items() if fetch >= trained}
+        self._begun_again[loader] = {**needed, fetcher.fetched: self.random_state()}
 
     def _kept(self, first: int) -> dict[int, Randomness]:
         """The random states that are needed to fetch again what was fetched before ``first``, and to go on there."""
-        kept = {0, *self._begun_again}
-        return {i: state for i, state in self._before_fetch.items() if i in kept or i >= first}
+        return {i: state for i, state in self._before_fetch.items() if i == 0 or i >= first}
 
     def _loader_states(self) -> list[dict[str, Any]]:
         """Of loaders that can say where they are; none where Lightning fetches ahead of them."""
@@ -155,12 +216,9 @@ class Position:
             loader._state_dicts() if fetcher is not None and fetcher.length is not None and loader is not None else []
         )
 
-    def _make_iterator_again(self, fetcher: Any) -> None:
+    def _go_to_place(self, fetcher: Any) -> None:
+        """Make the iterator of the epoch again, behind the batches that were trained."""
         pending, trained = self._pending, self._epoch_loop.batch_progress.current.ready
-        if "iterator_made" not in pending:
-            self._iterator_made = random_state()
-            iter(fetcher)
-            return
         loader = fetcher.combined_loader
         if self._epochs_processed() and any(getattr(each, "persistent_workers", False) for each in loader.flattened):
             rank_zero_warn(
@@ -172,7 +230,7 @@ class Position:
         for each in loader.flattened:
             _set_sampler_epoch(each, self._epochs_processed())
         self._iterator_made = pending["iterator_made"]
-        set_random_state(self._iterator_made)
+        self._set_random_state(self._iterator_made)
         if pending["loaders"]:
             loader._load_state_dicts(pending["loaders"])
             iter(fetcher)
@@ -181,7 +239,7 @@ class Position:
             self._fetched_again = pending["before_fetch"]
             self._fetch_again(fetcher, trained)
             self._fetched_again = {}
-        set_random_state(pending["before_fetch"].get(fetcher.fetched, pending["random"]))
+        self._set_random_state(pending["before_fetch"].get(fetcher.fetched, pending["random"]))
 
     def _fetch_again(self, fetcher: Any, batches: int) -> None:
         if batches:
@@ -189,6 +247,7 @@ class Position:
                 f"Fetching the {batches} batches of this epoch that have been trained, to go on behind them."
             )
         iter(fetcher)
+        self._watch_loaders()
         for batch in range(batches):
             try:
                 next(fetcher)
@@ -197,3 +256,34 @@ class Position:
                     f"the training loader gave {batch} batches, and the checkpoint was written after {batches} of this "
                     "epoch. Resume with the loader that the checkpoint was written with, or from the end of an epoch."
                 ) from None
+
+
+class _Watched:
+    """A loader that says so when it is begun again."""
+
+    def __init__(self, loader: Any, begins: Callable[[], None]) -> None:
+        self.loader = loader
+        self._begins = begins
+
+    def __iter__(self) -> Iterator[Any]:
+        self._begins()
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def _newest(states: dict[int, Randomness], before: int) -> dict[int, Randomness]:
+    """The one of the last fetch before ``before``, if there is one."""
+    fetch = max((fetch for fetch in states if fetch < before), default=None)
+    return {} if fetch is None else {fetch: states[fetch]}
+
+
+def _order(iterator: Any) -> list[object]:
+    """What loaders take their samples' order from: persistent processes make it anew, in the same iterator."""
+    return [getattr(part, "_sampler_iter", None) for part in getattr(iterator, "iterators", [])]
+
+
+def _is_running(loader: object) -> bool:
+    """Whether a loader has processes that outlive its iterators, and has started them."""
+    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None

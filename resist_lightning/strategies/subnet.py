@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -21,7 +21,6 @@ from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.methods import make_layout
 from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
-from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
     Launch,
@@ -84,29 +83,32 @@ class SubnetStrategy(SavingStrategy):
         if module is not None and not is_overridden("configure_model", module):
             make_layout(module, self.config, self.num_nodes * self.num_processes)
 
+    @override
+    def setup_environment(self) -> None:
+        """Called in each worker when it starts, before any hook of the user's, which may make the training loaders."""
+        super().setup_environment()
+        trainer = self._trainer()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.signals = Signals(trainer)
+            self._position = Position(trainer, keep_loaders=lambda: self.engine is not None and self.engine.clock.due)
+            self._patches = LoopPatches(trainer, self._position, self.signals, default_collective())
+
+    @property
+    def _making_training_loaders(self) -> bool:
+        return self._patches is not None and self._patches.making_loaders
+
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Called by Lightning for each loader: a part of the data per worker, or all of it in an own order."""
         kwargs = super().distributed_sampler_kwargs
-        if self._data == "copy" and self._trainer().state.stage == RunningStage.TRAINING:
+        if self._data == "copy" and self._making_training_loaders:
             return {
                 "num_replicas": 1,
                 "rank": 0,
                 "seed": self.config.seed * kwargs["num_replicas"] + self.global_rank,
             }
         return kwargs
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        """Called by Lightning for each loader: training ends for all workers with the shortest one.
-
-        Collective: every worker calls this, in the same order.
-        """
-        trainer = self._trainer()
-        if trainer.state.stage == RunningStage.TRAINING:
-            end_epochs_together(trainer, dataloader, default_collective())
-        return dataloader
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -132,6 +134,8 @@ class SubnetStrategy(SavingStrategy):
         """Called last before the first batch: from here on a worker holds its part only."""
         assert self.engine is not None
         self.guard.look_up()
+        if self.engine.clock.total_steps:  # LearningRateFinder has trained in this `fit`, and has put all of it back
+            self._make_engine(self._trainer())
         self._order = ValidationOrder(self._trainer(), self.engine)
         self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
@@ -220,7 +224,7 @@ class SubnetStrategy(SavingStrategy):
     def _make_engine(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        self.signals = Signals(trainer)
+        assert self.signals is not None
         optimizers = [o._optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         self.engine = Engine(
             module,
@@ -230,6 +234,3 @@ class SubnetStrategy(SavingStrategy):
             host=LightningHost(trainer, self.signals, self._data),
         )
         rank_zero_info(f"{type(self).__name__}: {self.engine.layout.describe()}")
-        engine = self.engine
-        self._position = Position(trainer, keep_loaders=lambda: engine.clock.due)
-        self._patches = LoopPatches(trainer, self._position, self.signals)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DistributedSampler
 
 from experiments.data import CIFAR10, CIFAR100, Digits, Fake
@@ -148,8 +147,7 @@ def order_of(worker: int, policy: Any, data: ImageData, monkeypatch: pytest.Monk
     """The training images of a worker, in its order, by the sampler that the strategy asks Lightning for."""
     strategy = ResISTStrategy(data=policy, parallel_devices=[torch.device("cpu")] * 2)
     strategy._local_rank = worker
-    trainer = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING))
-    monkeypatch.setattr(strategy, "_trainer", lambda: trainer)
+    monkeypatch.setattr(ResISTStrategy, "_making_training_loaders", True)
     environment = SimpleNamespace(global_rank=lambda: worker, local_rank=lambda: worker)
     strategy.cluster_environment = environment  # type: ignore[assignment]
     arguments = {"seed": 0, **strategy.distributed_sampler_kwargs}

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -48,33 +50,72 @@ def cut_by_hand(worker: int, steps: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("options", "batches"), [({}, 5), ({"limit_train_batches": 0.5}, 2), ({"limit_train_batches": 4}, 4)], ids=str
+    ("options", "batches", "told"),
+    [({}, 5, "[7, 5]"), ({"limit_train_batches": 0.5}, 2, "[3, 2]"), ({"limit_train_batches": 4}, 4, "")],
+    ids=str,
 )
-def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, Any], batches: int) -> None:
+def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, Any], batches: int, told: str) -> None:
     results = run_trainers(fit_uneven, 2, options)
 
     expected = run_workers(cut_by_hand, 2, 2 * batches)[0]
     for steps, _, state in results:
         assert steps == 2 * batches
         assert_equal_states(state, expected, exactly=True)
-    (mine, *others), theirs = results[0][1], results[1][1]
-    assert "[7, 5] batches" in mine
-    assert "Shard the data evenly" in mine
-    assert (others, theirs) == ([], [])
+    mine, theirs = results[0][1], results[1][1]
+    assert theirs == []
+    assert len(mine) == bool(told)  # not where the limit of the Trainer is the shortest
+    for each in mine:
+        assert f"{told} batches" in each
+        assert "Shard the data evenly" in each
 
 
-def fit_uneven_then_even(worker: int) -> list[int]:
-    trainer = make_trainer(make_strategy(), max_epochs=1)
-    trainer.fit(Classifier(), stream(worker, LENGTHS[worker]))
-    steps = [trainer.global_step]
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(Classifier(), stream(worker, 9))
-    return [*steps, trainer.global_step - steps[0]]
+EPOCHS = [(6, 6), (3, 5), (9, 8), (20, 9)]
+"""Batches of each worker's loaders in three epochs, and in a later `fit`."""
 
 
-@pytest.mark.xfail(strict=True, reason="the Trainer keeps the limit of the uneven loaders, and says nothing any more")
-def test_later_loaders_are_not_cut_to_the_length_of_earlier_ones() -> None:
-    assert run_trainers(fit_uneven_then_even, 2) == [[5, 9], [5, 9]]
+class NewLoaders(L.LightningDataModule):
+    """Another loader for each epoch: of batches, or of batches of two loaders."""
+
+    def __init__(self, worker: int, mode: str) -> None:
+        super().__init__()
+        self.worker, self.mode = worker, mode
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        batches = EPOCHS[self.trainer.current_epoch][self.worker]
+        loader = stream(self.worker, batches)
+        if self.mode == "one":
+            return loader
+        other = stream(self.worker, 30 if self.mode == "min_size" else 2)
+        return CombinedLoader({"a": loader, "b": other}, self.mode)  # type: ignore[arg-type]
+
+
+class CountsBatches(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.batches.append(0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches[-1] += 1
+        return super().training_step(batch["a"] if isinstance(batch, dict) else batch, batch_idx)
+
+
+def fit_in_epochs_of_all_lengths(worker: int, mode: str) -> tuple[list[int], int | float | None]:
+    module, data = CountsBatches(), NewLoaders(worker, mode)
+    trainer = make_trainer(make_strategy("local_sgd"), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(module, datamodule=data)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, datamodule=data)
+    return module.batches, trainer.limit_train_batches
+
+
+@pytest.mark.parametrize("mode", ["one", "max_size_cycle", "max_size", "min_size"])
+def test_an_epoch_is_as_long_as_its_own_loaders(mode: str) -> None:
+    results = run_trainers(fit_in_epochs_of_all_lengths, 2, mode)
+    assert results == [([6, 3, 8, 9], 1.0)] * 2
 
 
 # Loaders of unknown length: an error on all workers.

@@ -44,6 +44,8 @@ class Case:
     loader: str
     accumulate: int
     stops: tuple[int, ...]
+    early: bool = False
+    """Whether ``configure_optimizers`` asks for the number of steps, which makes the loaders and their iterator."""
 
 
 def draw_case(number: int) -> Case:
@@ -62,6 +64,7 @@ def draw_case(number: int) -> Case:
         loader=drawn.choice(["shuffled", "shuffled", "endless"]),
         accumulate=accumulate,
         stops=tuple(sorted(drawn.sample(range(1, batches), STOPS_PER_CASE))),
+        early=number % 2 == 1,
     )
 
 
@@ -88,15 +91,18 @@ class Endless(IterableDataset[tuple[Tensor, int]]):
 class Noisy(Classifier):
     """With dropout and a schedule."""
 
-    def __init__(self, optimizer: str = "sgd", seed: int = 7, kind: str = "preact") -> None:
+    def __init__(self, optimizer: str = "sgd", seed: int = 7, kind: str = "preact", early: bool = False) -> None:
         super().__init__(kind, seed)
         self.optimizer = optimizer
+        self.early = early
         self.dropout = nn.Dropout(0.2)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step((self.dropout(batch[0]), batch[1]), batch_idx)
 
     def configure_optimizers(self) -> Any:
+        if self.early:
+            assert self.trainer.estimated_stepping_batches
         if self.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(self.parameters(), lr=1e-2)
         else:
@@ -123,7 +129,7 @@ def loader_of(worker: int, kind: str, loader_workers: int = 0) -> DataLoader[Any
 
 def fit(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback], **more: Any) -> Noisy:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    module = Noisy(case.optimizer, 7 if ckpt_path is None else 8, kind_for(case.face))
+    module = Noisy(case.optimizer, 7 if ckpt_path is None else 8, kind_for(case.face), case.early)
     trainer = make_trainer(
         make_strategy(case.face, **case.options),
         max_epochs=EPOCHS,
@@ -179,9 +185,7 @@ class Counts(DataLoader[Any]):
 
 def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.Callback]) -> dict[str, Tensor]:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
-    made: Any = {"steps by hand": StepsByHand, "follows a loss": FollowsALoss, "two loaders": OfTwoLoaders}.get(
-        kind, Noisy
-    )
+    made: Any = MODULES.get(kind, Noisy)
     module = made(seed=7 if ckpt_path is None else 8)
     loader: Any = loader_of(worker, "shuffled", int(kind == "processes"))
     if kind == "stateful":
@@ -191,10 +195,18 @@ def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.
         loader = CombinedLoader([loader, short], "max_size_cycle")
     elif kind == "persistent":
         loader = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+    elif kind == "own generator":
+        loader = DataLoader(Augmented(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
+    renews = {"reload_dataloaders_every_n_epochs": 2} if kind == "new loaders" else {}
     validates = {"val_check_interval": 3} if "validation" in kind else {}
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # else Lightning adds one of its own
     trainer = make_trainer(
-        make_strategy(), max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=saves, **validates
+        make_strategy(),
+        max_epochs=EPOCHS + bool(renews),
+        callbacks=callbacks,
+        enable_checkpointing=saves,
+        **validates,
+        **renews,
     )
     trainer.fit(module, loader, held_out(worker) if validates else None, ckpt_path=ckpt_path)
     return clone_state(module)
@@ -254,7 +266,31 @@ class OfTwoLoaders(Noisy):
         return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx)
 
 
-KINDS = ("two loaders", "validation", "just before validation", "processes", "stateful", "persistent")
+class Iterates(Noisy):
+    """Looks at a batch before the training: with persistent processes, by the iterator that the training has too."""
+
+    def on_fit_start(self) -> None:
+        self.trainer.fit_loop.setup_data()
+        assert len(self.trainer.train_dataloader) == BATCHES
+        next(iter(self.trainer.train_dataloader))
+
+
+MODULES = {
+    "steps by hand": StepsByHand,
+    "follows a loss": FollowsALoss,
+    "two loaders": OfTwoLoaders,
+    "persistent": Iterates,
+}
+KINDS = (
+    "two loaders",
+    "validation",
+    "just before validation",
+    "processes",
+    "stateful",
+    "persistent",
+    "own generator",
+    "new loaders",
+)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "steps by hand", "follows a loss"])

@@ -36,6 +36,7 @@ def draw_case(number: int) -> Case:
         loader=drawn.choice(["shuffled", "endless"]),
         accumulate=drawn.choice([1, 2]),
         stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), 5))),
+        early=number % 2 == 1,
     )
 
 

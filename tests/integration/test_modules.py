@@ -11,16 +11,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from resist_lightning import Config, Engine
+from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
-from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, train_by_hand
+from tests.helpers.trainers import fit, kind_for, make_strategy, make_trainer, run_trainers, train_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
 CONFIG = Config(local_steps=3, min_blocks=1)
@@ -265,28 +266,47 @@ def test_batch_norms_that_do_not_train_keep_their_statistics(module: type[Classi
 
 
 class Tunable(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
         self.lr = 0.05
 
 
-def tune(worker: int, folder: str, tunes: bool) -> State:
-    module = Tunable()
-    data = DataLoader([batch_of(worker, step) for step in range(8)], batch_size=None)  # type: ignore[arg-type]
-    trainer = make_trainer(make_strategy(), max_epochs=1, default_root_dir=folder)
-    if tunes:
-        found = Tuner(trainer).lr_find(module, data, num_training=7, update_attr=False)
-        assert found is not None
-        assert len(found.results["lr"]) == 7
-    trainer.fit(module, data)
-    return clone_state(module)
+TUNED: dict[str, dict[str, Any]] = {
+    "resist": {"warmup_rounds": 1, "momentum": "keep"},
+    "local_sgd": {"wire": "int8"},
+    "ist": {"momentum": "travel"},
+    "auxnet": {"cuts": ["section2"]},
+}
 
 
-def test_a_search_for_the_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
-    untuned, tuned = (run_trainers(tune, 2, str(tmp_path), tunes) for tunes in (False, True))
+def tune(worker: int, face: str, folder: str) -> list[tuple[State, int, int, Any]]:
+    """States, rounds, local steps and bytes sent: without a search for the learning rate, and with one of each kind."""
+    found = []
+    for how in ("not at all", "before", "by a callback"):
+        module = Tunable(kind_for(face))
+        data = DataLoader([batch_of(0, step) for step in range(8)], batch_size=None)  # type: ignore[arg-type]
+        strategy = make_stages(**TUNED[face]) if face == "auxnet" else make_strategy(face, **TUNED[face])
+        callbacks = [LearningRateFinder(num_training_steps=7)] if how == "by a callback" else []  # too few to choose by
+        trainer = make_trainer(strategy, max_epochs=1, default_root_dir=folder, callbacks=callbacks)
+        if how == "before":
+            result = Tuner(trainer).lr_find(module, data, num_training=7, update_attr=False)
+            assert result is not None
+            assert len(result.results["lr"]) == 7
+        trainer.fit(module, data)
+        engine = strategy.engine
+        assert engine is not None
+        sent = {kind: bytes for kind, bytes in engine.sent_bytes_by_worker.items() if kind != "control"}
+        found.append((clone_state(module), engine.clock.round, engine.clock.step, sent))
+    return found
 
-    for state in tuned:
-        assert_equal_states(state, untuned[0], exactly=True)
+
+@pytest.mark.parametrize("face", TUNED)
+def test_a_search_for_the_learning_rate_leaves_no_trace(face: str, tmp_path: Path) -> None:
+    for untuned, *tuned in run_trainers(tune, 2, face, str(tmp_path)):
+        assert len(tuned) == 2
+        for state, *place in tuned:
+            assert_equal_states(state, untuned[0], exactly=True)
+            assert place == [2, 2, untuned[-1]]
 
 
 # What a module may ask of the other workers.

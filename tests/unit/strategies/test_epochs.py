@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader
 
 from resist_lightning.strategies.epochs import end_epochs_together
 from resist_lightning.verbs import SoloCollective
@@ -24,38 +25,56 @@ class Pretended(SoloCollective):
         return [list(numbers), *([other] for other in self.others)]
 
 
-def limit(before: Any, mine: object, others: list[float]) -> tuple[Any, list[str]]:
-    trainer = SimpleNamespace(limit_train_batches=before)
+def cut(lengths: Sequence[Any], mode: Any, limit: Any, others: list[float]) -> tuple[int | None, list[str]]:
+    """Batches of an epoch, as Lightning counts them, and what was said."""
+    loader = CombinedLoader([range(n) if isinstance(n, int) else n for n in lengths], mode)
+    loader.limits = limit
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        end_epochs_together(trainer, mine, Pretended(others))  # type: ignore[arg-type]
-    return trainer.limit_train_batches, [str(warning.message) for warning in caught]
+        end_epochs_together(loader, Pretended(others))
+    return sized_len(iter(loader)), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(
-    ("before", "mine", "others", "after"),
+    ("lengths", "mode", "limit", "others", "after"),
     [
-        (1.0, 7, [5, 6], 5),
-        (None, 7, [5, 6], 5),
-        (0.5, 9, [8], 4),
-        (3, 7, [5], 3),
-        (6, 7, [5], 5),
-        (6, 5, [7], 5),
-        (1.0, 4, [0], 0),
+        ([7], "max_size_cycle", None, [5, 6], 5),
+        ([7], "max_size_cycle", [7], [5], 5),
+        ([7], "max_size_cycle", [6], [5], 5),
+        ([5], "max_size_cycle", [5], [6], 5),
+        ([9], "max_size_cycle", [float("inf")], [8], 8),
+        ([4], "max_size_cycle", None, [0], 0),
+        ([20, 4], "max_size_cycle", [20, 4], [18], 18),
+        ([4, 20], "max_size", [4, 20], [18], 18),
+        ([20, 4], "min_size", [20, 4], [3], 3),
+        ([20, 3], "min_size", [20, 3], [4], 3),
+        ([iter(()), 4], "max_size_cycle", [5, 4], [4], 4),
     ],
 )
-def test_the_shortest_loader_limits_all(before: Any, mine: int, others: list[float], after: int) -> None:
-    found, told = limit(before, range(mine), others)
+def test_the_shortest_epoch_ends_all(
+    lengths: list[Any], mode: str, limit: Any, others: list[float], after: int
+) -> None:
+    found, (told,) = cut(lengths, mode, limit, others)
 
     assert found == after
-    assert isinstance(found, int)  # a share would be taken of each worker's own length
-    assert len(told) == 1
-    assert f"[{mine}, {', '.join(map(str, others))}] batches; every epoch ends after {min(mine, *others)}" in told[0]
+    assert f"every epoch ends after {after} for all" in told
 
 
 @pytest.mark.parametrize(
-    ("mine", "others"), [(range(5), [5, 5]), (range(5), []), (iter(range(5)), [5]), (range(5), [-1]), (iter(()), [-1])]
+    ("lengths", "mode", "limit", "others", "after"),
+    [
+        ([5], "max_size_cycle", None, [5, 5], 5),
+        ([5], "max_size_cycle", None, [], 5),
+        ([7], "max_size_cycle", [4], [4], 4),  # of loaders of 7 and 5 batches
+        ([20, 4], "max_size_cycle", [20, 4], [20], 20),
+        ([20, 4], "max_size", [20, 4], [20], 20),
+        ([iter(()), 20], "min_size", None, [20], 20),
+        ([5], "max_size_cycle", None, [-1], 5),
+        ([iter(range(5))], "max_size_cycle", None, [5], None),
+        ([iter(()), 5], "max_size_cycle", None, [-1], None),
+    ],
 )
-def test_equal_and_unknown_lengths_are_left_alone(mine: object, others: list[float]) -> None:
-    for before in (0.5, 1.0, 3, None):
-        assert limit(before, mine, others) == (before, [])
+def test_equal_and_unknown_lengths_are_left_alone(
+    lengths: list[Any], mode: str, limit: Any, others: list[float], after: int | None
+) -> None:
+    assert cut(lengths, mode, limit, others) == (after, [])

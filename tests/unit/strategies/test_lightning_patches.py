@@ -12,6 +12,11 @@ import torch
 from resist_lightning.strategies.lightning_patches import LoopPatches
 from resist_lightning.strategies.position import Position
 from resist_lightning.strategies.signals import Signals
+from resist_lightning.verbs import SoloCollective
+
+
+def patched(trainer: L.Trainer) -> LoopPatches:
+    return LoopPatches(trainer, Position(trainer), Signals(trainer), SoloCollective())
 
 
 def draw() -> tuple[float, float, float]:
@@ -23,7 +28,7 @@ def test_lightning_still_has_the_methods_and_they_are_put_back(trainer_with: Cal
     assert hasattr(epoch_loop, "_broadcast_sigterm_tensor"), "this version of Lightning broadcasts in another way"
     before = (epoch_loop._broadcast_sigterm_tensor, epoch_loop.val_loop.run)
 
-    patches = LoopPatches(epoch_loop.trainer, Position(epoch_loop.trainer), Signals(epoch_loop.trainer))
+    patches = patched(epoch_loop.trainer)
     assert epoch_loop._broadcast_sigterm_tensor != before[0]
     assert epoch_loop.val_loop.run != before[1]
     assert epoch_loop._broadcast_sigterm_tensor() is None  # type: ignore[func-returns-value]
@@ -39,7 +44,7 @@ def test_validation_draws_from_generators_of_its_own(trainer_with: Callable[...,
     val_loop = trainer.fit_loop.epoch_loop.val_loop
     drawn = []
     val_loop.run = lambda: drawn.append(draw())  # type: ignore[method-assign]
-    patches = LoopPatches(trainer, Position(trainer), Signals(trainer))
+    patches = patched(trainer)
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     expected = draw()
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
