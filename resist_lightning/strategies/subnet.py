@@ -134,7 +134,8 @@ class SubnetStrategy(SavingStrategy):
         """Called last before the first batch: from here on a worker holds its part only."""
         assert self.engine is not None
         self.guard.look_up()
-        if self.engine.clock.total_steps:  # LearningRateFinder has trained in this `fit`, and has put all of it back
+        if self._order is not None:  # LearningRateFinder has trained in this `fit`, and has put everything back
+            self._order.remove()
             self._make_engine(self._trainer())
         self._order = ValidationOrder(self._trainer(), self.engine)
         self.engine.swaps.add(self._lightning_optimizers)
