@@ -20,6 +20,7 @@ from resist_lightning.partition import Partition
 from resist_lightning.rounds import Schedule
 from resist_lightning.scaling import coverage, foldable
 from resist_lightning.shares import check_counts
+from resist_lightning.tensors import averaged_bytes
 from resist_lightning.wire import compressible
 
 
@@ -113,13 +114,13 @@ class BlockLayout(Layout):
         plain = [self._plain(block.tensors()) for block in self.blocks]
         entries = [self._entries(block.tensors()) for block in self.blocks]
         return Sizes(
-            shared=_bytes_by_dtype(tensor for name, tensor in self._plain(self.shared).items() if name in changing),
+            shared=_averaged_bytes(tensor for name, tensor in self._plain(self.shared).items() if name in changing),
             blocks=tuple(
-                _bytes_by_dtype(tensors.values()).total() + (wire.bytes(count) if wire else 0)
+                sum(map(_bytes, tensors.values())) + (wire.bytes(count) if wire else 0)
                 for tensors, count in zip(plain, entries, strict=True)
             ),
             averaged=tuple(
-                _bytes_by_dtype(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
+                _averaged_bytes(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
             ),
             states=tuple(states.bytes(block.module.parameters()) if travels else 0 for block in self.blocks),
             wire=wire,
@@ -244,10 +245,16 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     return schedule.measuring(0) if given == "auto" else schedule
 
 
-def _bytes_by_dtype(tensors: Iterable[Tensor]) -> Counter[str]:
+def _bytes(tensor: Tensor) -> int:
+    """Of an absent one, too."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _averaged_bytes(tensors: Iterable[Tensor]) -> Counter[str]:
+    """By data type: each has an all-reduce of its own."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[str(tensor.dtype)] += tensor.numel() * tensor.element_size()
+        sizes[str(tensor.dtype)] += averaged_bytes(tensor)
     return sizes
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from resist_lightning.bucket import Bucket, make_buckets
 from resist_lightning.mean import mean_into, start_mean
 from resist_lightning.plan import SyncPlan, Transfer
+from resist_lightning.tensors import all_sendable, sendable
 from resist_lightning.unit_vectors import normalise, unit_vectors
 from resist_lightning.verbs import Collective, Finish
 from resist_lightning.wire import Wire, arrange, flatten, split
@@ -140,7 +141,7 @@ class Exchange:
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
         for dtype, flat in self._pack(tensors).items():
-            self._collective.broadcast_(flat, kind)
+            self._collective.broadcast_(sendable(flat), kind)
             _copy_into([tensor for tensor in tensors if tensor.dtype == dtype], flat)
 
     def merge(self, plan: SyncPlan, cargo: Callable[[int], Cargo], kinds: Kinds) -> None:
@@ -210,7 +211,8 @@ class Exchange:
             kinds[state_kind] += _bytes(loads[transfer.block].state)
         sends = {peer: self._parcel(batch, loads, messages) for peer, batch in outgoing.items()}
         receives = {peer: self._empty_parcel(batch, loads) for peer, batch in expected.items()}
-        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in receives.items()}, kinds)
+        landing = {peer: flats.values() for peer, flats in receives.items()}
+        self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
         received: dict[Transfer, list[Tensor]] = {}
         for peer, flats in receives.items():
             received.update(self._unpack(expected[peer], loads, flats))

@@ -22,6 +22,7 @@ from resist_lightning.norm import (
     remove_batch_statistics,
 )
 from resist_lightning.scaling import ScaleHooks, fold, foldable, folded, remove_scale_hooks, unfold
+from resist_lightning.tensors import same
 from resist_lightning.writes import Writes
 
 
@@ -105,7 +106,7 @@ class FullModel:
         self.swapped, self._remembered = False, []
         for tensor in tensors:
             copy = self._noted.get(id(tensor))
-            if copy is None or not torch.equal(copy, tensor):
+            if copy is None or not same(copy, tensor):
                 self.swapped |= copy is not None and isinstance(tensor, nn.Parameter)
                 copy = tensor.detach().clone()
             self._remembered.append((tensor, copy))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resist_lightning.blocks import Block
 from resist_lightning.config import CommonConfig, WireName
 from resist_lightning.norm import norms_with_statistics
+from resist_lightning.tensors import KnownTensors, check_tensors
 from resist_lightning.verbs import Collective
 
 
@@ -29,9 +30,10 @@ class Layout(ABC):
         shared: by name, the tensors that all workers hold whole in every round.
         scale: factor on the residual branches of ``blocks`` in the full model.
         wire: how trainable parameters are sent at a sync.
+        tensors: the parameters and buffers that the layout is of.
 
     Raises:
-        ValueError: if the module synchronises batch norm.
+        ValueError: if the module synchronises batch norm, or has tensors that cannot be averaged.
     """
 
     blocks: tuple[Block, ...] = ()
@@ -41,6 +43,8 @@ class Layout(ABC):
 
     def __init__(self, module: nn.Module, config: CommonConfig, workers: int) -> None:
         _refuse_sync_batch_norm(module)
+        check_tensors(module)
+        self.tensors = KnownTensors(module)
         self.module = module
         self.config = config
         self.workers = workers

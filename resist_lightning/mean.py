@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resist_lightning.tensors import computable
 from resist_lightning.verbs import Collective, Finish
 
 
@@ -24,29 +25,35 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
     Returns:
         A function that waits for it.
     """
+    numbers = computable(flat)
     if collective.worker in left_out:
-        flat.fill_(_least(flat.dtype))
-    finish = collective.start_mean(flat, kind)
-    if not left_out or not flat.is_floating_point():
-        return finish
+        numbers.fill_(_least(numbers.dtype))
+    finish = collective.start_mean(numbers, kind)
 
-    def finish_without_them() -> None:
+    def finish_mean() -> None:
         finish()
-        flat.mul_(collective.workers / (collective.workers - len(left_out)))
+        if left_out and numbers.is_floating_point():
+            numbers.mul_(collective.workers / (collective.workers - len(left_out)))
+        if numbers.dtype != flat.dtype and not flat.is_complex():
+            flat.copy_(numbers)
 
-    return finish_without_them
+    return finish_mean
 
 
 def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     """Replace ``own`` by the mean of it and ``others``; by the maximum for integers."""
     own = own.detach()
-    if own.is_floating_point():
+    numbers = computable(own)
+    received = [computable(other.to(own.device)) for other in others]
+    if numbers.is_floating_point():
         # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
-        offset = torch.stack([other.to(own.device) - own for other in others]).sum(0)
-        own.add_(offset / (len(others) + 1))
+        offset = torch.stack([other - numbers for other in received]).sum(0)
+        numbers.add_(offset / (len(others) + 1))
     else:
-        for other in others:
-            own.copy_(torch.maximum(own, other.to(own.device)))
+        for other in received:
+            numbers.copy_(torch.maximum(numbers, other))
+    if numbers.dtype != own.dtype and not own.is_complex():
+        own.copy_(numbers)
 
 
 def _least(dtype: torch.dtype) -> int:

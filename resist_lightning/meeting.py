@@ -96,6 +96,8 @@ class Meeting:
             WorkersDisagree: if the workers are in different states, or the last sync left them unequal tensors.
             NotFinite: if weights are to be averaged and a worker has NaN or infinity, unless it is left out for that.
         """
+        if purpose in (Purpose.START, Purpose.SYNC):  # for an observation it was done before, and its code may swap
+            self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
         header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
         mine = [*header_numbers(header), *self.soundness.numbers(purpose)]

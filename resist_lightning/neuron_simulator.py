@@ -22,7 +22,7 @@ from resist_lightning.ist.partition import draw_neurons
 from resist_lightning.norm import BatchStatistics, InputRecorder, norms_with_statistics
 from resist_lightning.partition import Partition
 from resist_lightning.rounds import Clock
-from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
+from resist_lightning.simulated_worker import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.unit_vectors import normalise, unit_vectors
 
 Slot: TypeAlias = tuple[int, str, str]
@@ -137,8 +137,7 @@ class NeuronSimulator:
                 for worker, tensors in enumerate(copies):
                     tensor[self._index(name, worker)] = tensors[name].detach()
             else:
-                values = torch.stack([tensors[name].detach() for tensors in copies])
-                tensor.copy_(values.mean(0) if values.is_floating_point() else values.max(0).values)
+                tensor.copy_(mean_or_maximum([tensors[name] for tensors in copies]))
         if len(copies) > 1:
             vectors = unit_vectors(self.workers[0].module)
             normalise(tensor for name, tensor in full.items() if name in vectors and name not in self.neurons.cuts)

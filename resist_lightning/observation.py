@@ -96,6 +96,7 @@ class Observation:
     def note_weights(self) -> None:
         """Call it before code that may exchange weights for an evaluation. Sends nothing."""
         with torch.inference_mode(False):
+            self._layout.tensors.keep()
             self.full.note(self._own_tensors())
 
     def forget_notes(self) -> None:
@@ -114,6 +115,7 @@ class Observation:
             kind: how the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """
+        self._layout.tensors.keep()
         calls = list(self.recorder.calls) if self.recorder is not None else []
         still = self.recorder.still if self.recorder is not None else ()
         self._writes_unsynced = self._writes() - self._writes_at_start

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.blocks import Block
 from resist_lightning.norm import Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.tensors import computable, is_continuous
 
 
 @dataclass
@@ -59,6 +60,15 @@ def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None
     for group, values in zip(optimizer.param_groups, first, strict=True):
         for name in [name for name, value in values.items() if group[name] == value]:
             del values[name]
+
+
+def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
+    """The mean of what holders have; of integers and booleans the maximum."""
+    numbers = torch.stack([computable(value.detach()) for value in values])
+    if not is_continuous(values[0].dtype):
+        return numbers.amax(0).to(values[0].dtype)
+    mean = numbers.mean(0)
+    return torch.view_as_complex(mean) if values[0].is_complex() else mean.to(values[0].dtype)
 
 
 def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:

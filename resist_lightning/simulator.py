@@ -25,7 +25,7 @@ from resist_lightning.plan import SyncPlan, plan_sync
 from resist_lightning.residual import FirstForward
 from resist_lightning.rounds import Clock
 from resist_lightning.scaling import ScaleHooks, fold, foldable
-from resist_lightning.simulated_worker import SimulatedWorker, recalibrate_together
+from resist_lightning.simulated_worker import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.unit_vectors import normalise, unit_vectors
 from resist_lightning.wire import Wire, arrange, compressible, flatten, make_wire, noise_for, split
 
@@ -142,8 +142,7 @@ class Simulator:
         vectors = unit_vectors(self.workers[0].module)
         for name in copies[0]:
             holders = partition.holders(self._block_of[name]) if name in self._block_of else everyone
-            values = torch.stack([copies[worker][name].detach() for worker in holders])
-            means[name] = values.mean(0) if values.is_floating_point() else values.max(0).values
+            means[name] = mean_or_maximum([copies[worker][name] for worker in holders])
             if name in vectors and len(holders) > 1:
                 normalise([means[name]])
         return means

@@ -14,6 +14,7 @@ from resist_lightning.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout
 from resist_lightning.rounds import Clock
+from resist_lightning.tensors import computable, is_continuous
 from resist_lightning.verbs import Collective
 
 MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
@@ -119,17 +120,18 @@ _WAY_OUT = (
 
 
 def _could_be(tensor: Tensor) -> bool:
-    return not tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex())
+    return not tensor.is_meta and is_continuous(tensor.dtype)
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return bool(computable(tensor).isfinite().all())
 
 
 def _sums_not_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Whether each tensor's sum is NaN or infinite: always where an entry is. Reads every entry once, makes no copy."""
     if not tensors:
         return []
-    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    numbers = map(computable, tensors)
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in numbers]
     found: list[bool] = torch.stack([value.isfinite().logical_not() for value in sums]).tolist()
     return found

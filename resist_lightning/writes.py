@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+
+from resist_lightning.tensors import same
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,4 @@ def version(tensor: Tensor) -> int:
 def _differs(tensor: Tensor, before: _Before) -> bool:
     if tensor is not before.tensor or version(tensor) != before.version:
         return True
-    return before.value is not None and not torch.equal(tensor, before.value)
+    return before.value is not None and not same(tensor, before.value)

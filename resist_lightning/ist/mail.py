@@ -12,6 +12,7 @@ from torch import Tensor
 from resist_lightning.ist.pieces import Part
 from resist_lightning.ist.plan import Piece, full_pieces
 from resist_lightning.partition import Partition
+from resist_lightning.tensors import all_sendable
 from resist_lightning.verbs import Collective
 
 Load: TypeAlias = tuple[str, Piece]
@@ -91,7 +92,8 @@ class Mail:
         kinds: Counter[str],
     ) -> list[Arrived]:
         receives = {peer: self._empty(loads, parts) for peer, loads in expected.items()}
-        self._collective.exchange(sends, {peer: list(flats.values()) for peer, flats in receives.items()}, kinds)
+        landing = {peer: flats.values() for peer, flats in receives.items()}
+        self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
         arrived: list[Arrived] = []
         for peer, loads in expected.items():
             offsets: Counter[torch.dtype] = Counter()

@@ -7,13 +7,16 @@ computed from the same numbers, in double precision, with no process.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine
+from resist_lightning.accounting import sync_bytes
 from resist_lightning.partition import Partition, draw_partition, everything
+from resist_lightning.plan import plan_sync
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers
 
@@ -22,6 +25,9 @@ START = -1
 
 # Rounding of a mean of up to four numbers of about 1; two roundings at most are as large as the sum.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+TOLERANCE |= {torch.complex64: 1e-6, torch.complex128: 1e-14, torch.float8_e4m3fn: 0.2, torch.float8_e5m2: 0.4}
+
+ODD = (torch.int16, torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex128)
 
 CHANNELS_LAST = torch.float64  # the networks of this data type are in that memory format
 
@@ -58,12 +64,20 @@ def make(dtype: torch.dtype) -> nn.Module:
         owner.register_buffer("table", torch.zeros(2, 2, dtype=torch.int32))
         owner.register_buffer("bytes", torch.zeros(3, dtype=torch.uint8))
         owner.register_buffer("precise", torch.zeros(3, dtype=torch.float64))
+        owner.register_buffer("one", torch.zeros((), dtype=torch.float64))
+        owner.register_buffer("none", torch.zeros((0, 3)))
+        owner.register_buffer("turned", torch.zeros(4, 3).t()[:, ::2])
+        owner.spectrum = nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))
+        for odd in ODD:
+            owner.register_buffer(str(odd).replace("torch.", "odd_"), torch.zeros(3, dtype=odd))
     return net
 
 
 def planted(name: str, tensor: Tensor, worker: int, round: int) -> Tensor:
     """The numbers of a worker: another for every worker, round and tensor."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {worker} {round}".encode()))
+    if tensor.is_complex():
+        return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
     if tensor.is_floating_point():
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
     return torch.randint(0, 2 if tensor.dtype == torch.bool else 100, tensor.shape, generator=generator).to(
@@ -79,7 +93,7 @@ def plant(model: nn.Module, worker: int, round: int) -> None:
 
 
 def present(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return {name: exact(tensor).clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
 
 
 def sync_what_was_planted(worker: int, case: str, dtypes: tuple[torch.dtype, ...]) -> list[list[dict[str, Tensor]]]:
@@ -91,11 +105,15 @@ def sync_what_was_planted(worker: int, case: str, dtypes: tuple[torch.dtype, ...
         plant(model, worker, START)
         engine.start()
         seen = [present(model)]
+        sizes, expected = engine.layout.sizes(engine.states), Counter()
         for round in range(ROUNDS):
             plant(model, worker, round)
+            plan = plan_sync(engine.layout.partition(round), engine.layout.partition(round + 1))
+            expected.update(sync_bytes(plan, sizes, engine.collective.workers)[worker])
             engine.after_step()
             seen.append(present(model))
             assert dtype != CHANNELS_LAST or all_channels_last(model)
+        assert {kind: engine.collective.sent_bytes[kind] for kind in expected} == expected
         engine.abandon()
         results.append(seen)
     return results
@@ -131,7 +149,7 @@ def assert_all_took_worker_0_s_weights(
     for worker, state in enumerate(seen):
         assert set(state) == expected_names(empty, first, worker)
         for name, tensor in state.items():
-            assert torch.equal(tensor, planted(name, empty[name], 0, START)), name
+            assert torch.equal(tensor, exact(planted(name, empty[name], 0, START))), name
 
 
 def assert_mean_over_holders(empty: dict[str, Tensor], seen: list[dict[str, Tensor]], case: str, round: int) -> None:
@@ -142,17 +160,21 @@ def assert_mean_over_holders(empty: dict[str, Tensor], seen: list[dict[str, Tens
         for name, tensor in state.items():
             block = block_of(name)
             holders = range(workers) if block is None else before.holders(block)
-            values = torch.stack([planted(name, empty[name], holder, round) for holder in holders])
-            if len(values) == 1:
+            values = torch.stack([exact(planted(name, empty[name], holder, round)) for holder in holders])
+            if len(values) == 1 or not tensor.numel():
                 assert torch.equal(tensor, values[0]), name
-            elif tensor.is_floating_point():
-                mean = values.double().mean(0)
-                assert (tensor.double() - mean).abs().max() <= TOLERANCE[tensor.dtype], name
+            elif empty[name].is_floating_point() or empty[name].is_complex():
+                assert (tensor - values.mean(0)).abs().max() <= TOLERANCE[empty[name].dtype], name
                 assert tensor.numel() < 3 or not torch.equal(tensor, values[0])
             else:
-                assert torch.equal(tensor, values.amax(0) if tensor.dtype != torch.bool else values.any(0)), name
+                assert torch.equal(tensor, values.amax(0)), name
             first = next(other for other in seen if name in other)
             assert torch.equal(tensor, first[name]), f"{name} differs between workers"
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """As real numbers in double precision."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
 def expected_names(empty: dict[str, Tensor], partition: Partition, worker: int) -> set[str]:

@@ -1,0 +1,174 @@
+"""The tensors of a user's module: which can be averaged and sent, as what, and whether they are still the same ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_WIDER = {
+    **dict.fromkeys((torch.int16, torch.uint16), torch.int32),
+    **dict.fromkeys((torch.uint32, torch.uint64), torch.int64),
+    **dict.fromkeys(
+        (
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.float8_e4m3fnuz,
+            torch.float8_e5m2fnuz,
+            torch.float8_e8m0fnu,
+        ),
+        torch.float32,
+    ),
+}
+"""Neither gloo nor NCCL computes with these, and torch hardly: the data type in which they are averaged."""
+
+_KNOWN = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, *_WIDER),
+}
+
+
+def is_continuous(dtype: torch.dtype) -> bool:
+    """Whether tensors of this type are averaged; of the others, integers and booleans, the maximum is taken."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """A tensor as real numbers that can be added and compared everywhere: itself, a view, or a wider copy."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
+
+
+def averaged_bytes(tensor: Tensor) -> int:
+    """Bytes of what an average of the tensor sends once."""
+    return tensor.numel() * _WIDER.get(tensor.dtype, tensor.dtype).itemsize
+
+
+def sendable(flat: Tensor) -> Tensor:
+    """A flat tensor, or, where gloo or NCCL does not know its data type, its bytes."""
+    return flat.view(torch.uint8) if flat.is_complex() or flat.dtype in _WIDER else flat
+
+
+def all_sendable(messages: Mapping[int, Iterable[Tensor]]) -> dict[int, list[Tensor]]:
+    """:func:`sendable` for what goes to, or comes from, each worker."""
+    return {worker: [sendable(flat) for flat in flats] for worker, flats in messages.items()}
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """:func:`torch.equal`, for every data type."""
+    return one.dtype == other.dtype and torch.equal(computable(one), computable(other))
+
+
+def check_tensors(module: nn.Module) -> None:
+    """Look whether all parameters and buffers can be averaged and sent.
+
+    Raises:
+        ValueError: for one that is sparse, quantized or of an unknown data type.
+    """
+    for name, tensor in named_tensors(module).items():
+        if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
+            continue
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _KNOWN:
+            kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is a {kind} tensor, which workers can neither average nor send. Keep it outside of parameters "
+                "and buffers, as a plain attribute that its forward moves to the device, or make it a dense one."
+            )
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class KnownTensors:
+    """The tensors that a module has now: optimizers, buffers and averages go on with these objects.
+
+    Args:
+        module: the user's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._known = named_tensors(module)
+        self._told: set[str] = set()
+        self._have_memory = False
+
+    def keep(self) -> None:
+        """Find what was put in the place of a known tensor. A buffer's value goes into the known one, which returns.
+
+        When it is called first, every tensor gets memory of its own for each of its entries.
+
+        Raises:
+            RuntimeError: for a parameter, for a new one that trains, and for a buffer of another shape or data type.
+        """
+        if not self._have_memory:
+            _give_memory(self._known.values())
+            self._have_memory = True
+        now = named_tensors(self._module)
+        there = {id(tensor) for tensor in now.values()}
+        for name, known in self._known.items():
+            if now.get(name) is known or id(known) in there:  # under another name, as pruning leaves it
+                continue
+            if isinstance(known, nn.Parameter):
+                raise RuntimeError(_replaced(name, gone=name not in now))
+            if name in now:
+                self._take(name, known, now[name])
+        known_ids = {id(tensor) for tensor in self._known.values()}
+        for name, tensor in named_tensors(self._module).items():
+            if name not in self._known and id(tensor) not in known_ids:
+                self._look_at_new(name, tensor)
+
+    def _take(self, name: str, known: Tensor, new: Tensor) -> None:
+        owner, key = self._owner(name)
+        if (known.shape, known.dtype) != (new.shape, new.dtype):
+            if key in owner._non_persistent_buffers_set:  # a cache: this worker's own
+                return
+            raise RuntimeError(
+                f"buffer {name} was {tuple(known.shape)} {known.dtype} when the training began, and is "
+                f"{tuple(new.shape)} {new.dtype} now; workers average tensors of one shape and data type. Keep both, "
+                "or register it with persistent=False if it is a cache that each worker may have for itself."
+            )
+        if not known.is_meta:
+            with torch.no_grad():
+                known.copy_(new)
+        owner._buffers[key] = known
+
+    def _look_at_new(self, name: str, tensor: Tensor) -> None:
+        owner, key = self._owner(name)
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            raise RuntimeError(
+                f"parameter {name} was added after the training began, so it would be averaged by nobody. Make it in "
+                "__init__ or `configure_model`."
+            )
+        if name not in self._told and key not in owner._non_persistent_buffers_set:
+            self._told.add(name)
+            warnings.warn(
+                f"{name} was added after the training began: it is not averaged, each worker has its own.",
+                stacklevel=4,
+            )
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, key = name.rpartition(".")
+        return self._module.get_submodule(path), key
+
+
+def _replaced(name: str, *, gone: bool) -> str:
+    what = "is gone from the module" if gone else "is another object than when the training began"
+    return (
+        f"parameter {name} {what} (by load_state_dict(assign=True), or by assigning a new nn.Parameter), so the "
+        "optimizer trains, or the workers average, one that the forward does not use. Write into the parameter: "
+        "load_state_dict without assign, or `with torch.no_grad(): parameter.copy_(value)`; or change the module "
+        "before the optimizers are made."
+    )
+
+
+def _give_memory(tensors: Iterable[Tensor]) -> None:
+    """Where several entries are at one place (``expand``), no average could be written."""
+    for tensor in tensors:
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
