@@ -186,7 +186,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """Called in the main process with worker 0's extra results."""
         super().update_main_process_results(trainer, extra)
         strategy: Any = trainer.strategy
-        strategy.resume_state = extra["resume_state"]
+        if trainer.state.fn == TrainerFn.FITTING:  # other loops leave this process's module as it is
+            strategy.resume_state = extra["resume_state"]
         strategy.last_written = extra["last_written"]
         for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
             vars(callback).update(facts)
