@@ -48,6 +48,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def end(self) -> None:
         super().end()
         self._first_forward.remove()
+        self._residency.end_early()
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
@@ -98,9 +99,13 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         """
         held = self._layout.partition(round).held[self._worker]
         self._states.drop(parameters_of(self._residency.not_staying(held)))
-        self._residency.hold(held)
+        self._residency.hold(held, lambda block: self._where_is(block, round))
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
         self.guard.watch({block.name: block.module for block in absent})
+
+    def _where_is(self, block: int, round: int) -> str:
+        holders = ", ".join(map(str, self._layout.partition(round).holders(block)))
+        return f"in round {round} its block is held by worker(s) {holders}, not by worker {self._worker}"
 
     def cargo(self, index: int, *, round: int | None = None) -> Cargo:
         """What travels of a block: at the end of ``round``, or (None) to be looked at, exactly and without state."""

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from resist_lightning.config import BlockChoice
@@ -116,7 +117,20 @@ def select_blocks(
         blocks = _by_globs(module, _patterns(choice), trained)
     _refuse_nesting(blocks)
     _refuse_tied(module, blocks)
+    for block in blocks:
+        names = scripted(block.module)
+        if names:
+            raise BlockSelectionError(
+                f"block {block.name!r} is TorchScript (at {f'{block.name}.{names[0]}'.rstrip('.')!r}): its compiled "
+                "forward cannot be left out, and goes on with memory that was given away. Build the network without "
+                "torch.jit, and script it after the training; or leave the block out of `blocks`."
+            )
     return tuple(blocks)
+
+
+def scripted(module: nn.Module) -> list[str]:
+    """Names of the submodules that are TorchScript."""
+    return [name for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
 
 
 def candidates(module: nn.Module) -> str:

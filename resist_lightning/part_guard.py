@@ -1,10 +1,11 @@
-"""Refuses to evaluate, trace or copy a network of which a worker has only a part."""
+"""Refuses to evaluate, trace, save or copy a network of which a worker has only a part."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from resist_lightning.absent import ENDED_EARLY, NEW_MODULE
 from resist_lightning.errors import PartialModelError
 
 _WAY_OUT = (
@@ -35,17 +37,24 @@ class PartGuard:
         self._worker = worker
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
+        self._way_out = _WAY_OUT
 
     def watch(self, modules: Mapping[str, nn.Module]) -> None:
         """From now on watch these modules, by name, and no others."""
         self.release()
-        self._handles = [m.register_forward_pre_hook(_Watched(self, name)) for name, m in modules.items()]
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(_Watched(self, name)))
+            self._handles.append(module.register_state_dict_pre_hook(partial(self._refuse_state_dict, name)))
 
     def release(self) -> None:
         """The module is whole: watch nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def end(self) -> None:
+        """The training is over: what is not whole now stays so, after an error."""
+        self._way_out = f"It stays so: {ENDED_EARLY}. {NEW_MODULE}"
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
@@ -60,8 +69,11 @@ class PartGuard:
         """Raise: this worker has no whole model to do that with."""
         raise PartialModelError(
             f"worker {self._worker} has only a part of the network in this round, without all of {name}, and was asked "
-            f"to {what} it. {_WAY_OUT}"
+            f"to {what} it. {self._way_out}"
         )
+
+    def _refuse_state_dict(self, name: str, *_: object) -> NoReturn:
+        self.refuse(name, "save")
 
     def check(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Called before each forward of a watched module."""
@@ -83,7 +95,7 @@ class PartGuard:
             self._warned.add(what)
             warnings.warn(
                 f"worker {self._worker} {what} the part of the network that it has in this round: not the full model, "
-                f"and another one on each worker. If the full model is meant: {_WAY_OUT}",
+                f"and another one on each worker. If the full model is meant: {self._way_out}",
                 stacklevel=6,
             )
 

@@ -1,19 +1,24 @@
 """Blocks that a worker does not hold: no memory, no compute, and no stale numbers.
 
-An absent block's parameters keep their Python identity, shape and class, but live on the meta device, so that
-optimizers, schedulers and callbacks stay valid and reading a value raises. Its forward is the identity.
+An absent block's parameters keep their Python identity and shape, but have no values, so that optimizers, schedulers
+and callbacks stay valid and reading a value raises. Its forward is the identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
 
+from resist_lightning.absent import Absence, absent_like, is_absent, present_class
 from resist_lightning.blocks import Block
 from resist_lightning.bypass import Bypass
+from resist_lightning.references import who_holds
+
+_OF_ABSENT = ("absent_name", "absence")  # attributes that a tensor has only while it is absent
 
 
 class Memory:
@@ -21,20 +26,31 @@ class Memory:
 
     Args:
         tensors: by name; they have their memory.
+        modules: by name, the modules that have them.
+
+    Attributes:
+        absence: what is said to whoever reads a value in between.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        self.absence = Absence()
         self._tensors = dict(tensors)
+        self._modules = dict(modules)
         self._devices = {name: tensor.device for name, tensor in tensors.items()}
+        self._recurrent = [module for module in modules.values() if isinstance(module, nn.RNNBase)]
+        self._of_derived = Absence()
 
     def free(self) -> None:
-        """Put the tensors on the meta device; gradients are gone.
+        """Take the tensors' memory; gradients are gone.
 
         Raises:
-            RuntimeError: if a tensor is still in use by an autograd graph.
+            RuntimeError: if a tensor is still in use, by an autograd graph for example.
         """
+        for rnn in self._recurrent:
+            rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)  # weak ones, which would hinder
+        self._free_derived()
         for name, tensor in self._tensors.items():
-            replace_memory(name, tensor, torch.empty_like(tensor, device="meta"))
+            make_absent(name, tensor, self.absence)
 
     def allocate(self) -> None:
         """Give the tensors memory again, which the caller must fill."""
@@ -42,6 +58,19 @@ class Memory:
             device = self._devices[name]
             empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
             replace_memory(name, tensor, empty)
+        for rnn in self._recurrent:
+            rnn._init_flat_weights()
+        self._of_derived.reason, self._of_derived.way_out = "it is computed in each forward", "Call its module first."
+
+    def _free_derived(self) -> None:
+        """Take the memory of plain attributes that a forward computes from the tensors: it does so anew in the next."""
+        self._of_derived.reason, self._of_derived.way_out = self.absence.reason, self.absence.way_out
+        for name, module in self._modules.items():
+            for key, value in list(vars(module).items()):
+                if not isinstance(value, Tensor) or is_absent(value):
+                    continue
+                if value.grad_fn is not None or _is_computed(module, key):
+                    vars(module)[key] = absent_like(value, f"{name}.{key}", self._of_derived)
 
 
 class Presence:
@@ -49,12 +78,17 @@ class Presence:
 
     Args:
         block: the block; it must be present.
+
+    Attributes:
+        absence: what is said to whoever reads a value while the block is absent.
     """
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.present = True
-        self._memory = Memory(block.tensors())
+        modules = {f"{block.name}.{name}".rstrip("."): module for name, module in block.module.named_modules()}
+        self._memory = Memory(block.tensors(), modules)
+        self.absence = self._memory.absence
         self._forward = block.module.__dict__.get("forward")
         self._bypass = Bypass(block.name, block.module)
 
@@ -62,7 +96,7 @@ class Presence:
         """Make the block absent: free its parameters, gradients and buffers, and bypass it.
 
         Raises:
-            RuntimeError: if a tensor is still in use by an autograd graph.
+            RuntimeError: if a tensor is still in use, by an autograd graph for example.
         """
         self._memory.free()
         self.block.module.forward = self._bypass
@@ -96,35 +130,70 @@ class Residency:
         """All blocks but those of ``keep`` that are present."""
         return [p.block for index, p in enumerate(self._presence) if not (p.present and index in keep)]
 
-    def hold(self, keep: Collection[int]) -> None:
-        """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them."""
+    def hold(self, keep: Collection[int], reason: Callable[[int], str] | None = None) -> None:
+        """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them.
+
+        Args:
+            keep: the blocks to keep, by index.
+            reason: says of an absent block, by index, where it is.
+        """
         for index, presence in enumerate(self._presence):
             if presence.present and index not in keep:
                 presence.free()
+            if reason is not None and not presence.present:
+                presence.absence.reason = reason(index)
         for index in keep:
             if not self._presence[index].present:
                 self._presence[index].allocate()
+
+    def end_early(self) -> None:
+        """Say to whoever reads a value of an absent block that nobody will bring it."""
+        for presence in self._presence:
+            presence.absence.end_early()
 
     def hold_all(self) -> None:
         """Allocate every absent block; the caller fills them."""
         self.hold(range(len(self._presence)))
 
 
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is made of a parameter before each forward: weight_norm, spectral_norm, pruning."""
+    return any(f"{name}{suffix}" in module._parameters for suffix in ("_g", "_orig"))
+
+
+def make_absent(name: str, tensor: Tensor, absence: Absence) -> None:
+    """Take the memory of ``tensor``, the Python object; from now on reading a value raises a PartialModelError.
+
+    Raises:
+        RuntimeError: if something still uses the memory.
+    """
+    _swap(name, tensor, absent_like(tensor, name, absence))
+
+
 def replace_memory(name: str, tensor: Tensor, new: Tensor) -> None:
-    """Give ``tensor``, the Python object, the memory of ``new``."""
-    tensor.grad = None
+    """Give ``tensor``, the Python object, the memory of ``new``.
+
+    Raises:
+        RuntimeError: if something still uses the memory that it had.
+    """
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        new.__class__ = tensor.__class__
-    new.__dict__.update(tensor.__dict__)
+        new.__class__ = present_class(tensor)
+    _swap(name, tensor, new)
+
+
+def _swap(name: str, tensor: Tensor, new: Tensor) -> None:
+    tensor.grad = None
+    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in _OF_ABSENT})
     hooks, late_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     try:
         swap_tensors(tensor, new)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{name} cannot be handed over while something else still uses it, most often an autograd graph of the "
-            "last batch: detach losses and outputs before you keep them."
-        ) from error
+    except RuntimeError:
+        gc.collect()  # a graph in a reference cycle is no longer used by anybody
+        try:
+            swap_tensors(tensor, new)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name} cannot be handed over: {who_holds(tensor)}") from error
     # Gradient hooks belong to the memory that has just gone; setting the attributes registers them with the new one.
     for name_of_hooks, kept in (("_backward_hooks", hooks), ("_post_accumulate_grad_hooks", late_hooks)):
         setattr(tensor, name_of_hooks, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -20,7 +21,7 @@ def _is_chain(module: nn.Module) -> bool:
     """Whether it is a layer of torch.nn, or a sequence with such a layer, so that no sum reaches around it."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return any(_is_chain(child) for child in module)
-    if "forward" in vars(module):  # the user's own, which takes the place of the class's
+    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):  # not the class's own
         return False
     known = type(module).forward.__module__.startswith("torch.nn.modules.")
     residual = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.Identity)

@@ -63,6 +63,7 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
     def end(self) -> None:
         """Call it once, when training has ended: every tensor gets memory of its own again."""
         self.exchange.take_apart()
+        self.guard.end()
         self._as_received = []
 
     def end_step(self) -> None:

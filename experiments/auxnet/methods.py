@@ -119,7 +119,8 @@ class Pipelined(Method):
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
         """Worker 0's copy of all stages; of the other workers, their own stage."""
-        own = {name: tensor for name, tensor in self.network.state_dict().items() if not tensor.is_meta}
+        named = [*self.network.named_parameters(), *self.network.named_buffers()]
+        own = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
         told: list[Any] | None = [None] * self.workers if self.worker == 0 else None
         dist.gather_object(own, told)
         if told is None:

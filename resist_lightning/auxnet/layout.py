@@ -17,6 +17,7 @@ from resist_lightning.auxnet.balance import balance
 from resist_lightning.auxnet.chain import Chain, check_stages, find_chain
 from resist_lightning.auxnet.measure import Measured, measure, measure_entries
 from resist_lightning.auxnet.messages import Shapes
+from resist_lightning.blocks import scripted
 from resist_lightning.config import StageConfig
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.layout import Layout
@@ -58,6 +59,12 @@ class StageLayout(Layout):
             check_stages(self.chain, workers)
             inside = set(self.chain.names(0, len(self.chain.units)))
             _refuse_tied(module, self.chain.network)
+            names = scripted(self.chain.network)
+            if names:
+                raise StageSelectionError(
+                    f"{names[0] or 'the network'!r} is TorchScript: its compiled forward goes on with memory that a "
+                    "worker gives away. Build the network without torch.jit, and script it after the training."
+                )
             if config.cuts is not None:
                 self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]

@@ -41,8 +41,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         super().__init__(layout, states, collective, device, seconds)
         self._collective = collective
         self._device = device
-        self._absent: dict[str, Tensor] = {}
-        self._memory = Memory({})
+        self._absent: dict[int, Memory] = {}  # by the worker whose stage it is
         self._reports: list[list[float]] = []
         self._history: list[Any] = []
         self._holding = False
@@ -70,6 +69,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def end(self) -> None:
         super().end()
         self._give_forward_back()
+        for memory in self._absent.values():
+            memory.absence.end_early()
 
     @override
     def end_step(self) -> None:
@@ -126,16 +127,18 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         layout, chain = self._layout, self._layout.chain
         if chain is None or self._holding:
             return
+        others = {worker: layout.stage_tensors(worker) for worker in range(layout.workers) if worker != self._worker}
+        absent = {name: tensor for tensors in others.values() for name, tensor in tensors.items()}
+        owners = {name.rpartition(".")[0] for name in absent}
         if not self._absent:
-            others = [worker for worker in range(layout.workers) if worker != self._worker]
-            self._absent = {name: t for worker in others for name, t in layout.stage_tensors(worker).items()}
-            self._memory = Memory(self._absent)
-        self._states.drop([t for t in self._absent.values() if isinstance(t, nn.Parameter)])
-        self._memory.free()
+            self._absent = {worker: self._memory_of(worker, tensors) for worker, tensors in others.items()}
+        self._states.drop([t for t in absent.values() if isinstance(t, nn.Parameter)])
+        for memory in self._absent.values():
+            memory.free()
         self._forward = vars(chain.network).get("forward")
         chain.network.forward = torch.compiler.disable(self._train_stage)
-        owners = {layout.module.get_submodule(name.rpartition(".")[0]) for name in self._absent}
-        self._guards = [owner.register_forward_pre_hook(self._refuse_part) for owner in owners]
+        parts = [layout.module.get_submodule(owner) for owner in owners]
+        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in dict.fromkeys(parts)]
         self._holding = True
 
     @override
@@ -173,9 +176,16 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def _cargo(self, stage: int) -> Cargo:
         return Cargo(list(self._layout.stage_tensors(stage).values()))
 
+    def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
+        owners = {name.rpartition(".")[0] for name in tensors}
+        memory = Memory(tensors, {owner: self._layout.module.get_submodule(owner) for owner in owners})
+        memory.absence.reason = f"it belongs to the stage of worker {worker}, and this is worker {self._worker}"
+        return memory
+
     def _hold_all(self) -> None:
         if self._holding:
-            self._memory.allocate()
+            for memory in self._absent.values():
+                memory.allocate()
             self._give_forward_back()
 
     def _give_forward_back(self) -> None:

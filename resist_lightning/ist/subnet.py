@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from resist_lightning.absent import Absence
 from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.presence import replace_memory
+from resist_lightning.presence import make_absent, replace_memory
 
 
 class Subnet:
@@ -71,9 +72,12 @@ class Subnet:
         if self._hooks is None or self._layout.workers == 1:
             return
         self._unhook()
+        absence = Absence()
+        absence.end_early()
         for name, tensor in self.tensors.items():
             with suppress(RuntimeError):  # of the batch that failed
                 replace_memory(name, tensor, torch.empty(self._layout.shapes[name], dtype=tensor.dtype, device="meta"))
+                make_absent(name, tensor, absence)
 
     def _hook(self, name: str, hook: Callable[..., Any]) -> None:
         assert self._hooks is not None

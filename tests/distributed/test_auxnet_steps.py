@@ -98,6 +98,9 @@ def refusals(worker: int, run: Run, workers: int) -> list[str]:
     with pytest.raises(PartialModelError) as error:
         engine.module.train()(x, x)
     found.append(str(error.value))
+    with pytest.raises(PartialModelError) as error:
+        engine.module.state_dict()
+    found.append(str(error.value))
     engine.abandon()
     return found
 
@@ -208,11 +211,12 @@ def test_afterwards_the_module_is_the_whole_network_and_its_tensors_are_the_same
 
 
 def test_a_stage_cannot_be_evaluated_and_says_what_can() -> None:
-    for worker, (evaluated, too, called) in enumerate(run_workers(refusals, 2, RUNS["batch norm"], 2)):
+    for worker, (evaluated, too, called, saved) in enumerate(run_workers(refusals, 2, RUNS["batch norm"], 2)):
         assert evaluated == too
         assert f"worker {worker} has one stage" in evaluated
         assert "engine.full_model()" in evaluated
         assert "one input" in called
+        assert f"it belongs to the stage of worker {1 - worker}, and this is worker {worker}" in saved
 
 
 # ------------------------------------------------------------------ what changes nothing

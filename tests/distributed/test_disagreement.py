@@ -13,6 +13,7 @@ from torch import nn
 from resist_lightning import Config, Engine, WorkersDisagree
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers, run_workers_to_the_end
+from tests.helpers.training import present_state, present_tensors
 
 ODD = 1
 BASE = Config(local_steps=2, min_blocks=1)
@@ -28,10 +29,9 @@ def engine_for(config: Config = BASE, change: Callable[[nn.Module], None] | None
 def fill(engine: Engine, worker: int) -> dict[str, torch.Tensor]:
     """Give the worker weights of its own, and remember them."""
     with torch.no_grad():
-        for tensor in engine.module.state_dict().values():
-            if not tensor.is_meta:
-                tensor.fill_(worker + 1)
-    return {name: t.clone() for name, t in engine.module.state_dict().items() if not t.is_meta}
+        for tensor in present_tensors(engine.module).values():
+            tensor.fill_(worker + 1)
+    return present_state(engine.module)
 
 
 def starts_with(worker: int, odd: Callable[[], Engine]) -> tuple[Engine, Callable[[], None]]:
@@ -147,11 +147,11 @@ def play(worker: int, names: list[str]) -> dict[str, Any]:
         try:
             act()
         except WorkersDisagree as error:
-            after = engine.module.state_dict()
-            same = all(torch.equal(after[key], value) for key, value in before.items())
-            kept = [key for key, tensor in after.items() if not tensor.is_meta] == list(before)
+            after = present_tensors(engine.module)
+            kept = list(after) == list(before)
+            same = kept and all(torch.equal(after[key], value) for key, value in before.items())
             at = (engine.clock.round, engine.clock.step) == clock
-            told[name] = (str(error), same and kept and at, time.monotonic() - begun)
+            told[name] = (str(error), same and at, time.monotonic() - begun)
         engine.abandon()
     return told
 

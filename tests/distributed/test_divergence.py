@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from resist_lightning import Config, Engine, NotFinite, WorkersDisagree
 from tests.helpers.processes import run_workers
-from tests.helpers.training import Run, batch_of, clone_state, make_model, make_optimizer, train_step
+from tests.helpers.training import (
+    Run,
+    batch_of,
+    clone_state,
+    make_model,
+    make_optimizer,
+    present_state,
+    present_tensors,
+    train_step,
+)
 
 WORKERS, ODD = 3, 1
 RESIST = Config(local_steps=2, min_blocks=1, batch_norm="running", test_scale=1.0)
@@ -37,7 +46,7 @@ def train(engine: Engine, optimizer: Any, worker: int, steps: int) -> None:
 
 
 def present(engine: Engine) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in engine.module.state_dict().items() if not t.is_meta}
+    return present_state(engine.module)
 
 
 # ------------------------------------------------------------------ after a sync
@@ -109,7 +118,7 @@ def test_without_the_check_nothing_is_said():
 
 def spoil(engine: Engine, name: str, value: float = torch.nan) -> None:
     with torch.no_grad():
-        engine.module.state_dict()[name].view(-1)[-1] = value
+        present_tensors(engine.module)[name].view(-1)[-1] = value
 
 
 def block_of(engine: Engine) -> str:
@@ -207,8 +216,8 @@ def play_drop(worker: int, seen: bool) -> dict[str, tuple[State, State, State, l
         train(engine, optimizer, worker, 1)
         train_step(engine.module, optimizer, batch_of(worker, 1))
         if worker == ODD:
-            for tensor in engine.module.state_dict().values():
-                if tensor.is_floating_point() and not tensor.is_meta:
+            for tensor in present_tensors(engine.module).values():
+                if tensor.is_floating_point():
                     tensor.fill_(torch.nan)
             for state in optimizer.state.values():
                 state["momentum_buffer"].fill_(torch.nan)

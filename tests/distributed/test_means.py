@@ -19,6 +19,7 @@ from resist_lightning.partition import Partition, draw_partition, everything
 from resist_lightning.plan import plan_sync
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers
+from tests.helpers.training import present_state, present_tensors
 
 ROUNDS = 3
 START = -1
@@ -87,13 +88,12 @@ def planted(name: str, tensor: Tensor, worker: int, round: int) -> Tensor:
 
 def plant(model: nn.Module, worker: int, round: int) -> None:
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_meta:
-                tensor.copy_(planted(name, tensor, worker, round))
+        for name, tensor in present_tensors(model).items():
+            tensor.copy_(planted(name, tensor, worker, round))
 
 
 def present(model: nn.Module) -> dict[str, Tensor]:
-    return {name: exact(tensor).clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return {name: exact(tensor) for name, tensor in present_state(model).items()}
 
 
 def sync_what_was_planted(worker: int, case: str, dtypes: tuple[torch.dtype, ...]) -> list[list[dict[str, Tensor]]]:

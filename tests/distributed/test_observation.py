@@ -19,6 +19,7 @@ from tests.helpers.training import (
     clone_state,
     make_model,
     make_optimizer,
+    present_state,
     train_step,
 )
 from tests.helpers.wire import collectives_so_far
@@ -82,7 +83,7 @@ def look(engine: Engine, history: History, worker: int) -> None:
 
 def all_that_is_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, buffers, gradients and optimizer state that the worker has, by name."""
-    found = {name: t.detach().clone() for name, t in model.state_dict().items() if not t.is_meta}
+    found = present_state(model)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             found[f"{name} gradient"] = parameter.grad.clone()
@@ -241,7 +242,7 @@ def observe_then_sync(worker: int, run: Run) -> list[tuple[dict[str, Tensor], di
         with engine.full_model() as full:
             state = clone_state(full)
         engine.sync_if_due()
-        seen.append((state, {name: t.clone() for name, t in model.state_dict().items() if not t.is_meta}))
+        seen.append((state, present_state(model)))
     engine.abandon()
     return seen
 

@@ -66,7 +66,29 @@ class Undeclared(nn.Module):
         return x + torch.sin(self.inside(x))
 
 
-def mlp(block: type[nn.Module], blocks: int = 4, width: int = 6) -> nn.Sequential:
+class Recurrent(nn.Module):
+    """A residual block with a recurrent layer, which keeps lists of its weights."""
+
+    def __init__(self, width: int = 6, layer: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        self.layer = layer(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.as_tensor(self.layer(x)[0])
+
+
+class Computed(nn.Module):
+    """A residual block whose weight is computed in each forward, by ``wrap``."""
+
+    def __init__(self, width: int = 6, wrap: Callable[[nn.Module], nn.Module] = nn.utils.weight_norm) -> None:
+        super().__init__()
+        self.linear = wrap(nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.linear(x))
+
+
+def mlp(block: Callable[[int], nn.Module], blocks: int = 4, width: int = 6) -> nn.Sequential:
     """Linear, ``body`` of residual blocks, linear."""
     net = nn.Sequential()
     net.add_module("stem", nn.Linear(3, width))

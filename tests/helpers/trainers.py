@@ -140,7 +140,9 @@ def traces(module: nn.Module) -> list[str]:
         hooks = [*child._forward_hooks.values(), *child._forward_pre_hooks.values(), *child._backward_hooks.values()]
         found += [f"{name}: {hook}" for hook in hooks]
         found += [f"{name}: {key} replaced" for key in ("forward", "__call__") if key in vars(child)]
-    found += [f"{name}: absent" for name, value in module.state_dict().items() if value.is_meta]
+    found += [
+        f"{name}: absent" for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta
+    ]
     found += [
         f"{name}: gradient" for name, value in module.named_parameters() if value.grad is not None and value.is_meta
     ]

@@ -91,6 +91,17 @@ def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None)
     return simulator
 
 
+def present_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that this worker holds, by name, detached."""
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
+
+
+def present_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what :func:`present_tensors` gives."""
+    return {name: tensor.clone() for name, tensor in present_tensors(model).items()}
+
+
 def clone_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

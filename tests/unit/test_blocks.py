@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
+import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -177,6 +180,16 @@ def test_a_block_that_is_registered_twice_is_refused():
     net.section3[3] = net.section3[1]
     with pytest.raises(BlockSelectionError, match="register the module once"):
         select_blocks(net)
+
+
+@pytest.mark.parametrize("scripted", ["body.1", "body.1.inside"])
+def test_a_scripted_block_is_refused_by_name(scripted):
+    net = mlp(Undeclared)
+    owner, _, name = scripted.rpartition(".")
+    setattr(net.get_submodule(owner), name, torch.jit.trace(net.get_submodule(scripted), torch.ones(1, 6)))
+    with pytest.raises(BlockSelectionError, match=rf"block 'body\.1' is TorchScript \(at '{re.escape(scripted)}'\)"):
+        select_blocks(net, "body.1")
+    assert names(net, ["body.0", "body.2"]) == ["body.0", "body.2"]
 
 
 def test_a_tied_weight_outside_the_blocks_does_no_harm():

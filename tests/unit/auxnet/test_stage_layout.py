@@ -180,3 +180,11 @@ def test_a_step_that_diverges_where_guesses_are_stored_warns(
 ) -> None:
     StageLayout(mlp(MlpBlock), StageConfig(**options), workers).warn()
     assert any("lambda_step=1 diverges" in str(warning.message) for warning in recwarn) == warned
+
+
+def test_a_scripted_part_is_refused_by_name():
+    net = mlp(MlpBlock)
+    net.body[1] = torch.jit.trace(net.body[1], torch.ones(1, 6))
+    with pytest.raises(StageSelectionError, match=r"'body\.1' is TorchScript"):
+        StageLayout(net, StageConfig(), 2)
+    StageLayout(net, StageConfig(), 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from resist_lightning import Engine, NeuronConfig
+from resist_lightning import Engine, NeuronConfig, PartialModelError
 from tests.helpers.ist import (
     ONE_AT_A_TIME,
     Run,
@@ -196,13 +199,32 @@ def lose_a_worker(collective, run):
     engine, _ = start_engine(run, collective)
     engine.abandon()
     net = engine.module
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(PartialModelError, match=r"0.weight cannot be read: the training ended with an error"):
         net(torch.ones(2, 6)).sum().item()
     return all(parameter.is_meta for name, parameter in net.named_parameters() if name in engine.layout.shapes)
 
 
 def test_after_an_error_what_is_left_of_a_subnet_raises_where_it_is_read():
     assert run_threads(lose_a_worker, 2, Run(NeuronConfig(), 0, net="plain"))[0] == [True, True]
+
+
+def save_a_slice(collective, run):
+    engine, optimizer = start_engine(run, collective)
+    net = engine.module
+    train_step(net, optimizer, batch_of(run, collective.worker, 0))
+    for save in (lambda module: module.state_dict(), copy.deepcopy, pickle.dumps):
+        with pytest.raises(PartialModelError, match=r"worker \d has only a part of the network in this round"):
+            save(net)
+        with engine.full_model():
+            save(net)
+    engine.finish()
+    net.state_dict()
+    return copy.deepcopy(net)[0].weight.shape
+
+
+def test_slices_are_not_saved_or_copied_as_if_they_were_the_model():
+    run = Run(NeuronConfig(local_steps=2), 0, net="plain")
+    assert run_threads(save_a_slice, 2, run)[0] == [make_net(run)[0].weight.shape] * 2
 
 
 def start_with_adafactor(collective, run):

@@ -1,0 +1,121 @@
+"""Tensors without values: shape, type and identity stay, and whoever reads a value gets an error that names them.
+
+On the meta device alone a value is no error for torch: ``ema.add_(p)`` adds nothing, ``linear(x, p)`` gives memory that
+nobody wrote. So an absent tensor is of a subclass whose operations all end in ``__torch_dispatch__``, whoever calls
+them: methods, lists of tensors, indexing, TorchScript. Shape, data type, gradient and hooks are no operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from resist_lightning.errors import PartialModelError
+
+ENDED_EARLY = "the training ended with an error, before the workers put the full model together"
+NEW_MODULE = "Load a checkpoint into a new module."
+
+
+@dataclass
+class Absence:
+    """Why some tensors have no values; the same object serves them all, and may be changed.
+
+    Attributes:
+        reason: a clause, for messages.
+        way_out: a sentence, for messages.
+    """
+
+    reason: str = "another worker holds it in this round"
+    way_out: str = (
+        "Read it where the module is the full model: in validation, from on_validation_epoch_start to "
+        "on_validation_end, in a checkpoint, after the training, or inside `engine.full_model()`. In between, skip "
+        "what is absent: its `is_meta` is True."
+    )
+
+    def end_early(self) -> None:
+        """From now on say that nobody will bring the values."""
+        self.reason, self.way_out = ENDED_EARLY, NEW_MODULE
+
+
+_aten = torch.ops.aten
+_BY_SHAPE = {
+    *(_aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.rand_like, _aten.randn_like),
+    *(_aten.new_empty, _aten.new_zeros, _aten.new_ones, _aten.new_full, _aten.new_empty_strided),
+}
+
+
+class AbsentTensor:
+    """What the classes of absent tensors have in common; see :func:`absent_like`."""
+
+    present_class: ClassVar[type[Tensor]]
+    absent_name: str
+    absence: Absence
+    # Getters of torch would call __torch_function__; without it they cost what they cost of other tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Tensor:
+        first = args[0] if args else None
+        if func.overloadpacket in _BY_SHAPE and isinstance(first, Tensor):
+            return _made_like(func, first, args[1:], kwargs or {})
+        absent = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, AbsentTensor))
+        raise absent._error()
+
+    def _error(self) -> PartialModelError:
+        return PartialModelError(f"{self.absent_name} cannot be read: {self.absence.reason}. {self.absence.way_out}")
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise self._error()
+
+    # What torch does without dispatching an operation.
+    numpy = tolist = __array__ = __dlpack__ = __dlpack_device__ = __deepcopy__ = __reduce_ex__ = _refuse
+    data = property(_refuse, _refuse)
+
+    @override
+    def __repr__(self, **_: object) -> str:
+        tensor: Any = self
+        kind = self.present_class.__name__
+        return f"{kind}(absent: {self.absent_name}, {tuple(tensor.shape)}, {tensor.dtype}; {self.absence.reason})"
+
+
+def is_absent(tensor: object) -> bool:
+    """Whether it is a tensor of :func:`absent_like`."""
+    return isinstance(tensor, AbsentTensor)
+
+
+def present_class(tensor: Tensor) -> type[Any]:
+    """Of which class a tensor is when it has its values."""
+    return getattr(type(tensor), "present_class", type(tensor))
+
+
+def _made_like(func: Any, absent: Any, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """A new tensor of the shape of an absent one, as some optimizers make; absent too, unless on another device."""
+    empty = torch.empty_strided(absent.size(), absent.stride(), dtype=absent.dtype, device="meta")
+    made: Tensor = func(empty, *args, **kwargs)
+    return absent_like(made, f"what was made like {absent.absent_name}", absent.absence) if made.is_meta else made
+
+
+@cache
+def _absent_class(present: Any) -> Any:
+    return type(present)(f"Absent{present.__name__}", (AbsentTensor, present), {"present_class": present})
+
+
+def absent_like(tensor: Tensor, name: str, absence: Absence) -> Tensor:
+    """A tensor without memory, of a subclass of the class of ``tensor``, with its shape, strides and data type.
+
+    Args:
+        tensor: a present one.
+        name: what messages call it.
+        absence: why it has no values.
+    """
+    empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+    made: Any = Tensor._make_subclass(_absent_class(type(tensor)), empty, tensor.requires_grad and tensor.is_leaf)
+    made.absent_name, made.absence = name, absence
+    return made  # type: ignore[no-any-return]

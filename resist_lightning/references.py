@@ -1,0 +1,84 @@
+"""Who still holds a tensor, in words: for the message of a block that cannot be handed over."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+_MOST_NODES = 10_000  # of an autograd graph that are looked at
+_DEPTH, _MOST_NAMED = 3, 3  # of containers in containers, and of what is named
+
+
+def who_holds(tensor: Tensor) -> str:
+    """A sentence on what hinders that a tensor gets other memory, and what to do."""
+    weak = weakref.getweakrefs(tensor)
+    if weak:
+        return (
+            f"{_places(weak) or 'something'} has a weak reference to it, which would go on with memory that is gone. "
+            "Drop the reference before the round ends, or leave its block out of `blocks`."
+        )
+    views, graphs = _users(tensor)
+    if views:
+        places = _places(views)
+        where = f" in {places}" if places else ""
+        return f"a view of it, which keeps its memory, is still in use{where}. Keep a copy instead: .clone()."
+    places = _places(graphs)
+    where = f" that a tensor in {places} keeps" if places else ""
+    return (
+        f"something else still uses it, most often an autograd graph{where}: detach losses and outputs before you "
+        "keep them, or call backward on them before the round ends."
+    )
+
+
+def _users(tensor: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Python's tensors that are views of a tensor, and those whose autograd graph ends in it."""
+    alive = [other for other in gc.get_objects() if issubclass(type(other), Tensor) and other is not tensor]
+    views = [other for other in alive if other._base is tensor]
+    graphs = [other for other in alive if other.grad_fn is not None and other._base is None]
+    return views, [other for other in graphs if _leads_to(other.grad_fn, tensor)]
+
+
+def _leads_to(node: Any, tensor: Tensor) -> bool:
+    """Whether an autograd graph has ``tensor`` as a leaf."""
+    pending: list[Any] = [node]
+    seen: set[Any] = set()
+    while pending and len(seen) < _MOST_NODES:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is tensor:
+            return True
+        pending += [following for following, _ in node.next_functions]
+    return False
+
+
+def _places(objects: list[Any]) -> str:
+    """In words, the attributes and variables that objects are reached by, also through containers."""
+    found: list[str] = []
+    reached, level = {id(held) for held in objects}, objects
+    for _ in range(_DEPTH):
+        containers: list[Any] = []
+        for holder in gc.get_referrers(*level):
+            if isinstance(holder, FrameType):
+                if not str(holder.f_globals.get("__name__")).startswith("resist_lightning."):
+                    found += [
+                        f"variable {name!r} of {holder.f_code.co_name}()" for name in _names(holder.f_locals, reached)
+                    ]
+            elif not isinstance(holder, dict | list | tuple | set):
+                names = _names(getattr(holder, "__dict__", {}), reached)
+                found += [f"attribute {name!r} of a {type(holder).__name__}" for name in names]
+            elif holder is not level:
+                containers.append(holder)
+        reached |= {id(container) for container in containers}
+        level = containers
+    return ", ".join(list(dict.fromkeys(found))[:_MOST_NAMED])
+
+
+def _names(attributes: Mapping[str, object], reached: set[int]) -> list[str]:
+    return [name for name, value in list(attributes.items()) if id(value) in reached]
