@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from resist_lightning.errors import WorkerLost
 from resist_lightning.liveness import name_of_exit
+from resist_lightning.strategies.stopping import Forwarder, ending
 
 ENDING_SECONDS = 15.0
 """After an error or Ctrl-C, for how long workers may end by themselves before they are killed."""
@@ -33,11 +34,11 @@ _CHECKPOINT_FACTS = ("best_model_path", "best_model_score", "last_model_path", "
 
 
 class ProcessLauncher(_MultiProcessingLauncher):
-    """Lightning's launcher by spawn, fork or forkserver, with two differences.
+    """Lightning's launcher by spawn, fork or forkserver, with some differences.
 
     * Lightning sends worker 0's results through a pipe that it reads when the workers have ended, and a worker cannot
       end before what it wrote is read: more than the 64 KB of a pipe hang. Here they come in a file.
-    * An error or Ctrl-C in the main process ends the workers too.
+    * Signals to the main process are the workers': they stop together. An error in it ends the workers too.
     """
 
     _folder = ""
@@ -119,8 +120,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self.procs = workers.processes
         try:
             # The others have time to say what happened to them, and to save, before they are terminated.
-            while not workers.join(grace_period=ENDING_SECONDS):
-                pass
+            with Forwarder(self.kill).waiting(trainer):
+                while not workers.join(grace_period=ENDING_SECONDS):
+                    pass
         except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
             raise WorkerLost(
                 f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
@@ -147,12 +149,12 @@ class ProcessLauncher(_MultiProcessingLauncher):
                 worker.join()
 
     @override
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+    def _wrapping_function(self, process_idx: int, trainer: pl.Trainer | None, *args: Any, **kwargs: Any) -> None:
         """Called in each worker. Only the first to end is heard by the main process: the others say it themselves."""
         strategy: Any = self._strategy
         try:
-            with strategy.guard.around(strategy.ends_together):
-                super()._wrapping_function(*args, **kwargs)
+            with ending(trainer), strategy.guard.around(strategy.ends_together):
+                super()._wrapping_function(process_idx, trainer, *args, **kwargs)
         except WorkerLost as error:
             sys.stderr.write(f"WorkerLost: {error}\n")
             sys.stderr.flush()

@@ -1,6 +1,7 @@
 """A user's script in which a worker comes to harm: ``python -m tests.helpers.dying HARM WORKER FOLDER [START_METHOD]``.
 
-Every process writes its pid to FOLDER when it begins to train, and the error with which it ends.
+Every process writes its pid to FOLDER when it begins to train, and the error with which it ends. After a signal, it
+also writes that it could do something afterwards.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
+from resist_lightning.liveness import BEAT_SECONDS
 from tests.helpers.plain import Classifier, batch_of
 from tests.helpers.trainers import QUIET, kind_for, make_strategy
 
@@ -42,6 +45,8 @@ HARMS: dict[str, Callable[[], None]] = {
     "raise": stumble,
     "hang": hang,
     "nothing": lambda: None,
+    "SIGINT": lambda: os.killpg(0, signal.SIGINT),
+    "SIGTERM": lambda: os.killpg(0, signal.SIGTERM),
 }
 
 
@@ -89,12 +94,17 @@ def train(
     **options: Any,
 ) -> None:
     """Fit, and write how that ended."""
+    if harm.startswith("SIG"):
+        options.update(callbacks=[OnExceptionCheckpoint(folder)], enable_checkpointing=True)
     strategy = make_strategy(face, silence=SILENCE, timeout=TIMEOUT, start_method=start_method)
     trainer = L.Trainer(**{**QUIET, "strategy": strategy, "devices": workers, "max_epochs": 1, **options})
     try:
         trainer.fit(Harmed(harm, worker, folder, kind_for(face)))
     except BaseException as error:
         Path(folder, f"error{trainer.global_rank}").write_text(f"{type(error).__name__}: {error}")
+        if harm.startswith("SIG"):
+            time.sleep(3 * BEAT_SECONDS)
+            Path(folder, f"after{trainer.global_rank}").touch()
         raise
 
 

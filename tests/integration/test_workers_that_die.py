@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from resist_lightning import WorkerLost
 from resist_lightning.watch import EXIT_CODE
 from tests.helpers import dying
+from tests.helpers.plain import Classifier
 from tests.helpers.processes import run_workers, run_workers_to_the_end
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
@@ -121,6 +124,35 @@ def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, roo
     error = (tmp_path / f"error{1 - doomed}").read_text()
     assert re.match("WorkerLost: " + NAME.format(doomed) + how, error), stderr
     assert re.search(r"last doing: [a-z -]+, round \d+, local step \d+", error)
+
+
+def test_after_ctrl_c_a_script_goes_on_in_all_workers_and_has_a_checkpoint(root: Path, tmp_path: Path) -> None:
+    run_script(root, tmp_path, "SIGINT", 1)
+
+    for worker in range(2):
+        assert (tmp_path / f"error{worker}").read_text() == "SystemExit: 1"
+        assert (tmp_path / f"after{worker}").exists()
+    assert_saved(tmp_path)
+
+
+def assert_saved(folder: Path) -> None:
+    saved = torch.load(folder / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] == dying.AT_STEP + 2  # counted from 0, where the round ends
+    Classifier().load_state_dict(saved["state_dict"], strict=True)
+
+
+def fork_and_terminate(_: int, folder: str) -> None:
+    dist.destroy_process_group()
+    rank_zero_only.rank = 0
+    with pytest.raises(SIGTERMException):
+        dying.train("SIGTERM", 1, folder, "fork")
+
+
+def test_sigterm_to_a_main_process_and_its_forked_workers_leaves_a_checkpoint(tmp_path: Path) -> None:
+    run_workers(fork_and_terminate, 1, str(tmp_path), timeout=PATIENCE_SECONDS)
+
+    assert running(tmp_path) == []
+    assert_saved(tmp_path)
 
 
 def fork(_: int, folder: str) -> None:
