@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from resist_lightning.errors import WorkerLost
 from resist_lightning.liveness import name_of_exit
-from resist_lightning.strategies.stopping import Forwarder, ending
+from resist_lightning.strategies.stopping import Forwarder, ending, start_fork_server
 
 ENDING_SECONDS = 15.0
 """After an error or Ctrl-C, for how long workers may end by themselves before they are killed."""
@@ -109,6 +109,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         given = [trainer, function, args, kwargs, results]
         if self._start_method == "spawn":
             given.append(_GlobalStateSnapshot.capture())
+        if self._start_method == "forkserver":
+            start_fork_server()
         strategy: Any = self._strategy
         workers: Any = start_processes(
             self._wrapping_function,

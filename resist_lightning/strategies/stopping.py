@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -58,13 +59,9 @@ class Forwarder:
                 raise _exception_of(stopped) from None
             raise
         finally:
-            self.leave()
-
-    def leave(self) -> None:
-        """Put the handlers back; in a forked worker too."""
-        for number, original in self._originals.items():
-            signal.signal(number, original)
-        self._originals = {}
+            for number, original in self._originals.items():
+                signal.signal(number, original)
+            self._originals = {}
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self._received and time.monotonic() - self._first_at < SAME_SECONDS:
@@ -75,13 +72,25 @@ class Forwarder:
             raise _exception_of(number)
 
 
+def start_fork_server() -> None:
+    """Start the server of the start method ``forkserver`` such that no signal to the process group ends it."""
+    resource_tracker.ensure_running()  # it would be started below, and let the signals in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _EXIT_CODES.values())
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def ending(trainer: pl.Trainer | None) -> Iterator[None]:
-    """In a worker: callbacks learn of an exception here, where the model is and a checkpoint can be written.
+    """Around a worker's life: callbacks learn of an exception here, where the model is and a checkpoint can be written.
 
     Raises:
         SystemExit: in the place of KeyboardInterrupt, with an exit code that tells the main process of it.
     """
+    if hasattr(signal, "pthread_sigmask"):  # a fork server hands down what it blocks
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _EXIT_CODES.values())
     try:
         yield
     except BaseException as error:
