@@ -59,8 +59,8 @@ class Forwarder:
                 raise _exception_of(stopped) from None
             raise
         finally:
-            for number, original in self._originals.items():
-                signal.signal(number, original)
+            for taken, original in self._originals.items():
+                signal.signal(taken, original)
             self._originals = {}
 
     def _forward(self, number: int, _: FrameType | None) -> None:
