@@ -36,7 +36,12 @@ class AtomicIO(TorchCheckpointIO):
         if storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)  # says that there are none
         elif local is not None:
-            write_file(checkpoint, local)
+            try:
+                write_file(checkpoint, local)
+            except OSError:
+                if not local.exists():  # the workers' files are of no use; a thread is the only one to know
+                    remove_files(local)
+                raise
             # Not before: until then the workers' files of the checkpoint before are in use. AsyncCheckpointIO calls
             # this long after the strategy has saved.
             remove_files(local, keep=files_named_in(checkpoint))

@@ -126,7 +126,7 @@ def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = No
     """Remove the files of all workers, or of one, beside the checkpoint ``path``, but for those to ``keep``."""
     folder = folder_of(path)
     names: list[str] = []
-    with suppress(FileNotFoundError):  # not there, or another worker has just removed it
+    with suppress(FileNotFoundError, NotADirectoryError):  # not there, or another worker has just removed it
         names = os.listdir(folder)
     for name in names:
         if name.endswith((".pt", ".part")) and name not in keep and (worker is None or f"-{worker}-of-" in name):

@@ -113,6 +113,17 @@ def test_the_files_before_stay_until_a_thread_has_written_the_model(tmp_path: Pa
     assert after.exists()
 
 
+def test_where_a_thread_cannot_write_the_model_no_files_of_workers_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    own = write_sealed({}, tmp_path / "a.ckpt.workers", "round=1-step=0-0-of-1")
+    (tmp_path / ".a.ckpt.part").mkdir()  # where the model's file would be written
+
+    with pytest.raises(IsADirectoryError):
+        AtomicIO().save_checkpoint({CHECKPOINT_KEY: {"files": [own.name]}}, path)
+
+    assert not own.parent.exists()
+
+
 def test_a_thread_that_could_not_write_is_forgiven_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     plugin = AsyncCheckpointIO(AtomicIO())
