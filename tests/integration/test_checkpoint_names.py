@@ -41,8 +41,8 @@ class Scattered(Classifier):
     """Logs a metric without ``sync_dist``, in which the workers do not even agree on what is best."""
 
     def on_train_epoch_end(self) -> None:
-        worker, epoch = self.trainer.global_rank, self.trainer.current_epoch
-        self.log("own", torch.tensor([0.9, 0.3, 0.6, 0.4][(epoch + 2 * worker) % 4]))
+        seen = [0.2, 0.8, 0.1, 0.7] if self.trainer.global_rank else [0.9, 0.3, 0.6, 0.4]
+        self.log("own", torch.tensor(seen[self.trainer.current_epoch]))
 
 
 def keep_the_best(worker: int, folder: str) -> tuple[str, State, State, State]:
