@@ -35,6 +35,7 @@ from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.pace import Pace
 from resist_lightning.resumption import Resumption
 from resist_lightning.rounds import Clock
+from resist_lightning.steps import StepWatch
 from resist_lightning.swaps import SwappingOptimizers
 from resist_lightning.sync import Plan
 from resist_lightning.timing import Seconds
@@ -74,9 +75,10 @@ class Engine:
         self.clock = Clock(config.local_steps)
         self.running = False
         self.states = OptimizerStates(optimizers)
+        self.steps = StepWatch(module, self.states, config.local_steps)
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
-        self._meeting = Meeting(self.layout, self.collective, host or Host())
+        self._meeting = Meeting(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.seconds = Seconds(self._device)
         self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
         self.observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
@@ -136,6 +138,7 @@ class Engine:
         self._begin_round()
         self.resumption.load_rest()
         self.running = True
+        self.steps.begin()
         self.activity.begin("local steps")
         return exact
 
@@ -154,6 +157,7 @@ class Engine:
         if self.observing:
             raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
         self._sync.end_step()
+        self.steps.note_local_step()
         self.clock.tick()
         self.activity.begin("local steps")
 
@@ -220,6 +224,7 @@ class Engine:
 
     def abandon(self) -> None:
         """Stop without a word to the others; after an error. Absent blocks stay absent, and reading them raises."""
+        self.steps.end()
         self.swaps.release()
         self.observation.end()
         self._sync.end()
@@ -283,11 +288,11 @@ class Engine:
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
+        self.steps.check_counted()
         self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:
-        plan: Plan = self._sync.plan(self.clock.round, self._meeting.soundness.left_out)
-        return plan
+        return self._sync.plan(self.clock.round, self._meeting.soundness.left_out)  # type: ignore[no-any-return]
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)

@@ -51,8 +51,8 @@ def check_headers(headers: Sequence[Header]) -> None:
     values = "; ".join(f"{name}: " + _values(name, headers) for name in differing)
     raise WorkersDisagree(
         f"workers came to a sync in different states ({values}). No weights were mixed. Likely causes: one worker "
-        "stopped, ran out of data or skipped batches on its own; a loader of unknown length that ends at different "
-        "steps; or workers started with different code, models or settings."
+        "stopped, ran out of data, or skipped batches or steps (a GradScaler of your own) on its own; a loader of "
+        "unknown length that ends at different steps; or workers started with different code, models or settings."
     )
 
 

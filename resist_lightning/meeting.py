@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.facts import fingerprint_of
@@ -46,15 +47,20 @@ class Meeting:
         layout: the model's parts; workers with different ones must not mix.
         collective: the workers.
         host: what surrounds the engine.
+        rate: the learning rate of this worker now.
 
     Attributes:
         soundness: what it looks for besides headers.
     """
 
-    def __init__(self, layout: Layout, collective: Collective, host: Host) -> None:
+    def __init__(
+        self, layout: Layout, collective: Collective, host: Host, rate: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._layout = layout
         self._collective = collective
         self._host = host
+        self._rate = rate
+        self._rates_differed = False
         self.soundness = Soundness(layout, collective)
 
     def introduce(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
@@ -102,18 +108,33 @@ class Meeting:
         header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
         mine = [*header_numbers(header), *self.soundness.numbers(purpose)]
         extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
-        received = self._collective.gather_numbers([*mine, *extra, *self._host.report()])
+        received = self._collective.gather_numbers([*mine, *extra, self._rate(), *self._host.report()])
         headers = [read_header(numbers) for numbers in received]
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
         check_headers(headers)
         self.soundness.judge([numbers[len(mine) - 2 : len(mine)] for numbers in received], clock)
         end = len(mine) + len(extra)
-        told = [numbers[end:] for numbers in received]
+        told = [numbers[end + 1 :] for numbers in received]
         self._host.learn(told)
         if purpose == Purpose.SYNC:
+            self._compare_rates([numbers[end] for numbers in received])
             self._host.agree(told)
         return [numbers[len(mine) : end] for numbers in received]
+
+    def _compare_rates(self, rates: Sequence[float]) -> None:
+        """Say once that schedules have parted, which is legal, but seldom meant."""
+        if len(set(rates)) == 1 or self._rates_differed:
+            return
+        self._rates_differed = True
+        if self._collective.worker == 0:
+            values = ", ".join(f"worker {worker} {rate:g}" for worker, rate in enumerate(rates))
+            warnings.warn(
+                f"the workers train at different learning rates (mean over all parameter groups: {values}). A schedule "
+                "follows a number that is not the same everywhere: log the metric of ReduceLROnPlateau with "
+                "sync_dist=True, or step the schedule by epochs.",
+                stacklevel=4,
+            )
 
     def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
         """Say how workers differ whose digests do."""

@@ -46,7 +46,12 @@ class OptimizerStates:
 
     def rate(self) -> float:
         """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
-        return float(self._given[0].param_groups[0]["lr"]) if self._given else 0.0
+        return float(self._given[0].param_groups[0].get("lr", 0.0)) if self._given else 0.0
+
+    def mean_rate(self) -> float:
+        """The learning rate now, as a mean over all parameter groups; 0 if there is none."""
+        rates = [float(group["lr"]) for each in self._given for group in each.param_groups if "lr" in group]
+        return sum(rates) / len(rates) if rates else 0.0
 
     def warn(self, momentum: str, local_steps: int) -> None:
         """Say what optimizers keep that ``momentum`` does not treat as a user may think."""

@@ -10,6 +10,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from resist_lightning.activity import Activity
@@ -41,6 +42,8 @@ class GroupStrategy(DDPStrategy):
         self.signals: Signals | None = None
         self._shield: LoaderShield | None = None
         self._owns_group = False
+        self._talked = False  # since the last batch
+        self._warned: set[str] = set()
 
     @property  # type: ignore[explicit-override] # which mypy does not see here
     def checkpoint_io(self) -> CheckpointIO:
@@ -113,9 +116,17 @@ class GroupStrategy(DDPStrategy):
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
         """Called by users. Collective. Lightning's own way is deprecated by torch, and warns each time."""
-        if sync_grads or not group_exists() or not self._may_talk():
+        if not group_exists():
             return super().all_gather(tensor, group=group, sync_grads=sync_grads)
-        return gather_tensor(tensor.detach(), group)
+        if not self._may_talk():
+            return tensor.detach()[None]
+        if self.engine is not None and self.engine.running and not self.engine.observing:
+            self._warn_once(_GATHERED_WITH_GRADIENTS if sync_grads else _GATHERED)
+        return (
+            super().all_gather(tensor, group=group, sync_grads=True)
+            if sync_grads
+            else gather_tensor(tensor.detach(), group)
+        )
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -168,6 +179,23 @@ class GroupStrategy(DDPStrategy):
         """False after an error. In training, first meet, so that nothing pairs with another worker's sync."""
         if self.interrupted:
             return False
+        self._talked = True
         if self.engine is not None and self.engine.running:
             self.engine.meet()
         return True
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            rank_zero_warn(text)
+
+
+_GATHERED = (
+    "self.all_gather in training sends messages each time, so the workers wait for each other in every step. Gather in "
+    "validation, or what is needed once a round."
+)
+_GATHERED_WITH_GRADIENTS = (
+    "self.all_gather(sync_grads=True) sends messages in every step, forward and backward. The gradient of a worker has "
+    "the losses of all workers in it, each through the part of the network that the other worker holds, and is not "
+    "averaged with the others' before the step, as it would be under DDP."
+)

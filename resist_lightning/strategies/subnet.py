@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from resist_lightning.collective import default_collective, group_exists
+from resist_lightning.collective import default_collective, group_exists, messages_sent
 from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.methods import make_layout
@@ -48,6 +48,7 @@ class SubnetStrategy(SavingStrategy):
     """
 
     strategy_name: str
+    _talks_in_steps = False
 
     def __init__(self, config: CommonConfig, data: Seen, saving: Saving, launch: Launch) -> None:
         check_choice("data", data, get_args(Seen))
@@ -57,6 +58,7 @@ class SubnetStrategy(SavingStrategy):
         self._patches: LoopPatches | None = None
         self._order: ValidationOrder | None = None
         self._stepped = False
+        self._sent = 0  # operations in the group, up to this batch
 
     @override
     def _configure_launcher(self) -> None:
@@ -155,12 +157,14 @@ class SubnetStrategy(SavingStrategy):
         assert self.engine is not None
         assert self.signals is not None
         self._stepped = False
+        self.engine.steps.check_batch(self._trainer().accumulate_grad_batches)
         self.guard.check()
         if self.engine.sync_if_due():
             self._write_snapshot(self.engine)
         self.signals.act()
         if batch_idx == 1:  # the first batch has logged
             warn_of_messages(self._trainer())
+        self._talked, self._sent = False, messages_sent()
 
     @override
     def optimizer_step(
@@ -170,12 +174,34 @@ class SubnetStrategy(SavingStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Called for every step of every optimizer; the first one in a batch makes it a local step."""
+        """Called for every step of every optimizer of Lightning's; one that a gradient scaler skips counts too."""
+        if self._scaled_by_hand():
+            # A gradient scaler fails for an optimizer without gradients, such as one whose parameters are all absent.
+            made = closure()
+            if _has_nothing_here(optimizer):
+                self._count_step()
+                return made
+
+            def closure() -> Any:
+                return made
+
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if not self._stepped and self.engine is not None and self.engine.running:
-            self._stepped = True
-            self.engine.count_step()
+        self._count_step()
         return output
+
+    def _scaled_by_hand(self) -> bool:
+        assert self.lightning_module is not None
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler is not None and not self.lightning_module.automatic_optimization
+
+    def _count_step(self) -> None:
+        """Called after every step of every optimizer, a raw one too; the first one in a batch makes it a local step."""
+        if self._stepped or self.engine is None or not self.engine.running:
+            return
+        self._stepped = True
+        self.engine.count_step()
+        if messages_sent() != self._sent and not self._talked and not self._talks_in_steps:
+            self._warn_once(_UNKNOWN_MESSAGES)
 
     @override
     def on_train_end(self) -> None:
@@ -234,4 +260,17 @@ class SubnetStrategy(SavingStrategy):
             forward_context=self.precision_plugin.forward_context,
             host=LightningHost(trainer, self.signals, self._data),
         )
+        self.engine.steps.on_step = self._count_step
         rank_zero_info(f"{type(self).__name__}: {self.engine.layout.describe()}")
+
+
+def _has_nothing_here(optimizer: Optimizer) -> bool:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return any(p.is_meta for p in parameters) and all(p.grad is None for p in parameters)
+
+
+_UNKNOWN_MESSAGES = (
+    "something sends messages in a training step: torch.distributed, or a metric with dist_sync_on_step=True. The "
+    "workers wait for each other in every step, and where they are at different steps a message can pair with another "
+    "worker's sync. Send them outside of training_step, by the strategy's reduce, broadcast or all_gather."
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resist_lightning import Config, Engine
+from resist_lightning.blocks import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import fit, run_trainers
@@ -75,10 +77,11 @@ def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
 
 
 class TwoPlayers(L.LightningModule):
-    """Two networks that train against each other, as a GAN does."""
+    """Two networks that train against each other, as a GAN does; its optimizers are Lightning's, or raw."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: bool = False) -> None:
         super().__init__()
+        self.raw = raw
         self.automatic_optimization = False
         self.player = make_net(seed=1)
         self.rival = make_net(seed=2)
@@ -90,7 +93,7 @@ class TwoPlayers(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         present = [parameter.is_meta for parameter in self.parameters()]
-        first, second = self.optimizers()
+        first, second = self.optimizers(use_pl_optimizer=not self.raw)
         for optimizer, number in ((first, 0), (second, 1), (second, 1)):
             others = [p for group in (second, first)[number].param_groups for p in group["params"] if not p.is_meta]
             before = [parameter.detach().clone() for parameter in others]
@@ -107,8 +110,8 @@ class TwoPlayers(L.LightningModule):
         ]
 
 
-def play(worker: int) -> tuple[dict[str, Tensor], list[tuple[int, int]], list[int]]:
-    module, notes = TwoPlayers(), Notes()
+def play(worker: int, raw: bool) -> tuple[dict[str, Tensor], list[tuple[int, int]], list[int]]:
+    module, notes = TwoPlayers(raw), Notes()
     fit(worker, module, 8, callbacks=[notes])
     return clone_state(module), notes.clock, module.changed
 
@@ -128,8 +131,9 @@ def play_by_hand(worker: int) -> dict[str, Tensor]:
     return clone_state(module)
 
 
-def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
-    results = run_trainers(play, 2)
+@pytest.mark.parametrize("raw", [False, True])
+def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it(raw: bool) -> None:
+    results = run_trainers(play, 2, raw)
 
     assert_all_equal([state for state, *_ in results], run_workers(play_by_hand, 2))
     expected = [(number // 3, number % 3 + 1) for number in range(8)]
@@ -190,6 +194,89 @@ def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the
 
     assert_all_equal([state for state, _ in results], run_workers(overflow_by_hand, 2))
     assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 5, [1024.0] * 2 + [512.0] * 6]
+
+
+# A gradient scaler, and an optimizer all of whose parameters are absent in some rounds, on one worker each time.
+
+
+class OneForABlock(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        (block, *_) = select_blocks(self.net)
+        own = list(block.module.parameters())
+        others = [parameter for parameter in self.parameters() if all(parameter is not p for p in own)]
+        return [torch.optim.SGD(parameters, 0.05, momentum=0.9) for parameters in (own, others)]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def scale_by_hand(worker: int) -> tuple[dict[str, Tensor], bool]:
+    module = OneForABlock()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler())
+    plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+    fit(worker, module, 8, plugins=[plugin])
+    return clone_state(module), module.trainer.global_step == 16
+
+
+def no_scale(worker: int) -> dict[str, Tensor]:
+    module = OneForABlock().train()
+    optimizers = module.configure_optimizers()
+    engine = Engine(module, optimizers, CONFIG)
+    engine.start()
+    for step in range(8):
+        Classifier.training_step(module, batch_of(worker, step), step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
+
+
+def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() -> None:
+    results = run_trainers(scale_by_hand, 2)
+    assert_all_equal([state for state, _ in results], run_workers(no_scale, 2))  # scales are powers of two
+
+
+# Messages within a step, which the strategy sees, and those that it does not.
+
+
+class Chatting(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx < 2:
+            self.shapes.append(tuple(self.all_gather(loss).shape))
+        elif batch_idx < 4:
+            loss = self.all_gather(loss, sync_grads=True).mean()
+        else:
+            torch.distributed.all_reduce(loss.detach().clone())
+        return loss
+
+
+def chat(worker: int) -> tuple[list[str], list[tuple[int, ...]]]:
+    module = Chatting()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(worker, module, 7)
+    words = ("self.all_gather in training", "self.all_gather(sync_grads=True)", "something sends messages")
+    return [word for word in words for warning in told if str(warning.message).startswith(word)], module.shapes
+
+
+def test_messages_within_a_step_are_named_once() -> None:
+    (told, shapes), (_, others) = run_trainers(chat, 2)
+    assert told == ["self.all_gather in training", "self.all_gather(sync_grads=True)", "something sends messages"]
+    assert shapes == others == [(2,), (2,)]
 
 
 # Learning rates: per step, and after every epoch on a plateau.

@@ -68,6 +68,20 @@ def test_whoever_differs_all_hear_the_same_error_and_learn_nothing(steps, stops,
     assert [heard for _, heard in results] == [None] * 3
 
 
+def meet_twice(collective, rates):
+    layout = BlockLayout(small_preact(), Config(min_blocks=1), collective.workers)
+    meeting = Meeting(layout, collective, Host(), lambda: rates[collective.worker])
+    for purpose in (Purpose.EVALUATION, Purpose.SYNC, Purpose.SYNC):
+        meeting.hold(purpose, Clock(50, round=2, step=7))
+
+
+@pytest.mark.parametrize(("rates", "times"), [((0.5, 0.5), 0), ((0.5, 0.05), 1)])
+def test_learning_rates_that_part_are_told_once(rates, times, recwarn):
+    run_threads(meet_twice, 2, rates)
+    assert len(recwarn.list) == times
+    assert all("worker 0 0.5, worker 1 0.05" in str(warning.message) for warning in recwarn.list)
+
+
 def test_a_host_has_nothing_to_say_by_default():
     host = Host()
     assert (host.stop_flag(), host.report(), host.learn([[]]), host.agree([[]])) == (0, [], None, None)
