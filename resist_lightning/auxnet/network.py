@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from torch import fx, nn
 
-from resist_lightning.blocks import find_blocks
+from resist_lightning.blocks import find_blocks, untrained
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.tracing import CannotTrace, ChainTracer, follow, has_forward, is_leaf
 
@@ -21,7 +21,10 @@ def find_network(module: nn.Module) -> str:
     Raises:
         StageSelectionError: if there is nothing that trains, or several networks.
     """
-    found = [block.name for block in find_blocks(module)] or [name for name, _ in module.named_parameters()]
+    blocks = find_blocks(module)
+    still = untrained(module, blocks)
+    trained = [block.name for block in blocks if block not in still]  # a teacher is no part of the network
+    found = trained or [block.name for block in blocks] or [name for name, _ in module.named_parameters()]
     if not found:
         raise StageSelectionError("there is nothing to cut into stages: the module has no parameters.")
     name = _common([owner.rpartition(".")[0] for owner in found])

@@ -137,8 +137,9 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             memory.free()
         self._forward = vars(chain.network).get("forward")
         chain.network.forward = torch.compiler.disable(self._train_stage)
-        parts = [layout.module.get_submodule(owner) for owner in owners]
-        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in dict.fromkeys(parts)]
+        # The network may have tensors of its own; it is called, and answers by this worker's stage.
+        parts = {layout.module.get_submodule(owner) for owner in owners} - {chain.network}
+        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
         self._holding = True
 
     @override

@@ -73,10 +73,12 @@ RUNS = {
         "preact",
         observe_at=(0, 1, 4, 5),
     ),
+    "tensors of its own": Run(StageConfig(beta=30.0, warmup_steps=2), 6, "positions"),
+    "tensors of its own, serial": Run(StageConfig(warmup_steps=100), 6, "positions"),
     "warm-up only": Run(StageConfig(warmup_steps=100), 6, "preact"),
     "serial always": Run(StageConfig(warmup_steps=0, serial_every=1), 6, "preact"),
 }
-SERIAL = ("warm-up only", "serial always")
+SERIAL = ("warm-up only", "serial always", "tensors of its own, serial")
 
 
 @dataclass

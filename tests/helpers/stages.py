@@ -44,6 +44,26 @@ class TanhBlock(nn.Module):
         return x + torch.tanh(self.out(x))
 
 
+class Positions(nn.Module):
+    """A network with parameters and a buffer of its own, before and behind where it is cut."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, width), nn.Linear(width, CLASSES)
+        self.first = nn.Parameter(torch.randn(width))
+        self.later = nn.ParameterDict({"place": nn.Parameter(torch.randn(width))})
+        self.register_buffer("shift", torch.randn(width))
+        self.body = nn.ModuleList(TanhBlock(width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.first
+        for number, block in enumerate(self.body):
+            x = block(x)
+            if number == 2:
+                x = x + self.later["place"] * self.shift
+        return self.head(x)
+
+
 def _convolutions() -> nn.Module:
     """No residual block and no batch norm; it works in place right behind where it is cut."""
     return nn.Sequential(
@@ -57,11 +77,13 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": partial(mlp, MlpBlock, width=5),
     "preact": partial(PreActResNet, (1, 1, 2, 1), CLASSES, width_multiplier=1 / 16),
     "convolutions": _convolutions,
+    "positions": Positions,
 }
 
-INPUTS = {"tanh": (3,), "mlp": (3,), "preact": (3, 8, 8), "convolutions": (3, 8, 8)}
+INPUTS = {"tanh": (3,), "positions": (3,), "mlp": (3,), "preact": (3, 8, 8), "convolutions": (3, 8, 8)}
 
 CUTS = {
+    "positions": {2: ["body.2"], 3: ["body.0", "body.2"]},
     "tanh": {2: ["body.1"], 3: ["body.0", "body.2"], 4: ["body.0", "body.1", "body.2"]},
     "mlp": {2: ["body.1"], 3: ["body.1", "body.2"], 4: ["body.0", "body.1", "body.2"]},
     "preact": {2: ["section2"], 3: ["section1", "section3.0"], 4: ["section1", "section2", "section3.0"]},

@@ -323,3 +323,10 @@ def test_units_outside_the_network_are_refused(first, last):
     for ask in (chain.stage, chain.names):
         with pytest.raises(ValueError, match=r"not a run of the network's 3 units"):
             ask(first, last)
+
+
+@pytest.mark.parametrize("first", ["teacher", "student"])
+def test_a_teacher_is_no_part_of_the_network(first):
+    networks = {"student": mlp(MlpBlock), "teacher": mlp(MlpBlock).requires_grad_(False)}
+    module = nn.ModuleDict({name: networks[name] for name in sorted(networks, key=lambda name: name != first)})
+    assert find_chain(module).name == "student"
