@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from resist_lightning.auxnet.layout import StageLayout
@@ -36,6 +37,7 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
     """
+    refuse_lazy(module)
     with bare(module):
         if isinstance(config, NeuronConfig):
             return NeuronLayout(module, config, workers)
@@ -45,6 +47,23 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         return BlockLayout(module, config, workers, trained or None)
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Refuse a module with tensors that get their shapes from its first input.
+
+    Raises:
+        ValueError: with their names.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        named = f"{', '.join(lazy[:4])}{f' and {len(lazy) - 4} more' if len(lazy) > 4 else ''}"
+        raise ValueError(
+            f"{named}: no shape yet. Tensors of lazy modules, such as nn.LazyLinear, get their shapes from the first "
+            "input, and workers must know them before they share the model. Call the module once on an input, in "
+            "torch.no_grad(), before the training starts; or take modules whose sizes are given, such as nn.Linear."
+        )
 
 
 def make_sync(

@@ -13,13 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from resist_lightning.collective import default_collective, group_exists, messages_sent
 from resist_lightning.config import CommonConfig, check_choice
 from resist_lightning.engine import Engine
-from resist_lightning.methods import make_layout
+from resist_lightning.methods import make_layout, refuse_lazy
 from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
@@ -82,7 +83,9 @@ class SubnetStrategy(SavingStrategy):
         check_callbacks(trainer)
         self._saving.check_launch()
         module = self.lightning_module
-        if module is not None and not is_overridden("configure_model", module):
+        if module is None or is_overridden("configure_model", module):
+            return  # the workers make the model
+        if not (is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())):
             make_layout(module, self.config, self.num_nodes * self.num_processes)
 
     @override
@@ -125,6 +128,7 @@ class SubnetStrategy(SavingStrategy):
             check_callbacks(trainer)
             self.setup_optimizers(trainer)
         elif group_exists():
+            refuse_lazy(self.model)
             _sync_module_states(self.model)
         self.setup_precision_plugin()
         if fitting:

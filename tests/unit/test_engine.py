@@ -10,6 +10,7 @@ from torch import nn
 
 from resist_lightning import Config, Engine
 from resist_lightning.accounting import KINDS
+from resist_lightning.config import NeuronConfig, StageConfig
 from tests.helpers.by_hand import chain
 from tests.helpers.nets import Undeclared, mlp, small_preact
 from tests.helpers.training import (
@@ -329,3 +330,25 @@ def test_several_optimizers_and_none():
     engine.after_step()
     assert not one.state
     assert not two.state
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config(min_blocks=0), Config(blocks=[]), NeuronConfig(), StageConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_lazy_module_is_refused_by_name_until_it_has_its_shapes(config):
+    model = small_preact()
+    model.head = nn.LazyLinear(4)
+    model.extra = nn.LazyBatchNorm1d()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    named = r"^head\.weight, head\.bias, extra\.weight, extra\.bias and 2 more: no shape yet\..* Call the module once"
+    with pytest.raises(ValueError, match=named):
+        Engine(model, [optimizer], config)
+
+    model.extra = nn.Identity()
+    with torch.no_grad():
+        model(torch.zeros(2, 3, 8, 8))
+    if isinstance(config, Config):
+        Engine(model, [torch.optim.SGD(model.parameters(), 0.1)], config).start()

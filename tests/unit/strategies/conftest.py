@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch.multiprocessing
 
+from resist_lightning.strategies import processes
 from tests.helpers.trainers import QUIET
 
 
@@ -21,7 +21,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"a process was started: {args}")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.setattr(torch.multiprocessing, "start_processes", refuse)
+    monkeypatch.setattr(processes, "start_processes", refuse)
 
 
 @pytest.fixture

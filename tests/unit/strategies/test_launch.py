@@ -51,6 +51,12 @@ def without_blocks() -> Classifier:
     return module
 
 
+def lazy() -> Classifier:
+    module = Classifier()
+    module.net.head = nn.LazyLinear(4)
+    return module
+
+
 BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Exception], str]] = {
     "min_blocks": (
         {"min_blocks": 9}, Classifier, ValueError,
@@ -69,6 +75,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     ),
     "no blocks": ({}, without_blocks, BlockSelectionError, r"no block qualifies .* No residual block was recognised"),
     "tied weights": ({}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
+    "lazy": ({}, lazy, ValueError, r"^net\.head\.weight, net\.head\.bias: no shape yet.* Call the module once"),
     "SyncBatchNorm": ({}, synchronised, ValueError, r"net\.section1\.0\.bn1 is a SyncBatchNorm.* Use BatchNorm"),
 }  # fmt: skip
 

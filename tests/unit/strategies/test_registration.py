@@ -10,7 +10,8 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.strategies.launch import ProcessLauncher, ScriptLauncher
+from resist_lightning.strategies.launch import ScriptLauncher
+from resist_lightning.strategies.processes import ProcessLauncher
 
 NAMES = [
     (face + suffix, strategy, start_method)
