@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from resist_lightning.accounting import KINDS
 from resist_lightning.activity import Activity
 from resist_lightning.collective import default_collective
-from resist_lightning.config import CommonConfig
+from resist_lightning.config import CommonConfig, StageConfig
 from resist_lightning.full_model import take_off
 from resist_lightning.headers import Purpose
 from resist_lightning.meeting import Host, Meeting
@@ -212,6 +212,7 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
+        self.steps.warn_of_one_round(0 if isinstance(self.config, StageConfig) else self.clock.total_steps)
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()

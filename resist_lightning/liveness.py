@@ -191,8 +191,12 @@ class Liveness:
                 f"{late.doing}, since {late.seconds:.0f} s.",
                 late.worker,
             )
-        alive = "; ".join(f"{sign.name}: {sign.doing}" for sign in self.running()) or "nobody"
-        return Verdict(f"a connection between the workers broke, and no worker is known to be lost. Alive: {alive}.")
+        seen = [f"{sign.name}: {'has ended' if sign.end else sign.doing}" for _, sign in sorted(self.signs.items())]
+        return Verdict(
+            "a connection between the workers broke or timed out, and no worker is known to be lost. The others were "
+            f"last doing: {'; '.join(seen) or 'nothing that is known'}. If one worker called what all must call "
+            "(self.all_gather, self.log(..., sync_dist=True), trainer.save_checkpoint), call it on all of them."
+        )
 
     def heard(self, beats: Mapping[int, int], lost: Verdict | None) -> bool:
         """Whether all that run, but a lost one, have read the store since ``beats``: each posts, then reads."""

@@ -135,6 +135,14 @@ class Schedule:
         return share_out(costs, self.blocks, self.min_blocks)
 
 
+def one_round(steps: int, local_steps: int) -> str:
+    """What to say of a training that ends before its first round does."""
+    return (
+        f"this training has {steps} local steps, and a round has local_steps={local_steps}: the workers average once, "
+        f"at the end, each after training alone. Set local_steps to {max(1, steps // 10)} or so, or train longer."
+    )
+
+
 @dataclass
 class Clock:
     """Where a run is: the round, and the local steps taken in it.

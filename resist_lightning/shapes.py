@@ -23,7 +23,7 @@ def _is_chain(module: nn.Module) -> bool:
         return any(_is_chain(child) for child in module)
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):  # not the class's own
         return False
-    known = type(module).forward.__module__.startswith("torch.nn.modules.")
+    known = str(type(module).forward.__module__).startswith("torch.nn.modules.")
     residual = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.Identity)
     return known and not residual and not isinstance(module, nn.Transformer)
 

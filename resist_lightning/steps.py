@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.rounds import one_round
 
 
 class StepWatch:
@@ -69,6 +70,15 @@ class StepWatch:
                 f"optimizers took {max(self._taken.values())} step(s), and no local step was counted, so the workers "
                 "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
             )
+
+    def warn_of_one_round(self, steps: int) -> None:
+        """At the end of a plain loop, whose length nobody knows before; a strategy warns when training starts.
+
+        Args:
+            steps: local steps that workers trained alone; 0 where they did not.
+        """
+        if self.on_step is None and 0 < steps < self._local_steps:
+            warnings.warn(one_round(steps, self._local_steps), stacklevel=4)
 
     def check_batch(self, accumulated: int) -> None:
         """Between two batches of a loop that counts by :attr:`on_step`.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
@@ -87,7 +88,9 @@ def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iter
         yield list(overrides), False
         return
     swept = _parse([f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()])
-    for combination in itertools.product(*map(_values, [*swept, *parsed])):
+    grid = str(hydra_node.sweeper._target_).endswith(".BasicSweeper")
+    values = [_values(override, grid=grid) for override in [*swept, *parsed]]
+    for combination in itertools.product(*values):
         yield list(combination), True
 
 
@@ -97,15 +100,33 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for override in overrides:
         try:
             parsed.append(parser.parse_override(override))
+            parsed[-1].config_loader = GlobalHydra.instance().config_loader()  # where glob() finds its options
         except HydraException as error:
             raise ConfigError(f"{override}: cannot be read as an override, key=value ({error})") from error
     return parsed
 
 
-def _values(override: Override) -> list[str]:
+def _values(override: Override, *, grid: bool) -> list[str]:
+    """What the jobs of a sweep are given in the place of an override; of an interval its ends."""
+    given, key = override.input_line or "", override.get_key_element()
     if not override.is_sweep_override():
-        return [override.input_line or ""]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        return [given]
+    if not override.is_discrete_sweep():
+        interval: Any = override.value()
+        if grid:
+            raise ConfigError(
+                f"{given}: a grid needs values to go through, and an interval has none. Give a list such as "
+                f"{key}={interval.start:g},{interval.end:g}, or range(START,STOP,STEP); intervals are for sweepers that "
+                "search, such as Hydra's plugin for Optuna (hydra/sweeper=optuna)."
+            )
+        return [f"{key}={interval.start}", f"{key}={interval.end}"]
+    try:
+        values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"{given}: has no values to go through ({error})") from error
+    if not values:
+        raise ConfigError(f"{given}: has no values to go through, so no job would run")
+    return values
 
 
 def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
@@ -120,6 +141,9 @@ def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False
             if forced == wanted:
                 raise ConfigError(str(error).partition("Config search path")[0]) from error
             wanted = forced
+        except (AssertionError, AttributeError) as error:  # what OmegaConf raises inside, where null is given members
+            said = str(error).partition("\n")[0]
+            raise ConfigError(f"{' '.join(wanted)}: cannot be put into the configuration ({said})") from error
     raise AssertionError("every override is forced at most once")
 
 

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from resist_lightning.config import check_choice
+from resist_lightning.rounds import one_round
 from resist_lightning.strategies.children import Children
 from resist_lightning.strategies.guard import DEFAULT_SILENCE, PARENT, Guard
 
@@ -141,6 +143,18 @@ def warn_of_messages(trainer: pl.Trainer) -> None:
                 f"self.log({meta.name!r}, sync_dist=True) sends a message after every batch, so the workers wait for "
                 "each other in every step. Log it with on_step=False, on_epoch=True."
             )
+
+
+def warn_of_one_round(trainer: pl.Trainer, local_steps: int) -> None:
+    """Say that a training whose number of steps is known will end before its first round does."""
+    if trainer.world_size == 1 or getattr(trainer, "fast_dev_run", False):
+        return
+    try:
+        steps = trainer.estimated_stepping_batches - trainer.global_step
+    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
+        return
+    if 0 < steps < local_steps:
+        rank_zero_warn(one_round(int(steps), local_steps))
 
 
 def _in_hydra_sweep() -> bool:

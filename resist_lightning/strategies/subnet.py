@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from resist_lightning.collective import default_collective, group_exists, messages_sent
-from resist_lightning.config import CommonConfig, check_choice
+from resist_lightning.config import CommonConfig, StageConfig, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.methods import make_layout, refuse_lazy
 from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
@@ -29,6 +29,7 @@ from resist_lightning.strategies.launch import (
     check_callbacks,
     refuse_launch,
     warn_of_messages,
+    warn_of_one_round,
 )
 from resist_lightning.strategies.lightning_patches import LoopPatches, resume_from_path_given
 from resist_lightning.strategies.position import Position
@@ -146,6 +147,8 @@ class SubnetStrategy(SavingStrategy):
         self._order = ValidationOrder(self._trainer(), self.engine)
         self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
+        if not isinstance(self.config, StageConfig):  # whose workers do not train alone
+            warn_of_one_round(self._trainer(), self.config.local_steps)
         self.engine.sync.guard.stepping = False
 
     @override

@@ -73,12 +73,18 @@ BAD = {
     "strategy.local_steps=10,50": r"Ambiguous value for argument 'strategy\.local_steps=10,50'.*--multirun",
     "-m strategy.local_steps=10,0": r"strategy\.local_steps=0: must be a whole number, at least 1",
     "--multirun trainer.devices=1,2 strategy=single": r"trainer\.devices=2 with strategy=single",
+    "-m strategy.local_steps=interval(2,50)": r"local_steps=interval\(2,50\): a grid .*local_steps=2,50, or range\(",
+    "-m optimizer.lr=tag(x,interval(0.01,0.1))": r"interval\(0\.01,0\.1\)\): a grid .*optimizer\.lr=0\.01,0\.1",
+    "-m seed=range(1,5,0)": r"seed=range\(1,5,0\): has no values to go through \(range\(\) arg 3 must not be zero\)",
+    "-m optimizer.lr=glob(*)": r"optimizer\.lr=glob\(\*\): has no values to go through",
+    "-m +hydra.sweeper.params.seed=1": r"\+hydra\.sweeper\.params\.seed=1: cannot be put into",
     "-m seed=1,2 strategy.start_method=popen": r"strategy\.start_method=popen:.*strategy\.start_method=spawn",
 }
 GOOD = [
     "",
     "model.depth=101 trainer.devices=4 strategy.local_steps=50 trainer.accelerator=cpu",
     "-m strategy.local_steps=10,50 trainer.devices=1,2 trainer.accelerator=cpu",
+    "-m strategy.local_steps=range(10,60,20) model=glob(p*) trainer.accelerator=cpu",
     "strategy=single trainer.devices=1",
     "strategy.blocks=[section2.*,section3.*] trainer.accelerator=cpu",
     "strategy.start_method=popen trainer.accelerator=cpu",

@@ -13,6 +13,7 @@ from resist_lightning.accounting import KINDS
 from resist_lightning.config import NeuronConfig, StageConfig
 from tests.helpers.by_hand import chain
 from tests.helpers.nets import Undeclared, mlp, small_preact
+from tests.helpers.threads import ThreadCollective, run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
@@ -352,3 +353,26 @@ def test_a_lazy_module_is_refused_by_name_until_it_has_its_shapes(config):
         model(torch.zeros(2, 3, 8, 8))
     if isinstance(config, Config):
         Engine(model, [torch.optim.SGD(model.parameters(), 0.1)], config).start()
+
+
+def short_training(collective: ThreadCollective, steps: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(model, [optimizer], Config(local_steps=3, blocks=[]), collective=collective)
+    engine.start()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, 1), (3, 0)])
+def test_a_plain_loop_that_is_shorter_than_a_round_is_told_at_its_end(steps: int, told: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_threads(short_training, 2, steps)
+    messages = {str(w.message) for w in caught if "a round has local_steps=3" in str(w.message)}
+    assert len(messages) == told

@@ -161,7 +161,15 @@ def test_a_worker_that_lives_but_does_not_come_is_named_with_what_it_does():
         "worker 2 (host beta, pid 102) is alive, but has not come to the meeting for 600 s: it is still in "
         "local steps, round 2, since 62 s."
     )
-    assert "no worker is known to be lost" in liveness.suspect("Connection closed by peer", 600, 3).text
+    broken = liveness.suspect("Connection closed by peer", 600, 3).text
+    assert "no worker is known to be lost" in broken
+    for named in (
+        "worker 1 (host",
+        "meeting;",
+        "worker 2 (host beta, pid 102): local steps, round 2",
+        "call it on all",
+    ):
+        assert named in broken
 
 
 def test_of_a_broken_connection_the_one_that_is_silent_is_suspected():

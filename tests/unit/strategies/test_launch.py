@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.strategies.launch import check_callbacks, refuse_launch
+from resist_lightning.strategies.launch import check_callbacks, refuse_launch, warn_of_one_round
 from tests.helpers.plain import Classifier, stream
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -196,3 +196,25 @@ def test_hydra_is_not_imported_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "hydra.core.hydra_config")
     refuse_launch(LightningEnvironment(), CPUAccelerator(), "popen")
     assert "hydra.core.hydra_config" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("steps", "done", "workers", "warned"), [(48, 0, 2, True), (50, 0, 2, False), (80, 40, 2, True), (48, 0, 1, False)]
+)
+def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
+    steps: float, done: int, workers: int, warned: bool
+) -> None:
+    trainer: Any = SimpleNamespace(world_size=workers, estimated_stepping_batches=steps, global_step=done)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_one_round(trainer, 50)
+    assert [f"{steps - done} local steps, and a round has local_steps=50" in str(w.message) for w in caught] == (
+        [True] if warned else []
+    )
+
+
+def test_a_training_of_unknown_length_is_not_warned_of() -> None:
+    trainer: Any = SimpleNamespace(world_size=2, estimated_stepping_batches=float("inf"), global_step=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_one_round(trainer, 50)
