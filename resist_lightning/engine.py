@@ -212,7 +212,9 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        self.steps.warn_of_one_round(0 if isinstance(self.config, StageConfig) else self.clock.total_steps)
+        self.steps.warn_of_one_round(
+            0 if isinstance(self.config, StageConfig) or self.collective.workers == 1 else self.clock.total_steps
+        )
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
