@@ -30,6 +30,12 @@ FACES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning sets their number where nobody has, and leaves it."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 class Noting(Classifier):
     """Remembers what its first step began with."""
 
