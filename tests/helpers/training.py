@@ -104,7 +104,6 @@ def present_state(model: nn.Module) -> dict[str, Tensor]:
 
 def clone_state(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all tensors of a state dict; of a part of a network too, whose own state_dict() refuses."""
-    children = module.named_modules()
     hidden = {
         f"{name}.{key}" if name else key
         for name, child in module.named_modules()
