@@ -73,7 +73,7 @@ class Engine:
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.clock = Clock(config.local_steps)
-        self.running = False
+        self.running, self._observed_kind = False, ""
         self.states = OptimizerStates(optimizers)
         self.steps = StepWatch(module, self.states, config.local_steps)
         self.activity = Activity(self.clock)
@@ -84,7 +84,6 @@ class Engine:
         self.observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
-        self._observed_kind = ""
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}
@@ -212,9 +211,8 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        self.steps.warn_of_one_round(
-            0 if isinstance(self.config, StageConfig) or self.collective.workers == 1 else self.clock.total_steps
-        )
+        alone = self.collective.workers > 1 and not isinstance(self.config, StageConfig)
+        self.steps.warn_of_one_round(self.clock.total_steps if alone else 0)
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
