@@ -355,7 +355,7 @@ WARNINGS = {
     "Timer": "Timer sends a message after every batch",
     "log": "self.log('train/loss', sync_dist=True) sends a message after every batch",
     "other logs": "self.log('train/epoch_loss",
-    "loaders": "the workers' training loaders have",
+    "loaders": "the workers' training epochs have",
     "nothing partitioned": "nothing is partitioned: the default min_blocks=5",
     "shape": "match `blocks` but stay shared",
 }
