@@ -98,7 +98,8 @@ class Sizes:
         shared: bytes of the shared tensors that are averaged, but for those that are compressed.
         blocks: bytes of each partitionable block on the wire, its buffers included; all data types together.
         averaged: bytes of each block that an average of it sends: all but frozen and compressed parameters.
-        states: bytes of the optimizer state that travels with each block; 0 unless momentum travels.
+        states: bytes of what travels with each block beside it: its optimizer state, if momentum travels, and its part
+            of a copy of the module that is kept.
         wire: how trainable parameters are compressed; None if they are not.
         shared_entries: entries of the shared parameters that are compressed.
         block_entries: the same for each block.

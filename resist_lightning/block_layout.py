@@ -122,7 +122,11 @@ class BlockLayout(Layout):
             averaged=tuple(
                 _averaged_bytes(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
             ),
-            states=tuple(states.bytes(block.module.parameters()) if travels else 0 for block in self.blocks),
+            states=tuple(
+                (states.bytes(block.module.parameters()) if travels else 0)
+                + (self.companion.bytes(block.tensors()) if self.companion is not None else 0)
+                for block in self.blocks
+            ),
             wire=wire,
             shared_entries=self._entries(self.shared),
             block_entries=tuple(entries),

@@ -100,6 +100,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         held = self._layout.partition(round).held[self._worker]
         self._states.drop(parameters_of(self._residency.not_staying(held)))
         self._residency.hold(held, lambda block: self._where_is(block, round))
+        if self._layout.companion is not None:
+            names = [name for block in held for name in self._layout.blocks[block].tensors()]
+            self._layout.companion.hold([*self._layout.shared, *names])
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
         self.guard.watch({block.name: block.module for block in absent})
 
@@ -114,7 +117,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if round is None:
             return Cargo(tensors)
         config = self._layout.config
-        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else ()
+        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else []
+        if self._layout.companion is not None:
+            state = [*state, *self._layout.companion.tensors(block.tensors())]
         if self._changes is None:
             return Cargo(tensors, state)
         noise = noise_for(config.seed, round, index, self._worker, self._device)

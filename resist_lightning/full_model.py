@@ -153,7 +153,10 @@ class FullModel:
         self._batch_statistics.remove()
         self._hooks.remove()
         self._originals, self._statistics = {}, {}
-        written = {id(tensor) for tensor in self.written().values()}
+        found = self.written()
+        if self._layout.companion is not None and self._layout.companion.shown:
+            self._layout.companion.copy_present(found)  # they stay when the copy is no longer shown
+        written = {id(tensor) for tensor in found.values()}
         self._remembered = [(tensor, copy) for tensor, copy in self._remembered if id(tensor) not in written]
         self._writes = None
         self.active = False
@@ -170,6 +173,8 @@ class FullModel:
         self._writes = None
         self._originals, self._statistics = {}, {}
         self.active = False
+        if self._layout.companion is not None:
+            self._layout.companion.settle()
 
     def state(self) -> dict[str, Any]:
         """What :meth:`undo` and :func:`put_on` need, beside the module's weights."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resist_lightning.blocks import Block
+from resist_lightning.companion import Companion
 from resist_lightning.config import CommonConfig, WireName
 from resist_lightning.norm import norms_with_statistics
 from resist_lightning.tensors import KnownTensors, check_tensors
@@ -31,6 +32,7 @@ class Layout(ABC):
         scale: factor on the residual branches of ``blocks`` in the full model.
         wire: how trainable parameters are sent at a sync.
         tensors: the parameters and buffers that the layout is of.
+        companion: a copy of the module that goes with it; None if there is none.
 
     Raises:
         ValueError: if the module synchronises batch norm, or has tensors that cannot be averaged.
@@ -45,6 +47,7 @@ class Layout(ABC):
         _refuse_sync_batch_norm(module)
         check_tensors(module)
         self.tensors = KnownTensors(module)
+        self.companion: Companion | None = None
         self.module = module
         self.config = config
         self.workers = workers

@@ -119,7 +119,9 @@ class Observation:
         calls = list(self.recorder.calls) if self.recorder is not None else []
         still = self.recorder.still if self.recorder is not None else ()
         self._writes_unsynced = self._writes() - self._writes_at_start
-        reports = self._meeting.hold(purpose, clock, [len(calls), clock.step + self._writes_unsynced])
+        companion = self._layout.companion  # its copies differ at the border of a round too
+        unsynced = clock.step + self._writes_unsynced + int(companion is not None and companion.shown)
+        reports = self._meeting.hold(purpose, clock, [len(calls), unsynced])
         self._warmup_hooks.remove()
         plan = sync_plan()
         if keep:

@@ -57,7 +57,17 @@ class Resumption:
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
         sync = self._sync.own(with_full_model=self._observation.full.active)
-        return {"optimizers": self._states.own(), **sync, **self._observation.own()}
+        own = {"optimizers": self._states.own(), **sync, **self._observation.own()}
+        companion = self._layout.companion
+        if companion is not None:
+            copies = companion.state()
+            if companion.shown:  # then the module has the copy's values, but for what user code has written meanwhile
+                written = self._observation.full.written()
+                values = own["tensors"]
+                own["tensors"] = {**values, **{name: t for name, t in copies.items() if name not in written}}
+                copies = {name: values[name] for name in copies}
+            own["companion"] = copies
+        return own
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None) -> bool:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
@@ -90,6 +100,8 @@ class Resumption:
         """Take over this worker's tensors, when it has the blocks of the round."""
         if self._own is not None:
             self.put(self._own["tensors"])
+            if self._layout.companion is not None and "companion" in self._own:
+                self._layout.companion.load(self._own["companion"])
 
     def load_rest(self) -> None:
         """Take over what else it has, when the round has begun."""

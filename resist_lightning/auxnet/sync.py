@@ -135,6 +135,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._states.drop([t for t in absent.values() if isinstance(t, nn.Parameter)])
         for memory in self._absent.values():
             memory.free()
+        if layout.companion is not None:
+            layout.companion.hold([*layout.shared, *layout.stage_tensors(self._worker)])
         self._forward = vars(chain.network).get("forward")
         chain.network.forward = torch.compiler.disable(self._train_stage)
         # The network may have tensors of its own; it is called, and answers by this worker's stage.

@@ -29,8 +29,6 @@ StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
-_AVERAGING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging")
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -116,15 +114,15 @@ def check_callbacks(trainer: pl.Trainer) -> None:
     """Refuse callbacks that read all parameters while a worker has only some, and name those that cost messages.
 
     Raises:
-        ValueError: for stochastic weight averaging and its relatives.
+        ValueError: for stochastic weight averaging.
     """
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     for callback in callbacks:
-        names = {base.__name__ for base in type(callback).__mro__}
-        if isinstance(callback, StochasticWeightAveraging) or names & set(_AVERAGING_CALLBACKS):
+        if isinstance(callback, StochasticWeightAveraging):
             raise ValueError(
-                f"{type(callback).__name__} averages the parameters of every epoch or step, and a worker does not hold "
-                "them all while it trains. Remove it, or average checkpoints after the training."
+                f"{type(callback).__name__} adds an epoch without steps, and saves worker 0's average alone. Use "
+                "WeightAveraging (of Lightning 2.6), whose should_update() can choose the ends of epochs, or average "
+                "checkpoints after the training."
             )
         if isinstance(callback, Timer) or getattr(callback, "_train_time_interval", None) is not None:
             rank_zero_warn(

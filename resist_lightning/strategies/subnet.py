@@ -21,6 +21,7 @@ from resist_lightning.collective import default_collective, group_exists, messag
 from resist_lightning.config import CommonConfig, StageConfig, check_choice
 from resist_lightning.engine import Engine
 from resist_lightning.methods import make_layout, refuse_lazy
+from resist_lightning.strategies.averages import Averages, check_averages
 from resist_lightning.strategies.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launch import (
@@ -59,6 +60,7 @@ class SubnetStrategy(SavingStrategy):
         self._data = data
         self._patches: LoopPatches | None = None
         self._order: ValidationOrder | None = None
+        self._averages: Averages | None = None
         self._stepped = False
         self._sent = 0  # operations in the group, up to this batch
 
@@ -82,6 +84,7 @@ class SubnetStrategy(SavingStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_callbacks(trainer)
+        check_averages(trainer, self.config)
         self._saving.check_launch()
         module = self.lightning_module
         if module is None or is_overridden("configure_model", module):
@@ -97,6 +100,7 @@ class SubnetStrategy(SavingStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.signals = Signals(trainer)
             self._position = Position(trainer, keep_loaders=lambda: self.engine is not None and self.engine.clock.due)
+            self._averages = Averages(trainer, lambda: self.engine)
             self._patches = LoopPatches(trainer, self._position, self.signals, default_collective())
 
     @property
@@ -127,6 +131,7 @@ class SubnetStrategy(SavingStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_callbacks(trainer)
+            check_averages(trainer, self.config)
             self.setup_optimizers(trainer)
         elif group_exists():
             refuse_lazy(self.model)
@@ -144,9 +149,11 @@ class SubnetStrategy(SavingStrategy):
         if self._order is not None:  # LearningRateFinder has trained in this `fit`, and has put everything back
             self._order.remove()
             self._make_engine(self._trainer())
-        self._order = ValidationOrder(self._trainer(), self.engine)
+        assert self._averages is not None
+        self._order = ValidationOrder(self._trainer(), self.engine, self._averages)
         self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
+        self._averages.begin()
         if not isinstance(self.config, StageConfig):  # whose workers do not train alone
             warn_of_one_round(self._trainer(), self.config.local_steps)
         self.engine.sync.guard.stepping = False
@@ -232,6 +239,8 @@ class SubnetStrategy(SavingStrategy):
         """Called after ModelCheckpoint has saved: go on with the sub-network."""
         if self.engine is not None and self.engine.observing:
             self.engine.end_observation()
+        if self._averages is not None:
+            self._averages.hide()
         if self.engine is not None:
             self.engine.observation.forget_notes()
 
@@ -244,6 +253,9 @@ class SubnetStrategy(SavingStrategy):
         if self._order is not None:
             self._order.remove()
             self._order = None
+        if self._averages is not None:
+            self._averages.remove()
+            self._averages = None
         if self._restarted:
             resume_from_path_given(self._trainer())
         super().teardown()
@@ -268,6 +280,8 @@ class SubnetStrategy(SavingStrategy):
             host=LightningHost(trainer, self.signals, self._data),
         )
         self.engine.steps.on_step = self._count_step
+        assert self._averages is not None
+        self._averages.follow(self.engine)
         rank_zero_info(f"{type(self).__name__}: {self.engine.layout.describe()}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from resist_lightning.engine import Engine
+from resist_lightning.strategies.averages import Averages
 
 
 class ValidationOrder:
@@ -21,11 +22,13 @@ class ValidationOrder:
     Args:
         trainer: whose validation loop is patched.
         engine: of this worker.
+        averages: shown in the place of the weights, before anybody swaps some.
     """
 
-    def __init__(self, trainer: pl.Trainer, engine: Engine) -> None:
+    def __init__(self, trainer: pl.Trainer, engine: Engine, averages: Averages) -> None:
         self._loop: Any = trainer.fit_loop.epoch_loop.val_loop
         self._engine = engine
+        self._averages = averages
         patched = vars(self._loop)
         patched["on_run_start"] = self._after(self._note, self._loop.on_run_start)
         patched["_on_evaluation_end"] = self._after(self._end_if_swapped, self._loop._on_evaluation_end)
@@ -36,6 +39,7 @@ class ValidationOrder:
 
     def _note(self) -> None:
         if self._engine.running:
+            self._averages.show()
             self._engine.observation.note_weights()
 
     def _end_if_swapped(self) -> None:

@@ -13,8 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from resist_lightning import PartialModelError, WorkerLost, WorkersDisagree
@@ -248,10 +247,6 @@ class ReadsEverything(L.Callback):
         sum(parameter.sum().item() for parameter in module.parameters())
 
 
-class Averaging(WeightAveraging):
-    """A user's own kind."""
-
-
 def read_everything(worker: int) -> None:
     fit(worker, Classifier(), 8, callbacks=[ReadsEverything()])
 
@@ -262,14 +257,12 @@ def test_reading_a_parameter_that_a_worker_lacks_raises() -> None:
 
 
 def refuse_averaging(worker: int) -> bool:
-    with pytest.raises(
-        ValueError, match=r"Averaging averages the parameters .* average checkpoints after the training"
-    ):
-        fit(worker, Classifier(), 8, callbacks=[Averaging()])
+    with pytest.raises(ValueError, match=r"StochasticWeightAveraging .* average checkpoints after the training"):
+        fit(worker, Classifier(), 8, callbacks=[StochasticWeightAveraging(1e-2)])
     return dist.is_initialized()
 
 
-def test_callbacks_that_average_weights_are_refused_in_workers_too() -> None:
+def test_stochastic_weight_averaging_is_refused_in_workers_too() -> None:
     assert run_trainers(refuse_averaging, 2) == [False, False]
 
 

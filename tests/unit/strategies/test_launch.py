@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning.pytorch.callbacks import (
 from omegaconf import OmegaConf
 from torch import nn
 
-from resist_lightning import BlockSelectionError, LocalSGDStrategy, ResISTStrategy
+from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.strategies.launch import check_callbacks, refuse_launch, warn_of_one_round
 from tests.helpers.plain import Classifier, stream
 
@@ -95,20 +96,26 @@ def test_synchronised_batch_norm_is_refused(strategy: Any, trainer_with: MakeTra
         trainer_with(strategy(), sync_batchnorm=True)
 
 
-AVERAGING = {
-    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(1e-2),
-    "WeightAveraging": WeightAveraging,
-    "EMAWeightAveraging": EMAWeightAveraging,
+AVERAGING: dict[str, tuple[Any, list[Any], str]] = {
+    "SWA": (LocalSGDStrategy, [lambda: StochasticWeightAveraging(1e-2)], "adds an epoch .* Use WeightAveraging"),
+    "neurons": (ISTStrategy, [WeightAveraging], "under IST .* or average checkpoints after the training"),
+    "two averages": (
+        LocalSGDStrategy,
+        [WeightAveraging, EMAWeightAveraging],
+        "WeightAveraging and EMAWeightAveraging .* keep one",
+    ),
+    "workers left out": (partial(ResISTStrategy, non_finite="drop"), [EMAWeightAveraging], "Use non_finite='raise'"),
 }
 
 
 @pytest.mark.parametrize("start_method", LAUNCHERS)
 @pytest.mark.parametrize("name", AVERAGING)
-def test_callbacks_that_average_weights_are_refused(name: str, start_method: Any, trainer_with: MakeTrainer) -> None:
-    trainer = trainer_with(LocalSGDStrategy(start_method=start_method), callbacks=[AVERAGING[name]()])
+def test_averages_that_cannot_be_served_are_refused(name: str, start_method: Any, trainer_with: MakeTrainer) -> None:
+    strategy, callbacks, message = AVERAGING[name]
+    trainer = trainer_with(strategy(start_method=start_method), callbacks=[make() for make in callbacks])
 
-    with pytest.raises(ValueError, match=f"{name} averages the parameters.* or average checkpoints after the training"):
-        trainer.fit(Classifier(), stream(0, 2))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Classifier(kind="chain" if name == "neurons" else "preact"), stream(0, 2))
 
 
 def warnings_of(callbacks: list[Any]) -> list[str]:

@@ -1,0 +1,185 @@
+"""Moving averages that callbacks keep: a worker averages what it holds, and all see the mean of the averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from resist_lightning.companion import Companion
+from resist_lightning.config import CommonConfig, NeuronConfig
+from resist_lightning.engine import Engine
+from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+
+_REPLACED = ("_swap_models", "_copy_average_to_current", "on_save_checkpoint", "on_load_checkpoint")
+
+
+def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
+    """Refuse averages that cannot be served.
+
+    Raises:
+        ValueError: for several callbacks that average, and for one where neurons are dealt out or workers left out.
+    """
+    names = [type(callback).__name__ for callback in _averaging_callbacks(trainer)]
+    if not names:
+        return
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} would each show its own average in validations: keep one of them.")
+    if isinstance(config, NeuronConfig):
+        raise ValueError(
+            f"{names[0]} averages the weights of every step, and under IST a worker has other neurons in every round. "
+            "Remove it, or average checkpoints after the training."
+        )
+    if config.non_finite == "drop":
+        raise ValueError(
+            f"{names[0]} would keep the NaN or infinity of a worker that non_finite='drop' leaves out. Use "
+            "non_finite='raise', or average checkpoints after the training."
+        )
+
+
+def _averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """Lightning's ``WeightAveraging``, and classes derived from it; it came with Lightning 2.6."""
+    kind = getattr(pl.callbacks, "WeightAveraging", None)
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return [callback for callback in callbacks if kind is not None and isinstance(callback, kind)]
+
+
+class Averages:
+    """Serves the callback of a training that averages weights, if it has one.
+
+    Its average is a copy of the module, of which a worker holds the parts that it holds of the module. It is updated
+    from those, and shown in the place of the module before a full model is assembled to be evaluated or saved, and at
+    the end. So scales and batch-norm statistics of that full model are made for the average.
+
+    Args:
+        trainer: whose callbacks are looked at.
+        engine: gives the engine of this worker, if it is there.
+    """
+
+    def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None]) -> None:
+        self._engine = engine
+        self._callback: Any = next(iter(_averaging_callbacks(trainer)), None)
+        self._begins_as_module = True  # so that it is worker 0's, as the module is
+        self._resumed = False
+        if self._callback is not None:
+            for name in _REPLACED:
+                usual = getattr(self._callback, name)
+                vars(self._callback)[name] = partial(getattr(self, f"_{name.strip('_')}"), usual)
+
+    def remove(self) -> None:
+        """Give the callback its own methods back."""
+        if self._callback is None:
+            return
+        for name in _REPLACED:
+            del vars(self._callback)[name]
+        if self._callback._average_model is not None:
+            vars(self._callback._average_model).pop("update_parameters", None)
+
+    def follow(self, engine: Engine) -> None:
+        """Let the average go with the module of a new engine.
+
+        Raises:
+            ValueError: if the average is on another device, and parts of it would have to move.
+        """
+        if self._callback is None:
+            return
+        average = self._callback._average_model
+        devices = {tensor.device for module in (engine.module, average.module) for tensor in module.parameters()}
+        if len(devices) > 1 and engine.layout.partial:
+            name = type(self._callback).__name__
+            raise ValueError(f"{name}(device=...) keeps the average apart from the module it moves with: leave it out.")
+        engine.layout.companion = Companion(engine.module, average.module)
+        vars(average)["update_parameters"] = partial(self._update_parameters, average)
+
+    def begin(self) -> None:
+        """Call it when the engine has started."""
+        companion = self._companion()
+        if companion is None or companion.loaded or not self._begins_as_module:
+            return
+        companion.copy_present()
+        if self._resumed:
+            rank_zero_warn(
+                "the checkpoint holds the averages, and each worker's own file the weights that are averaged. Without "
+                "these files the training goes on from the averages."
+            )
+
+    def show(self) -> None:
+        """Exchange module and average, each worker what it holds."""
+        companion = self._companion()
+        if companion is not None and not companion.shown:
+            companion.exchange()
+
+    def hide(self) -> None:
+        """Undo :meth:`show`, exactly."""
+        companion = self._companion()
+        if companion is not None and companion.shown:
+            companion.exchange()
+
+    def _companion(self) -> Companion | None:
+        """While the training runs."""
+        engine = self._engine()
+        return engine.layout.companion if engine is not None and engine.running else None
+
+    def _update_parameters(self, average: AveragedModel, model: nn.Module) -> None:
+        companion = self._companion()
+        if companion is None:
+            AveragedModel.update_parameters(average, model)
+            return
+        pairs = companion.present()
+        whole, average.module = average.module, _Part({name: copy for name, (_, copy) in pairs.items()})
+        try:
+            AveragedModel.update_parameters(average, _Part({name: own for name, (own, _) in pairs.items()}))
+        finally:
+            average.module = whole
+
+    def _swap_models(self, usual: Callable[..., None], module: nn.Module) -> None:
+        """Called when a validation begins and ends; in training :meth:`show` and :meth:`hide` have done it."""
+        if self._companion() is None:
+            usual(module)
+
+    def _copy_average_to_current(self, usual: Callable[..., None], module: nn.Module) -> None:
+        """Called when the training ends, before the full model is assembled."""
+        if self._companion() is None:
+            usual(module)
+        self.show()
+
+    def _on_save_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
+        """In training, ``state_dict`` is the average's already; the weights stand in the workers' own files."""
+        if self._companion() is None:
+            usual(*args)
+        else:
+            args[-1]["averaging_state"] = {name: buffer.clone() for name, buffer in self._counters().items()}
+
+    def _on_load_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
+        checkpoint: Mapping[str, Any] = args[-1]
+        ours = CHECKPOINT_KEY in checkpoint and "averaging_state" in checkpoint
+        if self._callback._average_model is None or not ours:
+            self._begins_as_module = "current_model_state" not in checkpoint
+            usual(*args)
+            return
+        self._resumed = "current_model_state" not in checkpoint  # which is there after a training: the average again
+        with torch.no_grad():
+            for name, buffer in self._counters().items():
+                buffer.copy_(checkpoint["averaging_state"][name])
+
+    def _counters(self) -> dict[str, Tensor]:
+        """How many weights were averaged."""
+        return dict(self._callback._average_model.named_buffers(recurse=False))
+
+
+class _Part(nn.Module):
+    """Some tensors of a module, in the form in which averages read and write them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[name] = tensor
+            else:
+                self._buffers[name] = tensor

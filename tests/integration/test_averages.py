@@ -1,0 +1,239 @@
+"""Lightning's callbacks that average weights: each worker averages what it holds, everybody sees the mean of that."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from resist_lightning import Config, Simulator
+from resist_lightning.accounting import SYNC_KINDS, sync_bytes
+from resist_lightning.block_layout import BlockLayout
+from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.plan import plan_sync
+from tests.helpers.plain import Classifier, batch_of, evaluate, held_out, stream
+from tests.helpers.trainers import QUIET, make_strategy, make_trainer, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+
+averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="Lightning 2.6 brought it")
+
+DECAY = 0.8
+EPOCH = 5  # batches; rounds of three steps end anywhere in it
+EPOCHS = 2
+CONFIGS: dict[str, dict[str, Any]] = {
+    "local_sgd": {},
+    "resist": {},
+    "two holders": {"min_blocks": 3, "batch_norm": "running"},
+}
+
+
+def ema() -> Any:
+    return averaging.EMAWeightAveraging(decay=DECAY)
+
+
+CALLBACKS: dict[str, Any] = {
+    "ema": ema,
+    "mean of parameters": lambda: averaging.WeightAveraging(use_buffers=False),
+    "ends of epochs": lambda: averaging.EMAWeightAveraging(update_every_n_steps=0, update_starting_at_epoch=0),
+}
+
+
+class Watched(L.Callback):
+    """What a validation and the checkpoints of a training show."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.losses = folder, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            trainer.save_checkpoint(f"{self.folder}/4.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["val/loss"]))
+
+
+class Counting(Classifier):
+    """Writes a buffer in every validation."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("validations", torch.zeros(()))
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += 1
+
+
+def train(worker: int, trainer_options: dict[str, Any], callback: Any, folder: str, **options: Any) -> dict[str, Any]:
+    """Trains; gives the weights at the end, the losses, and what the checkpoints hold."""
+    module, watched = options.pop("module", None) or Classifier(), Watched(folder)
+    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
+    callbacks = [callback, watched, saving] if folder else [callback]
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": EPOCHS, "callbacks": callbacks, "enable_checkpointing": bool(folder)},
+        **trainer_options,
+    )
+    trainer.fit(module, stream(worker, EPOCH, options.pop("start", 0)), held_out(worker), **options)
+    names = sorted(path.name for path in Path(folder).glob("*.ckpt")) if folder else []
+    loaded = {name: torch.load(f"{folder}/{name}", weights_only=True) for name in names}
+    found = {
+        name: {**checkpoint["state_dict"], "n_averaged": checkpoint["averaging_state"]["n_averaged"]}
+        for name, checkpoint in loaded.items()
+    }
+    average = trainer.callbacks[0]._average_model.module  # type: ignore[attr-defined]
+    return {"state": clone_state(module), "losses": watched.losses, "saved": found, "average": clone_state(average)}
+
+
+def alone(worker: int, name: str, face: str, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours = {"strategy": make_strategy(face, momentum="keep"), "devices": 1}
+    plain = {"strategy": "auto", "devices": 1}
+    return (
+        train(worker, ours, CALLBACKS[name](), f"{folder}/ours"),
+        train(worker, plain, CALLBACKS[name](), f"{folder}/plain"),
+    )
+
+
+@pytest.mark.parametrize(("name", "face"), [*((name, "resist") for name in CALLBACKS), ("ema", "local_sgd")], ids=str)
+def test_one_worker_averages_as_lightning_does(name: str, face: str, tmp_path: Path) -> None:
+    ((ours, plain),) = run_trainers(alone, 1, name, face, str(tmp_path))
+
+    assert ours["losses"] == plain["losses"]
+    assert len(ours["losses"]) == EPOCHS
+    assert_equal_states(ours["state"], plain["state"], exactly=True)
+    assert_equal_states(ours["average"], plain["average"], exactly=True)
+    assert ours["saved"].keys() == plain["saved"].keys() >= {"4.ckpt", "step=5.ckpt", "step=10.ckpt"}
+    for file, state in plain["saved"].items():
+        assert_equal_states(ours["saved"][file], state, exactly=True)
+
+
+# Several workers.
+
+
+def averages_by_formula(config: Config, steps: int, workers: int = 2) -> nn.Module:
+    """The full model of averages: every worker's of what it holds, a block's handed over with the block."""
+    simulator = Simulator(Classifier(), lambda copy: copy.configure_optimizers(), config, workers)  # type: ignore[operator]
+    averages: list[dict[str, Tensor]] = [{} for _ in range(workers)]
+    for step in range(steps):
+        held = simulator.schedule.partition(simulator.clock.round).held
+        for number, worker in enumerate(simulator.workers):
+            module: Any = worker.module
+            module.train()
+            worker.optimizers[0].zero_grad()
+            module.training_step(batch_of(number, step), step).backward()
+            worker.optimizers[0].step()
+            for name, value in worker.tensors().items():
+                if name in simulator._block_of and simulator._block_of[name] not in held[number]:
+                    continue
+                old = averages[number].get(name, value.detach())
+                new = value.detach() if step == 0 else DECAY * old + (1 - DECAY) * value.detach()
+                averages[number][name] = new.to(value.dtype).clone()
+        round = simulator.clock.round
+        simulator.after_step()
+        if simulator.clock.round > round:
+            hand_over(simulator, averages, round)
+    with torch.no_grad():
+        for worker, average in zip(simulator.workers, averages, strict=True):
+            for name, value in worker.tensors().items():
+                value.copy_(average.get(name, value))
+    return simulator.full_model()
+
+
+def hand_over(simulator: Simulator, averages: list[dict[str, Tensor]], round: int) -> None:
+    before, after = simulator.schedule.partition(round), simulator.schedule.partition(round + 1)
+    for name, block in simulator._block_of.items():
+        copies = [averages[worker][name] for worker in before.holders(block)]
+        if len(copies) == len(after.holders(block)) == len(averages):
+            continue  # all workers go on with their own
+        mean = torch.stack(copies).double().mean(0) if copies[0].is_floating_point() else torch.stack(copies).amax(0)
+        for worker in after.holders(block):
+            averages[worker][name] = mean.to(copies[0].dtype)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {"strategy": make_strategy("local_sgd" if name == "local_sgd" else "resist", **CONFIGS[name]), "devices": 2}
+
+
+def together(worker: int, name: str, folder: str) -> dict[str, Any]:
+    options = options_of(name)
+    module = Counting(seed=7 + worker)  # worker 0's are everybody's
+    found = train(worker, options, ema(), folder, module=module)
+    engine = options["strategy"].engine
+    found["bytes"] = {kind: engine.collective.sent_bytes[kind] for kind in SYNC_KINDS}
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_workers_average_what_they_hold_and_see_the_mean(name: str, tmp_path: Path) -> None:
+    first, second = run_trainers(together, 2, name, str(tmp_path))
+
+    config = options_of(name)["strategy"].config
+    check_bytes([first, second], config)
+    for key in ("state", "average"):
+        assert_equal_states(first[key], second[key], exactly=True)
+    assert first["losses"] == second["losses"]
+    assert first["state"].pop("validations") == first["average"].pop("validations") == EPOCHS
+    for step, loss, file in ((5, first["losses"][0], "step=5.ckpt"), (10, first["losses"][1], "step=10.ckpt")):
+        expected: Any = averages_by_formula(config, step)
+        saved = first["saved"][file]
+        assert (saved.pop("validations"), saved.pop("n_averaged")) == (step / 5, step)
+        assert_equal_states(saved, clone_state(expected), exactly=False)
+        assert loss == pytest.approx(evaluate(expected, 2)["loss"], rel=1e-4)
+    assert_equal_states(first["state"], clone_state(expected), exactly=False)
+    assert_equal_states(first["average"], first["state"], exactly=True)
+    middle = first["saved"]["4.ckpt"]
+    del middle["validations"], middle["n_averaged"]
+    assert_equal_states(middle, clone_state(averages_by_formula(config, 4)), exactly=False)
+
+
+def check_bytes(found: list[dict[str, Any]], config: Config) -> None:
+    """What was sent at syncs is the closed form, with a block's part of the average beside the block."""
+    module = Counting()
+    layout = BlockLayout(module, config, 2)
+    sizes = layout.sizes(OptimizerStates([module.configure_optimizers()]))
+    sizes = replace(sizes, states=sizes.blocks)
+    partitions = [layout.partition(round) for round in range(4)]
+    for worker in range(2):
+        rounds = [
+            sync_bytes(plan_sync(before, after), sizes, 2)[worker] for before, after in itertools.pairwise(partitions)
+        ]
+        assert found[worker]["bytes"] == {kind: sum(row[kind] for row in rounds) for kind in SYNC_KINDS}
+        assert (found[worker]["bytes"]["state"] > 0) == bool(layout.blocks)
+
+
+def resume(worker: int, name: str, folder: str) -> list[dict[str, Tensor]]:
+    unbroken = train(worker, options_of(name), ema(), folder, module=Counting())
+    states = [unbroken["state"]]
+    for start, file in ((0, "4.ckpt"), (5, "step=5.ckpt")):  # the batches of an epoch that has begun are fetched again
+        found = train(
+            worker, options_of(name), ema(), "", module=Counting(seed=8), start=start, ckpt_path=f"{folder}/{file}"
+        )
+        states.append(found["state"])
+    return states
+
+
+@pytest.mark.parametrize("name", ["local_sgd", "resist"])
+def test_a_resumed_training_ends_with_the_averages_of_the_unbroken_one(name: str, tmp_path: Path) -> None:
+    for unbroken, *resumed in run_trainers(resume, 2, name, str(tmp_path)):
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
+
+
+def observe(worker: int) -> list[dict[str, Tensor]]:
+    states = []
+    for validates in (False, True):
+        module = Classifier()
+        trainer = make_trainer(make_strategy(), max_epochs=EPOCHS, callbacks=[ema()])
+        trainer.fit(module, stream(worker, EPOCH), held_out(worker) if validates else None)
+        states.append(clone_state(module))
+    return states
+
+
+def test_validations_change_no_average() -> None:
+    for without, validated in run_trainers(observe, 2):
+        assert_equal_states(without, validated, exactly=True)
