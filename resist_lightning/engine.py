@@ -289,7 +289,7 @@ class Engine:
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
-        self.steps.check_counted()
+        self.steps.check_counted(finished=not keep)
         self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:

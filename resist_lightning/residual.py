@@ -95,8 +95,9 @@ class _Look:
         inputs = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for _ in range(2)]
         random = random_state()
         try:
-            with torch.no_grad(), without_weights(self._body, x.device):
-                outputs = [self._call(value, args, kwargs) for value in inputs]
+            with torch.inference_mode(False), torch.no_grad(), without_weights(self._body, x.device):
+                given = [value.clone() for value in inputs]
+                outputs = [self._call(value, args, kwargs) for value in given]
                 norms = _norms_among_others(self._body)
                 residual = isinstance(outputs[0], Tensor) and _is_residual(inputs, outputs, norms)
         except Exception:  # noqa: BLE001 - the user's code, given what it may not expect
@@ -104,6 +105,13 @@ class _Look:
         finally:
             set_random_state(random)
         self._compare(x, outputs[0])
+        if self._block.branch_end is None and given[0]._version > 0:
+            raise BlockSelectionError(
+                f"block {self._block.name!r} ({type(self._block.module).__name__}) writes into its input (x += ..., "
+                "inplace=True), and its residual branch is scaled by means of that input, as x + s (block(x) - x). "
+                "Write x = x + ... instead, leave the block out of `blocks`, or declare `residual_branch_end` in its "
+                "class (docs/adding-a-model.md)."
+            )
         if present and self._block.branch_end is None and not residual:
             raise BlockSelectionError(
                 f"block {self._block.name!r} ({type(self._block.module).__name__}) is not residual: with its weights "
@@ -115,8 +123,8 @@ class _Look:
     def _call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Its own forward, with copies of what else it is given."""
         if args:
-            return self._forward(x.clone(), *_copy(args[1:]), **_copy(kwargs))
-        return self._forward(**{**_copy(kwargs), self._argument: x.clone()})
+            return self._forward(x, *_copy(args[1:]), **_copy(kwargs))
+        return self._forward(**{**_copy(kwargs), self._argument: x})
 
     def _compare(self, x: Tensor, output: Any) -> None:
         name = self._block.name

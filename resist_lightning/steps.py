@@ -59,15 +59,22 @@ class StepWatch:
         """A local step has been counted."""
         self._counted = True
 
-    def check_counted(self) -> None:
+    def check_counted(self, *, finished: bool) -> None:
         """Before the workers put the full model together.
+
+        Args:
+            finished: whether the training is over. Before that, one step may wait to be counted: a loop may look at the
+                full model between ``optimizer.step()`` and ``engine.after_step()``.
 
         Raises:
             RuntimeError: if optimizers have stepped, and no local step was ever counted.
         """
-        if not self._counted and self._taken:
+        if self._counted:
+            return
+        taken = max(self._taken.values(), default=0)
+        if taken > (0 if finished else 1):
             raise RuntimeError(
-                f"optimizers took {max(self._taken.values())} step(s), and no local step was counted, so the workers "
+                f"optimizers took {taken} step(s), and no local step was counted, so the workers "
                 "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
             )
 

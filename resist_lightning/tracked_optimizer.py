@@ -44,8 +44,10 @@ class TrackedOptimizer:
         return {id(parameter): number for number, group in enumerate(groups) for parameter in group["params"]}
 
     def slots(self, group: int, dim: int) -> dict[str, Slot]:
-        """Of a parameter of this many dimensions; nothing for a group that was added since."""
-        return self.findings.slots.get((group, dim), {})
+        """Of a parameter of this many dimensions; in a group that was added since, as in the others."""
+        found = self.findings.slots
+        others = [slots for (_, of_dim), slots in found.items() if of_dim == dim]
+        return found.get((group, dim), others[0] if others else {})
 
     def check_shown(self, parameter: nn.Parameter, state: dict[str, Any], slots: dict[str, Slot]) -> None:
         """Check that the state of a present parameter is what the trial has shown of its kind.

@@ -64,7 +64,7 @@ class Measured(ResISTStrategy):
         super().__init__(min_blocks=1, data="copy", **options)
         self.kept = kept
         self.written: list[dict[str, float]] = []
-        self.exact: bool | None = None
+        self.exact = False
 
     def _write_snapshot(self, engine: Any) -> None:
         start = time.perf_counter()
@@ -81,8 +81,9 @@ class Measured(ResISTStrategy):
             (self.kept / folder.name).mkdir(parents=True, exist_ok=True)
             os.link(file, self.kept / folder.name / file.name)
 
-    def _say_how_it_goes_on(self, engine: Any, same: bool, exact: bool) -> None:
-        self.exact = exact
+    def _restore_host(self, host: Any) -> None:
+        super()._restore_host(host)
+        self.exact = True
 
 
 class Saver(L.Callback):

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from resist_lightning.strategies.epochs import end_epochs_together
+from resist_lightning.strategies.finetuning import not_in_optimizer
 from resist_lightning.strategies.position import Position
 from resist_lightning.strategies.signals import Signals
 from resist_lightning.verbs import Collective
@@ -29,6 +31,7 @@ class LoopPatches:
     * Workers' epochs of different lengths end together.
     * Iterators and batches are made in the loops, and :class:`Position` notes the random state before each.
     * A run that goes on in the middle of an epoch is warned that its loader starts anew, which ours does not.
+    * ``BaseFinetuning.filter_on_optimizer`` compares parameters by value, and those of an absent block have none.
     * ``_SignalConnector.register_signal_handlers`` registers a handler that broadcasts on the default group; ours are
       installed right after it.
 
@@ -44,7 +47,7 @@ class LoopPatches:
 
     def __init__(self, trainer: pl.Trainer, position: Position, signals: Signals, collective: Collective) -> None:
         self.making_loaders = False
-        self._undo: list[tuple[Any, str]] = []
+        self._undo: list[tuple[Any, str, Any]] = []
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
             self._replace(epoch_loop, "_broadcast_sigterm_tensor", _say_nothing)
@@ -62,16 +65,21 @@ class LoopPatches:
 
         self._replace(fit_loop, "setup_data", self._noting_loaders(fit_loop.setup_data, position))
         self._replace(fit_loop, "_load_combined_loader_states", _both(load, before_iterator))
+        self._replace(fit_loop, "on_advance_start", _both(position.note_epoch, fit_loop.on_advance_start))
         self._replace(epoch_loop, "on_run_start", lambda fetcher: position.begin_epoch(begin, fetcher))
         self._replace(epoch_loop, "_on_before_fetch", _both(position.note_fetch, fetch))
         self._replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
+        self._replace(BaseFinetuning, "filter_on_optimizer", staticmethod(not_in_optimizer))
         connector = trainer._signal_connector
         self._replace(connector, "register_signal_handlers", _both(connector.register_signal_handlers, signals.install))
 
     def remove(self) -> None:
         """Put the original methods back."""
-        for owner, name in self._undo:
-            delattr(owner, name)
+        for owner, name, original in reversed(self._undo):
+            if original is None:  # it stands in the owner's class
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         self._undo = []
 
     def _noting_loaders(self, setup_data: Callable[[], None], position: Position) -> Callable[[], None]:
@@ -85,9 +93,9 @@ class LoopPatches:
 
         return setup_training_data
 
-    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
+    def _replace(self, owner: Any, name: str, method: Any) -> None:
+        self._undo.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, method)
-        self._undo.append((owner, name))
 
 
 def resume_from(trainer: pl.Trainer, path: str) -> None:
@@ -127,11 +135,7 @@ def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[],
 
 def _isolated(run: Callable[..., Any], position: Position) -> Callable[..., Any]:
     def run_isolated(*args: Any, **kwargs: Any) -> Any:
-        position.outside_validation = position.random_state()
-        try:
-            with isolate_rng():
-                return run(*args, **kwargs)
-        finally:
-            position.outside_validation = None
+        with position.outside_validation(), isolate_rng():
+            return run(*args, **kwargs)
 
     return run_isolated

@@ -21,9 +21,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Generator
 
 from resist_lightning.randomness import Randomness, random_state, set_random_state
+from resist_lightning.strategies.finetuning import ModuleModes
+from resist_lightning.strategies.iterated import Watched, generators, is_running, order
 
 
 class Position:
@@ -34,11 +35,12 @@ class Position:
         keep_loaders: asked before each fetch whether :meth:`state` may be called before that batch is trained.
 
     Attributes:
-        outside_validation: the random state to which the end of the running validation goes back.
+        modes: what the program has switched in the module.
     """
 
     def __init__(self, trainer: pl.Trainer, keep_loaders: Callable[[], bool] = lambda: False) -> None:
-        self.outside_validation: Randomness | None = None
+        self.modes = ModuleModes()
+        self._before_validation: Randomness | None = None
         self._keep_loaders = keep_loaders
         self._fit_loop = trainer.fit_loop
         self._epoch_loop = trainer.fit_loop.epoch_loop
@@ -58,7 +60,7 @@ class Position:
     def state(self) -> dict[str, Any]:
         """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
         now = {
-            "random": self.outside_validation or self.random_state(),
+            "random": self._before_validation or self.random_state(),
             "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch,
         }
         progress: Any = self._epoch_loop.batch_progress.current
@@ -96,20 +98,33 @@ class Position:
 
     def random_state(self) -> Randomness:
         """That of the global generators, and of those that the user gave to loaders and samplers."""
-        return {**random_state(), "loaders": [generator.get_state() for generator in self._generators()]}
+        return {
+            **random_state(),
+            "loaders": [generator.get_state() for generator in generators(self._fit_loop._combined_loader)],
+        }
+
+    @contextmanager
+    def outside_validation(self) -> Iterator[None]:
+        """Inside, a validation runs: this worker is where it was before, and will be again."""
+        self._before_validation = self.random_state()
+        try:
+            with self.modes.apart():
+                yield
+        finally:
+            self._before_validation = None
 
     def note_iterator(self) -> None:
         """Called just before an iterator is made of new loaders: by the fit loop, or by a hook that asks for them."""
         loader = self._fit_loop._combined_loader
         assert loader is not None
-        if any(_is_running(each) for each in loader.flattened):
+        if any(is_running(each) for each in loader.flattened):
             loader.reset()  # processes that have served somebody else have random numbers that nobody knows
         self._iterator_made, self._order = self.random_state(), None
 
     def note_made(self) -> None:
         """Called when there are loaders, whether or not they and their iterator have just been made."""
         if self._order is None:
-            self._order = _order(self._iterator())
+            self._order = order(self._iterator())
             self._watch_loaders()
 
     def note_fetch(self) -> None:
@@ -124,12 +139,21 @@ class Position:
             self._loaders = self._loader_states()
         self._before_fetch = {**self._kept(trained), fetcher.fetched: self.random_state()}
 
+    def note_epoch(self) -> None:
+        """Called just before an epoch begins, with its hooks.
+
+        Of a checkpoint that was written after an epoch's last batch, Lightning counts the epoch as ended, and skips the
+        hooks of the next one as if it were in the middle of it.
+        """
+        if self._begins_next_epoch() and hasattr(self._fit_loop, "reset_restart_stage"):
+            self._fit_loop.reset_restart_stage()
+
     def begin_epoch(self, begin: Callable[[Any], None], fetcher: Any) -> None:
         """Called in place of Lightning's beginning of an epoch's batches, ``begin``, which may make an iterator."""
         self._before_fetch, self._begun_again = {}, {}
         if "iterator_made" in self._pending:  # the last batch may have been fetched, but it was not trained
             self._epoch_loop.batch_progress.is_last_batch = False
-        if self._pending.get("ended_epoch", self._epochs_processed()) < self._epochs_processed():
+        if self._begins_next_epoch():
             self._begin_with_batch_0()
         iterator, before = self._iterator(), self.random_state()
         begin(fetcher)
@@ -140,13 +164,18 @@ class Position:
             pass  # a resumed run ends an epoch here, all of whose batches are trained
         elif "iterator_made" in self._pending:
             self._go_to_place(fetcher)
-        elif not made and (self._pending or _order(self._iterator()) != self._order):
+        elif not made and (self._pending or order(self._iterator()) != self._order):
             # A resumed run begins an epoch; or a hook has iterated a loader whose processes go on, and has moved it.
             fetcher.combined_loader.reset()
             self._iterator_made = self.random_state()
             iter(fetcher)
         self._watch_loaders()
         self._pending = {}
+
+    def _begins_next_epoch(self) -> bool:
+        """Whether Lightning takes the epoch for ended at whose last batch the run was stopped."""
+        ended: int = self._pending.get("ended_epoch", self._epochs_processed())
+        return ended < self._epochs_processed()
 
     def _begin_with_batch_0(self) -> None:
         """What Lightning does where a checkpoint was written after an epoch's last batch, if it knows their number."""
@@ -166,31 +195,18 @@ class Position:
         loader = self._fit_loop._combined_loader
         return loader._iterator if loader is not None else None
 
-    def _generators(self) -> list[Generator]:
-        """Those that the user gave to the training loaders or their samplers."""
-        loader = self._fit_loop._combined_loader
-        found: list[Generator] = []
-        for each in loader.flattened if loader is not None else []:
-            batches = getattr(each, "batch_sampler", None)
-            for owner in (each, getattr(each, "sampler", None), batches, getattr(batches, "sampler", None)):
-                generator = getattr(owner, "generator", None)
-                if isinstance(generator, Generator) and not any(generator is known for known in found):
-                    found.append(generator)
-        return found
-
     def _set_random_state(self, state: Randomness) -> None:
         set_random_state(state)
-        for generator, own in zip(self._generators(), state.get("loaders", []), strict=False):
+        for generator, own in zip(generators(self._fit_loop._combined_loader), state.get("loaders", []), strict=False):
             generator.set_state(own)
 
     def _watch_loaders(self) -> None:
         """Be told when one of several loaders is begun again, as it is shorter."""
         iterator: Any = self._iterator()
-        if len(getattr(iterator, "iterables", [])) > 1:
-            iterator.iterables = [
-                _Watched(each.loader if isinstance(each, _Watched) else each, partial(self._begin_again, number))
-                for number, each in enumerate(iterator.iterables)
-            ]
+        loaders = getattr(iterator, "iterables", [])
+        if len(loaders) > 1 and not any(isinstance(each, Watched) for each in loaders):
+            watched = [Watched(each, partial(self._begin_again, number)) for number, each in enumerate(loaders)]
+            iterator.iterables = watched
 
     def _begin_again(self, loader: int) -> None:
         """Called just before a loader is begun again, within a fetch."""
@@ -258,32 +274,7 @@ class Position:
                 ) from None
 
 
-class _Watched:
-    """A loader that says so when it is begun again."""
-
-    def __init__(self, loader: Any, begins: Callable[[], None]) -> None:
-        self.loader = loader
-        self._begins = begins
-
-    def __iter__(self) -> Iterator[Any]:
-        self._begins()
-        return iter(self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
 def _newest(states: dict[int, Randomness], before: int) -> dict[int, Randomness]:
     """The one of the last fetch before ``before``, if there is one."""
     fetch = max((fetch for fetch in states if fetch < before), default=None)
     return {} if fetch is None else {fetch: states[fetch]}
-
-
-def _order(iterator: Any) -> list[object]:
-    """What loaders take their samples' order from: persistent processes make it anew, in the same iterator."""
-    return [getattr(part, "_sampler_iter", None) for part in getattr(iterator, "iterators", [])]
-
-
-def _is_running(loader: object) -> bool:
-    """Whether a loader has processes that outlive its iterators, and has started them."""
-    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None

@@ -28,7 +28,10 @@ from resist_lightning.liveness import name_of_exit
 from resist_lightning.strategies.stopping import Forwarder, ending, start_fork_server
 
 ENDING_SECONDS = 15.0
-"""After an error or Ctrl-C, for how long workers may end by themselves before they are killed."""
+"""After an error or a second Ctrl-C, for how long workers may end by themselves before they are killed."""
+
+LOOK_SECONDS = 1.0
+"""How often the main process looks whether workers that were told to stop are late."""
 
 _CHECKPOINT_FACTS = ("best_model_path", "best_model_score", "last_model_path", "kth_best_model_path", "best_k_models")
 
@@ -38,7 +41,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     * Lightning sends worker 0's results through a pipe that it reads when the workers have ended, and a worker cannot
       end before what it wrote is read: more than the 64 KB of a pipe hang. Here they come in a file.
-    * Signals to the main process are the workers': they stop together. An error in it ends the workers too.
+    * Signals to the main process are the workers': they stop together, within the timeout of collectives. An error in
+      the main process ends the workers too.
     """
 
     _folder = ""
@@ -122,9 +126,10 @@ class ProcessLauncher(_MultiProcessingLauncher):
         self.procs = workers.processes
         try:
             # The others have time to say what happened to them, and to save, before they are terminated.
-            with Forwarder(self.kill).waiting(trainer):
-                while not workers.join(grace_period=ENDING_SECONDS):
-                    pass
+            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds())
+            with forwarder.waiting(trainer):
+                while not workers.join(timeout=LOOK_SECONDS, grace_period=ENDING_SECONDS):
+                    forwarder.check(workers.processes)
         except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
             raise WorkerLost(
                 f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "

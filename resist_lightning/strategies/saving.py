@@ -88,7 +88,7 @@ class SavingStrategy(GroupStrategy):
             return {}
         engine = self.engine
         if engine is None or not engine.running:
-            self._saved, self._own = self.resume_state, None
+            self._saved, self._own = self._with_modes(self.resume_state), None
             return super().lightning_module_state_dict()
         if self.interrupted:
             return {}  # save_checkpoint refuses to write it
@@ -172,7 +172,8 @@ class SavingStrategy(GroupStrategy):
             super().load_model_state_dict(checkpoint, strict=strict)
         state = dict(checkpoint.get(CHECKPOINT_KEY, {}))
         if self._trainer().state.fn != TrainerFn.FITTING:
-            state.pop("files", None)  # a fit after this one goes on from the full model, not from within that training
+            for within in ("files", "modes"):  # a fit after this one goes on from the full model alone
+                state.pop(within, None)
         self.resume_state = state
 
     @property
@@ -211,7 +212,10 @@ class SavingStrategy(GroupStrategy):
         if self._restarts is not None:
             self._restarts.begin()
         self._prepare(engine)
+        assert self._position is not None
+        self._position.modes.begin(engine.layout.module)
         exact = engine.start()
+        self._position.modes.apply(self.resume_state.get("modes", {}))  # later: the run had started without them, too
         if own is not None and exact:
             self._restore_host(own["host"])
         if self.resume_state:
@@ -265,7 +269,7 @@ class SavingStrategy(GroupStrategy):
         if self._restarts is None or not (ending or self._restarts.due(engine.clock.round)):
             return
         state = {
-            "place": engine.resumption.place(),
+            "place": self._with_modes(engine.resumption.place()),
             "own": {**engine.resumption.own(), "host": self._host_state()},
             "lightning": self._dump_lightning(),
         }
@@ -285,10 +289,13 @@ class SavingStrategy(GroupStrategy):
             self._dumping = False
         return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
 
+    def _with_modes(self, state: dict[str, Any]) -> dict[str, Any]:
+        """With what the program has frozen or unfrozen since the run began."""
+        changes = self._position.modes.changes() if self._position is not None else {}
+        return {**state, "modes": changes} if state and changes else state
+
     def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
-        self._saved = engine.checkpoint_state()
+        self._saved = self._with_modes(engine.checkpoint_state())
         self._own = {**engine.resumption.own(), "host": self._host_state()}
         state = super().lightning_module_state_dict()
-        return {
-            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
-        }
+        return {key: v.detach().cpu().clone() if isinstance(v, Tensor) else v for key, v in state.items()}

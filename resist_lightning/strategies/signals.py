@@ -129,7 +129,7 @@ class Signals:
             return
         self._said |= bit
         what = "save a checkpoint" if bit == _REQUEUE else "stop"
-        again = "" if bit == _REQUEUE else " A second signal stops its worker at once, without a checkpoint."
+        again = "" if bit == _REQUEUE else " A second signal stops at once, without a checkpoint."
         name = signal.Signals(number).name
         os.write(2, f"worker {worker}: {name}: all workers {what} when this round ends.{again}\n".encode())
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -26,10 +28,12 @@ class Forwarder:
 
     Args:
         kill: sends a signal to the workers that have been started.
+        limit: seconds after the first signal in which the workers must have ended.
     """
 
-    def __init__(self, kill: Callable[[int], None]) -> None:
+    def __init__(self, kill: Callable[[int], None], limit: float) -> None:
         self._kill = kill
+        self._limit = limit
         self._originals: dict[int, Any] = {}
         self._received = 0
         self._first_at = 0.0
@@ -62,6 +66,22 @@ class Forwarder:
             for taken, original in self._originals.items():
                 signal.signal(taken, original)
             self._originals = {}
+
+    def check(self, workers: Sequence[BaseProcess]) -> None:
+        """Call this again and again while waiting: workers that hang must not keep the main process for ever.
+
+        Raises:
+            SIGTERMException: if SIGTERM was passed on, and workers have not ended within the limit.
+            KeyboardInterrupt: likewise after SIGINT (Ctrl-C).
+        """
+        if not self._received or time.monotonic() - self._first_at < self._limit:
+            return
+        late = [f"worker {number} (pid {worker.pid})" for number, worker in enumerate(workers) if worker.is_alive()]
+        sys.stderr.write(
+            f"{', '.join(late)}: still running {self._limit:g} s (timeout=) after "
+            f"{signal.Signals(self._received).name}: ended without a checkpoint.\n"
+        )
+        raise _exception_of(self._received)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self._received and time.monotonic() - self._first_at < SAME_SECONDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -106,12 +107,12 @@ def test_a_quick_worker_does_not_find_the_group_before():
     assert run_workers(rejoin, 2, port) == [[1, 3, 5]] * 2
 
 
-def default_backends(worker, port):
+def default_backends(worker, ports):
     """A group as a plain loop makes it: without a backend, as torch recommends, or with one for each kind of device."""
     workers, found = dist.get_world_size(), []
-    for number, backend in enumerate((None, "cpu:gloo", "cpu:gloo,cuda:gloo")):
+    for port, backend in zip(ports, (None, "cpu:gloo", "cpu:gloo,cuda:gloo"), strict=True):
         destroy_group()
-        dist.init_process_group(backend, f"tcp://127.0.0.1:{port + number}", rank=worker, world_size=workers)
+        dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=worker, world_size=workers)
         for collective in (default_collective(), default_collective(torch.device("cpu"))):
             flat = torch.tensor([float(worker)])
             collective.mean_(flat, "shared")
@@ -120,10 +121,12 @@ def default_backends(worker, port):
 
 
 def test_a_group_without_a_backend_and_one_with_several():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert run_workers(default_backends, 2, port) == [[([[0], [1]], 0.5)] * 6] * 2
+    with ExitStack() as open_at_once:
+        listeners = [open_at_once.enter_context(socket.socket()) for _ in range(3)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        ports = [listener.getsockname()[1] for listener in listeners]
+    assert run_workers(default_backends, 2, ports) == [[([[0], [1]], 0.5)] * 6] * 2
 
 
 @pytest.mark.parametrize(

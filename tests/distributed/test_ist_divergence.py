@@ -15,7 +15,7 @@ from resist_lightning import Engine, NeuronConfig, NotFinite, WorkersDisagree
 from resist_lightning.sync import Sync
 from tests.helpers.ist import Run, batch_of, slice_of, start_engine
 from tests.helpers.processes import run_workers
-from tests.helpers.training import clone_state, train_step
+from tests.helpers.training import clone_state, held_tensors, train_step
 
 WORKERS, ODD = 3, 1
 CONFIG = NeuronConfig(local_steps=2, batch_norm="running", check="full")
@@ -94,7 +94,7 @@ def play_spoilt(worker: int) -> dict[str, tuple[str, bool]]:
         train_step(engine.module, optimizer, batch_of(run, worker, 3))
         if worker == ODD:
             with torch.no_grad():
-                engine.module.state_dict()[name].view(-1)[-1] = value
+                held_tensors(engine.module)[name].view(-1)[-1] = value
         before = clone_state(engine.module)
         try:
             act(engine)
@@ -139,7 +139,7 @@ def play_drop(worker: int, seen: bool) -> dict[str, Any]:
         train_step(engine.module, optimizer, batch_of(run, worker, 1))
         if worker == ODD:
             states = [slot for slots in optimizer.state.values() for slot in slots.values()]
-            for tensor in [*engine.module.state_dict().values(), *states]:
+            for tensor in [*held_tensors(engine.module).values(), *states]:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     tensor.fill_(torch.nan)
         had, held = clone_state(engine.module), engine.partition

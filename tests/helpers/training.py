@@ -102,15 +102,20 @@ def present_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in present_tensors(model).items()}
 
 
-def clone_state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all tensors of a state dict; of a part of a network too, whose own state_dict() refuses."""
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a state dict; of a part of a network too, whose own state_dict() refuses."""
     hidden = {
         f"{name}.{key}" if name else key
         for name, child in module.named_modules()
         for key in child._non_persistent_buffers_set
     }
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach().clone() for name, tensor in named if name not in hidden}
+    return {name: tensor.detach() for name, tensor in named if name not in hidden}
+
+
+def clone_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all tensors of a state dict; of a part of a network too."""
+    return {name: tensor.clone() for name, tensor in held_tensors(module).items()}
 
 
 def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any], *, exactly: bool = False) -> None:

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from resist_lightning import Config
+from resist_lightning import Config, WorkerLost
+from tests.helpers import dying
 from tests.helpers.launched import STEPS, train
 from tests.helpers.plain import Classifier, evaluate
 from tests.helpers.processes import run_workers
@@ -173,3 +176,41 @@ def test_an_interrupt_leaves_no_worker_and_the_next_fit_works(
     assert "interrupted, 0 workers left" in output
     assert "not interrupted" not in output
     assert "trained again" in output
+
+
+def interrupt_a_worker_that_hangs(_: int, folder: str) -> float:
+    """A worker that is alone is given up by no other one. Returns seconds."""
+
+    def harm() -> None:
+        os.kill(os.getppid(), signal.SIGINT)
+        dying.hang()
+
+    as_a_main_process()
+    dying.HARMS["interrupt"] = harm
+    dying.TIMEOUT = timedelta(seconds=3)
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        dying.train("interrupt", 0, folder, "fork", workers=1)
+    return time.monotonic() - started
+
+
+def test_a_worker_that_hangs_does_not_keep_an_interrupted_main_process(tmp_path: Path) -> None:
+    assert run_workers(interrupt_a_worker_that_hangs, 1, str(tmp_path))[0] < PATIENCE_SECONDS / 4
+
+
+class Leaving(Classifier):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            sys.exit(0)
+
+
+def fork_and_leave(_: int, folder: str) -> list[str]:
+    as_a_main_process()
+    tempfile.tempdir = folder
+    with pytest.raises(WorkerLost, match=r"worker 0 ended with exit code 0 and without results: .* sys\.exit"):
+        train("fork", folder, Leaving())
+    return os.listdir(folder)
+
+
+def test_workers_that_leave_by_themselves_do_not_keep_the_main_process_waiting(tmp_path: Path) -> None:
+    assert run_workers(fork_and_leave, 1, str(tmp_path))[0] == []

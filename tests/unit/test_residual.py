@@ -17,6 +17,7 @@ from resist_lightning.blocks import block_at, left_out, select_blocks
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.presence import Presence
 from resist_lightning.residual import FirstForward
+from resist_lightning.scaling import fold
 from resist_lightning.simulator import Simulator
 from tests.helpers.nets import MlpBlock, Undeclared, mlp
 from tests.helpers.threads import run_threads
@@ -173,6 +174,40 @@ def test_a_declaration_is_taken_at_its_word():
     block = Declared()
     FirstForward([block_at("block", block)])
     assert block(torch.randn(TOKEN_INPUT)).shape == TOKEN_INPUT
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.inside(x.relu())
+        return x
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_block_that_overwrites_its_input_is_refused_as_a_hook_could_not_scale_it(absent, mode):
+    block = block_at("layer.0", InPlace())
+    FirstForward([block])
+    if absent:
+        Presence(block).free()
+    with mode(), pytest.raises(BlockSelectionError, match=r"block 'layer\.0' \(InPlace\) writes into its input"):
+        block.module(torch.randn(TOKEN_INPUT))
+
+
+def test_a_block_that_overwrites_its_input_is_scaled_in_the_layer_that_it_declares():
+    class Declared(InPlace):
+        residual_branch_end = "inside"
+
+    block = block_at("block", Declared())
+    x = torch.randn(TOKEN_INPUT)
+    branch = block.module.inside(x.relu())
+    FirstForward([block])
+    assert torch.equal(block.module(x.clone()), x + branch)
+    fold([block], 0.5)
+    assert torch.allclose(block.module(x.clone()), x + 0.5 * branch)
 
 
 class Odd(nn.Module):

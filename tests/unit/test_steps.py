@@ -53,6 +53,16 @@ def test_a_loop_without_after_step_is_told_and_ends_in_no_model():
     engine.abandon()
 
 
+def test_the_full_model_may_be_seen_before_the_first_step_is_counted_and_no_training_ends_so():
+    engine, optimizer = engine_of()
+    step(engine, optimizer)
+    with engine.full_model():
+        pass
+    with pytest.raises(RuntimeError, match=r"took 1 step\(s\), and no local step was counted"):
+        engine.finish()
+    engine.abandon()
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, Outer])
 def test_a_loop_that_counts_hears_nothing_and_leaves_no_hook(make, recwarn):
     before = [

@@ -217,6 +217,7 @@ def save_a_slice(collective, run):
             save(net)
         with engine.full_model():
             save(net)
+    engine.after_step()
     engine.finish()
     net.state_dict()
     return copy.deepcopy(net)[0].weight.shape

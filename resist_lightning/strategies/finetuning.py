@@ -1,0 +1,74 @@
+"""Fine-tuning under a strategy: what is frozen or unfrozen while a run trains, and again where it is resumed.
+
+Lightning's callbacks unfreeze a layer when its epoch begins, and at no other time. So a run that is resumed later has
+it frozen still, unless a checkpoint says what has changed since the run began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_OF_MODULES = ("training", "track_running_stats")
+
+
+class ModuleModes:
+    """What the program switches in a module while it trains: frozen parameters, and modules in evaluation mode."""
+
+    def __init__(self) -> None:
+        self._module: nn.Module = nn.Module()
+        self._first: dict[str, bool] = {}
+        self._before_validation: dict[str, bool] | None = None
+
+    def begin(self, module: nn.Module) -> None:
+        """The module is as it is before the first batch; what is switched from now on is a change."""
+        self._module, self._first = module, _modes(module)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, the modes are those of now: Lightning switches all modules for a validation, and back."""
+        self._before_validation = _modes(self._module)
+        try:
+            yield
+        finally:
+            self._before_validation = None
+
+    def changes(self) -> dict[str, bool]:
+        """Everything that is not as it was at first, by ``name.attribute``; nothing before :meth:`begin`."""
+        now = self._before_validation or _modes(self._module)
+        return {name: value for name, value in now.items() if self._first.get(name, value) != value}
+
+    def apply(self, changes: Mapping[str, bool]) -> None:
+        """Switch what :meth:`changes` said in the run that is resumed."""
+        owners: dict[str, Any] = {**dict(self._module.named_modules()), **dict(self._module.named_parameters())}
+        for name, value in changes.items():
+            owner, _, attribute = name.rpartition(".")
+            if owner in owners:
+                setattr(owners[owner], attribute, value)
+
+
+def not_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """In the place of ``BaseFinetuning.filter_on_optimizer``, which compares values, and an absent block has none."""
+    parameters = list(parameters)
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = [parameter for parameter in parameters if id(parameter) not in known]
+    if len(new) < len(parameters):
+        rank_zero_warn(
+            f"{len(parameters) - len(new)} of the {len(parameters)} parameters that were to be added to "
+            f"{type(optimizer).__name__} are in one of its groups already, and stay there. Give the optimizer what "
+            "trains from the beginning only: [p for p in self.parameters() if p.requires_grad]."
+        )
+    return new
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    found = {f"{name}.requires_grad": parameter.requires_grad for name, parameter in module.named_parameters()}
+    for name, child in module.named_modules():
+        has = vars(child)
+        found |= {f"{name}.{attribute}": bool(has[attribute]) for attribute in _OF_MODULES if attribute in has}
+    return found

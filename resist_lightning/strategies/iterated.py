@@ -1,0 +1,46 @@
+"""Training loaders as Lightning iterates them: their generators, their processes, and when one begins again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Generator
+
+
+class Watched:
+    """A loader that says so when it is begun again."""
+
+    def __init__(self, loader: Any, begins: Callable[[], None]) -> None:
+        self.loader = loader
+        self._begins = begins
+
+    def __iter__(self) -> Iterator[Any]:
+        self._begins()
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def generators(loader: CombinedLoader | None) -> list[Generator]:
+    """The generators that the user gave to loaders or their samplers."""
+    found: list[Generator] = []
+    for each in loader.flattened if loader is not None else []:
+        batches = getattr(each, "batch_sampler", None)
+        for owner in (each, getattr(each, "sampler", None), batches, getattr(batches, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, Generator) and not any(generator is known for known in found):
+                found.append(generator)
+    return found
+
+
+def order(iterator: Any) -> list[object]:
+    """What loaders take their samples' order from: persistent processes make it anew, in the same iterator."""
+    return [getattr(part, "_sampler_iter", None) for part in getattr(iterator, "iterators", [])]
+
+
+def is_running(loader: object) -> bool:
+    """Whether a loader has processes that outlive its iterators, and has started them."""
+    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None

@@ -1,0 +1,86 @@
+"""Fine-tuning by Lightning's callbacks: layers that are frozen at first and train from a later epoch on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.helpers.auxnet import make_stages
+from tests.helpers.plain import Classifier
+from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import BATCHES, Augmented, SavesAt
+
+State = dict[str, Tensor]
+
+CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "blocks": ("resist", {"momentum": "travel"}, "net.section1", "net.section3"),
+    "a shared layer": ("resist", {"momentum": "keep"}, "net.section1", "net.section2"),
+    "local SGD": ("local_sgd", {"momentum": "keep"}, "net.section1", "net.section3"),
+    "neurons": ("ist", {"momentum": "travel"}, "net.0", "net.5"),
+    "stages": ("auxnet", {}, "net.section1", "net.section3"),
+}
+"""Strategy, its options, what stays frozen, and what trains from the second epoch on."""
+STOPS = (BATCHES, BATCHES + 2)
+"""After the first epoch's last batch, before the callback unfreezes anything; in the second epoch."""
+
+
+class Unfreezes(BaseFinetuning):
+    def __init__(self, still: str, later: str) -> None:
+        super().__init__()
+        self.still, self.later = still, later
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze([pl_module.get_submodule(name) for name in (self.still, self.later)])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.get_submodule(self.later), optimizer, lr=0.02)
+
+
+class FineTuned(Classifier):
+    """Keeps the statistics of its first batch norms from the second epoch on."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+    def on_train_epoch_start(self) -> None:
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        if self.current_epoch == 1:
+            norms[0].eval()
+
+
+def fit(worker: int, case: str, ckpt_path: str | None, callbacks: list[L.Callback]) -> State:
+    face, options, still, later = CASES[case]
+    L.seed_everything(1000 if ckpt_path is None else 77, verbose=False)
+    module = FineTuned(kind_for(face), 7 if ckpt_path is None else 8)
+    strategy = make_stages() if face == "auxnet" else make_strategy(face, **options)
+    trainer = make_trainer(strategy, max_epochs=2, callbacks=[Unfreezes(still, later), *callbacks])
+    trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+    return clone_state(module)
+
+
+def unbroken_and_resumed(worker: int, case: str, folder: str) -> list[State]:
+    states = [fit(worker, case, None, [SavesAt(folder, STOPS)])]
+    return states + [fit(worker, case, f"{folder}/{stop}.ckpt", []) for stop in STOPS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_fine_tuning_is_the_unbroken_one(case: str, tmp_path: Path) -> None:
+    face, _, still, later = CASES[case]
+    start = clone_state(FineTuned(kind_for(face), 7))
+    weights = [name for name, value in start.items() if name.endswith("weight") and value.dim() > 1]
+
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed, 2, case, str(tmp_path)):
+        assert all(torch.equal(unbroken[name], start[name]) for name in weights if name.startswith(f"{still}."))
+        assert all(not torch.equal(unbroken[name], start[name]) for name in weights if name.startswith(f"{later}."))
+        assert len(resumed) == len(STOPS)
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
