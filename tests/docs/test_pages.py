@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import resist_lightning
 from experiments.harness import tables
 from resist_lightning.blocks import select_blocks
 from tests.helpers.programs import ROOT, run_program
@@ -70,6 +72,16 @@ def test_the_loop_without_lightning_trains() -> None:
 
     assert scope["engine"].clock.total_steps == 2
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_snippet_with_snapshots_is_not_refused_under_the_command_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # of `torchrun --nproc-per-node=4 --max-restarts=3`
+    scope: dict[str, Any] = {"resist_lightning": resist_lightning}
+
+    exec(snippets("README.md")[3], scope)
+
+    scope["strategy"]._saving.check_launch()
 
 
 def test_a_block_with_one_line_is_recognised() -> None:
