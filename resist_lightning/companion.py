@@ -23,17 +23,23 @@ class Companion:
         copy: a module with tensors of the same names.
 
     Attributes:
-        shown: whether module and copy have exchanged their values.
+        weights: by name, the module's own values while the copy is shown; otherwise none.
         loaded: whether :meth:`load` was called.
     """
 
     def __init__(self, module: nn.Module, copy: nn.Module) -> None:
-        self.shown = self.loaded = False
+        self.loaded = False
+        self.weights: dict[str, Tensor] = {}
         self._module, self._copies = module, named_tensors(copy)
         self._recurrent = [child for child in copy.modules() if isinstance(child, nn.RNNBase)]
         for rnn in self._recurrent:
             rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)  # weak ones, which would hinder
         self._memory = {name: Memory({f"the average of {name}": copy}, {}) for name, copy in self._copies.items()}
+
+    @property
+    def shown(self) -> bool:
+        """Whether the module has the copy's values."""
+        return bool(self.weights)
 
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """The copy's tensors for some of the module's, present or not."""
@@ -58,47 +64,56 @@ class Companion:
             else:
                 memory.free()
 
-    def exchange(self) -> None:
-        """Show the copy in the place of the module, or no longer: exactly, each worker what it holds.
+    def show(self) -> None:
+        """Write the copy into the module, each worker what it holds, and keep what was there.
 
         No write is noted of it (``.data``): nothing is trained here that other workers would have to know.
         """
-        for own, copy in self.present().values():
-            kept = own.data.clone()
+        for name, (own, copy) in self.present().items():
+            self.weights[name] = own.data.clone()
             own.data.copy_(copy.data)
-            copy.data.copy_(kept)
-        self.shown = not self.shown
+
+    def hide(self) -> None:
+        """Undo :meth:`show`, exactly."""
+        for name, (own, _) in self.present().items():
+            own.data.copy_(self.weights[name])
+        self.weights = {}
 
     @contextmanager
     def showing(self) -> Iterator[None]:
         """Inside, the copy is shown."""
         already = self.shown
         if not already:
-            self.exchange()
+            self.show()
         try:
             yield
         finally:
             if not already:
-                self.exchange()
+                self.hide()
 
-    def copy_present(self, names: Collection[str] | None = None) -> None:
-        """Give what this worker holds of the copy, of all tensors or of some, the module's values."""
+    def copy_module(self) -> None:
+        """Give what this worker holds of the copy the module's values."""
+        for own, copy in self.present().values():
+            copy.data.copy_(own.data)
+
+    def keep(self, written: Collection[str]) -> None:
+        """Let what user code has written while the copy was shown stay, in the copy and in what is hidden."""
         for name, (own, copy) in self.present().items():
-            if names is None or name in names:
+            if self.shown and name in written:
+                self.weights[name] = own.data.clone()
                 copy.data.copy_(own.data)
 
     def settle(self) -> None:
         """Leave the copy whole for good: all that the module is, which is the full model now."""
         self.hold(self._copies)
-        self.copy_present()
+        self.copy_module()
         for rnn in self._recurrent:
             rnn._init_flat_weights()
-        self.shown = False
+        self.weights = {}
 
     def state(self) -> dict[str, Tensor]:
         """What this worker holds in the copy's tensors, for :meth:`load`; they may be the live ones."""
-        copies = {name: copy.detach() for name, (_, copy) in self.present().items()}
-        return {name: copy.clone().cpu() if self.shown else copy.cpu() for name, copy in copies.items()}
+        return {name: copy.detach().cpu() for name, (_, copy) in self.present().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state` gave, when the module holds the same parts again."""

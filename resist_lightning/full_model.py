@@ -154,8 +154,8 @@ class FullModel:
         self._hooks.remove()
         self._originals, self._statistics = {}, {}
         found = self.written()
-        if self._layout.companion is not None and self._layout.companion.shown:
-            self._layout.companion.copy_present(found)  # they stay when the copy is no longer shown
+        if self._layout.companion is not None:
+            self._layout.companion.keep(found)
         written = {id(tensor) for tensor in found.values()}
         self._remembered = [(tensor, copy) for tensor, copy in self._remembered if id(tensor) not in written]
         self._writes = None

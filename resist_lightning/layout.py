@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,6 +93,10 @@ class Layout(ABC):
     @abstractmethod
     def warn(self) -> None:
         """Say what of the settings has less effect than a user may think."""
+
+    def showing_companion(self) -> AbstractContextManager[None]:
+        """Inside, the copy that goes with the module, if there is one, is in its place."""
+        return self.companion.showing() if self.companion is not None else nullcontext()
 
     def prepare(self, example: Tensor, collective: Collective) -> None:  # noqa: B027
         """See an input of the network, a batch, before training starts.

@@ -60,13 +60,10 @@ class Resumption:
         own = {"optimizers": self._states.own(), **sync, **self._observation.own()}
         companion = self._layout.companion
         if companion is not None:
-            copies = companion.state()
-            if companion.shown:  # then the module has the copy's values, but for what user code has written meanwhile
-                written = self._observation.full.written()
-                values = own["tensors"]
-                own["tensors"] = {**values, **{name: t for name, t in copies.items() if name not in written}}
-                copies = {name: values[name] for name in copies}
-            own["companion"] = copies
+            written = self._observation.full.written()
+            hidden = {name: weight.cpu() for name, weight in companion.weights.items() if name not in written}
+            own["tensors"] = {**own["tensors"], **hidden}
+            own["companion"] = companion.state()
         return own
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None) -> bool:

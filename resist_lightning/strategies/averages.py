@@ -102,7 +102,7 @@ class Averages:
         companion = self._companion()
         if companion is None or companion.loaded or not self._begins_as_module:
             return
-        companion.copy_present()
+        companion.copy_module()
         if self._resumed:
             rank_zero_warn(
                 "the checkpoint holds the averages, and each worker's own file the weights that are averaged. Without "
@@ -110,16 +110,16 @@ class Averages:
             )
 
     def show(self) -> None:
-        """Exchange module and average, each worker what it holds."""
+        """Put the average in the place of the weights, each worker what it holds."""
         companion = self._companion()
         if companion is not None and not companion.shown:
-            companion.exchange()
+            companion.show()
 
     def hide(self) -> None:
         """Undo :meth:`show`, exactly."""
         companion = self._companion()
         if companion is not None and companion.shown:
-            companion.exchange()
+            companion.hide()
 
     def _companion(self) -> Companion | None:
         """While the training runs."""

@@ -94,8 +94,7 @@ class SavingStrategy(GroupStrategy):
             return {}  # save_checkpoint refuses to write it
         if engine.observing:
             return self._copy_full_model(engine)
-        companion = engine.layout.companion
-        with companion.showing() if companion is not None else nullcontext(), engine.full_model("checkpoint"):
+        with engine.layout.showing_companion(), engine.full_model("checkpoint"):
             return self._copy_full_model(engine)
 
     @override

@@ -18,6 +18,7 @@ from resist_lightning.accounting import SYNC_KINDS, sync_bytes
 from resist_lightning.block_layout import BlockLayout
 from resist_lightning.optimizer_state import OptimizerStates
 from resist_lightning.plan import plan_sync
+from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, batch_of, evaluate, held_out, stream
 from tests.helpers.trainers import QUIET, make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
@@ -237,3 +238,31 @@ def observe(worker: int) -> list[dict[str, Tensor]]:
 def test_validations_change_no_average() -> None:
     for without, validated in run_trainers(observe, 2):
         assert_equal_states(without, validated, exactly=True)
+
+
+class ByFormula(L.Callback):
+    """The average of what this worker holds."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        for name, value in module.named_parameters():
+            if not value.is_meta:
+                self.average[name] = DECAY * self.average.get(name, value) + (1 - DECAY) * value
+
+
+def average_stages(worker: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    module, by_formula = Classifier(), ByFormula()
+    trainer = make_trainer(make_stages(cuts=["section3"]), max_epochs=1, callbacks=[ema(), by_formula])
+    trainer.fit(module, stream(0, EPOCH), held_out(worker))
+    return by_formula.average, {name: value.detach() for name, value in module.named_parameters()}
+
+
+def test_stages_are_averaged_where_they_are() -> None:
+    outcomes = run_trainers(average_stages, 2)
+
+    expected = {name: value for average, _ in outcomes for name, value in average.items()}
+    for _, parameters in outcomes:
+        assert_equal_states(parameters, expected)
