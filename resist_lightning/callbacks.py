@@ -1,8 +1,9 @@
-"""Callbacks that observe and report; they decide nothing and send nothing."""
+"""Callbacks: one that observes and reports, and one that seeds every worker differently. They send nothing."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import time
@@ -16,9 +17,11 @@ from torch import nn
 from typing_extensions import override
 
 from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
+from resist_lightning.config import StageConfig
 from resist_lightning.engine import Engine
 from resist_lightning.ist.layout import NeuronLayout
 from resist_lightning.layout import Layout
+from resist_lightning.randomness import seed_generators
 from resist_lightning.rounds import Clock
 from resist_lightning.strategies.subnet import SubnetStrategy
 
@@ -176,6 +179,42 @@ class RoundMonitor(Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
+
+
+class SeedPerWorker(Callback):
+    """Gives every worker random numbers of its own: dropout, augmentation, whatever is drawn in training.
+
+    Without it workers that are seeded alike draw alike, as under DDP. When ``fit`` starts, the global generators of
+    Python, NumPy and torch are seeded by ``(seed, rank)``; the initial weights stay those of worker 0. A resumed run
+    goes on with the random state that each worker had, where it resumes exactly.
+
+    Args:
+        seed: not below 0; the same on all workers.
+
+    Raises:
+        ValueError: if ``seed`` is below 0; when ``fit`` starts, under AuxNet, whose workers must draw alike.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be below 0.")
+        self._seed = seed
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a strategy whose workers must draw alike."""
+        config = getattr(trainer.strategy, "config", None)
+        if stage == "fit" and isinstance(config, StageConfig) and trainer.world_size > 1:
+            raise ValueError(
+                "SeedPerWorker contradicts AuxNet: its workers train stages of one network on the same batches, so "
+                "they must draw the same random numbers. Remove the callback."
+            )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed this worker's generators."""
+        digest = hashlib.sha256(repr((self._seed, trainer.global_rank)).encode()).digest()
+        seed_generators(int.from_bytes(digest[:8], "big"))
 
 
 def _neurons(layout: Layout, rounds: int) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ class Layout(ABC):
         wire: how trainable parameters are sent at a sync.
         tensors: the parameters and buffers that the layout is of.
         companion: a copy of the module that goes with it; None if there is none.
+        written: names of frozen parameters that the program of some worker writes; the same on all workers.
 
     Raises:
         ValueError: if the module synchronises batch norm, or has tensors that cannot be averaged.
@@ -49,6 +50,7 @@ class Layout(ABC):
         check_tensors(module)
         self.tensors = KnownTensors(module)
         self.companion: Companion | None = None
+        self.written: set[str] = set()
         self.module = module
         self.config = config
         self.workers = workers
@@ -133,12 +135,12 @@ class Layout(ABC):
         return tensors
 
     def changing(self) -> set[str]:
-        """Names of the tensors that training can change now: trainable parameters, and buffers.
+        """Names of the tensors that training can change now: trainable parameters, buffers, and :attr:`written`.
 
-        A parameter that is frozen everywhere is equal everywhere, and an average would round it.
+        Any other frozen parameter is equal everywhere, and an average would round it.
         """
         parameters = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        return parameters | {name for name, _ in self.module.named_buffers()}
+        return parameters | {name for name, _ in self.module.named_buffers()} | self.written
 
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""

@@ -113,7 +113,7 @@ class Meeting:
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
         check_headers(headers)
-        self.soundness.judge([numbers[len(mine) - 2 : len(mine)] for numbers in received], clock)
+        self.soundness.judge([numbers[len(header_numbers(header)) : len(mine)] for numbers in received], clock)
         end = len(mine) + len(extra)
         told = [numbers[end + 1 :] for numbers in received]
         self._host.learn(told)

@@ -64,6 +64,7 @@ class Observation:
     def begin_round(self, round: int) -> None:
         """Note that all workers agree, and scale the blocks in a warm-up round."""
         self._writes_at_start = self._writes()
+        self._meeting.soundness.frozen.note()
         self._hook_warmup(round)
 
     def own(self) -> dict[str, Any]:

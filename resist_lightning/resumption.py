@@ -49,6 +49,7 @@ class Resumption:
             "table": self._layout.table(),
             "round": self._clock.round,
             "step": self._clock.step,
+            "written": sorted(self._layout.written),
         }
 
     def own(self) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Resumption:
             self._observation.full.undo(state)
         self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
         self._layout.resume(state.get("table", {}), self._clock.round)
+        self._layout.written = {name for name in state.get("written", ()) if name in self._layout.shared}
         here = self._layout.identity(), self._layout.held(self._clock.round)
         same = (state.get("identity"), state.get("held")) == here
         self._own = own if same else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from resist_lightning.errors import NotFinite, WorkersDisagree
-from resist_lightning.fingerprint import unequal
+from resist_lightning.fingerprint import digest, unequal
+from resist_lightning.frozen import FrozenTensors
 from resist_lightning.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.headers import Purpose
 from resist_lightning.layout import Layout
@@ -30,10 +32,13 @@ class Soundness:
 
     Attributes:
         left_out: workers that the last meeting left out of the means, under ``non_finite="drop"``.
+        frozen: the parameters that no average includes, until somebody writes them.
     """
 
     def __init__(self, layout: Layout, collective: Collective) -> None:
         self.left_out: tuple[int, ...] = ()
+        self.frozen = FrozenTensors(layout)
+        self._written: list[str] = []
         self._layout = layout
         self._collective = collective
         self._hasher = Hasher({"sampled": SAMPLED_SHARE, "full": 1, "off": 0}[layout.config.check])
@@ -57,14 +62,17 @@ class Soundness:
             self._round = round
 
     def numbers(self, purpose: Purpose) -> list[float]:
-        """Two numbers to tell the others: of the hashes, and of the first tensor that is not finite."""
+        """Numbers to tell the others: of the hashes, the first tensor that is not finite, and frozen ones written."""
         hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
-        return [*hashed, float(self._first_not_finite() if purpose in MIXING else 0)]
+        self._written = self.frozen.written() if purpose in MIXING else []
+        not_finite = float(self._first_not_finite() if purpose in MIXING else 0)
+        return [*hashed, not_finite, _number_of(self._written)]
 
     def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
         """Compare the numbers of all workers.
 
-        Collective: every worker must call this, in the same order; it sends something only if the hashes differ.
+        Collective: every worker must call this, in the same order; it sends something only if hashes differ, or if
+        workers have written different frozen tensors.
 
         Args:
             numbers: of all workers, in order; see :meth:`numbers`.
@@ -74,7 +82,7 @@ class Soundness:
             WorkersDisagree: naming tensors that the last sync left unequal.
             NotFinite: naming the first tensor of a worker that is not finite.
         """
-        if len({hashed for hashed, _ in numbers}) > 1:
+        if len({hashed for hashed, *_ in numbers}) > 1:
             rows = self._collective.gather_numbers(as_numbers(self._hashes.values()))
             raise WorkersDisagree(
                 f"the sync into round {self._round} left tensors unequal that it makes equal on all workers: "
@@ -82,7 +90,8 @@ class Soundness:
                 "tensors while a sync runs, or builds of torch that compute differently. The last checkpoint that was "
                 "saved before that round is sound: resume from it."
             )
-        found = {worker: int(first) for worker, (_, first) in enumerate(numbers) if first}
+        self._agree_on_written({written for *_, written in numbers})
+        found = {worker: int(first) for worker, (_, first, _) in enumerate(numbers) if first}
         self.left_out = ()
         if found and (self._layout.config.non_finite == "raise" or len(found) == len(numbers)):
             raise NotFinite(self._describe(found, clock) + _WAY_OUT)
@@ -90,6 +99,24 @@ class Soundness:
             self.left_out = tuple(found)
             if self._collective.worker == 0:
                 warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
+
+    def _agree_on_written(self, digests: set[float]) -> None:
+        """Average from now on the frozen tensors that some worker has written; they would part in silence."""
+        if digests == {0.0}:
+            return
+        written = set(self._written)
+        if len(digests) > 1:
+            lists = [json.loads(text) for text in self._collective.gather_bytes(json.dumps(self._written).encode())]
+            written = {name for names in lists for name in names}
+        self._layout.written |= written
+        if self._collective.worker == 0:
+            size = sum(self._layout.shared[name].nbytes for name in written)
+            others = f" and {len(written) - 1} others" if len(written) > 1 else ""
+            warnings.warn(
+                f"{min(written)}{others}: frozen, but written by the program (a moving average?). The workers average "
+                f"them from now on, which adds {size / 1e6:.3g} MB to what every sync averages.",
+                stacklevel=5,
+            )
 
     def _names(self) -> list[str]:
         module = self._layout.module
@@ -117,6 +144,11 @@ _WAY_OUT = (
     "a bad batch, 16-bit numbers that overflow. Resume from the last checkpoint with that changed; "
     "non_finite='drop' leaves such a worker out of a round, as long as another one is sound."
 )
+
+
+def _number_of(names: Sequence[str]) -> float:
+    """Stands for some names; 0 for none."""
+    return float(digest({"written": dict.fromkeys(names, "")})) if names else 0.0
 
 
 def _could_be(tensor: Tensor) -> bool:
