@@ -47,6 +47,8 @@ class FrozenTensors:
         Looks at a sample of the entries, and at all where torch has counted a write: writes through ``.data`` are not
         counted.
         """
+        if self._layout.companion is not None and self._layout.companion.shown:
+            return []  # the module has a copy's values for now
         frozen = self._layout.shared.keys() - self._layout.changing()
         now = {name: self._layout.shared[name] for name in self._marks if name in frozen}
         sampled = dict(zip(now, _hashes(self._sampled, now.values()), strict=True))
