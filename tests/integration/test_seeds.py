@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from resist_lightning import AuxNetStrategy
 from resist_lightning.callbacks import SeedPerWorker
-from tests.helpers.plain import Classifier, stream
+from tests.helpers.plain import Classifier
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
-from tests.integration.test_exact_resume import SavesAt
+from tests.integration.test_exact_resume import Augmented, SavesAt
 
 Draws = list[tuple[float, float, float]]
 
@@ -38,7 +39,7 @@ def fit(worker: int, seed: int, ckpt_path: str | None, *callbacks: L.Callback) -
     L.seed_everything(1, verbose=False)
     module = Draws3()
     trainer = make_trainer(make_strategy("local_sgd"), max_epochs=1, callbacks=[SeedPerWorker(seed), *callbacks])
-    trainer.fit(module, stream(worker, 1), ckpt_path=ckpt_path)
+    trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True), ckpt_path=ckpt_path)
     return module.drawn
 
 
