@@ -23,8 +23,9 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from resist_lightning.errors import CheckpointError, CheckpointNotWritten
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError
 from resist_lightning.files import read_sealed, write_sealed
 from resist_lightning.verbs import Collective
 
@@ -106,11 +107,25 @@ def save_together(
     if collective.worker == 0:
         try:
             write()
+        except PartialModelError as error:
+            failure = PartialModelError(f"{_what_is_pickled(checkpoint)} {error}")
         except Exception as error:  # noqa: BLE001 - the others wait
             failure = error
     _share(0, failure, str(path), _New(folder, mine), collective)
     if local is not None and collective.worker > 0 and not local.exists():  # on a disk of its own; else worker 0 does
         remove_files(local, files_named_in(checkpoint), collective.worker)
+
+
+def _what_is_pickled(checkpoint: Mapping[str, Any]) -> str:
+    """Names what has the network in it, though a worker has only a part of that."""
+    values = checkpoint.get("hyper_parameters", {}).items()
+    names = [name for name, value in values if isinstance(value, nn.Module)]
+    if not names:
+        return "Something in the checkpoint beside its state_dict (the state of a callback?) has the network in it."
+    return (
+        f"The hyperparameters {', '.join(names)} are modules, and would be pickled with the network. Leave them out: "
+        f"self.save_hyperparameters(ignore={names}); the weights are in the state_dict."
+    )
 
 
 def remove(path: _PATH, worker: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Generator
+from torch.utils.data import IterableDataset
 
 
 class Watched:
@@ -44,3 +45,8 @@ def order(iterator: Any) -> list[object]:
 def is_running(loader: object) -> bool:
     """Whether a loader has processes that outlive its iterators, and has started them."""
     return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
+
+
+def draws_beside_training(loader: object) -> bool:
+    """Whether a loader's data set decides by itself what it gives, in the process that trains."""
+    return isinstance(getattr(loader, "dataset", None), IterableDataset) and not getattr(loader, "num_workers", 0)

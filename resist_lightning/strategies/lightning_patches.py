@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from resist_lightning.strategies.epochs import end_epochs_together
@@ -31,6 +32,7 @@ class LoopPatches:
     * Workers' epochs of different lengths end together.
     * Iterators and batches are made in the loops, and :class:`Position` notes the random state before each.
     * A run that goes on in the middle of an epoch is warned that its loader starts anew, which ours does not.
+    * ``LearningRateFinder`` does not search where a run is resumed.
     * ``BaseFinetuning.filter_on_optimizer`` compares parameters by value, and those of an absent block have none.
     * ``_SignalConnector.register_signal_handlers`` registers a handler that broadcasts on the default group; ours are
       installed right after it.
@@ -70,6 +72,10 @@ class LoopPatches:
         self._replace(epoch_loop, "_on_before_fetch", _both(position.note_fetch, fetch))
         self._replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
         self._replace(BaseFinetuning, "filter_on_optimizer", staticmethod(not_in_optimizer))
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        for callback in callbacks:
+            if isinstance(callback, LearningRateFinder):
+                self._replace(callback, "on_fit_start", _unless_resuming(callback.on_fit_start, trainer))
         connector = trainer._signal_connector
         self._replace(connector, "register_signal_handlers", _both(connector.register_signal_handlers, signals.install))
 
@@ -120,6 +126,18 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
         second()
 
     return both
+
+
+def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:
+    """A search for the learning rate loads a checkpoint of its own, by which Lightning forgets the one to resume."""
+
+    def search_or_not(*args: Any) -> None:
+        if trainer._checkpoint_connector._loaded_checkpoint:
+            rank_zero_info("LearningRateFinder searches nothing: the run goes on with the checkpoint's learning rate.")
+        else:
+            search(*args)
+
+    return search_or_not
 
 
 def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[], None]:

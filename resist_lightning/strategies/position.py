@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from resist_lightning.randomness import Randomness, random_state, set_random_state
 from resist_lightning.strategies.finetuning import ModuleModes
-from resist_lightning.strategies.iterated import Watched, generators, is_running, order
+from resist_lightning.strategies.iterated import Watched, draws_beside_training, generators, is_running, order
 
 
 class Position:
@@ -264,7 +264,9 @@ class Position:
             )
         iter(fetcher)
         self._watch_loaders()
+        draws = False
         for batch in range(batches):
+            known, before = fetcher.fetched in self._fetched_again, self.random_state()["torch"]
             try:
                 next(fetcher)
             except StopIteration:
@@ -272,6 +274,14 @@ class Position:
                     f"the training loader gave {batch} batches, and the checkpoint was written after {batches} of this "
                     "epoch. Resume with the loader that the checkpoint was written with, or from the end of an epoch."
                 ) from None
+            draws |= not known and not before.equal(self.random_state()["torch"])
+        if draws and any(map(draws_beside_training, fetcher.combined_loader.flattened)):
+            rank_zero_warn(
+                "the iterable data set draws from torch's global generator in the process that trains, where dropout "
+                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run goes on "
+                "with other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
+                "or the loader processes or a state_dict."
+            )
 
 
 def _newest(states: dict[int, Randomness], before: int) -> dict[int, Randomness]:

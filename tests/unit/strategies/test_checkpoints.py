@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import nn
 
-from resist_lightning.errors import CheckpointNotWritten
+from resist_lightning.errors import CheckpointNotWritten, PartialModelError
 from resist_lightning.files import write_sealed
 from resist_lightning.snapshots import SnapshotFolder
 from resist_lightning.strategies.checkpoint_io import AtomicIO, base_of, forgive_thread, snapshots_at
@@ -97,6 +98,27 @@ def test_what_went_wrong_on_worker_0_is_told_to_all(error: Exception, kept: bool
     assert isinstance(theirs, CheckpointNotWritten) == kept
     assert isinstance(mine, CheckpointNotWritten) if kept else mine is error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("hyper_parameters", "told"),
+    [
+        ({"lr": 0.1, "net": nn.Linear(1, 1)}, r"hyperparameters net are modules.*ignore=\['net'\].*only a part"),
+        ({"lr": 0.1}, "Something in the checkpoint beside its state_dict .*only a part"),
+    ],
+)
+def test_a_network_in_a_checkpoint_beside_its_weights_is_named(
+    hyper_parameters: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    def write() -> None:
+        raise PartialModelError("worker 0 has only a part of the network")
+
+    def save(collective: Any) -> str:
+        with pytest.raises((PartialModelError, RuntimeError), match=told) as caught:
+            save_together({"hyper_parameters": hyper_parameters}, None, tmp_path / "a.ckpt", write, collective)
+        return caught.typename
+
+    assert run_threads(save, 2)[0] == ["PartialModelError", "RuntimeError"]
 
 
 def test_the_files_before_stay_until_a_thread_has_written_the_model(tmp_path: Path) -> None:
