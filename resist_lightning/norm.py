@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -146,7 +146,7 @@ def recalibrate(
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative mean instead of an exponential one
         norm.train()
-    with torch.no_grad(), forward_context():
+    with torch.no_grad(), forward_context(), _not_compiled(module):
         for called, args, kwargs in calls:
             try:
                 called(*_copied(args), **_copied(kwargs))
@@ -165,6 +165,15 @@ def recalibrate(
             if name == "num_batches_tracked" or not reached:
                 buffer.copy_(old)
     return [_statistic(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+
+
+def _not_compiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """A norm with a cumulative mean reads a counter, which torch.compile refuses (``fullgraph``) or breaks at."""
+    children = list(module.modules())
+    if any(child._compiled_call_impl is not None or "_orig_mod" in child._modules for child in children):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 _CANNOT_REPLAY = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -258,9 +259,10 @@ def test_recalibration_does_not_count_as_calls():
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks, without graph breaks", "the network"])
-def test_compiled_networks_are_recorded(whole):
+def test_compiled_networks_are_recorded_and_re_estimated(whole):
     torch._dynamo.reset()
     net = small_preact()
+    plain = copy.deepcopy(net)
     compiled = [net] if whole else [block for block in net.modules() if type(block).__name__ == "PreActBlock"][:2]
     for module in compiled:
         module.compile(backend="eager", fullgraph=not whole)
@@ -272,4 +274,10 @@ def test_compiled_networks_are_recorded(whole):
         len(recorder.calls),
         *(args[0].equal(x) for (_, args, _), x in zip(recorder.calls, batches[1:], strict=True)),
     ] == [2, True, True]
+    recalibrate(net, list(recorder.calls), nullcontext)
+    recalibrate(plain, [(plain, args, {}) for _, args, _ in recorder.calls], nullcontext)
+    expected = norms_with_statistics(plain)
+    for name, norm in norms_with_statistics(net).items():
+        torch.testing.assert_close(norm.running_mean, expected[name].running_mean)
+        torch.testing.assert_close(norm.running_var, expected[name].running_var)
     torch._dynamo.reset()
