@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from resist_lightning.ist.neurons import Cut
-from resist_lightning.ist.partition import draw_neurons, kept_rows
-from resist_lightning.ist.plan import NeuronPlan, pieces
-from resist_lightning.partition import Partition
+from resist_lightning.methods.ist.network.neurons import Cut
+from resist_lightning.methods.ist.partition import draw_neurons, kept_rows
+from resist_lightning.methods.ist.plan import NeuronPlan, pieces
+from resist_lightning.schedule.partition import Partition
 
 ROWS, COLUMNS, WORKERS, SEED = 9, 9, 3, 4
 COLOURS = ["#0072B2", "#D55E00", "#009E73"]

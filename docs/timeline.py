@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from resist_lightning.partition import draw_partition
-from resist_lightning.plan import plan_sync
+from resist_lightning.schedule.partition import draw_partition
+from resist_lightning.schedule.transfers import plan_sync
 
 BLOCKS, WORKERS, MIN_BLOCKS, SEED, ROUNDS = 6, 3, 0, 1, 3
 NAMES = "abcdef"

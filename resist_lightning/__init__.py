@@ -3,8 +3,7 @@
 ``import resist_lightning`` registers the strategies ``resist``, ``ist``, ``auxnet`` and ``local_sgd`` with Lightning.
 """
 
-from resist_lightning.config import Config, NeuronConfig, StageConfig
-from resist_lightning.engine import Engine
+from resist_lightning.engine.engine import Engine
 from resist_lightning.errors import (
     BlockSelectionError,
     CheckpointError,
@@ -16,9 +15,12 @@ from resist_lightning.errors import (
     WorkerLost,
     WorkersDisagree,
 )
-from resist_lightning.neuron_simulator import NeuronSimulator
-from resist_lightning.simulator import Simulator
-from resist_lightning.stage_simulator import StageSimulator
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.simulator import StageSimulator
+from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.methods.ist.simulator import NeuronSimulator
+from resist_lightning.methods.resist.config import Config
+from resist_lightning.methods.resist.simulator import Simulator
 from resist_lightning.strategies import (
     AuxNetStrategy,
     ISTStrategy,

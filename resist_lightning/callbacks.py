@@ -16,14 +16,14 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from resist_lightning.accounting import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
-from resist_lightning.config import StageConfig
-from resist_lightning.engine import Engine
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.layout import Layout
-from resist_lightning.randomness import seed_generators
-from resist_lightning.rounds import Clock
-from resist_lightning.strategies.subnet import SubnetStrategy
+from resist_lightning.comm.bytes import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
+from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.layout import Layout
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.state.random_state import seed_generators
+from resist_lightning.strategies.base import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
 SHOWN_NEURONS = 64

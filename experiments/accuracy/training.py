@@ -15,7 +15,7 @@ from experiments.accuracy.data import Prepared, Stream
 from experiments.accuracy.networks import make_network
 from experiments.accuracy.settings import LARGEST_WORKERS, Settings
 from resist_lightning import NeuronSimulator, Simulator
-from resist_lightning.config import NormPolicy
+from resist_lightning.methods.config import NormPolicy
 
 NORMS: tuple[NormPolicy, ...] = ("recalibrate", "running", "batch")
 

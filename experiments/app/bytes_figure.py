@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from experiments.harness.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure, write_title
 from experiments.harness.words import bytes_in_words, strategy_in_words
-from resist_lightning.accounting import TRAINING_KINDS
+from resist_lightning.comm.bytes import TRAINING_KINDS
 
 WITHOUT_AVERAGES = ("local_sgd", "auxnet")
 """Beside these, local SGD with the same rounds is itself, or means nothing."""

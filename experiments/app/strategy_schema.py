@@ -8,8 +8,8 @@ from typing import Any, get_args
 from omegaconf import MISSING
 
 from experiments.harness.settings import limited
-from resist_lightning.accounting import WIRE_FORMATS
-from resist_lightning.config import AuxMethod
+from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.methods.auxnet.config import AuxMethod
 
 WIRE_HINT = "bits of a parameter at a sync; fp32 sends it as it is"
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from experiments.auxnet.tasks import ALL
 from experiments.links.options import gbit_of
-from resist_lightning.config import StageConfig
+from resist_lightning.methods.auxnet.config import StageConfig
 
 AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"

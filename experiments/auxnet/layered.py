@@ -18,7 +18,7 @@ from experiments.auxnet.methods import Method
 from experiments.benchmarks.held_memory import held_bytes
 from experiments.ist.examples import Prepared
 from resist_lightning import Engine, StageConfig
-from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
+from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
 
 
 class Layered(Method):

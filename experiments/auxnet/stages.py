@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.auxnet.chain import find_chain
+from resist_lightning.methods.auxnet.network.chain import find_chain
 
 
 def stages(network: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:

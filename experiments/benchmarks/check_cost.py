@@ -28,7 +28,7 @@ from rich.table import Table
 from experiments.benchmarks.keep import RESULTS
 from experiments.harness.record import write_record
 from resist_lightning import Config, Engine
-from resist_lightning.headers import Purpose
+from resist_lightning.checks.header import Purpose
 from resist_lightning.models import preact_resnet
 
 CHECKS = ("off", "sampled", "full")

@@ -44,8 +44,8 @@ from experiments.benchmarks.step_time import Clock, Module
 from experiments.harness.record import write_record
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
-from resist_lightning.strategies.guard import Guard
-from resist_lightning.strategies.position import Position
+from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.strategies.saving.data_position import Position
 
 PAPER_STEPS = 50
 FULL = {"sections": (3, 4, 23, 3), "width": 1.0, "batch": 2, "rounds": 8, "local_steps": 3, "every": (1, 10),

@@ -11,8 +11,8 @@ from itertools import product
 from experiments.faults import faults
 from experiments.faults.faults import KINDS, ONLY_PLACE, PLACES, Fault, Kind, Place
 from experiments.faults.training import BLOCKS, LOCAL_STEPS, MIN_BLOCKS, ROUNDS, SAVE_EVERY
-from resist_lightning.plan import plan_sync
-from resist_lightning.rounds import Schedule
+from resist_lightning.methods.resist.partition import Schedule
+from resist_lightning.schedule.transfers import plan_sync
 
 SAVED = [
     ((steps - 1) // LOCAL_STEPS, (steps - 1) % LOCAL_STEPS + 1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from experiments.faults import crew
 from experiments.faults.training import Settings
-from resist_lightning.files import read_sealed
-from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+from resist_lightning.checkpoint.files import read_sealed
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
 
 @dataclass(frozen=True)

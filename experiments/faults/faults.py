@@ -24,8 +24,8 @@ import torch
 from typing_extensions import override
 
 from experiments.faults import strikes
-from resist_lightning.activity import Activity
-from resist_lightning.strategies.subnet import SubnetStrategy
+from resist_lightning.schedule.progress import Activity
+from resist_lightning.strategies.base import SubnetStrategy
 
 Kind: TypeAlias = Literal[
     "kill", "terminate", "segfault", "freeze", "interrupt", "raise_error", "raise_in_loader", "run_out_of_memory", "fill_disk"

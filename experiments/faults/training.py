@@ -37,7 +37,7 @@ from experiments.app.quiet import hush
 from experiments.faults.faults import Fault, Injector
 from resist_lightning import LocalSGDStrategy, ResISTStrategy
 from resist_lightning.models import PreActResNet
-from resist_lightning.strategies.subnet import SubnetStrategy
+from resist_lightning.strategies.base import SubnetStrategy
 
 CLASSES = 4
 SECTIONS = (1, 1, 5, 1)

@@ -14,7 +14,7 @@ from experiments.benchmarks.held_memory import resident_bytes, storage_bytes
 from experiments.networks import mlp
 from experiments.paper_tables.memory import forked
 from resist_lightning import Engine, NeuronConfig
-from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.layout import NeuronLayout
 
 DEPTH, CLASSES, BATCH = 4, 35, 16
 """Three hidden layers, so that two matrices have hidden neurons on both sides."""

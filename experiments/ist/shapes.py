@@ -14,9 +14,9 @@ from experiments.ist.cases import LOCAL_STEPS
 from experiments.links.closed_form import neuron_bytes
 from experiments.networks import mlp
 from resist_lightning import NeuronConfig
-from resist_lightning.accounting import all_reduce_bytes
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.optimizer_state import OptimizerStates
 
 CLASSES, BATCH = 35, 128
 WORKERS = (2, 4, 8)

@@ -16,10 +16,10 @@ from experiments.ist.examples import Prepared, make_network, prepared, samples
 from experiments.ist.tasks import TASKS
 from experiments.links.closed_form import neuron_bytes
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
-from resist_lightning.accounting import ddp_bytes, local_sgd_bytes
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.norm import norms_with_statistics
-from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.comm.bytes import ddp_bytes, local_sgd_bytes
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.batch_norm import norms_with_statistics
+from resist_lightning.state.optimizer_state import OptimizerStates
 
 EVALUATIONS = 8
 FINISH = 0.1

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
-from resist_lightning.accounting import all_reduce_bytes, sync_bytes
-from resist_lightning.engine import Engine
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.ist.plan import pieces
-from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.plan import plan_sync
+from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.plan import pieces
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.state.optimizer_state import OptimizerStates
 
 
 def closed_form(engine: Engine, rounds: Iterable[int], worker: int) -> list[dict[str, int]]:

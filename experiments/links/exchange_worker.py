@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.harness.links.crew import Place
-from resist_lightning.collective import GroupCollective
+from resist_lightning.comm.torch_collective import GroupCollective
 
 Way = Callable[[Tensor, Tensor, int], None]
 

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from experiments.harness.links.crew import Place
 from experiments.links.closed_form import closed_form
-from resist_lightning.engine import Engine
-from resist_lightning.verbs import Collective
+from resist_lightning.comm.collective import Collective
+from resist_lightning.engine.engine import Engine
 
 PHASES = ("waiting", "averaging", "hand_over")
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from experiments.harness.settings import ConfigError, check_keys, limited
 from experiments.networks import mlp
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.config import Config
+from resist_lightning.methods.resist.config import Config
+from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.models import SECTIONS_OF_DEPTH, preact_resnet
 
 

@@ -25,7 +25,7 @@ from experiments.harness.links.namespaces import (
 )
 from experiments.harness.settings import ConfigError, check_keys, limited
 from experiments.links.networks import check_network
-from resist_lightning.accounting import WIRE_FORMATS
+from resist_lightning.comm.bytes import WIRE_FORMATS
 
 UNSHAPED = "unshaped"
 WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]

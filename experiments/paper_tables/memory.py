@@ -17,9 +17,10 @@ from torch import multiprocessing as torch_processes
 from experiments.benchmarks.held_memory import held_bytes
 from experiments.paper_tables.networks import memory_bytes
 from resist_lightning import Config, Engine
-from resist_lightning.accounting import TRAINING_KINDS, sync_bytes
+from resist_lightning.comm.bytes import TRAINING_KINDS
+from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.models import preact_resnet
-from resist_lightning.plan import plan_sync
+from resist_lightning.schedule.transfers import plan_sync
 
 ROUNDS, LOCAL_STEPS, BATCH, IMAGE = 3, 2, 2, 16
 Program: TypeAlias = Callable[[int, Any], dict[str, Any]]

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist_lightning import Config
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.blocks import Block, select_blocks
+from resist_lightning.methods.residual import Block
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.network import select_blocks
+from resist_lightning.methods.resist.subnet import Residency
 from resist_lightning.models import preact_resnet
-from resist_lightning.presence import Residency
 
 WORKERS = (2, 4, 8)
 SLOTS = 1

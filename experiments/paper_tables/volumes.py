@@ -11,10 +11,11 @@ import torch
 
 from experiments.paper_tables.networks import TABLE_1_BLOCKS, WORKERS, on_meta, paper_network
 from resist_lightning import Config
-from resist_lightning.accounting import local_sgd_bytes, parameter_server_bytes, sync_bytes
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.plan import plan_sync
+from resist_lightning.comm.bytes import local_sgd_bytes, parameter_server_bytes
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.state.optimizer_state import OptimizerStates
 
 GB = 1e9
 

@@ -27,8 +27,8 @@ from experiments.harness.record import write_record
 from experiments.unequal import tables
 from experiments.unequal.plot import draw_steps
 from experiments.unequal.quota import quotas, why_no_quota
-from resist_lightning.partition import blocks_per_worker
-from resist_lightning.shares import Cost, slowest
+from resist_lightning.methods.resist.shares import Cost, slowest
+from resist_lightning.schedule.partition import blocks_per_worker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = {"sections": [1, 1, 9, 1], "width": 1 / 16, "batch": 2, "local_steps": 4, "rounds": 2, "turns": 1}

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from resist_lightning import Config, Engine
+from resist_lightning.methods.resist.shares import MEASURED_ROUNDS
 from resist_lightning.models import PreActResNet
-from resist_lightning.shares import MEASURED_ROUNDS
 
 FIRST = {"equal": 1, "auto": 1 + MEASURED_ROUNDS + 1}
 """The first round that counts: the caches are warm, and the shares are what they stay."""

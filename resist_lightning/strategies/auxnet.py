@@ -15,16 +15,17 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from resist_lightning.auxnet.agreement import check_equal, named_tensors
-from resist_lightning.auxnet.worker import CHECKED_STEPS, StageWorker
-from resist_lightning.config import AuxFactory, AuxMethod, CheckPolicy, NormPolicy, StageConfig
-from resist_lightning.engine import Engine
-from resist_lightning.strategies.example import example_input
-from resist_lightning.strategies.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.keyed import key_loader, unkey_loader
-from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, Launch, StartMethod
-from resist_lightning.strategies.restarts import SaveErrors, Saving, WorkerLoss
-from resist_lightning.strategies.subnet import SubnetStrategy
+from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.auxnet.config import AuxFactory, AuxMethod, StageConfig
+from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
+from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWorker
+from resist_lightning.methods.config import CheckPolicy, NormPolicy
+from resist_lightning.strategies.base import SubnetStrategy
+from resist_lightning.strategies.data.example_input import example_input
+from resist_lightning.strategies.data.seeded_loader import key_loader, unkey_loader
+from resist_lightning.strategies.launching.guard import DEFAULT_SILENCE
+from resist_lightning.strategies.launching.launchers import DEFAULT_TIMEOUT, Launch, StartMethod
+from resist_lightning.strategies.saving.restarts import SaveErrors, Saving, WorkerLoss
 
 
 class AuxNetStrategy(SubnetStrategy):

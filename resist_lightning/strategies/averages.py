@@ -12,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from resist_lightning.companion import Companion
-from resist_lightning.config import CommonConfig, NeuronConfig
-from resist_lightning.engine import Engine
-from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.config import CommonConfig
+from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.state.companion import Companion
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
 _REPLACED = ("_swap_models", "_copy_average_to_current", "on_save_checkpoint", "on_load_checkpoint")
 

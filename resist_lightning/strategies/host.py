@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from resist_lightning.meeting import Host
-from resist_lightning.strategies.signals import Signals
+from resist_lightning.checks.handshake import Host
+from resist_lightning.strategies.launching.signals import Signals
 
 
 class LightningHost(Host):

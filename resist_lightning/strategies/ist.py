@@ -7,18 +7,12 @@ from datetime import timedelta
 
 import torch
 
-from resist_lightning.config import (
-    CheckPolicy,
-    LayerChoice,
-    MomentumPolicy,
-    NeuronConfig,
-    NonFinitePolicy,
-    NormPolicy,
-)
-from resist_lightning.strategies.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, Launch, StartMethod
-from resist_lightning.strategies.restarts import SaveErrors, Saving, WorkerLoss
-from resist_lightning.strategies.subnet import DataPolicy, SubnetStrategy
+from resist_lightning.methods.config import CheckPolicy, MomentumPolicy, NonFinitePolicy, NormPolicy
+from resist_lightning.methods.ist.config import LayerChoice, NeuronConfig
+from resist_lightning.strategies.base import DataPolicy, SubnetStrategy
+from resist_lightning.strategies.launching.guard import DEFAULT_SILENCE
+from resist_lightning.strategies.launching.launchers import DEFAULT_TIMEOUT, Launch, StartMethod
+from resist_lightning.strategies.saving.restarts import SaveErrors, Saving, WorkerLoss
 
 
 class ISTStrategy(SubnetStrategy):

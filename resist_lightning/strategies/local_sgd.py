@@ -8,11 +8,12 @@ from typing import Literal
 
 import torch
 
-from resist_lightning.config import CheckPolicy, Config, NonFinitePolicy, WireName, check_choice
-from resist_lightning.strategies.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.launch import DEFAULT_TIMEOUT, Launch, StartMethod
-from resist_lightning.strategies.restarts import SaveErrors, Saving, WorkerLoss
-from resist_lightning.strategies.subnet import DataPolicy, SubnetStrategy
+from resist_lightning.methods.config import CheckPolicy, NonFinitePolicy, WireName, check_choice
+from resist_lightning.methods.resist.config import Config
+from resist_lightning.strategies.base import DataPolicy, SubnetStrategy
+from resist_lightning.strategies.launching.guard import DEFAULT_SILENCE
+from resist_lightning.strategies.launching.launchers import DEFAULT_TIMEOUT, Launch, StartMethod
+from resist_lightning.strategies.saving.restarts import SaveErrors, Saving, WorkerLoss
 
 
 class LocalSGDStrategy(SubnetStrategy):

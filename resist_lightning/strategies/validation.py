@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from resist_lightning.engine import Engine
+from resist_lightning.engine.engine import Engine
 from resist_lightning.strategies.averages import Averages
 
 

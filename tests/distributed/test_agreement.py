@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision.transforms import v2
 
-from resist_lightning.auxnet.agreement import check_equal, named_tensors
-from resist_lightning.collective import GroupCollective
+from resist_lightning.comm.torch_collective import GroupCollective
 from resist_lightning.errors import WorkersDisagree
-from resist_lightning.strategies.keyed import key_loader
+from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
+from resist_lightning.strategies.data.seeded_loader import key_loader
 from tests.helpers.processes import run_workers
 
 NOISE = v2.GaussianNoise()

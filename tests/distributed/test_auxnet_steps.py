@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Engine, PartialModelError, StageConfig, StageSimulator
-from resist_lightning.auxnet.layout import StageLayout
+from resist_lightning.methods.auxnet.layout import StageLayout
 from tests.helpers.memory import storage_bytes
 from tests.helpers.processes import run_workers
 from tests.helpers.stages import (

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from resist_lightning import StageConfig
-from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
-from resist_lightning.simulated_boundary import NetworkBoundary, StoredBoundary
+from resist_lightning.methods.auxnet.simulated_boundary import NetworkBoundary, StoredBoundary
+from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
 from tests.helpers.processes import run_workers
 from tests.helpers.stages import Run, plain_training, train_engine, train_simulator
 from tests.helpers.training import clone_state

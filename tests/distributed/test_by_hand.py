@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resist_lightning import Config, Engine
-from resist_lightning.partition import draw_partition, everything
+from resist_lightning.schedule.partition import draw_partition, everything
 from tests.helpers import by_hand
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from resist_lightning.collective import GroupCollective, default_collective, destroy_group, group_exists, join_group
-from resist_lightning.verbs import SoloCollective
+from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.comm.group import destroy_group, group_exists, join_group
+from resist_lightning.comm.torch_collective import GroupCollective, default_collective
 from tests.helpers.processes import run_workers
 
 
@@ -165,5 +166,5 @@ def group_of(monkeypatch, config, device, bound):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
-    monkeypatch.setattr("resist_lightning.collective._get_default_group", lambda: group)
+    monkeypatch.setattr("resist_lightning.comm.group._get_default_group", lambda: group)
     return GroupCollective(torch.device(device) if device else None)

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from resist_lightning import Config, Engine
-from resist_lightning.exchange import Exchange
+from resist_lightning.comm.exchange import Exchange
 from tests.helpers.processes import run_workers_to_the_end
 from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
 

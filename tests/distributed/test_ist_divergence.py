@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning import Engine, NeuronConfig, NotFinite, WorkersDisagree
-from resist_lightning.sync import Sync
+from resist_lightning.methods.sync import Sync
 from tests.helpers.ist import Run, batch_of, slice_of, start_engine
 from tests.helpers.processes import run_workers
 from tests.helpers.training import clone_state, held_tensors, train_step

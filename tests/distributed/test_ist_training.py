@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import NeuronConfig
-from resist_lightning.accounting import SYNC_KINDS, all_reduce_bytes
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.comm.bytes import SYNC_KINDS, all_reduce_bytes
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_engine, train_simulator
 from tests.helpers.memory import storage_bytes
 from tests.helpers.processes import run_workers

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine
-from resist_lightning.accounting import sync_bytes
-from resist_lightning.partition import Partition, draw_partition, everything
-from resist_lightning.plan import plan_sync
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.schedule.partition import Partition, draw_partition, everything
+from resist_lightning.schedule.transfers import plan_sync
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers
 from tests.helpers.training import present_state, present_tensors

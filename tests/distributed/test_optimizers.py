@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning import Config, Engine, Simulator
-from resist_lightning.accounting import sync_bytes
-from resist_lightning.plan import plan_sync
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.schedule.transfers import plan_sync
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import Config, Engine
-from resist_lightning.accounting import sync_bytes
+from resist_lightning.methods.resist.bytes import sync_bytes
 from tests.helpers.processes import run_workers
 from tests.helpers.training import assert_equal_states, clone_state
 

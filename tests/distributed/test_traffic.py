@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from resist_lightning import Config, Engine
-from resist_lightning.accounting import SYNC_KINDS, sync_bytes
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.plan import plan_sync
+from resist_lightning.comm.bytes import SYNC_KINDS
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
 from tests.helpers.wire import Call, Wire, collectives_so_far, groups, sent_bytes

@@ -13,11 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from resist_lightning import board as board_module
-from resist_lightning import watch as watch_module
-from resist_lightning.board import Board
-from resist_lightning.liveness import Sign
-from resist_lightning.watch import Surroundings, Watch
+from resist_lightning.faults import heartbeats as board_module
+from resist_lightning.faults import watchdog as watch_module
+from resist_lightning.faults.failure_detector import Sign
+from resist_lightning.faults.heartbeats import Board
+from resist_lightning.faults.watchdog import Surroundings, Watch
 from tests.helpers.processes import run_workers
 
 KEY = "resist_lightning/board/test/1"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import resist_lightning
 from experiments.harness import tables
-from resist_lightning.blocks import select_blocks
+from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.programs import ROOT, run_program
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")])

@@ -19,8 +19,8 @@ from experiments.accuracy.settings import Settings, read_command_line
 from experiments.accuracy.training import DataParallel, make_optimizer, make_trainer, train
 from experiments.harness.record import read_record
 from resist_lightning import Config
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.blocks import select_blocks
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.network import select_blocks
 
 SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
 TRAINED = [name for name in known() if name != "check"]

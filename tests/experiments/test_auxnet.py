@@ -25,7 +25,7 @@ from experiments.auxnet.tasks import ALL
 from experiments.auxnet.training import Clock, Job, by_formula, stream_of
 from experiments.harness.record import read_record
 from experiments.harness.tables import PLACE, filled
-from resist_lightning.blocks import find_blocks
+from resist_lightning.methods.residual import find_blocks
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, refusal, run_program
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from experiments.faults import faults, strikes
 from experiments.faults.faults import PLACES, Fault, Injector
-from resist_lightning.activity import Activity
+from resist_lightning.schedule.progress import Activity
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end

@@ -24,8 +24,8 @@ from experiments.ist.tasks import TASKS
 from experiments.ist.training import finisher, make_start, measure, sent_bytes, train
 from experiments.links.closed_form import _of_neurons, neuron_bytes
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.programs import ROOT, refusal, run_program
 
 PROGRAM = "experiments/ist/run.py"

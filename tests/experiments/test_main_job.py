@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments.train import cpu_threads
-from resist_lightning.ist.partition import draw_neurons
+from resist_lightning.methods.ist.partition import draw_neurons
 
 SMALL = [
     "model.depth=26", "model.width_multiplier=0.125", "threads=1",

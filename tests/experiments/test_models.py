@@ -12,7 +12,7 @@ from experiments.app.build import build_data, build_module
 from experiments.harness.settings import ConfigError
 from experiments.networks import mlp
 from resist_lightning import NeuronConfig
-from resist_lightning.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.layout import NeuronLayout
 from tests.conf.conftest import Compose, composed
 
 __all__ = ["composed"]

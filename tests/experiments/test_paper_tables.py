@@ -15,8 +15,8 @@ from experiments.paper_tables.networks import Network, count_parameters, measure
 from experiments.paper_tables.settings import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
 from resist_lightning import Config
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.blocks import select_blocks
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.models import preact_resnet
 from tests.helpers.programs import ROOT, refusal, run_program
 

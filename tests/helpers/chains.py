@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.auxnet.chain import Chain, find_chain
 from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.network.chain import Chain, find_chain
 from tests.helpers.nets import MlpBlock
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from resist_lightning.ist.neurons import Neurons
+from resist_lightning.methods.ist.network.neurons import Neurons
 
 
 def cut(module: nn.Module, neurons: Neurons, kept: Sequence[Sequence[int]]) -> nn.Module:

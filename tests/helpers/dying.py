@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch.utils.data import DataLoader
 
-from resist_lightning.liveness import BEAT_SECONDS
+from resist_lightning.faults.failure_detector import BEAT_SECONDS
 from tests.helpers.plain import Classifier, batch_of
 from tests.helpers.trainers import QUIET, kind_for, make_strategy
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning import Engine, NeuronConfig, NeuronSimulator
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.partition import Partition
-from resist_lightning.verbs import Collective
+from resist_lightning.comm.collective import Collective
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.schedule.partition import Partition
 from tests.helpers.training import clone_state, train_step
 
 CLASSES = 4

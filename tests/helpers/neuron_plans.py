@@ -6,10 +6,10 @@ from typing import TypeAlias
 
 from hypothesis import strategies as st
 
-from resist_lightning.ist.neurons import Cut
-from resist_lightning.ist.partition import draw_neurons, kept_rows
-from resist_lightning.ist.plan import NeuronPlan, Piece
-from resist_lightning.partition import Partition
+from resist_lightning.methods.ist.network.neurons import Cut
+from resist_lightning.methods.ist.partition import draw_neurons, kept_rows
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece
+from resist_lightning.schedule.partition import Partition
 from tests.helpers.partitions import of_holders
 
 Entry: TypeAlias = tuple[int, int]

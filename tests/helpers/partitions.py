@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from resist_lightning.partition import Partition
+from resist_lightning.schedule.partition import Partition
 
 
 @st.composite

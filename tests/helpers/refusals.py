@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning.errors import LayerSelectionError
-from resist_lightning.ist.discovery import find_neurons
+from resist_lightning.methods.ist.network.discovery import find_neurons
 
 
 class Net(nn.Module):

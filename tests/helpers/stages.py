@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
 from resist_lightning import Engine, StageConfig, StageSimulator
-from resist_lightning.auxnet.chain import find_chain
-from resist_lightning.auxnet.layout import StageLayout
-from resist_lightning.auxnet.store import contents
-from resist_lightning.auxnet.worker import StageWorker
+from resist_lightning.comm.collective import Collective, SoloCollective
+from resist_lightning.methods.auxnet.layout import StageLayout
+from resist_lightning.methods.auxnet.network.chain import find_chain
+from resist_lightning.methods.auxnet.step.store import contents
+from resist_lightning.methods.auxnet.step.worker import StageWorker
 from resist_lightning.models import PreActResNet
-from resist_lightning.verbs import Collective, SoloCollective
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.threads import ThreadCollective
 from tests.helpers.training import clone_state

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resist_lightning.verbs import Collective, Finish
+from resist_lightning.comm.collective import Collective, Finish
 
 SECONDS = 20.0
 

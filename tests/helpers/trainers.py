@@ -28,7 +28,7 @@ from resist_lightning import (
     ResISTStrategy,
     Simulator,
 )
-from resist_lightning.strategies.subnet import SubnetStrategy
+from resist_lightning.strategies.base import SubnetStrategy
 from tests.helpers.plain import Classifier, batch_of, stream
 from tests.helpers.processes import run_workers, run_workers_to_the_end
 from tests.helpers.worker import Outcome

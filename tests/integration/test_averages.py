@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from resist_lightning import Config, Simulator
-from resist_lightning.accounting import SYNC_KINDS, sync_bytes
-from resist_lightning.block_layout import BlockLayout
-from resist_lightning.optimizer_state import OptimizerStates
-from resist_lightning.plan import plan_sync
+from resist_lightning.comm.bytes import SYNC_KINDS
+from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, batch_of, evaluate, held_out, stream
 from tests.helpers.trainers import QUIET, make_strategy, make_trainer, run_trainers

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from resist_lightning import CheckpointError, CheckpointNotWritten
-from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
@@ -126,7 +126,7 @@ class KilledWhileSaving(L.Callback):
             trainer.save_checkpoint(self.path)
         if trainer.global_step == SAVED_AFTER:
             if trainer.global_rank == 0:
-                from resist_lightning import files
+                from resist_lightning.checkpoint import files
 
                 files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path)

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 from resist_lightning import CheckpointError, CheckpointNotWritten
-from resist_lightning.strategies.checkpoints import CHECKPOINT_KEY
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from resist_lightning import PartialModelError, WorkerLost, WorkersDisagree
-from resist_lightning.strategies.signals import SAME_SECONDS
+from resist_lightning.strategies.launching.signals import SAME_SECONDS
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state

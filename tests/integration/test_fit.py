@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from resist_lightning import Config
-from resist_lightning.partition import draw_partition
+from resist_lightning.schedule.partition import draw_partition
 from tests.helpers.plain import Classifier, held_out
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (

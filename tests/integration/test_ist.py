@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from resist_lightning import LayerSelectionError, NeuronConfig, NotFinite
 from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.optimizer_state import OptimizerStates
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.plain import Classifier, evaluate, held_out, stream
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (

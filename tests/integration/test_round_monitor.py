@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 
 from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
-from resist_lightning.partition import draw_partition
+from resist_lightning.schedule.partition import draw_partition
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resist_lightning import Config, Engine
-from resist_lightning.blocks import select_blocks
+from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
 from tests.helpers.trainers import fit, run_trainers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning import CheckpointError, Config, NeuronConfig, NeuronSimulator, WorkerLost
-from resist_lightning.snapshots import SnapshotFolder
+from resist_lightning.checkpoint.snapshots import SnapshotFolder
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.restarted import STEPS
 from tests.helpers.trainers import (

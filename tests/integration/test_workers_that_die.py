@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from resist_lightning import WorkerLost
-from resist_lightning.watch import EXIT_CODE
+from resist_lightning.faults.watchdog import EXIT_CODE
 from tests.helpers import dying
 from tests.helpers.plain import Classifier
 from tests.helpers.processes import run_workers, run_workers_to_the_end

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "resist_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TALKS = PACKAGE / "collective.py"
+TALKS = {PACKAGE / "comm" / "torch_collective.py", PACKAGE / "comm" / "group.py"}
 
 LINES_OF_A_FILE = 300
 LINES_OF_A_FUNCTION = 60
@@ -56,13 +56,13 @@ def test_the_search_itself(source, found):
 
 def test_the_package_is_where_we_look():
     assert len(FILES) > 15
-    assert TALKS in FILES
+    assert set(FILES) >= TALKS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_the_collective_talks(path):
     hits = reaches_distributed(ast.parse(path.read_text()))
-    assert (hits != []) == (path == TALKS), f"{path.name} reaches {hits}"
+    assert (hits != []) == (path in TALKS), f"{path.name} reaches {hits}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -6,10 +6,10 @@ import pytest
 from torch import nn
 
 from resist_lightning import Config, NeuronConfig
-from resist_lightning.block_layout import BlockLayout
 from resist_lightning.callbacks import RoundMonitor, _neurons
-from resist_lightning.ist.layout import NeuronLayout
-from resist_lightning.ist.partition import draw_neurons
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.partition import draw_neurons
+from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.models import preact_resnet
 
 

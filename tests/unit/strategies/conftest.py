@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from resist_lightning.strategies import processes
+from resist_lightning.strategies.launching import processes
 from tests.helpers.trainers import QUIET
 
 

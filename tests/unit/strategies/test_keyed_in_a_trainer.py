@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from resist_lightning.strategies.keyed import key_loader
+from resist_lightning.strategies.data.seeded_loader import key_loader
 from tests.helpers.trainers import QUIET
 
 

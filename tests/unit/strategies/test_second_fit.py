@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resist_lightning.scaling import ScaleHook
+from resist_lightning.methods.resist.scaling import ScaleHook
 from tests.helpers.nets import Undeclared, mlp
 from tests.helpers.plain import Classifier, make_net, stream
 from tests.helpers.trainers import kind_for, make_strategy, make_trainer

@@ -1,0 +1,173 @@
+"""Snapshots: what every worker has at the border of a round, on disk, written without a word to the others.
+
+::
+
+    FOLDER/round=00000012/worker-0-of-3.5f00aa21.pt      shared tensors, its blocks, its random state, its place in
+                          worker-1-of-3.9c4711d0.pt      the data; the checksum is in the name
+                          worker-2-of-3.11e0c2ff.pt
+           agents.json                                   who may go on from here by itself
+
+At a border nothing is averaged any more and every block is whole in the file of some worker, so all files of a round
+together are the full model, for any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resist_lightning.checkpoint.files import read_sealed, write_sealed
+from resist_lightning.errors import CheckpointError
+
+KEPT_ROUNDS = 2
+"""The newest, and the one before in case the newest is damaged."""
+
+_AGENTS = "agents.json"
+_ROUND = re.compile(r"round=(\d{8,})")
+_FILE = re.compile(r"worker-(\d+)-of-(\d+)\.[0-9a-f]{8}\.pt")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of a round that this worker can see.
+
+    Args:
+        round: the round that begins there.
+        workers: how many wrote it.
+        files: their files, by worker.
+    """
+
+    round: int
+    workers: int
+    files: dict[int, Path]
+
+
+class SnapshotFolder:
+    """A folder of snapshots.
+
+    Args:
+        path: of the folder; all workers should see the same one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, state: dict[str, Any], round: int, worker: int, workers: int) -> None:
+        """Write this worker's file, and remove its files of older rounds.
+
+        The newest two rounds stay, and the newest one that is whole as far as this worker can see: where the disk of
+        another worker is full, it is the one to go on from.
+
+        Raises:
+            OSError: if it cannot be written; the snapshots before it stay as they are.
+        """
+        folder = self._of(round)
+        written = write_sealed(state, folder, f"worker-{worker}-of-{workers}")
+        for file in folder.glob(f"worker-{worker}-of-*.pt"):
+            if file != written:
+                file.unlink(missing_ok=True)
+        rounds, whole = self._rounds(), self._newest_whole()
+        for old in [old for old in rounds[KEPT_ROUNDS:] if old != whole]:
+            _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
+
+    def newest_first(self) -> list[Snapshot]:
+        """The files that this worker can see, newest round first."""
+        found = []
+        for round in self._rounds():
+            sets: dict[int, dict[int, Path]] = {}
+            names: list[str] = []
+            with suppress(FileNotFoundError):  # another worker has just removed it
+                names = sorted(os.listdir(self._of(round)))
+            for name in names:
+                if match := _FILE.fullmatch(name):
+                    sets.setdefault(int(match[2]), {})[int(match[1])] = self._of(round) / name
+            found += [Snapshot(round, workers, files) for workers, files in sorted(sets.items(), reverse=True)]
+        return found
+
+    def forget_later(self, round: int) -> None:
+        """Remove the snapshots of rounds after ``round``: a run that went on from it never saw them."""
+        for later in self._rounds():
+            if later > round:
+                _remove(self._of(later).glob("*worker-*-of-*.p*t"), self._of(later))
+
+    def remove(self) -> None:
+        """Remove all snapshots, and the folder if nothing else is in it: it may be one that the user has for more."""
+        self.forget_later(-1)
+        _remove([self.path / _AGENTS], self.path)
+
+    def agents(self) -> list[int]:
+        """Numbers of the agents whose workers may go on from here by themselves."""
+        with suppress(OSError, ValueError):
+            return [int(number) for number in json.loads((self.path / _AGENTS).read_text())]
+        return []
+
+    def make(self) -> None:
+        """Make the folder, if it is not there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def set_agents(self, agents: Iterable[int]) -> None:
+        """Say whose workers may go on from here by themselves."""
+        self.make()
+        (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
+
+    def _newest_whole(self) -> int | None:
+        """The newest round with a file of each worker that has any here; each host may have a folder of its own."""
+        snapshots = self.newest_first()
+        writers = {(snapshot.workers, worker) for snapshot in snapshots for worker in snapshot.files}
+        for snapshot in snapshots:
+            if all(worker in snapshot.files for workers, worker in writers if workers == snapshot.workers):
+                return snapshot.round
+        return None
+
+    def _rounds(self) -> list[int]:
+        """The rounds that have snapshots, newest first."""
+        names: list[str] = []
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            names = os.listdir(self.path)
+        found = (_ROUND.fullmatch(name) for name in names)
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def _of(self, round: int) -> Path:
+        return self.path / f"round={round:08d}"
+
+
+def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
+    """The rounds that this worker could go on from, newest first: its own file, or else all files, are whole.
+
+    Args:
+        snapshots: of :meth:`SnapshotFolder.newest_first`.
+        worker: this worker.
+        workers: how many there are now.
+    """
+    return [snapshot.round for snapshot in snapshots if _whole(needed(snapshot, worker, workers))]
+
+
+def needed(snapshot: Snapshot, worker: int, workers: int) -> list[Path]:
+    """The files that a worker must read: its own, or, after another number of workers, all; empty if one is missing."""
+    if snapshot.workers == workers:
+        return [snapshot.files[worker]] if worker in snapshot.files else []
+    files = [snapshot.files[writer] for writer in range(snapshot.workers) if writer in snapshot.files]
+    return files if len(files) == snapshot.workers else []
+
+
+def _whole(files: list[Path]) -> bool:
+    try:
+        for file in files:
+            read_sealed(file)
+    except CheckpointError:
+        return False
+    return bool(files)
+
+
+def _remove(files: Iterable[Path], folder: Path) -> None:
+    with suppress(FileNotFoundError):  # another worker has just removed the folder
+        for file in files:
+            file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is still there
+        folder.rmdir()

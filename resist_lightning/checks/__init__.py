@@ -1,0 +1,1 @@
+"""Workers agree, or stop."""

@@ -1,0 +1,169 @@
+"""What would spread or part the workers in silence: NaN and infinity before a sync, unequal tensors after one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from resist_lightning.checks.fingerprint import digest, unequal
+from resist_lightning.checks.frozen_tensors import FrozenTensors
+from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
+from resist_lightning.checks.header import Purpose
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.tensors import computable, is_continuous
+from resist_lightning.errors import NotFinite, WorkersDisagree
+from resist_lightning.methods.layout import Layout
+from resist_lightning.schedule.progress import Clock
+
+MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
+"""Purposes after which weights are averaged."""
+
+
+class Soundness:
+    """Finds what must not be averaged, and what should be equal and is not. What it finds travels in headers.
+
+    Args:
+        layout: the model's parts and the settings.
+        collective: the workers.
+
+    Attributes:
+        left_out: workers that the last meeting left out of the means, under ``non_finite="drop"``.
+        frozen: the parameters that no average includes, until somebody writes them.
+    """
+
+    def __init__(self, layout: Layout, collective: Collective) -> None:
+        self.left_out: tuple[int, ...] = ()
+        self.frozen = FrozenTensors(layout)
+        self._written: list[str] = []
+        self._layout = layout
+        self._collective = collective
+        self._hasher = Hasher({"sampled": SAMPLED_SHARE, "full": 1, "off": 0}[layout.config.check])
+        self._hashes: dict[str, Tensor] = {}
+        self._round = 0
+        self._masks: set[str] = set()
+
+    def begin(self) -> None:
+        """Note which buffers are not finite when training starts, such as masks of -inf: they are never questioned."""
+        self._masks = {name for name, buffer in self._layout.module.named_buffers() if not _finite(buffer)}
+
+    def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
+        """Hash what a sync has just made equal on all workers; the next meeting compares it. Sends nothing.
+
+        Args:
+            tensors: by name, the same on all workers.
+            round: the round that begins.
+        """
+        if self._layout.config.check != "off" and self._collective.workers > 1:
+            self._hashes = dict(zip(tensors, self._hasher.hashes(tensors.values(), round), strict=True))
+            self._round = round
+
+    def numbers(self, purpose: Purpose) -> list[float]:
+        """Numbers to tell the others: of the hashes, the first tensor that is not finite, and frozen ones written."""
+        hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
+        self._written = self.frozen.written() if purpose in MIXING else []
+        not_finite = float(self._first_not_finite() if purpose in MIXING else 0)
+        return [*hashed, not_finite, _number_of(self._written)]
+
+    def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
+        """Compare the numbers of all workers.
+
+        Collective: every worker must call this, in the same order; it sends something only if hashes differ, or if
+        workers have written different frozen tensors.
+
+        Args:
+            numbers: of all workers, in order; see :meth:`numbers`.
+            clock: where the workers are.
+
+        Raises:
+            WorkersDisagree: naming tensors that the last sync left unequal.
+            NotFinite: naming the first tensor of a worker that is not finite.
+        """
+        if len({hashed for hashed, *_ in numbers}) > 1:
+            rows = self._collective.gather_numbers(as_numbers(self._hashes.values()))
+            raise WorkersDisagree(
+                f"the sync into round {self._round} left tensors unequal that it makes equal on all workers: "
+                f"{unequal(list(self._hashes), rows)}. Likely causes: faulty memory or network, code that writes to "
+                "tensors while a sync runs, or builds of torch that compute differently. The last checkpoint that was "
+                "saved before that round is sound: resume from it."
+            )
+        self._agree_on_written({written for *_, written in numbers})
+        found = {worker: int(first) for worker, (_, first, _) in enumerate(numbers) if first}
+        self.left_out = ()
+        if found and (self._layout.config.non_finite == "raise" or len(found) == len(numbers)):
+            raise NotFinite(self._describe(found, clock) + _WAY_OUT)
+        if found:
+            self.left_out = tuple(found)
+            if self._collective.worker == 0:
+                warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
+
+    def _agree_on_written(self, digests: set[float]) -> None:
+        """Average from now on the frozen tensors that some worker has written; they would part in silence."""
+        if digests == {0.0}:
+            return
+        written = set(self._written)
+        if len(digests) > 1:
+            lists = [json.loads(text) for text in self._collective.gather_bytes(json.dumps(self._written).encode())]
+            written = {name for names in lists for name in names}
+        self._layout.written |= written
+        if self._collective.worker == 0:
+            size = sum(self._layout.shared[name].nbytes for name in written)
+            others = f" and {len(written) - 1} others" if len(written) > 1 else ""
+            warnings.warn(
+                f"{min(written)}{others}: frozen, but written by the program (a moving average?). The workers average "
+                f"them from now on, which adds {size / 1e6:.3g} MB to what every sync averages.",
+                stacklevel=5,
+            )
+
+    def _names(self) -> list[str]:
+        module = self._layout.module
+        return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+
+    def _first_not_finite(self) -> int:
+        """Place of the first tensor that is not finite, counted from 1; 0 if there is none. Absent ones are passed."""
+        names = self._layout.changing() - self._masks
+        module = self._layout.module
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        looked_at = [(i, t.detach()) for i, (name, t) in enumerate(tensors) if name in names and _could_be(t)]
+        doubtful = _sums_not_finite([tensor for _, tensor in looked_at])
+        return next((i + 1 for (i, t), doubt in zip(looked_at, doubtful, strict=True) if doubt and not _finite(t)), 0)
+
+    def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
+        names = self._names()
+        places = (f"worker {worker} in {self._layout.place(names[first - 1])}" for worker, first in found.items())
+        who = "all workers have" if len(found) == self._collective.workers else "there is"
+        where = f"after local step {clock.step} of round {clock.round}"
+        return f"{who} NaN or infinity {where}: {', '.join(places)}."
+
+
+_WAY_OUT = (
+    " Nothing was averaged: no other worker has them from this one. Likely causes: a learning rate that is too high, "
+    "a bad batch, 16-bit numbers that overflow. Resume from the last checkpoint with that changed; "
+    "non_finite='drop' leaves such a worker out of a round, as long as another one is sound."
+)
+
+
+def _number_of(names: Sequence[str]) -> float:
+    """Stands for some names; 0 for none."""
+    return float(digest({"written": dict.fromkeys(names, "")})) if names else 0.0
+
+
+def _could_be(tensor: Tensor) -> bool:
+    return not tensor.is_meta and is_continuous(tensor.dtype)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(computable(tensor).isfinite().all())
+
+
+def _sums_not_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each tensor's sum is NaN or infinite: always where an entry is. Reads every entry once, makes no copy."""
+    if not tensors:
+        return []
+    numbers = map(computable, tensors)
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in numbers]
+    found: list[bool] = torch.stack([value.isfinite().logical_not() for value in sums]).tolist()
+    return found

@@ -1,0 +1,146 @@
+"""How workers meet: every sync begins with a header that all must agree on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from resist_lightning.checks.divergence import Soundness
+from resist_lightning.checks.environment import fingerprint_of
+from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, read, write
+from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
+from resist_lightning.comm.collective import Collective
+from resist_lightning.errors import WorkersDisagree
+from resist_lightning.methods.layout import Layout
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.state.optimizer_state import OptimizerStates
+
+_EXTRA_NUMBERS = 2
+
+
+class Host:
+    """What surrounds the engine; numbers that it wants compared or agreed upon travel in the header of each sync."""
+
+    def settings(self) -> dict[str, str]:
+        """Settings of its own that all workers must share, by name; compared once, at the start."""
+        return {}
+
+    def stop_flag(self) -> int:
+        """Whether this worker was asked to stop; all workers must say the same."""
+        return 0
+
+    def report(self) -> list[float]:
+        """Numbers to tell the other workers."""
+        return []
+
+    def learn(self, reports: list[list[float]]) -> None:
+        """Receive the numbers of all workers; at every meeting."""
+
+    def agree(self, reports: list[list[float]]) -> None:
+        """Receive them where a round ends, and change what the next local steps use, equally on all workers."""
+
+
+class Meeting:
+    """Compares headers before any weight is sent.
+
+    Args:
+        layout: the model's parts; workers with different ones must not mix.
+        collective: the workers.
+        host: what surrounds the engine.
+        rate: the learning rate of this worker now.
+
+    Attributes:
+        soundness: what it looks for besides headers.
+    """
+
+    def __init__(
+        self, layout: Layout, collective: Collective, host: Host, rate: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self._layout = layout
+        self._collective = collective
+        self._host = host
+        self._rate = rate
+        self._rates_differed = False
+        self.soundness = Soundness(layout, collective)
+
+    def introduce(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
+        """Meet for the first time, before anything is trained.
+
+        Collective: every worker must call this, in the same order.
+
+        Args:
+            clock: where this worker is.
+            states: its optimizers.
+            extra: at most two numbers to tell the others.
+
+        Returns:
+            The extra numbers of every worker.
+
+        Raises:
+            WorkersDisagree: if the workers differ in code, versions, settings, optimizers or models; it says how.
+        """
+        fingerprint = fingerprint_of(self._layout, states, self._host.settings())
+        return self.hold(Purpose.START, clock, extra, fingerprint=fingerprint)
+
+    def hold(
+        self, purpose: Purpose, clock: Clock, extra: Sequence[float] = (), *, fingerprint: Fingerprint | None = None
+    ) -> list[list[float]]:
+        """Meet the other workers.
+
+        Collective: every worker must call this, in the same order.
+
+        Args:
+            purpose: why the workers meet.
+            clock: where this worker is.
+            extra: at most two numbers to tell the others.
+            fingerprint: compared in the place of the layout, at the start.
+
+        Returns:
+            The extra numbers of every worker.
+
+        Raises:
+            WorkersDisagree: if the workers are in different states, or the last sync left them unequal tensors.
+            NotFinite: if weights are to be averaged and a worker has NaN or infinity, unless it is left out for that.
+        """
+        if purpose in (Purpose.START, Purpose.SYNC):  # for an observation it was done before, and its code may swap
+            self._layout.tensors.keep()
+        layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
+        header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
+        mine = [*header_numbers(header), *self.soundness.numbers(purpose)]
+        extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
+        received = self._collective.gather_numbers([*mine, *extra, self._rate(), *self._host.report()])
+        headers = [read_header(numbers) for numbers in received]
+        if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
+            self._compare([other.layout for other in headers], fingerprint)
+        check_headers(headers)
+        self.soundness.judge([numbers[len(header_numbers(header)) : len(mine)] for numbers in received], clock)
+        end = len(mine) + len(extra)
+        told = [numbers[end + 1 :] for numbers in received]
+        self._host.learn(told)
+        if purpose == Purpose.SYNC:
+            self._compare_rates([numbers[end] for numbers in received])
+            self._host.agree(told)
+        return [numbers[len(mine) : end] for numbers in received]
+
+    def _compare_rates(self, rates: Sequence[float]) -> None:
+        """Say once that schedules have parted, which is legal, but seldom meant."""
+        if len(set(rates)) == 1 or self._rates_differed:
+            return
+        self._rates_differed = True
+        if self._collective.worker == 0:
+            values = ", ".join(f"worker {worker} {rate:g}" for worker, rate in enumerate(rates))
+            warnings.warn(
+                f"the workers train at different learning rates (mean over all parameter groups: {values}). A schedule "
+                "follows a number that is not the same everywhere: log the metric of ReduceLROnPlateau with "
+                "sync_dist=True, or step the schedule by epochs.",
+                stacklevel=4,
+            )
+
+    def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
+        """Say how workers differ whose digests do."""
+        if len(set(digests)) > 1:
+            told = differences([read(text) for text in self._collective.gather_bytes(write(fingerprint))])
+            raise WorkersDisagree(
+                "workers were started differently:\n  " + "\n  ".join(told) + "\nNo weights were mixed. Start all "
+                "workers with the same code, packages and settings."
+            )

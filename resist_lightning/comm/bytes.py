@@ -1,0 +1,87 @@
+"""Bytes by closed form, to stand beside the counted ones. Standard library only.
+
+Bytes are decimal and count what a worker *sends*; what it receives is the same in total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SYNC_KINDS = ("shared", "merge", "hand_over", "state")
+
+TRAINING_KINDS = (*SYNC_KINDS, "boundary", "output")
+
+KINDS = (*TRAINING_KINDS, "evaluation", "checkpoint", "start", "control")
+"""Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``; between stages, what
+crosses a ``boundary``, and the network's ``output``), observation (``evaluation``, ``checkpoint``), once at the
+``start``, and ``control`` (headers)."""
+
+
+def all_reduce_bytes(payload_bytes: int, workers: int) -> int:
+    """Bytes that one worker sends in an all-reduce of ``payload_bytes``: 2 (S - 1) / S of them, rounded up."""
+    return -(-2 * (workers - 1) * payload_bytes // workers)
+
+
+def ddp_bytes(model_bytes: int, workers: int, steps: int) -> int:
+    """Bytes that one worker of data-parallel training sends: all gradients, in every step."""
+    return steps * all_reduce_bytes(model_bytes, workers)
+
+
+def local_sgd_bytes(model_bytes: int, workers: int, rounds: int) -> int:
+    """Bytes that one worker of local SGD sends: all parameters, once a round."""
+    return rounds * all_reduce_bytes(model_bytes, workers)
+
+
+def parameter_server_bytes(subnet_bytes: Sequence[int]) -> int:
+    """Bytes of a round by the paper's accounting (Table 1): every worker sends and receives its sub-network."""
+    return 2 * sum(subnet_bytes)
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """How trainable parameters look on the wire: groups of entries, with a scale each.
+
+    Args:
+        bits: bits of an entry.
+        group: entries that share a scale; the last group of a message is filled up.
+        scale_bytes: bytes of a scale.
+    """
+
+    bits: int
+    group: int = 1
+    scale_bytes: int = 0
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a group, its scale included."""
+        return self.bits * self.group // 8 + self.scale_bytes
+
+    def groups(self, entries: int) -> int:
+        """Groups of a message of ``entries``."""
+        return -(-entries // self.group)
+
+    def bytes(self, entries: int) -> int:
+        """Bytes of a message of ``entries``."""
+        return self.groups(entries) * self.group_bytes
+
+    def share(self, entries: int, worker: int, workers: int) -> tuple[int, int]:
+        """First group, and the one after the last, that ``worker`` averages for all."""
+        groups = self.groups(entries)
+        return groups * worker // workers, groups * (worker + 1) // workers
+
+    def mean_bytes(self, entries: int, worker: int, workers: int) -> int:
+        """Bytes that ``worker`` sends for a mean: the others' shares to them, and its own share to all of them."""
+        first, last = self.share(entries, worker, workers)
+        mine = last - first
+        return (self.groups(entries) - mine + mine * (workers - 1)) * self.group_bytes
+
+
+WIRE_FORMATS: dict[str, WireFormat | None] = {
+    "fp32": None,
+    "bf16": WireFormat(16),
+    "int8": WireFormat(8, group=256, scale_bytes=4),
+    "int6": WireFormat(6, group=256, scale_bytes=4),
+    "int4": WireFormat(4, group=256, scale_bytes=4),
+}
+"""By name; None sends every tensor in its own data type."""

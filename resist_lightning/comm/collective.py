@@ -1,0 +1,140 @@
+"""What one worker can say to the others, without the means; and a worker that is alone.
+
+All verbs work on flat buffers, and every byte is counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+from typing_extensions import override
+
+Finish: TypeAlias = Callable[[], None]
+"""Waits for something that was begun."""
+
+
+class Collective(ABC):
+    """What one worker can say to the others.
+
+    Attributes:
+        sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.comm.bytes.KINDS`).
+    """
+
+    def __init__(self, worker: int, workers: int) -> None:
+        self.worker = worker
+        self.workers = workers
+        self.sent_bytes: Counter[str] = Counter()
+
+    @abstractmethod
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Numbers of all workers. Collective: every worker must call this, in the same order."""
+
+    @abstractmethod
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Bytes of all workers, of any length. Collective: every worker must call this, in the same order."""
+
+    @abstractmethod
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+
+        Collective: every worker must call this, in the same order, with the same size and data type.
+
+        Returns:
+            A function that waits for it. Until it has returned, ``flat`` must be left alone; other verbs may be used.
+        """
+
+    def mean_(self, flat: Tensor, kind: str) -> None:
+        """:meth:`start_mean`, and wait. Collective: every worker must call this, in the same order."""
+        self.start_mean(flat, kind)()
+
+    @abstractmethod
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
+
+    @abstractmethod
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Send and receive flat buffers, all at once.
+
+        Not a collective of all: only pairs of workers that have a message take part, and both must call it.
+
+        Args:
+            sends: for each target worker, flat buffers to send.
+            receives: for each source worker, flat buffers to fill.
+            kinds: bytes of ``sends`` by kind.
+        """
+
+    @abstractmethod
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """Begin to send a tensor to one worker, which must call :meth:`start_receive` with the same tag.
+
+        Of several messages with one tag, the first sent is the first received.
+
+        Returns:
+            A function that waits until ``flat`` may be written to again.
+        """
+
+    @abstractmethod
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """Begin to receive a tensor of the shape of ``flat`` from one worker; see :meth:`start_send`.
+
+        Returns:
+            A function that waits for it; ``flat`` must be left alone until then.
+        """
+
+
+class SoloCollective(Collective):
+    """One worker alone: nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(worker=0, workers=1)
+
+    @override
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Its own numbers."""
+        return [list(numbers)]
+
+    @override
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Its own bytes."""
+        return [text]
+
+    @override
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        """Nothing to do."""
+        return _nothing
+
+    @override
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Nothing to do."""
+
+    @override
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Nothing to do."""
+
+    @override
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """There is nobody."""
+        raise ValueError(f"worker {target} does not exist: this one is alone.")
+
+    @override
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """There is nobody."""
+        raise ValueError(f"worker {source} does not exist: this one is alone.")
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""

@@ -1,0 +1,130 @@
+"""Joins and leaves torch.distributed's default group, and gives access to its store."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store
+from torch.distributed.rendezvous import rendezvous
+
+from resist_lightning.comm.sockets import noted, remembered
+from resist_lightning.comm.torchrun import attempt
+
+
+def check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
+    """Raise where the default group cannot serve the tensors of this worker."""
+    config = ",".join(f"{kind}:{name}" for kind, name in backends.items())
+    if backend is None or (backend == "gloo" and backends.get("cpu") != "gloo"):
+        raise ValueError(
+            f"the module is on {device}, and torch.distributed's default group has {config!r} only. Move the module "
+            "to its GPU before the Engine is made, or call init_process_group('cpu:gloo,cuda:nccl')."
+        )
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(
+            f"torch.distributed's default group sends tensors on {device} by {backend!r}, and only 'gloo' and 'nccl' "
+            "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
+        )
+    group: Any = _get_default_group()  # torch's stubs do not know all of it
+    bound = group.bound_device_id
+    if backend == "nccl" and bound is not None and device.index not in (None, bound.index):
+        raise ValueError(
+            f"worker {dist.get_rank()}'s module is on {device}, and its process group is bound to {bound}. Call "
+            f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
+            "before the module is moved."
+        )
+
+
+def group_exists() -> bool:
+    """Whether torch.distributed's default group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+_stores: dict[tuple[int, str, int], Store] = {}
+_groups_joined: Counter[tuple[int, str, int]] = Counter()
+
+
+def join_group(
+    backend: str,
+    *,
+    address: str,
+    port: int,
+    worker: int,
+    workers: int,
+    timeout: timedelta,
+    device: torch.device | None = None,
+) -> None:
+    """Make torch.distributed's default group. Collective: every worker must call this, equally often.
+
+    All groups that a process joins one after the other share one store, each under a name of its own. A store that
+    ends with its group, or in which the next group uses the old names (under torchrun), shows a quick worker where
+    the others *were*; it is then refused the connection.
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``.
+        address: of worker 0's host.
+        port: where worker 0, or torchrun, serves the store.
+        worker: this worker's number.
+        workers: how many there are.
+        timeout: for the making of the group and for everything said in it.
+        device: of this worker, where the backend should bind to it.
+    """
+    key = (os.getpid(), address, port)
+    if key not in _stores:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        with noted(set()):
+            _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
+    store = _stores[key]
+    store.set_timeout(timeout)
+    _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
+    with remembered():
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store),
+            rank=worker,
+            world_size=workers,
+            timeout=timeout,
+            device_id=device,
+        )
+
+
+def messages_sent() -> int:
+    """How many operations this process has begun in the default group; 0 where there is no group. Sends nothing."""
+    if not group_exists():
+        return 0
+    group: Any = _get_default_group()
+    try:
+        return int(group._get_sequence_number_for_group())
+    except RuntimeError:  # a backend that does not count
+        return 0
+
+
+class StoreClient(Protocol):
+    """What can be done with the group's store without a collective."""
+
+    def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
+    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
+    def set_timeout(self, timeout: timedelta, /) -> None: ...  # noqa: D102
+    def clone(self) -> StoreClient:
+        """A connection of its own to the same store, which another thread may use."""
+
+
+def group_store() -> StoreClient:
+    """The store through which the default group was made."""
+    return _get_default_store()
+
+
+def groups_joined() -> int:
+    """How many groups this process has joined so far."""
+    return sum(count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid())
+
+
+def destroy_group() -> None:
+    """Leave torch.distributed's default group. Collective: every worker must call this."""
+    dist.destroy_process_group()

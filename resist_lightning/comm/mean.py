@@ -1,0 +1,144 @@
+"""Means over the workers: of flat buffers, and, compressed, of what a round changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from resist_lightning.comm.collective import Collective, Finish
+from resist_lightning.comm.quantize import Wire, arrange, flatten, split
+from resist_lightning.comm.tensors import computable
+
+
+def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
+    """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+
+    Collective: every worker must call this, in the same order, those that are left out too.
+
+    Args:
+        collective: the workers.
+        flat: of the same size and data type on all workers.
+        kind: how the bytes are counted.
+        left_out: workers that get the mean, but whose own values do not count; not all of them.
+
+    Returns:
+        A function that waits for it.
+    """
+    numbers = computable(flat)
+    if collective.worker in left_out:
+        numbers.fill_(_least(numbers.dtype))
+    finish = collective.start_mean(numbers, kind)
+
+    def finish_mean() -> None:
+        finish()
+        if left_out and numbers.is_floating_point():
+            numbers.mul_(collective.workers / (collective.workers - len(left_out)))
+        if numbers.dtype != flat.dtype and not flat.is_complex():
+            flat.copy_(numbers)
+
+    return finish_mean
+
+
+def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
+    """Replace ``own`` by the mean of it and ``others``; by the maximum for integers."""
+    own = own.detach()
+    numbers = computable(own)
+    received = [computable(other.to(own.device)) for other in others]
+    if numbers.is_floating_point():
+        # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
+        offset = torch.stack([other - numbers for other in received]).sum(0)
+        numbers.add_(offset / (len(others) + 1))
+    else:
+        for other in received:
+            numbers.copy_(torch.maximum(numbers, other))
+    if numbers.dtype != own.dtype and not own.is_complex():
+        own.copy_(numbers)
+
+
+def _least(dtype: torch.dtype) -> int:
+    """What adds nothing to a sum, and is no maximum."""
+    return 0 if dtype.is_floating_point or dtype == torch.bool else torch.iinfo(dtype).min
+
+
+class Changes:
+    """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
+
+    Every worker averages an equal share of the entries for all: first each sends the others their shares of its
+    change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
+    with the same, bit for bit.
+
+    Args:
+        collective: the workers.
+        wire: how the changes are sent.
+    """
+
+    def __init__(self, collective: Collective, wire: Wire) -> None:
+        self._collective = collective
+        self._wire = wire
+        self._before: dict[int, Tensor] = {}
+
+    def begin(self, tensors: Iterable[Tensor]) -> None:
+        """Remember tensors that are equal on all workers now; it costs a copy of them."""
+        self._before = {}  # never two copies at once
+        self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+    def before(self, tensor: Tensor) -> Tensor | None:
+        """What a tensor was when the round began, if it was remembered."""
+        return self._before.get(id(tensor))
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether a tensor was remembered."""
+        return id(tensor) in self._before
+
+    def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
+        """Replace tensors by what they were plus the mean change.
+
+        Collective: every worker must call this, in the same order, with the same tensors.
+
+        Args:
+            tensors: those that :meth:`begin` was given, or some of them.
+            kind: how the bytes are counted.
+            left_out: workers that take part, but whose changes do not count.
+        """
+        tensors = arrange(tensors)
+        workers = self._collective.workers
+        if not tensors or workers == 1:
+            return
+        before = [self._before[id(tensor)] for tensor in tensors]
+        change = flatten(tensor.detach() - old for tensor, old in zip(tensors, before, strict=True))
+        if self._collective.worker in left_out:
+            change.zero_()
+        mean = self._mean(change, kind, workers - len(left_out))
+        for tensor, old, piece in zip(tensors, before, split(mean, tensors), strict=True):
+            tensor.detach().copy_(old + piece.to(old.dtype))
+
+    def _mean(self, change: Tensor, kind: str, counted: int) -> Tensor:
+        """The sum of all workers' changes divided by how many count, as float32."""
+        form, me, workers = self._wire.format, self._collective.worker, self._collective.workers
+        entries = len(change)
+        message = self._wire.encode(change).view(-1, form.group_bytes)
+        peers = [worker for worker in range(workers) if worker != me]
+        shares = [slice(*form.share(entries, worker, workers)) for worker in range(workers)]
+        mine = message[shares[me]]
+        parts = {peer: torch.empty_like(mine).flatten() for peer in peers}
+        self._exchange({peer: message[shares[peer]].flatten() for peer in peers}, parts, kind)
+        copies = [self._decode(parts.get(worker, mine)) for worker in range(workers)]
+        result = torch.empty_like(message)
+        result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / counted).view(mine.shape)
+        results = {peer: result[shares[peer]].flatten() for peer in peers}
+        self._exchange(dict.fromkeys(peers, result[shares[me]].flatten()), results, kind)
+        for peer, received in results.items():
+            result[shares[peer]] = received.view(-1, form.group_bytes)
+        return self._wire.decode(result.flatten(), entries)
+
+    def _decode(self, part: Tensor) -> Tensor:
+        form = self._wire.format
+        return self._wire.decode(part.flatten(), part.numel() // form.group_bytes * form.group)
+
+    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
+        """Send what is not empty, receive what is not empty."""
+        outgoing = {peer: [flat] for peer, flat in sends.items() if len(flat)}
+        incoming = {peer: [flat] for peer, flat in receives.items() if len(flat)}
+        self._collective.exchange(outgoing, incoming, {kind: sum(flat.nbytes for (flat,) in outgoing.values())})

@@ -1,0 +1,176 @@
+"""The collective over torch.distributed's default group; every byte is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.comm.collective import Collective, Finish, SoloCollective
+from resist_lightning.comm.group import check_backend, group_exists
+
+
+class GroupCollective(Collective):
+    """The workers of torch.distributed's default group. Creates no group of its own.
+
+    Args:
+        device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
+
+    Raises:
+        ValueError: if the group cannot send tensors of ``device`` by gloo or NCCL.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__(worker=dist.get_rank(), workers=dist.get_world_size())
+        backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        if device is None:
+            device = torch.device("cpu" if backends.get("cpu") == "gloo" else "cuda")
+        backend = backends.get(device.type, backends.get("cpu"))
+        check_backend(backend, device, backends)
+        self._stage = backend == "gloo"
+        self._device = torch.device("cpu") if self._stage else device
+
+    @override
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Numbers of all workers, as float64. Collective: every worker must call this, in the same order."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
+        dist.all_gather(gathered, mine)
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return [row.tolist() for row in gathered]
+
+    @override
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Bytes of all workers: their lengths, then all as long as the longest. Collective: see the base class."""
+        lengths = [int(row[0]) for row in self.gather_numbers([len(text)])]
+        padded = text.ljust(max(lengths), b"\0")
+        if not padded:
+            return [b""] * self.workers
+        mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
+        dist.all_gather(gathered, mine)
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return [row.cpu().numpy().tobytes()[:length] for row, length in zip(gathered, lengths, strict=True)]
+
+    @override
+    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+        """Begin an all-reduce. Collective: every worker must call this, in the same order."""
+        floating = flat.is_floating_point()
+        wire = self._to_wire(flat)
+        work = dist.all_reduce(wire, op=dist.ReduceOp.SUM if floating else dist.ReduceOp.MAX, async_op=True)
+        self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
+
+        def finish() -> None:
+            work.wait()
+            if floating:
+                wire.div_(self.workers)
+            self._from_wire(wire, flat)
+
+        return finish
+
+    @override
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
+        wire = self._to_wire(flat)
+        dist.broadcast(wire, src=0)
+        self._from_wire(wire, flat)
+        if self.worker == 0:
+            self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
+
+    @override
+    def exchange(
+        self,
+        sends: Mapping[int, Sequence[Tensor]],
+        receives: Mapping[int, Sequence[Tensor]],
+        kinds: Mapping[str, int],
+    ) -> None:
+        """Send and receive flat buffers; both sides of a pair must call it."""
+        assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
+        incoming = [(peer, tag, flat) for peer, flats in sorted(receives.items()) for tag, flat in enumerate(flats)]
+        outgoing = [(peer, tag, flat) for peer, flats in sorted(sends.items()) for tag, flat in enumerate(flats)]
+        landing = [self._landing(flat) for _, _, flat in incoming]
+        # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
+        # an exchange takes twice as long (docs/decisions/0004-receives-first.md).
+        operations = [
+            *(
+                dist.P2POp(dist.irecv, land, peer, tag=tag)
+                for (peer, tag, _), land in zip(incoming, landing, strict=True)
+            ),
+            *(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag) for peer, tag, flat in outgoing),
+        ]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        for (_, _, flat), land in zip(incoming, landing, strict=True):
+            self._from_wire(land, flat)
+        self.sent_bytes.update(kinds)
+
+    @override
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        """Begin to send a tensor to one worker."""
+        self._refuse_nccl()
+        wire = self._to_wire(flat.contiguous())
+        work = dist.isend(wire, target, tag=tag)
+        assert work is not None
+        self.sent_bytes[kind] += flat.nbytes
+
+        def finish() -> None:
+            work.wait()
+            assert wire is not None  # kept until here
+
+        return finish
+
+    @override
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        """Begin to receive a tensor from one worker."""
+        self._refuse_nccl()
+        land = self._landing(flat)
+        work = dist.irecv(land, source, tag=tag)
+        assert work is not None
+
+        def finish() -> None:
+            work.wait()
+            self._from_wire(land, flat)
+
+        return finish
+
+    def _refuse_nccl(self) -> None:
+        """NCCL executes what is posted in order, so receives that are posted early would block the sends behind."""
+        if not self._stage:
+            raise ValueError(
+                f"messages that are posted early need gloo, and this group has {dist.get_backend()!r}. Choose "
+                "process_group_backend='gloo'; tensors on GPUs are sent through the host."
+            )
+
+    def _to_wire(self, flat: Tensor) -> Tensor:
+        return flat.cpu() if self._stage else flat
+
+    def _landing(self, flat: Tensor) -> Tensor:
+        return torch.empty_like(flat, device="cpu") if self._stage else flat
+
+    def _from_wire(self, wire: Tensor, flat: Tensor) -> None:
+        if wire is not flat:
+            flat.copy_(wire)
+
+
+def default_collective(device: torch.device | None = None) -> Collective:
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member.
+
+    Args:
+        device: of the tensors that will be sent; see :class:`GroupCollective`.
+    """
+    if group_exists() and dist.get_world_size() > 1:
+        return GroupCollective(device)
+    return SoloCollective()
+
+
+def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Tensors of all workers, stacked. Collective: every worker must call this, in the same order."""
+    tensor = tensor.contiguous()
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, tensor, group=group)
+    return torch.stack(gathered)

@@ -1,0 +1,299 @@
+"""The round loop of a worker, free of any framework.
+
+In a plain PyTorch loop::
+
+    engine = Engine(model, [optimizer], Config(local_steps=50))
+    engine.start()
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_function(model(x), y).backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()          # now `model` is the full model, on every worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.checks.handshake import Host, Meeting
+from resist_lightning.checks.header import Purpose
+from resist_lightning.comm.bytes import KINDS
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.engine.evaluation import Observation
+from resist_lightning.engine.full_model import take_off
+from resist_lightning.engine.optimizer_steps import StepWatch
+from resist_lightning.engine.registry import make_layout, make_sync
+from resist_lightning.engine.resume import Resumption
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.config import CommonConfig
+from resist_lightning.methods.sync import Plan
+from resist_lightning.schedule.progress import Activity, Clock, Pace
+from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.timing import Seconds
+from resist_lightning.state.weight_swaps import SwappingOptimizers
+
+
+class Engine:
+    """Trains this worker's part of a network, round after round: residual blocks, neurons, or all of it.
+
+    Args:
+        module: the user's module, complete and on its device.
+        optimizers: its optimizers, built on the complete module.
+        config: the settings of the run.
+        collective: the workers; by default those of torch.distributed's default group, or one alone.
+        forward_context: a context in which recorded inputs are replayed, e.g. autocast.
+        host: what surrounds the engine.
+
+    Raises:
+        ValueError: if settings, module or optimizers do not fit the method.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        config: CommonConfig,
+        *,
+        collective: Collective | None = None,
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        host: Host | None = None,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        self.collective = collective or default_collective(self._device)
+        self.layout = make_layout(module, config, self.collective.workers, optimizers)
+        self.clock = Clock(config.local_steps)
+        self.running, self._observed_kind = False, ""
+        self.states = OptimizerStates(optimizers)
+        self.steps = StepWatch(module, self.states, config.local_steps)
+        self.activity = Activity(self.clock)
+        self._pace = Pace(self.activity)
+        self._meeting = Meeting(self.layout, self.collective, host or Host(), self.states.mean_rate)
+        self.seconds = Seconds(self._device)
+        self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
+        self.observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
+        self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self.observation)
+        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
+        self._resume_state: dict[str, Any] = {}
+        self.sent_bytes_by_worker: dict[str, list[int]] = {}
+        self.summary: dict[str, Any] = {}
+        if self.collective.worker == 0:
+            self.layout.warn()
+
+    @property
+    def partition(self) -> Any:
+        """Who holds what in this round."""
+        return self.layout.partition(self.clock.round)
+
+    @property
+    def sync(self) -> Any:
+        """This worker's side of the syncs; of which class follows from the method."""
+        return self._sync
+
+    @property
+    def observing(self) -> bool:
+        """Whether the module is the full model now."""
+        return self.observation.full.active
+
+    def prepare(self, example: Tensor) -> None:
+        """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
+
+        Collective: every worker must call this, in the same order.
+        """
+        self.layout.prepare(example.to(self._device), self.collective)
+
+    def start(self) -> bool:
+        """Take worker 0's weights, or go on with what :meth:`restore` was given, and free what belongs to others.
+
+        Collective: every worker must call this, in the same order.
+
+        Returns:
+            Whether every worker goes on with tensors of its own.
+
+        Raises:
+            WorkersDisagree: if the workers' code, models or settings differ.
+        """
+        take_off(self.module)  # of a full model that it has been
+        reports = self._meeting.introduce(self.clock, self.states, [float(self.resumption.exact)])
+        exact = all(has_own for has_own, _ in reports)
+        if not exact:
+            self.resumption.forget_own()
+            self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+        self._meeting.soundness.begin()
+        self.observation.start()
+        self._sync.divide(self.clock.round)
+        self._sync.begin()
+        self.resumption.load_tensors()
+        self._begin_round()
+        self.resumption.load_rest()
+        self.running = True
+        self.steps.begin()
+        self.activity.begin("local steps")
+        return exact
+
+    def after_step(self) -> None:
+        """Count a local step, and sync if the round is complete. Call it after ``optimizer.step()``.
+
+        Collective at the end of a round: every worker must call this equally often.
+        """
+        self.count_step()
+        self.sync_if_due()
+
+    def count_step(self) -> None:
+        """Count a local step without syncing; for loops in which a sync must wait for the end of the batch."""
+        if not self.running:
+            raise RuntimeError("the engine is not running: call start() before the first local step.")
+        if self.observing:
+            raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
+        self._sync.end_step()
+        self.steps.note_local_step()
+        self.clock.tick()
+        self.activity.begin("local steps")
+
+    def sync_if_due(self) -> bool:
+        """Sync if the round is complete. Collective at the end of a round: every worker must call this.
+
+        Returns:
+            Whether a new round has begun.
+        """
+        if not self.clock.due:
+            return False
+        with self.seconds.timed("sync"):
+            self._end_round()
+        return True
+
+    @contextmanager
+    def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
+        """Inside, the module is the full model, as if the round ended here; afterwards training goes on unchanged.
+
+        Collective: every worker must enter and leave it, in the same order.
+
+        Args:
+            kind: how the bytes are counted: ``evaluation`` or ``checkpoint``.
+        """
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.begin_observation(kind)
+            try:
+                yield self.module
+            finally:
+                self.end_observation()
+
+    def begin_observation(self, kind: str = "evaluation") -> None:
+        """Assemble the full model; see :meth:`full_model`. Collective: every worker must call this."""
+        purpose = Purpose.CHECKPOINT if kind == "checkpoint" else Purpose.EVALUATION
+        self.activity.begin("saving" if kind == "checkpoint" else "evaluation")
+        with torch.inference_mode(False), self.seconds.timed("observe"):
+            self._assemble(purpose, kind, keep=True)
+        self._observed_kind = kind
+        self.swaps.catch()
+
+    def end_observation(self) -> None:
+        """Go back to this worker's sub-network, bit for bit; written buffers stay so. Sends nothing."""
+        self.swaps.release()
+        with torch.inference_mode(False), self.seconds.timed("observe"):
+            self.observation.put_back(self.clock.round)
+        self.activity.begin("local steps")
+
+    def finish(self) -> None:
+        """End the training: the module becomes the full model on every worker, ready to use or save.
+
+        Collective: every worker must call this, in the same order.
+        """
+        self.activity.begin("finishing")
+        alone = self.collective.workers > 1 and not isinstance(self.config, StageConfig)
+        self.steps.warn_of_one_round(self.clock.total_steps if alone else 0)
+        with torch.inference_mode(False), self.seconds.timed("observe"):
+            self._assemble(Purpose.FINISH, "evaluation", keep=False)
+            self._resume_state = self.checkpoint_state()
+            self.observation.full.settle()
+            self.abandon()
+        self.summary = self._sync.summary()
+        counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
+        self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
+        self.activity.begin("ended")
+
+    def abandon(self) -> None:
+        """Stop without a word to the others; after an error. Absent blocks stay absent, and reading them raises."""
+        self.steps.end()
+        self.swaps.release()
+        self.observation.end()
+        self._sync.end()
+        self.running = False
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint of the full model needs beside its ``state_dict`` for training to go on.
+
+        Numbers, strings, lists and tensors only; empty before the training starts. Available while the module is the
+        full model.
+        """
+        if not self.observing:
+            return self._resume_state
+        return {**self.resumption.place(), **self.observation.full.state()}
+
+    def restore(self, state: dict[str, Any], own: dict[str, Any] | None = None) -> bool:
+        """Continue from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
+
+        Args:
+            state: from :meth:`checkpoint_state`; with another number of workers, or other settings of the partition, a
+                new partition begins.
+            own: from ``resumption.own()`` of the same worker: the run goes on exactly if every worker has its own.
+
+        Returns:
+            Whether the partition is the one that the checkpoint was made with.
+        """
+        return self.resumption.restore(state, own)
+
+    def meet(self) -> None:
+        """Check that all workers are at the same place, before something else is sent that might pair with a sync.
+
+        Collective: every worker must call this, in the same order.
+
+        Raises:
+            WorkersDisagree: if they are not.
+        """
+        self._meeting.hold(Purpose.HOST, self.clock)
+
+    def _on_own_weights(self, act: Callable[[], Any]) -> None:
+        self.end_observation()
+        act()
+        self.begin_observation(self._observed_kind)
+
+    def _end_round(self) -> None:
+        self.activity.begin("meeting")
+        reports = self._meeting.hold(Purpose.SYNC, self.clock, [self._pace.take()])
+        plan, ended = self._next_plan(), self.clock.round
+        self.layout.learn(ended, [seconds for seconds, _ in reports])
+        self.activity.begin("averaging")
+        finish_average = self._sync.start_average(plan)
+        self.activity.begin("hand_over")
+        if self.config.momentum == "reset":
+            self.states.reset()
+        self.clock.next_round()
+        self._sync.hand_over(plan, ended)
+        finish_average()
+        self._meeting.soundness.note(self._sync.equal(self.clock.round), self.clock.round)
+        self._begin_round()
+        self.activity.begin("local steps")
+
+    def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
+        if not self.running:
+            raise RuntimeError("the engine is not running: call start() first.")
+        self.steps.check_counted(finished=not keep)
+        self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
+
+    def _next_plan(self) -> Plan:
+        return self._sync.plan(self.clock.round, self._meeting.soundness.left_out)  # type: ignore[no-any-return]
+
+    def _begin_round(self) -> None:
+        self._sync.begin_round(self.clock.round)
+        self.observation.begin_round(self.clock.round)

@@ -1,0 +1,141 @@
+"""Sees every step of an optimizer, whoever calls it: none may go uncounted, and none be a stranger's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from resist_lightning.schedule.progress import one_round
+from resist_lightning.state.optimizer_state import OptimizerStates
+
+
+class StepWatch:
+    """Watches the optimizers of a run while it trains.
+
+    Args:
+        module: the user's module.
+        states: the optimizers that belong to the run.
+        local_steps: of a round.
+
+    Attributes:
+        on_step: called after a step, by who counts local steps itself; without it they are counted by
+            ``engine.after_step()``, and who forgets that is told.
+    """
+
+    def __init__(self, module: nn.Module, states: OptimizerStates, local_steps: int) -> None:
+        self.on_step: Callable[[], None] | None = None
+        self._module = module
+        self._ours = set(map(id, states.optimizers))
+        self._local_steps = local_steps
+        self._handles: list[RemovableHandle] = []
+        self._outermost: Optimizer | None = None  # which steps now; one inside of it is no stranger
+        self._taken: dict[int, int] = {}  # steps of each optimizer while no local step has been counted
+        self._counted = False
+        self._parameters: set[int] = set()
+        self._written, self._batches = 0, 0
+
+    def begin(self) -> None:
+        """From now on see all steps of this process."""
+        self._parameters = {id(parameter) for parameter in self._module.parameters()}
+        self._written = self._writes()
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+
+    def end(self) -> None:
+        """Stop looking."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def note_local_step(self) -> None:
+        """A local step has been counted."""
+        self._counted = True
+
+    def check_counted(self, *, finished: bool) -> None:
+        """Before the workers put the full model together.
+
+        Args:
+            finished: whether the training is over. Before that, one step may wait to be counted: a loop may look at the
+                full model between ``optimizer.step()`` and ``engine.after_step()``.
+
+        Raises:
+            RuntimeError: if optimizers have stepped, and no local step was ever counted.
+        """
+        if self._counted:
+            return
+        taken = max(self._taken.values(), default=0)
+        if taken > (0 if finished else 1):
+            raise RuntimeError(
+                f"optimizers took {taken} step(s), and no local step was counted, so the workers "
+                "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
+            )
+
+    def warn_of_one_round(self, steps: int) -> None:
+        """At the end of a plain loop, whose length nobody knows before; a strategy warns when training starts.
+
+        Args:
+            steps: local steps that workers trained alone; 0 where they did not.
+        """
+        if self.on_step is None and 0 < steps < self._local_steps:
+            warnings.warn(one_round(steps, self._local_steps), stacklevel=4)
+
+    def check_batch(self, accumulated: int) -> None:
+        """Between two batches of a loop that counts by :attr:`on_step`.
+
+        Args:
+            accumulated: batches whose gradients are added up before a step.
+
+        Raises:
+            RuntimeError: if batch after batch changes parameters, and no optimizer steps.
+        """
+        if self._counted:
+            return
+        written, self._written = self._written, self._writes()
+        self._batches += self._written != written
+        if self._batches > 3 + 2 * accumulated:
+            raise RuntimeError(
+                f"{self._batches} batches changed parameters, and no optimizer of `configure_optimizers` has stepped, "
+                "so no local step was counted and the workers never average. Let an optimizer that "
+                "`configure_optimizers` returns change the parameters, by its step()."
+            )
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._outermost is not None:
+            return
+        if id(optimizer) in self._ours:
+            self._outermost = optimizer
+            return
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(id(parameter) in self._parameters for parameter in members):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} steps parameters of the module and is not known: its state would not "
+                "follow them from worker to worker. Return it from `configure_optimizers` (with "
+                "`self.automatic_optimization = False` training_step may step it itself); in a plain loop, give it to "
+                "the Engine."
+            )
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer is not self._outermost:
+            return
+        self._outermost = None
+        if self.on_step is not None:
+            self.on_step()
+        elif not self._counted:
+            taken = self._taken[id(optimizer)] = self._taken.get(id(optimizer), 0) + 1
+            if taken == self._local_steps + 1:
+                warnings.warn(
+                    f"{type(optimizer).__name__} took {taken} steps, and no local step was counted: no round will end. "
+                    "Call engine.after_step() after optimizer.step().",
+                    stacklevel=3,
+                )
+
+    def _writes(self) -> int:
+        return sum(parameter._version for parameter in self._module.parameters())

@@ -1,0 +1,125 @@
+"""Going on where a run was stopped, with what each worker alone had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_lightning.engine.evaluation import Observation
+from resist_lightning.errors import CheckpointError
+from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.sync import Sync
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.state.optimizer_state import OptimizerStates
+
+STATE_VERSION = 2
+"""Of what is saved; 1 had no worker's own state."""
+
+
+class Resumption:
+    """Says what a worker needs to go on, and takes it back.
+
+    Args:
+        layout: the model's parts.
+        clock: where the worker is.
+        states: its optimizers' state.
+        sync: its side of the syncs.
+        observation: its part in observations.
+    """
+
+    def __init__(
+        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any, Any], observation: Observation
+    ) -> None:
+        self._layout = layout
+        self._clock = clock
+        self._states = states
+        self._sync = sync
+        self._observation = observation
+        self._own: dict[str, Any] | None = None
+
+    def place(self) -> dict[str, Any]:
+        """Where the run is; with the own states of all workers enough for it to go on."""
+        return {
+            "version": STATE_VERSION,
+            "identity": self._layout.identity(),
+            "held": self._layout.held(self._clock.round),
+            "table": self._layout.table(),
+            "round": self._clock.round,
+            "step": self._clock.step,
+            "written": sorted(self._layout.written),
+        }
+
+    def own(self) -> dict[str, Any]:
+        """What this worker has and the full model does not say: its tensors in mid-round, optimizer state, inputs.
+
+        Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
+        """
+        sync = self._sync.own(with_full_model=self._observation.full.active)
+        own = {"optimizers": self._states.own(), **sync, **self._observation.own()}
+        companion = self._layout.companion
+        if companion is not None:
+            written = self._observation.full.written()
+            hidden = {name: weight.cpu() for name, weight in companion.weights.items() if name not in written}
+            own["tensors"] = {**own["tensors"], **hidden}
+            own["companion"] = companion.state()
+        return own
+
+    def restore(self, state: dict[str, Any], own: dict[str, Any] | None) -> bool:
+        """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
+        if not state:
+            return True
+        if "scale" in state:
+            self._observation.full.undo(state)
+        self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
+        self._layout.resume(state.get("table", {}), self._clock.round)
+        self._layout.written = {name for name in state.get("written", ()) if name in self._layout.shared}
+        here = self._layout.identity(), self._layout.held(self._clock.round)
+        same = (state.get("identity"), state.get("held")) == here
+        self._own = own if same else None
+        if not same and self._clock.step:
+            self._clock.next_round()
+        return same
+
+    @property
+    def exact(self) -> bool:
+        """Whether this worker has its own state to go on with."""
+        return self._own is not None
+
+    def forget_own(self) -> None:
+        """Go on from the full model alone. Where a sync was due, the full model is what it would make."""
+        self._own = None
+        self._states.forget_lonely()
+        if self._clock.due:
+            self._clock.next_round()
+
+    def load_tensors(self) -> None:
+        """Take over this worker's tensors, when it has the blocks of the round."""
+        if self._own is not None:
+            self.put(self._own["tensors"])
+            if self._layout.companion is not None and "companion" in self._own:
+                self._layout.companion.load(self._own["companion"])
+
+    def load_rest(self) -> None:
+        """Take over what else it has, when the round has begun."""
+        own, self._own = self._own, None
+        if own is not None:
+            self._states.load_own(own["optimizers"])
+            self._sync.load_own(own)
+            self._observation.load_own(own)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, unscaled, into the module's of the same name; buffers that are not saved included."""
+        module = self._layout.module
+        named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name not in named or named[name].shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module "
+                        f"{tuple(named[name].shape) if name in named else 'is not there'}. Make tensors in __init__ or "
+                        "`configure_model`, or resume without the workers' own files."
+                    )
+                named[name].copy_(tensor)

@@ -1,0 +1,59 @@
+"""A board on which every worker posts a line and reads those of the others, in the group's store."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from itertools import count
+
+from resist_lightning.comm.group import StoreClient, group_store
+from resist_lightning.comm.sockets import cut_connections, noted
+
+CONNECT_SECONDS = 5.0
+"""For how long a board waits for a new connection, and for a line that somebody has removed."""
+
+_numbers = count()
+
+
+class Board:
+    """A connection of its own to the group's store; any thread may use it, one at a time. No call is a collective.
+
+    Calls raise RuntimeError if the store is gone, and do not return while its host is frozen.
+
+    Args:
+        worker: this worker's number.
+        workers: how many there are.
+        name: of the board; the same for all workers. By default the number of boards that this process has had, which
+            is the same if all workers make them equally often.
+    """
+
+    def __init__(self, worker: int, workers: int, name: str | None = None) -> None:
+        self.worker = worker
+        self.workers = workers
+        name = name or str(next(_numbers))
+        self._keys = [f"resist_lightning/board/{name}/{number}" for number in range(workers)]
+        self._sockets: set[str] = set()
+        with noted(self._sockets):
+            self._store: StoreClient = group_store().clone()
+        self._store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+        self._known: list[int] = []
+
+    def post(self, line: str) -> None:
+        """Put up this worker's line, in the place of its last one."""
+        self._store.set(self._keys[self.worker], line)
+
+    def read(self) -> dict[int, bytes]:
+        """The lines of all workers that have posted one, as they are: anybody who reaches the store can write there."""
+        if len(self._known) < self.workers:  # reading a key that is not there waits for it
+            self._known = [worker for worker, key in enumerate(self._keys) if self._store.check([key])]
+        lines = self._store.multi_get([self._keys[worker] for worker in self._known])
+        return dict(zip(self._known, lines, strict=True))
+
+    def connect_again(self) -> None:
+        """After an error: make a new connection, and look again which lines there are."""
+        self._known = []
+        with noted(self._sockets):
+            self._store = self._store.clone()
+
+    def cut(self) -> None:
+        """End a call of another thread that does not return; the board cannot be used any more."""
+        cut_connections(self._sockets)

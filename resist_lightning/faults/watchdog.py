@@ -1,0 +1,278 @@
+"""A thread that learns when another worker is lost, and sees to it that this one ends too.
+
+It talks through the group's store, over a connection of its own, and never takes part in a collective. Two threads,
+because a call to a store whose host is frozen does not return: one gives and reads signs of life, the other judges.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from resist_lightning.comm.sockets import cut_connections
+from resist_lightning.errors import WorkerLost
+from resist_lightning.faults.failure_detector import (
+    BEAT_SECONDS,
+    End,
+    Liveness,
+    Sign,
+    Verdict,
+    is_broken_connection,
+    read_sign,
+)
+from resist_lightning.faults.heartbeats import CONNECT_SECONDS, Board
+from resist_lightning.schedule.progress import Activity
+
+EXIT_CODE = 75
+"""Of a process that could not end by itself: EX_TEMPFAIL, try again."""
+
+PATIENCE_SECONDS = 5.0
+"""For how long a worker whose connection broke asks who it was, and worker 0 waits until it is heard."""
+
+_SUSPICIOUS_BEATS = 3.0
+_REST_SECONDS = 0.05  # at least, between two signs: a round of few steps must not make the store busy
+
+
+def _nothing() -> None:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a watch must know of the program that it is in.
+
+    Args:
+        activity: what this worker is doing, or None as long as there is no engine.
+        store: who serves the store, in words.
+        how_to_resume: a sentence for the user.
+        how_ended: how the process ``pid`` ended, as far as its parent knows; None if it may be running.
+        orphaned: in words, which process has ended without which this one must not run; or empty.
+        before_exit: called before the process is ended hard.
+    """
+
+    activity: Callable[[], Activity | None]
+    store: str
+    how_to_resume: Callable[[], str]
+    how_ended: Callable[[int], str | None] = field(default=lambda _: None)
+    orphaned: Callable[[], str] = field(default=lambda: "")
+    before_exit: Callable[[], None] = _nothing
+
+
+class Watch:
+    """Gives signs of life and judges those of the others, until :meth:`stop`.
+
+    Args:
+        board: where signs are posted.
+        surroundings: what it must know of the program.
+        silence: after how many seconds without a sign a worker counts as lost; also the time that this worker has to
+            end by itself when another one is lost.
+        timeout: after how many seconds a worker that waits gives up; for messages.
+
+    Attributes:
+        verdict: who is lost; None as long as nobody is known to be.
+    """
+
+    def __init__(self, board: Board, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
+        self.verdict: Verdict | None = None
+        self._board = board
+        self._around = surroundings
+        self._silence = silence
+        self._timeout = timeout
+        self._sign = Sign(board.worker, socket.gethostname(), _home(), os.getpid())
+        self._liveness = Liveness(self._sign, board.workers, silence, surroundings.store, time.monotonic())
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._arrived = threading.Event()
+        self._reached = True
+        self._wake = threading.Event()
+        self._ending: tuple[End, str] = ("", "")
+        self._posted: End = ""
+        self._threads = [
+            threading.Thread(target=target, name=f"resist_lightning {name}", daemon=True)
+            for target, name in ((self._beat, "signs of life"), (self._look_around, "watch"))
+        ]
+
+    def start(self) -> None:
+        """Begin to watch. The threads end before the interpreter does, which aborts if one is in a call to C++ then."""
+        atexit.register(self.stop)
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """Give a sign of life now."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Stop watching. A call to a store that does not answer is cut off."""
+        self._stopped.set()
+        self._arrived.set()
+        self._wake.set()
+        if os.getpid() == self._sign.pid and not self._ended(BEAT_SECONDS):  # a fork has the connection, but no thread
+            self._board.cut()
+            self._ended(CONNECT_SECONDS + BEAT_SECONDS)
+        atexit.unregister(self.stop)
+
+    def _ended(self, patience: float) -> bool:
+        """Whether the threads end within some seconds."""
+        deadline = time.monotonic() + patience
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in others)
+
+    def check(self) -> None:
+        """Costs nothing; call it where this worker can end.
+
+        Raises:
+            WorkerLost: if a worker is known to be lost.
+        """
+        if self.verdict is not None:
+            raise self.error()
+
+    def error(self) -> WorkerLost:
+        """The error that names the lost worker."""
+        assert self.verdict is not None
+        return WorkerLost(f"{self.verdict.text} {self._around.how_to_resume()}")
+
+    def explain(self, error: BaseException) -> WorkerLost | None:
+        """What stands behind an error of this worker; None if it is its own.
+
+        A connection that broke tells of no worker: look for up to some seconds who it was. From now on the process is
+        left to end by itself.
+        """
+        self._arrived.set()
+        if isinstance(error, WorkerLost):
+            return error
+        if not isinstance(error, RuntimeError) or not is_broken_connection(str(error)):
+            return None
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.verdict is None and time.monotonic() < deadline:
+            self._judge()
+            self._wake.set()
+            time.sleep(BEAT_SECONDS / 4)
+        if self.verdict is None:
+            with self._lock:
+                self.verdict = self._liveness.suspect(str(error), self._timeout, _SUSPICIOUS_BEATS)
+        return self.error()
+
+    def tell(self, end: End, text: str = "") -> None:
+        """Post how this worker ends, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
+        self._ending = (end, text)
+        deadline, beats = time.monotonic() + PATIENCE_SECONDS, None
+        while self._reached and self._threads[0].is_alive() and time.monotonic() < deadline:
+            self._wake.set()
+            if self._posted == end:
+                with self._lock:
+                    beats = beats or {sign.worker: sign.beat for sign in self._liveness.running()}
+                    if end == "done" or self._sign.worker != 0 or self._liveness.heard(beats, self.verdict):
+                        break
+            time.sleep(BEAT_SECONDS / 20)
+        self.stop()
+
+    def _beat(self) -> None:
+        """Give signs of life, and read those of the others. May hang in a call until :meth:`stop`."""
+        while not self._stopped.is_set():
+            try:
+                sign = self._next_sign()
+                self._board.post(sign.write())
+                lines = self._board.read()
+                signs = [read_sign(line, worker) for worker, line in lines.items()]
+            except Exception:  # noqa: BLE001 - the store cannot be reached; of anything else too, no thread may die here
+                self._reached = False
+                if not self._stopped.wait(2 * BEAT_SECONDS):
+                    with suppress(Exception):
+                        self._board.connect_again()
+                continue
+            with self._lock:
+                self._liveness.hear([sign for sign in signs if sign is not None], time.monotonic())
+            self._posted, self._reached = sign.end, True
+            if len(lines) == self._board.workers:  # else somebody has just begun
+                self._wake.wait(BEAT_SECONDS)
+                self._wake.clear()
+            self._stopped.wait(_REST_SECONDS)
+
+    def _next_sign(self) -> Sign:
+        activity, (end, text) = self._around.activity(), self._ending
+        self._sign = replace(self._sign, beat=self._sign.beat + 1, end=end, text=text)
+        if activity is not None:
+            if self._on_change not in activity.listeners:
+                activity.listeners.append(self._on_change)
+            self._sign = replace(
+                self._sign,
+                what=activity.what,
+                doing=activity.describe(),
+                seconds=time.monotonic() - activity.since,
+                round=activity.round,
+                step=activity.step,
+            )
+        return self._sign
+
+    def _on_change(self, activity: Activity) -> None:
+        """Called by the main thread, in every local step too: a sign at once, if it does something else now."""
+        if activity.what != self._sign.what:
+            self._wake.set()
+
+    def _look_around(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            with self._lock:
+                self._liveness.wake(time.monotonic())
+            if self.verdict is None:
+                with suppress(Exception):  # the next look may succeed; without this thread nobody looks
+                    self._judge()
+            if self.verdict is not None:
+                self._end_this_worker()
+                return
+
+    def _judge(self) -> None:
+        """Set the verdict, if there is one; the first stays."""
+        with self._lock:
+            gone = {sign.worker: self._how_gone(sign.pid) for sign in self._liveness.neighbours()}
+            gone = {worker: how for worker, how in gone.items() if how}
+            verdict = self._liveness.judge(time.monotonic(), gone, self._around.orphaned())
+            self.verdict = self.verdict or verdict
+
+    def _how_gone(self, pid: int) -> str:
+        """How a process of this host ended; empty if it runs."""
+        return self._around.how_ended(pid) or ("" if _alive(pid) else "ended without a word")
+
+    def _end_this_worker(self) -> None:
+        """Wake a main thread that waits for the lost worker; if it does not end by itself, end the process."""
+        cut_connections()
+        if self._arrived.wait(self._silence):
+            return
+        with suppress(Exception):
+            sys.stderr.write(
+                f"{self.error()!r}\nworker {self._sign.worker} is ended: for {self._silence:.0f} s it has not ended by "
+                f"itself. It was last doing: {self._sign.doing}.\n"
+            )
+            sys.stderr.flush()
+        with suppress(Exception):
+            self._around.before_exit()
+        os._exit(EXIT_CODE)
+
+
+def _home() -> str:
+    """A name for the processes that this one can see: host, its boot, and the namespace of process numbers."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that only waits for its parent to notice its end does not."""
+    if not Path("/proc/self/stat").exists():  # not Linux: silence will tell
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False

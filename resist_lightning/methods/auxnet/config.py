@@ -1,0 +1,99 @@
+"""The settings of a run whose network is cut into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from torch import nn
+from typing_extensions import override
+
+from resist_lightning.methods.config import CommonConfig, MomentumPolicy, check_choice, check_integer
+
+AuxMethod: TypeAlias = Literal["penalty", "al-net", "penalty-store", "al-store"]
+AuxFactory: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(CommonConfig):
+    """How a run trains whose network is cut by depth into stages that all train at the same time (AuxNet).
+
+    Args:
+        method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty`` and
+            ``al-net`` (auxiliary networks), ``penalty-store`` and ``al-store`` (stored by sample; augmentation off).
+        beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
+        beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen.
+        lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
+            three stages or more are stored, as 1 diverges there.
+        multiplier_every: steps between two updates of the multipliers, at least 1.
+        warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
+            the auxiliary networks learn to make what really comes.
+        serial_every: after them, of so many steps one is serial, a correction by the true gradient; 0 is never.
+        cuts: names of the modules behind which the network is cut, one fewer than workers; None balances by time.
+        network: name of the network in the module; None finds it by its residual blocks.
+        aux_network: makes an auxiliary network from the shapes of an image and of a boundary, without the batch; None
+            makes a small one of convolutions. With ``al-net`` it is asked for twice the channels.
+        aux_width: channels of the auxiliary networks that are made by default, at least 1.
+        aux_learning_rate: highest rate of the auxiliary networks, which falls as that of the first optimizer does.
+
+    The others are those of :class:`CommonConfig`; ``local_steps`` is how often the workers look whether all is well.
+    Optimizer state is always kept, and a worker with NaN or infinity ends the run.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    momentum: MomentumPolicy = "keep"
+    method: AuxMethod = "penalty"
+    beta: float = 1.0
+    beta_growth: float = 1.0
+    lambda_step: float | None = None
+    multiplier_every: int = 10
+    warmup_steps: int = 200
+    serial_every: int = 0
+    cuts: Sequence[str] | None = None
+    network: str | None = None
+    aux_network: AuxFactory | None = None
+    aux_width: int = 32
+    aux_learning_rate: float = 0.1
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        check_choice("momentum", self.momentum, ["keep"])
+        check_choice("non_finite", self.non_finite, ["raise"])
+        check_choice("method", self.method, get_args(AuxMethod))
+        check_integer("multiplier_every", self.multiplier_every, 1, "10 is the default; 1 may diverge")
+        check_integer("warmup_steps", self.warmup_steps, 0, "0 means no warm-up")
+        check_integer("serial_every", self.serial_every, 0, "0 means never, 1 means always")
+        check_integer("aux_width", self.aux_width, 1, "32 is the default")
+        _check_above("beta", self.beta, 0)
+        _check_above("aux_learning_rate", self.aux_learning_rate, 0)
+        if not self.beta_growth >= 1:
+            raise ValueError(f"beta_growth={self.beta_growth!r} must be at least 1 (1 leaves beta as it is).")
+        if self.lambda_step is not None and not 0 < self.lambda_step <= 1:
+            raise ValueError(f"lambda_step={self.lambda_step!r} must lie in (0, 1]; None takes the default.")
+        if isinstance(self.cuts, str):
+            raise ValueError(f"cuts={self.cuts!r} must be a list of names, e.g. ['layer2'].")
+
+    @property
+    def stored(self) -> bool:
+        """Whether guesses are stored by sample, and there are no auxiliary networks."""
+        return self.method.endswith("-store")
+
+    def serial(self, step: int) -> bool:
+        """Whether the stages wait for each other in this step; ``step`` counts from 0."""
+        behind = step - self.warmup_steps
+        return behind < 0 or (self.serial_every > 0 and behind % self.serial_every == 0)
+
+    @property
+    def multipliers(self) -> bool:
+        """Whether there are Lagrange multipliers."""
+        return self.method.startswith("al-")
+
+
+def _check_above(name: str, value: object, limit: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not limit < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a finite number above {limit}.")

@@ -1,0 +1,243 @@
+"""The stages of a network, and what crosses their boundaries."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
+from resist_lightning.methods.auxnet.network.chain import Chain, check_stages, find_chain
+from resist_lightning.methods.auxnet.network.measure import Measured, measure, measure_entries
+from resist_lightning.methods.auxnet.partition import balance
+from resist_lightning.methods.auxnet.step.messages import Shapes
+from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.residual import scripted
+from resist_lightning.methods.tracing import names_of_tensors
+from resist_lightning.schedule.partition import Partition
+
+
+class StageLayout(Layout):
+    """The stages of a model; worker k trains stage k in every round.
+
+    Where the network is cut is known after :meth:`prepare`, or at once where the settings say it.
+
+    Args:
+        module: the user's module, complete.
+        config: the settings of the run.
+        workers: number of workers; with one, nothing is cut.
+
+    Attributes:
+        chain: the units that stages are made of; None with one worker.
+        cuts: for each boundary, the number of units before it.
+        measured: what was measured of the units.
+
+    Raises:
+        StageSelectionError: if the network cannot be cut, or has too few places for so many workers.
+        ValueError: if the module synchronises batch norm.
+    """
+
+    def __init__(self, module: nn.Module, config: StageConfig, workers: int) -> None:
+        super().__init__(module, config, workers)
+        self.config: StageConfig = config
+        self.chain: Chain | None = None
+        self.cuts: tuple[int, ...] = ()
+        self.measured: Measured | None = None
+        self._wanted: tuple[int, ...] | None = None
+        inside: set[str] = set()
+        if workers > 1:
+            self.chain = find_chain(module, config.network)
+            check_stages(self.chain, workers)
+            inside = set(self.chain.names(0, len(self.chain.units)))
+            _refuse_tied(module, self.chain.network)
+            names = scripted(self.chain.network)
+            if names:
+                raise StageSelectionError(
+                    f"{names[0] or 'the network'!r} is TorchScript: its compiled forward goes on with memory that a "
+                    "worker gives away. Build the network without torch.jit, and script it after the training."
+                )
+            if config.cuts is not None:
+                self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
+        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+        self.shared = {name: tensor for name, tensor in named if name not in inside}
+
+    @override
+    def prepare(self, example: Tensor, collective: Collective) -> None:
+        if self.chain is None:
+            return
+        self.measured = measure(self.chain, example)
+        if self._wanted is not None:
+            self.cuts = self._wanted
+            return
+        entries = measure_entries(self.config, self.measured, example)
+        rows = collective.gather_numbers([*self._unit_seconds(), *entries])
+        seconds = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        units = len(self.chain.units)
+        self.cuts = balance(seconds[:units], self.workers, seconds[units:])
+        for boundary, (cut, nonnegative) in enumerate(zip(self.cuts, self.nonnegative, strict=True), start=1):
+            if seconds[units + cut] == math.inf:  # there is no auxiliary network: say why, on every worker
+                shapes = self.measured.input_shape, self.measured.shapes[cut - 1]
+                make_aux_network(self.config, *shapes, nonnegative=nonnegative, boundary=boundary)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of what crosses the boundaries."""
+        assert self.measured is not None
+        measured = self.measured
+        boundaries = tuple(measured.shapes[cut - 1] for cut in self.cuts)
+        return Shapes(measured.input_shape, boundaries, measured.shapes[-1], measured.dtype)
+
+    @property
+    def nonnegative(self) -> tuple[bool, ...]:
+        """For each boundary, whether what crosses it comes out of a ReLU."""
+        assert self.measured is not None
+        return tuple(self.measured.nonnegative[cut - 1] for cut in self.cuts)
+
+    def units(self, worker: int) -> tuple[int, int]:
+        """First unit of a worker's stage, and the one after its last."""
+        assert self.chain is not None
+        ends = (0, *self.cuts, len(self.chain.units))
+        return ends[worker], ends[worker + 1]
+
+    def stage_tensors(self, worker: int) -> dict[str, Tensor]:
+        """By name, the parameters and buffers of a worker's stage."""
+        if self.chain is None:
+            return {}
+        named: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: named[name] for name in self.chain.names(*self.units(worker)) if name in named}
+
+    @property
+    @override
+    def partial(self) -> bool:
+        return self.workers > 1
+
+    @override
+    def partition(self, round: int) -> Partition:
+        return Partition(blocks=self.workers, held=tuple((worker,) for worker in range(self.workers)))
+
+    @override
+    def held(self, round: int) -> list[Any]:
+        return [[worker] for worker in range(self.workers)]
+
+    @override
+    def held_parameters(self, round: int) -> list[int]:
+        shared = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
+        stages = [self.stage_tensors(worker).values() for worker in range(self.workers)]
+        return [shared + sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for tensors in stages]
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {"stages": self.parts(), "method": self.config.method, "aux_width": self.config.aux_width}
+
+    @override
+    def table(self) -> dict[str, Any]:
+        """Where the network is cut: a run that goes on must not measure anew."""
+        return {"cuts": list(self.cuts), "workers": self.workers}
+
+    @override
+    def resume(self, table: Mapping[str, Any], round: int) -> None:
+        cuts = tuple(map(int, table.get("cuts", ())))
+        if self.chain is None or table.get("workers") != self.workers or self.config.cuts is not None:
+            return
+        if cuts and list(cuts) == sorted({*cuts}) and 0 < cuts[0] <= cuts[-1] < len(self.chain.units):
+            self._wanted = self.cuts = cuts
+
+    @override
+    def settings(self) -> dict[str, str]:
+        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        values["aux_network"] = _name_of(values["aux_network"])
+        values["cuts"] = list(values["cuts"]) if values["cuts"] is not None else None
+        return {name: str(value) for name, value in values.items()}
+
+    @override
+    def parts(self) -> list[str]:
+        if self.chain is None or not self.cuts:
+            return []
+        return [self._name_stage(worker) for worker in range(self.workers)]
+
+    @override
+    def place(self, name: str) -> str:
+        for worker in range(self.workers):
+            if name in self.stage_tensors(worker):
+                return f"stage {worker} ({name})"
+        return f"shared tensor {name}"
+
+    @override
+    def describe(self) -> str:
+        if self.chain is None:
+            return "one worker trains the whole network; nothing is cut."
+        network = self.chain.name or "the module itself"
+        if not self.measured:
+            return f"{network} will be cut into {self.workers} stages, at some of {len(self.chain.units) - 1} places."
+        units = self._unit_seconds()
+        total = sum(units)
+        lines = [f"{network} is cut into {self.workers} stages:"]
+        for worker, name in enumerate(self.parts()):
+            share = sum(units[slice(*self.units(worker))]) / total
+            size = self.held_parameters(0)[worker]
+            lines.append(f"  stage {worker}: {name}; {size:,} parameters, {share:.0%} of the time")
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes.boundaries)
+        return "\n".join([*lines, f"  what crosses the boundaries, per sample: {shapes}"])
+
+    @override
+    def warn(self) -> None:
+        if self.workers > 1:
+            self._warn_of_batch_statistics()
+        if self.workers > 2 and self.config.stored and self.config.lambda_step == 1:
+            warnings.warn(
+                "lambda_step=1 diverges where the guesses of three stages or more are stored, and here are "
+                f"{self.workers}; None takes 0.1.",
+                stacklevel=3,
+            )
+
+    @override
+    def _drawn_from(self) -> tuple[Any, ...]:
+        config = self.config
+        return self.workers, self.cuts, config.method, config.seed, config.local_steps, config.batch_norm
+
+    def _unit_seconds(self) -> list[float]:
+        """Of each unit, forward and backward, for the example batch."""
+        assert self.measured is not None
+        return [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
+
+    def _name_stage(self, worker: int) -> str:
+        assert self.chain is not None
+        first, last = self.units(worker)
+        begin = "the input" if first == 0 else f"behind {self.chain.units[first - 1]}"
+        end = "the output" if last == len(self.chain.units) else self.chain.units[last - 1]
+        return f"from {begin} to {end}"
+
+
+def _name_of(factory: object) -> str:
+    """The same on all workers, whatever stands where in their memory."""
+    name = getattr(factory, "__qualname__", None)
+    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
+
+
+def _refuse_tied(module: nn.Module, network: nn.Module) -> None:
+    inside = set(network.modules())
+    for names in names_of_tensors(module).values():
+        owners = {module.get_submodule(name.rpartition(".")[0]) for name in names}
+        if owners & inside and owners - inside:
+            raise StageSelectionError(
+                f"{' and '.join(names)} are one tensor, inside and outside of the network that is cut; only one worker "
+                "would have it. Give the layer outside weights of its own, or make it a part of the network."
+            )
+
+
+def _check_number(positions: tuple[int, ...], config: StageConfig, workers: int) -> tuple[int, ...]:
+    if len(positions) != workers - 1:
+        raise StageSelectionError(
+            f"cuts={config.cuts!r} cuts the network into {len(positions) + 1} stages, and there are {workers} workers. "
+            f"Name {workers - 1} modules, use {len(positions) + 1} workers, or leave `cuts` out."
+        )
+    return positions

@@ -1,0 +1,1 @@
+"""Cuts a network into stages, and makes the auxiliary networks."""

@@ -1,0 +1,166 @@
+"""A user's network as a chain of units, of which stages are made.
+
+A stage is a run of units: a module of its own, whose submodules, parameters and buffers are the network's. The network
+itself is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+from typing_extensions import override
+
+from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.network.find import check_network, describe, find_network
+from resist_lightning.methods.auxnet.network.forward import network_blocks, trace_network, unchanged, unreached
+from resist_lightning.methods.auxnet.network.graph import Cuts, Unit, build
+from resist_lightning.methods.globs import summary
+from resist_lightning.methods.tracing import names_of_tensors
+
+
+class Stage(nn.Module):
+    """Some neighbouring units of a network: one tensor in, one tensor out. Only for training.
+
+    It reads the network's submodules, parameters and buffers where the network has them, so that it is up to date
+    after they were moved or replaced. It never changes its input, not even where a block works in place. Hooks of
+    blocks run; those of the containers around them do not.
+
+    Args:
+        network: the network.
+        parts: what is computed, with the network's own submodules.
+    """
+
+    def __init__(self, network: nn.Module, parts: fx.GraphModule) -> None:
+        super().__init__()
+        self.parts = parts
+        self._network = (network,)  # a tuple, so that it is not taken for a submodule
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the last unit for ``x``, an input of the first."""
+        output: Tensor = type(self.parts).forward(self._network[0], x)
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A network as a chain of units.
+
+    Args:
+        name: qualified name of the network in the user's module; empty for the module itself.
+        network: the network.
+        units: names in the user's module of the modules that the units end with, in order of computation; the last
+            unit goes on to the end of the network. A cut can be behind each unit but the last.
+    """
+
+    name: str
+    network: nn.Module = field(repr=False)
+    units: tuple[str, ...]
+    _pieces: tuple[Unit, ...] = field(repr=False)
+    _names: tuple[tuple[str, ...], ...] = field(repr=False)
+
+    def stage(self, first: int, last: int) -> Stage:
+        """The units ``first`` to ``last`` - 1 as one module; its submodules and parameters are the network's own."""
+        self._check_range(first, last)
+        return Stage(self.network, build(self.network, self._pieces[first:last], copies_input=first > 0))
+
+    def names(self, first: int, last: int) -> list[str]:
+        """Names in the user's module of the parameters and buffers of the units ``first`` to ``last`` - 1.
+
+        Each tensor of the network belongs to one unit; those that no unit uses belong to the last.
+        """
+        self._check_range(first, last)
+        return [name for names in self._names[first:last] for name in names]
+
+    def positions(self, cuts: Sequence[str]) -> tuple[int, ...]:
+        """Numbers of units before each cut.
+
+        Args:
+            cuts: names of modules, in the user's module or in the network, behind whose last unit a cut is:
+                ``["layer2"]``.
+
+        Raises:
+            StageSelectionError: if a name ends no unit, or the cuts are not in the order of computation.
+        """
+        found = tuple(self._position(cut) for cut in cuts)
+        for index in range(1, len(found)):
+            if found[index] <= found[index - 1]:
+                raise StageSelectionError(
+                    f"cuts={list(cuts)}: {cuts[index]!r} does not come behind {cuts[index - 1]!r}; name the cuts in "
+                    f"the order of computation. {cut_points(self)}"
+                )
+        return found
+
+    def _position(self, cut: str) -> int:
+        for name in (cut, f"{self.name}.{cut}"):
+            inside = [number for number, end in enumerate(self.units, 1) if f"{end}.".startswith(f"{name}.")]
+            if inside and inside[-1] < len(self.units):
+                return inside[-1]
+            if inside:
+                raise StageSelectionError(f"cuts: behind {cut!r} the network ends. {cut_points(self)}")
+        raise StageSelectionError(f"cuts: the network cannot be cut behind {cut!r}. {cut_points(self)}")
+
+    def _check_range(self, first: int, last: int) -> None:
+        if not 0 <= first < last <= len(self.units):
+            raise ValueError(f"units {first} to {last} are not a run of the network's {len(self.units)} units.")
+
+
+def find_chain(module: nn.Module, network: str | None = None) -> Chain:
+    """Find the network of a user's module, and where it can be cut.
+
+    Nothing in the module, nor any random generator, is changed. No other thread may compute meanwhile (torch.fx).
+
+    Args:
+        module: the user's module, a LightningModule or any other.
+        network: name of the network in it; None takes the deepest submodule that contains all residual blocks (or,
+            without any, all parameters) and all that is trained before them.
+
+    Raises:
+        StageSelectionError: if the network is not found, cannot be traced, has several inputs, does not return one
+            tensor, or cannot be cut anywhere.
+    """
+    with unchanged(module):
+        if network is not None:
+            check_network(module, network)
+        name = find_network(module) if network is None else network
+        root = module.get_submodule(name)
+        tracer, entry, exit = trace_network(root, name)
+        missed = unreached(root, entry.graph)
+        if network is None and missed:
+            raise StageSelectionError(
+                f"the forward of {describe(name)} does not call the residual blocks {missed}. If they are of another "
+                "network, name the one that is cut into stages by network=."
+            )
+        cuts = Cuts(root, tracer, entry, exit, network_blocks(root))
+        pieces = cuts.units()
+    if len(pieces) < 2:
+        raise StageSelectionError(f"{describe(name)} cannot be cut into stages: {cuts.why_none()}.")
+    prefix = f"{name}." if name else ""
+    units = tuple(f"{prefix}{piece.end}" for piece in pieces)
+    return Chain(name, root, units, tuple(pieces), _names_by_unit(module, root, pieces))
+
+
+def check_stages(chain: Chain, workers: int) -> None:
+    """Raise a StageSelectionError if there are more workers than units."""
+    if workers > len(chain.units):
+        raise StageSelectionError(
+            f"{workers} workers need {workers - 1} cut point(s), and {describe(chain.name)} has "
+            f"{len(chain.units) - 1}. {cut_points(chain)} Use at most {len(chain.units)} workers, or a deeper network."
+        )
+
+
+def cut_points(chain: Chain) -> str:
+    """A sentence that lists where the network can be cut."""
+    return f"It can be cut behind {summary(chain.units[:-1])}."
+
+
+def _names_by_unit(module: nn.Module, network: nn.Module, pieces: Sequence[Unit]) -> tuple[tuple[str, ...], ...]:
+    """Each tensor once, by its first name in the user's module."""
+    names = {tensor: aliases[0] for tensor, aliases in names_of_tensors(module).items()}
+    unit_of = {tensor: number for number, piece in enumerate(pieces) for tensor in piece.tensors}
+    found: list[list[str]] = [[] for _ in pieces]
+    for tensor in names_of_tensors(network):
+        found[unit_of.get(tensor, len(pieces) - 1)].append(names[tensor])
+    return tuple(tuple(names) for names in found)

@@ -1,0 +1,200 @@
+"""The forward of a network as a graph; one that a graph would not repeat is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.network.find import describe
+from resist_lightning.methods.globs import summary
+from resist_lightning.methods.residual import find_blocks
+from resist_lightning.methods.tracing import (
+    CannotTrace,
+    ChainTracer,
+    defaults,
+    follow,
+    in_training,
+    is_leaf,
+    left_behind,
+    user_line,
+)
+from resist_lightning.state.random_state import random_state, set_random_state
+
+_COMPILED = "_orig_mod"  # where torch.compile keeps what it wraps
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is as in training; what tracing does to it and to random generators is undone."""
+    random = random_state()
+    try:
+        with in_training(module), torch.enable_grad():
+            yield
+    finally:
+        set_random_state(random)
+
+
+def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, fx.Node]:
+    """The forward of the network: what traced it, its input and its output. To be called inside :func:`unchanged`.
+
+    Raises:
+        StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
+    """
+    if network._compiled_call_impl is not None or hasattr(network, _COMPILED) or _COMPILED in name.split("."):
+        raise StageSelectionError(
+            f"{describe(name)} is compiled as a whole (torch.compile), and cannot be cut any more. Compile its blocks "
+            "instead, each by block.compile()."
+        )
+    if "forward" in vars(network):
+        raise StageSelectionError(
+            f"{describe(name)} cannot be cut into stages: its forward was replaced on the object. Put the new forward "
+            "into its class."
+        )
+    random, attributes = random_state(), _attributes(network)
+    tracer = _trace(network, name)
+    changed = [path for path, value in _attributes(network).items() if attributes.get(path, value) != value]
+    _refuse_state(network, tracer, name, changed, drew=not _equal(random, random_state()))
+    return tracer, _input(network, tracer.graph, name), _output(tracer.graph, name)
+
+
+def _trace(network: nn.Module, name: str) -> ChainTracer:
+    """Without residual blocks, a submodule that cannot be traced is not looked into."""
+    blocks = set(network_blocks(network).values())
+    opaque: set[nn.Module] = set()
+    while True:
+        random = random_state()
+        tracer = ChainTracer(_Leaves(blocks, opaque))
+        try:
+            follow(tracer, network, f"{name}." if name else "")
+            return tracer
+        except CannotTrace as error:
+            path = error.path
+            while path and tracer.is_leaf_module(network.get_submodule(path), path):
+                path = path.rpartition(".")[0]  # called with what torch.fx cannot write down
+            if blocks or not path:
+                raise StageSelectionError(
+                    f"the forward of {error.where} cannot be traced, so it cannot be cut into stages. torch.fx says"
+                    f"{error.said}. The way out: put branches and loops that depend on a value or a shape into "
+                    "submodules without residual blocks, or into the blocks: those are not looked into."
+                ) from error
+            opaque.add(network.get_submodule(path))
+            set_random_state(random)
+
+
+class _Leaves:
+    """Only what contains residual blocks is looked into; without any, everything but torch's own modules."""
+
+    def __init__(self, blocks: set[nn.Module], opaque: set[nn.Module]) -> None:
+        self._blocks, self._opaque = blocks, opaque
+
+    def __call__(self, module: nn.Module) -> bool:
+        if not self._blocks:
+            return module in self._opaque or is_leaf(module)
+        return module in self._blocks or not any(child in self._blocks for child in module.modules())
+
+
+def _input(network: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
+    fixed = defaults(network)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    free = [node for node in inputs if not _is_fixed(node, fixed)]
+    wanted = [node for node in free if node.users or not (_is_variadic(node) or node.args)]
+    if len(wanted) != 1 or _is_variadic(wanted[0]):
+        names = ", ".join(str(node.target) for node in wanted)
+        raise StageSelectionError(
+            f"{describe(name)} takes {names or 'nothing'}, and stages pass one tensor on. Make it a module "
+            "that takes one tensor, or name a part of it that does by network=."
+        )
+    found: fx.Node = wanted[0]
+    return found
+
+
+def _is_variadic(node: fx.Node) -> bool:
+    return str(node.target).startswith("*")
+
+
+def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
+    """What torch.fx numbers: arguments that it was given a value for: ``mask_1``."""
+    stem, _, number = str(node.target).rpartition("_")
+    return stem in fixed and number.isdecimal()
+
+
+def _output(graph: fx.Graph, name: str) -> fx.Node:
+    returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    what = None
+    if not isinstance(returned, fx.Node):
+        kinds = (kind.__name__ for kind in (dict, list, tuple) if isinstance(returned, kind))  # fx has its own
+        what = "None" if returned is None else f"a {next(kinds, type(returned).__name__)}"
+    elif isinstance(returned.target, type):
+        what = f"a {returned.target.__name__}"
+    elif returned.op in ("placeholder", "get_attr"):
+        what = "its input, or a parameter"
+    if what is not None:
+        raise StageSelectionError(
+            f"{describe(name)} returns {what}, and stages pass one tensor on. Return one tensor from it, or name a "
+            "part of it that does by network=."
+        )
+    assert isinstance(returned, fx.Node)
+    return returned
+
+
+def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: list[str], *, drew: bool) -> None:
+    """What a forward does besides computing its output would be lost, or be what it was when it was traced."""
+    problem = None
+    left = left_behind(network, tracer.graph)
+    constants = [
+        node for node in tracer.graph.nodes if node.op == "get_attr" and str(node.target).startswith("_tensor_const")
+    ]
+    if left:
+        problem = f"leaves a value in an attribute{user_line(left[0])}; return it, or let a block keep it"
+    elif constants:
+        users = [user for node in constants for user in node.users]
+        problem = f"makes a tensor of constants{user_line(users[0]) if users else ''}; register it as a buffer"
+    elif tracer.unlike:
+        where = user_line(tracer.unlike[0])
+        problem = (
+            f"computes under no_grad, autocast or the like{where}, and stages would not; do that inside a block, or "
+            "freeze by requires_grad_(False)"
+        )
+    elif changed:
+        problem = f"changes the attribute {changed[0]!r}, and a graph does not; do that inside a block"
+    elif drew:
+        problem = "draws a random number that a graph would take for a constant; do that inside a block"
+    if problem is not None:
+        raise StageSelectionError(f"{describe(name)} cannot be cut into stages: its forward {problem}.")
+
+
+def _attributes(network: nn.Module) -> dict[str, object]:
+    """The numbers and switches that modules keep as attributes, by name."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
+
+
+def _equal(one: object, other: object) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+def network_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The residual blocks by name; one that torch.compile has wrapped is taken with its wrapper."""
+    names = (block.name.removesuffix(f".{_COMPILED}") for block in find_blocks(network))
+    return {name: network.get_submodule(name) for name in names}
+
+
+def unreached(network: nn.Module, graph: fx.Graph) -> str:
+    """The residual blocks that the forward of the network never calls; empty if it calls all."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    missed = (name for name in network_blocks(network) if not any(_within(name, leaf) for leaf in called))
+    return summary(list(missed))
+
+
+def _within(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")

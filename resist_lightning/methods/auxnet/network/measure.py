@@ -1,0 +1,175 @@
+"""What each unit of a network takes, and what comes out of it, from an example batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
+from resist_lightning.methods.auxnet.network.chain import Chain
+from resist_lightning.methods.auxnet.network.find import describe
+from resist_lightning.methods.auxnet.network.forward import unchanged
+from resist_lightning.state.timing import now
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The units of a network, measured. Shapes are without the batch.
+
+    Args:
+        forward_seconds: of each unit, for the whole batch.
+        backward_seconds: of each unit, for the whole batch; that of the first ends at its parameters.
+        shapes: of what comes out of each unit; the last is the network's output.
+        input_shape: of the network's input.
+        nonnegative: whether nothing in what came out of each unit was below 0, as behind a ReLU.
+        dtype: of what comes out of the units.
+    """
+
+    forward_seconds: tuple[float, ...]
+    backward_seconds: tuple[float, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    input_shape: tuple[int, ...]
+    nonnegative: tuple[bool, ...]
+    dtype: torch.dtype
+
+
+def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
+    """Run a network unit by unit, in training mode, once to warm up and then ``repeats`` times.
+
+    Buffers, gradients, random generators and modes are afterwards what they were.
+
+    Args:
+        chain: the network; all of it must be there.
+        example: (batch, ...), an input of the network, on its device.
+        repeats: runs whose median is taken, at least 1.
+
+    Raises:
+        StageSelectionError: if what comes out of a unit is not a tensor of floats with the batch as first dimension, or
+            units differ in dtype.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1.")
+    stages = [chain.stage(number, number + 1) for number in range(len(chain.units))]
+    times: list[list[tuple[float, float]]] = []
+    with unchanged(chain.network), _buffers_kept(chain.network):
+        for _ in range(1 + repeats):
+            times.append([])
+            outputs: list[Tensor] = []
+            x = example.detach()
+            for number, stage in enumerate(stages):
+                try:
+                    output, *seconds = _run(stage, x.requires_grad_(number > 0))
+                except (ValueError, TypeError, RuntimeError) as error:
+                    raise StageSelectionError(
+                        f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, on an "
+                        f"example of what it is given, {tuple(example.shape)}: {error}. Name with `input` which part "
+                        "of a batch it is given."
+                    ) from error
+                _check(chain, number, output, [example, *outputs])
+                x = output.detach()
+                outputs.append(x)
+                times[-1].append((seconds[0], seconds[1]))
+    forward, backward = ([median(run[unit][i] for run in times[1:]) for unit in range(len(stages))] for i in (0, 1))
+    return Measured(
+        forward_seconds=tuple(forward),
+        backward_seconds=tuple(backward),
+        shapes=tuple(tuple(output.shape[1:]) for output in outputs),
+        input_shape=tuple(example.shape[1:]),
+        nonnegative=tuple(bool((output >= 0).all()) for output in outputs),
+        dtype=outputs[0].dtype,
+    )
+
+
+def measure_entries(config: StageConfig, measured: Measured, example: Tensor, *, repeats: int = 3) -> tuple[float, ...]:
+    """What the auxiliary network of a stage that begins with a unit takes, forward and backward; of the first unit 0.
+
+    Args:
+        config: the settings.
+        measured: of the units.
+        example: (batch, ...), an input of the network, on its device.
+        repeats: runs whose median is taken, at least 1.
+
+    Returns:
+        Seconds for each unit; infinity where there can be no auxiliary network.
+    """
+    boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
+    if config.stored:
+        return (0.0,) * len(measured.shapes)
+    seconds: dict[tuple[tuple[int, ...], bool], float] = {}
+    for shape, nonnegative in set(boundaries):
+        try:
+            network = make_aux_network(config, measured.input_shape, shape, nonnegative=nonnegative, boundary=0)
+        except Exception:  # noqa: BLE001 - a user's network raises what it likes; told if a stage must begin here
+            seconds[shape, nonnegative] = math.inf
+            continue
+        network.to(example.device, measured.dtype)
+        times = [_run(_Guess(network), example)[1:] for _ in range(1 + repeats)]
+        seconds[shape, nonnegative] = median(sum(each) for each in times[1:])
+    return (0.0, *(seconds[boundary] for boundary in boundaries))
+
+
+class _Guess(nn.Module):
+    """An auxiliary network with one output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        guess, multiplier = self.network(x)
+        found: Tensor = guess if multiplier is None else guess + multiplier
+        return found
+
+
+def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:
+    """Output and seconds of the forward and the backward; gradients go nowhere."""
+    start = now(x.device)
+    output: Any = stage(x)
+    middle = now(x.device)
+    if isinstance(output, Tensor) and output.requires_grad:
+        wanted = [tensor for tensor in (x, *stage.parameters()) if tensor.requires_grad]
+        torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+    return output, middle - start, now(x.device) - middle
+
+
+def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> None:
+    batch, dtype = len(before[0]), before[-1].dtype
+    if not isinstance(output, Tensor):
+        problem = f"a {type(output).__name__}, not a tensor"
+    elif not output.is_floating_point():
+        problem = f"a tensor of {output.dtype}, not of floats"
+    elif output.dim() < 1 or len(output) != batch:
+        problem = f"a tensor of shape {tuple(output.shape)}, whose first dimension is not the batch of {batch}"
+    elif len(before) > 1 and output.dtype != dtype:
+        problem = f"a tensor of {output.dtype}, and the unit before it one of {dtype}"
+    else:
+        return
+    raise StageSelectionError(
+        f"{describe(chain.name)} cannot be cut into stages: the unit that ends with {chain.units[number]!r} gives "
+        f"{problem}."
+    )
+
+
+@contextmanager
+def _buffers_kept(network: nn.Module) -> Iterator[None]:
+    before = [(module, name, buffer, None if buffer is None else buffer.clone()) for module in network.modules()
+              for name, buffer in module._buffers.items()]  # fmt: skip
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in before:
+                module._buffers[name] = buffer
+                if buffer is not None and values is not None:
+                    buffer.copy_(values)

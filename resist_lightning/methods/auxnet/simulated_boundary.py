@@ -1,0 +1,103 @@
+"""A boundary between two simulated stages: where its guesses and multipliers come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+from typing_extensions import override
+
+from resist_lightning.methods.auxnet.network.aux_networks import AuxNetwork
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""λ and κ of a batch at one boundary, (batch, *boundary) each; κ is 0 without multipliers."""
+
+
+class Boundary(ABC):
+    """What makes the guess λ and the multiplier κ of one boundary."""
+
+    @abstractmethod
+    def knows(self, x: Tensor) -> bool:
+        """Whether there is a guess for every sample of a batch."""
+
+    @abstractmethod
+    def guess(self, x: Tensor) -> Pair:
+        """λ and κ for a batch."""
+
+    @abstractmethod
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
+        """Move to λ and κ for a batch; after :meth:`guess`, from what that gave.
+
+        Args:
+            x: the batch.
+            guess: λ.
+            multiplier: κ.
+            share: learning rate as a share of the highest.
+        """
+
+
+class NetworkBoundary(Boundary):
+    """An auxiliary network, trained by SGD with momentum 0.9, one step per batch.
+
+    Args:
+        network: what gives λ and κ / β of a batch, with the β that the training begins with.
+        beta: that β, per element.
+        learning_rate: the highest rate.
+    """
+
+    def __init__(self, network: AuxNetwork, beta: float, learning_rate: float) -> None:
+        self.network = network
+        self._beta = beta
+        self._learning_rate = learning_rate
+        self._optimizer = SGD(network.parameters(), learning_rate, momentum=0.9)
+        self._made: Pair | None = None
+
+    @override
+    def knows(self, x: Tensor) -> bool:
+        return True
+
+    @override
+    def guess(self, x: Tensor) -> Pair:
+        guess, multiplier = self.network(x)
+        self._made = (guess, torch.zeros_like(guess) if multiplier is None else multiplier)
+        return guess, self._made[1] * self._beta
+
+    @override
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
+        if self._made is None:
+            self.guess(x)
+        assert self._made is not None
+        (made, made_multiplier), self._made = self._made, None
+        loss = (made - guess).square().mean() / 2 + (made_multiplier - multiplier / self._beta).square().mean() / 2
+        self._optimizer.param_groups[0]["lr"] = share * self._learning_rate
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+
+
+class StoredBoundary(Boundary):
+    """λ and κ as they were last left, for each sample, which is known by its values."""
+
+    def __init__(self) -> None:
+        self.table: dict[bytes, Pair] = {}
+
+    @override
+    def knows(self, x: Tensor) -> bool:
+        return all(_name(sample) in self.table for sample in x)
+
+    @override
+    def guess(self, x: Tensor) -> Pair:
+        pairs = [self.table[_name(sample)] for sample in x]
+        return torch.stack([guess for guess, _ in pairs]), torch.stack([multiplier for _, multiplier in pairs])
+
+    @override
+    def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
+        for sample, *pair in zip(x, guess, multiplier, strict=True):
+            self.table[_name(sample)] = (pair[0].clone(), pair[1].clone())
+
+
+def _name(sample: Tensor) -> bytes:
+    return sample.detach().cpu().contiguous().numpy().tobytes()

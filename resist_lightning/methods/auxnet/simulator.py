@@ -1,0 +1,215 @@
+"""A reference of AuxNet: all stages in one process, by the equations of the specification and without messages.
+
+Written as section 2.2 has it: of a sample and not of a batch mean, with multipliers κ in their own units; the engine
+computes in units of the guess. With the engine it shares where the network is cut, how auxiliary networks are made and
+how β grows, and recalibration; what is not shared is tested against it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.layout import StageLayout
+from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
+from resist_lightning.methods.auxnet.simulated_boundary import Boundary, NetworkBoundary, Pair, StoredBoundary
+from resist_lightning.methods.auxnet.step.equations import growth
+from resist_lightning.methods.config import NormPolicy
+from resist_lightning.state.batch_norm import BatchStatistics, Call, norms_with_statistics, recalibrate
+
+
+class StageSimulator:
+    """Simulates K workers that train a stage each, at the same time.
+
+    ::
+
+        simulator = StageSimulator(model, lambda m: torch.optim.SGD(m.parameters(), 0.1), StageConfig(), 2, images[:8])
+        for x, y in loader:
+            simulator.step(x, lambda output: loss_function(output, y))
+        evaluate(simulator.full_model())
+
+    Random numbers that stages draw, as dropout does, are others than in K processes.
+
+    Args:
+        module: the network, or a module that has it; it is copied, not changed.
+        make_optimizers: builds the optimizer(s) of the copy.
+        config: the settings, as for the engine.
+        workers: number of simulated workers, at least 1.
+        example: an input of the network, a batch.
+
+    Attributes:
+        module: the copy, all of whose stages train.
+        optimizers: those of the copy.
+        boundaries: for each boundary, from the first, what makes its guesses.
+        steps: how many were taken.
+
+    Raises:
+        StageSelectionError: if the network cannot be cut as asked.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+        config: StageConfig,
+        workers: int,
+        example: Tensor,
+    ) -> None:
+        self.config = config
+        self.module = copy.deepcopy(module)
+        made = make_optimizers(self.module)
+        self.optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        self.steps = 0
+        layout = StageLayout(self.module, config, workers)
+        layout.prepare(example, SoloCollective())
+        self._stages, self.boundaries = _divide(layout, config)
+        self._network = layout.chain.name if layout.chain else config.network or ""
+        self._stages = self._stages or [self.module.get_submodule(self._network)]
+        self._step_size = config.lambda_step or (0.1 if config.stored and workers > 2 else 1.0)
+        self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
+        self._still: list[str] = []
+        self._highest_rate, self._share = 0.0, 1.0
+
+    def step(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor]) -> Tensor:
+        """One step of all stages, and of their auxiliary networks; in the mode in which :attr:`module` is.
+
+        Args:
+            x: (batch, ...), the network's input.
+            loss_of_output: from the network's output to the mean of the loss over the batch.
+
+        Returns:
+            The loss.
+        """
+        self._inputs.append(x)
+        self._still = [n for n, norm in norms_with_statistics(self.module).items() if not norm.training]
+        share = self._rate_share()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss, wanted = self._compute(x, loss_of_output, share)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for boundary, (guess, multiplier) in zip(self.boundaries, wanted, strict=True):
+            boundary.learn(x, guess, multiplier, share)
+        self.steps += 1
+        return loss.detach()
+
+    def full_model(self, batch_norm: NormPolicy | None = None) -> nn.Module:
+        """A copy of the network, with batch-norm statistics by the policy.
+
+        Args:
+            batch_norm: another policy than that of the settings, to compare on one training.
+        """
+        batch_norm = batch_norm or self.config.batch_norm
+        full = copy.deepcopy(self.module)
+        full.zero_grad()
+        if batch_norm == "batch":
+            BatchStatistics(norms_with_statistics(full).values())
+        elif batch_norm == "recalibrate" and self.boundaries and self._inputs:
+            calls: list[Call] = [(full.get_submodule(self._network), (x,), {}) for x in self._inputs]
+            recalibrate(full, calls, torch.no_grad, self._still)
+        return full
+
+    def _compute(
+        self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float
+    ) -> tuple[Tensor, list[Pair]]:
+        known = all(boundary.knows(x) for boundary in self.boundaries)
+        if self.config.serial(self.steps) or not known:
+            return self._serial(x, loss_of_output, share)
+        return self._parallel(x, loss_of_output, share)
+
+    def _parallel(
+        self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float
+    ) -> tuple[Tensor, list[Pair]]:
+        """The Jacobi schedule of section 2.4: everything from the values at the start of the step.
+
+        In lists, index k belongs to boundary k; boundary 0 is the image, boundary K the network's output.
+        """
+        last, size = len(self._stages), len(x)
+        pairs = [(x, x), *(boundary.guess(x) for boundary in self.boundaries)]
+        lam = [x, *(guess.detach().requires_grad_() for guess, _ in pairs[1:])]
+        kappa = [multiplier.detach() for _, multiplier in pairs]
+        made = [x, *(stage(lam[k]) for k, stage in enumerate(self._stages))]
+
+        losses = [x.new_zeros(())]  # of the stage that ends at boundary k, summed over the batch
+        for k in range(1, last):
+            beta = self._beta(share, lam[k])
+            distance = (lam[k].detach() - made[k]).square().sum()
+            losses.append(beta / 2 * distance - (kappa[k] * made[k]).sum())
+        loss = loss_of_output(made[last])
+        for summed in [summed for summed in losses if summed.requires_grad]:
+            (summed / size).backward()
+        loss.backward()
+
+        wanted = []
+        update = self.config.multipliers and (self.steps + 1) % self.config.multiplier_every == 0
+        for k in range(1, last):
+            beta = self._beta(share, lam[k])
+            violation = lam[k].detach() - made[k].detach()
+            gradient = beta * violation + kappa[k] + size * _gradient(lam[k])
+            next_lam = lam[k].detach() - self._step_size / beta * gradient
+            wanted.append((next_lam, kappa[k] + beta * violation if update else kappa[k]))
+        return loss, wanted
+
+    def _serial(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float) -> tuple[Tensor, list[Pair]]:
+        """Plain back-propagation; the boundaries learn what makes the next parallel step go on from here."""
+        made = [x]
+        for stage in self._stages[:-1]:
+            made.append(stage(made[-1]).requires_grad_())  # also behind a frozen stage
+            made[-1].retain_grad()
+        loss = loss_of_output(self._stages[-1](made[-1]))
+        loss.backward()
+
+        wanted = []
+        for truth in made[1:]:
+            after = len(x) * _gradient(truth)
+            if self.config.multipliers:
+                wanted.append((truth.detach(), -after))  # a stationary point of the augmented Lagrangian
+            elif self.config.stored:
+                settled = truth.detach() - after / self._beta(share, truth)  # one of the penalty
+                wanted.append((settled, torch.zeros_like(truth)))
+            else:
+                wanted.append((truth.detach(), torch.zeros_like(truth)))
+        return loss, wanted
+
+    def _beta(self, share: float, boundary: Tensor) -> float:
+        """β of the formulas: that of the settings weighs a mean over the boundary's elements (decision 2)."""
+        return self.config.beta * growth(self.config.beta_growth, share) / math.prod(boundary.shape[1:])
+
+    def _rate_share(self) -> float:
+        """The learning rate as a share of the highest so far."""
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        self._highest_rate = max(self._highest_rate, rate)
+        if rate > 0:  # else a schedule has ended at 0, and the share stays where it was
+            self._share = rate / self._highest_rate
+        return self._share
+
+
+def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], list[Boundary]]:
+    """Stages and boundaries; none with one worker."""
+    if layout.chain is None:
+        return [], []
+    stages: list[nn.Module] = [layout.chain.stage(*layout.units(worker)) for worker in range(layout.workers)]
+    boundaries: list[Boundary] = []
+    shapes = layout.shapes
+    for number, (shape, nonnegative) in enumerate(zip(shapes.boundaries, layout.nonnegative, strict=True), 1):
+        if config.stored:
+            boundaries.append(StoredBoundary())
+            continue
+        network = make_aux_network(config, shapes.input, shape, nonnegative=nonnegative, boundary=number)
+        device = next(layout.module.parameters()).device
+        beta = config.beta / math.prod(shape)
+        boundaries.append(NetworkBoundary(network.to(device, shapes.dtype), beta, config.aux_learning_rate))
+    return stages, boundaries
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """Zero where nothing flows back, as out of a stage that begins with a detached tensor."""
+    return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

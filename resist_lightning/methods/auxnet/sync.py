@@ -1,0 +1,228 @@
+"""A worker's stage over a run: held while it trains, put together with the others to be looked at."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.exchange import Cargo, Kinds
+from resist_lightning.errors import PartialModelError
+from resist_lightning.methods.auxnet.layout import StageLayout
+from resist_lightning.methods.auxnet.step.spans import NAMES, measured_speedup, step_seconds, typical_step
+from resist_lightning.methods.auxnet.step.worker import StageWorker
+from resist_lightning.methods.sync import Sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
+from resist_lightning.state.memory import Memory
+from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.timing import Seconds
+
+
+class StageSync(Sync[StageLayout, SyncPlan]):
+    """A worker's side of a run whose network is cut into stages; see :class:`~resist_lightning.methods.sync.Sync`.
+
+    Attributes:
+        trainee: computes this worker's stage; None with one worker, and before the first round.
+    """
+
+    def __init__(
+        self,
+        layout: StageLayout,
+        states: OptimizerStates,
+        collective: Collective,
+        device: torch.device,
+        seconds: Seconds,
+    ) -> None:
+        super().__init__(layout, states, collective, device, seconds)
+        self._collective = collective
+        self._device = device
+        self._absent: dict[int, Memory] = {}  # by the worker whose stage it is
+        self._reports: list[list[float]] = []
+        self._history: list[Any] = []
+        self._holding = False
+        self._forward: Any = None
+        self._guards: list[RemovableHandle] = []
+        self.trainee: StageWorker | None = None
+
+    @override
+    def begin(self) -> None:
+        super().begin()
+        layout, chain = self._layout, self._layout.chain
+        if chain is None:
+            return
+        self.trainee = StageWorker(
+            chain.stage(*layout.units(self._worker)),
+            layout.shapes,
+            layout.nonnegative[self._worker - 1] if self._worker else False,
+            layout.config,
+            collective=self._collective,
+            device=self._device,
+            rate=self._states.rate,
+        )
+
+    @override
+    def end(self) -> None:
+        super().end()
+        self._give_forward_back()
+        for memory in self._absent.values():
+            memory.absence.end_early()
+
+    @override
+    def end_step(self) -> None:
+        if self.trainee is not None:
+            self.trainee.count()
+
+    @override
+    def own(self, *, with_full_model: bool) -> dict[str, Any]:
+        stage = self.trainee.state_dict() if self.trainee is not None else {}
+        return {**super().own(with_full_model=with_full_model), "stage": stage}
+
+    @override
+    def load_own(self, own: dict[str, Any]) -> None:
+        super().load_own(own)
+        if self.trainee is not None:
+            self.trainee.load_state_dict(own["stage"])
+
+    @override
+    def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
+        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
+
+    @override
+    def averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
+        return self._may_change(self._layout.shared)
+
+    @override
+    def equal(self, round: int) -> dict[str, Tensor]:
+        return self._layout.shared
+
+    @override
+    def held(self) -> list[Tensor]:
+        return list(self._layout.stage_tensors(self._worker).values())
+
+    @override
+    def hand_over(self, plan: SyncPlan, round: int) -> None:
+        """Stages stay where they are; the workers tell each other how their steps went."""
+        if self.trainee is not None:
+            self._reports = self._collective.gather_numbers(self.trainee.report())
+            self._history.append([round, self.metrics()])
+
+    @override
+    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
+        if self.trainee is not None:
+            self.trainee.finish()
+            self.trainee.spans.pause()
+        plan = plan_observation(plan, self._worker, self._layout.workers)
+        if unequal:
+            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+        self.exchange.hand_over(plan, self._cargo, Kinds.all(kind), self._hold_all)
+
+    @override
+    def make_room(self, round: int) -> None:
+        """Hold this worker's stage alone, which from now on answers for the network."""
+        layout, chain = self._layout, self._layout.chain
+        if chain is None or self._holding:
+            return
+        others = {worker: layout.stage_tensors(worker) for worker in range(layout.workers) if worker != self._worker}
+        absent = {name: tensor for tensors in others.values() for name, tensor in tensors.items()}
+        owners = {name.rpartition(".")[0] for name in absent}
+        if not self._absent:
+            self._absent = {worker: self._memory_of(worker, tensors) for worker, tensors in others.items()}
+        self._states.drop([t for t in absent.values() if isinstance(t, nn.Parameter)])
+        for memory in self._absent.values():
+            memory.free()
+        if layout.companion is not None:
+            layout.companion.hold([*layout.shared, *layout.stage_tensors(self._worker)])
+        self._forward = vars(chain.network).get("forward")
+        chain.network.forward = torch.compiler.disable(self._train_stage)
+        # The network may have tensors of its own; it is called, and answers by this worker's stage.
+        parts = {layout.module.get_submodule(owner) for owner in owners} - {chain.network}
+        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
+        self._holding = True
+
+    @override
+    def metrics(self) -> dict[str, float]:
+        """Of the round that ended: mismatch of each boundary, and speed-up over one process, predicted and measured."""
+        if not self._reports:
+            return {}
+        found = {f"auxnet/mismatch_{worker}": row[0] for worker, row in enumerate(self._reports) if worker}
+        steps: list[dict[str, float]] = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
+        seconds = step_seconds(steps)
+        if seconds is not None:
+            found["auxnet/speedup_predicted"] = seconds.predicted(self._layout.workers)
+            found["auxnet/speedup_measured"] = measured_speedup(steps)
+        return found
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        """The stages, what was measured of each round, and a typical step of the last ones."""
+        layout = self._layout
+        if self.trainee is None:
+            return {}
+        rows = self._collective.gather_bytes(json.dumps(list(self.trainee.spans.recent)).encode())
+        seconds = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
+        guesses = self._collective.gather_numbers([self.trainee.held_bytes])
+        return {
+            "stages": layout.parts(),
+            "shapes": [list(shape) for shape in layout.shapes.boundaries],
+            "method": layout.config.method,
+            "guess_bytes": [int(row[0]) for row in guesses],
+            "rounds": self._history,
+            "seconds": seconds,
+            "timeline": typical_step([json.loads(row) for row in rows]),
+        }
+
+    def _cargo(self, stage: int) -> Cargo:
+        return Cargo(list(self._layout.stage_tensors(stage).values()))
+
+    def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
+        owners = {name.rpartition(".")[0] for name in tensors}
+        memory = Memory(tensors, {owner: self._layout.module.get_submodule(owner) for owner in owners})
+        memory.absence.reason = f"it belongs to the stage of worker {worker}, and this is worker {self._worker}"
+        return memory
+
+    def _hold_all(self) -> None:
+        if self._holding:
+            for memory in self._absent.values():
+                memory.allocate()
+            self._give_forward_back()
+
+    def _give_forward_back(self) -> None:
+        """From now on the network answers for itself."""
+        if not self._holding or self._layout.chain is None:
+            return
+        network = self._layout.chain.network
+        for guard in self._guards:
+            guard.remove()
+        if self._forward is None:
+            del network.forward
+        else:
+            network.forward = self._forward
+        self._holding = False
+
+    def _train_stage(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+        chain = self._layout.chain
+        assert chain is not None
+        assert self.trainee is not None
+        if not (chain.network.training and torch.is_grad_enabled()):
+            raise PartialModelError(
+                f"worker {self._worker} has one stage of {chain.name or 'the module'} only, and was asked to evaluate "
+                "it: it is in eval mode, or no gradients are recorded. Evaluate through the Trainer, or inside "
+                "`engine.full_model()`; to train with frozen batch norms, set those to eval mode, not the network."
+            )
+        if others or any(value is not None for value in options.values()):
+            raise PartialModelError("the network is cut with one input; call it with the image alone.")
+        return self.trainee(x)
+
+    def _refuse_part(self, part: nn.Module, _: Any) -> None:
+        chain = self._layout.chain
+        assert chain is not None
+        raise PartialModelError(
+            f"worker {self._worker} was asked to compute a {type(part).__name__} that another worker's stage has. Call "
+            f"{chain.name or 'the module'} as a whole in training, not its parts; or name with network= the part that "
+            "is called."
+        )

@@ -1,0 +1,65 @@
+"""The settings that all methods have in common, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
+NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
+WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
+CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
+NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """How a run trains, whatever the method divides the model by.
+
+    Args:
+        local_steps: local steps per round, at least 1.
+        seed: seed of the partitions; 0 is a seed.
+        momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
+            (state of what a worker keeps), ``travel`` (as keep, and state goes with what is handed over).
+        batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
+            training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
+        recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
+        check: which entries of the shared tensors are hashed after each sync, and compared between workers:
+            ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
+        non_finite: what happens when a worker comes to a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
+            out of the means, and what it alone held is again what it was when the round began; needs a copy of that).
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    local_steps: int = 50
+    seed: int = 0
+    momentum: MomentumPolicy = "reset"
+    batch_norm: NormPolicy = "recalibrate"
+    recalibration_batches: int = 8
+    check: CheckPolicy = "sampled"
+    non_finite: NonFinitePolicy = "raise"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
+        check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
+        check_integer("seed", self.seed, 0, "0 is a seed")
+        check_choice("momentum", self.momentum, get_args(MomentumPolicy))
+        check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
+        check_choice("check", self.check, get_args(CheckPolicy))
+        check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_integer(name: str, value: object, least: int, hint: str) -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least} ({hint}).")

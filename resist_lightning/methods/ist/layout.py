@@ -1,0 +1,212 @@
+"""A model whose hidden neurons are dealt out to the workers (section 2.1 of the specification of IST)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from typing_extensions import override
+
+from resist_lightning.errors import CheckpointError, LayerSelectionError
+from resist_lightning.methods.ist.bytes import sent_entries
+from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.methods.ist.network.discovery import describe, find_neurons
+from resist_lightning.methods.ist.network.neurons import Cut
+from resist_lightning.methods.ist.partition import draw_neurons
+from resist_lightning.methods.ist.pieces import Part
+from resist_lightning.methods.ist.plan import NeuronPlan, full_pieces
+from resist_lightning.methods.layout import Layout
+from resist_lightning.schedule.partition import Partition, blocks_per_worker
+from resist_lightning.state.optimizer_state import OptimizerStates
+
+
+class NeuronLayout(Layout):
+    """The neurons of a model, and who trains which when.
+
+    Args:
+        module: the user's module, complete.
+        config: the settings of the run.
+        workers: number of workers.
+
+    Attributes:
+        neurons: the hidden layers and what is divided among their neurons.
+        shapes: by name, the shapes of divided tensors in the full model.
+
+    Raises:
+        LayerSelectionError: if the layers cannot be cut as asked, or one has fewer neurons than there are workers.
+        ValueError: if the module synchronises batch norm.
+    """
+
+    def __init__(self, module: nn.Module, config: NeuronConfig, workers: int) -> None:
+        super().__init__(module, config, workers)
+        self.config: NeuronConfig = config
+        self.neurons = find_neurons(module, config.layers)
+        for layer in self.neurons.layers:
+            if layer.width < workers:
+                raise LayerSelectionError(
+                    f"layer {layer.name!r} has {layer.width} neurons for {workers} workers, and each worker needs one "
+                    f"of every layer. Use at most {layer.width} workers, or leave the layer whole: choose others with "
+                    "`layers`."
+                )
+        self._refuse_single_neurons()
+        tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
+        self.shapes: dict[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
+        self._widths = tuple(layer.width for layer in self.neurons.layers)
+        self._draw = lru_cache(maxsize=3)(self._draw_neurons)
+
+    @property
+    @override
+    def partial(self) -> bool:
+        return self.workers > 1
+
+    @override
+    def partition(self, round: int) -> tuple[Partition, ...]:
+        return self._draw(round)
+
+    @override
+    def held(self, round: int) -> list[Any]:
+        """A hash of each worker's neurons, which may be many."""
+        partitions = self.partition(round)
+        return [_short([partition.held[worker] for partition in partitions]) for worker in range(self.workers)]
+
+    @override
+    def held_parameters(self, round: int) -> list[int]:
+        whole = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
+        cut = [name for name, _ in self.module.named_parameters() if name in self.shapes]
+        return [whole + sum(prod(self.held_shape(name, worker)) for name in cut) for worker in range(self.workers)]
+
+    def held_shape(self, name: str, worker: int) -> tuple[int, ...]:
+        """The shape of a worker's slice of a tensor, the same in all rounds."""
+        cut, shape = self.neurons.cuts[name], list(self.shapes[name])
+        if cut.rows is not None:
+            shape[0] = self.share(cut.rows, worker)
+        if cut.columns is not None:
+            shape[1] = self.share(cut.columns, worker) * cut.repeat
+        return tuple(shape)
+
+    def share(self, layer: int, worker: int) -> int:
+        """How many neurons of a hidden layer a worker holds, the same in all rounds."""
+        return blocks_per_worker(self._widths[layer], self.workers, 0)[worker]
+
+    def inner(self) -> dict[str, Cut]:
+        """By name, the tensors with hidden neurons on both sides, of which workers hold only a part at a time."""
+        cuts = self.neurons.cuts.items()
+        return {name: cut for name, cut in cuts if cut.rows is not None and cut.columns is not None}
+
+    def rest(self, name: str) -> int:
+        """Entries of a tensor per neuron, or, where it has neurons on both sides, per pair of them."""
+        cut, shape = self.neurons.cuts[name], self.shapes[name]
+        if cut.columns is None:
+            return prod(shape[1:])
+        per_column = prod(shape[2:]) * cut.repeat
+        return per_column if cut.rows is not None else shape[0] * per_column
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {
+            "neurons": [[layer.name, layer.width] for layer in self.neurons.layers],
+            "workers": self.workers,
+            "seed": self.config.seed,
+        }
+
+    @override
+    def settings(self) -> dict[str, str]:
+        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
+        values["layers"] = "a predicate" if callable(values["layers"]) else values["layers"]
+        return {name: str(value) for name, value in values.items()}
+
+    @override
+    def parts(self) -> list[str]:
+        return [layer.name for layer in self.neurons.layers]
+
+    @override
+    def place(self, name: str) -> str:
+        return f"its neurons' part of {name}" if name in self.shapes else f"shared tensor {name}"
+
+    @override
+    def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for worker, state in enumerate(states):
+            place, own = state["place"], state["own"]
+            theirs, ours = place["identity"].get("neurons"), self.identity()["neurons"]
+            if theirs != ours:
+                raise CheckpointError(
+                    f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
+                    f"those of {ours}. Resume with the same model and the same `layers`."
+                )
+            drawn = draw_neurons(self._widths, place["identity"]["workers"], place["identity"]["seed"], place["round"])
+            tensors.update({name: tensor for name, tensor in own["tensors"].items() if name not in self.shapes})
+            for name, cut in self.neurons.cuts.items():
+                part = Part(cut, tuple(self.shapes[name]), own["tensors"][name], own["store"].get(name))
+                full = tensors.setdefault(name, torch.empty(self.shapes[name], dtype=part.tensor.dtype))
+                for piece in full_pieces(cut, drawn, worker):
+                    values = part.take(piece, drawn, worker)
+                    Part(cut, tuple(self.shapes[name]), full).put(piece, drawn, worker, values)
+        return tensors
+
+    def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
+        """What happens between ``round`` and the next."""
+        return NeuronPlan(self.partition(round), self.partition(round + 1), left_out)
+
+    def hand_over_bytes(self, round: int, states: OptimizerStates) -> list[dict[str, int]]:
+        """By closed form, the bytes that each worker sends at the end of ``round`` to hand over its slices.
+
+        Returns:
+            For each worker, the bytes of the kinds ``hand_over`` and ``state``.
+        """
+        plan, tensors = self.plan(round), {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        sent = [{"hand_over": 0, "state": 0} for _ in range(self.workers)]
+        for name, cut in self.neurons.cuts.items():
+            tensor = tensors[name]
+            slots = states.slots([tensor]) if isinstance(tensor, nn.Parameter) else []
+            per_entry = sum(slot.dtype.itemsize for slot in slots) if self.config.momentum == "travel" else 0
+            for worker, entries in enumerate(sent_entries(cut, plan)):
+                sent[worker]["hand_over"] += entries * self.rest(name) * tensor.element_size()
+                sent[worker]["state"] += entries * self.rest(name) * per_entry
+        return sent
+
+    @override
+    def describe(self) -> str:
+        return (
+            f"the neurons of {len(self.neurons.layers)} hidden layer(s) are dealt out to {self.workers} worker(s); "
+            f"rounds of {self.config.local_steps} local steps.\n{describe(self.neurons)}"
+        )
+
+    @override
+    def warn(self) -> None:
+        if self.workers > 1:
+            self._warn_of_batch_statistics()
+
+    @override
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(self.shapes.get(name, tensor.shape))
+
+    @override
+    def _drawn_from(self) -> tuple[Any, ...]:
+        config = self.config
+        return self.workers, self._widths, config.seed, config.local_steps, config.momentum, config.batch_norm
+
+    def _refuse_single_neurons(self) -> None:
+        """A norm over the neurons of one worker makes nothing of one neuron."""
+        for size in self.neurons.sizes:
+            layer = self.neurons.layers[size.layer]
+            if size.attribute in ("normalized_shape", "num_channels") and layer.width < 2 * self.workers > 2:
+                raise LayerSelectionError(
+                    f"layer {layer.name!r} has {layer.width} neurons for {self.workers} workers, and {size.module} "
+                    "normalises over those of a worker: of one alone nothing is left. Use at most "
+                    f"{layer.width // 2} workers, or leave the layer whole: choose others with `layers`."
+                )
+
+    def _draw_neurons(self, round: int) -> tuple[Partition, ...]:
+        return draw_neurons(self._widths, self.workers, self.config.seed, round)
+
+
+def _short(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

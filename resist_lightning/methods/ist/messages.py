@@ -1,0 +1,118 @@
+"""What workers send each other of divided tensors: one flat buffer per pair of workers and data type."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.tensors import all_sendable
+from resist_lightning.methods.ist.pieces import Part
+from resist_lightning.methods.ist.plan import Piece, full_pieces
+from resist_lightning.schedule.partition import Partition
+
+Load: TypeAlias = tuple[str, Piece]
+"""A piece of the divided tensor of this key."""
+Arrived: TypeAlias = tuple[Load, Tensor]
+"""A piece that is to be put in place here, and its values, flat."""
+
+
+class Mail:
+    """A worker's side of the messages.
+
+    Args:
+        collective: the workers.
+        device: where slices live.
+    """
+
+    def __init__(self, collective: Collective, device: torch.device) -> None:
+        self._collective = collective
+        self._worker = collective.worker
+        self._device = device
+
+    def transfer(self, parts: Mapping[str, Part], loads: Iterable[Load], held: Sequence[Partition]) -> list[Arrived]:
+        """Send and receive pieces at once.
+
+        Collective: every worker must call this, in the same order; only pairs with a piece talk.
+
+        Args:
+            parts: what this worker has, by key.
+            loads: the pieces that leave or reach it, in an order that both ends agree upon.
+            held: the partitions of the round that ends.
+
+        Returns:
+            What is to be put in place here; pieces that stay on this worker are copies, too.
+        """
+        outgoing: dict[int, list[Tensor]] = defaultdict(list)
+        expected: dict[int, list[Load]] = defaultdict(list)
+        stays: list[Arrived] = []
+        kinds: Counter[str] = Counter()
+        for key, piece in loads:
+            if piece.source != self._worker:
+                expected[piece.source].append((key, piece))
+                continue
+            values = parts[key].take(piece, held, self._worker)
+            if piece.target == self._worker:
+                stays.append(((key, piece), values))
+            else:
+                outgoing[piece.target].append(values)
+                kinds[parts[key].kind] += values.nbytes
+        sends = {peer: _packed(outgoing.pop(peer)) for peer in list(outgoing)}  # one copy of what is sent
+        return stays + self._exchange(sends, expected, parts, kinds)
+
+    def spread(self, parts: Mapping[str, Part], held: Sequence[Partition], kind: str) -> list[Arrived]:
+        """Send all that this worker has to all others, and receive what they have.
+
+        Collective: every worker must call this, in the same order.
+
+        Args:
+            parts: what this worker has, by key.
+            held: the partitions of the round.
+            kind: how the bytes are counted.
+        """
+
+        def of(worker: int) -> list[Load]:
+            return [(key, piece) for key, part in parts.items() for piece in full_pieces(part.cut, held, worker)]
+
+        mine = [((key, piece), parts[key].take(piece, held, self._worker)) for key, piece in of(self._worker)]
+        peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
+        flats = _packed([values for _, values in mine]) if peers else []
+        kinds = Counter({kind: sum(flat.nbytes for flat in flats) * len(peers)})
+        return mine + self._exchange(dict.fromkeys(peers, flats), {peer: of(peer) for peer in peers}, parts, kinds)
+
+    def _exchange(
+        self,
+        sends: dict[int, list[Tensor]],
+        expected: Mapping[int, list[Load]],
+        parts: Mapping[str, Part],
+        kinds: Counter[str],
+    ) -> list[Arrived]:
+        receives = {peer: self._empty(loads, parts) for peer, loads in expected.items()}
+        landing = {peer: flats.values() for peer, flats in receives.items()}
+        self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
+        arrived: list[Arrived] = []
+        for peer, loads in expected.items():
+            offsets: Counter[torch.dtype] = Counter()
+            for key, piece in loads:
+                dtype, entries = parts[key].tensor.dtype, parts[key].entries(piece)
+                start = offsets[dtype]
+                arrived.append(((key, piece), receives[peer][dtype][start : start + entries]))
+                offsets[dtype] += entries
+        return arrived
+
+    def _empty(self, loads: Iterable[Load], parts: Mapping[str, Part]) -> dict[torch.dtype, Tensor]:
+        """Room for what the other end packs."""
+        sizes: Counter[torch.dtype] = Counter()
+        for key, piece in loads:
+            sizes[parts[key].tensor.dtype] += parts[key].entries(piece)
+        return {dtype: torch.empty(sizes[dtype], dtype=dtype, device=self._device) for dtype in sorted(sizes, key=str)}
+
+
+def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One flat buffer per data type, in a fixed order."""
+    kinds = sorted({tensor.dtype for tensor in tensors}, key=str)
+    return [torch.cat([tensor for tensor in tensors if tensor.dtype == dtype]) for dtype in kinds]

@@ -1,0 +1,1 @@
+"""Finds the hidden neurons of a network by tracing it."""

@@ -1,0 +1,260 @@
+"""Which tensors and layers the neurons of each Linear and Conv reach: an abstract interpretation of a traced module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+
+from resist_lightning.methods.ist.network.modules import (
+    NORMS,
+    TRANSPARENT,
+    cannot_cut,
+    elementwise_module,
+    inputs_of,
+    norm_size,
+    outputs_of,
+    position_module,
+    positions_of,
+    titled,
+    torch_class,
+)
+from resist_lightning.methods.ist.network.operations import (
+    DROPOUTS,
+    Divided,
+    NotPerNeuron,
+    Number,
+    Shape,
+    Value,
+    Width,
+    argument,
+    entries_per_neuron,
+    flatten,
+    operate,
+    operation_name,
+    over_positions,
+    shape_entry,
+)
+from resist_lightning.methods.ist.network.tracing import Traced, Weighted
+from resist_lightning.methods.tracing import user_line
+
+_KINDS = ("device", "dtype", "ndim")
+
+
+@dataclass
+class Layer:
+    """What was found of the neurons of one Linear or Conv.
+
+    Args:
+        name: its qualified name.
+        width: how many neurons it has.
+        hidden: whether they reach another layer with weights, in whatever way.
+        rows: tensors whose dimension 0 they are.
+        columns: tensors whose dimension 1 they are, with the entries per neuron.
+        sizes: module, attribute and entries per neuron of the numbers that follow.
+        rescaled: layers that read them, with no norm straight behind.
+        problems: why they cannot be divided; each goes on after "its neurons".
+    """
+
+    name: str
+    width: int
+    hidden: bool = False
+    rows: list[str] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
+    sizes: list[tuple[str, str, int]] = field(default_factory=list)
+    rescaled: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class Flow:
+    """Follows the neurons through one traced module.
+
+    Args:
+        traced: the module.
+
+    Attributes:
+        layers: what was found of each Linear and Conv, by qualified name, in the order of the computation.
+        accessed: tensors that a forward reads itself, by id, with the line of code.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self.layers: dict[str, Layer] = {}
+        self.accessed: dict[int, str] = {}
+        self._traced = traced
+        self._calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+        self._values: dict[fx.Node, Value] = {}
+        self._reaching: dict[fx.Node, frozenset[str]] = {}
+        for node in traced.graph.nodes:
+            self._reaching[node] = frozenset().union(*(self._reaching[source] for source in node.all_input_nodes))
+            self._values[node] = self._follow(node)
+        for node in traced.stored:
+            if (owner := _owner(self._values[node])) is not None:
+                self._refuse(owner.layer, "are left in an attribute of a module, where any loss may read them", node)
+
+    def _follow(self, node: fx.Node) -> Value:
+        values = [self._values[source] for source in node.all_input_nodes]
+        try:
+            if node.op == "get_attr":
+                return self._attribute(node)
+            read = self._read_of_shape(node)
+            if read is not None:
+                return read
+            if any(isinstance(value, Width) or (isinstance(value, Shape) and value.of) for value in values):
+                raise NotPerNeuron("are counted (size, shape), and there are fewer in a subnet")
+            if node.op == "call_module":
+                return self._module(node, next((value for value in values if isinstance(value, Divided)), None))
+            if node.op == "output" and any(isinstance(value, Divided) for value in values):
+                raise NotPerNeuron("reach the output of the module")
+            return self._call(node, values)
+        except NotPerNeuron as problem:
+            for layer in sorted({owner.layer for owner in map(_owner, values) if owner}):
+                self._refuse(layer, str(problem), node)
+        return None
+
+    def _refuse(self, layer: str, problem: str, node: fx.Node) -> None:
+        self.layers[layer].problems.append(problem + user_line(node))
+
+    def _attribute(self, node: fx.Node) -> Value:
+        tensor = self._traced.attributes[str(node.target)]
+        if not isinstance(tensor, Tensor):
+            return None
+        if not node.users or not all(map(_reads_kind, node.users)):
+            self.accessed[id(tensor)] = user_line(node)
+        return Number() if tensor.numel() == 1 else None
+
+    def _call(self, node: fx.Node, values: list[Value]) -> Value:
+        if any(source.op == "get_attr" and self._is_matrix(source) for source in node.all_input_nodes):
+            self._mark_hidden(node)
+        for index, value in enumerate(values):
+            if isinstance(value, Divided):
+                return operate(node, value, values[:index] + values[index + 1 :])
+        numbers = bool(values) and all(isinstance(value, Number) for value in values)
+        return Number() if numbers and getattr(node.target, "__module__", "") == "_operator" else None
+
+    def _is_matrix(self, node: fx.Node) -> bool:
+        tensor = self._traced.attributes[str(node.target)]
+        return isinstance(tensor, Tensor) and tensor.dim() > 1
+
+    def _read_of_shape(self, node: fx.Node) -> Value:
+        """What ``x.shape``, ``x.size()``, ``x.size(i)``, ``x.shape[i]``, ``x.dtype`` are; None for anything else."""
+        source = node.args[0] if node.args else None
+        if node.op not in ("call_function", "call_method") or not isinstance(source, fx.Node):
+            return None
+        name, value = operation_name(node), self._values[source]
+        if _reads_kind(node) or name in ("dim", "ndimension"):
+            return Number()
+        if name == "getitem" and isinstance(value, Shape):
+            return shape_entry(value, node.args[1])
+        is_shape = name == "size" or (name == "getattr" and node.args[1] == "shape")
+        if not is_shape or source.op == "get_attr":  # dimension 0 of a parameter is not the batch
+            return None
+        shape = Shape(value if isinstance(value, Divided) else None)
+        index = argument(node, 1, "dim", None) if name == "size" else None
+        return shape if index is None else shape_entry(shape, index)
+
+    def _module(self, node: fx.Node, value: Divided | None) -> Value:
+        name, module = self._traced.called(node)
+        if isinstance(module, Weighted):
+            return self._weighted(node, name, module, value)
+        if isinstance(module, NORMS):
+            return self._norm(node, name, module, value) if value else None
+        if isinstance(module, nn.PReLU):
+            return self._prelu(node, name, module, value) if value else None
+        if value is None or elementwise_module(module):
+            self._leave(node, module)
+            return value
+        if isinstance(module, nn.Flatten):
+            return flatten(value, module.start_dim, module.end_dim)
+        if position_module(module):
+            return over_positions(value, titled(name, module), torch_class(module))
+        self._leave(node, module)
+        raise NotPerNeuron(f"reach {titled(name, module)}, which is not per neuron")
+
+    def _mark_hidden(self, node: fx.Node) -> None:
+        for layer in self._reaching[node]:
+            self.layers[layer].hidden = True
+
+    def _leave(self, node: fx.Node, module: nn.Module) -> None:
+        """A module with weights of its own ends the way of the neurons."""
+        if any(True for _ in module.parameters()):
+            self._mark_hidden(node)
+            self._reaching[node] = frozenset()
+
+    def _weighted(self, node: fx.Node, name: str, module: Weighted, value: Divided | None) -> Divided:
+        self._mark_hidden(node)
+        self._reaching[node] = frozenset({name})
+        attribute, width = outputs_of(module)
+        made = self.layers.setdefault(name, Layer(name, width))
+        made.rows = [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
+        made.sizes.append((name, attribute, 1))
+        problem = cannot_cut(name, module, {"weight", "bias"}, self._calls[node.target])
+        if problem:
+            self._refuse(name, f"are made by {problem}", node)
+        if value:
+            try:
+                self._read(node, name, module, value, problem)
+            except NotPerNeuron as reason:
+                self._refuse(value.layer, str(reason), node)
+        positions = positions_of(module)
+        return Divided(name, width, "channels" if positions else "features", positions)
+
+    def _read(self, node: fx.Node, name: str, module: Weighted, value: Divided, problem: str) -> None:
+        """A Linear or Conv whose input neurons are divided."""
+        if problem:
+            raise NotPerNeuron(f"reach {problem}")
+        if positions_of(module) != value.positions:
+            raise NotPerNeuron(f"reach {titled(name, module)} in a dimension that it does not sum over")
+        attribute, inputs = inputs_of(module)
+        repeat = entries_per_neuron(value, inputs, repr(name))
+        layer = self.layers[value.layer]
+        layer.columns[f"{name}.weight"] = repeat
+        layer.sizes.append((name, attribute, repeat))
+        if not self._goes_into_norm(node):
+            layer.rescaled.append(name)
+
+    def _goes_into_norm(self, node: fx.Node) -> bool:
+        """Whether all that reads a node is a norm, but for identities and dropout in between."""
+
+        def is_norm(user: fx.Node) -> bool:
+            if user.op == "call_module":
+                module = self._traced.called(user)[1]
+                return isinstance(module, NORMS) or (isinstance(module, TRANSPARENT) and self._goes_into_norm(user))
+            return operation_name(user) in DROPOUTS and self._goes_into_norm(user)
+
+        return bool(node.users) and all(map(is_norm, node.users))
+
+    def _norm(self, node: fx.Node, name: str, module: nn.Module, value: Divided) -> Divided:
+        attribute = norm_size(name, module, value)
+        self._cut_vectors(node, name, module, value, attribute)
+        return value
+
+    def _prelu(self, node: fx.Node, name: str, module: nn.PReLU, value: Divided) -> Divided:
+        if module.num_parameters == 1:
+            return value
+        if module.num_parameters != value.width:
+            raise NotPerNeuron(
+                f"reach {titled(name, module)}, which has {module.num_parameters} parameters for {value.width} neurons"
+            )
+        self._cut_vectors(node, name, module, value, "num_parameters")
+        return value
+
+    def _cut_vectors(self, node: fx.Node, name: str, module: nn.Module, value: Divided, attribute: str) -> None:
+        """A module with a size, and with vectors of one entry per neuron."""
+        vectors = {"weight", "bias", "running_mean", "running_var"}
+        problem = cannot_cut(name, module, {*vectors, "num_batches_tracked"}, self._calls[node.target])
+        if problem:
+            raise NotPerNeuron(f"reach {problem}")
+        layer = self.layers[value.layer]
+        own = [key for key, _ in [*module.named_parameters(), *module.named_buffers()] if key in vectors]
+        layer.rows += [f"{name}.{vector}" for vector in own]
+        layer.sizes.append((name, attribute, 1))
+
+
+def _owner(value: Value) -> Divided | None:
+    """The neurons that a value has to do with."""
+    return value.of if isinstance(value, Shape | Width) else value if isinstance(value, Divided) else None
+
+
+def _reads_kind(node: fx.Node) -> bool:
+    return operation_name(node) == "getattr" and node.args[1] in _KINDS

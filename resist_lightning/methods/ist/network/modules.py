@@ -1,0 +1,104 @@
+"""What the modules of torch.nn do with a tensor whose neurons are divided."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import batchnorm, conv, dropout, instancenorm, lazy, padding, pooling
+
+from resist_lightning.methods.ist.network.operations import Divided, NotPerNeuron
+from resist_lightning.methods.ist.network.tracing import Weighted
+
+NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+TRANSPARENT = (nn.Identity, dropout._DropoutNd)
+_ELEMENTWISE_MODULES = (
+    nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
+    nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
+    nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_POSITION_MODULES = (
+    pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd,
+    nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, padding._ConstantPadNd, padding._ReflectionPadNd,
+    padding._ReplicationPadNd, padding._CircularPadNd, nn.Upsample,
+)  # fmt: skip
+
+
+def elementwise_module(module: nn.Module) -> bool:
+    """Whether a module without sizes of its own treats each entry alone."""
+    return isinstance(module, _ELEMENTWISE_MODULES)
+
+
+def position_module(module: nn.Module) -> bool:
+    """Whether a module mixes positions, and never channels."""
+    return isinstance(module, _POSITION_MODULES)
+
+
+def inputs_of(module: Weighted) -> tuple[str, int]:
+    """Where a layer keeps how many features or channels it reads, and the number."""
+    return ("in_features", module.in_features) if isinstance(module, nn.Linear) else ("in_channels", module.in_channels)
+
+
+def outputs_of(module: Weighted) -> tuple[str, int]:
+    """Where a layer keeps how many neurons it has, and the number."""
+    if isinstance(module, nn.Linear):
+        return "out_features", module.out_features
+    return "out_channels", module.out_channels
+
+
+def positions_of(module: Weighted) -> int:
+    """Number of dimensions that stand behind the neurons."""
+    return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+
+
+def norm_size(name: str, module: nn.Module, value: Divided) -> str:
+    """Where a norm keeps how many neurons it has.
+
+    Raises:
+        NotPerNeuron: if it is not a norm of exactly the neurons in ``value``.
+    """
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        attribute, fits = "normalized_shape", value.form != "channels"
+    elif isinstance(module, nn.GroupNorm):
+        attribute, fits = "num_channels", module.num_groups == 1
+    else:
+        attribute, fits = "num_features", isinstance(module, batchnorm._BatchNorm) or value.form == "channels"
+    if not fits or getattr(module, attribute) not in (value.width, (value.width,)):
+        raise NotPerNeuron(
+            f"reach {titled(name, module)}, which is not a norm of exactly these {value.width} neurons in one group "
+            f"({module.extra_repr()}); after a convolution it must stand before the flattening"
+        )
+    return attribute
+
+
+def titled(name: str, module: nn.Module) -> str:
+    """A module in a message."""
+    return f"{name!r} ({type(module).__name__})"
+
+
+def torch_class(module: nn.Module) -> str:
+    """Name of the class in torch.nn that a module is of, or descends from."""
+    return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
+
+
+def cannot_cut(name: str, module: nn.Module, tensors: set[str], calls: int) -> str:
+    """Why the tensors of a module cannot be cut; empty if they can.
+
+    Args:
+        name: its qualified name.
+        module: a layer or a norm.
+        tensors: the names of parameters and buffers that its class knows.
+        calls: how often a forward calls it.
+    """
+    what = titled(name, module)
+    if isinstance(module, lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return f"{what}, which has no sizes yet; run the network once"
+    if isinstance(module, conv._ConvNd) and module.groups > 1:
+        return f"{what}, a grouped or depthwise convolution (groups={module.groups})"
+    if calls > 1:
+        return f"{what}, which is called {calls} times"
+    found = {key for key, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if found - tensors:
+        return (
+            f"{what}, which has other tensors than its class ({', '.join(sorted(found - tensors))}): a weight norm, a "
+            "parametrization or a mask"
+        )
+    return ""

@@ -1,0 +1,120 @@
+"""The computation of a user's module as a graph, without running it on an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+from torch import fx, nn
+
+from resist_lightning.errors import LayerSelectionError
+from resist_lightning.methods.tracing import (
+    CannotTrace,
+    Tracer,
+    defaults,
+    follow,
+    has_forward,
+    in_training,
+    is_leaf,
+    left_behind,
+)
+from resist_lightning.state.random_state import random_state, set_random_state
+
+Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A module of the user's that has a forward of its own, as a graph.
+
+    Args:
+        module: the module.
+        graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
+        prefix: what its names begin with in the user's module, with the dot at the end.
+        attributes: what its forward reads itself: parameters, buffers, constants, by name.
+        stored: values that its forward leaves in attributes of modules.
+        defaults: optional arguments of its forward, with the values that they had.
+    """
+
+    module: nn.Module
+    graph: fx.Graph
+    prefix: str
+    attributes: dict[str, Any]
+    stored: tuple[fx.Node, ...]
+    defaults: dict[str, Any]
+
+    def called(self, node: fx.Node) -> tuple[str, nn.Module]:
+        """Qualified name in the user's module, and module, of a ``call_module`` node."""
+        return f"{self.prefix}{node.target}", self.module.get_submodule(str(node.target))
+
+
+def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *_: True) -> list[Traced]:
+    """Trace a module as it computes in training.
+
+    A module without a forward of its own (a LightningModule that has only steps, a ModuleDict) is traced child by
+    child; children without a Linear or Conv (losses, metrics), or without anything that trains, are left out.
+
+    Args:
+        module: the user's module.
+        wanted: asked for the name and module of each Linear and Conv; a child that cannot be traced, with none that
+            is wanted, is left out.
+
+    Raises:
+        LayerSelectionError: if torch.fx cannot trace it.
+    """
+    random = random_state()
+    try:
+        with in_training(module):
+            found = [_trace_if_wanted(root, prefix, wanted) for prefix, root in _roots(module, "")]
+    finally:
+        set_random_state(random)
+    return [traced for traced in found if traced is not None]
+
+
+def _trace_if_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> Traced | None:
+    try:
+        return _trace(root, prefix)
+    except LayerSelectionError:
+        if _any_wanted(root, prefix, wanted):
+            raise
+        return None
+
+
+def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> bool:
+    weighted = [(f"{prefix}{name}", child) for name, child in root.named_modules() if isinstance(child, Weighted)]
+    return any(wanted(name.rstrip("."), child) for name, child in weighted)
+
+
+def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    if has_forward(module):
+        if not is_leaf(module) and _has_weights(module) and _trains(module):
+            yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from _roots(child, f"{prefix}{name}.")
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(isinstance(child, Weighted) for child in module.modules())
+
+
+def _trains(module: nn.Module) -> bool:
+    """A frozen network (a teacher, a perceptual loss) stays whole: a subnet of it computes something else."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _trace(root: nn.Module, prefix: str) -> Traced:
+    try:
+        graph = follow(Tracer(), root, prefix)
+    except CannotTrace as error:
+        raise LayerSelectionError(
+            f"the forward of {error.where} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
+            f"{error.said}. The way out: put the layers whose neurons are to "
+            "be dealt out into a module whose forward has no branch or loop that depends on a value or a shape, and "
+            "call what remains around it from the steps of a LightningModule without a forward of its own."
+        ) from error
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    attributes = {name: attrgetter(name)(root) for name in read}
+    return Traced(root, graph, prefix, attributes, left_behind(root, graph), defaults(root))

@@ -1,0 +1,187 @@
+"""A reference of IST: S workers in one process, written as plainly as the paper and without its machinery.
+
+There is one full model; a round cuts a subnet out of it for every worker, and a sync writes the subnets back. With the
+engine it shares the partition, the choice of layers and recalibration; what is not shared is tested against it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from resist_lightning.comm.unit_vectors import normalise, unit_vectors
+from resist_lightning.methods.config import NormPolicy
+from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.methods.ist.network.discovery import find_neurons
+from resist_lightning.methods.ist.partition import draw_neurons
+from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
+from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, norms_with_statistics
+
+Slot: TypeAlias = tuple[int, str, str]
+"""Number of an optimizer, name of a parameter, name of what the optimizer keeps for it."""
+
+
+class NeuronSimulator:
+    """Simulates S workers among whom the hidden neurons are dealt out; used as :class:`~resist_lightning.Simulator`.
+
+    Args:
+        module: the network; it is copied, not changed.
+        make_optimizers: builds the optimizer(s) of a copy.
+        config: the settings, as for the engine.
+        workers: number of simulated workers, at least 1.
+
+    Raises:
+        LayerSelectionError: if the layers cannot be cut as asked.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+        config: NeuronConfig,
+        workers: int,
+    ) -> None:
+        self.config = config
+        self.clock = Clock(config.local_steps)
+        self.neurons = find_neurons(module, config.layers)
+        self._template = copy.deepcopy(module)
+        self.full = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
+        self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self._hooks: list[RemovableHandle] = []
+        self._travelling: dict[Slot, Tensor] = {}
+        self._begin_round([{} for _ in self.workers])
+
+    def after_step(self) -> None:
+        """Count a local step of all workers, and sync if the round is complete."""
+        self.clock.tick()
+        if self.clock.due:
+            self.full = self._written_back()
+            states = [self._state_of(index) for index in range(len(self.workers))]
+            self.clock.next_round()
+            self._begin_round(states)
+
+    def full_model(self, batch_norm: NormPolicy | None = None) -> nn.Module:
+        """A copy of the full model, with batch-norm statistics by the policy.
+
+        Args:
+            batch_norm: another policy than that of the settings, to compare on one training.
+        """
+        batch_norm = batch_norm or self.config.batch_norm
+        full, state = copy.deepcopy(self._template), self._written_back()
+        with torch.no_grad():
+            for name, tensor in _tensors(full).items():
+                tensor.copy_(state[name])
+        recorded = all(worker.recorder.calls for worker in self.workers)
+        if batch_norm == "batch":
+            BatchStatistics(norms_with_statistics(full).values())
+        elif batch_norm == "recalibrate" and len(self.workers) > 1 and recorded:
+            recalibrate_together(self.workers, full)
+        return full
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """Who holds which neurons in this round."""
+        widths = [layer.width for layer in self.neurons.layers]
+        return draw_neurons(widths, len(self.workers), self.config.seed, self.clock.round)
+
+    def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
+        made = make_optimizers(module)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        return SimulatedWorker(module, optimizers, (), InputRecorder(module, self.config.recalibration_batches))
+
+    def _begin_round(self, states: Sequence[dict[Slot, Tensor]]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for index, worker in enumerate(self.workers):
+            for name, tensor in worker.tensors().items():
+                tensor.grad = None
+                tensor.data = self.full[name][self._index(name, index)].clone()
+            for size in self.neurons.sizes:
+                held = len(self.partitions()[size.layer].held[index]) * size.repeat
+                value: Any = (held,) if size.attribute == "normalized_shape" else held
+                setattr(worker.module.get_submodule(size.module), size.attribute, value)
+            self._give_state(worker, index, states[index])
+            self._scale(worker, index)
+
+    def _index(self, name: str, worker: int) -> Any:
+        """Of a worker's part of a tensor in the full one."""
+        cut = self.neurons.cuts.get(name)
+        if cut is None:
+            return ...
+        partitions = self.partitions()
+        index: list[Any] = [slice(None), slice(None)]
+        if cut.rows is not None:
+            index[0] = torch.tensor(partitions[cut.rows].held[worker])
+        if cut.columns is None:
+            return index[0]
+        held = torch.tensor(partitions[cut.columns].held[worker])
+        index[1] = (held.unsqueeze(1) * cut.repeat + torch.arange(cut.repeat)).flatten()
+        if cut.rows is not None:
+            index[0] = index[0].unsqueeze(1)
+        return tuple(index)
+
+    def _written_back(self) -> dict[str, Tensor]:
+        """The full model, with what the workers have trained."""
+        full = {name: tensor.clone() for name, tensor in self.full.items()}
+        copies = [worker.tensors() for worker in self.workers]
+        for name, tensor in full.items():
+            if name in self.neurons.cuts:
+                for worker, tensors in enumerate(copies):
+                    tensor[self._index(name, worker)] = tensors[name].detach()
+            else:
+                tensor.copy_(mean_or_maximum([tensors[name] for tensors in copies]))
+        if len(copies) > 1:
+            vectors = unit_vectors(self.workers[0].module)
+            normalise(tensor for name, tensor in full.items() if name in vectors and name not in self.neurons.cuts)
+        return full
+
+    def _state_of(self, index: int) -> dict[Slot, Tensor]:
+        """Optimizer state of a worker's neurons, in tensors of the full shapes; nothing where it is reset."""
+        if self.config.momentum == "reset":
+            return {}
+        found: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
+        worker = self.workers[index]
+        for name, parameter in worker.module.named_parameters():
+            if name in self.neurons.cuts and not parameter.requires_grad:  # it would meet other neurons
+                for slot in [slot for slot in found if slot[1] == name]:
+                    del found[slot]
+                for optimizer in worker.optimizers:
+                    optimizer.state.pop(parameter, None)
+            elif name in self.neurons.cuts:
+                for number, optimizer in enumerate(worker.optimizers):
+                    for slot, value in optimizer.state.get(parameter, {}).items():
+                        if isinstance(value, Tensor) and value.dim():
+                            whole = found.setdefault((number, name, slot), torch.zeros_like(self.full[name]))
+                            whole[self._index(name, index)] = value
+        return found
+
+    def _give_state(self, worker: SimulatedWorker, index: int, state: dict[Slot, Tensor]) -> None:
+        parameters = dict(worker.module.named_parameters())
+        if self.config.momentum == "reset":
+            worker.restart_optimizers()
+        for (number, name, slot), whole in state.items():
+            worker.optimizers[number].state[parameters[name]][slot] = whole[self._index(name, index)].clone()
+
+    def _scale(self, worker: SimulatedWorker, index: int) -> None:
+        """Where no norm follows, a sum over fewer neurons is scaled, by its inputs."""
+        for name, layer in self.neurons.rescaled:
+            factor = self.neurons.layers[layer].width / len(self.partitions()[layer].held[index])
+            scaled = partial(_scaled, factor)
+            self._hooks.append(worker.module.get_submodule(name).register_forward_pre_hook(scaled, with_kwargs=True))
+
+
+def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return tuple(value * factor for value in args), {key: value * factor for key, value in kwargs.items()}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,119 @@
+"""Refuses to evaluate, trace, save or copy a network of which a worker has only a part."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from resist_lightning.errors import PartialModelError
+from resist_lightning.state.absent import ENDED_EARLY, NEW_MODULE
+
+_WAY_OUT = (
+    "Do so inside `engine.full_model()`, on all workers, or in a hook of the validation; under Lightning the engine is "
+    "`trainer.strategy.engine`."
+)
+
+
+class PartGuard:
+    """Watches the modules that are not whole on this worker.
+
+    Args:
+        worker: this worker.
+
+    Attributes:
+        stepping: whether the program is in a training step; None where nobody says it, in a plain loop.
+    """
+
+    def __init__(self, worker: int) -> None:
+        self.stepping: bool | None = None
+        self._worker = worker
+        self._handles: list[RemovableHandle] = []
+        self._warned: set[str] = set()
+        self._way_out = _WAY_OUT
+
+    def watch(self, modules: Mapping[str, nn.Module]) -> None:
+        """From now on watch these modules, by name, and no others."""
+        self.release()
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(_Watched(self, name)))
+            self._handles.append(module.register_state_dict_pre_hook(partial(self._refuse_state_dict, name)))
+
+    def release(self) -> None:
+        """The module is whole: watch nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def end(self) -> None:
+        """The training is over: what is not whole now stays so, after an error."""
+        self._way_out = f"It stays so: {ENDED_EARLY}. {NEW_MODULE}"
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Inside, this worker's part may be called as the user likes."""
+        self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    def refuse(self, name: str, what: str) -> NoReturn:
+        """Raise: this worker has no whole model to do that with."""
+        raise PartialModelError(
+            f"worker {self._worker} has only a part of the network in this round, without all of {name}, and was asked "
+            f"to {what} it. {self._way_out}"
+        )
+
+    def _refuse_state_dict(self, name: str, *_: object) -> NoReturn:
+        self.refuse(name, "save")
+
+    def check(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Called before each forward of a watched module."""
+        if torch.compiler.is_exporting() or _is_traced(args):
+            self.refuse(name, "trace or export")
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return  # a forward inside a backward is activation checkpointing
+        recording = torch.is_grad_enabled()
+        if self.stepping:
+            if not module.training and not recording:
+                self._warn("evaluates")
+        elif not module.training and (self.stepping is False or not recording):
+            self.refuse(name, "evaluate")
+        elif not module.training or (self.stepping is False and not recording):
+            self._warn("evaluates" if not module.training else "calls, without gradients and outside a training step,")
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(
+                f"worker {self._worker} {what} the part of the network that it has in this round: not the full model, "
+                f"and another one on each worker. If the full model is meant: {self._way_out}",
+                stacklevel=6,
+            )
+
+
+class _Watched:
+    """A forward pre-hook. It refuses to be copied, so that nobody copies the module in silence."""
+
+    def __init__(self, guard: PartGuard, name: str) -> None:
+        self._guard = guard
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._guard.check(self._name, module, args)
+
+    @override
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        self._guard.refuse(self._name, "copy or save")
+
+
+def _is_traced(args: tuple[Any, ...]) -> bool:
+    return torch._C._get_tracing_state() is not None or any(isinstance(arg, fx.Proxy) for arg in args)

@@ -1,0 +1,1 @@
+"""ResIST and local SGD: residual blocks are partitioned over the workers, or nothing is."""

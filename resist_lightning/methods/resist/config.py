@@ -1,0 +1,72 @@
+"""The settings of a run whose residual blocks are partitioned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from torch import nn
+from typing_extensions import override
+
+from resist_lightning.methods.config import CommonConfig, WireName, check_choice, check_integer
+
+BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
+BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+PAPER_MIN_BLOCKS = 5
+"""Section 4 of the paper: a minimum of five blocks per worker works best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    """How a run trains whose residual blocks are partitioned, or (``blocks=[]``) nothing.
+
+    Args:
+        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
+            what ``blocks_per_worker`` lists.
+        blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
+            to the speed that each shows in the first rounds), or a list with a count for each worker.
+        blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
+            glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
+        warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
+        test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
+            chance that a block is held: mean blocks per worker / number of blocks.
+        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
+            ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
+
+    The others are those of :class:`CommonConfig`.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    min_blocks: int | None = None
+    blocks_per_worker: BlockCounts = "equal"
+    blocks: BlockChoice = None
+    warmup_rounds: int = 0
+    test_scale: float | None = None
+    wire: WireName = "fp32"
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
+        if self.min_blocks is not None:
+            check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
+        _check_counts(self.blocks_per_worker)
+        check_choice("wire", self.wire, get_args(WireName))
+        if self.test_scale is not None and not 0 < self.test_scale <= 1:
+            raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
+
+
+def _check_counts(value: object) -> None:
+    if value in ("equal", "auto"):
+        return
+    counts = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+        raise ValueError(
+            f"blocks_per_worker={value!r} must be 'equal', 'auto', or a list of whole numbers of at least 0, one for "
+            "each worker."
+        )

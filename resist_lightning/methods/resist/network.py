@@ -1,0 +1,166 @@
+"""Chooses which residual blocks of a network are partitioned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from resist_lightning.errors import BlockSelectionError
+from resist_lightning.methods.globs import matches, summary
+from resist_lightning.methods.residual import (
+    Block,
+    block_at,
+    candidates,
+    find_blocks,
+    recognise,
+    scripted,
+    untrained,
+    why_not,
+)
+from resist_lightning.methods.resist.config import BlockChoice
+
+
+def select_blocks(
+    module: nn.Module, choice: BlockChoice = None, trained: Collection[int] | None = None
+) -> tuple[Block, ...]:
+    """Choose the blocks to partition.
+
+    What a network computes that nothing trains (a teacher, a moving average) must not depend on the worker: of several
+    networks only those that train are partitioned.
+
+    Args:
+        module: the user's module.
+        choice: None for the paper's rule (section 3.1: the third section without its first block), a glob or a list
+            of globs that match the last parts of a module's name (``"layer3.*"``), a predicate of (name, module), or
+            an empty list for none. Of what a glob with a wildcard matches, blocks that seem to change the shape, single
+            layers and chains of them stay shared.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
+
+    Returns:
+        The blocks, in the order of the network.
+
+    Raises:
+        BlockSelectionError: if nothing qualifies, a glob matches nothing, a block that changes the shape or a single
+            layer is asked for, a block lies in another one, or its parameters are used elsewhere too.
+    """
+    if choice is None:
+        blocks = _paper_rule(module, trained)
+    elif callable(choice) and not isinstance(choice, str):
+        blocks = [block_at(name, child) for name, child in module.named_modules() if name and choice(name, child)]
+        if not blocks:
+            raise BlockSelectionError(f"the predicate given as `blocks` chose nothing. {candidates(module)}")
+        _refuse_others(blocks, module)
+    else:
+        blocks = _by_globs(module, _patterns(choice), trained)
+    _refuse_nesting(blocks)
+    _refuse_tied(module, blocks)
+    for block in blocks:
+        names = scripted(block.module)
+        if names:
+            raise BlockSelectionError(
+                f"block {block.name!r} is TorchScript (at {f'{block.name}.{names[0]}'.rstrip('.')!r}): its compiled "
+                "forward cannot be left out, and goes on with memory that was given away. Build the network without "
+                "torch.jit, and script it after the training; or leave the block out of `blocks`."
+            )
+    return tuple(blocks)
+
+
+def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | None = None) -> tuple[str, ...]:
+    """Names of what a glob matches, and that stays shared because it does not qualify."""
+    if choice is None or (callable(choice) and not isinstance(choice, str)):
+        return ()
+    patterns = _patterns(choice)
+    chosen = {block.name for block in _by_globs(module, patterns, trained)}
+    matched = [block.name for pattern in patterns for block in _matching(module, pattern)]
+    return tuple(name for name in dict.fromkeys(matched) if name not in chosen)
+
+
+def _paper_rule(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
+    sections: dict[str, dict[str, list[Block]]] = defaultdict(lambda: defaultdict(list))
+    for block in find_blocks(module):
+        sections[block.network][block.section].append(block)
+    chosen: list[Block] = []
+    for network in sections.values():
+        third = list(network.values())[2:3]
+        chosen.extend(block for section in third for block in section[1:] if block.keeps_shape)
+    still = untrained(module, chosen, trained)
+    if still and len(still) == len(chosen):
+        raise BlockSelectionError(
+            f"nothing trains in the network of {summary([block.name for block in still])}, so its blocks stay shared, "
+            "and no others qualify by the paper's rule. If it will be trained later, say so by naming them: "
+            f"blocks={[block.name for block in still][:1]}."
+        )
+    if not chosen:
+        raise BlockSelectionError(
+            "no block qualifies by the paper's rule (the third section without its first block); choose with "
+            f"`blocks=`. {candidates(module)}"
+        )
+    return [block for block in chosen if block not in still]
+
+
+def _patterns(choice: str | Sequence[str]) -> list[str]:
+    return [choice] if isinstance(choice, str) else list(choice)
+
+
+def _matching(module: nn.Module, pattern: str) -> list[Block]:
+    """What a glob means: blocks that are recognised, or, where there is none, any module."""
+    matched = [(name, child) for name, child in module.named_modules() if name and matches(pattern, name)]
+    known = [block for block in (recognise(name, child) for name, child in matched) if block is not None]
+    return known or [block_at(name, child) for name, child in matched]
+
+
+def _by_globs(module: nn.Module, patterns: Sequence[str], trained: Collection[int] | None) -> list[Block]:
+    chosen: dict[str, Block] = {}
+    for pattern in patterns:
+        blocks = _matching(module, pattern)
+        if not blocks:
+            raise BlockSelectionError(f"blocks={pattern!r} matches nothing. {candidates(module)}")
+        possible = [block for block in blocks if why_not(block.module) is None]
+        if not possible:
+            _refuse_others(blocks, module)
+        keeping = [block for block in possible if block.keeps_shape] or possible
+        chosen.update((block.name, block) for block in keeping)
+    still = untrained(module, chosen.values(), trained)
+    if len(still) < len(chosen):
+        chosen = {name: block for name, block in chosen.items() if block not in still}
+    order = {name: position for position, (name, _) in enumerate(module.named_modules())}
+    return sorted(chosen.values(), key=lambda block: order[block.name])
+
+
+def _refuse_others(blocks: Iterable[Block], module: nn.Module) -> None:
+    for block in blocks:
+        reason = why_not(block.module)
+        if reason is not None:
+            raise BlockSelectionError(
+                f"block {block.name!r} {reason}, so leaving it out is not the identity; it must stay shared. "
+                f"{candidates(module)}"
+            )
+
+
+def _refuse_nesting(blocks: Sequence[Block]) -> None:
+    names = {block.name for block in blocks}
+    for name in names:
+        parts = name.split(".")
+        for outer in (".".join(parts[:end]) for end in range(1, len(parts))):
+            if outer in names:
+                raise BlockSelectionError(f"block {name!r} lies in block {outer!r}; choose one of the two.")
+
+
+def _refuse_tied(module: nn.Module, blocks: Sequence[Block]) -> None:
+    names: dict[int, list[str]] = defaultdict(list)
+    everything = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in everything:
+        names[id(tensor)].append(name)
+    for block in blocks:
+        for tensor in block.tensors().values():
+            if len(names[id(tensor)]) > 1:
+                raise BlockSelectionError(
+                    f"block {block.name!r} shares a tensor under the names {', '.join(names[id(tensor)])} (tied "
+                    "weights); a block that is used twice cannot be handed over. Leave it out of `blocks`, or register "
+                    "the module once."
+                )

@@ -1,0 +1,135 @@
+"""The rounds of a run: which worker holds which blocks in each. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, measured_costs, measured_counts, share_out
+from resist_lightning.schedule.partition import Partition, blocks_per_worker, deal, draw_partition, everything
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rounds of a run: which partition each round has.
+
+    Where shares follow speed, the schedule grows by what is measured, on all workers alike::
+
+        round         warm-up | 0      1    2     3    4     | 5      6 ...
+        blocks each   all       equal  few  many  few  many    equal  by the measured table
+        seconds       -         -      kept for each worker     -      -
+
+    The counts begin one round after they are known, so that the plan of a sync never changes once its round has begun.
+
+    Args:
+        blocks: number of partitionable blocks.
+        workers: number of workers.
+        min_blocks: least number of blocks per worker.
+        seed: seed of the partitions.
+        local_steps: local steps per round.
+        warmup_rounds: number of first rounds in which every worker holds every block.
+        counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
+        measured_from: first of the rounds in which seconds are measured; None if none is.
+        seconds: of the measured rounds so far, the round and each worker's seconds per local step.
+    """
+
+    blocks: int
+    workers: int
+    min_blocks: int
+    seed: int
+    local_steps: int
+    warmup_rounds: int = 0
+    counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    measured_from: int | None = None
+    seconds: tuple[tuple[int, tuple[float, ...]], ...] = ()
+
+    def partition(self, round: int) -> Partition:
+        """The partition of ``round``."""
+        if self.is_warmup(round):
+            return everything(self.blocks, self.workers)
+        if self._is_measured(round):
+            return deal(self.blocks, (self._count_measured(round),) * self.workers, self.seed, round)
+        for first, counts in reversed(self.counts):
+            if round >= first:
+                return deal(self.blocks, counts, self.seed, round)
+        return draw_partition(self.blocks, self.workers, self.min_blocks, self.seed, round)
+
+    def is_warmup(self, round: int) -> bool:
+        """Whether ``round`` trains all blocks on all workers, scaled as at test time."""
+        return round < self.warmup_rounds
+
+    def measuring(self, round: int) -> Schedule:
+        """The schedule that measures seconds anew, after ``round``, in which everything is still cold.
+
+        The same schedule where every worker holds all blocks at any speed.
+        """
+        few, many = measured_counts(self.blocks, self.workers, self.min_blocks)
+        first = max(round, self.warmup_rounds) + 1
+        return replace(self, counts=(), measured_from=first if few < many else None, seconds=())
+
+    def learn(self, round: int, seconds: Sequence[float]) -> Schedule:
+        """The schedule that knows what was measured in ``round``; after the last measured one, with counts by speed.
+
+        Args:
+            round: the round that ends.
+            seconds: of a local step of each worker.
+        """
+        if self.measured_from is None or self.counts or round < self.measured_from:
+            return self
+        known = self
+        if self._is_measured(round) and min(seconds) > 0:
+            known = replace(self, seconds=(*self.seconds, (round, tuple(seconds))))
+        if round < self.measured_from + MEASURED_ROUNDS - 1:
+            return known
+        return replace(known, counts=((round + 2, known._by_speed()),))
+
+    def costs(self) -> tuple[Cost, ...]:
+        """What a local step costs each worker, as measured; empty before, and where a resume lost too much to know."""
+        rows: dict[int, list[tuple[float, ...]]] = {}
+        for round, seconds in self.seconds:
+            rows.setdefault(self._count_measured(round), []).append(seconds)
+        if len(rows) < 2:
+            return ()
+        few, many = ((count, [min(times) for times in zip(*rows[count], strict=True)]) for count in sorted(rows))
+        return measured_costs(few, many)
+
+    def table(self) -> dict[str, Any]:
+        """What was measured and what follows from it, as plain data for a checkpoint; empty if nothing is measured."""
+        if self.measured_from is None:
+            return {}
+        return {
+            "blocks": self.blocks,
+            "workers": self.workers,
+            "min_blocks": self.min_blocks,
+            "counts": [[first, list(counts)] for first, counts in self.counts],
+            "measured_from": self.measured_from,
+            "seconds": [[round, list(seconds)] for round, seconds in self.seconds],
+        }
+
+    def fits(self, table: Mapping[str, Any]) -> bool:
+        """Whether :meth:`table` said it of as many blocks, workers and least blocks."""
+        here = {"blocks": self.blocks, "workers": self.workers, "min_blocks": self.min_blocks}
+        return {name: table.get(name) for name in here} == here
+
+    def with_table(self, table: Mapping[str, Any]) -> Schedule:
+        """The schedule with what :meth:`table` said, which must fit."""
+        return replace(
+            self,
+            counts=tuple((int(first), tuple(map(int, counts))) for first, counts in table["counts"]),
+            measured_from=int(table["measured_from"]),
+            seconds=tuple((int(round), tuple(map(float, seconds))) for round, seconds in table["seconds"]),
+        )
+
+    def _is_measured(self, round: int) -> bool:
+        return self.measured_from is not None and 0 <= round - self.measured_from < MEASURED_ROUNDS
+
+    def _count_measured(self, round: int) -> int:
+        assert self.measured_from is not None
+        return measured_counts(self.blocks, self.workers, self.min_blocks)[(round - self.measured_from) % 2]
+
+    def _by_speed(self) -> tuple[int, ...]:
+        costs = self.costs()
+        if not costs:
+            return blocks_per_worker(self.blocks, self.workers, self.min_blocks)
+        return share_out(costs, self.blocks, self.min_blocks)

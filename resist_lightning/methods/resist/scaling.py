@@ -1,0 +1,144 @@
+"""Scaling the residual branches of partitioned blocks (section 3.2 of the paper: scaling activations at test time).
+
+In the full model all blocks are active at once, so each one's branch is multiplied by the chance that a block was
+held in training. The factor folds into the weight and bias of the branch's last layer, so that a checkpoint is a plain
+model. A block whose branch has no such layer is scaled by a hook instead: x + s (block(x) - x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from resist_lightning.methods.residual import Block
+from resist_lightning.methods.resist.bypass import first_argument
+from resist_lightning.methods.resist.partition import Schedule
+
+# Exactly these classes: one derived from them may do more (an activation, a weight computed anew at each call).
+_LINEAR_IN_WEIGHT = {
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+_LINEAR_BY_NAME = {"FrozenBatchNorm2d"}  # torchvision's
+
+
+def coverage(schedule: Schedule) -> float:
+    """The chance that a worker holds a block: mean blocks per worker / number of blocks (1 if there are none)."""
+    if not schedule.blocks:
+        return 1.0
+    held = schedule.partition(schedule.warmup_rounds).held
+    return sum(map(len, held)) / (schedule.workers * schedule.blocks)
+
+
+def foldable(block: Block) -> bool:
+    """Whether the scale of ``block`` folds into its last layer's weight and bias."""
+    return bool(_last_layer(block))
+
+
+def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
+    """Multiply the residual branches of present blocks by ``scale``, in their weights.
+
+    Returns:
+        Copies of the tensors as they were, by name, that dividing by ``scale`` would not restore bit for bit.
+    """
+    originals: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in folded(blocks).items():
+            original = tensor.detach().clone()
+            tensor.mul_(scale)
+            if not torch.equal(tensor / scale, original):
+                originals[name] = original
+    return originals
+
+
+def folded(blocks: Iterable[Block]) -> dict[str, Tensor]:
+    """By name, the tensors that :func:`fold` multiplies."""
+    return {name: tensor for block in blocks for name, tensor in _last_layer(block).items()}
+
+
+def unfold(blocks: Iterable[Block], scale: float, originals: dict[str, Tensor], only: Collection[str] | None) -> None:
+    """Undo :func:`fold`, exactly; of all its tensors (None), or only of those that are named."""
+    with torch.no_grad():
+        for name, tensor in folded(blocks).items():
+            if only is None or name in only:
+                if name in originals:
+                    tensor.copy_(originals[name])
+                else:
+                    tensor.div_(scale)
+
+
+class ScaleHook:
+    """A forward hook that scales a residual branch.
+
+    It may stay on the user's module, so it pickles, copies and exports with it.
+
+    Args:
+        scale: the factor.
+        argument: name of the block's input where the hook is on the block: its output becomes x + s (block(x) - x).
+            None where it is on the submodule that ends the branch.
+    """
+
+    def __init__(self, scale: float, argument: str | None) -> None:
+        self.scale = scale
+        self.argument = argument
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Called by torch after the forward of the block, or of its last submodule."""
+        if self.argument is None:
+            return output * self.scale
+        x = args[0] if args else kwargs[self.argument]
+        return x + self.scale * (output - x)
+
+
+class ScaleHooks:
+    """Scales residual branches while the network runs, without touching a weight.
+
+    For warm-up rounds, and for the full model where a scale cannot be folded.
+
+    Args:
+        blocks: the blocks to scale.
+        scale: the factor.
+    """
+
+    def __init__(self, blocks: Sequence[Block], scale: float) -> None:
+        self._handles: list[RemovableHandle] = [_attach(block, scale) for block in blocks] if scale != 1 else []
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def remove_scale_hooks(module: nn.Module) -> None:
+    """Take off all hooks that scale blocks of ``module``, whoever attached them: it may be a copy."""
+    for child in module.modules():
+        for key in [key for key, hook in child._forward_hooks.items() if isinstance(hook, ScaleHook)]:
+            del child._forward_hooks[key]
+            child._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _attach(block: Block, scale: float) -> RemovableHandle:
+    if block.branch_end is not None:
+        branch = block.module.get_submodule(block.branch_end)
+        return branch.register_forward_hook(ScaleHook(scale, None), with_kwargs=True)
+    hook = ScaleHook(scale, first_argument(block.module))
+    return block.module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _last_layer(block: Block) -> dict[str, Tensor]:
+    """Weight and bias of the layer that ends the branch; empty if it is not known to be linear in them."""
+    if block.branch_end is None:
+        return {}
+    layer = block.module.get_submodule(block.branch_end)
+    if type(layer) not in _LINEAR_IN_WEIGHT and type(layer).__name__ not in _LINEAR_BY_NAME:
+        return {}
+    own: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    if "weight" not in own:
+        return {}
+    return {f"{block.name}.{block.branch_end}.{name}": own[name] for name in ("weight", "bias") if name in own}

@@ -1,0 +1,257 @@
+"""A reference of the method: S workers in one process, written as plainly as the paper and without its machinery.
+
+Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. With the
+engine it shares the partition, the choice of blocks, scaling and recalibration, and, where parameters are sent in fewer
+bits, their encoding and who owns a block; what is not shared is tested against it. On one device it trains
+sub-networks of any number of workers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.comm.quantize import Wire, arrange, compressible, flatten, make_wire, noise_for, split
+from resist_lightning.comm.unit_vectors import normalise, unit_vectors
+from resist_lightning.methods.config import NormPolicy
+from resist_lightning.methods.resist.bypass import Bypass
+from resist_lightning.methods.resist.config import Config
+from resist_lightning.methods.resist.first_forward import FirstForward
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.network import select_blocks
+from resist_lightning.methods.resist.scaling import ScaleHooks, fold, foldable
+from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.transfers import SyncPlan, plan_sync
+from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, norms_with_statistics
+
+
+class Simulator:
+    """Simulates S workers.
+
+    ::
+
+        simulator = Simulator(model, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9), Config(), workers=4)
+        for batches in zip(*loaders):                       # one loader per worker
+            for worker, (x, y) in zip(simulator.workers, batches):
+                worker.optimizers[0].zero_grad()
+                loss_function(worker.module(x), y).backward()
+                worker.optimizers[0].step()
+            simulator.after_step()
+        evaluate(simulator.full_model())
+
+    Args:
+        module: the network; it is copied, not changed.
+        make_optimizers: builds the optimizer(s) of a copy.
+        config: the settings, as for the engine.
+        workers: number of simulated workers, at least 1.
+
+    Raises:
+        ValueError: if settings or module do not fit the method, or shares shall follow speed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
+        config: Config,
+        workers: int,
+    ) -> None:
+        if config.blocks_per_worker == "auto":
+            raise ValueError("blocks_per_worker='auto': simulated workers have no speed. List a count for each worker.")
+        layout = BlockLayout(module, config, workers)
+        self.config = config
+        self.schedule = layout.schedule
+        self.scale = layout.scale
+        self.clock = Clock(config.local_steps)
+        self._template = copy.deepcopy(module)
+        self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self._block_of = {name: i for i, block in enumerate(layout.blocks) for name in block.tensors()}
+        self._partial = layout.partial
+        self._warmup_hooks: list[ScaleHooks] = []
+        self._wire = make_wire(config.wire) if workers > 1 else None
+        self._before: dict[str, Tensor] = {}
+        self._begin_round()
+
+    def after_step(self) -> None:
+        """Count a local step of all workers, and sync if the round is complete."""
+        self.clock.tick()
+        if self.clock.due:
+            self._sync()
+
+    def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
+        """A copy of the full model: mean over holders, scaled, with batch-norm statistics by the policy.
+
+        Args:
+            batch_norm: another policy than that of the settings, to compare on one training.
+            scale: another test-time scale, in (0, 1].
+        """
+        batch_norm = batch_norm or self.config.batch_norm
+        scale = self.scale if scale is None else scale
+        state = self._means()
+        full = copy.deepcopy(self._template)
+        blocks = select_blocks(full, self.config.blocks)
+        with torch.no_grad():
+            for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
+                tensor.copy_(state[name])
+        if scale != 1:
+            fold(blocks, scale)
+            ScaleHooks([block for block in blocks if not foldable(block)], scale)
+        if batch_norm == "batch":
+            BatchStatistics(norms_with_statistics(full).values())
+        elif batch_norm == "recalibrate" and self._partial and all(w.recorder.calls for w in self.workers):
+            recalibrate_together(self.workers, full)
+        return full
+
+    def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
+        made = make_optimizers(module)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        recorder = InputRecorder(module, self.config.recalibration_batches)
+        blocks = select_blocks(module, self.config.blocks)
+        FirstForward(blocks)
+        return SimulatedWorker(module, optimizers, blocks, recorder)
+
+    def _sync(self) -> None:
+        before = self.schedule.partition(self.clock.round)
+        after = self.schedule.partition(self.clock.round + 1)
+        state = self._means()
+        if self._wire is not None:
+            state.update(self._means_over(self._wire, plan_sync(before, after)))
+        momenta = self._block_momenta(before.held)
+        self.clock.next_round()
+        for index, worker in enumerate(self.workers):
+            with torch.no_grad():
+                for name, tensor in worker.tensors().items():
+                    tensor.copy_(state[name])
+            stays = set(before.held[index]) & set(after.held[index])
+            everywhere = {b for b in stays if len(before.holders(b)) == len(after.holders(b)) == len(self.workers)}
+            kept = stays if self.config.momentum == "keep" else everywhere
+            self._treat_momentum(worker, kept, set(after.held[index]), momenta)
+        self._begin_round()
+
+    def _means(self) -> dict[str, Tensor]:
+        """Every tensor's mean over the workers that held it (the paper's formula); integers: the maximum."""
+        partition = self.schedule.partition(self.clock.round)
+        everyone = tuple(range(len(self.workers)))
+        copies = [worker.tensors() for worker in self.workers]
+        means: dict[str, Tensor] = {}
+        vectors = unit_vectors(self.workers[0].module)
+        for name in copies[0]:
+            holders = partition.holders(self._block_of[name]) if name in self._block_of else everyone
+            means[name] = mean_or_maximum([copies[worker][name] for worker in holders])
+            if name in vectors and len(holders) > 1:
+                normalise([means[name]])
+        return means
+
+    def _means_over(self, wire: Wire, plan: SyncPlan) -> dict[str, Tensor]:
+        """The means of trainable parameters as they come out of a wire in fewer bits, by name."""
+        copies = [worker.tensors() for worker in self.workers]
+        blocks = [[name for name, t in block.tensors().items() if compressible(t)] for block in self.workers[0].blocks]
+        joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
+        means = self._joint_over(wire, sum((blocks[block] for block in plan.averaged), joint), copies)
+        for block, root in plan.owner.items():
+            if blocks[block]:
+                means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
+        return means
+
+    def _joint_over(self, wire: Wire, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What all workers hold: the mean of the changes, each through the wire, and then itself through the wire."""
+        before = {name: self._before[name] for name in names}
+        changes = [wire.through(_flat({name: copy[name] - before[name] for name in names})) for copy in copies]
+        mean = wire.through(sum(changes[1:], changes[0]) / len(copies))
+        return {name: before[name] + change for name, change in _pieces(mean, before).items()}
+
+    def _block_over(
+        self, wire: Wire, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """A block: what the owner makes of the other holders' values, and then itself through the wire, if sent."""
+
+        def sent_by(worker: int, values: Tensor) -> Tensor:
+            return wire.through(values, noise_for(self.config.seed, self.clock.round, block, worker, values.device))
+
+        own = {name: copies[root][name] for name in names}
+        held = [
+            sent_by(transfer.source, _flat({name: copies[transfer.source][name] for name in names}))
+            for transfer in plan.merge
+            if transfer.block == block
+        ]
+        value = _flat(own)
+        if held:  # as the owner computes it, since a rounding error may end in another value on the wire
+            value = value + torch.stack([values - value for values in held]).sum(0) / (len(held) + 1)
+        if any(transfer.block == block for transfer in plan.hand_over):
+            value = sent_by(root, value)
+        return _pieces(value, own)
+
+    def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Any]:
+        """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
+        gathered: dict[tuple[int, str, str], list[Any]] = {}
+        for worker, blocks in zip(self.workers, held, strict=True):
+            for name, parameter in worker.module.named_parameters():
+                if self._block_of.get(name) in blocks:
+                    for number, optimizer in enumerate(worker.optimizers):
+                        for slot, value in optimizer.state.get(parameter, {}).items():
+                            if isinstance(value, Tensor | int | float):
+                                gathered.setdefault((number, name, slot), []).append(value)
+        return {key: _mean(values) for key, values in gathered.items()}
+
+    def _treat_momentum(
+        self,
+        worker: SimulatedWorker,
+        kept: set[int],
+        holds: set[int],
+        momenta: dict[tuple[int, str, str], Any],
+    ) -> None:
+        if self.config.momentum == "reset":
+            worker.restart_optimizers()
+            return
+        for number, optimizer in enumerate(worker.optimizers):
+            for name, parameter in worker.module.named_parameters():
+                block = self._block_of.get(name)
+                if block is None or block in kept:
+                    continue
+                optimizer.state.pop(parameter, None)
+                if self.config.momentum == "travel" and block in holds:
+                    slots = {
+                        s: copy.deepcopy(v) for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)
+                    }
+                    if slots:
+                        optimizer.state[parameter] = slots
+
+    def _begin_round(self) -> None:
+        partition = self.schedule.partition(self.clock.round)
+        if self._wire is not None:
+            self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
+        for hooks in self._warmup_hooks:
+            hooks.remove()
+        warmup = self.schedule.is_warmup(self.clock.round)
+        self._warmup_hooks = [ScaleHooks(worker.blocks, self.scale) for worker in self.workers] if warmup else []
+        for index, worker in enumerate(self.workers):
+            for number, block in enumerate(worker.blocks):
+                for parameter in block.module.parameters():
+                    parameter.grad = None
+                vars(block.module).pop("forward", None)
+                if number not in partition.held[index]:
+                    block.module.forward = Bypass(block.name, block.module)
+
+
+def _mean(values: list[Any]) -> Any:
+    """Of tensors, or of Python numbers in their own class."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values).mean(0)
+    mean = sum(values) / len(values)
+    return mean if isinstance(values[0], float) else type(values[0])(round(mean))
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return flatten(arrange(tensors.values()))
+
+
+def _pieces(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {id(tensor): name for name, tensor in like.items()}
+    tensors = arrange(like.values())
+    return {names[id(t)]: piece for t, piece in zip(tensors, split(flat, tensors), strict=True)}

@@ -1,0 +1,85 @@
+"""A worker of a simulation, and what all of them do together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.comm.tensors import computable, is_continuous
+from resist_lightning.methods.residual import Block
+from resist_lightning.state.batch_norm import Call, InputRecorder, norms_with_statistics, recalibrate
+
+
+@dataclass
+class SimulatedWorker:
+    """One worker: train ``module`` with ``optimizers``, as if it were alone.
+
+    Args:
+        module: a complete copy of the network; blocks that the worker lacks are skipped.
+        optimizers: the worker's optimizers.
+        blocks: the partitionable blocks of ``module``.
+        recorder: remembers the last training inputs.
+    """
+
+    module: nn.Module
+    optimizers: list[Optimizer]
+    blocks: tuple[Block, ...]
+    recorder: InputRecorder
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    def __post_init__(self) -> None:
+        self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
+        for optimizer, first in zip(self.optimizers, self._first, strict=True):
+            optimizer.register_step_pre_hook(lambda o, *_, first=first: _remember(o, first))
+            optimizer.register_step_post_hook(lambda o, *_, first=first: _forget_unchanged(o, first))
+
+    def restart_optimizers(self) -> None:
+        """Forget their state, and in their parameter groups what their own steps have made of it."""
+        for optimizer, first in zip(self.optimizers, self._first, strict=True):
+            optimizer.state.clear()
+            for group, values in zip(optimizer.param_groups, first, strict=True):
+                group.update(values)
+                values.clear()
+
+
+def _remember(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, first, strict=True):
+        now = {name: value for name, value in group.items() if isinstance(value, int | float) and name not in values}
+        values.update(now)
+
+
+def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, first, strict=True):
+        for name in [name for name, value in values.items() if group[name] == value]:
+            del values[name]
+
+
+def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
+    """The mean of what holders have; of integers and booleans the maximum."""
+    numbers = torch.stack([computable(value.detach()) for value in values])
+    if not is_continuous(values[0].dtype):
+        return numbers.amax(0).to(values[0].dtype)
+    mean = numbers.mean(0)
+    return torch.view_as_complex(mean) if values[0].is_complex() else mean.to(values[0].dtype)
+
+
+def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:
+    """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
+    still = workers[0].recorder.still
+    statistics: list[list[Tensor]] = []
+    for worker in workers:
+        twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
+        calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
+        statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
+    norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
+    own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+    for tensor, *values in zip(own, *statistics, strict=True):
+        tensor.copy_(torch.stack(values).mean(0))

@@ -1,0 +1,125 @@
+"""Where a worker is in its rounds, what it is doing, and how long its local steps take. Standard library only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+What: TypeAlias = Literal[
+    "starting", "local steps", "meeting", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
+]
+
+
+class Activity:
+    """What a worker is doing, and where in the run; other threads may read it.
+
+    Args:
+        clock: the worker's.
+
+    Attributes:
+        what: one of :data:`What`.
+        round: the round that it was in when it began with it; for a sync, the round that ends.
+        step: local steps that it had taken in the round.
+        since: ``time.monotonic()`` of its beginning.
+        listeners: called with this object whenever the worker begins something else.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.listeners: list[Callable[[Activity], None]] = []
+        self._clock = clock
+        self.begin("starting")
+
+    def begin(self, what: What) -> None:
+        """From now on the worker does ``what``."""
+        self.what: What = what
+        self.round, self.step, self.since = self._clock.round, self._clock.step, time.monotonic()
+        for listener in self.listeners:
+            listener(self)
+
+    @contextmanager
+    def during(self, what: What) -> Iterator[None]:
+        """Inside, the worker does ``what``; then what it did before, unless an error ends it there."""
+        before = self.what
+        self.begin(what)
+        yield
+        self.begin(before)
+
+    def describe(self) -> str:
+        """In words, e.g. ``hand-over, round 2, local step 50``."""
+        return f"{self.what.replace('_', '-')}, round {self.round}, local step {self.step}"
+
+
+class Pace:
+    """Measures wall time in local steps, without syncs and observations.
+
+    ::
+
+        sync | step step | evaluation, saving | step | sync
+              ├─ counts ─┤                    ├counts┤
+
+    Args:
+        activity: of the worker.
+    """
+
+    def __init__(self, activity: Activity) -> None:
+        self._seconds = 0.0
+        self._steps = 0
+        self._working = False
+        self._since = 0.0
+        self._step = 0
+        activity.listeners.append(self._listen)
+
+    def take(self) -> float:
+        """Mean seconds of a local step since the last call; 0 if there was none."""
+        mean = self._seconds / self._steps if self._steps else 0.0
+        self._seconds, self._steps = 0.0, 0
+        return mean
+
+    def _listen(self, activity: Activity) -> None:
+        if self._working:
+            self._seconds += activity.since - self._since
+            self._steps += activity.step - self._step
+        self._working = activity.what == "local steps"
+        self._since, self._step = activity.since, activity.step
+
+
+def one_round(steps: int, local_steps: int) -> str:
+    """What to say of a training that ends before its first round does."""
+    return (
+        f"this training has {steps} local steps, and a round has local_steps={local_steps}: the workers average once, "
+        f"at the end, each after training alone. Set local_steps to {max(1, steps // 10)} or so, or train longer."
+    )
+
+
+@dataclass
+class Clock:
+    """Where a run is: the round, and the local steps taken in it.
+
+    A round ends after ``local_steps`` local steps, wherever the borders of the epochs fall.
+    """
+
+    local_steps: int
+    round: int = 0
+    step: int = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the round is complete, so that a sync must come before the next local step."""
+        return self.step >= self.local_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps since the run began."""
+        return self.round * self.local_steps + self.step
+
+    def tick(self) -> None:
+        """Count one local step."""
+        self.step += 1
+
+    def next_round(self) -> None:
+        """Begin the next round."""
+        self.round += 1
+        self.step = 0

@@ -1,0 +1,127 @@
+"""Who sends which block to whom at a sync: a pure function of the old and the new partition. Standard library only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from resist_lightning.schedule.partition import Partition
+
+
+class Transfer(NamedTuple):
+    """One block on its way from one worker to another."""
+
+    source: int
+    target: int
+    block: int
+
+
+@dataclass(frozen=True)
+class SyncPlan:
+    """What happens to the blocks between two rounds, in this order.
+
+    ::
+
+                         before            merge           hand_over              after
+        averaged   a   0 1 2 (all)     all-reduce, with the shared layers       0 1 2 (all)
+        merged     b   0 1             1 ──► 0 (mean)      0 ──► 2              2
+        moved      c   2                                   2 ──► 1              1
+        kept       d   0                                   nothing is sent      0
+
+    Args:
+        averaged: blocks that all workers hold before and after; they join the all-reduce of the shared layers.
+        owner: for every other block, the worker that has its value after the merge.
+        merge: transfers of the values that the owner averages with its own.
+        hand_over: transfers of the final values to the holders of the next round.
+        left_out: workers whose values no mean has in it.
+    """
+
+    averaged: tuple[int, ...]
+    owner: dict[int, int]
+    merge: tuple[Transfer, ...]
+    hand_over: tuple[Transfer, ...]
+    left_out: tuple[int, ...] = ()
+
+
+def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = ()) -> SyncPlan:
+    """Plan the blocks' part of a sync.
+
+    A block travels straight from its last holder to its next ones. Where several workers held it, one of them (the
+    owner) first collects and averages; an owner that also holds the block in the next round saves a transfer, and
+    among equals the one that owns the fewest blocks so far is taken.
+
+    Args:
+        before: the partition of the round that ends.
+        after: the partition of the next round.
+        left_out: workers that do not count as holders of blocks that others hold too.
+
+    Returns:
+        The plan, the same on every worker.
+
+    Raises:
+        ValueError: if the partitions differ in blocks or workers, or a block has no holder.
+    """
+    if (before.blocks, before.workers) != (after.blocks, after.workers):
+        raise ValueError(
+            f"cannot sync {before.blocks} blocks on {before.workers} workers to {after.blocks} on {after.workers}."
+        )
+    if left_out:
+        before = _without(before, left_out)
+    averaged: list[int] = []
+    owner: dict[int, int] = {}
+    merge: list[Transfer] = []
+    hand_over: list[Transfer] = []
+    owned: Counter[int] = Counter()
+    for block in range(before.blocks):
+        old, new = before.holders(block), after.holders(block)
+        if not old or not new:
+            raise ValueError(f"block {block} has no holder {'after' if old else 'before'} the sync: it would be lost.")
+        if len(old) == len(new) == before.workers > 1:
+            averaged.append(block)
+            continue
+        root = _owner(old, new, owned)
+        owned[root] += 1
+        owner[block] = root
+        merge.extend(Transfer(worker, root, block) for worker in old if worker != root)
+        hand_over.extend(Transfer(root, worker, block) for worker in new if worker != root)
+    return SyncPlan(tuple(averaged), owner, tuple(merge), tuple(hand_over), left_out)
+
+
+def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> int:
+    """Of the last holders, preferably those that stay, the one that owns the fewest blocks so far."""
+    if len(old) == 1:
+        return old[0]
+    staying = [worker for worker in old if worker in new]
+    return min(staying or old, key=lambda worker: (owned[worker], worker))
+
+
+def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
+    """Some workers hold only what nobody else does."""
+    others = {block for worker, held in enumerate(partition.held) if worker not in left_out for block in held}
+    held = (
+        tuple(block for block in blocks if worker not in left_out or block not in others)
+        for worker, blocks in enumerate(partition.held)
+    )
+    return replace(partition, held=tuple(held))
+
+
+def plan_observation(sync: SyncPlan, worker: int, workers: int) -> SyncPlan:
+    """Plan one worker's part in assembling the full model on every worker, as if the round ended here.
+
+    Averages and merges as ``sync`` would, at the same owners, so that what is seen equals what the sync would make of
+    it, bit for bit.
+
+    Args:
+        sync: the plan of the sync that would come next.
+        worker: whose part; all parts together have (workers - 1) transfers of every block, too many to be made here.
+        workers: number of workers.
+    """
+    others = [other for other in range(workers) if other != worker]
+    spread: list[Transfer] = []
+    for block, root in sync.owner.items():
+        if root == worker:
+            spread.extend(Transfer(root, other, block) for other in others)
+        else:
+            spread.append(Transfer(root, worker, block))
+    return replace(sync, hand_over=tuple(spread))

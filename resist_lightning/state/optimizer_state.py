@@ -1,0 +1,218 @@
+"""What becomes of optimizer state when blocks change hands.
+
+Addressed by parameter, never by position: an optimizer is built on the full model and keeps its parameter groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resist_lightning.state.optimizer_probe import Slot, probe, with_inner
+from resist_lightning.state.tracked_optimizer import StateNumber, TrackedOptimizer
+
+_PLAIN = (bool, int, float, str, tuple, type(None))  # what prints alike on all workers
+
+
+class OptimizerStates:
+    """The state of all optimizers of a worker, and of those that they have inside.
+
+    Args:
+        optimizers: the user's optimizers, built on the full model.
+
+    Raises:
+        ValueError: for an optimizer that cannot work with absent parameters (LBFGS, Adagrad), or that talks to other
+            workers in its step.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._given = list(optimizers)
+        self._kept = [
+            TrackedOptimizer(each, findings)
+            for optimizer in optimizers
+            for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True)
+        ]
+        self._numbers: dict[tuple[int, int, str], StateNumber] = {}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All of them, those inside others too."""
+        return [kept.optimizer for kept in self._kept]
+
+    def rate(self) -> float:
+        """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
+        return float(self._given[0].param_groups[0].get("lr", 0.0)) if self._given else 0.0
+
+    def mean_rate(self) -> float:
+        """The learning rate now, as a mean over all parameter groups; 0 if there is none."""
+        rates = [float(group["lr"]) for each in self._given for group in each.param_groups if "lr" in group]
+        return sum(rates) / len(rates) if rates else 0.0
+
+    def warn(self, momentum: str, local_steps: int) -> None:
+        """Say what optimizers keep that ``momentum`` does not treat as a user may think."""
+        for kept in self._kept:
+            name, found = type(kept.optimizer).__name__, kept.findings
+            if found.unknown:
+                warnings.warn(
+                    f"what {name} keeps is not known: a trial step on a small parameter failed ({found.unknown}). Its "
+                    "`state` restarts, or goes with its parameter; what it keeps elsewhere goes on by itself.",
+                    stacklevel=3,
+                )
+            elif found.estimates and momentum == "reset":
+                warnings.warn(
+                    f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum='reset' begins "
+                    f"anew in every round of {local_steps} local steps: use 'keep', or longer rounds.",
+                    stacklevel=3,
+                )
+            elif found.estimates:
+                warnings.warn(
+                    f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum={momentum!r} lets "
+                    "every worker go by its own: workers may train at different learning rates.",
+                    stacklevel=3,
+                )
+
+    def check_travel(self, momentum: str = "travel", instead: str = "'keep' or 'reset'", *, cut: bool = False) -> None:
+        """Check that the state can go with its block, or be cut with its neurons.
+
+        Args:
+            momentum: the policy that needs it.
+            instead: policies that do not.
+            cut: whether state begins with zeros where an entry comes without it.
+
+        Raises:
+            ValueError: for a slot that is neither a number nor has the shape of its parameter; if ``cut``, for one that
+                is a copy of the weights.
+        """
+        for kept in self._kept:
+            name, found = type(kept.optimizer).__name__, kept.findings
+            if found.unknown:
+                raise ValueError(
+                    f"momentum={momentum!r} cannot move the state of {name}, which is not known: a trial step on a "
+                    f"small parameter failed ({found.unknown}); use momentum={instead}."
+                )
+            for odd in found.odd:
+                raise ValueError(
+                    f"momentum={momentum!r} cannot move {odd!r} of {name}, which has another shape than its parameter; "
+                    f"use momentum={instead}."
+                )
+            copies = [key for slots in found.slots.values() for key, slot in slots.items() if slot.copies_weights]
+            if cut and copies:
+                raise ValueError(
+                    f"momentum={momentum!r} begins with zeros where an entry comes without state, and {copies[0]!r} of "
+                    f"{name} is a copy of the weights; use momentum={instead}."
+                )
+
+    def reset(self) -> None:
+        """Forget all state: every optimizer starts again, as if it were new, but for its schedule."""
+        for kept in self._kept:
+            kept.optimizer.state.clear()
+            kept.begin_anew()
+
+    def forget_lonely(self) -> None:
+        """Where an optimizer has no state, forget what groups and attributes say of the state that it had."""
+        for kept in self._kept:
+            if not kept.optimizer.state:
+                kept.begin_anew()
+
+    def forget_odd(self) -> None:
+        """Forget the state of optimizers with slots that are neither numbers nor shaped like their parameters."""
+        for kept in self._kept:
+            if kept.findings.odd or kept.findings.unknown:
+                kept.optimizer.state.clear()
+
+    def drop(self, parameters: Collection[nn.Parameter]) -> None:
+        """Forget the state of some parameters."""
+        for kept in self._kept:
+            for parameter in parameters:
+                kept.optimizer.state.pop(parameter, None)
+
+    def own(self) -> list[dict[str, Any]]:
+        """What each optimizer of this worker has, settings of the parameter groups too: a schedule may part them."""
+        return [kept.own() for kept in self._kept]
+
+    def load_own(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over what :meth:`own` gave, to the bit."""
+        for kept, state in zip(self._kept, states, strict=True):
+            kept.load_own(state)
+
+    def known(self, parameter: nn.Parameter) -> bool:
+        """Whether some optimizer has state of a parameter."""
+        return any(optimizer.state.get(parameter) for optimizer in self.optimizers)
+
+    def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """The state of some parameters, in a fixed order; missing tensors are made, filled with zeros.
+
+        A Python number comes as a tensor that stands for it until :meth:`take_numbers`. For an absent parameter:
+        tensors on the meta device, which only tell shape and data type.
+
+        Raises:
+            ValueError: if there is more than a trial step had shown.
+        """
+        found: list[Tensor] = []
+        for parameter, kept, slots in self._slots_of(parameters):
+            if parameter.is_meta:
+                found += [slot.empty(parameter, torch.device("meta")) for slot in slots.values()]
+                continue
+            state = kept.optimizer.state[parameter]
+            kept.check_shown(parameter, state, slots)
+            for name, slot in slots.items():
+                if slot.number is not None:
+                    found.append(self._number(kept.optimizer, parameter, name, slot))
+                    continue
+                if state.get(name) is None:
+                    state[name] = slot.empty(parameter, parameter.device)
+                found.append(state[name])
+        return found
+
+    def take_numbers(self) -> None:
+        """Write back the Python numbers that :meth:`tensors` stood for, after a hand-over."""
+        for number in self._numbers.values():
+            number.optimizer.state[number.parameter][number.name] = number.value()
+        self._numbers = {}
+
+    def slots(self, parameters: Iterable[nn.Parameter]) -> list[Slot]:
+        """Each slot that has the shape of its parameter."""
+        return [slot for _, _, slots in self._slots_of(parameters) for slot in slots.values() if slot.shaped]
+
+    def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Bytes of the state of some parameters, present or not; makes none."""
+        return sum(
+            slot.bytes(parameter) for parameter, _, slots in self._slots_of(parameters) for slot in slots.values()
+        )
+
+    def describe(self) -> dict[str, str]:
+        """Class, hyper-parameters and size of every parameter group, by name."""
+        found: dict[str, str] = {}
+        for number, optimizer in enumerate(self._given):
+            found[f"optimizer {number}"] = type(optimizer).__name__
+            for index, group in enumerate(optimizer.param_groups):
+                values = {"parameters": len(group["params"]), **{key: _plain(group[key]) for key in group}}
+                where = f"of optimizer {number}, group {index}"
+                found |= {f"{key} {where}": str(v) for key, v in values.items() if isinstance(v, _PLAIN)}
+        return found
+
+    def _number(self, optimizer: Optimizer, parameter: nn.Parameter, name: str, slot: Slot) -> Tensor:
+        key = id(optimizer), id(parameter), name
+        if key not in self._numbers:
+            self._numbers[key] = StateNumber(optimizer, parameter, name, slot)
+        return self._numbers[key].tensor
+
+    def _slots_of(
+        self, parameters: Iterable[nn.Parameter]
+    ) -> Iterator[tuple[nn.Parameter, TrackedOptimizer, dict[str, Slot]]]:
+        states = {id(kept.optimizer.state): kept for kept in reversed(self._kept)}  # one may show another's
+        groups = [(kept, kept.groups()) for kept in self._kept if states[id(kept.optimizer.state)] is kept]
+        for parameter in parameters:
+            for kept, group_of in groups:
+                if parameter.requires_grad and id(parameter) in group_of:
+                    yield parameter, kept, kept.slots(group_of[id(parameter)], parameter.dim())
+
+
+def _plain(value: object) -> object:
+    """A learning rate may be a tensor."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

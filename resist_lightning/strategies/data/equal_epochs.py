@@ -1,0 +1,42 @@
+"""Epochs that end for all workers at once, whatever their loaders hold."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+
+from resist_lightning.comm.collective import Collective
+
+
+def end_epochs_together(loader: CombinedLoader, collective: Collective) -> None:
+    """Limit the epochs of all workers to those of the worker whose epochs are shortest.
+
+    Collective: every worker must call this, in the same order. Epochs of unknown length are left alone: if they end at
+    different steps, the header of the next sync stops the run with an error.
+
+    Args:
+        loader: this worker's training loaders, with the limits that follow from ``Trainer(limit_train_batches=...)``.
+            Its limits are lowered, before an iterator of it is made; those of loaders that are made later are not.
+        collective: the workers.
+    """
+    batches = [int(row[0]) for row in collective.gather_numbers([_batches(loader)])]
+    if len(set(batches)) == 1 or min(batches) < 0:
+        return
+    shortest = min(batches)
+    rank_zero_warn(
+        f"the workers' training epochs have {batches} batches; every epoch ends after {shortest} for all of them. "
+        "Shard the data evenly to use all of it."
+    )
+    limits = loader.limits or [float("inf")] * len(loader.flattened)
+    loader.limits = [min(limit, shortest) for limit in limits]
+
+
+def _batches(loader: CombinedLoader) -> int:
+    """Number of batches in an epoch; -1 if unknown. Lightning knows it once an iterator is made."""
+    lengths = [sized_len(each) for each in loader.flattened]
+    limits = loader.limits or [float("inf")] * len(lengths)
+    known = [
+        min(float("inf") if length is None else length, limit) for length, limit in zip(lengths, limits, strict=True)
+    ]
+    batches = min(known) if loader._mode == "min_size" else max(known)
+    return -1 if batches == float("inf") else int(batches)

@@ -1,0 +1,167 @@
+"""An input of the network before training starts, to find shapes and to measure times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from resist_lightning.state.random_state import random_numbers_apart
+from resist_lightning.strategies.data.seeded_loader import KeyedIterable
+
+SAMPLES = 32
+"""An example has so many samples, or as many as a batch if that is smaller."""
+
+_OTHERWISE = "Set example_input_array of the LightningModule to a tensor like the network's input."
+
+
+def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | str | None) -> Tensor:
+    """A small batch of what the network gets, on the training device.
+
+    It is made of the first samples of the training data, which go through the collate function and the batch-transfer
+    hooks as in training; where those cannot be read without consuming them, the module's ``example_input_array``. No
+    iterator of a loader is made and no random generator moves.
+
+    Args:
+        trainer: its training loaders are made.
+        module: the user's.
+        which: the part of a batch that is the network's input, see :func:`select_input`.
+
+    Returns:
+        Floating, of shape (batch, ...).
+
+    Raises:
+        ValueError: if a batch has no such part, or the data cannot be read without consuming them.
+    """
+    with random_numbers_apart():
+        example: object = module.example_input_array
+        loader = trainer.fit_loop._combined_loader
+        assert loader is not None, "the training loaders are not made yet"
+        try:
+            batch = tree_unflatten([_first_batch(each) for each in loader.flattened], loader._spec)
+        except ValueError:
+            if not isinstance(example, Tensor):
+                raise
+            return _given(trainer, example)
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return select_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0), which)
+
+
+def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
+    """An ``example_input_array``, which often is one sample, of zeros: as a batch, of noise."""
+    found = _checked(example, "example_input_array is")
+    if len(found) == 1:
+        found = found.expand(2, *found.shape[1:])
+    if bool((found == found.flatten()[0]).all()):
+        found = torch.randn_like(found)
+    converted: Tensor = trainer.precision_plugin.convert_input(found)
+    return converted.to(trainer.strategy.root_device)
+
+
+def select_input(batch: Any, which: int | str | None) -> Tensor:
+    """The network's input in a batch.
+
+    Args:
+        batch: tensors in tuples, lists and dicts; of combined loaders, the tuple, list or dict of their batches.
+        which: index or key of a part. The first tensor in it is taken, depth first; if None, the first in the batch.
+
+    Raises:
+        ValueError: if it is not there or no floating tensor with a batch dimension; names what the batch has.
+    """
+    has = f"batch is {_description(batch)}"
+    part: Any = batch
+    name = "the batch"
+    if which is not None:
+        name = f"input={which!r}"
+        if not isinstance(part, Mapping | list | tuple):
+            raise ValueError(f"{has}, of which {name} can select nothing. Leave input out.")
+        try:
+            part = part[which]  # type: ignore[index]
+        except (LookupError, TypeError):
+            raise ValueError(f"{has}; {name} is not one of them.") from None
+    tensor = next(_tensors(part), None)
+    if tensor is None:
+        raise ValueError(f"{has}; there is no tensor in {name}. Name with input= the part that the network gets.")
+    return _checked(tensor, f"{has}; the first tensor in {name} is")
+
+
+def _first_batch(loader: object) -> Any:
+    """What one loader would give first if it did not shuffle, with fewer samples."""
+    if not isinstance(loader, DataLoader):
+        return _first_items(loader, 1, "loader")[0]
+    if isinstance(loader.dataset, IterableDataset):
+        items = _first_items(loader.dataset, _batch_size(loader), "data set")
+        return loader.collate_fn(items if loader.batch_sampler is not None else items[0])
+    try:
+        return loader.collate_fn(_first_samples(loader))
+    except LookupError as error:
+        raise ValueError(
+            f"the training data have no samples 0, 1, ... ({type(error).__name__}: {error}), which would show what the "
+            f"network gets. {_OTHERWISE}"
+        ) from error
+
+
+def _first_samples(loader: DataLoader[Any]) -> Any:
+    """Of a map-style data set; without automatic batches, what the sampler asks for at once."""
+    dataset: Any = loader.dataset
+    indices = list(range(min(_batch_size(loader), len(dataset))))
+    if not indices:
+        raise ValueError(f"the training data set is empty. {_OTHERWISE}")
+    if loader.batch_sampler is None:
+        return dataset[indices if isinstance(loader.sampler, BatchSampler) else 0]
+    if several := getattr(dataset, "__getitems__", None):
+        return several(indices)
+    return [dataset[index] for index in indices]
+
+
+def _first_items(source: object, number: int, kind: str) -> list[Any]:
+    """Of something that can be iterated again; an iterator would lose them."""
+    assert isinstance(source, Iterable)
+    original: Any = source.unkeyed if isinstance(source, KeyedIterable) else source
+    if iter(original) is original:
+        raise ValueError(
+            f"the training {kind}, {type(original).__name__}, can be iterated only once, and the items that would show "
+            f"what the network gets would be lost to the training. {_OTHERWISE}"
+        )
+    items = list(islice(source, number))
+    if not items:
+        raise ValueError(f"the training {kind}, {type(original).__name__}, is empty. {_OTHERWISE}")
+    return items
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    size = loader.batch_size or getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
+    return min(size, SAMPLES) if isinstance(size, int) else SAMPLES
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """Depth first."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for each in part.values() if isinstance(part, Mapping) else part:
+            yield from _tensors(each)
+
+
+def _checked(tensor: Tensor, found: str) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dim() == 0:
+        raise ValueError(
+            f"{found} {tensor.dtype} of shape {tuple(tensor.shape)}; the network's input must be a floating tensor "
+            "with a batch dimension. Name with input= the part of a batch that it is."
+        )
+    return tensor
+
+
+def _description(batch: object) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with keys {', '.join(map(repr, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__} of {len(batch)} elements"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,125 @@
+"""Processes that load data for a worker: a signal to stop is their worker's business, and they do not outlive it."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import resource_tracker, util
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+from torch.utils.data._utils import signal_handling
+
+from resist_lightning.comm.sockets import let_go
+
+_DIE_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
+
+
+class LoaderShield:
+    """Keeps signals that are meant for the worker from its loader processes, while it is installed.
+
+    SLURM, torchrun and terminals signal all processes of a worker. A loader process dies of it, and takes the worker
+    along before the workers have come to the place where all stop together. So each daemonic process that this one
+    starts by :mod:`multiprocessing`, in whatever way, does nothing on these signals, dies at once when this process
+    does, and leaves the worker's connections alone. ``Process.terminate()`` kills it.
+
+    Args:
+        signals: their numbers.
+    """
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self._signals = tuple(signals)
+        self._usual: Callable[[Any], None] | None = None
+
+    def install(self) -> None:
+        """Shield what is started from now on."""
+        if self._usual is not None or not hasattr(signal, "pthread_sigmask"):  # Windows
+            return
+        self._usual = usual = BaseProcess.start
+        BaseProcess.start = lambda process: self._start(process, usual)  # type: ignore[assignment]
+        # When this process ends, multiprocessing terminates loader processes: the loader's handler would raise.
+        util.Finalize(None, signal.signal, (signal.SIGCHLD, signal.SIG_DFL), exitpriority=100)
+
+    def remove(self) -> None:
+        """Shield nothing that is started from now on."""
+        if self._usual is not None:
+            BaseProcess.start, self._usual = self._usual, None  # type: ignore[method-assign,assignment]
+
+    def _start(self, process: Any, usual: Callable[[Any], None]) -> None:
+        if not process.daemon or process._target is None:
+            usual(process)
+            return
+        method = process._start_method or multiprocessing.get_start_method()
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        process._target = _Shielded(process._target, self._signals, parent, by_server=method == "forkserver")
+        if method != "fork":
+            resource_tracker.ensure_running()  # it would be started below, and let the signals in again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)  # new processes inherit it, while they begin
+        try:
+            usual(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        process._popen.terminate = process._popen.kill
+
+
+@dataclass
+class _Shielded:
+    """What a shielded process runs.
+
+    Args:
+        target: what it would run otherwise.
+        signals: on which it does nothing.
+        parent: the process with which it dies; 0 if the thread that starts it may end earlier.
+        by_server: whether a fork server starts it, which may be another one's and live on.
+    """
+
+    target: Callable[..., Any]
+    signals: Sequence[int]
+    parent: int
+    by_server: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        let_go()
+        if self.by_server:
+            threading.Thread(target=_end_with_worker, name="resist_lightning loader", daemon=True).start()
+        elif self.parent and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            if os.getppid() != self.parent:
+                os._exit(1)  # it was too late
+        torch_handlers: Any = signal_handling
+        usual = torch_handlers._set_worker_signal_handlers
+
+        def set_handlers() -> None:
+            """Torch's own ends the process on SIGTERM."""
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+            usual()
+            self.ignore()
+
+        torch_handlers._set_worker_signal_handlers = set_handlers  # called first by the loop of a loader process
+        self.ignore()
+        return self.target(*args, **kwargs)
+
+    def ignore(self) -> None:
+        """By handlers: unlike SIG_IGN and a mask, programs that the process starts do not inherit them."""
+        for number in self.signals:
+            signal.signal(number, _do_nothing)
+            signal.siginterrupt(number, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+
+
+def _end_with_worker() -> None:
+    worker = multiprocessing.parent_process()
+    assert worker is not None
+    worker.join()
+    os._exit(1)
+
+
+def _do_nothing(_: int, __: FrameType | None) -> None:
+    """On a signal."""

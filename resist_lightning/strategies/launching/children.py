@@ -1,0 +1,85 @@
+"""The workers that worker 0 has started by running the script again: how they end, and that none is left behind."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Literal, TypeAlias
+
+from resist_lightning.faults.failure_detector import BEAT_SECONDS, name_of_exit
+
+State: TypeAlias = Literal["unwatched", "watched", "failed", "stopped"]
+
+
+class Children:
+    """Takes the place of Lightning's observer, which kills worker 0 before it can say what happened.
+
+    Args:
+        processes: the children.
+        grace: seconds that worker 0 has to end by itself when a child has failed under its watch, and that the children
+            have when worker 0 has failed.
+        state: whether worker 0 watches the others, whether it has failed, and whether all have agreed to stop.
+    """
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], grace: float, state: Callable[[], State]) -> None:
+        self._processes = processes
+        self._grace = grace
+        self._state = state
+        self._pid = os.getpid()
+        self._leaving = threading.Event()
+        self._observer = threading.Thread(target=self._observe, name="resist_lightning children", daemon=True)
+        self._observer.start()
+        atexit.register(self._leave_none)
+
+    def how_ended(self, pid: int) -> str | None:
+        """How a child ended, in words; None if it runs, or is none of these."""
+        codes = [process.poll() for process in self._processes if process.pid == pid]
+        return name_of_exit(codes[0]) if codes and codes[0] is not None else None
+
+    def kill(self, pid: int | None = None) -> None:
+        """Kill one child, or all that still run. A stopped one cannot be ended otherwise."""
+        for process in self._processes:
+            if pid in (None, process.pid) and process.poll() is None:
+                process.kill()
+
+    def _observe(self) -> None:
+        """Wait for a child that fails; then end all, as Lightning does, but give worker 0 time to say what happened.
+
+        Once all have agreed to stop, each process ends as its program will have it.
+        """
+        while not any(failed := [process for process in self._processes if process.poll()]):
+            if all(process.poll() == 0 for process in self._processes):
+                return
+            if self._leaving.wait(BEAT_SECONDS):
+                return
+        deadline = time.monotonic() + self._grace
+        while time.monotonic() < deadline and self._state() in ("watched", "failed"):
+            if self._leaving.wait(BEAT_SECONDS):
+                return
+        if self._state() == "stopped":
+            return
+        self.kill()
+        if self._state() != "failed":
+            sys.stderr.write(f"a worker (pid {failed[0].pid}) {name_of_exit(failed[0].returncode)}; all are ended.\n")
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _leave_none(self) -> None:
+        """At the exit of worker 0, unless it has trained to the end: wait for the children, kill those that go on."""
+        if os.getpid() != self._pid:  # a fork of worker 0
+            return
+        if self._state() in ("failed", "stopped"):
+            deadline = time.monotonic() + self._grace
+            for process in self._processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+            self.kill()
+        self._leaving.set()  # no thread may write while the interpreter ends
+        self._observer.join(BEAT_SECONDS)

@@ -1,0 +1,233 @@
+"""Starts workers by spawn, fork or forkserver, brings home what they made, and leaves none behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
+from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from typing_extensions import override
+
+from resist_lightning.errors import WorkerLost
+from resist_lightning.faults.failure_detector import name_of_exit
+from resist_lightning.strategies.launching.stopping import Forwarder, ending, start_fork_server
+
+ENDING_SECONDS = 15.0
+"""After an error or a second Ctrl-C, for how long workers may end by themselves before they are killed."""
+
+LOOK_SECONDS = 1.0
+"""How often the main process looks whether workers that were told to stop are late."""
+
+_CHECKPOINT_FACTS = ("best_model_path", "best_model_score", "last_model_path", "kth_best_model_path", "best_k_models")
+
+
+class ProcessLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher by spawn, fork or forkserver, with some differences.
+
+    * Lightning sends worker 0's results through a pipe that it reads when the workers have ended, and a worker cannot
+      end before what it wrote is read: more than the 64 KB of a pipe hang. Here they come in a file.
+    * Signals to the main process are the workers': they stop together, within the timeout of collectives. An error in
+      the main process ends the workers too.
+    """
+
+    _folder = ""
+    _usual_interrupt: Any = None
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Called by the trainer, in the main process.
+
+        Raises:
+            WorkerLost: if a worker died without a word.
+            ProcessRaisedException: if a worker raised; with its traceback.
+        """
+        if trainer is not None:
+            checked: Any = self._strategy
+            checked.check_before_launch(trainer)
+            self._refuse_to_fit_again(trainer)
+        if self._start_method == "spawn":
+            _check_missing_main_guard()
+        else:
+            _check_bad_cuda_fork()
+        others = multiprocessing.active_children()
+        with self._port(), tempfile.TemporaryDirectory(prefix="resist_lightning_") as self._folder:
+            results = Results(Path(self._folder, "results"))
+            try:
+                self._run(trainer, function, args, kwargs, results)
+            except BaseException as error:
+                started = [process for process in multiprocessing.active_children() if process not in others]
+                self._end(started, error)
+                raise
+            output = results.get()
+            if trainer is None:
+                return output
+            self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+            self._recover_results_in_main_process(output, trainer)
+            return output.trainer_results
+
+    def restore_interrupt(self) -> None:
+        """After a Ctrl-C Lightning ignores all that follow, for good: let the next one be heard."""
+        if self._usual_interrupt is not None:
+            signal.signal(signal.SIGINT, self._usual_interrupt)
+            self._usual_interrupt = None
+
+    def _refuse_to_fit_again(self, trainer: pl.Trainer) -> None:
+        if self._already_fit and trainer.state.fn == TrainerFn.FITTING:
+            raise NotImplementedError(
+                f"this Trainer has fitted already, in workers that are gone (start_method={self._start_method!r}), and "
+                "does not know their place in the training. Make a new Trainer; fit(ckpt_path=...) resumes."
+            )
+
+    @contextmanager
+    def _port(self) -> Iterator[None]:
+        """Tell the workers their port, which is chosen here. The next Trainer of this process chooses another one."""
+        assert self._strategy.cluster_environment is not None
+        given = os.environ.get("MASTER_PORT")
+        os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
+        try:
+            yield
+        finally:
+            os.environ.pop("MASTER_PORT", None)
+            if given is not None:
+                os.environ["MASTER_PORT"] = given
+
+    def _run(
+        self, trainer: pl.Trainer | None, function: Callable[..., Any], args: Any, kwargs: Any, results: Results
+    ) -> None:
+        """Start the workers, and wait until all have ended."""
+        given = [trainer, function, args, kwargs, results]
+        if self._start_method == "spawn":
+            given.append(_GlobalStateSnapshot.capture())
+        if self._start_method == "forkserver":
+            start_fork_server()
+        strategy: Any = self._strategy
+        workers: Any = start_processes(
+            self._wrapping_function,
+            args=given,
+            nprocs=strategy.num_processes,
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = workers.processes
+        try:
+            # The others have time to say what happened to them, and to save, before they are terminated.
+            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds())
+            with forwarder.waiting(trainer):
+                while not workers.join(timeout=LOOK_SECONDS, grace_period=ENDING_SECONDS):
+                    forwarder.check(workers.processes)
+        except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
+            raise WorkerLost(
+                f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
+                f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
+                "workers' errors above."
+            ) from error
+
+    def _end(self, workers: Sequence[BaseProcess], error: BaseException) -> None:
+        """Let no worker outlive an error here. A second Ctrl-C ends the patience with those that still run."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            self._usual_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            for worker in workers:
+                with suppress(ProcessLookupError):
+                    assert worker.pid is not None
+                    os.kill(worker.pid, signal.SIGINT if interrupted else signal.SIGTERM)
+            deadline = time.monotonic() + ENDING_SECONDS
+            for worker in workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+
+    @override
+    def _wrapping_function(self, process_idx: int, trainer: pl.Trainer | None, *args: Any, **kwargs: Any) -> None:
+        """Called in each worker. Only the first to end is heard by the main process: the others say it themselves."""
+        strategy: Any = self._strategy
+        try:
+            with ending(trainer), strategy.guard.around(strategy.ends_together):
+                super()._wrapping_function(process_idx, trainer, *args, **kwargs)
+        except WorkerLost as error:
+            sys.stderr.write(f"WorkerLost: {error}\n")
+            sys.stderr.flush()
+            raise
+
+    @override
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
+        """Called in each worker at the end. The weights' file too is made where the main process removes it."""
+        usual, tempfile.tempdir = tempfile.tempdir, self._folder
+        try:
+            return super()._collect_rank_zero_results(trainer, results)
+        finally:
+            tempfile.tempdir = usual
+
+    @override
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Called in worker 0 at the end: what the main process needs beside the weights, to save or resume."""
+        strategy: Any = trainer.strategy
+        return {
+            **super().get_extra_results(trainer),
+            "resume_state": strategy.resume_state,
+            "last_written": strategy.last_written,
+            "checkpoints": [
+                {name: getattr(callback, name) for name in _CHECKPOINT_FACTS if hasattr(callback, name)}
+                for callback in trainer.checkpoint_callbacks
+            ],
+        }
+
+    @override
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        """Called in the main process with worker 0's extra results."""
+        super().update_main_process_results(trainer, extra)
+        strategy: Any = trainer.strategy
+        if trainer.state.fn == TrainerFn.FITTING:  # other loops leave this process's module as it is
+            strategy.resume_state = extra["resume_state"]
+        strategy.last_written = extra["last_written"]
+        for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
+            vars(callback).update(facts)
+
+
+class Results:
+    """What worker 0 gives to the main process, in a file: it may be of any size. Takes the place of Lightning's queue.
+
+    Args:
+        path: of the file; its folder must exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def put(self, results: Any) -> None:
+        """Called by worker 0, before it ends."""
+        with self._path.open("wb") as file:
+            pickle.dump(results, file)
+
+    def get(self) -> Any:
+        """Called by the main process when all workers have ended.
+
+        Raises:
+            WorkerLost: if there is nothing, as a worker has left the training by itself.
+        """
+        try:
+            with self._path.open("rb") as file:
+                return pickle.load(file)
+        except FileNotFoundError:
+            raise WorkerLost(
+                "worker 0 ended with exit code 0 and without results: something in its program ended the process, such "
+                "as sys.exit() or os._exit(). Raise an exception to end a training, or set trainer.should_stop."
+            ) from None

@@ -1,0 +1,145 @@
+"""Stopping workers of a main process that only waits: its signals are passed on, and a worker's error ends there."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.call import _interrupt
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from resist_lightning.strategies.launching.signals import SAME_SECONDS
+
+_EXIT_CODES = {128 + signal.SIGTERM: signal.SIGTERM, 128 + signal.SIGINT: signal.SIGINT}
+
+
+class Forwarder:
+    """Passes SIGTERM and SIGINT on to the workers, which stop together; a second one ends the main process at once.
+
+    Args:
+        kill: sends a signal to the workers that have been started.
+        limit: seconds after the first signal in which the workers must have ended.
+    """
+
+    def __init__(self, kill: Callable[[int], None], limit: float) -> None:
+        self._kill = kill
+        self._limit = limit
+        self._originals: dict[int, Any] = {}
+        self._received = 0
+        self._first_at = 0.0
+
+    @contextmanager
+    def waiting(self, trainer: pl.Trainer | None) -> Iterator[None]:
+        """Around the wait for the workers.
+
+        Raises:
+            SIGTERMException: if the workers have stopped because of SIGTERM.
+            KeyboardInterrupt: if they have because of SIGINT (Ctrl-C).
+        """
+        self._received = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in _EXIT_CODES.values():
+                original = signal.getsignal(number)
+                if original not in (signal.SIG_IGN, None):
+                    self._originals[number] = original
+                    signal.signal(number, self._forward)
+        try:
+            yield
+        except BaseException as error:
+            if trainer is not None:
+                _save_nothing_more(trainer)
+            stopped = isinstance(error, ProcessExitedException) and (self._received or _EXIT_CODES.get(error.exit_code))
+            if stopped:
+                raise _exception_of(stopped) from None
+            raise
+        finally:
+            for taken, original in self._originals.items():
+                signal.signal(taken, original)
+            self._originals = {}
+
+    def check(self, workers: Sequence[BaseProcess]) -> None:
+        """Call this again and again while waiting: workers that hang must not keep the main process for ever.
+
+        Raises:
+            SIGTERMException: if SIGTERM was passed on, and workers have not ended within the limit.
+            KeyboardInterrupt: likewise after SIGINT (Ctrl-C).
+        """
+        if not self._received or time.monotonic() - self._first_at < self._limit:
+            return
+        late = [f"worker {number} (pid {worker.pid})" for number, worker in enumerate(workers) if worker.is_alive()]
+        sys.stderr.write(
+            f"{', '.join(late)}: still running {self._limit:g} s (timeout=) after "
+            f"{signal.Signals(self._received).name}: ended without a checkpoint.\n"
+        )
+        raise _exception_of(self._received)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        if self._received and time.monotonic() - self._first_at < SAME_SECONDS:
+            return  # a terminal and its shell both send it
+        again, self._received, self._first_at = self._received, number, time.monotonic()
+        self._kill(number)
+        if again:
+            raise _exception_of(number)
+
+
+def start_fork_server() -> None:
+    """Start the server of the start method ``forkserver`` such that no signal to the process group ends it."""
+    resource_tracker.ensure_running()  # it would be started below, and let the signals in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _EXIT_CODES.values())
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ending(trainer: pl.Trainer | None) -> Iterator[None]:
+    """Around a worker's life: callbacks learn of an exception here, where the model is and a checkpoint can be written.
+
+    Raises:
+        SystemExit: in the place of KeyboardInterrupt, with an exit code that tells the main process of it.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # a fork server hands down what it blocks
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _EXIT_CODES.values())
+    try:
+        yield
+    except BaseException as error:
+        if trainer is not None:
+            _interrupt(trainer, error)
+            trainer._teardown()
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
+
+
+def _exception_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SIGTERMException(128 + number)
+
+
+def _save_nothing_more(trainer: pl.Trainer) -> None:
+    """The main process has the model as it was before the training: its callbacks must not write that."""
+    for callback in trainer.checkpoint_callbacks:
+        vars(callback)["on_exception"] = _do_nothing
+    usual = trainer.strategy.on_exception
+
+    def then(exception: BaseException) -> None:  # called right after the callbacks
+        for callback in trainer.checkpoint_callbacks:
+            vars(callback).pop("on_exception", None)
+        vars(trainer.strategy).pop("on_exception", None)
+        usual(exception)
+
+    vars(trainer.strategy)["on_exception"] = then
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """In the place of a hook."""

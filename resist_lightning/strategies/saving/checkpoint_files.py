@@ -1,0 +1,246 @@
+"""Checkpoints on disk: the full model in one file, and beside it, in a folder, what each worker alone has.
+
+::
+
+    epoch=3.ckpt                                           the model and a few numbers: all that plain Lightning needs
+    epoch=3.ckpt.workers/round=7-step=3-0-of-2.5f00aa21.pt   written by worker 0, with its checksum
+                         round=7-step=3-1-of-2.9c4711d0.pt   written by worker 1
+
+The workers' files are written first, under names that no other checkpoint has; then the model's file, which names them,
+takes the place of the one before. Whoever is killed on the way leaves the checkpoint before it whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from resist_lightning.checkpoint.files import read_sealed, write_sealed
+from resist_lightning.comm.collective import Collective
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError
+
+CHECKPOINT_KEY = "resist_lightning"
+"""Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""
+
+_NOTHING, _DISK, _OTHER = range(3)  # kinds of failures
+
+
+def local_path(path: _PATH) -> Path | None:
+    """The local path that ``path``, which may be a ``file://`` URL, stands for; None for another file system's."""
+    system = get_filesystem(path)
+    return Path(system._strip_protocol(str(path))) if isinstance(system, LocalFileSystem) else None
+
+
+def exists(path: _PATH) -> bool:
+    """Whether there is such a file, on whatever file system."""
+    return bool(get_filesystem(path).exists(str(path)))
+
+
+def agree_on_path(path: _PATH, collective: Collective) -> str:
+    """Worker 0's path of a checkpoint, where the workers may name it differently.
+
+    A metric that is not reduced over the workers, a clock or a rank in the name make names differ.
+
+    Collective: every worker must call this, in the same order.
+    """
+    local = local_path(path)
+    mine = str(path if local is None else local)
+    theirs = [text.decode() for text in collective.gather_bytes(mine.encode())]
+    if len(set(theirs)) > 1:
+        rank_zero_warn(
+            f"the workers name this checkpoint differently ({', '.join(sorted(set(theirs)))}): all files go to worker "
+            f"0's, {theirs[0]}. Name it alike, e.g. by a metric that is logged with sync_dist=True."
+        )
+    return theirs[0]
+
+
+def save_together(
+    checkpoint: dict[str, Any],
+    own: dict[str, Any] | None,
+    path: _PATH,
+    write: Callable[[], None],
+    collective: Collective,
+) -> None:
+    """Write a checkpoint. Collective: every worker must call this, in the same order.
+
+    Args:
+        checkpoint: what ``write`` will write; gets the names of the workers' files.
+        own: what this worker alone has, or None on all workers to write the model only.
+        path: of the model's file, the same on all workers.
+        write: writes the model's file; called on worker 0.
+        collective: the workers.
+
+    Raises:
+        CheckpointNotWritten: on all workers, if the disk of one refused; the checkpoint before it stays as it was.
+        Exception: on a worker on which anything else went wrong, its own one; on the others a RuntimeError that has it.
+    """
+    local, mine = local_path(path), None
+    folder = folder_of(local) if local is not None else None
+    if own is not None and folder is None:
+        rank_zero_warn(
+            f"{path} is no local path: the checkpoint carries the full model only, not what each worker has."
+        )
+    if own is not None and folder is not None:
+        number, failure = 0, None
+        there = {file.name for file in folder.glob("*.pt")}
+        try:
+            mine = write_sealed(own, folder, _stem(checkpoint, collective))
+            number = int(_seal(mine), 16)
+            mine = None if mine.name in there else mine  # of the checkpoint before, which stays if this one fails
+        except Exception as error:  # noqa: BLE001 - the others wait
+            failure = error
+        numbers = _share(number, failure, str(folder), _New(folder, mine), collective)
+        checkpoint[CHECKPOINT_KEY]["files"] = [
+            f"{_stem(checkpoint, collective, worker)}.{number:08x}.pt" for worker, number in enumerate(numbers)
+        ]
+    failure = None
+    if collective.worker == 0:
+        try:
+            write()
+        except PartialModelError as error:
+            failure = PartialModelError(f"{_what_is_pickled(checkpoint)} {error}")
+        except Exception as error:  # noqa: BLE001 - the others wait
+            failure = error
+    _share(0, failure, str(path), _New(folder, mine), collective)
+    if local is not None and collective.worker > 0 and not local.exists():  # on a disk of its own; else worker 0 does
+        remove_files(local, files_named_in(checkpoint), collective.worker)
+
+
+def _what_is_pickled(checkpoint: Mapping[str, Any]) -> str:
+    """Names what has the network in it, though a worker has only a part of that."""
+    values = checkpoint.get("hyper_parameters", {}).items()
+    names = [name for name, value in values if isinstance(value, nn.Module)]
+    if not names:
+        return "Something in the checkpoint beside its state_dict (the state of a callback?) has the network in it."
+    return (
+        f"The hyperparameters {', '.join(names)} are modules, and would be pickled with the network. Leave them out: "
+        f"self.save_hyperparameters(ignore={names}); the weights are in the state_dict."
+    )
+
+
+def remove(path: _PATH, worker: int) -> None:
+    """Remove what the workers have written beside a checkpoint, whose own file worker 0 removes."""
+    local = local_path(path)
+    if local is not None and worker == 0:
+        remove_files(local)
+    elif local is not None and not local.exists():  # on a disk of its own; else worker 0 removes all
+        remove_files(local, worker=worker)
+
+
+def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = None) -> None:
+    """Remove the files of all workers, or of one, beside the checkpoint ``path``, but for those to ``keep``."""
+    folder = folder_of(path)
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):  # not there, or another worker has just removed it
+        names = os.listdir(folder)
+    for name in names:
+        if name.endswith((".pt", ".part")) and name not in keep and (worker is None or f"-{worker}-of-" in name):
+            (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # something else is still there
+        folder.rmdir()
+
+
+def files_named_in(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the workers' files that belong to a checkpoint: names only, whatever folder they may speak of."""
+    state = checkpoint.get(CHECKPOINT_KEY, {})
+    return [Path(name).name for name in state.get("files", [])]
+
+
+def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] | None:
+    """What a worker alone had when a checkpoint was written, or None if its file is gone.
+
+    Args:
+        state: the checkpoint's part under :data:`CHECKPOINT_KEY`.
+        path: from which it was loaded; a link to it will do.
+        worker: whose.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    files, local = files_named_in({CHECKPOINT_KEY: state}), local_path(path)
+    if worker >= len(files) or local is None:
+        return None
+    for folder in (folder_of(local), folder_of(Path(os.path.realpath(local)))):
+        file = folder / files[worker]
+        if file.exists():
+            try:
+                found: dict[str, Any] = read_sealed(file)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} Remove the folder {folder} to go on from the full model alone, in which the workers' "
+                    "steps since the last sync are averaged."
+                ) from error
+            return found
+    return None
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of the workers' files that belong to the checkpoint ``path``."""
+    return Path(f"{path}.workers")
+
+
+@dataclass(frozen=True)
+class _New:
+    """What a save has made so far: this worker's file, unless it was there, in the folder of the workers' files."""
+
+    folder: Path | None
+    file: Path | None
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+        with suppress(OSError):  # other files are there
+            if self.folder is not None:
+                self.folder.rmdir()
+
+
+def _share(number: int, failure: Exception | None, path: str, new: _New, collective: Collective) -> list[int]:
+    """Each worker's number, if nothing failed. Collective: every worker must call this, in the same order.
+
+    Raises:
+        CheckpointNotWritten: on all workers, if a disk refused; what is new is removed.
+        Exception: as :func:`save_together`.
+    """
+    kind = _NOTHING if failure is None else _DISK if isinstance(failure, OSError) else _OTHER
+    rows = collective.gather_numbers([kind, number])
+    kinds = [int(row[0]) for row in rows]
+    if not any(kinds):
+        return [int(row[1]) for row in rows]
+    texts = [text.decode() for text in collective.gather_bytes(_in_words(failure).encode())]
+    new.remove()
+    said = "; ".join(f"worker {worker}: {text}" for worker, text in enumerate(texts) if kinds[worker])
+    if _OTHER not in kinds:
+        raise CheckpointNotWritten(
+            f"{path} could not be written ({said}). What stood there before is unchanged. Make room, or choose another "
+            "folder; with on_save_error='warn' the training goes on without it."
+        ) from failure
+    if failure is not None:
+        raise failure
+    raise RuntimeError(f"{path} could not be written ({said}).")
+
+
+def _in_words(failure: Exception | None) -> str:
+    if isinstance(failure, OSError):
+        return failure.strerror or f"{type(failure).__name__}: {failure}"
+    return f"{type(failure).__name__}: {failure}"[:1000]
+
+
+def _stem(checkpoint: dict[str, Any], collective: Collective, worker: int | None = None) -> str:
+    state = checkpoint[CHECKPOINT_KEY]
+    number = collective.worker if worker is None else worker
+    return f"round={state['round']}-step={state['step']}-{number}-of-{collective.workers}"
+
+
+def _seal(path: Path) -> str:
+    return path.name.split(".")[-2]

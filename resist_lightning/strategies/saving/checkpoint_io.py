@@ -1,0 +1,165 @@
+"""How the model's file of a checkpoint is written and read: by this package, or by a plugin of the Trainer."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from resist_lightning.checkpoint.files import check_seal, explain, to_sealed_bytes, write_file
+from resist_lightning.checkpoint.snapshots import SnapshotFolder
+from resist_lightning.engine.resume import STATE_VERSION
+from resist_lightning.errors import CheckpointError
+from resist_lightning.strategies.saving.checkpoint_files import (
+    CHECKPOINT_KEY,
+    exists,
+    files_named_in,
+    local_path,
+    remove_files,
+)
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Lightning's, but a file carries a checksum, and a local one is replaced in one go.
+
+    Lightning's own may copy it from another disk.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        local = local_path(path)
+        if storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)  # says that there are none
+        elif local is not None:
+            try:
+                write_file(checkpoint, local)
+            except OSError:
+                if not local.exists():  # the workers' files are of no use; a thread is the only one to know
+                    remove_files(local)
+                raise
+            # Not before: until then the workers' files of the checkpoint before are in use. AsyncCheckpointIO calls
+            # this long after the strategy has saved.
+            remove_files(local, keep=files_named_in(checkpoint))
+        else:
+            system = get_filesystem(path)
+            system.makedirs(os.path.dirname(path), exist_ok=True)
+            with system.transaction, system.open(str(path), "wb") as file:
+                file.write(to_sealed_bytes(checkpoint))
+
+    @override
+    def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
+        if local_path(path) is not None or str(path).startswith("http"):
+            return super().load_checkpoint(path, *args, **options)
+        system = get_filesystem(path)
+        if not exists(path):
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        content = io.BytesIO(system.cat_file(str(path)))  # read from afar once, for its checksum too
+        check_seal(content, path, sealed=True)
+        found: dict[str, Any] = torch.load(content, *(args or ("cpu",)), **options)
+        return found
+
+
+def base_of(plugin: CheckpointIO) -> CheckpointIO:
+    """What writes and reads in the end, where plugins such as ``AsyncCheckpointIO`` wrap another one."""
+    while isinstance(plugin, _WrappingCheckpointIO) and plugin.checkpoint_io is not None:
+        plugin = plugin.checkpoint_io
+    return plugin
+
+
+def write_model(
+    save: Callable[[], None], checkpoint: Mapping[str, Any], path: _PATH, plugin: CheckpointIO, forgiving: bool
+) -> None:
+    """Write the model's file, in worker 0, and remove the workers' files that no checkpoint names any more.
+
+    Args:
+        save: writes it by ``plugin``.
+        checkpoint: what it writes.
+        path: where to.
+        plugin: the Trainer's, or :class:`AtomicIO`.
+        forgiving: whether to go on where an earlier file could not be written by its thread.
+    """
+    if forgiving:
+        forgive_thread(plugin)
+    save()
+    local = local_path(path)
+    if local is not None and not isinstance(base_of(plugin), AtomicIO):  # which does so itself
+        remove_files(local, keep=files_named_in(checkpoint))
+
+
+def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
+    """Warn of what a disk refused to the thread of an ``AsyncCheckpointIO``, which would raise it from now on.
+
+    Args:
+        plugin: the Trainer's.
+        wait: until its thread has written all.
+    """
+    if wait:
+        with suppress(OSError):
+            plugin.teardown()
+    error: BaseException | None = getattr(plugin, "_error", None)
+    if isinstance(error, OSError):
+        vars(plugin)["_error"] = None
+        rank_zero_warn(f"A checkpoint could not be written ({error}). The training goes on.")
+
+
+def snapshots_at(path: _PATH, plugin: CheckpointIO) -> Path | None:
+    """The folder of snapshots that ``path`` names; None for a checkpoint, which a user's plugin may make a folder."""
+    local = local_path(path)
+    if local is None or not local.is_dir():
+        return None
+    ours = isinstance(base_of(plugin), TorchCheckpointIO) or SnapshotFolder(local).newest_first()
+    return local if ours else None
+
+
+def load_checkpoint(load: Callable[[], Any], path: _PATH, by: CheckpointIO) -> dict[str, Any]:
+    """Load the model's file.
+
+    Args:
+        load: loads it.
+        path: of the file.
+        by: what ``load`` uses, and what has written it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is no checkpoint of Lightning, is damaged, or was written by a newer version.
+    """
+    local = local_path(path)
+    try:
+        if local is not None and local.is_file():
+            with local.open("rb") as file:
+                check_seal(file, path, sealed=isinstance(base_of(by), AtomicIO))
+        checkpoint = load()
+    except (FileNotFoundError, CheckpointError):
+        raise
+    except Exception as error:
+        if local is None or not isinstance(base_of(by), TorchCheckpointIO):
+            raise
+        raise CheckpointError(explain(local, error)) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        what = "a bare state_dict" if _is_state_dict(checkpoint) else f"a {type(checkpoint).__name__}"
+        raise CheckpointError(
+            f"{path} holds {what} and no checkpoint of Lightning. Load weights by `module.load_state_dict(torch.load("
+            f"path))` before `fit`; `ckpt_path` needs a file that the Trainer has written."
+        )
+    version = checkpoint.get(CHECKPOINT_KEY, {}).get("version", 0)
+    if version > STATE_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer resist-lightning (format {version}; this one reads up to {STATE_VERSION}). "
+            f"Update the package, or remove the key {CHECKPOINT_KEY!r} to use the weights alone."
+        )
+    return checkpoint
+
+
+def _is_state_dict(found: object) -> bool:
+    return isinstance(found, dict) and bool(found) and all(hasattr(value, "shape") for value in found.values())

@@ -1,0 +1,290 @@
+"""Where a worker is in its data and in its random numbers, so that a resumed run sees what the unbroken one would have.
+
+Lightning saves no random state, and only worker 0's position in the data::
+
+    iterator made   batch 0   batch 1   batch 2   ...      what is noted
+    ^               ^         ^         ^
+    random state    random state before each fetch         position = batches trained in the epoch
+
+To resume, the iterator is made again from its random state, the batches that were trained are fetched once more and
+thrown away (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back. Where a
+shorter one of several loaders was begun again, that is done from the random state that there was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from resist_lightning.state.random_state import Randomness, random_state, set_random_state
+from resist_lightning.strategies.data.iterated import Watched, draws_beside_training, generators, is_running, order
+from resist_lightning.strategies.finetuning import ModuleModes
+
+
+class Position:
+    """A worker's place in the data and the random numbers of a ``fit``.
+
+    Args:
+        trainer: the trainer of this worker.
+        keep_loaders: asked before each fetch whether :meth:`state` may be called before that batch is trained.
+
+    Attributes:
+        modes: what the program has switched in the module.
+    """
+
+    def __init__(self, trainer: pl.Trainer, keep_loaders: Callable[[], bool] = lambda: False) -> None:
+        self.modes = ModuleModes()
+        self._before_validation: Randomness | None = None
+        self._keep_loaders = keep_loaders
+        self._fit_loop = trainer.fit_loop
+        self._epoch_loop = trainer.fit_loop.epoch_loop
+        self._iterator_made: Randomness = {}
+        self._before_fetch: dict[int, Randomness] = {}
+        self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
+        self._order: list[object] | None = []  # what an iterator took its samples' order from when it was made
+        self._pending: dict[str, Any] = {}
+        self._fetched_again: dict[int, Randomness] = {}
+        self._loaders: list[dict[str, Any]] = []
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next epoch goes on from a state of :meth:`state`."""
+        return bool(self._pending)
+
+    def state(self) -> dict[str, Any]:
+        """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
+        now = {
+            "random": self._before_validation or self.random_state(),
+            "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch,
+        }
+        progress: Any = self._epoch_loop.batch_progress.current
+        if progress.processed == progress.ready and self._epoch_loop._num_ready_batches_reached():
+            return {**now, "ended_epoch": self._epochs_processed()}
+        first = progress.processed
+        begun_again = {loader: _newest(states, before=first) for loader, states in self._begun_again.items()}
+        return {
+            **now,
+            "iterator_made": self._iterator_made,
+            "before_fetch": self._kept(first),
+            "begun_again": begun_again,
+            "loaders": self._loaders if first + 1 == progress.ready else self._loader_states(),
+        }
+
+    @contextmanager
+    def before_the_fetch(self) -> Iterator[None]:
+        """Inside, Lightning's progress is as if the batch that has been fetched last were still to be fetched."""
+        progress = self._epoch_loop.batch_progress
+        progress.current.ready -= 1
+        progress.total.ready -= 1
+        try:
+            yield
+        finally:
+            progress.current.ready += 1
+            progress.total.ready += 1
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; call it when the loaders are made, before the first epoch begins."""
+        self._pending = state
+        self._fit_loop._last_train_dl_reload_epoch = state.get(
+            "loaders_made_in", self._fit_loop._last_train_dl_reload_epoch
+        )
+        self._set_random_state(state["random"])
+
+    def random_state(self) -> Randomness:
+        """That of the global generators, and of those that the user gave to loaders and samplers."""
+        return {
+            **random_state(),
+            "loaders": [generator.get_state() for generator in generators(self._fit_loop._combined_loader)],
+        }
+
+    @contextmanager
+    def outside_validation(self) -> Iterator[None]:
+        """Inside, a validation runs: this worker is where it was before, and will be again."""
+        self._before_validation = self.random_state()
+        try:
+            with self.modes.apart():
+                yield
+        finally:
+            self._before_validation = None
+
+    def note_iterator(self) -> None:
+        """Called just before an iterator is made of new loaders: by the fit loop, or by a hook that asks for them."""
+        loader = self._fit_loop._combined_loader
+        assert loader is not None
+        if any(is_running(each) for each in loader.flattened):
+            loader.reset()  # processes that have served somebody else have random numbers that nobody knows
+        self._iterator_made, self._order = self.random_state(), None
+
+    def note_made(self) -> None:
+        """Called when there are loaders, whether or not they and their iterator have just been made."""
+        if self._order is None:
+            self._order = order(self._iterator())
+            self._watch_loaders()
+
+    def note_fetch(self) -> None:
+        """Called just before each batch is fetched."""
+        fetcher = self._fit_loop._data_fetcher
+        assert fetcher is not None
+        if fetcher.fetched in self._fetched_again:
+            self._set_random_state(self._fetched_again[fetcher.fetched])
+        progress: Any = self._epoch_loop.batch_progress.current
+        trained = progress.processed
+        if self._keep_loaders():
+            self._loaders = self._loader_states()
+        self._before_fetch = {**self._kept(trained), fetcher.fetched: self.random_state()}
+
+    def note_epoch(self) -> None:
+        """Called just before an epoch begins, with its hooks.
+
+        Of a checkpoint that was written after an epoch's last batch, Lightning counts the epoch as ended, and skips the
+        hooks of the next one as if it were in the middle of it.
+        """
+        if self._begins_next_epoch() and hasattr(self._fit_loop, "reset_restart_stage"):
+            self._fit_loop.reset_restart_stage()
+
+    def begin_epoch(self, begin: Callable[[Any], None], fetcher: Any) -> None:
+        """Called in place of Lightning's beginning of an epoch's batches, ``begin``, which may make an iterator."""
+        self._before_fetch, self._begun_again = {}, {}
+        if "iterator_made" in self._pending:  # the last batch may have been fetched, but it was not trained
+            self._epoch_loop.batch_progress.is_last_batch = False
+        if self._begins_next_epoch():
+            self._begin_with_batch_0()
+        iterator, before = self._iterator(), self.random_state()
+        begin(fetcher)
+        made = self._iterator() is not iterator
+        if made:
+            self._iterator_made = before
+        if self._epoch_loop._num_ready_batches_reached():
+            pass  # a resumed run ends an epoch here, all of whose batches are trained
+        elif "iterator_made" in self._pending:
+            self._go_to_place(fetcher)
+        elif not made and (self._pending or order(self._iterator()) != self._order):
+            # A resumed run begins an epoch; or a hook has iterated a loader whose processes go on, and has moved it.
+            fetcher.combined_loader.reset()
+            self._iterator_made = self.random_state()
+            iter(fetcher)
+        self._watch_loaders()
+        self._pending = {}
+
+    def _begins_next_epoch(self) -> bool:
+        """Whether Lightning takes the epoch for ended at whose last batch the run was stopped."""
+        ended: int = self._pending.get("ended_epoch", self._epochs_processed())
+        return ended < self._epochs_processed()
+
+    def _begin_with_batch_0(self) -> None:
+        """What Lightning does where a checkpoint was written after an epoch's last batch, if it knows their number."""
+        loop = self._epoch_loop
+        if loop.batch_progress.is_last_batch:
+            loop.batch_progress.reset_on_run()
+            loop.scheduler_progress.reset_on_run()
+            loop.automatic_optimization.optim_progress.reset_on_run()
+            loop.val_loop.batch_progress.total.reset()
+
+    def _epochs_processed(self) -> int:
+        progress: Any = self._fit_loop.epoch_progress.current
+        return int(progress.processed)
+
+    def _iterator(self) -> object:
+        """The iterator of the loaders; Lightning's fetcher only has the loaders."""
+        loader = self._fit_loop._combined_loader
+        return loader._iterator if loader is not None else None
+
+    def _set_random_state(self, state: Randomness) -> None:
+        set_random_state(state)
+        for generator, own in zip(generators(self._fit_loop._combined_loader), state.get("loaders", []), strict=False):
+            generator.set_state(own)
+
+    def _watch_loaders(self) -> None:
+        """Be told when one of several loaders is begun again, as it is shorter."""
+        iterator: Any = self._iterator()
+        loaders = getattr(iterator, "iterables", [])
+        if len(loaders) > 1 and not any(isinstance(each, Watched) for each in loaders):
+            watched = [Watched(each, partial(self._begin_again, number)) for number, each in enumerate(loaders)]
+            iterator.iterables = watched
+
+    def _begin_again(self, loader: int) -> None:
+        """Called just before a loader is begun again, within a fetch."""
+        fetcher = self._fit_loop._data_fetcher
+        assert fetcher is not None
+        state = self._pending.get("begun_again", {}).get(loader, {}).get(fetcher.fetched)
+        if state is not None:
+            self._set_random_state(state)
+        progress: Any = self._epoch_loop.batch_progress.current
+        trained = progress.processed
+        states = self._begun_again.get(loader, {})
+        needed = _newest(states, before=trained) | {fetch: old for fetch, old in states.items() if fetch >= trained}
+        self._begun_again[loader] = {**needed, fetcher.fetched: self.random_state()}
+
+    def _kept(self, first: int) -> dict[int, Randomness]:
+        """The random states that are needed to fetch again what was fetched before ``first``, and to go on there."""
+        return {i: state for i, state in self._before_fetch.items() if i == 0 or i >= first}
+
+    def _loader_states(self) -> list[dict[str, Any]]:
+        """Of loaders that can say where they are; none where Lightning fetches ahead of them."""
+        fetcher, loader = self._fit_loop._data_fetcher, self._fit_loop._combined_loader
+        return (
+            loader._state_dicts() if fetcher is not None and fetcher.length is not None and loader is not None else []
+        )
+
+    def _go_to_place(self, fetcher: Any) -> None:
+        """Make the iterator of the epoch again, behind the batches that were trained."""
+        pending, trained = self._pending, self._epoch_loop.batch_progress.current.ready
+        loader = fetcher.combined_loader
+        if self._epochs_processed() and any(getattr(each, "persistent_workers", False) for each in loader.flattened):
+            rank_zero_warn(
+                "the training loader has persistent_workers=True, whose processes carried random numbers on from epoch "
+                "to epoch and are gone: random augmentation goes on with other ones, all else exactly. Leave "
+                "persistent_workers out for runs that must resume exactly in mid-epoch."
+            )
+        loader.reset()  # persistent processes would keep the random state that they were started with
+        for each in loader.flattened:
+            _set_sampler_epoch(each, self._epochs_processed())
+        self._iterator_made = pending["iterator_made"]
+        self._set_random_state(self._iterator_made)
+        if pending["loaders"]:
+            loader._load_state_dicts(pending["loaders"])
+            iter(fetcher)
+            fetcher.fetched += trained
+        else:
+            self._fetched_again = pending["before_fetch"]
+            self._fetch_again(fetcher, trained)
+            self._fetched_again = {}
+        self._set_random_state(pending["before_fetch"].get(fetcher.fetched, pending["random"]))
+
+    def _fetch_again(self, fetcher: Any, batches: int) -> None:
+        if batches:
+            rank_zero_info(
+                f"Fetching the {batches} batches of this epoch that have been trained, to go on behind them."
+            )
+        iter(fetcher)
+        self._watch_loaders()
+        draws = False
+        for batch in range(batches):
+            known, before = fetcher.fetched in self._fetched_again, self.random_state()["torch"]
+            try:
+                next(fetcher)
+            except StopIteration:
+                raise RuntimeError(
+                    f"the training loader gave {batch} batches, and the checkpoint was written after {batches} of this "
+                    "epoch. Resume with the loader that the checkpoint was written with, or from the end of an epoch."
+                ) from None
+            draws |= not known and not before.equal(self.random_state()["torch"])
+        if draws and any(map(draws_beside_training, fetcher.combined_loader.flattened)):
+            rank_zero_warn(
+                "the iterable data set draws from torch's global generator in the process that trains, where dropout "
+                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run goes on "
+                "with other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
+                "or the loader processes or a state_dict."
+            )
+
+
+def _newest(states: dict[int, Randomness], before: int) -> dict[int, Randomness]:
+    """The one of the last fetch before ``before``, if there is one."""
+    fetch = max((fetch for fetch in states if fetch < before), default=None)
+    return {} if fetch is None else {fetch: states[fetch]}

@@ -1,0 +1,297 @@
+"""Snapshots of a run, and how it goes on from them when torchrun starts its workers again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from resist_lightning.checkpoint.files import read_sealed
+from resist_lightning.checkpoint.snapshots import Snapshot, SnapshotFolder, needed, usable
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.group import groups_joined
+from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
+from resist_lightning.engine.engine import Engine
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten
+from resist_lightning.methods.config import check_choice, check_integer
+from resist_lightning.strategies.saving.checkpoint_files import local_path
+
+SaveErrors: TypeAlias = Literal["raise", "warn"]
+WorkerLoss: TypeAlias = Literal["stop", "shrink"]
+
+_ROUNDS_COMPARED = 4
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a strategy does about files that cannot be written and workers that are lost.
+
+    The arguments are explained in :class:`~resist_lightning.ResISTStrategy`.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    on_save_error: SaveErrors = "raise"
+    snapshots: str | os.PathLike[str] | None = None
+    snapshot_every_n_rounds: int = 1
+    on_worker_loss: WorkerLoss = "stop"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_choice("on_save_error", self.on_save_error, get_args(SaveErrors))
+        check_choice("on_worker_loss", self.on_worker_loss, get_args(WorkerLoss))
+        if self.snapshots is not None and self.snapshot_folder is None:
+            raise ValueError(
+                f"snapshots={str(self.snapshots)!r} must be a folder with a local path, or a file:// URL: workers "
+                "replace files in it in one go, which other file systems cannot do. Mount it, and name its path."
+            )
+        check_integer("snapshot_every_n_rounds", self.snapshot_every_n_rounds, 1, "1 writes one before each round")
+        if self.on_worker_loss == "shrink" and self.snapshots is None:
+            raise ValueError(
+                "on_worker_loss='shrink' takes the blocks of a lost worker from a snapshot: name a folder that all "
+                "workers can read, snapshots=FOLDER."
+            )
+
+    @property
+    def snapshot_folder(self) -> Path | None:
+        """The folder of snapshots as a local path."""
+        return local_path(str(self.snapshots)) if self.snapshots is not None else None
+
+    def check_launch(self) -> None:
+        """Check, before any process is started, that a lost worker can be done without.
+
+        Raises:
+            ValueError: if torchrun shares its store between attempts, in which the others never meet again.
+        """
+        if self.on_worker_loss != "shrink":
+            return
+        if not started_by_torchrun():
+            rank_zero_warn(
+                "on_worker_loss='shrink' needs `torchrun --nnodes=MIN:MAX` to start the workers again; started in "
+                "another way, the loss of a worker ends the run."
+            )
+        elif shares_store():
+            raise ValueError(
+                "on_worker_loss='shrink' does not work while torchrun shares its store with the workers "
+                f"(TORCHELASTIC_USE_AGENT_STORE=True): {REMEDY}."
+            )
+
+
+class Restarts:
+    """The snapshots of one ``fit``.
+
+    Args:
+        folder: where they are.
+        saving: the settings.
+        collective: the workers.
+    """
+
+    def __init__(self, folder: Path, saving: Saving, collective: Collective) -> None:
+        self.folder = SnapshotFolder(folder)
+        self.chosen: Snapshot | None = None
+        self._failing = False  # the newest snapshot could not be written
+        self._saving = saving
+        self._collective = collective
+
+    def restarted(self) -> bool:
+        """Whether torchrun has started this run again, so that it goes on from here by itself.
+
+        False, with nothing left in the folder, if not all workers had come to their first snapshot.
+
+        Collective: every worker must call this, in the same order.
+        """
+        mine, snapshots = agent(groups_joined()), self.folder.newest_first()
+        known = bool(mine) and mine in self.folder.agents()
+        here = any(needed(snapshot, self._collective.worker, self._collective.workers) for snapshot in snapshots)
+        rows = self._collective.gather_numbers([known, here, len({snapshot.round for snapshot in snapshots})])
+        if not any(row[0] for row in rows):
+            return False
+        if all(row[1] for row in rows) or max(row[2] for row in rows) > 1:
+            return True
+        rank_zero_info("Started again by torchrun, before all workers had written a snapshot: the run begins anew.")
+        self.end()
+        return False
+
+    def choose(self) -> dict[str, Any]:
+        """Agree on the newest round of which every worker can read what it needs, and read it.
+
+        Collective: every worker must call this, in the same order.
+
+        Returns:
+            This worker's own file, or another one's after another number of workers.
+
+        Raises:
+            CheckpointError: if there is no such round.
+        """
+        worker, workers = self._collective.worker, self._collective.workers
+        snapshots = self.folder.newest_first()
+        rounds = usable(snapshots, worker, workers)[:_ROUNDS_COMPARED]
+        rows = self._collective.gather_numbers([*rounds, *[-1] * (_ROUNDS_COMPARED - len(rounds))])
+        readable = [{int(number) for number in row if number >= 0} for row in rows]
+        common = set.intersection(*readable)
+        if not common:
+            raise CheckpointError(
+                f"{self.folder.path} has no snapshot that all workers can read; rounds by worker: "
+                + "; ".join(f"{worker}: {sorted(rounds) or 'none'}" for worker, rounds in enumerate(readable))
+                + ". All workers must see the same folder. Resume from a checkpoint instead: ckpt_path=PATH."
+            )
+        newest = max(snapshot.round for snapshot in snapshots)
+        if max(common) < newest:
+            rank_zero_warn(
+                f"the snapshot of round {newest} in {self.folder.path} is not whole; going on from round {max(common)}."
+            )
+        found = [s for s in snapshots if s.round == max(common) and needed(s, worker, workers)]
+        self.chosen = found[0]
+        first: dict[str, Any] = read_sealed(needed(self.chosen, worker, workers)[0])
+        return first
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        """What each worker wrote of the chosen snapshot, in order, read one after the other.
+
+        Raises:
+            CheckpointError: if this worker cannot read all files of it.
+        """
+        assert self.chosen is not None
+        missing = sorted(set(range(self.chosen.workers)) - set(self.chosen.files))
+        if missing:
+            raise CheckpointError(
+                f"the snapshot of round {self.chosen.round} in {self.folder.path} lacks the files of worker(s) "
+                f"{missing}, whose part is in no other. Keep snapshots in a folder that all workers can read."
+            )
+        for worker in range(self.chosen.workers):
+            yield read_sealed(self.chosen.files[worker])
+
+    def begin(self) -> None:
+        """Take over the folder for this run. Collective: every worker must call this, in the same order.
+
+        Raises:
+            ValueError: if the folder has snapshots of a run that this one does not go on with.
+            CheckpointNotWritten: on all workers, if it cannot be written to and the settings say
+                ``on_save_error="raise"``.
+        """
+        if self.chosen is None and any(number for (number,) in self._gather(len(self.folder.newest_first()))):
+            raise ValueError(
+                f"snapshots={str(self.folder.path)!r} has snapshots of a run that did not come to its end. To go on "
+                f"with it: Trainer.fit(..., ckpt_path={str(self.folder.path)!r}). To begin anew: remove the folder, "
+                "or name another one."
+            )
+        agents = [int(number) for (number,) in self._gather(agent(groups_joined()))]
+        failure = self._take_over({number for number in agents if number})
+        # Nobody writes a snapshot before this is done.
+        numbers = [int(number) for (number,) in self._gather((failure.errno or -1) if failure is not None else 0)]
+        failed = [f"worker {worker}: {_in_words(number)}" for worker, number in enumerate(numbers) if number]
+        if failed and (self._saving.on_save_error == "raise" or self._collective.worker == 0):
+            self._not_written(f"snapshots={str(self.folder.path)!r} cannot be written ({'; '.join(failed)}).", failure)
+
+    def write(self, state: dict[str, Any], round: int) -> None:
+        """Write this worker's file of a round. Sends nothing.
+
+        Raises:
+            CheckpointNotWritten: if it cannot be written and the settings say ``on_save_error="raise"``.
+        """
+        try:
+            self.folder.write(state, round, self._collective.worker, self._collective.workers)
+        except OSError as error:
+            said, self._failing = self._failing, True
+            if not said:  # a full disk is not told of in every round
+                worker = self._collective.worker
+                self._not_written(f"worker {worker} could not write the snapshot of round {round}: {error}.", error)
+        else:
+            self._failing = False
+
+    def due(self, round: int) -> bool:
+        """Whether a snapshot is written where ``round`` begins."""
+        return round > 0 and round % self._saving.snapshot_every_n_rounds == 0
+
+    def end(self) -> None:
+        """The run has come to its end: nobody will go on from its snapshots."""
+        try:
+            self.folder.remove()
+        except OSError as error:
+            rank_zero_warn(f"the snapshots in {self.folder.path} could not be removed ({error}). Remove the folder.")
+
+    def describe(self) -> str:
+        """What the run goes on from, in words."""
+        assert self.chosen is not None
+        return f"the snapshot that {self.chosen.workers} worker(s) wrote before round {self.chosen.round}"
+
+    def check_workers(self) -> None:
+        """Check that the run may go on with this number of workers.
+
+        Raises:
+            ValueError: if it may not.
+        """
+        assert self.chosen is not None
+        workers = self._collective.workers
+        if self.chosen.workers != workers and self._saving.on_worker_loss == "stop":
+            raise ValueError(
+                f"{self.chosen.workers} workers wrote the snapshots in {self.folder.path}, and torchrun has started "
+                f"{workers}. on_worker_loss='shrink' goes on with those that are there."
+            )
+        rank_zero_info(f"Started again by torchrun: going on from {self.describe()}.")
+
+    def _take_over(self, agents: set[int]) -> OSError | None:
+        """Make the folder this run's, and say what the disk refused."""
+        try:
+            if self.chosen is not None:  # each host may have a folder of its own
+                self.folder.forget_later(self.chosen.round)
+            if self._collective.worker == 0:
+                self.folder.set_agents(agents)
+            else:
+                self.folder.make()
+        except OSError as error:
+            return error
+        return None
+
+    def _not_written(self, text: str, failure: OSError | None) -> None:
+        """The training goes on without snapshots if the settings say so; those that are there stay."""
+        if self._saving.on_save_error == "raise":
+            raise CheckpointNotWritten(
+                f"{text} Make room, or name another folder; with on_save_error='warn' the training goes on without it."
+            ) from failure
+        warnings.warn(f"{text} The training goes on without it.", stacklevel=2)
+
+    def _gather(self, number: float) -> list[list[float]]:
+        return self._collective.gather_numbers([number])
+
+
+def say_how_it_goes_on(name: str, source: str, engine: Engine, *, same: bool, exact: bool, files: bool) -> None:
+    """Tell the user how much of a checkpoint the training goes on with.
+
+    Args:
+        name: of the strategy.
+        source: the checkpoint.
+        engine: where it goes on.
+        same: whether the workers and settings are those of the checkpoint.
+        exact: whether every worker has its own state.
+        files: whether the checkpoint speaks of files of the workers.
+    """
+    workers, where = engine.collective.workers, f"round {engine.clock.round} after {engine.clock.step} local steps"
+    if exact:
+        rank_zero_info(f"{name}: goes on exactly where the checkpoint was written, in {where}.")
+    elif not same:
+        rank_zero_info(
+            f"{name}: {source} was written with other workers or settings. The {workers} worker(s) here go on from its "
+            f"full model, with a new partition, in {where}."
+        )
+    elif not files:
+        rank_zero_info(
+            f"{name}: {source} has the full model only, as after the end of a training. The training goes on from it "
+            f"in {where}."
+        )
+    else:
+        rank_zero_warn(
+            f"{name}: the workers' own files beside {source} are not all there. The training goes on from the full "
+            f"model in {where}; optimizer state, random numbers and the place in the data begin anew. Keep the folder "
+            "`.workers` with its checkpoint to go on exactly."
+        )
+
+
+def _in_words(number: int) -> str:
+    return os.strerror(number) if number > 0 else "an error without a number"

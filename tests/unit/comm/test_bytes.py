@@ -1,0 +1,199 @@
+"""Bytes by closed form: Table 1 of the paper, and section 5 of the design with our networks and plans."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resist_lightning import Config
+from resist_lightning.comm.bytes import (
+    KINDS,
+    SYNC_KINDS,
+    WIRE_FORMATS,
+    all_reduce_bytes,
+    ddp_bytes,
+    local_sgd_bytes,
+    parameter_server_bytes,
+)
+from resist_lightning.methods.resist.bytes import Sizes, sync_bytes
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.network import select_blocks
+from resist_lightning.models import preact_resnet
+from resist_lightning.schedule.partition import draw_partition, everything
+from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.state.optimizer_state import OptimizerStates
+from tests.helpers.partitions import two_partitions
+
+GB, MB = 10**9, 10**6
+
+
+def paper_network(num_classes):
+    """The network of Table 1, without memory; no running statistics, so that its bytes are its parameters."""
+    with torch.device("meta"):
+        return preact_resnet(101, num_classes=num_classes, track_running_stats=False)
+
+
+def parameter_bytes(module):
+    return sum(4 * parameter.numel() for parameter in module.parameters())
+
+
+def subnet_bytes(module, min_blocks, workers, round=0):
+    blocks = [parameter_bytes(block.module) for block in select_blocks(module)]
+    shared = parameter_bytes(module) - sum(blocks)
+    partition = draw_partition(len(blocks), workers, min_blocks, 0, round)
+    return [shared + sum(blocks[index] for index in held) for held in partition.held]
+
+
+@pytest.mark.parametrize(("workers", "printed"), [(2, 0.662), (4, 1.325), (8, 2.649)])
+def test_table_1_local_sgd(workers, printed):
+    full = parameter_bytes(paper_network(100))
+    assert full == 4 * 41_396_900
+    assert round(parameter_server_bytes([full] * workers) / GB, 3) == printed
+
+
+@pytest.mark.parametrize(
+    ("workers", "min_blocks", "blocks", "digits", "printed"),
+    [(2, 11, 11, 5, 0.45455), (4, 6, 6, 3, 0.720), (8, 4, 4, 3, 1.289)],
+)
+def test_table_1_resist(workers, min_blocks, blocks, digits, printed):
+    """The paper prints 0.454, which is 0.45455 cut off (spec 2.9)."""
+    subnets = subnet_bytes(paper_network(100), min_blocks, workers)
+    assert subnets == [4 * (15_422_116 + blocks * 1_180_672)] * workers
+    assert round(parameter_server_bytes(subnets) / GB, digits) == printed
+
+
+@pytest.mark.parametrize(("workers", "min_blocks", "gigabytes"), [(4, 5, 0.7013), (8, 5, 1.365)])
+def test_table_1_would_be_another_with_the_minimum_of_five(workers, min_blocks, gigabytes):
+    subnets = subnet_bytes(paper_network(100), min_blocks, workers)
+    assert round(parameter_server_bytes(subnets) / GB, 4) == pytest.approx(gigabytes, abs=5e-4)
+
+
+def test_313_rounds_of_table_1_are_the_end_of_the_curve_in_figure_4():
+    subnets = subnet_bytes(paper_network(100), 6, 4)
+    assert round(313 * parameter_server_bytes(subnets) / GB, 1) == 225.4
+    assert ddp_bytes(10, 4, 7) == 7 * 15
+
+
+@pytest.mark.parametrize(
+    ("workers", "ten_classes", "hundred_classes"), [(2, 165.4, 165.6), (4, 248.1, 248.4), (8, 289.5, 289.8)]
+)
+def test_an_all_reduce_of_everything_is_what_ddp_sends_per_step(workers, ten_classes, hundred_classes):
+    """Section 5's table prints the figures of 100 classes (P + Q = 165.6 MB), though it says 10."""
+    for classes, megabytes in ((10, ten_classes), (100, hundred_classes)):
+        full = parameter_bytes(paper_network(classes))
+        exact = Fraction(2 * (workers - 1), workers) * full
+        assert ddp_bytes(full, workers, 1) == local_sgd_bytes(full, workers, 1) == exact
+        assert ddp_bytes(full, workers, 50) == local_sgd_bytes(full, workers, 50) == 50 * exact
+        assert round(float(exact) / MB, 1) == megabytes
+
+
+@pytest.mark.parametrize(("payload", "workers", "sent"), [(100, 1, 0), (100, 2, 100), (100, 4, 150), (10, 3, 14)])
+def test_an_all_reduce_sends_twice_the_others_share_rounded_up(payload, workers, sent):
+    assert all_reduce_bytes(payload, workers) == sent
+
+
+def mean_bytes_per_worker(workers, min_blocks, rounds=1500):
+    """Mean over real plans of the bytes that a worker sends, for the paper's network with 100 classes."""
+    layout = BlockLayout(paper_network(100), Config(min_blocks=min_blocks), workers)
+    sizes = layout.sizes(OptimizerStates([]))
+    assert sizes.blocks == (4 * 1_180_672,) * 22
+    assert sizes.shared == {"torch.float32": 4 * 15_422_116}
+    partitions = [layout.schedule.partition(round) for round in range(rounds + 1)]
+    plans = [plan_sync(old, new) for old, new in pairwise(partitions)]
+    sent = [sum(kinds[k] for k in SYNC_KINDS) for plan in plans for kinds in sync_bytes(plan, sizes, workers)]
+    return sum(sent) / len(sent)
+
+
+@pytest.mark.parametrize(
+    ("workers", "counts", "megabytes"),
+    [(2, (11, 11), 87.7), (4, (6, 6, 5, 5), 112.0), (8, (3, 3, 3, 3, 3, 3, 2, 2), 119.3)],
+)
+def test_a_round_without_overlap_sends_what_section_5_promises(workers, counts, megabytes):
+    """The table is for rounds without overlap, min_blocks <= 22 // S: for S = 8 that is at most 2, not the default 5.
+
+    A block stays with its worker with chance sum(n_k^2) / L^2: 1/S where the counts n_k are equal.
+    """
+    moves = 22 - sum(Fraction(count**2, 22) for count in counts)
+    expected = float(Fraction(2 * (workers - 1), workers) * 4 * 15_422_116 + moves * 4 * 1_180_672 / workers)
+    assert round(expected / MB, 1) == megabytes
+    assert mean_bytes_per_worker(workers, 22 // workers) == pytest.approx(expected, rel=0.005)
+
+
+def test_eight_workers_with_the_default_minimum_overlap_and_send_more():
+    assert mean_bytes_per_worker(8, 5, rounds=200) > 125 * MB
+
+
+@given(two_partitions(), st.integers(1, 10**6), st.integers(1, 10**5), st.integers(0, 10**5))
+def test_all_workers_together_send_the_closed_form(partitions, shared, block, state):
+    """Section 5: 2 (S - 1) Q; b (holders before - 1) to merge; b (new holders without the merged value) to spread."""
+    before, after = partitions
+    workers, blocks = before.workers, before.blocks
+    sizes = Sizes({"f": shared}, (block,) * blocks, ({"f": block},) * blocks, (state,) * blocks)
+    rows = sync_bytes(plan_sync(before, after), sizes, workers)
+
+    reduced, merged, spread = shared, 0, 0
+    for index in range(blocks):
+        old, new = set(before.holders(index)), set(after.holders(index))
+        if workers > 1 and len(old) == len(new) == workers:
+            reduced += block
+        else:
+            merged += len(old) - 1
+            spread += len(new) - bool(old & new)
+    assert len(rows) == workers
+    for row in rows:
+        assert set(row) == set(SYNC_KINDS) <= set(KINDS)
+        assert row["shared"] == -((-2 * (workers - 1) * reduced) // workers)
+    assert sum(row["merge"] for row in rows) == block * merged
+    assert sum(row["hand_over"] for row in rows) == block * spread
+    assert sum(row["state"] for row in rows) == state * (merged + spread)
+
+
+def test_each_worker_pays_for_what_it_sends_itself():
+    before, after = draw_partition(4, 2, 0, 0, 0), draw_partition(4, 2, 0, 0, 1)
+    sizes = Sizes({"a": 1000, "b": 10}, (1, 10, 100, 1000), ({},) * 4, (2, 20, 200, 2000))
+    rows = sync_bytes(plan_sync(before, after), sizes, 2)
+    for worker, row in enumerate(rows):
+        leaving = set(before.held[worker]) - set(after.held[worker])
+        assert row == {
+            "shared": 1010,
+            "merge": 0,
+            "hand_over": sum(10**block for block in leaving),
+            "state": sum(2 * 10**block for block in leaving),
+        }
+    assert sum(row["hand_over"] for row in rows) > 0
+
+
+def test_data_types_are_reduced_apart_so_each_is_rounded_up_by_itself():
+    plan = plan_sync(everything(1, 3), everything(1, 3))
+    sizes = Sizes({"torch.float32": 4, "torch.int64": 8}, (12,), ({"torch.float32": 12},), (0,))
+    assert [row["shared"] for row in sync_bytes(plan, sizes, 3)] == [22 + 11] * 3
+
+
+def test_the_bytes_of_a_message_are_bits_and_scales():
+    assert [WIRE_FORMATS["int8"].bytes(entries) for entries in (0, 1, 256, 257)] == [0, 260, 260, 520]
+    assert [WIRE_FORMATS[name].bytes(2560) for name in ("bf16", "int8", "int6", "int4")] == [5120, 2600, 1960, 1320]
+    assert WIRE_FORMATS["fp32"] is None
+
+
+@given(st.integers(0, 10**5), st.integers(2, 9), st.sampled_from(["bf16", "int8", "int6", "int4"]))
+def test_workers_share_the_averaging_and_together_send_an_all_reduce_of_fewer_bits(entries, workers, name):
+    wire = WIRE_FORMATS[name]
+    shares = [wire.share(entries, worker, workers) for worker in range(workers)]
+    assert [first for first, _ in shares] == [0, *(last for _, last in shares[:-1])]
+    assert shares[-1][1] == wire.groups(entries)
+    assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1
+    sent = [wire.mean_bytes(entries, worker, workers) for worker in range(workers)]
+    assert sum(sent) == 2 * (workers - 1) * wire.bytes(entries)
+
+
+def test_what_is_compressed_is_paid_for_by_each_worker():
+    plan = plan_sync(everything(1, 3), everything(1, 3))
+    sizes = Sizes({"f": 30}, (12,), ({"f": 0},), (0,), WIRE_FORMATS["int8"], shared_entries=600, block_entries=(500,))
+    # 1100 entries are 5 groups of 260 bytes: worker 0 averages 1 of them, workers 1 and 2 average 2 each.
+    by_hand = [(4 + 1 * 2) * 260, (3 + 2 * 2) * 260, (3 + 2 * 2) * 260]
+    assert [row["shared"] for row in sync_bytes(plan, sizes, 3)] == [40 + sent for sent in by_hand]

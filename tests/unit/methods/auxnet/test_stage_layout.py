@@ -1,0 +1,190 @@
+"""Where a network is cut and where it is not: tied weights, auxiliary networks of the user's, tables of other runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resist_lightning import StageConfig, StageSelectionError
+from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.methods.auxnet.layout import StageLayout
+from resist_lightning.methods.auxnet.network.aux_networks import convolutions
+from tests.helpers.nets import MlpBlock, mlp
+from tests.helpers.plain import make_net
+
+
+class Outside(nn.Module):
+    """A network, and a layer that is not a part of it."""
+
+    def __init__(self, net: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.net, self.layer = net, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.net(x))
+
+
+def tied() -> Outside:
+    net = mlp(MlpBlock)
+    module = Outside(net, nn.Linear(6, 4))
+    module.layer.weight = net.get_submodule("head").weight  # type: ignore[assignment]
+    return module
+
+
+def make_layout(module: nn.Module, **options: Any) -> StageLayout:
+    layout = StageLayout(module, StageConfig(network="net", **options), 2)
+    example = torch.randn(4, 3) if isinstance(module.get_submodule("net"), nn.Sequential) else torch.randn(4, 3, 8, 8)
+    layout.prepare(example, SoloCollective())
+    return layout
+
+
+# ------------------------------------------------------------------ tied weights
+
+
+def test_a_weight_that_a_layer_outside_shares_is_refused() -> None:
+    with pytest.raises(StageSelectionError, match=r"net\.head\.weight and layer\.weight are one tensor, inside"):
+        StageLayout(tied(), StageConfig(network="net"), 2)
+
+
+def test_a_weight_that_a_layer_outside_shares_is_no_matter_to_one_worker() -> None:
+    StageLayout(tied(), StageConfig(network="net"), 1)
+
+
+def test_another_name_of_a_module_of_the_network_is_not_refused() -> None:
+    net = mlp(MlpBlock)
+    module = Outside(net, net.get_submodule("head"))  # as a module that keeps its head at hand
+
+    layout = StageLayout(module, StageConfig(network="net", cuts=["body.1"]), 2)
+
+    assert "net.head.weight" in layout.stage_tensors(1)
+
+
+# ------------------------------------------------------------------ auxiliary networks
+
+
+def test_a_network_of_vectors_without_an_auxiliary_network_is_refused_with_the_reason() -> None:
+    with pytest.raises(StageSelectionError, match=r"here it is \(6,\) of \(3,\). Give `aux_network`"):
+        make_layout(Outside(mlp(MlpBlock), nn.Identity()))
+
+
+def needs(channels: int, error: type[Exception], image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
+    if boundary[0] != channels:
+        raise error(f"nothing is known of {boundary}")
+    return convolutions(image, boundary, 2)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, IndexError, AssertionError, ZeroDivisionError])
+@pytest.mark.parametrize(("channels", "end"), [(4, "net.section1.0"), (8, "net.section2.0")])
+def test_where_the_users_auxiliary_network_fails_the_network_is_cut_elsewhere(
+    channels: int, end: str, error: type[Exception]
+) -> None:
+    layout = make_layout(Outside(make_net(), nn.Identity()), aux_network=partial(needs, channels, error))
+
+    assert layout.chain is not None
+    assert layout.chain.units[layout.cuts[0] - 1] == end
+
+
+def test_a_users_auxiliary_network_that_always_fails_is_told() -> None:
+    with pytest.raises(KeyError, match="nothing is known of"):
+        make_layout(Outside(make_net(), nn.Identity()), aux_network=partial(needs, 5, KeyError))
+
+
+def two_layers(image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, boundary[0]))
+
+
+class Factory:
+    """Makes auxiliary networks, and has no name of its own."""
+
+    def __init__(self, width: int = 5) -> None:
+        self.width = width
+
+    def __call__(self, image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
+        return two_layers(image, boundary, between)
+
+
+FACTORIES: dict[str, Any] = {
+    "a function": lambda: two_layers,
+    "a lambda": lambda: lambda *shapes: two_layers(*shapes, 1),
+    "an object": Factory,
+    "a method": lambda: Factory().__call__,
+    "a part of an object": lambda: partial(Factory(), between=3),
+    "a function as an argument": lambda: partial(two_layers, between=lambda: 3),
+    "an object as an argument": lambda: partial(two_layers, between=[Factory()]),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
+    one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
+    names = [make_layout(Outside(mlp(MlpBlock), nn.Identity()), aux_network=each).settings() for each in (one, other)]
+
+    assert names[0] == names[1]
+    assert "0x" not in names[0]["aux_network"]
+
+
+def test_factories_with_other_arguments_have_other_names() -> None:
+    made = [partial(two_layers, between=3), partial(two_layers, between=4), two_layers, Factory(), None]
+    names = {StageLayout(mlp(MlpBlock), StageConfig(aux_network=each), 2).settings()["aux_network"] for each in made}
+    assert len(names) == len(made)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 9, 32])
+@pytest.mark.parametrize("smaller", [1, 2])
+def test_the_default_auxiliary_network_trains_on_one_sample(size: int, smaller: int) -> None:
+    network = convolutions((3, size, size), (4, smaller, smaller), width=2).train()
+
+    network(torch.randn(1, 3, size, size)).sum().backward()
+
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+# ------------------------------------------------------------------ tables of other runs
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"blocks": 4, "workers": 2, "min_blocks": 1, "counts": [], "measured_from": 1, "seconds": []},  # resist, "auto"
+        {"workers": 2, "cuts": []},
+        {"workers": 2, "cuts": [99]},
+        {"workers": 3, "cuts": [1]},
+    ],
+)
+def test_a_table_that_says_nothing_of_these_cuts_changes_nothing(table: dict[str, Any]) -> None:
+    layout, fresh = (StageLayout(make_net(), StageConfig(), 2) for _ in range(2))
+
+    layout.resume(table, 3)
+
+    assert layout.cuts == fresh.cuts
+
+
+# ------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "warned"),
+    [
+        ({"method": "al-store", "lambda_step": 1.0}, 3, True),
+        ({"method": "al-store", "lambda_step": 1.0}, 2, False),
+        ({"method": "al-store"}, 3, False),
+        ({"method": "penalty", "lambda_step": 1.0}, 3, False),
+    ],
+)
+def test_a_step_that_diverges_where_guesses_are_stored_warns(
+    options: dict[str, Any], workers: int, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    StageLayout(mlp(MlpBlock), StageConfig(**options), workers).warn()
+    assert any("lambda_step=1 diverges" in str(warning.message) for warning in recwarn) == warned
+
+
+def test_a_scripted_part_is_refused_by_name():
+    net = mlp(MlpBlock)
+    net.body[1] = torch.jit.trace(net.body[1], torch.ones(1, 6))
+    with pytest.raises(StageSelectionError, match=r"'body\.1' is TorchScript"):
+        StageLayout(net, StageConfig(), 2)
+    StageLayout(net, StageConfig(), 1)

@@ -1,0 +1,244 @@
+"""Who holds how much of a model, what a sync must send, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from resist_lightning import Engine, ISTStrategy, LayerSelectionError, NeuronConfig
+from resist_lightning.errors import CheckpointError
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.state.optimizer_state import OptimizerStates
+from tests.helpers.ist import NETS, Run, make_net, make_optimizer
+from tests.helpers.nets import on_meta
+from tests.helpers.neuron_plans import keeper
+
+
+def layout_of(net, workers, **settings):
+    return NeuronLayout(net, NeuronConfig(**settings), workers)
+
+
+def speech(hidden_layers):
+    """The nets of section 3 of the specification: batch norm after every layer, no bias."""
+    width = {1: 4096, 2: 8192}[hidden_layers]
+    sizes = [4096, *[width] * hidden_layers, 35]
+    parts = []
+    for index, (a, b) in enumerate(pairwise(sizes)):
+        parts += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=index < hidden_layers), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+@pytest.mark.parametrize(
+    ("hidden_layers", "workers", "weights"),
+    [
+        (1, 2, 8_460_288), (1, 4, 4_230_144), (1, 8, 2_115_072),
+        (2, 2, 33_697_792), (2, 4, 12_654_592), (2, 8, 5_278_720),
+    ],
+)  # fmt: skip
+def test_a_worker_has_as_many_weights_of_the_papers_nets_as_the_specification_says(hidden_layers, workers, weights):
+    layout = layout_of(on_meta(lambda: speech(hidden_layers)), workers)
+    width = {1: 4096, 2: 8192}[hidden_layers]
+    norms = 2 * hidden_layers * width // workers
+    assert layout.held_parameters(3) == [weights + norms] * workers
+    # Section 2.5: the sum over all slices.
+    inner = (hidden_layers - 1) * width**2 // workers
+    assert sum(layout.held_parameters(3)) == 4096 * width + inner + 35 * width + 2 * hidden_layers * width
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("net", NETS)
+def test_slices_have_the_shapes_of_the_neurons_that_a_worker_holds(net, workers):
+    module = make_net(Run(NeuronConfig(), 0, net))
+    layout = layout_of(module, workers)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for round in range(3):
+        held = layout.partition(round)
+        for worker in range(workers):
+            for name, cut in layout.neurons.cuts.items():
+                shape = list(named[name].shape)
+                if cut.rows is not None:
+                    shape[0] = len(held[cut.rows].held[worker])
+                if cut.columns is not None:
+                    shape[1] = len(held[cut.columns].held[worker]) * cut.repeat
+                assert layout.held_shape(name, worker) == tuple(shape)
+    assert set(named) == set(layout.shared) | set(layout.shapes)
+    assert not set(layout.shared) & set(layout.shapes)
+
+
+def test_of_one_worker_everything_is_held():
+    module = make_net(Run(NeuronConfig(), 0))
+    layout = layout_of(module, 1)
+    assert layout.held_parameters(5) == [sum(parameter.numel() for parameter in module.parameters())]
+    assert not layout.partial
+    assert layout_of(module, 2).partial
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("momentum", ["reset", "keep", "travel"])
+@pytest.mark.parametrize("net", ["mixed", "conv"])
+def test_bytes_to_hand_over_are_those_of_all_entries_that_change_their_worker(net, momentum, optimizer):
+    """Entry by entry: where it is, where it will be; with its state where that travels."""
+    run = Run(NeuronConfig(momentum=momentum), 0, net, optimizer, frozen=("0.weight",))
+    module, workers = make_net(run), 3
+    layout = NeuronLayout(module, run.config, workers)
+    states = OptimizerStates([make_optimizer(run, module)])
+    slots = {"sgd": 1, "adamw": 2}[optimizer] if momentum == "travel" else 0
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for round in range(3):
+        expected = [{"hand_over": 0, "state": 0} for _ in range(workers)]
+        before, after = ([_holders(layout, round + next) for next in (0, 1)][next] for next in (0, 1))
+        for name, cut in layout.neurons.cuts.items():
+            tensor = named[name]
+            trains = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            for index in torch.cartesian_prod(*map(torch.arange, tensor.shape)).reshape(-1, tensor.dim()).tolist():
+                neurons = (
+                    None if cut.rows is None else index[0],
+                    None if cut.columns is None else index[1] // cut.repeat,
+                )
+                old, new = (_place(holders, cut, neurons, workers) for holders in (before, after))
+                if old != new:
+                    expected[old]["hand_over"] += 4
+                    expected[old]["state"] += 4 * slots * trains
+        assert layout.hand_over_bytes(round, states) == expected
+        assert all(sent["hand_over"] > 0 for sent in expected)
+
+
+def _holders(layout, round):
+    """For each layer, the worker of each neuron."""
+    return [[p.holders(neuron)[0] for neuron in range(p.blocks)] for p in layout.partition(round)]
+
+
+def _place(holders, cut, neurons, workers):
+    row, column = neurons
+    if row is None:
+        return holders[cut.columns][column]
+    mine = holders[cut.rows][row]
+    if column is None or holders[cut.columns][column] == mine:
+        return mine
+    return keeper(len(holders[cut.rows]), workers, row)
+
+
+# ------------------------------------------------------------------ what others are told
+
+
+def test_workers_with_another_cut_have_another_digest():
+    """Or they would send each other what the other does not expect."""
+    module = make_net(Run(NeuronConfig(), 0))
+    usual = NeuronConfig(seed=1)
+    digests = {layout_of(module, 2, seed=1).digest()}
+    for other in (
+        {"seed": 2}, {"local_steps": 3}, {"momentum": "keep"}, {"batch_norm": "running"}, {"layers": "3"},
+    ):  # fmt: skip
+        digests.add(NeuronLayout(module, replace(usual, **other), 2).digest())
+    digests.add(layout_of(module, 3, seed=1).digest())
+    module[6] = nn.Linear(13, 7)
+    module[7], module[8] = nn.PReLU(7), nn.Linear(7, 4)
+    digests.add(layout_of(module, 2, seed=1).digest())
+    assert len(digests) == 8
+
+
+def test_what_a_checkpoint_says_of_who_held_what_differs_between_workers_and_rounds():
+    layout = layout_of(make_net(Run(NeuronConfig(), 0)), 3)
+    said = [layout.held(round) for round in range(4)]
+    assert len({text for held in said for text in held}) == 12
+    assert layout.held(0) == layout_of(make_net(Run(NeuronConfig(), 0)), 3).held(0)
+    assert layout.held(0) != layout_of(make_net(Run(NeuronConfig(), 0)), 3, seed=1).held(0)
+
+
+def test_it_says_in_words_what_was_chosen():
+    layout = layout_of(make_net(Run(NeuronConfig(), 0)), 3, local_steps=7)
+    assert layout.describe().startswith(
+        "the neurons of 3 hidden layer(s) are dealt out to 3 worker(s); rounds of 7 local steps.\n0 (11 neurons): rows"
+    )
+    assert layout.parts() == ["0", "3", "6"]
+    assert layout.place("3.weight") == "its neurons' part of 3.weight"
+    assert layout.place("8.bias") == "shared tensor 8.bias"
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_fewer_neurons_than_workers_are_refused_with_the_layer_and_ways_out():
+    module = make_net(Run(NeuronConfig(), 0, "plain"))
+    assert layout_of(module, 5).partition(0)[1].held  # one neuron each
+    with pytest.raises(LayerSelectionError) as raised:
+        layout_of(module, 6)
+    said = str(raised.value)
+    assert "layer '2' has 5 neurons for 6 workers" in said
+    assert "Use at most 5 workers" in said
+    assert "`layers`" in said
+    assert layout_of(module, 6, layers="0").parts() == ["0"]
+
+
+def test_batch_norm_that_communicates_is_refused():
+    module = nn.Sequential(nn.Linear(4, 6), nn.SyncBatchNorm(6), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"1 is a SyncBatchNorm: .* Use BatchNorm"):
+        layout_of(module, 2)
+
+
+BAD = {
+    "local_steps": (0, "at least 1"),
+    "seed": (-1, "0 is a seed"),
+    "momentum": ("nesterov", "choose one of 'reset', 'keep', 'travel'"),
+    "batch_norm": ("sync", "choose one of 'recalibrate', 'running', 'batch'"),
+    "check": ("always", "choose one of 'sampled', 'full', 'off'"),
+    "non_finite": ("ignore", "choose one of 'raise', 'drop'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_setting_is_refused_with_its_name_its_value_and_a_way_out(name):
+    value, hint = BAD[name]
+    for make in (NeuronConfig, ISTStrategy):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")) as raised:
+            make(**{name: value})
+        assert hint in str(raised.value)
+    with pytest.raises(ValueError, match="recalibration_batches=0"):
+        NeuronConfig(recalibration_batches=0)
+
+
+@pytest.mark.parametrize("option", ["min_blocks", "blocks", "wire", "test_scale", "local_step"])
+def test_options_of_other_methods_are_refused(option):
+    for make in (NeuronConfig, ISTStrategy):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            make(**{option: 1})
+
+
+class Odd(torch.optim.Optimizer):
+    """Its state has a shape of its own, as that of optimizers that factor their state."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("per_row", torch.ones(parameter.shape[:1]))
+
+
+@pytest.mark.parametrize("momentum", ["keep", "travel"])
+@pytest.mark.parametrize("make", [Odd, torch.optim.Adafactor], ids=["Odd", "Adafactor"])
+def test_state_that_cannot_be_cut_with_its_neurons_is_refused_unless_it_restarts(make, momentum):
+    module = make_net(Run(NeuronConfig(), 0))
+    with pytest.raises(ValueError, match=rf"momentum='{momentum}' cannot .* {make.__name__}.*momentum='reset'"):
+        Engine(module, [make(module.parameters())], NeuronConfig(momentum=momentum))
+    Engine(module, [make(module.parameters())], NeuronConfig(momentum="reset"))
+
+
+def test_an_optimizer_that_needs_all_parameters_at_once_is_refused():
+    module = make_net(Run(NeuronConfig(), 0))
+    with pytest.raises(ValueError, match="LBFGS flattens all parameters"):
+        Engine(module, [torch.optim.LBFGS(module.parameters())], NeuronConfig())
+
+
+def test_snapshots_of_another_network_are_refused():
+    layout = layout_of(make_net(Run(NeuronConfig(), 0)), 2)
+    other = layout_of(make_net(Run(NeuronConfig(), 0, "paper")), 2)
+    state = {"place": {"identity": other.identity(), "round": 1}, "own": {"tensors": {}, "store": {}}}
+    with pytest.raises(CheckpointError, match=r"the neurons of \[\['0', 12\], .* Resume with the same model"):
+        layout.full_tensors([state])

@@ -1,0 +1,255 @@
+"""Test-time scaling: folded into weights it equals a factor on the branch, and it is undone exactly (contract 8)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from resist_lightning.methods.residual import Block, recognise
+from resist_lightning.methods.resist.partition import Schedule
+from resist_lightning.methods.resist.scaling import ScaleHooks, coverage, fold, foldable, remove_scale_hooks, unfold
+from resist_lightning.models import PreActBlock
+from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, mlp, randomise_norms, residual_block
+
+KINDS = ["preact", "basic", "bottleneck", "resnext", "renamed"]
+
+
+def branch(block, x):
+    """The residual branch, written down a second time."""
+    if isinstance(block, PreActBlock):
+        return block.conv2(torch.relu(block.bn2(block.conv1(torch.relu(block.bn1(x))))))
+    out = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    return out if not hasattr(block, "conv3") else block.bn3(block.conv3(torch.relu(out)))
+
+
+def ended(block, y):
+    """What follows the addition: torchvision's blocks activate."""
+    return y if isinstance(block, PreActBlock) else torch.relu(y)
+
+
+def block_of(kind):
+    module, x = residual_block(kind)
+    block = recognise("b", module)
+    assert isinstance(block, Block)
+    return block, module, x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.5, 0.3])
+def test_folding_multiplies_the_residual_branch(kind, scale):
+    block, module, x = block_of(kind)
+    with torch.no_grad():
+        original = branch(module, x)
+        torch.testing.assert_close(module(x), ended(module, x + original))  # the second writing is right
+        fold([block], scale)
+        torch.testing.assert_close(module(x), ended(module, x + scale * original), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(module(x), ended(module, x + original))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1 / 2, 1 / 3, 0.3, 5 / 22])
+def test_unfolding_restores_bit_for_bit(kind, scale):
+    block, module, _ = block_of(kind)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    originals = fold([block], scale)
+    folded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    changed = {name for name in before if not torch.equal(before[name], folded[name])}
+    unfold([block], scale, originals, None)
+    assert changed == (
+        {"conv2.weight"} if kind == "preact" else {f"{block.branch_end}.{n}" for n in ("weight", "bias")}
+    )
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_unfolding_tiny_and_huge_numbers_restores_them_too():
+    block, module, _ = block_of("basic")
+    numbers = torch.tensor([0.0, -0.0, 1e-45, 3e-45, 1e-38, 3.4e38, 1.0, -7.0])
+    with torch.no_grad():
+        module.bn2.weight.copy_(numbers)
+    originals = fold([block], 1 / 3)
+    unfold([block], 1 / 3, originals, None)
+    assert module.bn2.weight.tolist() == numbers.tolist()
+
+
+def test_a_power_of_two_needs_no_copies():
+    block, _, _ = block_of("preact")
+    assert fold([block], 0.5) == {}
+    unfold([block], 0.5, {}, None)
+    assert set(fold([block], 0.3)) == {"b.conv2.weight"}
+
+
+@pytest.mark.parametrize("kind", [Undeclared, OwnForward])
+def test_a_block_of_unknown_kind_is_scaled_as_a_difference(kind):
+    module = (Undeclared(4) if kind is Undeclared else OwnForward(4, 4)).eval()
+    randomise_norms(module)
+    x = torch.rand(2, 4) if kind is Undeclared else torch.rand(2, 4, 3, 3)
+    block = recognise("b", module) or Block("b", module, None, True)
+    y = module(x)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert not foldable(block)
+    assert fold([block], 0.3) == {}
+    hooks = ScaleHooks([block], 0.3)
+    torch.testing.assert_close(module(x), x + 0.3 * (y - x))
+    hooks.remove()
+    torch.testing.assert_close(module(x), y, rtol=0, atol=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_scale_as_folding_does_in_training_mode_too(kind):
+    """For warm-up: scaled while it trains, with no weight touched."""
+    block, module, x = block_of(kind)
+    module.train()
+    with torch.no_grad():
+        expected = ended(module, x + 0.3 * branch(module, x))
+        hooks = ScaleHooks([block], 0.3)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+        hooks.remove()
+        torch.testing.assert_close(module(x), ended(module, x + branch(module, x)))
+
+
+def test_hooks_scale_the_gradient_of_the_branch():
+    module = MlpBlock(4)
+    block = recognise("b", module)
+    x = torch.randn(3, 4)
+    module(x).sum().backward()
+    plain = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    ScaleHooks([block], 0.25)
+    module(x).sum().backward()
+    for parameter, gradient in zip(module.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, 0.25 * gradient)
+
+
+def test_a_scale_of_one_hooks_nothing():
+    block, module, _ = block_of("preact")
+    ScaleHooks([block], 1.0)
+    assert not module._forward_hooks
+    assert not module.conv2._forward_hooks
+
+
+def test_a_last_layer_without_weights_is_hooked():
+    module = PreActBlock(4, 4).eval()
+    module.residual_branch_end = "gate"
+    module.conv2 = nn.Sequential(module.conv2, nn.Tanh())
+    module.gate = module.conv2[1]
+    block = recognise("b", module)
+    assert not foldable(block)
+    x = torch.randn(1, 4, 5, 5)
+    y = module(x)
+    ScaleHooks([block], 0.5)
+    torch.testing.assert_close(module(x), x + 0.5 * (y - x))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "workers", "min_blocks", "expected"),
+    [(22, 4, 5, 1 / 4), (22, 8, 5, 5 / 22), (22, 2, 5, 1 / 2), (6, 3, 6, 1.0), (2, 4, 0, 1 / 4), (0, 3, 0, 1.0)],
+)
+def test_the_scale_is_the_chance_that_a_block_is_held(blocks, workers, min_blocks, expected):
+    for warmup in (0, 3):
+        schedule = Schedule(blocks, workers, min_blocks, seed=0, local_steps=1, warmup_rounds=warmup)
+        assert coverage(schedule) == pytest.approx(expected)
+
+
+def test_with_unequal_counts_it_is_the_mean_over_the_workers():
+    schedule = Schedule(6, 3, 0, seed=0, local_steps=1, counts=((0, (4, 2, 1)),))
+    assert coverage(schedule) == pytest.approx(7 / 18)
+    chances = [sum(block in schedule.partition(r).held[w] for r in range(300) for w in range(3)) for block in range(6)]
+    assert [chance / 900 for chance in chances] == pytest.approx([7 / 18] * 6, abs=0.05)
+
+
+def test_a_parametrised_last_layer_is_scaled_one_way_or_the_other():
+    """weight_norm, spectral_norm: ``layer.weight`` is computed anew at every access."""
+    module, x = residual_block("preact")
+    nn.utils.parametrizations.weight_norm(module.conv2)
+    block = recognise("b", module)
+    y = module(x)
+    fold([block], 0.5)
+    ScaleHooks([block] if not foldable(block) else [], 0.5)
+    torch.testing.assert_close(module(x), x + 0.5 * (y - x))
+
+
+def test_a_last_layer_that_is_not_linear_in_its_weight_is_scaled_one_way_or_the_other():
+    module = PreActBlock(4, 4).eval()
+    module.conv2 = nn.Sequential(module.conv2, nn.PReLU())
+    module.residual_branch_end = "conv2.1"
+    block = recognise("b", module)
+    x = torch.randn(1, 4, 5, 5)
+    y = module(x)
+    fold([block], 0.5)
+    ScaleHooks([block] if not foldable(block) else [], 0.5)
+    torch.testing.assert_close(module(x), x + 0.5 * (y - x))
+
+
+class Attending(nn.Module):
+    """A block with more inputs than the one that it adds to."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.inside = nn.Linear(width, width)
+
+    def forward(self, hidden, mask=None, *, gain=1.0):
+        out = torch.sin(self.inside(hidden)) * gain
+        return hidden + (out if mask is None else out * mask)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, x, mask: block(x, mask, gain=2.0),
+        lambda block, x, mask: block(hidden=x, mask=mask, gain=2.0),
+        lambda block, x, mask: block(mask=mask, gain=2.0, hidden=x),
+    ],
+)
+def test_a_hooked_block_may_be_called_by_keyword_and_with_more_inputs(call):
+    module, x, mask = Attending(), torch.randn(3, 6), torch.rand(3, 6)
+    y = call(module, x, mask)
+    hooks = ScaleHooks([Block("b", module, None, True)], 0.3)
+    torch.testing.assert_close(call(module, x, mask), x + 0.3 * (y - x))
+    hooks.remove()
+    torch.testing.assert_close(call(module, x, mask), y, rtol=0, atol=0)
+
+
+class Gated(Undeclared):
+    """Its branch ends in a submodule without weights."""
+
+    residual_branch_end = "gate"
+
+    def __init__(self, width=6):
+        super().__init__(width)
+        self.gate = nn.Tanh()
+
+    def forward(self, x):
+        return x + self.gate(self.inside(x))
+
+
+@pytest.mark.parametrize("kind", [Undeclared, Gated])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda net, x: torch.export.export(net, (x,)).module(),
+        torch.jit.trace,
+        lambda net, x: torch.compile(net, backend="eager", fullgraph=True),
+        lambda net, x: pickle.loads(pickle.dumps(net)),
+        lambda net, x: copy.deepcopy(net),
+    ],
+    ids=["export", "trace", "compile", "pickle", "deepcopy"],
+)
+def test_hooks_go_where_the_module_goes_and_come_off_there(kind, made):
+    net, x = mlp(kind, blocks=2).eval(), torch.randn(4, 3)
+    plain = net(x)
+    for name in ("0", "1"):
+        ScaleHooks([recognise(name, net.body[int(name)]) or Block(name, net.body[int(name)], None, True)], 0.3)
+    scaled = net(x)
+    assert not torch.allclose(scaled, plain)
+    gone = made(net, x)
+    torch.testing.assert_close(gone(x), scaled)
+    if type(gone) is type(net):
+        remove_scale_hooks(gone)
+        torch.testing.assert_close(gone(x), plain)
+        torch.testing.assert_close(net(x), scaled)

@@ -1,0 +1,120 @@
+"""The oracle is itself checked: against the method written down by hand, on scalars (spec 2.1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resist_lightning import Config, Simulator
+from resist_lightning.schedule.partition import draw_partition, everything
+from tests.helpers import by_hand
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    make_model,
+    make_optimizer,
+    train_simulator,
+    train_step,
+)
+
+LINKS = (0.3, -0.2, 0.5, 0.1, -0.4)
+RATE = 0.05
+
+
+def simulate(config, workers, rounds, beta):
+    simulator = Simulator(
+        by_hand.chain(0.8, LINKS),
+        lambda net: torch.optim.SGD(net.parameters(), RATE, momentum=beta),
+        config,
+        workers,
+    )
+    for step in range(rounds * config.local_steps - 1):  # the last step is taken below, without its sync
+        one_step(simulator, step)
+        simulator.after_step()
+    one_step(simulator, rounds * config.local_steps - 1)
+    return simulator
+
+
+def one_step(simulator, step):
+    for index, worker in enumerate(simulator.workers):
+        worker.optimizers[0].zero_grad()
+        x = torch.full((1, 1), by_hand.input_of(index, step), dtype=torch.float64)
+        worker.module(x).sum().backward()
+        worker.optimizers[0].step()
+
+
+@pytest.mark.parametrize("momentum", ["reset", "keep", "travel"])
+@pytest.mark.parametrize(("workers", "least"), [(1, 0), (2, 0), (3, 0), (3, 3), (4, 2), (6, 0)])
+def test_the_simulator_trains_what_one_computes_by_hand(workers, least, momentum):
+    config = Config(local_steps=3, min_blocks=least, blocks="body.*", momentum=momentum)
+    rounds = [draw_partition(5, workers, least, 0, round).held for round in range(4)]
+    simulator = simulate(config, workers, len(rounds), beta=0.7)
+    stem, links = by_hand.train(0.8, LINKS, rounds, 3, lr=RATE, beta=0.7, momentum=momentum)
+
+    full = simulator.full_model(scale=1.0)
+    assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
+    assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
+    assert links != pytest.approx(LINKS, abs=1e-3)
+
+
+def test_all_blocks_on_all_workers_is_local_sgd():
+    config = Config(local_steps=2, min_blocks=5, blocks="body.*")
+    simulator = simulate(config, 3, 3, beta=0.0)
+    stem, links = by_hand.train(0.8, LINKS, [everything(5, 3).held] * 3, 2, lr=RATE)
+    full = simulator.full_model()
+    assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
+    assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
+
+
+def test_the_full_model_is_scaled_and_the_training_is_not():
+    config = Config(local_steps=2, min_blocks=2, blocks="body.*")
+    simulator = simulate(config, 2, 2, beta=0.0)
+    plain, scaled = simulator.full_model(scale=1.0), simulator.full_model()
+    assert simulator.scale == pytest.approx(0.5)
+    for link, whole in zip(scaled.body, plain.body, strict=True):
+        assert link.weight.weight.item() == pytest.approx(0.5 * whole.weight.weight.item())
+    assert scaled.stem.weight.item() == plain.stem.weight.item()
+
+
+def test_a_warm_up_trains_scaled_branches_on_all_workers():
+    config = Config(local_steps=1, min_blocks=2, blocks="body.*", warmup_rounds=1)
+    simulator = simulate(config, 2, 1, beta=0.0)
+    gradients = {name: p.grad.item() for name, p in simulator.workers[0].module.named_parameters()}
+    product = 1.0
+    for link in LINKS:
+        product *= 1 + 0.5 * link
+    x = by_hand.input_of(0, 0)
+    assert gradients["stem.weight"] == pytest.approx(product * x)
+    for index, link in enumerate(LINKS):
+        expected = 0.8 * product / (1 + 0.5 * link) * 0.5 * x
+        assert gradients[f"body.{index}.weight.weight"] == pytest.approx(expected)
+
+
+def test_one_simulated_worker_is_plain_training_with_momentum_restarts():
+    run = Run(Config(local_steps=3), steps=7)
+    simulator = Simulator(make_model(run), lambda net: make_optimizer(run, net), run.config, 1)
+    model = make_model(run)
+    for step in range(run.steps):
+        if step % 3 == 0:
+            optimizer = make_optimizer(run, model)
+        train_step(model, optimizer, batch_of(0, step))
+        train_step(simulator.workers[0].module, simulator.workers[0].optimizers[0], batch_of(0, step))
+        simulator.after_step()
+    assert_equal_states(simulator.full_model().state_dict(), model.state_dict(), exactly=True)
+
+
+def test_the_user_s_network_is_copied_and_not_changed():
+    run = Run(Config(local_steps=1, min_blocks=1), steps=2)
+    model = make_model(run)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    simulator = Simulator(model, lambda net: make_optimizer(run, net), run.config, 2)
+    for worker in simulator.workers:
+        train_step(worker.module, worker.optimizers[0], batch_of(0, 0))
+    simulator.after_step()
+    assert_equal_states(model.state_dict(), before, exactly=True)
+
+
+def test_simulated_workers_have_no_speed():
+    with pytest.raises(ValueError, match="blocks_per_worker='auto': simulated workers have no speed"):
+        train_simulator(Run(Config(blocks_per_worker="auto"), steps=0), 2)

@@ -1,0 +1,395 @@
+"""Loaders whose random numbers follow from (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    default_collate,
+    get_worker_info,
+)
+from torch.utils.data.datapipes.iter import IterableWrapper
+from torchvision.transforms import v2
+
+from resist_lightning.state.random_state import random_state
+from resist_lightning.strategies.data.seeded_loader import KeyedDataset, key_loader, unkey_loader
+
+SAMPLES = 8
+
+
+class Augmented(Dataset[Any]):
+    """Images that v2 transforms, NumPy and Python change at random; ``index`` says which one it was."""
+
+    transform = v2.Compose([v2.RandomCrop(4, padding=1), v2.RandomHorizontalFlip(), v2.GaussianNoise()])
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.arange(16.0).reshape(1, 4, 4) / 16 + index
+        return {
+            "index": index,
+            "image": self.transform(image),
+            "noise": torch.tensor([np.random.rand(), random.random(), float(torch.rand(()))], dtype=torch.float64),
+        }
+
+
+class Batched(Augmented):
+    """Asked by torch for a batch at once."""
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
+class Columns(Augmented):
+    """Its batches are made by itself."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return {"index": torch.tensor(indices), "noise": torch.rand(len(indices))}
+
+
+class Stream(IterableDataset[Any]):
+    """Items that it shuffles and changes at random, in parts for its loader processes."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        items = list(range(SAMPLES))[info.id :: info.num_workers] if info else list(range(SAMPLES))
+        random.shuffle(items)
+        for item in items:
+            yield torch.tensor([item, float(torch.rand(())), np.random.rand()], dtype=torch.float64)
+
+
+class Order:
+    """A sampler with an order of its own."""
+
+    def __init__(self, order: Sequence[Any]) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def keyed(
+    dataset: Any = None, epoch: Callable[[], int] = lambda: 0, *, seed: int = 3, stream: int = 0, **options: Any
+) -> DataLoader[Any]:
+    frozen = options.pop("frozen", False)
+    loader = DataLoader(dataset or Augmented(), **{"batch_size": 4, **options})
+    twin = key_loader(loader, seed, epoch, stream=stream, frozen=frozen)
+    assert isinstance(twin, DataLoader)
+    return twin
+
+
+def by_index(batches: Any) -> dict[int, list[float]]:
+    """What was drawn for each sample: its image and numbers."""
+    return {
+        int(index): [*image.flatten().tolist(), *noise.tolist()]
+        for batch in list(batches)
+        for index, image, noise in zip(batch["index"], batch["image"], batch["noise"], strict=True)
+    }
+
+
+def drawn(loader: Any) -> list[Any]:
+    return [batch.tolist() for batch in loader]
+
+
+PROCESSES = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
+
+
+@pytest.mark.parametrize("options", PROCESSES, ids=["none", "two", "persistent"])
+def test_a_sample_is_augmented_alike_in_any_order_and_anew_in_each_epoch(options: dict[str, Any]) -> None:
+    now = [0]
+    there = keyed(epoch=lambda: now[0], **options)
+    back = keyed(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3)
+    back_next = keyed(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3, epoch=lambda: 1)
+    torch.manual_seed(1)
+    first = by_index(there)
+    now[0] = 1
+    second = by_index(there)
+    torch.manual_seed(2)
+
+    assert first == by_index(back)
+    assert second == by_index(back_next)
+    assert len(first) == SAMPLES
+    assert not any(first[index] == second[index] for index in first)
+    assert len({tuple(row[-3:]) for row in [*first.values(), *second.values()]}) == 2 * SAMPLES
+    del there
+
+
+def test_processes_that_are_spawned_see_each_epoch() -> None:
+    now = [0]
+    spawned = keyed(
+        epoch=lambda: now[0], num_workers=1, persistent_workers=True, multiprocessing_context="spawn", timeout=60
+    )
+
+    for now[0] in (0, 1):
+        assert by_index(spawned) == by_index(keyed(epoch=lambda: now[0]))
+
+
+@pytest.mark.parametrize("library", [0, 1, 2], ids=["numpy", "python", "torch"])
+def test_every_generator_draws_something_else_for_another_sample_seed_epoch_and_stream(library: int) -> None:
+    loaders = [keyed(), keyed(seed=4), keyed(epoch=lambda: 1), keyed(stream=1)]
+
+    numbers = [row[16 + library] for loader in loaders for row in by_index(loader).values()]
+
+    assert len(set(numbers)) == 4 * SAMPLES
+
+
+def test_the_generators_are_independent_of_each_other() -> None:
+    rows = by_index(keyed()).values()
+
+    assert all(len({round(number, 4) for number in row[-3:]}) == 3 for row in rows)
+
+
+@pytest.mark.parametrize("dataset", [Augmented(), Batched(), Columns(), Subset(Augmented(), range(SAMPLES)), Stream()])
+def test_the_callers_generators_stay_where_they_are(dataset: Any) -> None:
+    iterator = iter(keyed(dataset, collate_fn=draws))
+    before = random_state()
+
+    for _ in range(2):
+        next(iterator)
+
+    after = random_state()
+    assert torch.equal(before["torch"], after["torch"])
+    assert before["python"] == after["python"]
+    assert torch.equal(before["numpy"][1], after["numpy"][1])
+    assert before["numpy"][2:] == after["numpy"][2:]
+
+
+def draws(samples: list[Any]) -> Any:
+    """A collate function that draws from all generators."""
+    return samples, torch.rand(()), np.random.rand(), random.random()
+
+
+def number_beside(samples: list[Any]) -> Any:
+    """A collate function that changes each sample's numbers."""
+    batch = default_collate(samples)
+    return {**batch, "noise": batch["noise"] + torch.rand(()) + np.random.rand() + random.random()}
+
+
+def test_the_callers_generators_stay_where_they_are_when_the_data_set_fails() -> None:
+    loader = keyed([1, 2, 3], sampler=Order([7]))
+    iterator = iter(loader)
+    before = torch.get_rng_state()
+
+    with pytest.raises(IndexError):
+        next(iterator)
+
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("options", PROCESSES[:2], ids=["none", "two"])
+@pytest.mark.parametrize("mix", [v2.MixUp, v2.CutMix])
+def test_collate_functions_draw_from_epoch_and_samples(mix: Any, options: dict[str, Any]) -> None:
+    mixing = mix(num_classes=SAMPLES)
+
+    def collate(samples: list[dict[str, Any]]) -> Tensor:
+        batch = default_collate(
+            [(torch.full((1, 8, 8), float(sample["index"])), sample["index"]) for sample in samples]
+        )
+        return mixing(*batch)[0]
+
+    def mixed(order: Sequence[int], epoch: int = 0) -> list[Any]:
+        return drawn(keyed(sampler=Order(order), epoch=lambda: epoch, collate_fn=collate, **options))
+
+    there = mixed(range(8))
+    torch.manual_seed(7)
+    assert there == mixed(range(8))
+    assert there[::-1] == mixed([4, 5, 6, 7, 0, 1, 2, 3])  # the order of the batches does not matter
+    assert there != mixed(range(8), epoch=1)
+
+
+def test_a_frozen_loader_repeats_epoch_0() -> None:
+    frozen = keyed(epoch=lambda: 5, frozen=True)
+
+    assert by_index(frozen) == by_index(keyed())
+    assert by_index(frozen) != by_index(keyed(epoch=lambda: 5))
+
+
+@pytest.mark.parametrize("dataset", [Batched(), Subset(Augmented(), range(SAMPLES)), Subset(Batched(), range(SAMPLES))])
+def test_data_sets_that_read_batches_draw_for_each_sample(dataset: Any) -> None:
+    assert by_index(keyed(dataset)) == by_index(keyed())
+    assert by_index(keyed(dataset, sampler=Order([3, 1, 2]))).items() <= by_index(keyed()).items()
+
+
+def test_data_sets_that_collate_for_themselves_draw_for_each_batch() -> None:
+    def batches(order: Sequence[int], epoch: int) -> list[Any]:
+        loader = keyed(Columns(), sampler=Order(order), epoch=lambda: epoch, collate_fn=lambda batch: batch)
+        return [batch["noise"].tolist() for batch in loader]
+
+    there = batches(range(8), 0)
+    assert there == batches(range(8), 0)
+    assert there[::-1] == batches([4, 5, 6, 7, 0, 1, 2, 3], 0)
+    assert there != batches(range(8), 1)
+    assert there[0] != batches([0, 1, 2, 7], 0)[0]  # all samples of the batch matter, not the first alone
+
+
+@pytest.mark.parametrize("batch_size", [4, None])
+@pytest.mark.parametrize("dataset", [range(SAMPLES), Stream()], ids=["map", "stream"])
+def test_collate_functions_draw_anew_for_each_batch(dataset: Any, batch_size: int | None) -> None:
+    numbers = [number for _, *three in keyed(dataset, collate_fn=draws, batch_size=batch_size) for number in three]
+
+    assert len(numbers) >= 6
+    assert len(set(map(float, numbers))) == len(numbers)
+
+
+def test_streams_that_draw_when_their_iteration_begins_draw_alike() -> None:
+    class Eager(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(torch.randperm(50).tolist())
+
+    orders = [drawn(keyed(Eager(), epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
+
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("options", PROCESSES, ids=["none", "two", "persistent"])
+def test_iterable_data_sets_draw_alike_whatever_the_process_drew_before(options: dict[str, Any]) -> None:
+    def epochs(seed: int) -> list[list[Any]]:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        now = [0]
+        loader = keyed(Stream(), epoch=lambda: now[0], **options)
+        found = []
+        for now[0] in (0, 1, 0):
+            found.append(drawn(loader))
+        return found
+
+    one, other = epochs(1), epochs(2)
+
+    assert one == other
+    assert one[0] == one[2] != one[1]
+    values = [row[1:] for batch in one[0] for row in batch]
+    assert len({number for row in values for number in row}) == 2 * SAMPLES  # also between loader processes
+    assert sorted(row[0] for batch in one[0] for row in batch) == list(range(SAMPLES))
+
+
+def test_an_epoch_that_is_fetched_again_from_its_middle_is_the_same() -> None:
+    whole = drawn(keyed(Stream())), by_index(keyed())
+    again = iter(keyed(Stream())), iter(keyed())
+    for iterator in again:
+        next(iterator)
+    torch.manual_seed(99)
+
+    assert drawn(again[0]) == whole[0][1:]
+    assert by_index(again[1]).items() <= whole[1].items()
+
+
+def test_samplers_of_batches_keep_their_order() -> None:
+    batches = [[7, 0], [3, 3, 1], [2]]
+    loader = keyed(batch_sampler=Order(batches), batch_size=1)
+    found = list(loader)
+
+    assert [batch["index"].tolist() for batch in found] == batches
+    assert by_index(found).items() <= by_index(keyed()).items()
+    assert torch.equal(found[1]["image"][0], found[1]["image"][1])
+
+
+def test_without_automatic_batches_a_sample_is_what_the_sampler_asks_for() -> None:
+    class Rows(Dataset[Any]):
+        def __getitem__(self, index: Any) -> Tensor:
+            return torch.rand(np.shape(index))
+
+    single = drawn(keyed(Rows(), batch_size=None, sampler=Order([4, 2, 4])))
+    assert single[0] == single[2] != single[1]
+    lists = BatchSampler(SequentialSampler(range(4)), 2, drop_last=False)
+    assert drawn(keyed(Rows(), batch_size=None, sampler=lists)) == drawn(keyed(Rows(), batch_size=None, sampler=lists))
+
+
+def test_indices_of_other_libraries_are_the_same_samples() -> None:
+    orders = [[3, 1], np.array([3, 1]), torch.tensor([3, 1])]
+
+    assert len({str(by_index(keyed(sampler=Order(order)))) for order in orders}) == 1
+
+
+def test_the_users_loader_and_data_set_stay_as_they_are() -> None:
+    dataset = Augmented()
+    loader = DataLoader(dataset, batch_size=4)
+    before = dict(vars(loader))
+
+    twin: Any = key_loader(loader, 0, lambda: 0)
+
+    assert vars(loader) == before
+    assert type(loader) is DataLoader
+    assert isinstance(twin, DataLoader)
+    assert twin.dataset.unkeyed is dataset
+    assert twin.sampler is loader.sampler
+    assert unkey_loader(twin) is loader
+    assert unkey_loader(loader) is loader
+    assert len(twin) == 2
+    assert len(twin.dataset) == SAMPLES
+
+
+def test_attributes_of_the_data_set_are_read_and_set_through_the_keyed_one() -> None:
+    dataset = Augmented()
+    twin: Any = keyed(dataset)
+
+    assert twin.dataset.transform is dataset.transform
+    twin.dataset.transform = None
+    assert vars(dataset) == {"transform": None}
+    assert copy.deepcopy(twin).dataset.transform is None
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        twin.dataset.absent  # noqa: B018
+    with pytest.raises(TypeError, match="has no len"):
+        len(keyed(Stream()).dataset)  # type: ignore[arg-type]
+
+
+def test_a_loader_that_is_keyed_again_has_the_new_seed_only() -> None:
+    now = [0]
+    old = keyed(epoch=lambda: now[0], collate_fn=number_beside)
+    again: Any = key_loader(old, 4, lambda: 0)
+
+    assert isinstance(again.dataset, KeyedDataset)
+    assert isinstance(again.dataset.unkeyed, Augmented)
+    assert by_index(again) == by_index(keyed(seed=4, collate_fn=number_beside))
+
+
+def test_a_loader_whose_processes_run_gets_new_ones() -> None:
+    loader = DataLoader(Augmented(), batch_size=4, num_workers=1, persistent_workers=True)
+    list(loader)
+
+    assert by_index(key_loader(loader, 3, lambda: 0)) == by_index(keyed())
+
+
+def test_a_loader_of_the_users_own_class_stays_one() -> None:
+    class Own(DataLoader[Any]):
+        def __init__(self, kept: str) -> None:
+            super().__init__(Augmented(), batch_size=4)
+            self.kept = kept
+
+        def __iter__(self) -> Any:
+            return (batch for batch in super().__iter__())
+
+    twin: Any = key_loader(Own("this"), 3, lambda: 1)
+
+    assert isinstance(twin, Own)
+    assert twin.kept == "this"
+    assert by_index(twin) == by_index(keyed(epoch=lambda: 1))
+
+
+def test_what_is_no_data_loader_is_returned_as_it_is() -> None:
+    batches = [torch.zeros(2)]
+
+    assert key_loader(batches, 0, lambda: 0) is batches
+    assert unkey_loader(batches) is batches
+
+
+def test_data_pipes_are_refused() -> None:
+    with pytest.raises(ValueError, match="are a DataPipe, which deals its samples out over the workers"):
+        keyed(IterableWrapper([1, 2]))

@@ -1,0 +1,56 @@
+"""The two methods of Lightning's loops that are replaced while a run trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import lightning as L
+import numpy as np
+import torch
+
+from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.strategies.launching.signals import Signals
+from resist_lightning.strategies.loop_patches import LoopPatches
+from resist_lightning.strategies.saving.data_position import Position
+
+
+def patched(trainer: L.Trainer) -> LoopPatches:
+    return LoopPatches(trainer, Position(trainer), Signals(trainer), SoloCollective())
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), random.random(), float(np.random.rand())
+
+
+def test_lightning_still_has_the_methods_and_they_are_put_back(trainer_with: Callable[..., L.Trainer]) -> None:
+    epoch_loop = trainer_with("auto", devices=1).fit_loop.epoch_loop
+    assert hasattr(epoch_loop, "_broadcast_sigterm_tensor"), "this version of Lightning broadcasts in another way"
+    before = (epoch_loop._broadcast_sigterm_tensor, epoch_loop.val_loop.run)
+
+    patches = patched(epoch_loop.trainer)
+    assert epoch_loop._broadcast_sigterm_tensor != before[0]
+    assert epoch_loop.val_loop.run != before[1]
+    assert epoch_loop._broadcast_sigterm_tensor() is None  # type: ignore[func-returns-value]
+    patches.remove()
+
+    assert (epoch_loop._broadcast_sigterm_tensor, epoch_loop.val_loop.run) == before
+    assert not {"_broadcast_sigterm_tensor", "run"} & {*vars(epoch_loop), *vars(epoch_loop.val_loop)}
+    patches.remove()  # a second time does nothing
+
+
+def test_validation_draws_from_generators_of_its_own(trainer_with: Callable[..., L.Trainer]) -> None:
+    trainer = trainer_with("auto", devices=1)
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    drawn = []
+    val_loop.run = lambda: drawn.append(draw())  # type: ignore[method-assign]
+    patches = patched(trainer)
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    expected = draw()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+
+    val_loop.run()
+
+    assert len(drawn) == 1
+    assert draw() == expected
+    patches.remove()
