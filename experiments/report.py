@@ -151,7 +151,7 @@ def _time_rows(results: Mapping[str, Any]) -> list[Row]:
     rows = []
     if seconds["compute"] is not None:
         total = seconds["compute"] + seconds["sync"]
-        words = ("steps, waiting included", "meetings") if results["stages"] is not None else ("compute", "sync")
+        words = ("steps, waiting included", "handshakes") if results["stages"] is not None else ("compute", "sync")
         for name, word in zip(("compute", "sync"), words, strict=True):
             share = f"{seconds[name] / total:.1%} of the time in batches" if total else ""
             rows.append((f"time in {word}", seconds_in_words(seconds[name]), share))

@@ -71,8 +71,8 @@ def _real(cases: Sequence[Case], settings: Settings) -> list[dict[str, Tensor]]:
 
 def _worker(worker: int, folder: str, cases: Sequence[Case], settings: Settings) -> None:
     torch.set_num_threads(1)
-    meeting_place = f"file://{folder}/meeting"  # no port that another process could take
-    dist.init_process_group("gloo", init_method=meeting_place, rank=worker, world_size=WORKERS)
+    handshake_place = f"file://{folder}/handshake"  # no port that another process could take
+    dist.init_process_group("gloo", init_method=handshake_place, rank=worker, world_size=WORKERS)
     try:
         data = prepare(settings)
         for number, case in enumerate(cases):

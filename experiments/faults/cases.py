@@ -19,7 +19,7 @@ SAVED = [
     for steps in range(SAVE_EVERY, ROUNDS * LOCAL_STEPS + 1, SAVE_EVERY)
 ]
 """(round, local steps taken in it) of all checkpoints."""
-SYNC = ("meeting", "averaging", "hand_over")
+SYNC = ("handshake", "averaging", "hand_over")
 WORKERS = (2, 3, 4)
 FACES = ("resist", "resist", "local_sgd")
 LAUNCHERS = ("forked",) * 18 + ("popen", "torchrun")
@@ -48,7 +48,7 @@ SAMPLE = (
     Case(faults.interrupt(worker=1).at("averaging", round=1)),
     Case(faults.kill(worker=1).at("hand_over", round=1)),
     Case(faults.kill(worker=0).at("saving", round=1, step=3)),
-    Case(faults.freeze(worker=1).at("meeting", round=1)),
+    Case(faults.freeze(worker=1).at("handshake", round=1)),
     Case(faults.terminate(worker=1).at("local steps", round=1, step=1), "local_sgd"),
     Case(faults.segfault(worker=1).at("evaluation", round=1)),
     Case(faults.raise_error(worker=1).at("local steps", round=1, step=2)),

@@ -30,7 +30,7 @@ from resist_lightning.strategies.base import SubnetStrategy
 Kind: TypeAlias = Literal[
     "kill", "terminate", "segfault", "freeze", "interrupt", "raise_error", "raise_in_loader", "run_out_of_memory", "fill_disk"
 ]  # fmt: skip
-Place: TypeAlias = Literal["local steps", "meeting", "averaging", "hand_over", "evaluation", "saving"]
+Place: TypeAlias = Literal["local steps", "handshake", "averaging", "hand_over", "evaluation", "saving"]
 KINDS: tuple[str, ...] = get_args(Kind)
 PLACES: tuple[str, ...] = get_args(Place)
 WITH_STEP = ("local steps", "saving")
@@ -48,7 +48,7 @@ class Fault:
     Args:
         kind: one of :data:`KINDS`.
         worker: where.
-        place: one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``meeting`` (before a sync
+        place: one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``handshake`` (before a sync
             has sent anything), ``averaging`` (the all-reduce of the shared part has begun), ``hand_over`` (the messages
             of the blocks are posted, none is waited for), ``evaluation`` (before the full model is assembled),
             ``saving`` (worker 0: in the middle of the model's file; the others: in the middle of their own).
@@ -210,7 +210,7 @@ class Injector(L.Callback):
             return
         if place in strikes.SENDING:
             self._disarm = strikes.after_next_message(place, self._strike)
-        elif place in ("meeting", "evaluation"):
+        elif place in ("handshake", "evaluation"):
             self._strike()
 
     def _strike(self) -> None:

@@ -25,7 +25,7 @@ OWN_END = {
 """How the struck worker ends, and what it raises: its own error must not be hidden by another one."""
 TOGETHER = {"fill_disk": "CheckpointNotWritten", "terminate": "SIGTERMException", "interrupt": "SystemExit"}
 """What all workers raise, having agreed to end before the same batch, or that a checkpoint could not be written."""
-DOING = r"last doing: (starting\.|(starting|local steps|meeting|averaging|hand-over|evaluation|saving|finishing), round \d+, local step \d+)"
+DOING = r"last doing: (starting\.|(starting|local steps|handshake|averaging|hand-over|evaluation|saving|finishing), round \d+, local step \d+)"
 """What it was last heard to do; who is gone in a moment cannot have told of that moment."""
 IN_A_FILE = ("raise_error", "run_out_of_memory")
 """Faults that, struck in the middle of a file, may come out as the failure of the write that they break off."""

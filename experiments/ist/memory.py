@@ -93,7 +93,7 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[st
 
 def _stored(engine: Engine) -> int:
     """Bytes that this worker keeps on the host for entries that nobody trains."""
-    return storage_bytes(engine.resumption.own()["store"].values())
+    return storage_bytes(engine.resumption.state_dict()["store"].values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

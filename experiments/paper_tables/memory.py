@@ -67,8 +67,8 @@ def forked(program: Program, task: Any, workers: int) -> list[dict[str, Any]]:
 
 def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=worker, world_size=workers, timeout=PATIENCE)
+    handshake = f"file://{folder}/handshake"
+    dist.init_process_group("gloo", init_method=handshake, rank=worker, world_size=workers, timeout=PATIENCE)
     try:
         (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
         dist.barrier()

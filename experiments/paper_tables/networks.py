@@ -20,7 +20,7 @@ from resist_lightning import Config
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
-from resist_lightning.methods.resist.subnet import Residency
+from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.models import preact_resnet
 
 WORKERS = (2, 4, 8)
@@ -133,12 +133,12 @@ class _Cost:
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block], image: int) -> None:
         self.module, self.image = module, image
-        self._residency = Residency(blocks)
+        self._subnet = Subnet(blocks)
         self._known: dict[int, int] = {}
 
     def of(self, held: tuple[int, ...]) -> int:
         if len(held) not in self._known:
-            self._residency.hold(held)
+            self._subnet.hold(held)
             self._known[len(held)] = macs(self.module, self.image)
         return self._known[len(held)]
 

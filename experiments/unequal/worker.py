@@ -50,7 +50,7 @@ def train(worker: int, settings: dict[str, Any], shares: str, rounds: int) -> di
     schedule = engine.layout.schedule
     engine.finish()
     costs = [{"shared": cost.shared, "block": cost.block} for cost in schedule.costs()]
-    return {"shares": shares, "rounds": seen, "table": schedule.table(), "costs": costs}
+    return {"shares": shares, "rounds": seen, "table": schedule.state_dict(), "costs": costs}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 """Purposes after which weights are averaged."""
 
 
-class Soundness:
+class DivergenceChecks:
     """Finds what must not be averaged, and what should be equal and is not. What it finds travels in headers.
 
     Args:
@@ -31,7 +31,7 @@ class Soundness:
         collective: the workers.
 
     Attributes:
-        left_out: workers that the last meeting left out of the means, under ``non_finite="drop"``.
+        left_out: workers that the last handshake left out of the means, under ``non_finite="drop"``.
         frozen: the parameters that no average includes, until somebody writes them.
     """
 
@@ -51,7 +51,7 @@ class Soundness:
         self._masks = {name for name, buffer in self._layout.module.named_buffers() if not _finite(buffer)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
-        """Hash what a sync has just made equal on all workers; the next meeting compares it. Sends nothing.
+        """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing.
 
         Args:
             tensors: by name, the same on all workers.
@@ -133,7 +133,9 @@ class Soundness:
 
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
         names = self._names()
-        places = (f"worker {worker} in {self._layout.place(names[first - 1])}" for worker, first in found.items())
+        places = (
+            f"worker {worker} in {self._layout.describe_tensor(names[first - 1])}" for worker, first in found.items()
+        )
         who = "all workers have" if len(found) == self._collective.workers else "there is"
         where = f"after local step {clock.step} of round {clock.round}"
         return f"{who} NaN or infinity {where}: {', '.join(places)}."

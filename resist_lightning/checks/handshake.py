@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from resist_lightning.checks.divergence import Soundness
+from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.environment import fingerprint_of
 from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, read, write
 from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
@@ -33,14 +33,14 @@ class Host:
         """Numbers to tell the other workers."""
         return []
 
-    def learn(self, reports: list[list[float]]) -> None:
-        """Receive the numbers of all workers; at every meeting."""
+    def on_reports(self, reports: list[list[float]]) -> None:
+        """Receive the numbers of all workers; at every handshake."""
 
     def agree(self, reports: list[list[float]]) -> None:
         """Receive them where a round ends, and change what the next local steps use, equally on all workers."""
 
 
-class Meeting:
+class Handshake:
     """Compares headers before any weight is sent.
 
     Args:
@@ -50,7 +50,7 @@ class Meeting:
         rate: the learning rate of this worker now.
 
     Attributes:
-        soundness: what it looks for besides headers.
+        divergence: what it looks for besides headers.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Meeting:
         self._host = host
         self._rate = rate
         self._rates_differed = False
-        self.soundness = Soundness(layout, collective)
+        self.divergence = DivergenceChecks(layout, collective)
 
-    def introduce(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
+    def start(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
         """Meet for the first time, before anything is trained.
 
         Collective: every worker must call this, in the same order.
@@ -80,9 +80,9 @@ class Meeting:
             WorkersDisagree: if the workers differ in code, versions, settings, optimizers or models; it says how.
         """
         fingerprint = fingerprint_of(self._layout, states, self._host.settings())
-        return self.hold(Purpose.START, clock, extra, fingerprint=fingerprint)
+        return self.run(Purpose.START, clock, extra, fingerprint=fingerprint)
 
-    def hold(
+    def run(
         self, purpose: Purpose, clock: Clock, extra: Sequence[float] = (), *, fingerprint: Fingerprint | None = None
     ) -> list[list[float]]:
         """Meet the other workers.
@@ -106,17 +106,17 @@ class Meeting:
             self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
         header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
-        mine = [*header_numbers(header), *self.soundness.numbers(purpose)]
+        mine = [*header_numbers(header), *self.divergence.numbers(purpose)]
         extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
         received = self._collective.gather_numbers([*mine, *extra, self._rate(), *self._host.report()])
         headers = [read_header(numbers) for numbers in received]
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
         check_headers(headers)
-        self.soundness.judge([numbers[len(header_numbers(header)) : len(mine)] for numbers in received], clock)
+        self.divergence.judge([numbers[len(header_numbers(header)) : len(mine)] for numbers in received], clock)
         end = len(mine) + len(extra)
         told = [numbers[end + 1 :] for numbers in received]
-        self._host.learn(told)
+        self._host.on_reports(told)
         if purpose == Purpose.SYNC:
             self._compare_rates([numbers[end] for numbers in received])
             self._host.agree(told)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from resist_lightning.comm.bucket import Bucket, make_buckets
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.mean import mean_into, start_mean
-from resist_lightning.comm.quantize import Wire, arrange, flatten, split
+from resist_lightning.comm.quantize import Quantizer, arrange, flatten, split
 from resist_lightning.comm.tensors import all_sendable, sendable
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
 
 
 @dataclass(frozen=True)
-class Cargo:
+class Payload:
     """What travels of a block. Tensors of an absent block are on the meta device: a shape and a data type.
 
     Args:
@@ -74,7 +74,7 @@ class Exchange:
     Args:
         collective: the workers.
         device: where the tensors of present blocks live.
-        wire: how compressed cargo is sent; needed only if there is any.
+        wire: how compressed payload is sent; needed only if there is any.
         module: the user's, whose unit vectors have unit length after an average too.
     """
 
@@ -82,7 +82,7 @@ class Exchange:
         self,
         collective: Collective,
         device: torch.device,
-        wire: Wire | None = None,
+        wire: Quantizer | None = None,
         module: nn.Module | None = None,
     ) -> None:
         self._module = module
@@ -144,22 +144,22 @@ class Exchange:
             self._collective.broadcast_(sendable(flat), kind)
             _copy_into([tensor for tensor in tensors if tensor.dtype == dtype], flat)
 
-    def merge(self, plan: SyncPlan, cargo: Callable[[int], Cargo], kinds: Kinds) -> None:
+    def merge(self, plan: SyncPlan, payload: Callable[[int], Payload], kinds: Kinds) -> None:
         """Give every block that several workers held its mean over them, at its owner.
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received, _ = self._transfer(plan.merge, cargo, kinds.merge, kinds.state)
+        received, _ = self._transfer(plan.merge, payload, kinds.merge, kinds.state)
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
         for transfer, tensors in received.items():
             copies[transfer.block].append(tensors)
         for block, others in copies.items():
-            for own, values in zip(cargo(block).tensors, zip(*others, strict=True), strict=True):
+            for own, values in zip(payload(block).tensors, zip(*others, strict=True), strict=True):
                 mean_into(own, values)
-            self._normalise(cargo(block).tensors)
+            self._normalise(payload(block).tensors)
 
     def hand_over(
-        self, plan: SyncPlan, cargo: Callable[[int], Cargo], kinds: Kinds, make_room: Callable[[], None]
+        self, plan: SyncPlan, payload: Callable[[int], Payload], kinds: Kinds, make_room: Callable[[], None]
     ) -> None:
         """Send every block from its owner to its next holders, and put what arrives in place.
 
@@ -167,17 +167,17 @@ class Exchange:
 
         Args:
             plan: the plan of the sync.
-            cargo: what travels of a block.
+            payload: what travels of a block.
             kinds: how to count the bytes.
             make_room: called when all has been sent and received, to free blocks that leave and allocate those that
                 arrive.
         """
-        received, sent = self._transfer(plan.hand_over, cargo, kinds.hand_over, kinds.state)
+        received, sent = self._transfer(plan.hand_over, payload, kinds.hand_over, kinds.state)
         make_room()
         for transfer, tensors in received.items():
-            _put(cargo(transfer.block).tensors, tensors)
+            _put(payload(transfer.block).tensors, tensors)
         for block, message in sent.items():  # an owner that stays a holder has what the other holders have
-            load = cargo(block)
+            load = payload(block)
             if load.compressed and not load.compressed[0].is_meta:
                 _put(arrange(load.compressed), self._decompressed(message, load))
 
@@ -188,7 +188,7 @@ class Exchange:
         normalise(tensor for tensor in averaged if id(tensor) in vectors)
 
     def _transfer(
-        self, transfers: Sequence[Transfer], cargo: Callable[[int], Cargo], kind: str, state_kind: str
+        self, transfers: Sequence[Transfer], payload: Callable[[int], Payload], kind: str, state_kind: str
     ) -> tuple[dict[Transfer, list[Tensor]], dict[int, Tensor]]:
         """Send and receive at once.
 
@@ -203,14 +203,14 @@ class Exchange:
                 outgoing[transfer.target].append(transfer)
             elif transfer.target == me:
                 expected[transfer.source].append(transfer)
-        loads = {t.block: cargo(t.block) for t in transfers if me in (t.source, t.target)}
+        loads = {t.block: payload(t.block) for t in transfers if me in (t.source, t.target)}
         messages = {block: self._compressed(loads[block]) for block in {t.block for t in transfers if t.source == me}}
         kinds: Counter[str] = Counter()
         for transfer in (transfer for batch in outgoing.values() for transfer in batch):
             kinds[kind] += _bytes([*loads[transfer.block].block, messages[transfer.block]])
             kinds[state_kind] += _bytes(loads[transfer.block].state)
-        sends = {peer: self._parcel(batch, loads, messages) for peer, batch in outgoing.items()}
-        receives = {peer: self._empty_parcel(batch, loads) for peer, batch in expected.items()}
+        sends = {peer: self._message(batch, loads, messages) for peer, batch in outgoing.items()}
+        receives = {peer: self._empty_message(batch, loads) for peer, batch in expected.items()}
         landing = {peer: flats.values() for peer, flats in receives.items()}
         self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
         received: dict[Transfer, list[Tensor]] = {}
@@ -218,16 +218,18 @@ class Exchange:
             received.update(self._unpack(expected[peer], loads, flats))
         return received, {block: message for block, message in messages.items() if len(message)}
 
-    def _parcel(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Cargo], messages: Mapping[int, Tensor]
+    def _message(
+        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], messages: Mapping[int, Tensor]
     ) -> list[Tensor]:
         """One flat buffer per data type, and one for what is compressed."""
         plain = self._pack(tensor for transfer in batch for tensor in loads[transfer.block].plain)
         compressed = torch.cat([messages[transfer.block] for transfer in batch])
         return [*plain.values(), compressed] if len(compressed) else list(plain.values())
 
-    def _empty_parcel(self, batch: Sequence[Transfer], loads: Mapping[int, Cargo]) -> dict[torch.dtype | None, Tensor]:
-        """Room for what :meth:`_parcel` makes; under None what is compressed."""
+    def _empty_message(
+        self, batch: Sequence[Transfer], loads: Mapping[int, Payload]
+    ) -> dict[torch.dtype | None, Tensor]:
+        """Room for what :meth:`_message` makes; under None what is compressed."""
         plain = self._empty(tensor for transfer in batch for tensor in loads[transfer.block].plain)
         compressed = sum(self._compressed_bytes(loads[transfer.block]) for transfer in batch)
         if compressed:
@@ -235,9 +237,9 @@ class Exchange:
         return plain
 
     def _unpack(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Cargo], flats: Mapping[torch.dtype | None, Tensor]
+        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], flats: Mapping[torch.dtype | None, Tensor]
     ) -> dict[Transfer, list[Tensor]]:
-        """What arrived from one worker, in the shapes of the cargo; what was plain are views."""
+        """What arrived from one worker, in the shapes of the payload; what was plain are views."""
         offsets: Counter[torch.dtype] = Counter()
         start = 0
         received: dict[Transfer, list[Tensor]] = {}
@@ -250,15 +252,15 @@ class Exchange:
             start = end
         return received
 
-    def _compressed(self, load: Cargo) -> Tensor:
+    def _compressed(self, load: Payload) -> Tensor:
         if self._wire is None or not load.compressed:
             return torch.empty(0, dtype=torch.uint8, device=self._device)
         return self._wire.encode(flatten(arrange(load.compressed)), load.noise)
 
-    def _compressed_bytes(self, load: Cargo) -> int:
+    def _compressed_bytes(self, load: Payload) -> int:
         return self._wire.format.bytes(load.entries) if self._wire is not None else 0
 
-    def _decompressed(self, message: Tensor, load: Cargo) -> list[Tensor]:
+    def _decompressed(self, message: Tensor, load: Payload) -> list[Tensor]:
         assert self._wire is not None
         return split(self._wire.decode(message, load.entries), arrange(load.compressed))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
-from resist_lightning.comm.quantize import Wire, arrange, flatten, split
+from resist_lightning.comm.quantize import Quantizer, arrange, flatten, split
 from resist_lightning.comm.tensors import computable
 
 
@@ -62,7 +62,7 @@ def _least(dtype: torch.dtype) -> int:
     return 0 if dtype.is_floating_point or dtype == torch.bool else torch.iinfo(dtype).min
 
 
-class Changes:
+class CompressedMean:
     """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
 
     Every worker averages an equal share of the entries for all: first each sends the others their shares of its
@@ -74,7 +74,7 @@ class Changes:
         wire: how the changes are sent.
     """
 
-    def __init__(self, collective: Collective, wire: Wire) -> None:
+    def __init__(self, collective: Collective, wire: Quantizer) -> None:
         self._collective = collective
         self._wire = wire
         self._before: dict[int, Tensor] = {}

@@ -19,7 +19,7 @@ from resist_lightning.comm.bytes import WIRE_FORMATS, WireFormat
 _PACKED_ENTRIES = 8  # eight entries of b bits are b bytes
 
 
-class Wire:
+class Quantizer:
     """Encodes and decodes flat tensors.
 
     Args:
@@ -70,10 +70,10 @@ class Wire:
         return int(2 ** (self.format.bits - 1) - 1)
 
 
-def make_wire(name: str) -> Wire | None:
+def make_quantizer(name: str) -> Quantizer | None:
     """The wire of that name; None for ``fp32``, on which tensors travel as they are."""
     chosen = WIRE_FORMATS[name]
-    return Wire(chosen) if chosen is not None else None
+    return Quantizer(chosen) if chosen is not None else None
 
 
 def noise_for(seed: int, round: int, block: int, worker: int, device: torch.device) -> torch.Generator:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.checks.handshake import Host, Meeting
+from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.bytes import KINDS
 from resist_lightning.comm.collective import Collective
@@ -77,17 +77,17 @@ class Engine:
         self.steps = StepWatch(module, self.states, config.local_steps)
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
-        self._meeting = Meeting(self.layout, self.collective, host or Host(), self.states.mean_rate)
+        self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.seconds = Seconds(self._device)
         self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
-        self.observation = Observation(self.layout, self._sync, self._meeting, self._device, forward_context)
+        self.observation = Observation(self.layout, self._sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}
         if self.collective.worker == 0:
-            self.layout.warn()
+            self.layout.warn_about_settings()
 
     @property
     def partition(self) -> Any:
@@ -123,12 +123,12 @@ class Engine:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
         take_off(self.module)  # of a full model that it has been
-        reports = self._meeting.introduce(self.clock, self.states, [float(self.resumption.exact)])
+        reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
         exact = all(has_own for has_own, _ in reports)
         if not exact:
             self.resumption.forget_own()
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
-        self._meeting.soundness.begin()
+        self._handshake.divergence.begin()
         self.observation.start()
         self._sync.divide(self.clock.round)
         self._sync.begin()
@@ -246,7 +246,7 @@ class Engine:
         Args:
             state: from :meth:`checkpoint_state`; with another number of workers, or other settings of the partition, a
                 new partition begins.
-            own: from ``resumption.own()`` of the same worker: the run goes on exactly if every worker has its own.
+            own: from ``resumption.state_dict()`` of the same worker: the resume is exact if every worker has its own.
 
         Returns:
             Whether the partition is the one that the checkpoint was made with.
@@ -261,7 +261,7 @@ class Engine:
         Raises:
             WorkersDisagree: if they are not.
         """
-        self._meeting.hold(Purpose.HOST, self.clock)
+        self._handshake.run(Purpose.HOST, self.clock)
 
     def _on_own_weights(self, act: Callable[[], Any]) -> None:
         self.end_observation()
@@ -269,8 +269,8 @@ class Engine:
         self.begin_observation(self._observed_kind)
 
     def _end_round(self) -> None:
-        self.activity.begin("meeting")
-        reports = self._meeting.hold(Purpose.SYNC, self.clock, [self._pace.take()])
+        self.activity.begin("handshake")
+        reports = self._handshake.run(Purpose.SYNC, self.clock, [self._pace.take()])
         plan, ended = self._next_plan(), self.clock.round
         self.layout.learn(ended, [seconds for seconds, _ in reports])
         self.activity.begin("averaging")
@@ -281,7 +281,7 @@ class Engine:
         self.clock.next_round()
         self._sync.hand_over(plan, ended)
         finish_average()
-        self._meeting.soundness.note(self._sync.equal(self.clock.round), self.clock.round)
+        self._handshake.divergence.note(self._sync.replicated_tensors(self.clock.round), self.clock.round)
         self._begin_round()
         self.activity.begin("local steps")
 
@@ -292,7 +292,7 @@ class Engine:
         self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:
-        return self._sync.plan(self.clock.round, self._meeting.soundness.left_out)  # type: ignore[no-any-return]
+        return self._sync.plan(self.clock.round, self._handshake.divergence.left_out)  # type: ignore[no-any-return]
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)

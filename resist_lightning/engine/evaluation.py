@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resist_lightning.checks.handshake import Meeting
+from resist_lightning.checks.handshake import Handshake
 from resist_lightning.checks.header import Purpose
 from resist_lightning.engine.full_model import FullModel
 from resist_lightning.methods.layout import Layout
@@ -26,7 +26,7 @@ class Observation:
     Args:
         layout: the model's parts.
         sync: this worker's side of the syncs.
-        meeting: how the workers meet.
+        handshake: how the workers meet.
         device: where present tensors live.
         forward_context: a context in which recorded inputs are replayed.
     """
@@ -35,7 +35,7 @@ class Observation:
         self,
         layout: Layout,
         sync: Sync[Any, Any],
-        meeting: Meeting,
+        handshake: Handshake,
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -43,7 +43,7 @@ class Observation:
         self.recorder: InputRecorder | None = None
         self._layout = layout
         self._sync = sync
-        self._meeting = meeting
+        self._handshake = handshake
         self._device = device
         self._warmup_hooks = ScaleHooks([], 1.0)
         self._writes_at_start = self._writes_unsynced = 0
@@ -64,29 +64,29 @@ class Observation:
     def begin_round(self, round: int) -> None:
         """Note that all workers agree, and scale the blocks in a warm-up round."""
         self._writes_at_start = self._writes()
-        self._meeting.soundness.frozen.note()
+        self._handshake.divergence.frozen.note()
         self._hook_warmup(round)
 
-    def own(self) -> dict[str, Any]:
-        """This worker's tensors as they are in training, and what evaluation needs of it, for :meth:`load_own`."""
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's tensors as in training, and what evaluation needs of it."""
         module = self._layout.module
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
         tensors = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
         unsynced = self._writes_unsynced
         if self.full.active:
-            own = self.full.own()
+            own = self.full.state_dict()
             tensors = {name: own[id(tensor)].detach() for name, tensor in named if id(tensor) in own}
             unsynced += len(self.full.written())
         return {
             "tensors": {name: tensor.cpu() for name, tensor in tensors.items()},
-            "inputs": self.recorder.own() if self.recorder is not None else None,
+            "inputs": self.recorder.state_dict() if self.recorder is not None else None,
             "unsynced": unsynced,
         }
 
-    def load_own(self, own: dict[str, Any]) -> None:
+    def load_state_dict(self, own: dict[str, Any]) -> None:
         """Go on in the middle of a round, after :meth:`begin_round`."""
         if self.recorder is not None and own["inputs"] is not None:
-            self.recorder.load_own(own["inputs"], self._device)
+            self.recorder.load_state_dict(own["inputs"], self._device)
         self._writes_at_start = self._writes() - own["unsynced"]
 
     @property
@@ -122,7 +122,7 @@ class Observation:
         self._writes_unsynced = self._writes() - self._writes_at_start
         companion = self._layout.companion  # its copies differ at the border of a round too
         unsynced = clock.step + self._writes_unsynced + int(companion is not None and companion.shown)
-        reports = self._meeting.hold(purpose, clock, [len(calls), unsynced])
+        reports = self._handshake.run(purpose, clock, [len(calls), unsynced])
         self._warmup_hooks.remove()
         plan = sync_plan()
         if keep:
@@ -145,7 +145,7 @@ class Observation:
         return sum(version(tensor) for tensor in self._layout.shared.values())
 
     def _own_tensors(self) -> list[Tensor]:
-        return [*self._layout.shared.values(), *self._sync.held()]
+        return [*self._layout.shared.values(), *self._sync.owned_tensors()]
 
     def _hook_warmup(self, round: int) -> None:
         self._warmup_hooks.remove()

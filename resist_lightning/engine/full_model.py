@@ -115,7 +115,7 @@ class FullModel:
         """Call it when the evaluation has ended."""
         self._noted = {}
 
-    def own(self) -> dict[int, Tensor]:
+    def state_dict(self) -> dict[int, Tensor]:
         """What this worker will have after :meth:`restore`, by the identity of the module's tensors."""
         written = {id(tensor): tensor for tensor in self.written().values()}
         return {**{id(tensor): copy for tensor, copy in self._remembered}, **written}

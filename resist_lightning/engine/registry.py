@@ -74,7 +74,7 @@ def make_sync(
 ) -> Sync[Any, Any]:
     """A worker's side of the syncs."""
     if collective.worker == 0:
-        states.warn(layout.config.momentum, layout.config.local_steps)
+        states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
     if isinstance(layout, NeuronLayout):
         return NeuronSync(layout, states, collective, device, seconds)
     if isinstance(layout, StageLayout):

@@ -46,19 +46,19 @@ class Resumption:
             "version": STATE_VERSION,
             "identity": self._layout.identity(),
             "held": self._layout.held(self._clock.round),
-            "table": self._layout.table(),
+            "table": self._layout.state_dict(),
             "round": self._clock.round,
             "step": self._clock.step,
             "written": sorted(self._layout.written),
         }
 
-    def own(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What this worker has and the full model does not say: its tensors in mid-round, optimizer state, inputs.
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
-        sync = self._sync.own(with_full_model=self._observation.full.active)
-        own = {"optimizers": self._states.own(), **sync, **self._observation.own()}
+        sync = self._sync.state_dict(with_full_model=self._observation.full.active)
+        own = {"optimizers": self._states.state_dict(), **sync, **self._observation.state_dict()}
         companion = self._layout.companion
         if companion is not None:
             written = self._observation.full.written()
@@ -106,9 +106,9 @@ class Resumption:
         """Take over what else it has, when the round has begun."""
         own, self._own = self._own, None
         if own is not None:
-            self._states.load_own(own["optimizers"])
-            self._sync.load_own(own)
-            self._observation.load_own(own)
+            self._states.load_state_dict(own["optimizers"])
+            self._sync.load_state_dict(own)
+            self._observation.load_state_dict(own)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, unscaled, into the module's of the same name; buffers that are not saved included."""

@@ -24,7 +24,7 @@ End: TypeAlias = Literal["", "done", "failed", "gave up"]
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """A sign of life.
 
     Args:
@@ -65,8 +65,8 @@ class Sign:
         return f"worker {self.worker} (host {self.host}, pid {self.pid})"
 
 
-def read_sign(line: bytes, worker: int) -> Sign | None:
-    """A sign of ``worker`` from what :meth:`Sign.write` gave, or None: others too may write to the store.
+def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
+    """A sign of ``worker`` from what :meth:`Heartbeat.write` gave, or None: others too may write to the store.
 
     Fields that are unknown, as of a newer version, are passed over.
     """
@@ -76,17 +76,17 @@ def read_sign(line: bytes, worker: int) -> Sign | None:
         return None
     if not isinstance(given, dict) or given.get("worker") != worker:
         return None
-    known = {field.name: given[field.name] for field in fields(Sign) if field.name in given}
+    known = {field.name: given[field.name] for field in fields(Heartbeat) if field.name in given}
     if any(type(value) not in _TYPES[name] for name, value in known.items()):
         return None
     try:
-        return Sign(**known)
+        return Heartbeat(**known)
     except TypeError:  # something is missing
         return None
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    field.name: {"int": (int,), "float": (int, float)}.get(str(field.type), (str,)) for field in fields(Sign)
+    field.name: {"int": (int,), "float": (int, float)}.get(str(field.type), (str,)) for field in fields(Heartbeat)
 }
 
 
@@ -105,7 +105,7 @@ class Verdict:
     frozen: int = 0
 
 
-class Liveness:
+class FailureDetector:
     """What one worker makes of the others' signs. All times are those of one monotonic clock, in seconds.
 
     Args:
@@ -116,8 +116,8 @@ class Liveness:
         now: the time.
     """
 
-    def __init__(self, mine: Sign, workers: int, silence: float, store: str, now: float) -> None:
-        self.signs: dict[int, Sign] = {}
+    def __init__(self, mine: Heartbeat, workers: int, silence: float, store: str, now: float) -> None:
+        self.signs: dict[int, Heartbeat] = {}
         self._mine = mine
         self._silence = silence
         self._store = store
@@ -126,7 +126,7 @@ class Liveness:
         self._read = self._awake = now
         self._gone_since: dict[int, float] = {}
 
-    def hear(self, signs: Sequence[Sign], now: float) -> None:
+    def hear(self, signs: Sequence[Heartbeat], now: float) -> None:
         """Take in the signs that were read from the store."""
         for sign in signs:
             if sign.worker in self._last and (sign.worker not in self.signs or self.signs[sign.worker] != sign):
@@ -141,7 +141,7 @@ class Liveness:
             self._read += nap
         self._awake = now
 
-    def neighbours(self) -> list[Sign]:
+    def neighbours(self) -> list[Heartbeat]:
         """The running workers whose processes can be seen from here."""
         return [sign for sign in self.signs.values() if not sign.end and sign.home == self._mine.home]
 
@@ -187,7 +187,7 @@ class Liveness:
         if apart and any(word in error.lower() for word in _TIMED_OUT):
             late = apart[0]
             return Verdict(
-                f"{late.name} is alive, but has not come to the meeting for {timeout:.0f} s: it is still in "
+                f"{late.name} is alive, but has not come to the handshake for {timeout:.0f} s: it is still in "
                 f"{late.doing}, since {late.seconds:.0f} s.",
                 late.worker,
             )
@@ -203,7 +203,7 @@ class Liveness:
         running = [sign for sign in self.running() if lost is None or sign.worker != lost.worker]
         return all(sign.beat >= beats.get(sign.worker, sign.beat) + 2 for sign in running)
 
-    def running(self) -> list[Sign]:
+    def running(self) -> list[Heartbeat]:
         """The last signs of those that have not said that they end, and whose process is not gone."""
         return [sign for worker, sign in sorted(self.signs.items()) if not sign.end and worker not in self._gone_since]
 

@@ -14,7 +14,7 @@ CONNECT_SECONDS = 5.0
 _numbers = count()
 
 
-class Board:
+class Heartbeats:
     """A connection of its own to the group's store; any thread may use it, one at a time. No call is a collective.
 
     Calls raise RuntimeError if the store is gone, and do not return while its host is frozen.

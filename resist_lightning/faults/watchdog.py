@@ -23,13 +23,13 @@ from resist_lightning.errors import WorkerLost
 from resist_lightning.faults.failure_detector import (
     BEAT_SECONDS,
     End,
-    Liveness,
-    Sign,
+    FailureDetector,
+    Heartbeat,
     Verdict,
     is_broken_connection,
-    read_sign,
+    read_heartbeat,
 )
-from resist_lightning.faults.heartbeats import CONNECT_SECONDS, Board
+from resist_lightning.faults.heartbeats import CONNECT_SECONDS, Heartbeats
 from resist_lightning.schedule.progress import Activity
 
 EXIT_CODE = 75
@@ -67,7 +67,7 @@ class Surroundings:
     before_exit: Callable[[], None] = _nothing
 
 
-class Watch:
+class Watchdog:
     """Gives signs of life and judges those of the others, until :meth:`stop`.
 
     Args:
@@ -81,14 +81,14 @@ class Watch:
         verdict: who is lost; None as long as nobody is known to be.
     """
 
-    def __init__(self, board: Board, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
+    def __init__(self, board: Heartbeats, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
         self.verdict: Verdict | None = None
         self._board = board
         self._around = surroundings
         self._silence = silence
         self._timeout = timeout
-        self._sign = Sign(board.worker, socket.gethostname(), _home(), os.getpid())
-        self._liveness = Liveness(self._sign, board.workers, silence, surroundings.store, time.monotonic())
+        self._sign = Heartbeat(board.worker, socket.gethostname(), _home(), os.getpid())
+        self._liveness = FailureDetector(self._sign, board.workers, silence, surroundings.store, time.monotonic())
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._arrived = threading.Event()
@@ -185,7 +185,7 @@ class Watch:
                 sign = self._next_sign()
                 self._board.post(sign.write())
                 lines = self._board.read()
-                signs = [read_sign(line, worker) for worker, line in lines.items()]
+                signs = [read_heartbeat(line, worker) for worker, line in lines.items()]
             except Exception:  # noqa: BLE001 - the store cannot be reached; of anything else too, no thread may die here
                 self._reached = False
                 if not self._stopped.wait(2 * BEAT_SECONDS):
@@ -200,7 +200,7 @@ class Watch:
                 self._wake.clear()
             self._stopped.wait(_REST_SECONDS)
 
-    def _next_sign(self) -> Sign:
+    def _next_sign(self) -> Heartbeat:
         activity, (end, text) = self._around.activity(), self._ending
         self._sign = replace(self._sign, beat=self._sign.beat + 1, end=end, text=text)
         if activity is not None:

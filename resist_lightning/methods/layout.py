@@ -85,7 +85,7 @@ class Layout(ABC):
         """Names of what is partitioned, in order."""
 
     @abstractmethod
-    def place(self, name: str) -> str:
+    def describe_tensor(self, name: str) -> str:
         """In words, what the tensor of this name belongs to."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Layout(ABC):
         """A sentence that says what was chosen."""
 
     @abstractmethod
-    def warn(self) -> None:
+    def warn_about_settings(self) -> None:
         """Say what of the settings has less effect than a user may think."""
 
     def showing_companion(self) -> AbstractContextManager[None]:
@@ -110,7 +110,7 @@ class Layout(ABC):
         """Whether in ``round`` every worker trains all blocks, scaled as at test time."""
         return False
 
-    def table(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was measured of the workers' speed, as plain data; empty if nothing is measured."""
         return {}
 
@@ -118,7 +118,7 @@ class Layout(ABC):
         """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
 
     def resume(self, table: Mapping[str, Any], round: int) -> None:  # noqa: B027
-        """Go on with what :meth:`table` said, from ``round``."""
+        """Go on with what :meth:`state_dict` said, from ``round``."""
 
     def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
         """The full model from what all workers, in order, had at the border of a round, where holders agree.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.exchange import Exchange
-from resist_lightning.comm.mean import Changes
-from resist_lightning.comm.quantize import compressible, make_wire
+from resist_lightning.comm.mean import CompressedMean
+from resist_lightning.comm.quantize import compressible, make_quantizer
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.part_guard import PartGuard
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -44,20 +44,20 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
     def __init__(
         self, layout: AnyLayout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
     ) -> None:
-        wire = make_wire(layout.wire)
+        wire = make_quantizer(layout.wire)
         self.guard = PartGuard(collective.worker)
         self.exchange = Exchange(collective, device, wire, layout.module)
         self._layout = layout
         self._states = states
         self._worker = collective.worker
         self._seconds = seconds
-        self._changes = Changes(collective, wire) if wire is not None else None
+        self._compressed_mean = CompressedMean(collective, wire) if wire is not None else None
         self._changing: set[str] = set()
         self._as_received: list[tuple[Tensor, Tensor]] = []
 
     def begin(self) -> None:
         """Call it once, when training starts: shared tensors move together. Sends nothing."""
-        if self._changes is None and self._layout.workers > 1:
+        if self._compressed_mean is None and self._layout.workers > 1:
             self.exchange.put_together(self._may_change(self._layout.shared).values())
 
     def end(self) -> None:
@@ -83,11 +83,11 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
     def begin_round(self, round: int) -> None:
         """Note what training can change now, and, where it will be needed, what it was."""
         self._changing = self._layout.changing()
-        if self._changes is not None:
-            self._changes.begin(filter(compressible, self.equal(round).values()))
+        if self._compressed_mean is not None:
+            self._compressed_mean.begin(filter(compressible, self.replicated_tensors(round).values()))
         self._as_received = []  # never two copies at once
         if self._layout.config.non_finite == "drop":
-            self._as_received = [(tensor, tensor.detach().clone()) for tensor in self.held()]
+            self._as_received = [(tensor, tensor.detach().clone()) for tensor in self.owned_tensors()]
 
     def leave_out(self, plan: AnyPlan) -> None:
         """Where the plan leaves this worker out: what it alone holds is again what it was when the round began."""
@@ -100,13 +100,17 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         named = self._layout.module.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
-    def own(self, *, with_full_model: bool) -> dict[str, Any]:
-        """What this worker has noted of the round, for :meth:`load_own`.
+    def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
+        """What this worker has noted of the round, for :meth:`load_state_dict`.
 
         Args:
             with_full_model: whether the full model is saved beside it.
         """
-        before = {name: self._changes.before(tensor) for name, tensor in self._named().items()} if self._changes else {}
+        before = (
+            {name: self._compressed_mean.before(tensor) for name, tensor in self._named().items()}
+            if self._compressed_mean
+            else {}
+        )
         received = {id(tensor): copy for tensor, copy in self._as_received}
         return {
             "changing": sorted(self._changing),
@@ -114,16 +118,16 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
             "received": {name: received[id(t)].cpu() for name, t in self._named().items() if id(t) in received},
         }
 
-    def load_own(self, own: dict[str, Any]) -> None:
+    def load_state_dict(self, own: dict[str, Any]) -> None:
         """Go on in the middle of a round, after :meth:`begin_round`."""
         self._changing = set(own["changing"])
         tensors = self._named()
         received = {id(tensors[name]): copy for name, copy in own["received"].items()}
         for tensor, copy in self._as_received:
             copy.copy_(received.get(id(tensor), copy))
-        if self._changes is not None:
+        if self._compressed_mean is not None:
             for name, before in own["before"].items():
-                remembered = self._changes.before(tensors[name])
+                remembered = self._compressed_mean.before(tensors[name])
                 assert remembered is not None
                 remembered.copy_(before)
 
@@ -140,10 +144,10 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         if self._worker in plan.left_out:
             self._states.reset()
         with self._seconds.timed("averaging"):
-            if self._changes is not None:
-                known = [tensor for tensor in tensors if compressible(tensor) and self._changes.known(tensor)]
+            if self._compressed_mean is not None:
+                known = [tensor for tensor in tensors if compressible(tensor) and self._compressed_mean.known(tensor)]
                 taken = set(map(id, known))
-                self._changes.average(known, "shared", plan.left_out)
+                self._compressed_mean.average(known, "shared", plan.left_out)
                 tensors = [tensor for tensor in tensors if id(tensor) not in taken]
             finish = self.exchange.start_average(tensors, "shared", plan.left_out)
 
@@ -162,11 +166,11 @@ class Sync(ABC, Generic[AnyLayout, AnyPlan]):
         """By name, the tensors that a sync averages over all workers."""
 
     @abstractmethod
-    def equal(self, round: int) -> dict[str, Tensor]:
+    def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         """By name, what the sync into ``round`` makes equal on all workers."""
 
     @abstractmethod
-    def held(self) -> list[Tensor]:
+    def owned_tensors(self) -> list[Tensor]:
         """What this worker holds now and not all others."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 What: TypeAlias = Literal[
-    "starting", "local steps", "meeting", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
+    "starting", "local steps", "handshake", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
 ]
 
 

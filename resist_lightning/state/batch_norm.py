@@ -62,13 +62,13 @@ class InputRecorder:
             )
             self._handles.append(watched.register_forward_hook(_OnlyHere(self._leave), always_call=True))
 
-    def own(self) -> dict[str, Any] | None:
-        """The inputs, for :meth:`load_own`; None if one of them cannot be written to a file that is safe to load."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """The inputs; None if one of them cannot be written to a file that is safe to load."""
         names = {child: name for name, child in self._module.named_modules()}
         calls = [[names[module], list(args), kwargs] for module, args, kwargs in self.calls]
         return {"calls": tree_map(_to_cpu, calls), "still": sorted(self.still)} if _plain(calls) else None
 
-    def load_own(self, own: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, own: dict[str, Any], device: torch.device) -> None:
         """Take over what :meth:`own` gave."""
         for name, args, kwargs in tree_map(lambda value: _to_device(value, device), own["calls"]):
             self.calls.append((self._module.get_submodule(name), tuple(args), kwargs))

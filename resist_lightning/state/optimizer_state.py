@@ -53,7 +53,7 @@ class OptimizerStates:
         rates = [float(group["lr"]) for each in self._given for group in each.param_groups if "lr" in group]
         return sum(rates) / len(rates) if rates else 0.0
 
-    def warn(self, momentum: str, local_steps: int) -> None:
+    def warn_about_settings(self, momentum: str, local_steps: int) -> None:
         """Say what optimizers keep that ``momentum`` does not treat as a user may think."""
         for kept in self._kept:
             name, found = type(kept.optimizer).__name__, kept.findings
@@ -131,14 +131,14 @@ class OptimizerStates:
             for parameter in parameters:
                 kept.optimizer.state.pop(parameter, None)
 
-    def own(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """What each optimizer of this worker has, settings of the parameter groups too: a schedule may part them."""
-        return [kept.own() for kept in self._kept]
+        return [kept.state_dict() for kept in self._kept]
 
-    def load_own(self, states: Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over what :meth:`own` gave, to the bit."""
         for kept, state in zip(self._kept, states, strict=True):
-            kept.load_own(state)
+            kept.load_state_dict(state)
 
     def known(self, parameter: nn.Parameter) -> bool:
         """Whether some optimizer has state of a parameter."""

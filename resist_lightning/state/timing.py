@@ -17,7 +17,7 @@ class Seconds:
         device: waited for before the clock is read, if it is a GPU.
 
     Attributes:
-        sync: seconds in syncs: meeting, averaging and hand-over.
+        sync: seconds in syncs: handshake, averaging and hand-over.
         averaging: of them, making shared tensors the mean of the workers', but for what happens behind a hand-over.
         hand_over: of them, merging blocks and bringing them to their next holders.
         observe: seconds for assembling the full model and going back, without the evaluation itself.

@@ -68,7 +68,7 @@ class TrackedOptimizer:
                 "use momentum='reset'."
             )
 
-    def own(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As torch's ``state_dict``, of this optimizer alone."""
         index: dict[int, int] = {}
         groups = []
@@ -79,7 +79,7 @@ class TrackedOptimizer:
         attributes = {name: getattr(self.optimizer, name) for name in self._attributes if hasattr(self.optimizer, name)}
         return {"state": state, "param_groups": groups, **({"attributes": attributes} if attributes else {})}
 
-    def load_own(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """In place, as groups may be another optimizer's too; and exactly, as torch's would cast wide state."""
         parameters: list[nn.Parameter] = []
         for group, values in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):

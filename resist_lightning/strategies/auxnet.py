@@ -78,7 +78,7 @@ class AuxNetStrategy(SubnetStrategy):
             training on all workers, ``"warn"`` goes on; the checkpoint before it stays as it is.
         snapshots: a folder to which every worker writes what it holds, best one that all can read; when torchrun starts
             the workers again, they go on from the newest by themselves. Removed at the end of the training. None: none.
-        snapshot_every_n_rounds: write one at every so many meetings, at least 1.
+        snapshot_every_n_rounds: write one at every so many handshakes, at least 1.
         on_worker_loss: what happens where torchrun starts again with another number of workers: ``"stop"``, or
             ``"shrink"`` (cut anew for those that are there; needs ``snapshots``).
         parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it.

@@ -48,7 +48,7 @@ class LightningHost(Host):
         return [float(scaler.get_scale()) if scaler is not None else 0.0, float(self._signals.requests)]
 
     @override
-    def learn(self, reports: list[list[float]]) -> None:
+    def on_reports(self, reports: list[list[float]]) -> None:
         """Take all requests."""
         self._signals.learn(int(report[1]) for report in reports)
 

@@ -1,4 +1,4 @@
-"""Batches of real workers: those of keyed loaders agree, others are found to differ."""
+"""Batches of real workers: those of seeded loaders agree, others are found to differ."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def add_noise(samples: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return [NOISE(image), label]
 
 
-def agree(worker: int, keyed: bool) -> int:
+def agree(worker: int, seeded: bool) -> int:
     """Number of batches that were the same, on a worker whose generators are in a state of their own."""
     torch.manual_seed(worker)
     data = TensorDataset(torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6))
     loader = DataLoader(data, batch_size=4, collate_fn=add_noise)
-    batches = key_loader(loader, 0, lambda: 2) if keyed else loader
+    batches = key_loader(loader, 0, lambda: 2) if seeded else loader
     assert isinstance(batches, DataLoader)
     collective = GroupCollective()
     return len([check_equal(collective, named_tensors(batch), f"step {step}") for step, batch in enumerate(batches)])
 
 
-def test_keyed_loaders_give_all_workers_the_same_batches() -> None:
+def test_seeded_loaders_give_all_workers_the_same_batches() -> None:
     assert run_workers(agree, 2, True) == [2, 2]
 
 

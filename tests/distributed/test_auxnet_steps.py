@@ -25,7 +25,7 @@ from tests.helpers.stages import (
     train_engine,
 )
 from tests.helpers.training import clone_state
-from tests.helpers.wire import Call, Wire, groups, sent_bytes
+from tests.helpers.wire import Call, Quantizer, groups, sent_bytes
 
 RUNS = {
     "batch norm": Run(StageConfig(method="al-net", warmup_steps=2, aux_width=4, local_steps=100), 7, "preact"),
@@ -65,7 +65,7 @@ def train(run: Run, workers: int) -> History:
     for step in range(run.steps):
         x, y = batch_of(run, step)
         before = Counter(engine.collective.sent_bytes)
-        with Wire() as wire:
+        with Quantizer() as wire:
             optimizer.zero_grad()
             nn.functional.cross_entropy(module(x), y).backward()
             optimizer.step()

@@ -54,14 +54,14 @@ def present(engine: Engine) -> dict[str, Tensor]:
 
 def flip_after_the_sync(engine: Engine, name: str) -> None:
     """One bit, in the moment between the last message of a sync and the first local step."""
-    finish = engine._sync.equal
+    finish = engine._sync.replicated_tensors
 
     def faulty(round: int) -> dict[str, Tensor]:
         tensors = finish(round)
         tensors[name].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
         return tensors
 
-    engine._sync.equal = faulty  # type: ignore[method-assign]
+    engine._sync.replicated_tensors = faulty  # type: ignore[method-assign]
 
 
 FLIPS = {
@@ -83,7 +83,7 @@ def play_flips(worker: int) -> dict[str, list[str]]:
             flip_after_the_sync(engine, name)
         train(engine, optimizer, worker, 3)
         try:
-            with engine.full_model():  # the next meeting, in the middle of a round
+            with engine.full_model():  # the next handshake, in the middle of a round
                 told[case] = ["nobody noticed"]
         except WorkersDisagree as error:
             told[case] = [str(error)]
@@ -91,7 +91,7 @@ def play_flips(worker: int) -> dict[str, list[str]]:
     return told
 
 
-def test_a_bit_that_differs_after_a_sync_is_found_at_the_next_meeting_and_its_tensor_and_worker_are_named():
+def test_a_bit_that_differs_after_a_sync_is_found_at_the_next_handshake_and_its_tensor_and_worker_are_named():
     told = run_workers(play_flips, WORKERS)
     for case, (_, name) in FLIPS.items():
         for worker in told:

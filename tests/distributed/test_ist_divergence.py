@@ -33,14 +33,14 @@ def train(engine: Engine, optimizer: Any, run: Run, worker: int, steps: int) -> 
 
 def flip_after_the_sync(engine: Engine) -> None:
     """One bit of the output bias, between the last message of a sync and the first local step."""
-    equal = engine._sync.equal
+    equal = engine._sync.replicated_tensors
 
     def faulty(_: Sync[Any], round: int) -> dict[str, Tensor]:
         tensors = equal(round)
         tensors[BIAS].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
         return tensors
 
-    engine._sync.equal = faulty.__get__(engine._sync)  # type: ignore[method-assign]
+    engine._sync.replicated_tensors = faulty.__get__(engine._sync)  # type: ignore[method-assign]
 
 
 def play_flip(worker: int) -> str:
@@ -59,7 +59,7 @@ def play_flip(worker: int) -> str:
         engine.abandon()
 
 
-def test_an_output_bias_that_differs_after_a_sync_is_named_with_its_worker_at_the_next_meeting() -> None:
+def test_an_output_bias_that_differs_after_a_sync_is_named_with_its_worker_at_the_next_handshake() -> None:
     for message in run_workers(play_flip, WORKERS):
         assert f"{BIAS} (worker {ODD} differs from the others). " in message
         assert "the sync into round 2 " in message

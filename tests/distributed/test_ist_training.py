@@ -22,7 +22,7 @@ from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_eng
 from tests.helpers.memory import storage_bytes
 from tests.helpers.processes import run_workers
 from tests.helpers.training import assert_equal_states, clone_state, train_step
-from tests.helpers.wire import Call, Wire, collectives_so_far, groups, sent_bytes
+from tests.helpers.wire import Call, Quantizer, collectives_so_far, groups, sent_bytes
 
 # AdamW trains no bias before batch norm: its gradient is rounding noise, which Adam blows up to steps of full length.
 RUNS = {
@@ -74,7 +74,7 @@ def train(worker: int, run: Run) -> History:
     history = History()
     for step in range(run.steps):
         before = Counter(engine.collective.sent_bytes)
-        with Wire() as wire:
+        with Quantizer() as wire:
             first = collectives_so_far()
             train_step(engine.module, optimizer, batch_of(run, worker, step))
             training, second = wire.take(), collectives_so_far()

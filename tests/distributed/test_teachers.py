@@ -62,7 +62,7 @@ def train(worker: int, kind: str, stop: int | None) -> tuple[dict[str, Tensor], 
             with engine.full_model("checkpoint"):
                 state, own, saved = (
                     engine.checkpoint_state(),
-                    copy.deepcopy(engine.resumption.own()),
+                    copy.deepcopy(engine.resumption.state_dict()),
                     clone_state(module),
                 )
             engine.abandon()

@@ -19,7 +19,7 @@ from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
-from tests.helpers.wire import Call, Wire, collectives_so_far, groups, sent_bytes
+from tests.helpers.wire import Call, Quantizer, collectives_so_far, groups, sent_bytes
 
 RUNS = {
     "no overlap": Run(Config(local_steps=2, min_blocks=0), steps=8),
@@ -64,7 +64,7 @@ def talk_in(worker: int, run: Run) -> list[Sync]:
     steps = []
     for step in range(run.steps):
         counted = Counter(engine.collective.sent_bytes)
-        with Wire() as wire:
+        with Quantizer() as wire:
             first = collectives_so_far()
             train_step(model, optimizer, batch_of(worker, step))
             training, second = wire.take(), collectives_so_far()

@@ -47,7 +47,7 @@ def train(worker: int) -> dict[str, Any]:
     return {
         "sizes": sizes,
         "weights": weights,
-        "table": engine.layout.schedule.table(),
+        "table": engine.layout.schedule.state_dict(),
         "resumed": [second.layout.schedule == engine.layout.schedule, second.partition == engine.partition],
     }
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from resist_lightning.faults import heartbeats as board_module
 from resist_lightning.faults import watchdog as watch_module
-from resist_lightning.faults.failure_detector import Sign
-from resist_lightning.faults.heartbeats import Board
-from resist_lightning.faults.watchdog import Surroundings, Watch
+from resist_lightning.faults.failure_detector import Heartbeat
+from resist_lightning.faults.heartbeats import Heartbeats
+from resist_lightning.faults.watchdog import Surroundings, Watchdog
 from tests.helpers.processes import run_workers
 
 KEY = "resist_lightning/board/test/1"
@@ -52,10 +52,10 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
     board_module.group_store = lambda: store
     board_module.CONNECT_SECONDS, watch_module.BEAT_SECONDS = 0.2, 0.1
     around = Surroundings(activity=lambda: None, store="the store", how_to_resume=lambda: "")
-    watch = Watch(Board(0, 2, "test"), around, silence=30, timeout=60)
+    watch = Watchdog(Heartbeats(0, 2, "test"), around, silence=30, timeout=60)
     watch.start()
     for beat, line in enumerate(["no sign", '{"worker": 1, "mood": 5}', None]):
-        sign = Sign(1, "host", "elsewhere", pid=1, beat=beat)
+        sign = Heartbeat(1, "host", "elsewhere", pid=1, beat=beat)
         store.set(KEY, sign.write())
         wait_for(lambda: watch._liveness.signs.get(1) == sign)  # noqa: B023 - called at once
         mine = watch._sign.beat
@@ -65,7 +65,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
         else:
             store.set(KEY, line)
             wait_for(lambda: watch._sign.beat > mine + 2)  # noqa: B023
-    store.set(KEY, Sign(1, "host", "elsewhere", pid=1, beat=9).write())
+    store.set(KEY, Heartbeat(1, "host", "elsewhere", pid=1, beat=9).write())
     wait_for(lambda: watch._liveness.signs[1].beat == 9)
     assert watch.verdict is None
 

@@ -57,7 +57,10 @@ def test_a_sentence_reads_aloud_and_travels() -> None:
         (lambda: faults.kill(1).at("lunch", round=0), "place='lunch' is not known; choose one of 'local steps', 'meet"),
         (lambda: Fault("hug", 1, "saving", 0), "kind='hug' is not known; choose one of 'kill'"),
         (lambda: faults.raise_in_loader(1).at("saving", round=0), "raise_in_loader cannot happen at 'saving'"),
-        (lambda: faults.kill(1).at("meeting", round=0, step=1), "step=1 has a meaning at local steps and saving only"),
+        (
+            lambda: faults.kill(1).at("handshake", round=0, step=1),
+            "step=1 has a meaning at local steps and saving only",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make: Callable[[], Fault], message: str) -> None:
@@ -174,7 +177,7 @@ def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, i
     ("place", "round", "what", "steps", "inside", "not_inside"),
     [
         ("local steps", 1, "local steps", 5, "on_before_backward", "run_backward"),
-        ("meeting", 1, "meeting", 6, "_end_round", "_meeting.hold"),
+        ("handshake", 1, "handshake", 6, "_end_round", "_handshake.run"),
         ("averaging", 1, "averaging", 6, "start_mean", "wait"),
         ("hand_over", 0, "hand_over", 3, "in exchange", "wait"),
         ("evaluation", 2, "evaluation", 9, "begin_observation", "_assemble"),

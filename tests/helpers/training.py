@@ -83,7 +83,7 @@ def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None)
     """The same training by the oracle; with a table, by the shares that real workers have measured."""
     simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers)
     if table is not None:
-        simulator.schedule = simulator.schedule.with_table(table)
+        simulator.schedule = simulator.schedule.with_state_dict(table)
     for step in range(run.steps):
         for number, worker in enumerate(simulator.workers):
             train_step(worker.module, worker.optimizers[0], batch_of(number, step))

@@ -23,7 +23,7 @@ class Call:
     peer: int | None = None
 
 
-class Wire(TorchDispatchMode):
+class Quantizer(TorchDispatchMode):
     """While it is entered, lists every call that this thread makes to a process group."""
 
     def __init__(self) -> None:

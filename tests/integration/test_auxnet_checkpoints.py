@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 
 BATCHES = 5  # in an epoch; the workers meet after every three steps
 STOPS = (3, 5, 7)
-"""Where a meeting is due in mid-epoch, at the end of an epoch, and in mid-epoch between meetings."""
+"""Where a handshake is due in mid-epoch, at the end of an epoch, and in mid-epoch between handshakes."""
 
 
 # ------------------------------------------------------------------ a checkpoint is a model

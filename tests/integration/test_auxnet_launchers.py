@@ -56,7 +56,7 @@ def test_launchers_train_the_same(
     root: Path,
     tmp_path: Path,
 ) -> None:
-    """Under torchrun worker 1 is killed behind the second meeting, and the run goes on from there."""
+    """Under torchrun worker 1 is killed behind the second handshake, and the run goes on from there."""
     ended = run([*command, start_method, str(tmp_path), *([str(harm_after)] if harm_after else [])], root)
 
     assert ended.returncode == 0, ended.stdout

@@ -112,7 +112,7 @@ def diverge(worker: int) -> None:
     fit_stages(worker, Diverges(), {"cuts": CUTS[2]}, pictures(samples=100))
 
 
-def test_a_stage_with_nan_ends_the_run_at_the_next_meeting() -> None:
+def test_a_stage_with_nan_ends_the_run_at_the_next_handshake() -> None:
     for outcome in run_trainers_to_the_end(diverge, 2):
         assert isinstance(outcome.error, NotFinite), outcome
         assert "worker 1 in" in str(outcome.error)

@@ -70,7 +70,7 @@ def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resu
 def test_a_worker_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
     outcomes = harm("load:hang", 1, tmp_path, limit=5.0)
 
-    assert_lost(outcomes[0], 1, r"is alive, but has not come to the meeting for 5 s: it is still in ", tmp_path)
+    assert_lost(outcomes[0], 1, r"is alive, but has not come to the handshake for 5 s: it is still in ", tmp_path)
     assert outcomes[1].end == f"exit code {EXIT_CODE}"
 
 

@@ -139,7 +139,7 @@ class StageLayout(Layout):
         return {"stages": self.parts(), "method": self.config.method, "aux_width": self.config.aux_width}
 
     @override
-    def table(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the network is cut: a run that goes on must not measure anew."""
         return {"cuts": list(self.cuts), "workers": self.workers}
 
@@ -165,7 +165,7 @@ class StageLayout(Layout):
         return [self._name_stage(worker) for worker in range(self.workers)]
 
     @override
-    def place(self, name: str) -> str:
+    def describe_tensor(self, name: str) -> str:
         for worker in range(self.workers):
             if name in self.stage_tensors(worker):
                 return f"stage {worker} ({name})"
@@ -189,7 +189,7 @@ class StageLayout(Layout):
         return "\n".join([*lines, f"  what crosses the boundaries, per sample: {shapes}"])
 
     @override
-    def warn(self) -> None:
+    def warn_about_settings(self) -> None:
         if self.workers > 1:
             self._warn_of_batch_statistics()
         if self.workers > 2 and self.config.stored and self.config.lambda_step == 1:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.exchange import Cargo, Kinds
+from resist_lightning.comm.exchange import Kinds, Payload
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.step.spans import NAMES, measured_speedup, step_seconds, typical_step
@@ -78,13 +78,13 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self.trainee.count()
 
     @override
-    def own(self, *, with_full_model: bool) -> dict[str, Any]:
+    def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
         stage = self.trainee.state_dict() if self.trainee is not None else {}
-        return {**super().own(with_full_model=with_full_model), "stage": stage}
+        return {**super().state_dict(with_full_model=with_full_model), "stage": stage}
 
     @override
-    def load_own(self, own: dict[str, Any]) -> None:
-        super().load_own(own)
+    def load_state_dict(self, own: dict[str, Any]) -> None:
+        super().load_state_dict(own)
         if self.trainee is not None:
             self.trainee.load_state_dict(own["stage"])
 
@@ -97,11 +97,11 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         return self._may_change(self._layout.shared)
 
     @override
-    def equal(self, round: int) -> dict[str, Tensor]:
+    def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         return self._layout.shared
 
     @override
-    def held(self) -> list[Tensor]:
+    def owned_tensors(self) -> list[Tensor]:
         return list(self._layout.stage_tensors(self._worker).values())
 
     @override
@@ -119,7 +119,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
-        self.exchange.hand_over(plan, self._cargo, Kinds.all(kind), self._hold_all)
+        self.exchange.hand_over(plan, self._payload, Kinds.all(kind), self._hold_all)
 
     @override
     def make_room(self, round: int) -> None:
@@ -176,8 +176,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             "timeline": typical_step([json.loads(row) for row in rows]),
         }
 
-    def _cargo(self, stage: int) -> Cargo:
-        return Cargo(list(self._layout.stage_tensors(stage).values()))
+    def _payload(self, stage: int) -> Payload:
+        return Payload(list(self._layout.stage_tensors(stage).values()))
 
     def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
         owners = {name.rpartition(".")[0] for name in tensors}

@@ -127,7 +127,7 @@ class NeuronLayout(Layout):
         return [layer.name for layer in self.neurons.layers]
 
     @override
-    def place(self, name: str) -> str:
+    def describe_tensor(self, name: str) -> str:
         return f"its neurons' part of {name}" if name in self.shapes else f"shared tensor {name}"
 
     @override
@@ -180,7 +180,7 @@ class NeuronLayout(Layout):
         )
 
     @override
-    def warn(self) -> None:
+    def warn_about_settings(self) -> None:
         if self.workers > 1:
             self._warn_of_batch_statistics()
 

@@ -21,7 +21,7 @@ Arrived: TypeAlias = tuple[Load, Tensor]
 """A piece that is to be put in place here, and its values, flat."""
 
 
-class Mail:
+class Messages:
     """A worker's side of the messages.
 
     Args:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.ist.layout import NeuronLayout
-from resist_lightning.methods.ist.messages import Arrived, Mail
+from resist_lightning.methods.ist.messages import Arrived, Messages
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import NeuronPlan, Piece, pieces
@@ -38,7 +38,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         super().__init__(layout, states, collective, device, seconds)
         if layout.config.momentum != "reset":
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
-        self._mail = Mail(collective, device)
+        self._messages = Messages(collective, device)
         self._subnet = Subnet(layout, collective.worker)
         tensors = self._subnet.tensors.items()
         self._parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
@@ -53,11 +53,11 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return self._may_change(self._layout.shared)
 
     @override
-    def equal(self, round: int) -> dict[str, Tensor]:
+    def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         return self._may_change(self._layout.shared)
 
     @override
-    def held(self) -> list[Tensor]:
+    def owned_tensors(self) -> list[Tensor]:
         return list(self._subnet.tensors.values())
 
     @override
@@ -99,7 +99,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             moving = {**self._parts(), **state}
             found = {cut: pieces(cut, plan, self._worker) for cut in {part.cut for part in moving.values()}}
             loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
-            arrived = self._mail.transfer(moving, loads, plan.before)
+            arrived = self._messages.transfer(moving, loads, plan.before)
             self._forget_others(state)
             for part in state.values():
                 part.tensor.zero_()  # under "keep" not all of it arrives
@@ -113,7 +113,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self.leave_out(plan)
         if unequal:
             self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
-        arrived = self._mail.spread(self._parts(), plan.before, kind)
+        arrived = self._messages.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
         self.guard.release()
         self._put(self._parts(), arrived, plan)
@@ -133,15 +133,15 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return {**super().gradients(), **self._subnet.gradients}
 
     @override
-    def own(self, *, with_full_model: bool) -> dict[str, Any]:
+    def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
         """What this worker has noted, and what it keeps; of that, the full model has the parameters."""
         known = self._layout.shapes if with_full_model else {}
         store = {key: rows for key, rows in self._store.items() if key not in known}
-        return {**super().own(with_full_model=with_full_model), "store": store}
+        return {**super().state_dict(with_full_model=with_full_model), "store": store}
 
     @override
-    def load_own(self, own: dict[str, Any]) -> None:
-        super().load_own(own)
+    def load_state_dict(self, own: dict[str, Any]) -> None:
+        super().load_state_dict(own)
         for key, rows in own["store"].items():
             self._store[key] = rows.clone()
 

@@ -74,8 +74,8 @@ class BlockLayout(Layout):
         return self.schedule.is_warmup(round)
 
     @override
-    def table(self) -> dict[str, Any]:
-        return self.schedule.table()
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
 
     @property
     @override
@@ -107,7 +107,7 @@ class BlockLayout(Layout):
         """
         if self.config.blocks_per_worker == "auto":
             schedule = self.schedule
-            self.schedule = schedule.with_table(table) if schedule.fits(table) else schedule.measuring(round)
+            self.schedule = schedule.with_state_dict(table) if schedule.fits(table) else schedule.measuring(round)
 
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
@@ -161,7 +161,7 @@ class BlockLayout(Layout):
         return [block.name for block in self.blocks]
 
     @override
-    def place(self, name: str) -> str:
+    def describe_tensor(self, name: str) -> str:
         for block in self.blocks:
             if name in block.tensors():
                 return f"block {block.name} ({name})"
@@ -190,7 +190,7 @@ class BlockLayout(Layout):
         return f"{self.config.local_steps} local steps{wire}"
 
     @override
-    def warn(self) -> None:
+    def warn_about_settings(self) -> None:
         """Say what of the settings has less effect than a user may think."""
         unused = left_out(self.module, self.config.blocks, self._trained)
         if unused:

@@ -94,7 +94,7 @@ class Schedule:
         few, many = ((count, [min(times) for times in zip(*rows[count], strict=True)]) for count in sorted(rows))
         return measured_costs(few, many)
 
-    def table(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was measured and what follows from it, as plain data for a checkpoint; empty if nothing is measured."""
         if self.measured_from is None:
             return {}
@@ -108,12 +108,12 @@ class Schedule:
         }
 
     def fits(self, table: Mapping[str, Any]) -> bool:
-        """Whether :meth:`table` said it of as many blocks, workers and least blocks."""
+        """Whether :meth:`state_dict` said it of as many blocks, workers and least blocks."""
         here = {"blocks": self.blocks, "workers": self.workers, "min_blocks": self.min_blocks}
         return {name: table.get(name) for name in here} == here
 
-    def with_table(self, table: Mapping[str, Any]) -> Schedule:
-        """The schedule with what :meth:`table` said, which must fit."""
+    def with_state_dict(self, table: Mapping[str, Any]) -> Schedule:
+        """The schedule with what :meth:`state_dict` said, which must fit."""
         return replace(
             self,
             counts=tuple((int(first), tuple(map(int, counts))) for first, counts in table["counts"]),

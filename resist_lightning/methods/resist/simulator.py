@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.comm.quantize import Wire, arrange, compressible, flatten, make_wire, noise_for, split
+from resist_lightning.comm.quantize import Quantizer, arrange, compressible, flatten, make_quantizer, noise_for, split
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.resist.bypass import Bypass
@@ -74,7 +74,7 @@ class Simulator:
         self._block_of = {name: i for i, block in enumerate(layout.blocks) for name in block.tensors()}
         self._partial = layout.partial
         self._warmup_hooks: list[ScaleHooks] = []
-        self._wire = make_wire(config.wire) if workers > 1 else None
+        self._wire = make_quantizer(config.wire) if workers > 1 else None
         self._before: dict[str, Tensor] = {}
         self._begin_round()
 
@@ -148,7 +148,7 @@ class Simulator:
                 normalise([means[name]])
         return means
 
-    def _means_over(self, wire: Wire, plan: SyncPlan) -> dict[str, Tensor]:
+    def _means_over(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
         """The means of trainable parameters as they come out of a wire in fewer bits, by name."""
         copies = [worker.tensors() for worker in self.workers]
         blocks = [[name for name, t in block.tensors().items() if compressible(t)] for block in self.workers[0].blocks]
@@ -159,7 +159,7 @@ class Simulator:
                 means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
         return means
 
-    def _joint_over(self, wire: Wire, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _joint_over(self, wire: Quantizer, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What all workers hold: the mean of the changes, each through the wire, and then itself through the wire."""
         before = {name: self._before[name] for name in names}
         changes = [wire.through(_flat({name: copy[name] - before[name] for name in names})) for copy in copies]
@@ -167,7 +167,7 @@ class Simulator:
         return {name: before[name] + change for name, change in _pieces(mean, before).items()}
 
     def _block_over(
-        self, wire: Wire, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
+        self, wire: Quantizer, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """A block: what the owner makes of the other holders' values, and then itself through the wire, if sent."""
 

@@ -9,7 +9,7 @@ from resist_lightning.methods.resist.bypass import Bypass
 from resist_lightning.state.memory import Memory
 
 
-class Presence:
+class SubnetBlock:
     """Whether this worker holds one block, and the switch.
 
     Args:
@@ -48,7 +48,7 @@ class Presence:
         self.present = True
 
 
-class Residency:
+class Subnet:
     """The blocks of a worker: which of them it holds.
 
     Args:
@@ -56,15 +56,15 @@ class Residency:
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._presence = [Presence(block) for block in blocks]
+        self._blocks = [SubnetBlock(block) for block in blocks]
 
     def held(self) -> list[Block]:
         """The blocks that are present."""
-        return [presence.block for presence in self._presence if presence.present]
+        return [subnet.block for subnet in self._blocks if subnet.present]
 
     def not_staying(self, keep: Collection[int]) -> list[Block]:
         """All blocks but those of ``keep`` that are present."""
-        return [p.block for index, p in enumerate(self._presence) if not (p.present and index in keep)]
+        return [p.block for index, p in enumerate(self._blocks) if not (p.present and index in keep)]
 
     def hold(self, keep: Collection[int], reason: Callable[[int], str] | None = None) -> None:
         """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them.
@@ -73,20 +73,20 @@ class Residency:
             keep: the blocks to keep, by index.
             reason: says of an absent block, by index, where it is.
         """
-        for index, presence in enumerate(self._presence):
-            if presence.present and index not in keep:
-                presence.free()
-            if reason is not None and not presence.present:
-                presence.absence.reason = reason(index)
+        for index, subnet in enumerate(self._blocks):
+            if subnet.present and index not in keep:
+                subnet.free()
+            if reason is not None and not subnet.present:
+                subnet.absence.reason = reason(index)
         for index in keep:
-            if not self._presence[index].present:
-                self._presence[index].allocate()
+            if not self._blocks[index].present:
+                self._blocks[index].allocate()
 
     def end_early(self) -> None:
         """Say to whoever reads a value of an absent block that nobody will bring it."""
-        for presence in self._presence:
-            presence.absence.end_early()
+        for subnet in self._blocks:
+            subnet.absence.end_early()
 
     def hold_all(self) -> None:
         """Allocate every absent block; the caller fills them."""
-        self.hold(range(len(self._presence)))
+        self.hold(range(len(self._blocks)))

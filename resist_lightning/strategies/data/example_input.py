@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from resist_lightning.state.random_state import random_numbers_apart
-from resist_lightning.strategies.data.seeded_loader import KeyedIterable
+from resist_lightning.strategies.data.seeded_loader import SeededIterable
 
 SAMPLES = 32
 """An example has so many samples, or as many as a batch if that is smaller."""
@@ -124,7 +124,7 @@ def _first_samples(loader: DataLoader[Any]) -> Any:
 def _first_items(source: object, number: int, kind: str) -> list[Any]:
     """Of something that can be iterated again; an iterator would lose them."""
     assert isinstance(source, Iterable)
-    original: Any = source.unkeyed if isinstance(source, KeyedIterable) else source
+    original: Any = source.unkeyed if isinstance(source, SeededIterable) else source
     if iter(original) is original:
         raise ValueError(
             f"the training {kind}, {type(original).__name__}, can be iterated only once, and the items that would show "

@@ -50,9 +50,9 @@ def key_loader(
     if not isinstance(dataloader, DataLoader):
         return dataloader
     dataset, collate = dataloader.dataset, dataloader.collate_fn
-    if isinstance(dataset, KeyedDataset | KeyedIterable):
+    if isinstance(dataset, SeededDataset | SeededIterable):
         dataset = dataset.unkeyed
-    if isinstance(collate, KeyedCollate):
+    if isinstance(collate, SeededCollate):
         collate = collate.unkeyed
     if isinstance(dataset, IterDataPipe | MapDataPipe):
         raise ValueError(
@@ -62,10 +62,10 @@ def key_loader(
     keys = Keys((seed, stream), _zero if frozen else epoch)
     if dataloader.num_workers > 0:
         keys.share()
-    keyed = KeyedIterable if isinstance(dataset, IterableDataset) else KeyedDataset
+    seeded = SeededIterable if isinstance(dataset, IterableDataset) else SeededDataset
     twin = copy.copy(dataloader)
     # Its attributes may not be set, and to make it again from arguments would guess those of a subclass.
-    vars(twin).update(dataset=keyed(dataset, keys), collate_fn=KeyedCollate(collate, keys))
+    vars(twin).update(dataset=seeded(dataset, keys), collate_fn=SeededCollate(collate, keys))
     vars(twin).update(_iterator=None, _before_keys=dataloader, _order_keys=Keys((seed, stream), epoch))
     cls = type(dataloader)
     if not issubclass(cls, _TellsEpoch):
@@ -137,7 +137,7 @@ class _Forwarding:
         return len(self.unkeyed)
 
 
-class KeyedDataset(_Forwarding, Dataset[Any]):
+class SeededDataset(_Forwarding, Dataset[Any]):
     """A data set whose random numbers depend on the sample's index."""
 
     @override
@@ -174,7 +174,7 @@ class KeyedDataset(_Forwarding, Dataset[Any]):
         return samples
 
 
-class KeyedIterable(_Forwarding, IterableDataset[Any]):
+class SeededIterable(_Forwarding, IterableDataset[Any]):
     """An iterable data set whose random numbers depend on the loader process and on the number of the item in it."""
 
     @override
@@ -195,7 +195,7 @@ class KeyedIterable(_Forwarding, IterableDataset[Any]):
             yield item
 
 
-class KeyedCollate:
+class SeededCollate:
     """A collate function whose random numbers depend on the samples of the batch."""
 
     def __init__(self, collate: Callable[[Any], Any], keys: Keys) -> None:
@@ -209,7 +209,7 @@ class KeyedCollate:
             return self.unkeyed(samples)
 
 
-class KeyedOrder:
+class SeededOrder:
     """A sampler, of samples or of batches, whose random numbers depend on how much it has given."""
 
     def __init__(self, sampler: Any, keys: Keys) -> None:
@@ -242,11 +242,11 @@ class _TellsEpoch(DataLoader[Any]):
     @override
     def _index_sampler(self) -> Any:
         """What torch iterates to know what to fetch; the user's samplers stay where they are."""
-        return KeyedOrder(super()._index_sampler, self._order_keys)
+        return SeededOrder(super()._index_sampler, self._order_keys)
 
     @override
     def __iter__(self) -> Any:
-        if isinstance(self.dataset, KeyedDataset | KeyedIterable):
+        if isinstance(self.dataset, SeededDataset | SeededIterable):
             self.dataset._keys.tell_epoch()
             self._order_keys.tell_epoch()
         return super().__iter__()

@@ -12,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 
-from resist_lightning.faults.heartbeats import Board
-from resist_lightning.faults.watchdog import Surroundings, Watch
+from resist_lightning.faults.heartbeats import Heartbeats
+from resist_lightning.faults.watchdog import Surroundings, Watchdog
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.launching.children import Children, State
 
@@ -43,7 +43,7 @@ class Guard:
         self.silence = silence
         self.children: Children | None = None
         self._failed = self._stopped = False
-        self._watch: Watch | None = None
+        self._watch: Watchdog | None = None
 
     @property
     def state(self) -> State:
@@ -64,8 +64,8 @@ class Guard:
         where = f"{environment.main_address}:{environment.main_port}"
         children = self.children
         self._failed = self._stopped = False
-        self._watch = Watch(
-            Board(trainer.global_rank, trainer.world_size),
+        self._watch = Watchdog(
+            Heartbeats(trainer.global_rank, trainer.world_size),
             Surroundings(
                 activity=activity,
                 store=f"the store at {where}, which worker 0 or torchrun's agent serves,",

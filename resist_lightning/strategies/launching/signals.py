@@ -26,7 +26,7 @@ class Signals:
     """Takes the place of Lightning's handlers while the workers train.
 
     Lightning's handler of SIGTERM broadcasts where it stands, and pairs with another worker's sync; a Ctrl-C ends each
-    worker in another step. Here a worker notes the signal, tells the others at the next meeting, and all act upon it
+    worker in another step. Here a worker notes the signal, tells the others at the next handshake, and all act upon it
     before the same batch. A second signal ends the worker at once.
 
     Args:
@@ -78,7 +78,7 @@ class Signals:
                 signal.raise_signal(number)
 
     def learn(self, requests: Iterable[int]) -> None:
-        """Receive the requests of all workers, in order, at a meeting: now all know them."""
+        """Receive the requests of all workers, in order, at a handshake: now all know them."""
         for worker, request in enumerate(requests):
             self._agreed |= request
             for number, bit in self._bits.items():

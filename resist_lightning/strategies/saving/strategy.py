@@ -270,7 +270,7 @@ class SavingStrategy(GroupStrategy):
             return
         state = {
             "place": self._with_modes(engine.resumption.place()),
-            "own": {**engine.resumption.own(), "host": self._host_state()},
+            "own": {**engine.resumption.state_dict(), "host": self._host_state()},
             "lightning": self._dump_lightning(),
         }
         if not self._checked:
@@ -296,6 +296,6 @@ class SavingStrategy(GroupStrategy):
 
     def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
         self._saved = self._with_modes(engine.checkpoint_state())
-        self._own = {**engine.resumption.own(), "host": self._host_state()}
+        self._own = {**engine.resumption.state_dict(), "host": self._host_state()}
         state = super().lightning_module_state_dict()
         return {key: v.detach().cpu().clone() if isinstance(v, Tensor) else v for key, v in state.items()}

@@ -1,4 +1,4 @@
-"""What a worker finds on itself before a meeting, and what all make of the numbers of all."""
+"""What a worker finds on itself before a handshake, and what all make of the numbers of all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, NotFinite, WorkersDisagree
-from resist_lightning.checks.divergence import Soundness
+from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.header import Purpose
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.progress import Clock
@@ -22,19 +22,21 @@ CLOCK = Clock(50, round=3, step=50)
 def judged(collective, spoil, policy, note=None):
     """What a worker says and does after it has spoilt its model in its own way."""
     net = small_preact()
-    soundness = Soundness(BlockLayout(net, Config(min_blocks=1, non_finite=policy), collective.workers), collective)
-    soundness.begin()
+    divergence = DivergenceChecks(
+        BlockLayout(net, Config(min_blocks=1, non_finite=policy), collective.workers), collective
+    )
+    divergence.begin()
     spoil(net, collective.worker)
     if note is not None:
-        soundness.note(note(collective.worker), 3)
-    numbers = collective.gather_numbers(soundness.numbers(Purpose.SYNC))
+        divergence.note(note(collective.worker), 3)
+    numbers = collective.gather_numbers(divergence.numbers(Purpose.SYNC))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            soundness.judge(numbers, CLOCK)
+            divergence.judge(numbers, CLOCK)
     except (NotFinite, WorkersDisagree) as error:
         return type(error), str(error)
-    return soundness.left_out, [str(warning.message) for warning in caught]
+    return divergence.left_out, [str(warning.message) for warning in caught]
 
 
 def spoil_on(*workers, name="section3.1.conv1", value=torch.nan):
@@ -80,11 +82,11 @@ def test_all_cannot_be_left_out():
 def numbers_after(change, purpose=Purpose.SYNC, before=lambda net: None):
     net = small_preact()
     before(net)
-    soundness = Soundness(BlockLayout(net, Config(min_blocks=1), 1), None)  # type: ignore[arg-type]
-    soundness.begin()
+    divergence = DivergenceChecks(BlockLayout(net, Config(min_blocks=1), 1), None)  # type: ignore[arg-type]
+    divergence.begin()
     with torch.no_grad():
         change(net)
-    return soundness.numbers(purpose)
+    return divergence.numbers(purpose)
 
 
 def set_head(value):

@@ -1,11 +1,11 @@
-"""Contract 12: a sync begins with a meeting; its numbers reach everyone, its disagreements too."""
+"""Contract 12: a sync begins with a handshake; its numbers reach everyone, its disagreements too."""
 
 from __future__ import annotations
 
 import pytest
 
 from resist_lightning import Config, WorkersDisagree
-from resist_lightning.checks.handshake import Host, Meeting
+from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.progress import Clock
@@ -34,9 +34,9 @@ def meet(collective, steps, stops, purposes):
     me = collective.worker
     host = Talkative(10.0 * me, stops[me])
     layout = BlockLayout(small_preact(), Config(min_blocks=1), collective.workers)
-    meeting = Meeting(layout, collective, host)
+    handshake = Handshake(layout, collective, host)
     try:
-        extra = meeting.hold(purposes[me], Clock(50, round=2, step=steps[me]), [me + 3, -0.25])
+        extra = handshake.run(purposes[me], Clock(50, round=2, step=steps[me]), [me + 3, -0.25])
     except WorkersDisagree as error:
         return str(error), host.heard
     assert host.agreed == (host.heard if purposes[me] == Purpose.SYNC else None)
@@ -70,9 +70,9 @@ def test_whoever_differs_all_hear_the_same_error_and_learn_nothing(steps, stops,
 
 def meet_twice(collective, rates):
     layout = BlockLayout(small_preact(), Config(min_blocks=1), collective.workers)
-    meeting = Meeting(layout, collective, Host(), lambda: rates[collective.worker])
+    handshake = Handshake(layout, collective, Host(), lambda: rates[collective.worker])
     for purpose in (Purpose.EVALUATION, Purpose.SYNC, Purpose.SYNC):
-        meeting.hold(purpose, Clock(50, round=2, step=7))
+        handshake.run(purpose, Clock(50, round=2, step=7))
 
 
 @pytest.mark.parametrize(("rates", "times"), [((0.5, 0.5), 0), ((0.5, 0.05), 1)])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 
 from resist_lightning.comm.collective import SoloCollective
-from resist_lightning.comm.exchange import Cargo, Exchange, Kinds
+from resist_lightning.comm.exchange import Exchange, Kinds, Payload
 from resist_lightning.schedule.partition import draw_partition, everything
 from resist_lightning.schedule.transfers import plan_sync
 from tests.helpers.partitions import two_partitions
@@ -48,11 +48,11 @@ def sync_one(collective, before, after, with_state):
     has = {block: trained(me, block) for block in before.held[me]}
     states = {block: state_of(me, block) for block in before.held[me]}
 
-    def cargo(block):
+    def payload(block):
         here = block in has
         load = has[block] if here else empty_like(trained(0, block))
         state = (states[block] if here else empty_like(state_of(0, block))) if with_state else ()
-        return Cargo(load, state)
+        return Payload(load, state)
 
     def make_room():
         for block in set(has) - set(after.held[me]):
@@ -64,8 +64,8 @@ def sync_one(collective, before, after, with_state):
     exchange = Exchange(collective, CPU)
     if plan.averaged:
         exchange.average([t for block in plan.averaged for t in has[block]], "shared")
-    exchange.merge(plan, cargo, Kinds())
-    exchange.hand_over(plan, cargo, Kinds(), make_room)
+    exchange.merge(plan, payload, Kinds())
+    exchange.hand_over(plan, payload, Kinds(), make_room)
     return has, states, plan.averaged, dict(collective.sent_bytes)
 
 
@@ -141,7 +141,7 @@ def test_one_flat_buffer_per_pair_and_data_type_however_many_tensors():
     before, after = everything(6, 3), draw_partition(6, 3, 0, 0, 0)
     listening = Listening()
     plan = plan_sync(before, after)
-    Exchange(listening, CPU).merge(plan, lambda block: Cargo(trained(0, block)), Kinds())
+    Exchange(listening, CPU).merge(plan, lambda block: Payload(trained(0, block)), Kinds())
     messages = [entry for entry in listening.asked if entry[0] in ("send", "receive")]
     pairs = {(t.source, t.target) for t in plan.merge if 0 in (t.source, t.target)}
     assert len(messages) == len(pairs) == 4
@@ -194,8 +194,8 @@ def merge_equal(collective):
     has = {0: [tensor.clone()]}
     exchange = Exchange(collective, CPU)
     plan = plan_sync(before, after)
-    exchange.merge(plan, lambda block: Cargo(has[block]), Kinds())
-    exchange.hand_over(plan, lambda block: Cargo(has[block]), Kinds(), lambda: None)
+    exchange.merge(plan, lambda block: Payload(has[block]), Kinds())
+    exchange.hand_over(plan, lambda block: Payload(has[block]), Kinds(), lambda: None)
     return torch.equal(has[0][0], tensor)
 
 
@@ -210,8 +210,8 @@ def test_alone_nothing_is_sent():
     exchange.average(tensors, "shared")
     exchange.broadcast(tensors, "start")
     plan = plan_sync(everything(2, 1), everything(2, 1))
-    exchange.merge(plan, lambda _: Cargo(tensors), Kinds())
-    exchange.hand_over(plan, lambda _: Cargo(tensors), Kinds(), lambda: None)
+    exchange.merge(plan, lambda _: Payload(tensors), Kinds())
+    exchange.hand_over(plan, lambda _: Payload(tensors), Kinds(), lambda: None)
     assert sum(solo.sent_bytes.values()) == 0
     assert solo.gather_numbers([1.0, 2.0]) == [[1.0, 2.0]]
     assert torch.equal(tensors[0], torch.ones(3))
@@ -221,6 +221,6 @@ def test_kinds_may_all_be_one():
     assert Kinds.all("checkpoint") == Kinds("checkpoint", "checkpoint", "checkpoint", "checkpoint")
 
 
-def test_cargo_travels_in_a_fixed_order_state_last():
-    cargo = Cargo(trained(0, 1), state_of(0, 1))
-    assert [tuple(t.shape) for t in cargo.tensors] == [(2, 3), (3,), (), (4,), (2,), (), (2, 3)]
+def test_payload_travels_in_a_fixed_order_state_last():
+    payload = Payload(trained(0, 1), state_of(0, 1))
+    assert [tuple(t.shape) for t in payload.tensors] == [(2, 3), (3,), (), (4,), (2,), (), (2, 3)]

@@ -9,7 +9,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from resist_lightning.comm.bytes import WIRE_FORMATS
-from resist_lightning.comm.quantize import arrange, make_wire, noise_for
+from resist_lightning.comm.quantize import arrange, make_quantizer, noise_for
 
 CPU = torch.device("cpu")
 NAMES = ("bf16", "int8", "int6", "int4")
@@ -32,7 +32,7 @@ def half_step(name, x):
 @given(st.sampled_from(NAMES), st.integers(0, 1000), st.integers(0, 5), st.sampled_from([1e-6, 1.0, 1e4]))
 def test_rounding_to_the_nearest_errs_by_half_a_step_at_most(name, entries, seed, scale):
     x = values(entries, seed, scale)
-    wire = make_wire(name)
+    wire = make_quantizer(name)
     message = wire.encode(x)
     assert message.dtype == torch.uint8
     assert len(message) == WIRE_FORMATS[name].bytes(entries)
@@ -43,7 +43,7 @@ def test_rounding_to_the_nearest_errs_by_half_a_step_at_most(name, entries, seed
 @pytest.mark.parametrize("name", NAMES)
 def test_rounding_at_random_errs_by_less_than_a_step_and_is_right_on_average(name):
     x = values(512)
-    wire = make_wire(name)
+    wire = make_quantizer(name)
     seen = torch.stack([wire.through(x, noise_for(0, round, 0, 0, CPU)) for round in range(2000)])
     step = 2 * half_step(name, x)
     assert bool(((seen - x).abs() <= step * (1 + 1e-4)).all())
@@ -54,8 +54,8 @@ def test_rounding_at_random_errs_by_less_than_a_step_and_is_right_on_average(nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_came_out_once_comes_out_the_same_again(name):
-    once = make_wire(name).through(values(1000))
-    torch.testing.assert_close(make_wire(name).through(once), once, rtol=1e-6, atol=0)
+    once = make_quantizer(name).through(values(1000))
+    torch.testing.assert_close(make_quantizer(name).through(once), once, rtol=1e-6, atol=0)
 
 
 def test_noise_depends_on_seed_round_block_and_worker_and_moves_no_other_generator():
@@ -69,7 +69,7 @@ def test_noise_depends_on_seed_round_block_and_worker_and_moves_no_other_generat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zeros_stay_zeros_and_what_is_not_a_number_is_seen(name):
-    wire = make_wire(name)
+    wire = make_quantizer(name)
     assert wire.through(torch.zeros(300)).tolist() == [0.0] * 300
     broken = wire.through(torch.cat([values(300), torch.tensor([float("nan")])]))
     assert broken[-1].isnan()
@@ -79,7 +79,7 @@ def test_zeros_stay_zeros_and_what_is_not_a_number_is_seen(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_other_data_types_are_sent_too(name):
     x = values(256).double()
-    torch.testing.assert_close(make_wire(name).through(x), make_wire(name).through(x.float()))
+    torch.testing.assert_close(make_quantizer(name).through(x), make_quantizer(name).through(x.float()))
 
 
 def test_messages_have_matrices_first_and_keep_the_order_otherwise():
@@ -89,7 +89,7 @@ def test_messages_have_matrices_first_and_keep_the_order_otherwise():
 
 
 def test_fp32_needs_no_wire():
-    assert make_wire("fp32") is None
+    assert make_quantizer("fp32") is None
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,7 @@ def test_fp32_needs_no_wire():
 def test_the_bytes_of_a_message_written_out(name, first, message):
     """A scale of 1.0 as float32, then each value plus the largest code, the lowest bits first."""
     x = torch.tensor([*first, *[0.0] * (256 - len(first))])
-    assert bytes(make_wire(name).encode(x).tolist()).hex() == message
-    assert torch.equal(make_wire(name).decode(torch.tensor(list(bytes.fromhex(message)), dtype=torch.uint8), 256), x)
+    assert bytes(make_quantizer(name).encode(x).tolist()).hex() == message
+    assert torch.equal(
+        make_quantizer(name).decode(torch.tensor(list(bytes.fromhex(message)), dtype=torch.uint8), 256), x
+    )

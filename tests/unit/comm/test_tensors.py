@@ -122,7 +122,7 @@ def another(net: nn.Module) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*does not fold")
 def test_what_takes_the_place_of_a_known_tensor_is_refused_by_name(method, change, message):
-    """Between the batches of a round, so that the next meeting finds it."""
+    """Between the batches of a round, so that the next handshake finds it."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     engine = Engine(net, [optimizer], CONFIGS[method])

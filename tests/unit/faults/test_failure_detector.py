@@ -7,24 +7,26 @@ import pytest
 
 from resist_lightning.faults.failure_detector import (
     NAP_SECONDS,
-    Liveness,
-    Sign,
+    FailureDetector,
+    Heartbeat,
     Verdict,
     is_broken_connection,
     name_of_exit,
-    read_sign,
+    read_heartbeat,
 )
 
 SILENCE = 30.0
 HOSTS = ("alpha", "beta", "beta")
-FIRST = [Sign(worker, host, home=host, pid=100 + worker) for worker, host in enumerate(HOSTS)]
+FIRST = [Heartbeat(worker, host, home=host, pid=100 + worker) for worker, host in enumerate(HOSTS)]
 
 
-def liveness_of(worker: int = 0) -> Liveness:
-    return Liveness(FIRST[worker], 3, SILENCE, "the store at alpha:1", now=0.0)
+def liveness_of(worker: int = 0) -> FailureDetector:
+    return FailureDetector(FIRST[worker], 3, SILENCE, "the store at alpha:1", now=0.0)
 
 
-def beats(liveness: Liveness, seconds: int, start: int = 0, silent: tuple[int, ...] = (), **fields: object) -> None:
+def beats(
+    liveness: FailureDetector, seconds: int, start: int = 0, silent: tuple[int, ...] = (), **fields: object
+) -> None:
     """Everybody but ``silent`` gives a sign each second."""
     for second in range(start, start + seconds):
         liveness.wake(second)
@@ -34,13 +36,13 @@ def beats(liveness: Liveness, seconds: int, start: int = 0, silent: tuple[int, .
 
 def test_a_sign_can_be_posted_and_read():
     sign = replace(FIRST[1], end="failed", text='ValueError: "ü"\n', seconds=1.5)
-    assert read_sign(sign.write().encode(), 1) == sign
-    assert read_sign(replace(sign, seconds=2).write().encode(), 1) == replace(sign, seconds=2.0)
+    assert read_heartbeat(sign.write().encode(), 1) == sign
+    assert read_heartbeat(replace(sign, seconds=2).write().encode(), 1) == replace(sign, seconds=2.0)
 
 
 def test_a_sign_of_a_newer_version_can_be_read():
     line = json.dumps({**asdict(FIRST[1]), "what": "dreaming", "mood": ["new"]}).encode()
-    assert read_sign(line, 1) == replace(FIRST[1], what="dreaming")
+    assert read_heartbeat(line, 1) == replace(FIRST[1], what="dreaming")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_a_sign_of_a_newer_version_can_be_read():
     ids=["empty", "text", "binary", "deep", "number", "parts", "type", "truth", "list", "huge", "of another worker"],
 )
 def test_what_is_no_sign_of_the_worker_is_passed_over(line: bytes):
-    assert read_sign(line, 1) is None
+    assert read_heartbeat(line, 1) is None
 
 
 def test_nobody_is_lost_while_all_give_signs():
@@ -155,17 +157,17 @@ def test_a_worker_that_is_gone_is_named_rather_than_the_process_that_started_thi
 
 def test_a_worker_that_lives_but_does_not_come_is_named_with_what_it_does():
     liveness = liveness_of()
-    liveness.hear([replace(FIRST[1], what="meeting", round=3, doing="meeting")], 1)
+    liveness.hear([replace(FIRST[1], what="handshake", round=3, doing="handshake")], 1)
     liveness.hear([replace(FIRST[2], what="local steps", round=2, step=7, doing="local steps, round 2", seconds=62)], 1)
     assert liveness.suspect("Timed out waiting 600000ms for recv", 600, 3).text == (
-        "worker 2 (host beta, pid 102) is alive, but has not come to the meeting for 600 s: it is still in "
+        "worker 2 (host beta, pid 102) is alive, but has not come to the handshake for 600 s: it is still in "
         "local steps, round 2, since 62 s."
     )
     broken = liveness.suspect("Connection closed by peer", 600, 3).text
     assert "no worker is known to be lost" in broken
     for named in (
         "worker 1 (host",
-        "meeting;",
+        "handshake;",
         "worker 2 (host beta, pid 102): local steps, round 2",
         "call it on all",
     ):

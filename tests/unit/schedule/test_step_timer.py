@@ -28,7 +28,7 @@ def test_only_the_time_in_local_steps_counts(monkeypatch: pytest.MonkeyPatch) ->
     after(0.5, "evaluation")
     after(30, "local steps")
     after(4, "local steps", step=True)
-    after(0.5, "meeting")
+    after(0.5, "handshake")
     assert pace.take() == pytest.approx((1 + 2 + 0.5 + 4 + 0.5) / 3)
 
     after(20, "averaging")

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from resist_lightning.methods.residual import Block, recognise
 from resist_lightning.methods.resist.network import select_blocks
-from resist_lightning.methods.resist.subnet import Presence, Residency
+from resist_lightning.methods.resist.subnet import Subnet, SubnetBlock
 from resist_lightning.models import PreActBlock
 from resist_lightning.state.absent import present_class
 from resist_lightning.state.memory import present_to_cpu
@@ -22,9 +22,9 @@ from tests.helpers.nets import Computed, MlpBlock, OwnForward, Recurrent, residu
 
 
 def absent(block):
-    presence = Presence(recognise("block", block))
-    presence.free()
-    return presence
+    subnet = SubnetBlock(recognise("block", block))
+    subnet.free()
+    return subnet
 
 
 def attributes(tensor):
@@ -44,16 +44,16 @@ def test_freeing_and_allocating_keeps_all_but_the_values():
     block.bn1.weight.requires_grad_(False)
     block.conv1.weight.partition_dim = 3
     before = facts(block)
-    presence = Presence(recognise("block", block))
+    subnet = SubnetBlock(recognise("block", block))
     for _ in range(3):
-        presence.free()
+        subnet.free()
         assert facts(block) == before
-        assert not presence.present
-        presence.allocate()
+        assert not subnet.present
+        subnet.allocate()
         assert facts(block) == before
-        assert presence.present
+        assert subnet.present
     assert block.conv2.weight.is_contiguous(memory_format=torch.channels_last)
-    assert {tensor.device.type for tensor in presence.block.tensors().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in subnet.block.tensors().values()} == {"cpu"}
 
 
 def test_a_subclass_of_parameter_stays_one():
@@ -62,8 +62,8 @@ def test_a_subclass_of_parameter_stays_one():
 
     block = PreActBlock(4, 4)
     block.conv1.weight = Special(block.conv1.weight.data)
-    presence = absent(block)
-    presence.allocate()
+    subnet = absent(block)
+    subnet.allocate()
     assert type(block.conv1.weight) is Special
 
 
@@ -72,9 +72,9 @@ def test_an_absent_block_is_exactly_the_identity_and_a_present_one_computes_agai
     block, x = residual_block(kind)
     values = {name: tensor.detach().clone() for name, tensor in block.state_dict().items()}
     y = block(x).detach()
-    presence = absent(block)
+    subnet = absent(block)
     assert block(x) is x
-    presence.allocate()
+    subnet.allocate()
     block.load_state_dict(values)
     torch.testing.assert_close(block(x), y, rtol=0, atol=0)
     assert "forward" not in block.__dict__
@@ -92,9 +92,9 @@ def test_gradients_pass_an_absent_block_untouched():
 def test_a_forward_of_the_instance_s_own_comes_back():
     block, x = residual_block("preact")
     block.forward = lambda _: "its own"
-    presence = absent(block)
+    subnet = absent(block)
     assert block(x) is x
-    presence.allocate()
+    subnet.allocate()
     assert block(x) == "its own"
 
 
@@ -110,14 +110,14 @@ def test_the_bytes_are_really_given_back():
     block(torch.randn(2, 64)).sum().backward()
     assert storage_bytes(block) == 2 * 4 * sum(p.numel() for p in block.parameters())
     kept = [parameter.untyped_storage().nbytes() for parameter in block.parameters()]
-    presence = absent(block)
+    subnet = absent(block)
     assert sum(kept) > 0
     assert storage_bytes(block) == 0
     shapes = {tuple(parameter.shape) for parameter in block.parameters()}
     alive = [t for t in tensors_alive() if id(t) not in of_other_tests and tuple(t.shape) in shapes]
     assert alive
     assert all(tensor.is_meta for tensor in alive)
-    presence.allocate()
+    subnet.allocate()
     assert storage_bytes(block) == sum(kept)
 
 
@@ -125,7 +125,7 @@ def test_optimizer_schedulers_and_clipping_stay_valid_over_many_cycles():
     net = small_preact()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    presences = [Presence(block) for block in select_blocks(net)]
+    presences = [SubnetBlock(block) for block in select_blocks(net)]
     parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
     for cycle in range(4):
         gone, here = presences[cycle % 4], presences[(cycle + 1) % 4]
@@ -191,22 +191,22 @@ def test_a_loss_that_the_loop_still_holds_after_backward_is_no_hindrance():
     output = block(x)
     loss = output.sum()
     loss.backward()
-    presence = absent(block)
-    assert not presence.present
+    subnet = absent(block)
+    assert not subnet.present
     assert loss.grad_fn is not None
 
 
 def test_a_worker_holds_the_blocks_that_it_is_told_to_and_no_others():
     net = small_preact()
     blocks = select_blocks(net)
-    residency = Residency(blocks)
-    assert residency.held() == list(blocks)
+    subnet = Subnet(blocks)
+    assert subnet.held() == list(blocks)
     for keep in ({0, 2}, {1, 2}, set(), {3}, {0, 1, 2, 3}, range(4)):
-        before = residency.held()
+        before = subnet.held()
         staying = [block for index, block in enumerate(blocks) if block in before and index in keep]
-        assert residency.not_staying(keep) == [block for block in blocks if block not in staying]
-        residency.hold(keep)
-        assert residency.held() == [blocks[index] for index in sorted(keep)]
+        assert subnet.not_staying(keep) == [block for block in blocks if block not in staying]
+        subnet.hold(keep)
+        assert subnet.held() == [blocks[index] for index in sorted(keep)]
         for index, block in enumerate(blocks):
             assert {tensor.is_meta for tensor in block.tensors().values()} == {index not in keep}
 
@@ -225,25 +225,25 @@ def test_a_worker_holds_the_blocks_that_it_is_told_to_and_no_others():
 def test_layers_that_keep_more_than_parameters_go_and_come_back(make):
     block, x = make().eval(), torch.randn(2, 3, 6)
     values = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    presence = Presence(Block("block", block, None, keeps_shape=True))
-    presence.free()
-    presence.allocate()
+    subnet = SubnetBlock(Block("block", block, None, keeps_shape=True))
+    subnet.free()
+    subnet.allocate()
     block.load_state_dict(values)
     expected = block(x).detach()
     for _ in range(2):
         block(x)  # a graph that nobody calls backward on
-        presence.free()
+        subnet.free()
         plain = [value for module in block.modules() for value in vars(module).values() if isinstance(value, Tensor)]
         assert all(tensor.is_meta for tensor in (*block.parameters(), *block.buffers(), *plain))
         assert block(x) is x
-        presence.allocate()
+        subnet.allocate()
         block.load_state_dict(values)
         torch.testing.assert_close(block(x), expected, rtol=0, atol=0)
 
 
 def test_what_is_present_moves_to_the_cpu_and_the_rest_stays_absent():
     net = small_preact()
-    Presence(select_blocks(net)[1]).free()
+    SubnetBlock(select_blocks(net)[1]).free()
     present_to_cpu(net)
     assert {name for name, parameter in net.named_parameters() if parameter.is_meta} == {
         name for name, _ in net.named_parameters() if name.startswith("section3.2.")
@@ -274,11 +274,11 @@ def test_gradient_hooks_of_a_parameter_survive_an_absence():
         return seen, bool(block.conv1.weight.grad.any())
 
     values = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    presence = Presence(recognise("block", block))
+    subnet = SubnetBlock(recognise("block", block))
     for _ in range(3):
         assert backward() == (["hook", "post"], False)
-        presence.free()
-        presence.allocate()
+        subnet.free()
+        subnet.allocate()
         block.load_state_dict(values)
     assert backward() == (["hook", "post"], False)
     for handle in handles:

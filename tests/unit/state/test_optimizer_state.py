@@ -8,7 +8,7 @@ from timm.optim import Adan, Lamb, Lookahead
 from torch import nn
 
 from resist_lightning.methods.resist.network import select_blocks
-from resist_lightning.methods.resist.subnet import Presence
+from resist_lightning.methods.resist.subnet import SubnetBlock
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers
@@ -135,7 +135,7 @@ def test_an_absent_parameter_tells_shapes_and_makes_no_state():
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     states = OptimizerStates([optimizer])
     expected = [(t.shape, t.dtype) for t in states.tensors(of_block(module, 1))]
-    Presence(select_blocks(module)[1]).free()
+    SubnetBlock(select_blocks(module)[1]).free()
     optimizer.state.clear()
     found = states.tensors(of_block(module, 1))
     assert [(t.shape, t.dtype) for t in found] == expected
@@ -281,9 +281,9 @@ def test_what_an_optimizer_has_goes_into_a_file_and_comes_back_to_the_bit(tmp_pa
     optimizer.train()
     stepped(module, optimizer)
     optimizer.state[of_block(module)[0]]["wide"].fill_(1 / 3)
-    torch.save(states.own(), tmp_path / "own")
+    torch.save(states.state_dict(), tmp_path / "own")
     groups = other.param_groups
-    others.load_own(torch.load(tmp_path / "own", weights_only=True))
+    others.load_state_dict(torch.load(tmp_path / "own", weights_only=True))
     assert (other.calls, other.param_groups) == (1, optimizer.param_groups)
     assert other.param_groups is groups  # a wrapper may share it
     for parameter, state in optimizer.state.items():
@@ -323,12 +323,12 @@ def test_state_inside_of_an_optimizer_is_treated_like_its_own():
     block = of_block(module)
     optimizer.step(lambda: module(torch.randn(4, 3, 8, 8)).sum().backward())
     assert len(states.tensors(block)) == 2 * len(block)
-    saved = states.own()
+    saved = states.state_dict()
     states.drop(block)
     assert not any(parameter in optimizer.base.state for parameter in block)
     states.reset()
     assert not optimizer.base.state
-    states.load_own(saved)
+    states.load_state_dict(saved)
     assert optimizer.base.param_groups is optimizer.param_groups
     assert all(optimizer.base.state[parameter]["momentum_buffer"].any() for parameter in block)
 
@@ -362,7 +362,7 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
     states = OptimizerStates([optimizer])
     optimizer.state[of_block(module)[0]]["hessian"] = torch.ones(3)
     with pytest.warns(UserWarning, match=r"what NeedsGraph keeps is not known.*trial step.*RuntimeError"):
-        states.warn("reset", 3)
+        states.warn_about_settings("reset", 3)
     with pytest.raises(ValueError, match=r"'travel' cannot move the state of NeedsGraph.*'keep' or 'reset'"):
         states.check_travel()
     states.reset()
@@ -383,7 +383,7 @@ def test_optimizers_of_a_library_are_tried_like_torch_s(recwarn):
     module = small_preact()
     made = [Lamb(module.parameters()), Adan(module.parameters()), Lookahead(torch.optim.AdamW(module.parameters()))]
     states = OptimizerStates(made)
-    states.warn("reset", 3)
+    states.warn_about_settings("reset", 3)
     assert not recwarn.list
     parameter = of_block(module)[0]
     assert [len(kept.slots(0, parameter.dim())) for kept in states._kept] == [2, 4, 0, 3]

@@ -1,4 +1,4 @@
-"""Keyed loaders in Lightning's loops: the epoch that the loops are in reaches the data set, wherever it is read."""
+"""Seeded loaders in Lightning's loops: the epoch that the loops are in reaches the data set, wherever it is read."""
 
 from __future__ import annotations
 

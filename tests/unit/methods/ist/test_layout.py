@@ -156,8 +156,8 @@ def test_it_says_in_words_what_was_chosen():
         "the neurons of 3 hidden layer(s) are dealt out to 3 worker(s); rounds of 7 local steps.\n0 (11 neurons): rows"
     )
     assert layout.parts() == ["0", "3", "6"]
-    assert layout.place("3.weight") == "its neurons' part of 3.weight"
-    assert layout.place("8.bias") == "shared tensor 8.bias"
+    assert layout.describe_tensor("3.weight") == "its neurons' part of 3.weight"
+    assert layout.describe_tensor("8.bias") == "shared tensor 8.bias"
 
 
 # ------------------------------------------------------------------ refusals

@@ -177,7 +177,7 @@ def train_and_save(collective, run):
     def save(engine, step):
         with engine.full_model("checkpoint") as full:
             whole = clone_state(full)
-            checkpoints.append(saved((whole, engine.checkpoint_state(), engine.resumption.own())))
+            checkpoints.append(saved((whole, engine.checkpoint_state(), engine.resumption.state_dict())))
 
     _, final = train_engine(run, collective.worker, save, collective)
     return checkpoints, final

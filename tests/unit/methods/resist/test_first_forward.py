@@ -19,7 +19,7 @@ from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.scaling import fold
 from resist_lightning.methods.resist.simulator import Simulator
-from resist_lightning.methods.resist.subnet import Presence
+from resist_lightning.methods.resist.subnet import SubnetBlock
 from tests.helpers.nets import MlpBlock, Undeclared, mlp
 from tests.helpers.threads import run_threads
 from tests.helpers.training import assert_equal_states, clone_state
@@ -193,7 +193,7 @@ def test_a_block_that_overwrites_its_input_is_refused_as_a_hook_could_not_scale_
     block = block_at("layer.0", InPlace())
     FirstForward([block])
     if absent:
-        Presence(block).free()
+        SubnetBlock(block).free()
     with mode(), pytest.raises(BlockSelectionError, match=r"block 'layer\.0' \(InPlace\) writes into its input"):
         block.module(torch.randn(TOKEN_INPUT))
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_left_out_is_refused_where_it_is_present_and_where_it_is_
     block = block_at("layer.0", Odd(odd))
     FirstForward([block])
     if absent:
-        Presence(block).free()
+        SubnetBlock(block).free()
     x = torch.randn(TOKEN_INPUT)
     with pytest.raises(BlockSelectionError, match=rf"block 'layer\.0' .*{odd}"):
         block.module([x] if odd == "a list" else x)
@@ -244,7 +244,7 @@ def test_what_cannot_be_left_out_is_refused_where_it_is_present_and_where_it_is_
 def test_an_absent_block_gives_back_its_input_however_it_is_called(call):
     block = block_at("layer.0", Odd(""))
     FirstForward([block])
-    Presence(block).free()
+    SubnetBlock(block).free()
     x = torch.randn(TOKEN_INPUT)
     assert call(block.module, x, torch.ones(1)) is x
     assert call(block.module, x, torch.ones(1)) is x

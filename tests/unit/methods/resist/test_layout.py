@@ -247,7 +247,7 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
     before = measured()
     assert before.schedule.counts == ((6, (3, 1)),)
     after = BlockLayout(small_preact(), before.config, 2)
-    after.resume(before.schedule.table(), 9)
+    after.resume(before.schedule.state_dict(), 9)
     assert after.schedule == before.schedule
     assert after.digest() == before.digest() != BlockLayout(small_preact(), before.config, 2).digest()
     after.resume({}, 9)
@@ -258,7 +258,7 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
 def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
     config = Config(**{"min_blocks": 1, "blocks_per_worker": "auto", **options})
     after = BlockLayout(small_preact(), config, workers)
-    after.resume(measured().schedule.table(), 9)
+    after.resume(measured().schedule.state_dict(), 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
 
 
@@ -266,7 +266,7 @@ def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
 def test_a_resumed_run_does_as_its_settings_say_whatever_was_measured(counts):
     after = BlockLayout(small_preact(), Config(min_blocks=1, blocks_per_worker=counts), 2)
     schedule = after.schedule
-    after.resume(measured().schedule.table(), 9)
+    after.resume(measured().schedule.state_dict(), 9)
     assert after.schedule == schedule
 
 

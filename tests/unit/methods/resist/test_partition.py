@@ -93,7 +93,7 @@ def test_measuring_waits_for_the_warm_up_and_is_left_out_where_all_hold_everythi
 def test_a_table_that_was_saved_and_read_goes_on_as_if_nothing_had_happened(stop):
     unbroken = learn_all(AUTO, SLOW_LAST)[-1]
     saved = learn_all(AUTO, SLOW_LAST, rounds=stop)[-1].table()
-    resumed = AUTO.with_table(json.loads(json.dumps(saved)))
+    resumed = AUTO.with_state_dict(json.loads(json.dumps(saved)))
     again = reduce(lambda s, r: s.learn(r, SLOW_LAST.get(r, [1.0] * 3)), range(stop, 7), resumed)
     assert again == unbroken
     assert again.table() == unbroken.table() != {}

@@ -108,7 +108,7 @@ def test_a_small_data_set_gives_all_it_has() -> None:
 
 
 @pytest.mark.parametrize("dataset", [Rows(), TensorDataset(torch.rand(9, 2), torch.rand(9)), Stream(9)])
-def test_a_keyed_loader_gives_the_same_example(dataset: Any) -> None:
+def test_a_seeded_loader_gives_the_same_example(dataset: Any) -> None:
     loader = DataLoader(dataset, batch_size=4)
 
     assert torch.equal(example(key_loader(loader, 0, lambda: 0)), example(loader))
@@ -151,11 +151,11 @@ def test_iterables_that_can_begin_again_give_their_first_items() -> None:
     assert example(Stream(9)).shape == (3,)  # as a loader: its items are batches
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-def test_data_that_would_be_lost_are_not_read(keyed: bool) -> None:
+@pytest.mark.parametrize("seeded", [False, True])
+def test_data_that_would_be_lost_are_not_read(seeded: bool) -> None:
     loader: Any = DataLoader(Once(3), batch_size=2)
     with pytest.raises(ValueError, match=r"data set, Once, can be iterated only once, .* Set example_input_array"):
-        example(key_loader(loader, 0, lambda: 0) if keyed else loader)
+        example(key_loader(loader, 0, lambda: 0) if seeded else loader)
     with pytest.raises(ValueError, match="training loader, Once, can be iterated only once"):
         example(Once(3))
 

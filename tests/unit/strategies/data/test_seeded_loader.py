@@ -25,7 +25,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from torchvision.transforms import v2
 
 from resist_lightning.state.random_state import random_state
-from resist_lightning.strategies.data.seeded_loader import KeyedDataset, key_loader, unkey_loader
+from resist_lightning.strategies.data.seeded_loader import SeededDataset, key_loader, unkey_loader
 
 SAMPLES = 8
 
@@ -85,7 +85,7 @@ class Order:
         return len(self.order)
 
 
-def keyed(
+def seeded(
     dataset: Any = None, epoch: Callable[[], int] = lambda: 0, *, seed: int = 3, stream: int = 0, **options: Any
 ) -> DataLoader[Any]:
     frozen = options.pop("frozen", False)
@@ -114,9 +114,9 @@ PROCESSES = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persist
 @pytest.mark.parametrize("options", PROCESSES, ids=["none", "two", "persistent"])
 def test_a_sample_is_augmented_alike_in_any_order_and_anew_in_each_epoch(options: dict[str, Any]) -> None:
     now = [0]
-    there = keyed(epoch=lambda: now[0], **options)
-    back = keyed(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3)
-    back_next = keyed(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3, epoch=lambda: 1)
+    there = seeded(epoch=lambda: now[0], **options)
+    back = seeded(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3)
+    back_next = seeded(sampler=Order([5, 2, 7, 0, 1, 6, 3, 4]), batch_size=3, epoch=lambda: 1)
     torch.manual_seed(1)
     first = by_index(there)
     now[0] = 1
@@ -133,17 +133,17 @@ def test_a_sample_is_augmented_alike_in_any_order_and_anew_in_each_epoch(options
 
 def test_processes_that_are_spawned_see_each_epoch() -> None:
     now = [0]
-    spawned = keyed(
+    spawned = seeded(
         epoch=lambda: now[0], num_workers=1, persistent_workers=True, multiprocessing_context="spawn", timeout=60
     )
 
     for now[0] in (0, 1):
-        assert by_index(spawned) == by_index(keyed(epoch=lambda: now[0]))
+        assert by_index(spawned) == by_index(seeded(epoch=lambda: now[0]))
 
 
 @pytest.mark.parametrize("library", [0, 1, 2], ids=["numpy", "python", "torch"])
 def test_every_generator_draws_something_else_for_another_sample_seed_epoch_and_stream(library: int) -> None:
-    loaders = [keyed(), keyed(seed=4), keyed(epoch=lambda: 1), keyed(stream=1)]
+    loaders = [seeded(), seeded(seed=4), seeded(epoch=lambda: 1), seeded(stream=1)]
 
     numbers = [row[16 + library] for loader in loaders for row in by_index(loader).values()]
 
@@ -151,14 +151,14 @@ def test_every_generator_draws_something_else_for_another_sample_seed_epoch_and_
 
 
 def test_the_generators_are_independent_of_each_other() -> None:
-    rows = by_index(keyed()).values()
+    rows = by_index(seeded()).values()
 
     assert all(len({round(number, 4) for number in row[-3:]}) == 3 for row in rows)
 
 
 @pytest.mark.parametrize("dataset", [Augmented(), Batched(), Columns(), Subset(Augmented(), range(SAMPLES)), Stream()])
 def test_the_callers_generators_stay_where_they_are(dataset: Any) -> None:
-    iterator = iter(keyed(dataset, collate_fn=draws))
+    iterator = iter(seeded(dataset, collate_fn=draws))
     before = random_state()
 
     for _ in range(2):
@@ -183,7 +183,7 @@ def number_beside(samples: list[Any]) -> Any:
 
 
 def test_the_callers_generators_stay_where_they_are_when_the_data_set_fails() -> None:
-    loader = keyed([1, 2, 3], sampler=Order([7]))
+    loader = seeded([1, 2, 3], sampler=Order([7]))
     iterator = iter(loader)
     before = torch.get_rng_state()
 
@@ -205,7 +205,7 @@ def test_collate_functions_draw_from_epoch_and_samples(mix: Any, options: dict[s
         return mixing(*batch)[0]
 
     def mixed(order: Sequence[int], epoch: int = 0) -> list[Any]:
-        return drawn(keyed(sampler=Order(order), epoch=lambda: epoch, collate_fn=collate, **options))
+        return drawn(seeded(sampler=Order(order), epoch=lambda: epoch, collate_fn=collate, **options))
 
     there = mixed(range(8))
     torch.manual_seed(7)
@@ -215,21 +215,21 @@ def test_collate_functions_draw_from_epoch_and_samples(mix: Any, options: dict[s
 
 
 def test_a_frozen_loader_repeats_epoch_0() -> None:
-    frozen = keyed(epoch=lambda: 5, frozen=True)
+    frozen = seeded(epoch=lambda: 5, frozen=True)
 
-    assert by_index(frozen) == by_index(keyed())
-    assert by_index(frozen) != by_index(keyed(epoch=lambda: 5))
+    assert by_index(frozen) == by_index(seeded())
+    assert by_index(frozen) != by_index(seeded(epoch=lambda: 5))
 
 
 @pytest.mark.parametrize("dataset", [Batched(), Subset(Augmented(), range(SAMPLES)), Subset(Batched(), range(SAMPLES))])
 def test_data_sets_that_read_batches_draw_for_each_sample(dataset: Any) -> None:
-    assert by_index(keyed(dataset)) == by_index(keyed())
-    assert by_index(keyed(dataset, sampler=Order([3, 1, 2]))).items() <= by_index(keyed()).items()
+    assert by_index(seeded(dataset)) == by_index(seeded())
+    assert by_index(seeded(dataset, sampler=Order([3, 1, 2]))).items() <= by_index(seeded()).items()
 
 
 def test_data_sets_that_collate_for_themselves_draw_for_each_batch() -> None:
     def batches(order: Sequence[int], epoch: int) -> list[Any]:
-        loader = keyed(Columns(), sampler=Order(order), epoch=lambda: epoch, collate_fn=lambda batch: batch)
+        loader = seeded(Columns(), sampler=Order(order), epoch=lambda: epoch, collate_fn=lambda batch: batch)
         return [batch["noise"].tolist() for batch in loader]
 
     there = batches(range(8), 0)
@@ -242,7 +242,7 @@ def test_data_sets_that_collate_for_themselves_draw_for_each_batch() -> None:
 @pytest.mark.parametrize("batch_size", [4, None])
 @pytest.mark.parametrize("dataset", [range(SAMPLES), Stream()], ids=["map", "stream"])
 def test_collate_functions_draw_anew_for_each_batch(dataset: Any, batch_size: int | None) -> None:
-    numbers = [number for _, *three in keyed(dataset, collate_fn=draws, batch_size=batch_size) for number in three]
+    numbers = [number for _, *three in seeded(dataset, collate_fn=draws, batch_size=batch_size) for number in three]
 
     assert len(numbers) >= 6
     assert len(set(map(float, numbers))) == len(numbers)
@@ -253,7 +253,7 @@ def test_streams_that_draw_when_their_iteration_begins_draw_alike() -> None:
         def __iter__(self) -> Iterator[int]:
             return iter(torch.randperm(50).tolist())
 
-    orders = [drawn(keyed(Eager(), epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
+    orders = [drawn(seeded(Eager(), epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)]
 
     assert orders[0] == orders[1] != orders[2]
 
@@ -265,7 +265,7 @@ def test_iterable_data_sets_draw_alike_whatever_the_process_drew_before(options:
         random.seed(seed)
         np.random.seed(seed)
         now = [0]
-        loader = keyed(Stream(), epoch=lambda: now[0], **options)
+        loader = seeded(Stream(), epoch=lambda: now[0], **options)
         found = []
         for now[0] in (0, 1, 0):
             found.append(drawn(loader))
@@ -281,8 +281,8 @@ def test_iterable_data_sets_draw_alike_whatever_the_process_drew_before(options:
 
 
 def test_an_epoch_that_is_fetched_again_from_its_middle_is_the_same() -> None:
-    whole = drawn(keyed(Stream())), by_index(keyed())
-    again = iter(keyed(Stream())), iter(keyed())
+    whole = drawn(seeded(Stream())), by_index(seeded())
+    again = iter(seeded(Stream())), iter(seeded())
     for iterator in again:
         next(iterator)
     torch.manual_seed(99)
@@ -293,11 +293,11 @@ def test_an_epoch_that_is_fetched_again_from_its_middle_is_the_same() -> None:
 
 def test_samplers_of_batches_keep_their_order() -> None:
     batches = [[7, 0], [3, 3, 1], [2]]
-    loader = keyed(batch_sampler=Order(batches), batch_size=1)
+    loader = seeded(batch_sampler=Order(batches), batch_size=1)
     found = list(loader)
 
     assert [batch["index"].tolist() for batch in found] == batches
-    assert by_index(found).items() <= by_index(keyed()).items()
+    assert by_index(found).items() <= by_index(seeded()).items()
     assert torch.equal(found[1]["image"][0], found[1]["image"][1])
 
 
@@ -306,16 +306,18 @@ def test_without_automatic_batches_a_sample_is_what_the_sampler_asks_for() -> No
         def __getitem__(self, index: Any) -> Tensor:
             return torch.rand(np.shape(index))
 
-    single = drawn(keyed(Rows(), batch_size=None, sampler=Order([4, 2, 4])))
+    single = drawn(seeded(Rows(), batch_size=None, sampler=Order([4, 2, 4])))
     assert single[0] == single[2] != single[1]
     lists = BatchSampler(SequentialSampler(range(4)), 2, drop_last=False)
-    assert drawn(keyed(Rows(), batch_size=None, sampler=lists)) == drawn(keyed(Rows(), batch_size=None, sampler=lists))
+    assert drawn(seeded(Rows(), batch_size=None, sampler=lists)) == drawn(
+        seeded(Rows(), batch_size=None, sampler=lists)
+    )
 
 
 def test_indices_of_other_libraries_are_the_same_samples() -> None:
     orders = [[3, 1], np.array([3, 1]), torch.tensor([3, 1])]
 
-    assert len({str(by_index(keyed(sampler=Order(order)))) for order in orders}) == 1
+    assert len({str(by_index(seeded(sampler=Order(order)))) for order in orders}) == 1
 
 
 def test_the_users_loader_and_data_set_stay_as_they_are() -> None:
@@ -336,9 +338,9 @@ def test_the_users_loader_and_data_set_stay_as_they_are() -> None:
     assert len(twin.dataset) == SAMPLES
 
 
-def test_attributes_of_the_data_set_are_read_and_set_through_the_keyed_one() -> None:
+def test_attributes_of_the_data_set_are_read_and_set_through_the_seeded_one() -> None:
     dataset = Augmented()
-    twin: Any = keyed(dataset)
+    twin: Any = seeded(dataset)
 
     assert twin.dataset.transform is dataset.transform
     twin.dataset.transform = None
@@ -347,24 +349,24 @@ def test_attributes_of_the_data_set_are_read_and_set_through_the_keyed_one() -> 
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         twin.dataset.absent  # noqa: B018
     with pytest.raises(TypeError, match="has no len"):
-        len(keyed(Stream()).dataset)  # type: ignore[arg-type]
+        len(seeded(Stream()).dataset)  # type: ignore[arg-type]
 
 
-def test_a_loader_that_is_keyed_again_has_the_new_seed_only() -> None:
+def test_a_loader_that_is_seeded_again_has_the_new_seed_only() -> None:
     now = [0]
-    old = keyed(epoch=lambda: now[0], collate_fn=number_beside)
+    old = seeded(epoch=lambda: now[0], collate_fn=number_beside)
     again: Any = key_loader(old, 4, lambda: 0)
 
-    assert isinstance(again.dataset, KeyedDataset)
+    assert isinstance(again.dataset, SeededDataset)
     assert isinstance(again.dataset.unkeyed, Augmented)
-    assert by_index(again) == by_index(keyed(seed=4, collate_fn=number_beside))
+    assert by_index(again) == by_index(seeded(seed=4, collate_fn=number_beside))
 
 
 def test_a_loader_whose_processes_run_gets_new_ones() -> None:
     loader = DataLoader(Augmented(), batch_size=4, num_workers=1, persistent_workers=True)
     list(loader)
 
-    assert by_index(key_loader(loader, 3, lambda: 0)) == by_index(keyed())
+    assert by_index(key_loader(loader, 3, lambda: 0)) == by_index(seeded())
 
 
 def test_a_loader_of_the_users_own_class_stays_one() -> None:
@@ -380,7 +382,7 @@ def test_a_loader_of_the_users_own_class_stays_one() -> None:
 
     assert isinstance(twin, Own)
     assert twin.kept == "this"
-    assert by_index(twin) == by_index(keyed(epoch=lambda: 1))
+    assert by_index(twin) == by_index(seeded(epoch=lambda: 1))
 
 
 def test_what_is_no_data_loader_is_returned_as_it_is() -> None:
@@ -392,4 +394,4 @@ def test_what_is_no_data_loader_is_returned_as_it_is() -> None:
 
 def test_data_pipes_are_refused() -> None:
     with pytest.raises(ValueError, match="are a DataPipe, which deals its samples out over the workers"):
-        keyed(IterableWrapper([1, 2]))
+        seeded(IterableWrapper([1, 2]))
