@@ -1,0 +1,236 @@
+"""Breaks the code on purpose, twenty times, and reports which tests notice: ``make mutants``.
+
+Each mutant is a copy of the repository with one small change. Its tests must fail (killed); where they pass, the mutant
+has survived and a contract has lost its test. ``tests/unit/test_mutants.py`` keeps the changes applicable.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("resist_lightning", "tests", "experiments", "hydra_plugins", "conf")
+LIMIT_SECONDS = 600
+AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One small break of the code.
+
+    Args:
+        name: what is broken, for the table.
+        file: within ``resist_lightning``.
+        old: the line or expression that is replaced; it stands in the file exactly once.
+        new: what takes its place.
+        tests: pytest arguments; at least one of these tests must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "sum for mean",
+        "comm/mean.py",
+        "numbers.add_(offset / (len(others) + 1))",
+        "numbers.add_(offset)",
+        ("tests/distributed/test_oracle.py",),
+    ),
+    Mutant(
+        "no broadcast at the start",
+        "engine/engine.py",
+        'self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")',
+        "pass",
+        ("tests/distributed/test_means.py", "tests/distributed/test_by_hand.py", "tests/distributed/test_agreement.py"),
+    ),
+    Mutant(
+        "lost block",
+        "schedule/transfers.py",
+        "hand_over.extend(Transfer(root, worker, block) for worker in new if worker != root)",
+        "hand_over.extend(Transfer(root, worker, block) for worker in new[1:] if worker != root)",
+        ("tests/unit/schedule/test_transfers.py",),
+    ),
+    Mutant(
+        "block sent twice",
+        "schedule/transfers.py",
+        "hand_over.extend(Transfer(root, worker, block) for worker in new if worker != root)",
+        "hand_over.extend(2 * [Transfer(root, worker, block) for worker in new if worker != root])",
+        ("tests/unit/schedule/test_transfers.py",),
+    ),
+    Mutant(
+        "momentum kept at a sync",
+        "engine/engine.py",
+        'if self.config.momentum == "reset":',
+        "if False:",
+        ("tests/unit/engine/test_engine.py",),
+    ),
+    Mutant(
+        "scale not undone after an evaluation",
+        "methods/resist/scaling.py",
+        "tensor.div_(scale)",
+        "pass",
+        ("tests/unit/methods/resist/test_scaling.py",),
+    ),
+    Mutant(
+        "partial checkpoint",
+        "methods/part_guard.py",
+        'self.refuse(name, "save")',
+        "return",
+        ("tests/unit/methods/ist/test_odd_trainings.py",),
+    ),
+    Mutant(
+        "absent values read in silence",
+        "state/absent.py",
+        "raise absent._error()",
+        "return torch.zeros(())",
+        ("tests/unit/state/test_absent.py",),
+    ),
+    Mutant(
+        "header not compared",
+        "checks/header.py",
+        "if not differing:",
+        "if True:",
+        ("tests/unit/checks/test_header.py",),
+    ),
+    Mutant(
+        "partition by process",
+        "schedule/partition.py",
+        "@lru_cache(maxsize=64)",
+        "@(lambda f: lambda b, c, s, *rest: f(b, c, s + __import__('os').getpid(), *rest))",
+        ("tests/unit/schedule/test_partition.py",),
+    ),
+    Mutant(
+        "rounding down",
+        "comm/quantize.py",
+        "steps += 0.5 if noise is None else",
+        "steps += 0.0 if noise is None else",
+        ("tests/unit/comm/test_quantize.py",),
+    ),
+    Mutant(
+        "resume without random state",
+        "strategies/saving/strategy.py",
+        'self._position.restore(state["position"])',
+        "pass",
+        ("tests/integration/test_exact_resume.py",),
+    ),
+    Mutant(
+        "gradient of a stage cut",
+        "methods/auxnet/step/join.py",
+        "return gradient.to(ctx.made.dtype), None, None, None, None",
+        "return torch.zeros_like(ctx.made), None, None, None, None",
+        ("tests/distributed/test_auxnet_steps.py",),
+    ),
+    Mutant(
+        "slice to the wrong worker",
+        "methods/ist/plan.py",
+        "yield Piece(source, target, rows, columns)",
+        "yield Piece(target, source, rows, columns)",
+        ("tests/unit/methods/ist/test_plan.py",),
+    ),
+    Mutant(
+        "a worker that is left out counts",
+        "comm/mean.py",
+        "numbers.mul_(collective.workers / (collective.workers - len(left_out)))",
+        "pass",
+        ("tests/unit/comm/test_mean.py",),
+    ),
+    Mutant(
+        "tensors in mid-round not in the worker's file",
+        "engine/resume.py",
+        'self.put(self._own["tensors"])',
+        "pass",
+        ("tests/unit/engine/test_engine.py",),
+    ),
+    Mutant(
+        "damaged file accepted",
+        "checkpoint/files.py",
+        "found, expected = _checksum_before_seal(file, size), int(seal[1], 16)",
+        "found = expected = int(seal[1], 16)",
+        ("tests/unit/checkpoint/test_files.py",),
+    ),
+    Mutant(
+        "trials move the user's generators",
+        "state/random_state.py",
+        "torch.set_rng_state(torch_cpu)",
+        "pass",
+        ("tests/unit/strategies/data/test_seeded_loader.py",),
+    ),
+    Mutant(
+        "non-finite values averaged",
+        "checks/divergence.py",
+        "    if not tensors:\n        return []\n    numbers",
+        "    if True:\n        return [False] * len(tensors)\n    numbers",
+        ("tests/unit/checks/test_divergence.py",),
+    ),
+    Mutant(
+        "epochs of unequal length",
+        "strategies/data/equal_epochs.py",
+        "loader.limits = [min(limit, shortest) for limit in limits]",
+        "pass",
+        ("tests/unit/strategies/data/test_equal_epochs.py",),
+    ),
+)
+
+
+def applied(text: str, mutant: Mutant) -> str:
+    """The file's text with the mutant's change.
+
+    Raises:
+        ValueError: if the text to replace does not stand in it exactly once.
+    """
+    found = text.count(mutant.old)
+    if found != 1:
+        raise ValueError(f"mutant {mutant.name!r}: {mutant.old!r} stands {found} times in {mutant.file}, not once.")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(mutant: Mutant) -> tuple[str, float]:
+    """Whether a mutant is killed, and the seconds that it took."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COPIED:
+            ignored = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = Path(folder, "resist_lightning", mutant.file)
+        path.write_text(applied(path.read_text(), mutant))
+        # `-m` puts the copy before the installed package.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
+        try:
+            done = subprocess.run(
+                command, check=False, cwd=folder, capture_output=True, text=True, timeout=LIMIT_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return "killed (hangs)", time.monotonic() - start
+    verdicts = {0: "SURVIVED", 1: "killed"}
+    verdict = verdicts.get(done.returncode, f"no verdict: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return verdict, time.monotonic() - start
+
+
+def main() -> None:
+    """Run the mutants whose names contain the arguments, all without one; fail if one survives."""
+    wanted = [m for m in MUTANTS if not sys.argv[1:] or any(part in m.name for part in sys.argv[1:])]
+    survivors = 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for mutant, (verdict, seconds) in zip(wanted, pool.map(run, wanted), strict=True):
+            survivors += not verdict.startswith("killed")
+            sys.stdout.write(f"{mutant.name:48s} {verdict:16s} {seconds:5.0f} s   {' '.join(mutant.tests)}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{len(wanted) - survivors} of {len(wanted)} mutants killed\n")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
