@@ -157,7 +157,7 @@ def test_batch_norm_statistics_are_by_policy_of_guesses_of_images_or_of_the_batc
     for policy in policies:
         (during, after, state), theirs = found[policy]
         assert during == theirs[0]
-        assert (during == after) == (policy != "batch")  # after the training it is the model that is saved
+        assert during == after, policy  # also by the statistics of batches, which the module goes on using
         weights = {name: value for name, value in state.items() if "running" not in name and "tracked" not in name}
         reference = found["running"][0][2]
         assert_equal_states(weights, {name: reference[name] for name in weights}, exactly=True)
