@@ -26,15 +26,9 @@ from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.strategies.launching.launchers import Launch
 from resist_lightning.strategies.loop_patches import resume_from
 from resist_lightning.strategies.process_group import GroupStrategy
+from resist_lightning.strategies.saving import checkpoint_files
 from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks, say_not_written
-from resist_lightning.strategies.saving.checkpoint_files import (
-    CHECKPOINT_KEY,
-    agree_on_path,
-    exists,
-    read_own,
-    remove,
-    save_together,
-)
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, load_checkpoint, snapshots_at, write_model
 from resist_lightning.strategies.saving.data_position import Position
 from resist_lightning.strategies.saving.restarts import Restarts, Saving, say_how_it_goes_on
@@ -125,14 +119,14 @@ class SavingStrategy(GroupStrategy):
             checkpoint[CHECKPOINT_KEY] = saved
         if own is not None and not self._checked:
             check_loadable(own["host"])
-        path = agree_on_path(filepath, collective)
+        path = checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
         save = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
         write = partial(write_model, save, checkpoint, path, self.checkpoint_io, self._saving.on_save_error == "warn")
         failure = None
         with self.engine.activity.during("saving") if self.engine is not None and own is not None else nullcontext():
             try:
-                save_together(checkpoint, own, path, write, collective)
+                checkpoint_files.save_together(checkpoint, own, path, write, collective)
             except CheckpointNotWritten as error:
                 if self._saving.on_save_error == "raise":
                     raise
@@ -150,14 +144,14 @@ class SavingStrategy(GroupStrategy):
             rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
             return
         super().remove_checkpoint(filepath)
-        remove(self._written_as.pop(str(filepath), filepath), self.global_rank)
+        checkpoint_files.remove(self._written_as.pop(str(filepath), filepath), self.global_rank)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Called by Lightning to resume, or to evaluate a checkpoint."""
-        path = (
-            checkpoint_path if exists(checkpoint_path) else self._written_as.get(str(checkpoint_path), checkpoint_path)
-        )
+        path = checkpoint_path
+        if not checkpoint_files.exists(path):
+            path = self._written_as.get(str(path), path)
         self._loaded_from, self._snapshot, self._source = path, None, None
         folder = snapshots_at(path, self.checkpoint_io)
         if folder is not None and self._trainer().state.fn == TrainerFn.FITTING:
@@ -203,7 +197,7 @@ class SavingStrategy(GroupStrategy):
     def _go_on(self, engine: Engine) -> None:
         """Start the engine, with what was loaded. Collective: every worker must call this."""
         snapshot, self._snapshot = self._snapshot, None
-        read = partial(read_own, self.resume_state, self._loaded_from, self.global_rank)
+        read = partial(checkpoint_files.read_own, self.resume_state, self._loaded_from, self.global_rank)
         own = snapshot["own"] if snapshot is not None else read()
         same = engine.restore(self.resume_state, own)
         if self._source is not None and not same:
