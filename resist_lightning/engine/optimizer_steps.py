@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 from torch import nn
 from torch.optim import Optimizer
@@ -37,16 +38,14 @@ class StepWatch:
         self._outermost: Optimizer | None = None  # which steps now; one inside of it is no stranger
         self._taken: dict[int, int] = {}  # steps of each optimizer while no local step has been counted
         self._counted = False
-        self._parameters: set[int] = set()
         self._written, self._batches = 0, 0
 
     def begin(self) -> None:
         """From now on see all steps of this process."""
-        self._parameters = {id(parameter) for parameter in self._module.parameters()}
         self._written = self._writes()
         self._handles = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
+            register_optimizer_step_pre_hook(_weakly(self._before)),
+            register_optimizer_step_post_hook(_weakly(self._after)),
         ]
 
     def end(self) -> None:
@@ -113,8 +112,10 @@ class StepWatch:
         if id(optimizer) in self._ours:
             self._outermost = optimizer
             return
+        # Asked anew each time: a parameter that was replaced since may have left its id to one of another model.
+        parameters = {id(parameter) for parameter in self._module.parameters()}
         members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if any(id(parameter) in self._parameters for parameter in members):
+        if any(id(parameter) in parameters for parameter in members):
             raise RuntimeError(
                 f"{type(optimizer).__name__} steps parameters of the module and is not known: its state would not "
                 "follow them from worker to worker. Return it from `configure_optimizers` (with "
@@ -139,3 +140,15 @@ class StepWatch:
 
     def _writes(self) -> int:
         return sum(parameter._version for parameter in self._module.parameters())
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A global hook that keeps nothing alive: after an error nobody may end the engine, and its model would stay."""
+    reference = WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args)
+
+    return call

@@ -23,7 +23,7 @@ class Talkative(Host):
     def report(self):
         return [self.number, self.number + 0.5]
 
-    def learn(self, reports):
+    def on_reports(self, reports):
         self.heard = reports
 
     def agree(self, reports):
@@ -84,4 +84,4 @@ def test_learning_rates_that_part_are_told_once(rates, times, recwarn):
 
 def test_a_host_has_nothing_to_say_by_default():
     host = Host()
-    assert (host.stop_flag(), host.report(), host.learn([[]]), host.agree([[]])) == (0, [], None, None)
+    assert (host.stop_flag(), host.report(), host.on_reports([[]]), host.agree([[]])) == (0, [], None, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -117,3 +119,26 @@ def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     watch.note_local_step()
     watch.check_batch(accumulated=4)
     watch.end()
+
+
+def test_an_engine_that_nobody_ends_is_forgotten_and_refuses_no_other_model():
+    engine, optimizer = engine_of()
+    module = weakref.ref(engine.module)
+    del engine, optimizer
+    gc.collect()
+
+    assert module() is None
+    other = nn.Linear(2, 2)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+
+
+def test_a_parameter_that_was_replaced_is_no_longer_the_engine_s():
+    engine, _ = engine_of()
+    old = engine.module.weight
+    engine.module.weight = nn.Parameter(torch.zeros(2, 2))
+
+    torch.optim.SGD([old], lr=0.1).step()
+
+    with pytest.raises(RuntimeError, match="is not known"):
+        torch.optim.SGD([engine.module.weight], lr=0.1).step()
+    engine.abandon()

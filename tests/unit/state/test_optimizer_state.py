@@ -376,7 +376,7 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
 )
 def test_estimates_in_parameter_groups_are_named(momentum, said):
     with pytest.warns(UserWarning, match=said):
-        OptimizerStates([Own(small_preact().parameters())]).warn(momentum, 3)
+        OptimizerStates([Own(small_preact().parameters())]).warn_about_settings(momentum, 3)
 
 
 def test_optimizers_of_a_library_are_tried_like_torch_s(recwarn):

@@ -44,7 +44,7 @@ def test_only_what_a_program_asks_for_is_compared_and_signals_are_told() -> None
     assert [host.stop_flag(), host_with(stop=True).stop_flag()] == [0, 1]
     assert host.report() == [0.0, 3.0]
 
-    host.learn([[0.0, 3.0], [0.0, 0.0]])
+    host.on_reports([[0.0, 3.0], [0.0, 0.0]])
 
     assert signals.learnt == [3, 0]
 
@@ -78,7 +78,7 @@ def test_gradients_that_are_added_up_have_one_scale(manual: bool) -> None:
     host = host_with(own, manual=manual)
     for _ in range(2):
         own.scale(parameter.sum()).backward()
-        host.learn([[1024.0, 0.0], [512.0, 0.0]])
+        host.on_reports([[1024.0, 0.0], [512.0, 0.0]])
         if manual:
             host.agree([[1024.0, 0.0], [512.0, 0.0]])
     own.unscale_(torch.optim.SGD([parameter], 1.0))

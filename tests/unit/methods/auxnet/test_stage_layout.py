@@ -178,7 +178,7 @@ def test_a_table_that_says_nothing_of_these_cuts_changes_nothing(table: dict[str
 def test_a_step_that_diverges_where_guesses_are_stored_warns(
     options: dict[str, Any], workers: int, warned: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    StageLayout(mlp(MlpBlock), StageConfig(**options), workers).warn()
+    StageLayout(mlp(MlpBlock), StageConfig(**options), workers).warn_about_settings()
     assert any("lambda_step=1 diverges" in str(warning.message) for warning in recwarn) == warned
 
 

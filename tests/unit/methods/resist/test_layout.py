@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config
-from resist_lightning.methods.residual import BlockSelectionError
+from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import Undeclared, mlp, narrow_resnet, small_preact
@@ -191,7 +191,7 @@ def test_the_description_says_what_was_chosen():
 )
 def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, message):
     with pytest.warns(UserWarning, match=message):
-        BlockLayout(small_preact(), config, workers).warn()
+        BlockLayout(small_preact(), config, workers).warn_about_settings()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_setting_with_less_effect_than_one_may_think_warns(config, workers, me
 def test_what_the_user_asked_for_does_not_warn(config, workers):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        BlockLayout(small_preact(), config, workers).warn()
+        BlockLayout(small_preact(), config, workers).warn_about_settings()
 
 
 @pytest.mark.parametrize("least", [5, 99])
@@ -289,12 +289,14 @@ def test_a_network_without_blocks_is_an_error_unless_none_are_asked_for():
 
 def test_a_checkpoint_that_cannot_be_a_plain_model_warns():
     with pytest.warns(UserWarning, match=r"scale of body\.0-3 does not fold into a weight"):
-        BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn()
+        BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn_about_settings()
     with pytest.warns(UserWarning, match="batch_norm='batch'.*track_running_stats=False"):
-        BlockLayout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+        BlockLayout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn_about_settings()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        BlockLayout(small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2).warn()
+        BlockLayout(
+            small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2
+        ).warn_about_settings()
 
 
 def test_what_all_workers_had_is_the_full_model() -> None:

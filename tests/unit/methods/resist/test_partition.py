@@ -92,15 +92,15 @@ def test_measuring_waits_for_the_warm_up_and_is_left_out_where_all_hold_everythi
 @pytest.mark.parametrize("stop", range(8))
 def test_a_table_that_was_saved_and_read_goes_on_as_if_nothing_had_happened(stop):
     unbroken = learn_all(AUTO, SLOW_LAST)[-1]
-    saved = learn_all(AUTO, SLOW_LAST, rounds=stop)[-1].table()
+    saved = learn_all(AUTO, SLOW_LAST, rounds=stop)[-1].state_dict()
     resumed = AUTO.with_state_dict(json.loads(json.dumps(saved)))
     again = reduce(lambda s, r: s.learn(r, SLOW_LAST.get(r, [1.0] * 3)), range(stop, 7), resumed)
     assert again == unbroken
-    assert again.table() == unbroken.table() != {}
+    assert again.state_dict() == unbroken.state_dict() != {}
 
 
 def test_nothing_is_saved_where_nothing_is_measured():
-    assert Schedule(6, 3, 1, 4, 10, counts=((0, (2, 2, 2)),)).table() == {}
+    assert Schedule(6, 3, 1, 4, 10, counts=((0, (2, 2, 2)),)).state_dict() == {}
 
 
 def test_too_few_measurements_keep_equal_shares():
