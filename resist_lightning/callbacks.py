@@ -18,18 +18,13 @@ from typing_extensions import override
 
 from resist_lightning.comm.bytes import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
 from resist_lightning.engine.engine import Engine
-from resist_lightning.methods.auxnet.config import StageConfig
-from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.random_state import seed_generators
 from resist_lightning.strategies.base import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
-SHOWN_NEURONS = 64
-SHOWN_ROUNDS = 60
-"""How much of a partition of neurons the summary has."""
-
 DRAWN_AGAIN_ROUNDS = 1000
 """Of how many rounds before a run was resumed the summary has the partitions."""
 
@@ -139,7 +134,7 @@ class RoundMonitor(Callback):
             "full_parameters": full,
             "held_parameters": held,
             "held_parameters_max": max(self._held_parameters_max, *held) if held else full,
-            "scale": layout.scale,
+            "scale": layout.scaling.scale,
             "seconds": {
                 "training": self._training_seconds,
                 "sync": engine.seconds.sync,
@@ -149,7 +144,7 @@ class RoundMonitor(Callback):
             "ddp_bytes": ddp_bytes(gradients, workers, clock.total_steps - first.total_steps),
             "local_sgd_bytes": local_sgd_bytes(averaged, workers, clock.round - first.round),
             "partitions": partitions,
-            "neurons": _neurons(layout, rounds),
+            "neurons": layout.holders_for_summary(rounds),
             "sent_by_round": self._sent_by_round,
             "method": engine.summary,
         }
@@ -204,7 +199,7 @@ class SeedPerWorker(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a strategy whose workers must draw alike."""
         config = getattr(trainer.strategy, "config", None)
-        if stage == "fit" and isinstance(config, StageConfig) and trainer.world_size > 1:
+        if stage == "fit" and trainer.world_size > 1 and isinstance(config, CommonConfig) and not config.trains_alone:
             raise ValueError(
                 "SeedPerWorker contradicts AuxNet: its workers train stages of one network on the same batches, so "
                 "they must draw the same random numbers. Remove the callback."
@@ -215,20 +210,6 @@ class SeedPerWorker(Callback):
         """Seed this worker's generators."""
         digest = hashlib.sha256(repr((self._seed, trainer.global_rank)).encode()).digest()
         seed_generators(int.from_bytes(digest[:8], "big"))
-
-
-def _neurons(layout: Layout, rounds: int) -> dict[str, Any] | None:
-    """Who held which neuron of the first hidden layer: neurons at equal distances, in the first rounds."""
-    if not isinstance(layout, NeuronLayout):
-        return None
-    layer = layout.neurons.layers[0]
-    shown = range(0, layer.width, -(-layer.width // SHOWN_NEURONS))
-    holders = []
-    for round in range(min(rounds, SHOWN_ROUNDS)):
-        held = layout.partition(round)[0].held
-        holder = {neuron: worker for worker, neurons in enumerate(held) for neuron in neurons}
-        holders.append([holder[neuron] for neuron in shown])
-    return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
 
 def _engine(trainer: pl.Trainer) -> Engine | None:

@@ -32,7 +32,7 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
         "versions": _versions(),
         "settings": {
             "workers": str(layout.workers),
-            **layout.settings(),
+            **layout.config.in_words(),
             **surroundings,
             "order of tensors and blocks": _short(repr(order).encode()),
         },

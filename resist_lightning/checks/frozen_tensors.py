@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers
 from resist_lightning.methods.layout import Layout
-from resist_lightning.state.user_writes import version
+from resist_lightning.state.own_tensors import version
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,9 @@ from resist_lightning.comm.bytes import KINDS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.evaluation import Observation
-from resist_lightning.engine.full_model import take_off
 from resist_lightning.engine.optimizer_steps import StepWatch
-from resist_lightning.engine.registry import make_layout, make_sync
+from resist_lightning.engine.registry import detach_hooks, make_layout, make_sync
 from resist_lightning.engine.resume import Resumption
-from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.sync import Plan
 from resist_lightning.schedule.progress import Activity, Clock, Pace
@@ -102,7 +100,7 @@ class Engine:
     @property
     def observing(self) -> bool:
         """Whether the module is the full model now."""
-        return self.observation.full.active
+        return self.observation.active
 
     def prepare(self, example: Tensor) -> None:
         """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
@@ -122,7 +120,7 @@ class Engine:
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
-        take_off(self.module)  # of a full model that it has been
+        detach_hooks(self.module)  # it may have been a full model
         reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
         exact = all(has_own for has_own, _ in reports)
         if not exact:
@@ -130,8 +128,7 @@ class Engine:
             self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._handshake.divergence.begin()
         self.observation.start()
-        self._sync.divide(self.clock.round)
-        self._sync.begin()
+        self._sync.begin(self.clock.round)
         self.resumption.load_tensors()
         self._begin_round()
         self.resumption.load_rest()
@@ -210,12 +207,12 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        alone = self.collective.workers > 1 and not isinstance(self.config, StageConfig)
+        alone = self.collective.workers > 1 and self.config.trains_alone
         self.steps.warn_of_one_round(self.clock.total_steps if alone else 0)
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()
-            self.observation.full.settle()
+            self.observation.settle()
             self.abandon()
         self.summary = self._sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
@@ -238,7 +235,7 @@ class Engine:
         """
         if not self.observing:
             return self._resume_state
-        return {**self.resumption.place(), **self.observation.full.state()}
+        return {**self.resumption.place(), **self.observation.full_state()}
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None = None) -> bool:
         """Continue from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
@@ -296,4 +293,4 @@ class Engine:
 
     def _begin_round(self) -> None:
         self._sync.begin_round(self.clock.round)
-        self.observation.begin_round(self.clock.round)
+        self.observation.begin_round()

@@ -1,8 +1,9 @@
-"""Looking at the full model while the training goes on: assemble it, and go back as if nothing had happened."""
+"""Assembles the full model while a run continues, evaluates or saves it, and returns to training unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,25 +11,30 @@ import torch
 from torch import Tensor
 
 from resist_lightning.checks.handshake import Handshake
+from resist_lightning.checks.hashing import Hasher, as_numbers
 from resist_lightning.checks.header import Purpose
-from resist_lightning.engine.full_model import FullModel
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
-from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.sync import Plan, Sync
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.state.batch_norm import InputRecorder
-from resist_lightning.state.user_writes import version
+from resist_lightning.state.batch_norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.state.own_tensors import OwnTensors, versions
 
 
 class Observation:
-    """What a worker does besides training: it helps to assemble the full model, and puts its own part back.
+    """Turns a worker's part into the full model, and back.
+
+    The full model differs from the mean of the workers' weights in its test-time scale and batch-norm statistics.
 
     Args:
         layout: the model's parts.
         sync: this worker's side of the syncs.
-        handshake: how the workers meet.
+        handshake: checks that the workers agree.
         device: where present tensors live.
         forward_context: a context in which recorded inputs are replayed.
+
+    Attributes:
+        active: whether the module is the full model now.
     """
 
     def __init__(
@@ -39,70 +45,73 @@ class Observation:
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.full = FullModel(layout, sync.exchange, forward_context)
-        self.recorder: InputRecorder | None = None
+        self.active = False
         self._layout = layout
         self._sync = sync
         self._handshake = handshake
         self._device = device
-        self._warmup_hooks = ScaleHooks([], 1.0)
+        self._forward_context = forward_context
+        self._recorder: InputRecorder | None = None
+        self._own = OwnTensors(layout.module)
+        # Counters of writes to shared tensors: from the beginning of the round, and since, up to this observation.
         self._writes_at_start = self._writes_unsynced = 0
+        self._originals: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] = {}
+        self._batch_statistics = BatchStatistics([])
 
     def start(self) -> None:
-        """Call it once, when training starts: remember inputs, where batch norm will be re-estimated on them."""
+        """Begin to record inputs where batch norm will be re-estimated; called once, when training starts."""
         config = self._layout.config
         if config.batch_norm == "recalibrate" and self._layout.partial:
-            self.recorder = InputRecorder(self._layout.module, config.recalibration_batches)
+            self._recorder = InputRecorder(self._layout.module, config.recalibration_batches)
 
     def end(self) -> None:
-        """Call it once, when training has ended."""
-        self._warmup_hooks.remove()
-        if self.recorder is not None:
-            self.recorder.remove()
-        self.recorder = None
+        """Stop recording; called once, when training has ended."""
+        if self._recorder is not None:
+            self._recorder.remove()
+        self._recorder = None
 
-    def begin_round(self, round: int) -> None:
-        """Note that all workers agree, and scale the blocks in a warm-up round."""
+    def begin_round(self) -> None:
+        """Note that all replicas are equal now."""
         self._writes_at_start = self._writes()
         self._handshake.divergence.frozen.note()
-        self._hook_warmup(round)
 
     def state_dict(self) -> dict[str, Any]:
-        """This worker's tensors as in training, and what evaluation needs of it."""
-        module = self._layout.module
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-        tensors = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
+        """This worker's tensors as in training, and what an evaluation needs of it."""
+        named = named_tensors(self._layout.module)
         unsynced = self._writes_unsynced
-        if self.full.active:
-            own = self.full.state_dict()
-            tensors = {name: own[id(tensor)].detach() for name, tensor in named if id(tensor) in own}
-            unsynced += len(self.full.written())
+        if self.active:
+            own = self._own.as_in_training()
+            tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
+            unsynced += len(self._own.written())
+        else:
+            tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
         return {
-            "tensors": {name: tensor.cpu() for name, tensor in tensors.items()},
-            "inputs": self.recorder.state_dict() if self.recorder is not None else None,
+            "tensors": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+            "inputs": self._recorder.state_dict() if self._recorder is not None else None,
             "unsynced": unsynced,
         }
 
     def load_state_dict(self, own: dict[str, Any]) -> None:
-        """Go on in the middle of a round, after :meth:`begin_round`."""
-        if self.recorder is not None and own["inputs"] is not None:
-            self.recorder.load_state_dict(own["inputs"], self._device)
+        """Resume in the middle of a round, after :meth:`begin_round`."""
+        if self._recorder is not None and own["inputs"] is not None:
+            self._recorder.load_state_dict(own["inputs"], self._device)
         self._writes_at_start = self._writes() - own["unsynced"]
 
     @property
     def swapped(self) -> bool:
         """Whether weights were exchanged between :meth:`note_weights` and the full model that was assembled last."""
-        return self.full.swapped
+        return self._own.swapped
 
     def note_weights(self) -> None:
-        """Call it before code that may exchange weights for an evaluation. Sends nothing."""
+        """Copy the weights before code runs that may exchange them for an evaluation. Sends nothing."""
         with torch.inference_mode(False):
             self._layout.tensors.keep()
-            self.full.note(self._own_tensors())
+            self._own.note(self._own_tensors())
 
     def forget_notes(self) -> None:
-        """Give the memory of :meth:`note_weights` back, when the evaluation has ended."""
-        self.full.forget_notes()
+        """Free the copies of :meth:`note_weights`, when the evaluation has ended."""
+        self._own.forget_notes()
 
     def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.
@@ -110,44 +119,140 @@ class Observation:
         Collective: every worker must call this, in the same order.
 
         Args:
-            purpose: why the workers meet.
+            purpose: what for.
             clock: where this worker is.
-            sync_plan: the plan of the sync that would come next; asked for when the workers have met.
+            sync_plan: plans the sync that would come next; called after the handshake, which may leave workers out.
             kind: how the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """
         self._layout.tensors.keep()
-        calls = list(self.recorder.calls) if self.recorder is not None else []
-        still = self.recorder.still if self.recorder is not None else ()
+        calls = list(self._recorder.calls) if self._recorder is not None else []
+        still = self._recorder.still if self._recorder is not None else frozenset()
         self._writes_unsynced = self._writes() - self._writes_at_start
-        companion = self._layout.companion  # its copies differ at the border of a round too
-        unsynced = clock.step + self._writes_unsynced + int(companion is not None and companion.shown)
-        reports = self._handshake.run(purpose, clock, [len(calls), unsynced])
-        self._warmup_hooks.remove()
+        companion = self._layout.companion
+        shown = companion is not None and companion.shown  # its copies differ between two rounds too
+        reports = self._handshake.run(purpose, clock, [len(calls), clock.step + self._writes_unsynced + int(shown)])
         plan = sync_plan()
         if keep:
-            self.full.remember(self._own_tensors())
-        changed = any(changes for _, changes in reports)  # otherwise what several workers hold is equal already
+            self._own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
+        # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
+        changed = any(changes for _, changes in reports)
         self._sync.assemble(plan, kind, unequal=changed)
-        self.full.open(calls if all(recorded for recorded, _ in reports) else [], still, kind, plan.left_out)
+        # Estimates are averaged over the workers, so that each needs inputs of its own.
+        all_recorded = all(recorded for recorded, _ in reports)
+        self._statistics = {name: buffer.detach().clone() for name, buffer in self._norm_buffers().items()}
+        self._originals = self._layout.scaling.apply()
+        # Statistics are estimated last, as they depend on the scale.
+        self._set_batch_norm(calls if all_recorded else [], still, kind, plan.left_out)
+        self._own.watch(self._layout.scaling.tensors().keys() | self._norm_buffers().keys())
+        self.active = True
 
     def put_back(self, round: int) -> None:
-        """Go back to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
-        self._writes_unsynced += len(self.full.written())
-        self.full.close()
+        """Return to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
+        self._writes_unsynced += len(self._own.written())
+        self._batch_statistics.remove()
+        self._layout.scaling.take_off()
+        # Before make_room, which gives tensors new memory, as a write by the user's code would.
+        written = self._close()
+        if self._layout.companion is not None:
+            self._layout.companion.keep(written)
         self._sync.make_room(round)
-        self.full.restore()
+        self._own.restore()
         self._writes_at_start = self._writes() - self._writes_unsynced
-        self._hook_warmup(round)
+
+    def settle(self) -> None:
+        """End the observation without a way back: the module stays the full model, with its hooks."""
+        self._close()
+        if self._layout.companion is not None:
+            self._layout.companion.settle()
+
+    def written(self) -> Collection[str]:
+        """Names of the tensors that the user's code has written in this observation, and that stay so."""
+        return self._own.written().keys()
+
+    def full_state(self) -> dict[str, Any]:
+        """What :meth:`undo` and :func:`attach_hooks` need, beside the weights of the full model."""
+        return {
+            **self._layout.scaling.state_dict(),
+            "batch_statistics": self._layout.config.batch_norm == "batch",
+            "originals": {name: tensor.cpu() for name, tensor in self._originals.items()},
+            "norm_statistics": {name: tensor.cpu() for name, tensor in self._statistics.items()},
+            "left": {name: _mark(tensor) for name, tensor in self._not_as_trained().items()},
+        }
+
+    def undo(self, state: Mapping[str, Any]) -> None:
+        """Turn weights of a full model back into weights to train, exactly.
+
+        What has been written since, e.g. by loading other weights, is taken as it is.
+        """
+        left = state.get("left")
+        buffers = self._norm_buffers()
+        tensors = {**self._layout.scaling.tensors(), **buffers}
+        untouched: set[str] | None = None  # checkpoints without marks: treat all tensors
+        if left is not None:
+            untouched = {name for name, mark in left.items() if name in tensors and _mark(tensors[name], mark) == mark}
+            written = sorted(tensors.keys() & left.keys() - untouched)
+            if untouched and written and self._sync.exchange.worker == 0:
+                warnings.warn(
+                    f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
+                    f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
+                    "their statistics are those of the training before. To begin from what the module holds, use a "
+                    "new Trainer.",
+                    stacklevel=5,
+                )
+        self._layout.scaling.undo(state, untouched)
+        with torch.no_grad():
+            for name, statistic in state["norm_statistics"].items():
+                if name in buffers and (untouched is None or name in untouched):
+                    buffers[name].copy_(statistic)
+
+    def _close(self) -> Collection[str]:
+        """End the observation; returns the names of tensors that the user's code has written in it."""
+        self._originals, self._statistics = {}, {}
+        self.active = False
+        return self._own.stop_watching()
+
+    def _set_batch_norm(
+        self, calls: Sequence[Call], still: Collection[str], kind: str, left_out: Sequence[int]
+    ) -> None:
+        """Give the full model its batch-norm statistics: of each batch, re-estimated, or those that it has."""
+        layout = self._layout
+        if layout.config.batch_norm == "batch":
+            self._batch_statistics = BatchStatistics(norms_with_statistics(layout.module).values())
+        elif calls:
+            estimated = recalibrate(layout.module, calls, self._forward_context, still)
+            self._sync.exchange.average(estimated, kind, left_out)
+
+    def _not_as_trained(self) -> dict[str, Tensor]:
+        """By name, the tensors that in the full model are not what they are in training."""
+        scaling, buffers = self._layout.scaling, self._norm_buffers()
+        found = scaling.tensors() if scaling.scale != 1 else {}
+        for name, statistic in self._statistics.items():
+            if not torch.equal(buffers[name], statistic):
+                found[name] = buffers[name]
+        return found
+
+    def _norm_buffers(self) -> dict[str, Tensor]:
+        found = {}
+        for name, norm in norms_with_statistics(self._layout.module).items():
+            for key, buffer in norm.named_buffers(recurse=False):
+                found[f"{name}.{key}" if name else key] = buffer
+        return found
 
     def _writes(self) -> int:
-        """Moves whenever a shared parameter or counter is written to."""
-        return sum(version(tensor) for tensor in self._layout.shared.values())
+        return versions(self._layout.shared.values())
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self._layout.shared.values(), *self._sync.owned_tensors()]
 
-    def _hook_warmup(self, round: int) -> None:
-        self._warmup_hooks.remove()
-        if self._layout.is_warmup(round):
-            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scale)
+
+def _mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
+    """A mark by which a later write to a tensor is noticed: its data type and a hash of its bits.
+
+    Args:
+        tensor: of any device and memory format.
+        like: an earlier mark, of a tensor that may have been converted since.
+    """
+    dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
+    (number,) = as_numbers(Hasher(1).hashes([tensor.detach().to(dtype).contiguous()], 0))
+    return [str(dtype).removeprefix("torch."), int(number)]

@@ -1,8 +1,13 @@
-"""What a run divides its model by follows from the kind of its settings."""
+"""Chooses a method's layout and sync by the type of the config, and attaches what its full models need beside weights.
+
+This is the only module of the engine that knows single methods: a new one is a folder in ``methods`` and a line here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.engine.full_model import bare
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.sync import StageSync
@@ -20,16 +25,25 @@ from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.sync import NeuronSync
 from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hooks
 from resist_lightning.methods.resist.sync import BlockSync
 from resist_lightning.methods.sync import Sync
+from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.timing import Seconds
 
+_METHODS: dict[type[CommonConfig], tuple[type[Layout], type[Sync[Any, Any]]]] = {
+    Config: (BlockLayout, BlockSync),
+    NeuronConfig: (NeuronLayout, NeuronSync),
+    StageConfig: (StageLayout, StageSync),
+}
+
 
 def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = ()) -> Layout:
-    """The parts of a module.
+    """Divide a module.
 
     Args:
         module: the user's.
@@ -41,15 +55,27 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
         ValueError: if the settings do not fit the module; see the layouts.
     """
     refuse_lazy(module)
-    with bare(module):
-        if isinstance(config, NeuronConfig):
-            return NeuronLayout(module, config, workers)
-        if isinstance(config, StageConfig):
-            return StageLayout(module, config, workers)
-        assert isinstance(config, Config)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        trained = {id(parameter) for group in groups for parameter in group["params"]}
-        return BlockLayout(module, config, workers, trained or None)
+    trained: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            trained.update(map(id, group["params"]))
+    layout, _ = _method_of(config)
+    with _without_hooks(module):
+        return layout(module, config, workers, trained or None)
+
+
+def make_sync(
+    layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
+) -> Sync[Any, Any]:
+    """A worker's side of the syncs."""
+    if collective.worker == 0:
+        states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
+    _, sync = _method_of(layout.config)
+    return sync(layout, states, collective, device, seconds)
+
+
+def _method_of(config: CommonConfig) -> tuple[type[Layout], type[Sync[Any, Any]]]:
+    return next(_METHODS[base] for base in type(config).__mro__ if base in _METHODS)
 
 
 def refuse_lazy(module: nn.Module) -> None:
@@ -58,8 +84,7 @@ def refuse_lazy(module: nn.Module) -> None:
     Raises:
         ValueError: with their names.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    lazy = [name for name, tensor in named_tensors(module).items() if is_lazy(tensor)]
     if lazy:
         named = f"{', '.join(lazy[:4])}{f' and {len(lazy) - 4} more' if len(lazy) > 4 else ''}"
         raise ValueError(
@@ -69,15 +94,47 @@ def refuse_lazy(module: nn.Module) -> None:
         )
 
 
-def make_sync(
-    layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
-) -> Sync[Any, Any]:
-    """A worker's side of the syncs."""
-    if collective.worker == 0:
-        states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
-    if isinstance(layout, NeuronLayout):
-        return NeuronSync(layout, states, collective, device, seconds)
-    if isinstance(layout, StageLayout):
-        return StageSync(layout, states, collective, device, seconds)
-    assert isinstance(layout, BlockLayout)
-    return BlockSync(layout, states, collective, device, seconds)
+def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Let a module with the weights of a full model evaluate as that did, where its weights alone do not.
+
+    Args:
+        module: the user's; hooks of an earlier full model are removed.
+        state: from :meth:`Observation.full_state`; empty for weights that are not of a full model.
+    """
+    detach_hooks(module)
+    names, there = state.get("hooked", []), dict(module.named_modules())
+    missing = [name for name in names if name not in there]
+    if missing:
+        warnings.warn(
+            f"the full model scales {missing[0]!r}, which this module does not have: what it computes is not what was "
+            "reported of the full model. Load the weights into the module that was trained.",
+            stacklevel=3,
+        )
+    if names:
+        ScaleHooks([block_at(name, there[name]) for name in names if name in there], state["scale"])
+    if state.get("batch_statistics", False):
+        BatchStatistics(norms_with_statistics(module).values())
+
+
+def detach_hooks(module: nn.Module) -> None:
+    """Undo :func:`attach_hooks`, of this module or of one that it is a copy of."""
+    remove_scale_hooks(module)
+    remove_batch_statistics(module)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is without the hooks of a full model, so that layouts see its own forward."""
+    children = list(module.modules())
+    tables: list[Any] = [t for child in children for t in (child._forward_hooks, child._forward_hooks_with_kwargs)]
+    kept = [dict(table) for table in tables]
+    forwards = [(child, vars(child)["forward"]) for child in children if "forward" in vars(child)]
+    detach_hooks(module)
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before)
+        for child, forward in forwards:
+            vars(child)["forward"] = forward

@@ -57,11 +57,11 @@ class Resumption:
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
-        sync = self._sync.state_dict(with_full_model=self._observation.full.active)
+        sync = self._sync.state_dict(with_full_model=self._observation.active)
         own = {"optimizers": self._states.state_dict(), **sync, **self._observation.state_dict()}
         companion = self._layout.companion
         if companion is not None:
-            written = self._observation.full.written()
+            written = self._observation.written()
             hidden = {name: weight.cpu() for name, weight in companion.weights.items() if name not in written}
             own["tensors"] = {**own["tensors"], **hidden}
             own["companion"] = companion.state()
@@ -72,9 +72,9 @@ class Resumption:
         if not state:
             return True
         if "scale" in state:
-            self._observation.full.undo(state)
+            self._observation.undo(state)
         self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
-        self._layout.resume(state.get("table", {}), self._clock.round)
+        self._layout.load_state_dict(state.get("table", {}), self._clock.round)
         self._layout.written = {name for name in state.get("written", ()) if name in self._layout.shared}
         here = self._layout.identity(), self._layout.held(self._clock.round)
         same = (state.get("identity"), state.get("held")) == here

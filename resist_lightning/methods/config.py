@@ -1,10 +1,10 @@
-"""The settings that all methods have in common, checked when they are made."""
+"""The settings common to all methods, checked when they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
@@ -34,6 +34,9 @@ class CommonConfig:
         ValueError: if a value is outside its limits.
     """
 
+    trains_alone: ClassVar[bool] = True
+    """Whether a worker sends nothing between two syncs."""
+
     local_steps: int = 50
     seed: int = 0
     momentum: MomentumPolicy = "reset"
@@ -51,6 +54,18 @@ class CommonConfig:
         check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
         check_choice("check", self.check, get_args(CheckPolicy))
         check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
+
+    def in_words(self) -> dict[str, str]:
+        """Every setting by name, in words that are the same on workers with the same settings."""
+        return {field.name: _in_words(getattr(self, field.name)) for field in fields(self)}
+
+
+def _in_words(value: Any) -> str:
+    if callable(value):
+        return "a predicate"  # what it chooses is compared
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = list(value)  # a list and a tuple mean the same
+    return str(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

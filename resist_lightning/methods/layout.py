@@ -1,38 +1,99 @@
-"""What a worker's model consists of, whatever the method divides it by."""
+"""The interface of a layout: how a method divides a model among the workers, and who holds which part when."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.tensors import KnownTensors, check_tensors
-from resist_lightning.methods.config import CommonConfig, WireName
-from resist_lightning.methods.residual import Block
+from resist_lightning.comm.tensors import KnownTensors, check_tensors, named_tensors
+from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.companion import Companion
 
 
-class Layout(ABC):
-    """The parts of a model, and who trains which when.
+class Scaling:
+    """The test-time scale, by which the full model differs from the weights in training: none in most methods.
+
+    Attributes:
+        scale: the factor.
+    """
+
+    scale: float = 1.0
+
+    def apply(self) -> dict[str, Tensor]:
+        """Scale the assembled weights, or what they compute.
+
+        Returns:
+            Copies, by name, of the tensors that dividing by the scale would not restore bit for bit.
+        """
+        return {}
+
+    def take_off(self) -> None:
+        """Remove the hooks of :meth:`apply`; the caller restores the weights."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that :meth:`apply` multiplies, by name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`undo` needs, beside the copies, of a full model that was saved."""
+        return {"scale": self.scale, "blocks": [], "hooked": []}
+
+    def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
+        """Turn the weights of a saved full model back into weights to train, exactly.
+
+        Args:
+            state: from :meth:`state_dict`, with the copies as ``originals``.
+            only: names of the tensors to treat; None for all.
+        """
+
+
+class LayoutAbilities:
+    """What only some methods do. Each of these does nothing until a method overrides it."""
+
+    scaling = Scaling()
+
+    def prepare(self, example: Tensor, collective: Collective) -> None:
+        """See an input of the network, a batch, before training starts.
+
+        Collective: every worker must call this, in the same order.
+        """
+
+    def learn(self, round: int, seconds: Sequence[float]) -> None:
+        """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured of the workers, as plain data for a checkpoint; empty if nothing is measured."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
+        """Resume from what :meth:`state_dict` returned, which may be empty or of another division, in ``round``."""
+
+    def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
+        """A sample of who held what, for a summary, where :meth:`Layout.held` is only a hash."""
+        return None
+
+
+class Layout(LayoutAbilities, ABC):
+    """How a model is divided among the workers in each round.
 
     Args:
         module: the user's module, complete.
         config: the settings of the run.
         workers: number of workers.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Attributes:
-        blocks: the residual blocks that are partitioned; none in a method that divides otherwise.
         shared: by name, the tensors that all workers hold whole in every round.
-        scale: factor on the residual branches of ``blocks`` in the full model.
-        wire: how trainable parameters are sent at a sync.
-        tensors: the parameters and buffers that the layout is of.
+        shapes: by name, the shapes in the full model of tensors of which a worker holds only a slice.
+        tensors: the parameters and buffers that the layout was made from.
         companion: a copy of the module that goes with it; None if there is none.
         written: names of frozen parameters that the program of some worker writes; the same on all workers.
 
@@ -40,12 +101,12 @@ class Layout(ABC):
         ValueError: if the module synchronises batch norm, or has tensors that cannot be averaged.
     """
 
-    blocks: tuple[Block, ...] = ()
     shared: dict[str, Tensor]
-    scale: float = 1.0
-    wire: WireName = "fp32"
+    shapes: Mapping[str, Sequence[int]] = {}
 
-    def __init__(self, module: nn.Module, config: CommonConfig, workers: int) -> None:
+    def __init__(
+        self, module: nn.Module, config: CommonConfig, workers: int, trained: Collection[int] | None = None
+    ) -> None:
         _refuse_sync_batch_norm(module)
         check_tensors(module)
         self.tensors = KnownTensors(module)
@@ -54,31 +115,29 @@ class Layout(ABC):
         self.module = module
         self.config = config
         self.workers = workers
+        self._trained = trained
+        self._digested: tuple[Any, int] = ((), 0)
 
     @property
-    @abstractmethod
     def partial(self) -> bool:
         """Whether some worker lacks a part in some round."""
+        return self.workers > 1
 
     @abstractmethod
     def partition(self, round: int) -> Any:
         """Who holds what in ``round``."""
 
-    @abstractmethod
     def held(self, round: int) -> list[Any]:
-        """For each worker what it holds in ``round``, as plain data to compare with what a checkpoint says."""
+        """What each worker holds in ``round``, as plain data to compare with a checkpoint's."""
+        return [list(held) for held in self.partition(round).held]
 
     @abstractmethod
     def held_parameters(self, round: int) -> list[int]:
-        """For each worker, how many parameters it holds in ``round``."""
+        """The number of parameters that each worker holds in ``round``."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a worker's own tensors to fit, as plain data."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, str]:
-        """Settings that all workers must share, by name, in words."""
+        """What must be the same for a worker's own tensors to fit, as plain data for a checkpoint."""
 
     @abstractmethod
     def parts(self) -> list[str]:
@@ -90,41 +149,22 @@ class Layout(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """A sentence that says what was chosen."""
+        """A sentence that tells the user how the model is divided."""
 
-    @abstractmethod
     def warn_about_settings(self) -> None:
-        """Say what of the settings has less effect than a user may think."""
+        """Warn about settings without the effect that a user may expect."""
+        if self.workers > 1:
+            self._warn_of_batch_statistics()
 
     def showing_companion(self) -> AbstractContextManager[None]:
         """Inside, the copy that goes with the module, if there is one, is in its place."""
         return self.companion.showing() if self.companion is not None else nullcontext()
 
-    def prepare(self, example: Tensor, collective: Collective) -> None:  # noqa: B027
-        """See an input of the network, a batch, before training starts.
-
-        Collective: every worker must call this, in the same order.
-        """
-
-    def is_warmup(self, round: int) -> bool:
-        """Whether in ``round`` every worker trains all blocks, scaled as at test time."""
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was measured of the workers' speed, as plain data; empty if nothing is measured."""
-        return {}
-
-    def learn(self, round: int, seconds: Sequence[float]) -> None:  # noqa: B027
-        """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
-
-    def resume(self, table: Mapping[str, Any], round: int) -> None:  # noqa: B027
-        """Go on with what :meth:`state_dict` said, from ``round``."""
-
     def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-        """The full model from what all workers, in order, had at the border of a round, where holders agree.
+        """The full model, assembled from what the workers had between two rounds, where all holders agree.
 
         Args:
-            states: the ``place`` and the ``own`` state of each; see :class:`Resumption`.
+            states: for each worker in order its ``place`` and its ``own`` state; see :class:`Resumption`.
 
         Raises:
             CheckpointError: if they are not of this model.
@@ -144,17 +184,19 @@ class Layout(ABC):
 
     def digest(self) -> int:
         """A number that is the same on workers with the same model and settings."""
-        named: list[tuple[str, Tensor]] = [*self.module.named_parameters(), *self.module.named_buffers()]
-        tensors = [f"{name}:{self._shape(name, t)}:{t.dtype}:{t.requires_grad}" for name, t in named]
-        text = repr((tensors, self.parts(), self._drawn_from()))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        return tuple(tensor.shape)
+        tensors = []
+        for name, tensor in named_tensors(self.module).items():
+            shape = tuple(self.shapes.get(name, tensor.shape))
+            tensors.append((name, shape, tensor.dtype, tensor.requires_grad))
+        # Identity and settings are fixed but for what was measured, so they need not be hashed in every handshake.
+        varying = (tensors, self.state_dict())
+        if varying != self._digested[0]:
+            text = repr((varying, self.identity(), self.config.in_words(), self.workers))
+            self._digested = varying, int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        return self._digested[1]
 
     def _warn_of_batch_statistics(self) -> None:
-        """A checkpoint, as a plain model, cannot carry that evaluation goes by the statistics of each batch."""
+        """A checkpoint, as a plain model, cannot carry that evaluation uses the statistics of each batch."""
         if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
             warnings.warn(
                 "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "
@@ -162,10 +204,6 @@ class Layout(ABC):
                 "batch_norm='recalibrate'.",
                 stacklevel=5,
             )
-
-    @abstractmethod
-    def _drawn_from(self) -> tuple[Any, ...]:
-        """What decides, besides the model, what is sent."""
 
 
 def _refuse_sync_batch_norm(module: nn.Module) -> None:

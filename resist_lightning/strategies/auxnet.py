@@ -92,7 +92,6 @@ class AuxNetStrategy(SubnetStrategy):
         ValueError: if a value is outside its limits.
     """
 
-    _talks_in_steps = True
     strategy_name = "auxnet"
 
     def __init__(

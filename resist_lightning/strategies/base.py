@@ -21,7 +21,6 @@ from resist_lightning.comm.group import group_exists, messages_sent
 from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout, refuse_lazy
-from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.config import CommonConfig, check_choice
 from resist_lightning.strategies.averages import Averages, check_averages
 from resist_lightning.strategies.host import LightningHost
@@ -53,7 +52,6 @@ class SubnetStrategy(SavingStrategy):
     """
 
     strategy_name: str
-    _talks_in_steps = False
 
     def __init__(self, config: CommonConfig, data: Seen, saving: Saving, launch: Launch) -> None:
         check_choice("data", data, get_args(Seen))
@@ -156,7 +154,7 @@ class SubnetStrategy(SavingStrategy):
         self.engine.swaps.add(self._lightning_optimizers)
         self._go_on(self.engine)
         self._averages.begin()
-        if not isinstance(self.config, StageConfig):  # whose workers do not train alone
+        if self.config.trains_alone:
             warn_of_one_round(self._trainer(), self.config.local_steps)
         self.engine.sync.guard.stepping = False
 
@@ -216,7 +214,7 @@ class SubnetStrategy(SavingStrategy):
             return
         self._stepped = True
         self.engine.count_step()
-        if messages_sent() != self._sent and not self._talked and not self._talks_in_steps:
+        if messages_sent() != self._sent and not self._talked and self.config.trains_alone:
             self._warn_once(_UNKNOWN_MESSAGES)
 
     @override

@@ -259,7 +259,7 @@ def make_staged(
         assert layout.chain is not None
         worker = StageWorker(
             layout.chain.stage(*layout.units(number)),
-            layout.shapes,
+            layout.boundary_shapes,
             layout.nonnegative[number - 1] if number else False,
             config,
             collective=collective,

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from resist_lightning import Config, NeuronConfig
-from resist_lightning.callbacks import RoundMonitor, _neurons
+from resist_lightning.callbacks import RoundMonitor
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -23,7 +23,7 @@ def test_it_logs_at_least_once_in_a_number_of_rounds(every_n_rounds: int) -> Non
 @pytest.mark.parametrize(("width", "step"), [(6, 1), (64, 1), (65, 2), (640, 10), (700, 11)])
 def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, step: int) -> None:
     net = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2))
-    found = _neurons(NeuronLayout(net, NeuronConfig(seed=5), 3), 80)
+    found = NeuronLayout(net, NeuronConfig(seed=5), 3).holders_for_summary(80)
     assert found is not None
     assert (found["layer"], found["width"], found["shown"]) == ("0", width, list(range(0, width, step)))
     assert len(found["shown"]) <= 64
@@ -35,4 +35,5 @@ def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, ste
 
 
 def test_blocks_are_not_neurons() -> None:
-    assert _neurons(BlockLayout(preact_resnet(14, width_multiplier=1 / 16), Config(min_blocks=0), 2), 3) is None
+    layout = BlockLayout(preact_resnet(14, width_multiplier=1 / 16), Config(min_blocks=0), 2)
+    assert layout.holders_for_summary(3) is None

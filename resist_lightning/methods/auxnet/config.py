@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 from torch import nn
 from typing_extensions import override
@@ -44,6 +45,8 @@ class StageConfig(CommonConfig):
         ValueError: if a value is outside its limits.
     """
 
+    trains_alone: ClassVar[bool] = False
+
     momentum: MomentumPolicy = "keep"
     method: AuxMethod = "penalty"
     beta: float = 1.0
@@ -78,6 +81,10 @@ class StageConfig(CommonConfig):
         if isinstance(self.cuts, str):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names, e.g. ['layer2'].")
 
+    @override
+    def in_words(self) -> dict[str, str]:
+        return {**super().in_words(), "aux_network": _name_of(self.aux_network)}
+
     @property
     def stored(self) -> bool:
         """Whether guesses are stored by sample, and there are no auxiliary networks."""
@@ -92,6 +99,12 @@ class StageConfig(CommonConfig):
     def multipliers(self) -> bool:
         """Whether there are Lagrange multipliers."""
         return self.method.startswith("al-")
+
+
+def _name_of(factory: object) -> str:
+    """The name of a factory without its address, which differs between workers."""
+    name = getattr(factory, "__qualname__", None)
+    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
 
 
 def _check_above(name: str, value: object, limit: float) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,8 +44,10 @@ class StageLayout(Layout):
         ValueError: if the module synchronises batch norm.
     """
 
-    def __init__(self, module: nn.Module, config: StageConfig, workers: int) -> None:
-        super().__init__(module, config, workers)
+    def __init__(
+        self, module: nn.Module, config: StageConfig, workers: int, trained: Collection[int] | None = None
+    ) -> None:
+        super().__init__(module, config, workers, trained)
         self.config: StageConfig = config
         self.chain: Chain | None = None
         self.cuts: tuple[int, ...] = ()
@@ -89,8 +89,8 @@ class StageLayout(Layout):
                 make_aux_network(self.config, *shapes, nonnegative=nonnegative, boundary=boundary)
 
     @property
-    def shapes(self) -> Shapes:
-        """Of what crosses the boundaries."""
+    def boundary_shapes(self) -> Shapes:
+        """The shapes of the tensors that cross the boundaries."""
         assert self.measured is not None
         measured = self.measured
         boundaries = tuple(measured.shapes[cut - 1] for cut in self.cuts)
@@ -115,18 +115,9 @@ class StageLayout(Layout):
         named: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: named[name] for name in self.chain.names(*self.units(worker)) if name in named}
 
-    @property
-    @override
-    def partial(self) -> bool:
-        return self.workers > 1
-
     @override
     def partition(self, round: int) -> Partition:
         return Partition(blocks=self.workers, held=tuple((worker,) for worker in range(self.workers)))
-
-    @override
-    def held(self, round: int) -> list[Any]:
-        return [[worker] for worker in range(self.workers)]
 
     @override
     def held_parameters(self, round: int) -> list[int]:
@@ -144,19 +135,12 @@ class StageLayout(Layout):
         return {"cuts": list(self.cuts), "workers": self.workers}
 
     @override
-    def resume(self, table: Mapping[str, Any], round: int) -> None:
-        cuts = tuple(map(int, table.get("cuts", ())))
-        if self.chain is None or table.get("workers") != self.workers or self.config.cuts is not None:
+    def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
+        cuts = tuple(map(int, state.get("cuts", ())))
+        if self.chain is None or state.get("workers") != self.workers or self.config.cuts is not None:
             return
         if cuts and list(cuts) == sorted({*cuts}) and 0 < cuts[0] <= cuts[-1] < len(self.chain.units):
             self._wanted = self.cuts = cuts
-
-    @override
-    def settings(self) -> dict[str, str]:
-        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        values["aux_network"] = _name_of(values["aux_network"])
-        values["cuts"] = list(values["cuts"]) if values["cuts"] is not None else None
-        return {name: str(value) for name, value in values.items()}
 
     @override
     def parts(self) -> list[str]:
@@ -185,24 +169,18 @@ class StageLayout(Layout):
             share = sum(units[slice(*self.units(worker))]) / total
             size = self.held_parameters(0)[worker]
             lines.append(f"  stage {worker}: {name}; {size:,} parameters, {share:.0%} of the time")
-        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.shapes.boundaries)
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.boundary_shapes.boundaries)
         return "\n".join([*lines, f"  what crosses the boundaries, per sample: {shapes}"])
 
     @override
     def warn_about_settings(self) -> None:
-        if self.workers > 1:
-            self._warn_of_batch_statistics()
+        super().warn_about_settings()
         if self.workers > 2 and self.config.stored and self.config.lambda_step == 1:
             warnings.warn(
                 "lambda_step=1 diverges where the guesses of three stages or more are stored, and here are "
                 f"{self.workers}; None takes 0.1.",
                 stacklevel=3,
             )
-
-    @override
-    def _drawn_from(self) -> tuple[Any, ...]:
-        config = self.config
-        return self.workers, self.cuts, config.method, config.seed, config.local_steps, config.batch_norm
 
     def _unit_seconds(self) -> list[float]:
         """Of each unit, forward and backward, for the example batch."""
@@ -215,12 +193,6 @@ class StageLayout(Layout):
         begin = "the input" if first == 0 else f"behind {self.chain.units[first - 1]}"
         end = "the output" if last == len(self.chain.units) else self.chain.units[last - 1]
         return f"from {begin} to {end}"
-
-
-def _name_of(factory: object) -> str:
-    """The same on all workers, whatever stands where in their memory."""
-    name = getattr(factory, "__qualname__", None)
-    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
 
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:

@@ -198,7 +198,7 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
         return [], []
     stages: list[nn.Module] = [layout.chain.stage(*layout.units(worker)) for worker in range(layout.workers)]
     boundaries: list[Boundary] = []
-    shapes = layout.shapes
+    shapes = layout.boundary_shapes
     for number, (shape, nonnegative) in enumerate(zip(shapes.boundaries, layout.nonnegative, strict=True), 1):
         if config.stored:
             boundaries.append(StoredBoundary())

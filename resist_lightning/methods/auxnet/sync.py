@@ -50,14 +50,14 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self.trainee: StageWorker | None = None
 
     @override
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, round: int) -> None:
+        super().begin(round)
         layout, chain = self._layout, self._layout.chain
         if chain is None:
             return
         self.trainee = StageWorker(
             chain.stage(*layout.units(self._worker)),
-            layout.shapes,
+            layout.boundary_shapes,
             layout.nonnegative[self._worker - 1] if self._worker else False,
             layout.config,
             collective=self._collective,
@@ -93,10 +93,6 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
 
     @override
-    def averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
-        return self._may_change(self._layout.shared)
-
-    @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         return self._layout.shared
 
@@ -118,7 +114,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self.trainee.spans.pause()
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
-            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
         self.exchange.hand_over(plan, self._payload, Kinds.all(kind), self._hold_all)
 
     @override
@@ -168,7 +164,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         guesses = self._collective.gather_numbers([self.trainee.held_bytes])
         return {
             "stages": layout.parts(),
-            "shapes": [list(shape) for shape in layout.shapes.boundaries],
+            "shapes": [list(shape) for shape in layout.boundary_shapes.boundaries],
             "method": layout.config.method,
             "guess_bytes": [int(row[0]) for row in guesses],
             "rounds": self._history,

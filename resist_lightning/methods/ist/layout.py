@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -25,6 +24,9 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.partition import Partition, blocks_per_worker
 from resist_lightning.state.optimizer_state import OptimizerStates
 
+SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
+"""How much of the partitions a summary shows."""
+
 
 class NeuronLayout(Layout):
     """The neurons of a model, and who trains which when.
@@ -43,8 +45,10 @@ class NeuronLayout(Layout):
         ValueError: if the module synchronises batch norm.
     """
 
-    def __init__(self, module: nn.Module, config: NeuronConfig, workers: int) -> None:
-        super().__init__(module, config, workers)
+    def __init__(
+        self, module: nn.Module, config: NeuronConfig, workers: int, trained: Collection[int] | None = None
+    ) -> None:
+        super().__init__(module, config, workers, trained)
         self.config: NeuronConfig = config
         self.neurons = find_neurons(module, config.layers)
         for layer in self.neurons.layers:
@@ -57,14 +61,9 @@ class NeuronLayout(Layout):
         self._refuse_single_neurons()
         tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
-        self.shapes: dict[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
+        self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
         self._widths = tuple(layer.width for layer in self.neurons.layers)
         self._draw = lru_cache(maxsize=3)(self._draw_neurons)
-
-    @property
-    @override
-    def partial(self) -> bool:
-        return self.workers > 1
 
     @override
     def partition(self, round: int) -> tuple[Partition, ...]:
@@ -115,12 +114,6 @@ class NeuronLayout(Layout):
             "workers": self.workers,
             "seed": self.config.seed,
         }
-
-    @override
-    def settings(self) -> dict[str, str]:
-        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        values["layers"] = "a predicate" if callable(values["layers"]) else values["layers"]
-        return {name: str(value) for name, value in values.items()}
 
     @override
     def parts(self) -> list[str]:
@@ -180,18 +173,15 @@ class NeuronLayout(Layout):
         )
 
     @override
-    def warn_about_settings(self) -> None:
-        if self.workers > 1:
-            self._warn_of_batch_statistics()
-
-    @override
-    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
-        return tuple(self.shapes.get(name, tensor.shape))
-
-    @override
-    def _drawn_from(self) -> tuple[Any, ...]:
-        config = self.config
-        return self.workers, self._widths, config.seed, config.local_steps, config.momentum, config.batch_norm
+    def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
+        """The holders of neurons at equal distances in the first hidden layer, in the first rounds."""
+        layer = self.neurons.layers[0]
+        shown = range(0, layer.width, -(-layer.width // SHOWN_NEURONS))
+        holders = []
+        for round in range(min(rounds, SHOWN_ROUNDS)):
+            partition = self.partition(round)[0]
+            holders.append([partition.holders(neuron)[0] for neuron in shown])
+        return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
     def _refuse_single_neurons(self) -> None:
         """A norm over the neurons of one worker makes nothing of one neuron."""

@@ -49,14 +49,6 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return self._layout.plan(round, left_out)
 
     @override
-    def averaged(self, plan: NeuronPlan) -> dict[str, Tensor]:
-        return self._may_change(self._layout.shared)
-
-    @override
-    def replicated_tensors(self, round: int) -> dict[str, Tensor]:
-        return self._may_change(self._layout.shared)
-
-    @override
     def owned_tensors(self) -> list[Tensor]:
         return list(self._subnet.tensors.values())
 
@@ -68,7 +60,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self.guard.watch({name: self._layout.module.get_submodule(name) for name in sorted(owners)})
 
     @override
-    def divide(self, round: int) -> None:
+    def begin(self, round: int) -> None:
         """Keep this worker's slices, with state that optimizers have of them, and the rows that it is the keeper of."""
         held = self._layout.partition(round)
         self._states.forget_odd()  # it cannot be cut
@@ -85,7 +77,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             if cut in self._layout.inner().values() and travels and self._layout.workers > 1:
                 mine = kept_rows(width, self._layout.workers, self._worker)
                 self._store[key] = part.tensor.detach()[mine.start : mine.stop].cpu().clone()
-        self.make_room(round)
+        super().begin(round)
         for key, part in {**self._parts(), **self._new_state(counters)}.items():
             piece, values = kept[key]
             part.put(piece, held, self._worker, values)
@@ -110,9 +102,9 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
-        self.leave_out(plan)
+        self._leave_out(plan)
         if unequal:
-            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
         arrived = self._messages.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
         self.guard.release()

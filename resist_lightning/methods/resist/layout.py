@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import PAPER_MIN_BLOCKS, Config
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.methods.resist.scaling import coverage, foldable
+from resist_lightning.methods.resist.scaling import BranchScaling, coverage, foldable
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -43,14 +43,14 @@ class BlockLayout(Layout):
     """
 
     def __init__(self, module: nn.Module, config: Config, workers: int, trained: Collection[int] | None = None) -> None:
-        super().__init__(module, config, workers)
+        super().__init__(module, config, workers, trained)
         self.config: Config = config
-        self.wire = config.wire
         self.blocks = select_blocks(module, config.blocks, trained)
-        self._trained = trained
         count = len(self.blocks)
         self.schedule = _make_schedule(config, count, workers)
-        self.scale = coverage(self.schedule) if config.test_scale is None else config.test_scale
+        self.scaling = BranchScaling(
+            self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
+        )
         in_blocks = {id(tensor) for block in self.blocks for tensor in block.tensors().values()}
         named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
         self.shared = {name: tensor for name, tensor in named if id(tensor) not in in_blocks}
@@ -60,18 +60,10 @@ class BlockLayout(Layout):
         return self.schedule.partition(round)
 
     @override
-    def held(self, round: int) -> list[Any]:
-        return [list(held) for held in self.partition(round).held]
-
-    @override
     def held_parameters(self, round: int) -> list[int]:
         sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in self.blocks]
         shared = sum(parameter.numel() for parameter in self.module.parameters()) - sum(sizes)
         return [shared + sum(sizes[block] for block in held) for held in self.partition(round).held]
-
-    @override
-    def is_warmup(self, round: int) -> bool:
-        return self.schedule.is_warmup(round)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +72,6 @@ class BlockLayout(Layout):
     @property
     @override
     def partial(self) -> bool:
-        """Whether some worker lacks a block in some round."""
         held = self.schedule.partition(self.config.warmup_rounds).held
         return any(len(blocks) < len(self.blocks) for blocks in held)
 
@@ -96,18 +87,14 @@ class BlockLayout(Layout):
         self.schedule = self.schedule.learn(round, seconds)
 
     @override
-    def resume(self, table: Mapping[str, Any], round: int) -> None:
-        """Go on with the counts that a run had measured, if counts shall follow speed.
+    def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
+        """Resume with the counts that a run had measured, if counts shall follow speed.
 
-        Where the table is of other workers or blocks, or there is none, measuring begins anew.
-
-        Args:
-            table: from :meth:`~resist_lightning.methods.resist.partition.Schedule.table`; may be empty.
-            round: the first round of this run.
+        Where the state is of other workers or blocks, or empty, measuring begins anew in ``round``.
         """
         if self.config.blocks_per_worker == "auto":
             schedule = self.schedule
-            self.schedule = schedule.with_state_dict(table) if schedule.fits(table) else schedule.measuring(round)
+            self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
 
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
@@ -148,15 +135,6 @@ class BlockLayout(Layout):
         )
 
     @override
-    def settings(self) -> dict[str, str]:
-        values = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        if callable(values["blocks"]):
-            values["blocks"] = "a predicate"  # its choice is compared
-        elif values["blocks"] is not None and not isinstance(values["blocks"], str):
-            values["blocks"] = list(values["blocks"])
-        return {**{name: str(value) for name, value in values.items()}, "test-time scale": str(self.scale)}
-
-    @override
     def parts(self) -> list[str]:
         return [block.name for block in self.blocks]
 
@@ -166,10 +144,6 @@ class BlockLayout(Layout):
             if name in block.tensors():
                 return f"block {block.name} ({name})"
         return f"shared tensor {name}"
-
-    @override
-    def _drawn_from(self) -> tuple[Any, ...]:
-        return self.schedule, self.scale, self.config.momentum, self.config.batch_norm, self.config.wire
 
     @override
     def describe(self) -> str:
@@ -182,7 +156,7 @@ class BlockLayout(Layout):
         return (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
-            f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scale:.4g}."
+            f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scaling.scale:.4g}."
         )
 
     def _rounds(self) -> str:
@@ -191,7 +165,6 @@ class BlockLayout(Layout):
 
     @override
     def warn_about_settings(self) -> None:
-        """Say what of the settings has less effect than a user may think."""
         unused = left_out(self.module, self.config.blocks, self._trained)
         if unused:
             warnings.warn(
@@ -229,7 +202,7 @@ class BlockLayout(Layout):
     def _warn_of_plain_checkpoints(self) -> None:
         """Name what a checkpoint, as a plain model, cannot carry."""
         hooked = [block.name for block in self.blocks if not foldable(block)]
-        if hooked and self.scale != 1:
+        if hooked and self.scaling.scale != 1:
             warnings.warn(
                 f"the test-time scale of {summary(hooked)} does not fold into a weight: a hook scales them, and a "
                 "checkpoint does not evaluate to the reported metrics without this package. Declare "

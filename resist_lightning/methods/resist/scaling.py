@@ -7,13 +7,15 @@ model. A block whose branch has no such layer is scaled by a hook instead: x + s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
+from resist_lightning.methods.layout import Scaling
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import first_argument
 from resist_lightning.methods.resist.partition import Schedule
@@ -113,6 +115,50 @@ class ScaleHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+class BranchScaling(Scaling):
+    """The test-time scale of some blocks: folded into weights where possible, by hooks elsewhere.
+
+    Args:
+        blocks: the partitioned blocks.
+        scale: the factor.
+    """
+
+    def __init__(self, blocks: Sequence[Block], scale: float) -> None:
+        self.scale = scale
+        self._blocks = blocks
+        self._hooks = ScaleHooks([], 1.0)
+
+    @override
+    def apply(self) -> dict[str, Tensor]:
+        originals = fold(self._blocks, self.scale) if self.scale != 1 else {}
+        self._hooks.remove()
+        self._hooks = ScaleHooks([block for block in self._blocks if not foldable(block)], self.scale)
+        return originals
+
+    @override
+    def take_off(self) -> None:
+        self._hooks.remove()
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        return folded(self._blocks)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "blocks": [block.name for block in self._blocks],
+            "hooked": [block.name for block in self._blocks if not foldable(block)],
+        }
+
+    @override
+    def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
+        # The saved model may have partitioned other blocks: those are left as they are.
+        if state["scale"] != 1:
+            blocks = [block for block in self._blocks if block.name in state["blocks"]]
+            unfold(blocks, state["scale"], state["originals"], only)
 
 
 def remove_scale_hooks(module: nn.Module) -> None:

@@ -67,7 +67,7 @@ class Simulator:
         layout = BlockLayout(module, config, workers)
         self.config = config
         self.schedule = layout.schedule
-        self.scale = layout.scale
+        self.scale = layout.scaling.scale
         self.clock = Clock(config.local_steps)
         self._template = copy.deepcopy(module)
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.exchange import Kinds, Payload
-from resist_lightning.comm.quantize import compressible, noise_for
+from resist_lightning.comm.mean import CompressedMean
+from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
+from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
@@ -31,32 +35,59 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         device: torch.device,
         seconds: Seconds,
     ) -> None:
-        super().__init__(layout, states, collective, device, seconds)
+        quantizer = make_quantizer(layout.config.wire)
+        super().__init__(layout, states, collective, device, seconds, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
         self._device = device
         self._subnet = Subnet(layout.blocks)
+        self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
+        self._warmup_hooks = ScaleHooks([], 1.0)
         self._first_forward = FirstForward([])
 
     @override
-    def divide(self, round: int) -> None:
+    def begin(self, round: int) -> None:
         if self._layout.partial:
+            # While the blocks still have their own forwards.
             self._first_forward = FirstForward(self._layout.blocks)
-        super().divide(round)
+        super().begin(round)
 
     @override
     def end(self) -> None:
         super().end()
+        self._warmup_hooks.remove()
         self._first_forward.remove()
         self._subnet.end_early()
 
     @override
-    def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
-        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
+    def begin_round(self, round: int) -> None:
+        super().begin_round(round)
+        if self._compressed_mean is not None:
+            self._compressed_mean.begin(filter(compressible, self.replicated_tensors(round).values()))
 
     @override
-    def averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
-        return self._with_blocks(plan.averaged)
+    def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
+        state = super().state_dict(with_full_model=with_full_model)
+        if self._compressed_mean is not None:
+            for name, tensor in named_tensors(self._layout.module).items():
+                before = self._compressed_mean.before(tensor)
+                if before is not None:
+                    state["before"][name] = before.cpu()
+        return state
+
+    @override
+    def load_state_dict(self, own: dict[str, Any]) -> None:
+        super().load_state_dict(own)
+        if self._compressed_mean is not None:
+            tensors = named_tensors(self._layout.module)
+            for name, value in own["before"].items():
+                before = self._compressed_mean.before(tensors[name])
+                assert before is not None
+                before.copy_(value)
+
+    @override
+    def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
+        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
 
     @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
@@ -83,21 +114,20 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
+        self._warmup_hooks.remove()
         plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
-        self.leave_out(plan)
+        self._leave_out(plan)
         if unequal:
-            self.exchange.average(list(self.averaged(plan).values()), kind, plan.left_out)
+            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
             self.exchange.merge(plan, self.payload, kinds)
         self.exchange.hand_over(plan, self.payload, kinds, self._subnet.hold_all)
         self.guard.release()
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold the blocks of ``round``, and forget the optimizer state of all that do not stay.
-
-        Of those that arrive too: some optimizers make state of parameters without gradient, so of absent ones.
-        """
+        """Hold the blocks of ``round``, scaled if it is a warm-up round."""
         held = self._layout.partition(round).held[self._worker]
+        # Of arriving blocks too: some optimizers make state of parameters without gradient, so of absent ones.
         self._states.drop(parameters_of(self._subnet.not_staying(held)))
         self._subnet.hold(held, lambda block: self._where_is(block, round))
         if self._layout.companion is not None:
@@ -105,6 +135,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._layout.companion.hold([*self._layout.shared, *names])
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
         self.guard.watch({block.name: block.module for block in absent})
+        self._warmup_hooks.remove()
+        if self._layout.schedule.is_warmup(round):
+            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scaling.scale)
 
     def _where_is(self, block: int, round: int) -> str:
         holders = ", ".join(map(str, self._layout.partition(round).holders(block)))
@@ -125,6 +158,20 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         noise = noise_for(config.seed, round, index, self._worker, self._device)
         plain = [tensor for tensor in tensors if not compressible(tensor)]
         return Payload(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
+
+    @override
+    def _averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
+        return self._with_blocks(plan.averaged)
+
+    @override
+    def _start_average(self, tensors: list[Tensor], plan: SyncPlan) -> Finish:
+        if self._compressed_mean is None:
+            return super()._start_average(tensors, plan)
+        # Other tensors than parameters, and blocks that not all workers held when the round began, travel exactly.
+        compressed = [t for t in tensors if compressible(t) and self._compressed_mean.known(t)]
+        self._compressed_mean.average(compressed, "shared", plan.left_out)
+        done = set(map(id, compressed))
+        return super()._start_average([t for t in tensors if id(t) not in done], plan)
 
     def _with_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
         """Shared tensors, and the tensors of some blocks, that may have changed in this round."""

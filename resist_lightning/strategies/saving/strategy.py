@@ -21,7 +21,7 @@ from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.group import group_exists
 from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.engine import Engine
-from resist_lightning.engine.full_model import put_on
+from resist_lightning.engine.registry import attach_hooks
 from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.strategies.launching.launchers import Launch
 from resist_lightning.strategies.loop_patches import resume_from
@@ -182,7 +182,7 @@ class SavingStrategy(GroupStrategy):
     def resume_state(self, state: dict[str, Any]) -> None:
         self._resume_state, self._resume_for = state, self.lightning_module
         if self.lightning_module is not None:
-            put_on(self.lightning_module, state)
+            attach_hooks(self.lightning_module, state)
 
     @override
     def teardown(self) -> None:

@@ -121,7 +121,9 @@ FACTORIES: dict[str, Any] = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
     one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
-    names = [make_layout(Outside(mlp(MlpBlock), nn.Identity()), aux_network=each).settings() for each in (one, other)]
+    names = [
+        make_layout(Outside(mlp(MlpBlock), nn.Identity()), aux_network=each).config.in_words() for each in (one, other)
+    ]
 
     assert names[0] == names[1]
     assert "0x" not in names[0]["aux_network"]
@@ -129,7 +131,9 @@ def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
 
 def test_factories_with_other_arguments_have_other_names() -> None:
     made = [partial(two_layers, between=3), partial(two_layers, between=4), two_layers, Factory(), None]
-    names = {StageLayout(mlp(MlpBlock), StageConfig(aux_network=each), 2).settings()["aux_network"] for each in made}
+    names = {
+        StageLayout(mlp(MlpBlock), StageConfig(aux_network=each), 2).config.in_words()["aux_network"] for each in made
+    }
     assert len(names) == len(made)
 
 
@@ -158,7 +162,7 @@ def test_the_default_auxiliary_network_trains_on_one_sample(size: int, smaller: 
 def test_a_table_that_says_nothing_of_these_cuts_changes_nothing(table: dict[str, Any]) -> None:
     layout, fresh = (StageLayout(make_net(), StageConfig(), 2) for _ in range(2))
 
-    layout.resume(table, 3)
+    layout.load_state_dict(table, 3)
 
     assert layout.cuts == fresh.cuts
 

@@ -63,7 +63,7 @@ def some_steps(collective: ThreadCollective, config: StageConfig, sizes: list[in
         sent = Counter(collective.sent_bytes)
         sent.subtract(before)
         found.append(sent)
-    shapes = staged.layout.shapes
+    shapes = staged.layout.boundary_shapes
     assert [{kind: sent[kind] for kind in ("boundary", "output")} for sent in found] == [
         shapes.sent_bytes(size, collective.worker) for size in sizes
     ]

@@ -55,7 +55,7 @@ def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
 def test_whether_anything_is_partitioned_and_how_it_is_scaled(config, workers, partial, scale):
     layout = BlockLayout(small_preact(), config, workers)
     assert layout.partial is partial
-    assert layout.scale == pytest.approx(scale)
+    assert layout.scaling.scale == pytest.approx(scale)
 
 
 def by_hand(tensors, dtype):
@@ -247,10 +247,10 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
     before = measured()
     assert before.schedule.counts == ((6, (3, 1)),)
     after = BlockLayout(small_preact(), before.config, 2)
-    after.resume(before.schedule.state_dict(), 9)
+    after.load_state_dict(before.schedule.state_dict(), 9)
     assert after.schedule == before.schedule
     assert after.digest() == before.digest() != BlockLayout(small_preact(), before.config, 2).digest()
-    after.resume({}, 9)
+    after.load_state_dict({}, 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
 
 
@@ -258,7 +258,7 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
 def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
     config = Config(**{"min_blocks": 1, "blocks_per_worker": "auto", **options})
     after = BlockLayout(small_preact(), config, workers)
-    after.resume(measured().schedule.state_dict(), 9)
+    after.load_state_dict(measured().schedule.state_dict(), 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
 
 
@@ -266,13 +266,13 @@ def test_a_table_of_other_workers_or_blocks_is_measured_anew(options, workers):
 def test_a_resumed_run_does_as_its_settings_say_whatever_was_measured(counts):
     after = BlockLayout(small_preact(), Config(min_blocks=1, blocks_per_worker=counts), 2)
     schedule = after.schedule
-    after.resume(measured().schedule.state_dict(), 9)
+    after.load_state_dict(measured().schedule.state_dict(), 9)
     assert after.schedule == schedule
 
 
 def test_measured_counts_change_neither_the_scale_nor_whether_anything_is_partitioned():
     layout = measured()
-    assert (layout.scale, layout.partial) == (0.5, True)
+    assert (layout.scaling.scale, layout.partial) == (0.5, True)
 
 
 def test_synchronised_batch_norm_is_refused_by_name():

@@ -1,0 +1,112 @@
+"""Keeps this worker's own tensors while its module is the full model, and notices which the user's code writes then."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resist_lightning.comm.tensors import named_tensors, same
+
+
+@dataclass(frozen=True)
+class _Before:
+    tensor: Tensor
+    version: int
+    value: Tensor | None
+
+
+class OwnTensors:
+    """Copies of a worker's tensors, to put back bit for bit; what the user's code has written meanwhile stays.
+
+    Args:
+        module: the user's module.
+
+    Attributes:
+        swapped: whether parameters were exchanged between :meth:`note` and the last :meth:`keep`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.swapped = False
+        self._module = module
+        self._noted: dict[int, Tensor] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._watched: dict[str, _Before] = {}
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors before anybody has prepared them for an evaluation, as callbacks for moving averages do."""
+        self._noted = {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+    def forget_notes(self) -> None:
+        """Free the copies of :meth:`note`."""
+        self._noted = {}
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors for :meth:`restore`."""
+        self.swapped, self._copies = False, []
+        for tensor in tensors:
+            copy = self._noted.get(id(tensor))
+            if copy is None or not same(copy, tensor):
+                self.swapped |= copy is not None and isinstance(tensor, nn.Parameter)
+                copy = tensor.detach().clone()
+            self._copies.append((tensor, copy))
+
+    def watch(self, ours: Collection[str]) -> None:
+        """From now on notice writes to buffers and frozen parameters, but for those that are named."""
+        # A slice has become a whole tensor: it is ours too.
+        shapes = {id(tensor): copy.shape for tensor, copy in self._copies}
+        self._watched = {}
+        for name, tensor in named_tensors(self._module).items():
+            if name in ours or shapes.get(id(tensor), tensor.shape) != tensor.shape:
+                continue
+            if not isinstance(tensor, nn.Parameter):
+                # Code that writes to `.data` changes no version, so the value is compared too.
+                self._watched[name] = _Before(tensor, version(tensor), tensor.detach().clone())
+            elif not tensor.requires_grad:
+                self._watched[name] = _Before(tensor, version(tensor), None)
+
+    def written(self) -> dict[str, Tensor]:
+        """The tensors that were written since :meth:`watch`, or put in the place of others, by name."""
+        found = {}
+        for name, tensor in named_tensors(self._module).items():
+            if name in self._watched and _differs(tensor, self._watched[name]):
+                found[name] = tensor
+        return found
+
+    def as_in_training(self) -> dict[int, Tensor]:
+        """What this worker's tensors will be after :meth:`restore`, by the identity of the module's tensors."""
+        tensors = {id(tensor): copy for tensor, copy in self._copies}
+        return {**tensors, **{id(tensor): tensor for tensor in self.written().values()}}
+
+    def stop_watching(self) -> Collection[str]:
+        """Decide that what is written now stays, and return the names of it."""
+        written = self.written()
+        kept = set(map(id, written.values()))
+        self._copies = [(tensor, copy) for tensor, copy in self._copies if id(tensor) not in kept]
+        self._watched = {}
+        return written.keys()
+
+    def restore(self) -> None:
+        """Put the copies back, bit for bit."""
+        with torch.no_grad():
+            for tensor, copy in self._copies:
+                tensor.copy_(copy)
+        self._copies = []
+
+
+def version(tensor: Tensor) -> int:
+    """A number that changes with every in-place write; 0 for tensors of inference mode, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> int:
+    """A number that changes whenever one of some tensors is written."""
+    return sum(map(version, tensors))
+
+
+def _differs(tensor: Tensor, before: _Before) -> bool:
+    if tensor is not before.tensor or version(tensor) != before.version:
+        return True
+    return before.value is not None and not same(tensor, before.value)
