@@ -23,7 +23,11 @@ from typing import Any
 
 from tests.helpers.worker import Outcome, Task, work
 
-PRELOADED = ["pytest", "hypothesis", "torch", "torch.distributed", "resist_lightning", "tests.helpers.worker"]
+PRELOADED = [
+    *("pytest", "hypothesis", "torch", "torch.distributed", "torchvision", "torchmetrics", "resist_lightning"),
+    "torch.export._trace",  # which torch.fx imports when it first traces: a quarter of a second
+    "tests.helpers.worker",
+]
 
 # How long the others may run on after the first failure seen: it may be the consequence of another.
 GRACE_SECONDS = 0.3

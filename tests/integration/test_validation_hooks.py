@@ -231,7 +231,7 @@ def count(worker: int, face: str, folder: str) -> dict[str, Any]:
     watched, plain = clone_state(module), Counting(face)
     make_trainer(make_strategy(face), max_epochs=3, limit_val_batches=0).fit(plain, stream(worker, EPOCH))
     resumed = Counting(face)
-    options["callbacks"] = [AtTheEnd()]
+    options |= {"callbacks": [AtTheEnd()], "enable_checkpointing": False}
     make_trainer(make_strategy(face), **options).fit(
         resumed, stream(worker, EPOCH, start=2 * EPOCH), held_out(worker), ckpt_path=f"{folder}/middle.ckpt"
     )
