@@ -67,7 +67,7 @@ def main() -> None:
     sync, hashes, search = defaultdict(list), defaultdict(list), []
     for _ in range(args.turns + 2):
         for check, engine in engines.items():
-            watch, equal = engine._handshake.divergence, engine._sync.replicated_tensors(engine.clock.round)
+            watch, equal = engine._handshake.divergence, engine.sync.replicated_tensors(engine.clock.round)
             dist.barrier()
             sync[check].append(seconds_of(engine.after_step))
             if check != "off":

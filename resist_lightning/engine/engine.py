@@ -40,7 +40,7 @@ from resist_lightning.state.weight_swaps import SwappingOptimizers
 
 
 class Engine:
-    """Trains this worker's part of a network, round after round: residual blocks, neurons, or all of it.
+    """Trains this worker's part of a network in rounds: residual blocks, neurons, a stage, or all of it.
 
     Args:
         module: the user's module, complete and on its device.
@@ -48,7 +48,7 @@ class Engine:
         config: the settings of the run.
         collective: the workers; by default those of torch.distributed's default group, or one alone.
         forward_context: a context in which recorded inputs are replayed, e.g. autocast.
-        host: what surrounds the engine.
+        host: the surrounding framework, which may compare settings and stop all workers together.
 
     Raises:
         ValueError: if settings, module or optimizers do not fit the method.
@@ -70,16 +70,18 @@ class Engine:
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.clock = Clock(config.local_steps)
-        self.running, self._observed_kind = False, ""
+        self.running = False
+        self._observed_kind = ""
         self.states = OptimizerStates(optimizers)
         self.steps = StepWatch(module, self.states, config.local_steps)
         self.activity = Activity(self.clock)
         self._pace = Pace(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.seconds = Seconds(self._device)
-        self._sync = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
-        self.observation = Observation(self.layout, self._sync, self._handshake, self._device, forward_context)
-        self.resumption = Resumption(self.layout, self.clock, self.states, self._sync, self.observation)
+        # Any: of which class it is depends on the method.
+        self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)
+        self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
+        self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
@@ -89,46 +91,43 @@ class Engine:
 
     @property
     def partition(self) -> Any:
-        """Who holds what in this round."""
+        """The partition of this round."""
         return self.layout.partition(self.clock.round)
 
     @property
-    def sync(self) -> Any:
-        """This worker's side of the syncs; of which class follows from the method."""
-        return self._sync
-
-    @property
     def observing(self) -> bool:
-        """Whether the module is the full model now."""
+        """Whether the module is the full model."""
         return self.observation.active
 
     def prepare(self, example: Tensor) -> None:
-        """Show the method an input of the network, a batch: needed before :meth:`start` where stages are cut.
+        """Show the method an input batch of the network; AuxNet needs it before :meth:`start`.
 
         Collective: every worker must call this, in the same order.
         """
         self.layout.prepare(example.to(self._device), self.collective)
 
     def start(self) -> bool:
-        """Take worker 0's weights, or go on with what :meth:`restore` was given, and free what belongs to others.
+        """Begin with worker 0's weights, or resume with what :meth:`restore` was given, and free other workers' parts.
 
         Collective: every worker must call this, in the same order.
 
         Returns:
-            Whether every worker goes on with tensors of its own.
+            Whether every worker resumes with its own tensors.
 
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
         detach_hooks(self.module)  # it may have been a full model
         reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
+        # One worker without its own file would train on tensors that do not fit the others': then nobody uses its own.
         exact = all(has_own for has_own, _ in reports)
         if not exact:
             self.resumption.forget_own()
-            self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+            self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self._handshake.divergence.begin()
         self.observation.start()
-        self._sync.begin(self.clock.round)
+        self.sync.begin(self.clock.round)
+        # A file has the tensors of this worker's part, and what was noted when the round began refers to them.
         self.resumption.load_tensors()
         self._begin_round()
         self.resumption.load_rest()
@@ -146,12 +145,12 @@ class Engine:
         self.sync_if_due()
 
     def count_step(self) -> None:
-        """Count a local step without syncing; for loops in which a sync must wait for the end of the batch."""
+        """Count a local step without syncing, for loops in which a sync must wait for the end of the batch."""
         if not self.running:
             raise RuntimeError("the engine is not running: call start() before the first local step.")
         if self.observing:
             raise RuntimeError("a local step cannot be taken on the full model; leave `full_model()` first.")
-        self._sync.end_step()
+        self.sync.end_step()
         self.steps.note_local_step()
         self.clock.tick()
         self.activity.begin("local steps")
@@ -170,7 +169,7 @@ class Engine:
 
     @contextmanager
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
-        """Inside, the module is the full model, as if the round ended here; afterwards training goes on unchanged.
+        """Inside, the module is the full model, as if the round ended here; training then continues unchanged.
 
         Collective: every worker must enter and leave it, in the same order.
 
@@ -178,6 +177,7 @@ class Engine:
             kind: how the bytes are counted: ``evaluation`` or ``checkpoint``.
         """
         devices = [self._device] if self._device.type == "cuda" else []
+        # An evaluation may draw random numbers, and the training must not notice.
         with torch.random.fork_rng(devices=devices):
             self.begin_observation(kind)
             try:
@@ -189,13 +189,14 @@ class Engine:
         """Assemble the full model; see :meth:`full_model`. Collective: every worker must call this."""
         purpose = Purpose.CHECKPOINT if kind == "checkpoint" else Purpose.EVALUATION
         self.activity.begin("saving" if kind == "checkpoint" else "evaluation")
+        # Tensors that are made in inference mode could never train again.
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(purpose, kind, keep=True)
         self._observed_kind = kind
         self.swaps.catch()
 
     def end_observation(self) -> None:
-        """Go back to this worker's sub-network, bit for bit; written buffers stay so. Sends nothing."""
+        """Return to this worker's part, bit for bit; buffers that were written stay so. Sends nothing."""
         self.swaps.release()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self.observation.put_back(self.clock.round)
@@ -211,39 +212,37 @@ class Engine:
         self.steps.warn_of_one_round(self.clock.total_steps if alone else 0)
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
-            self._resume_state = self.checkpoint_state()
+            self._resume_state = self.checkpoint_state()  # while the observation still knows what it has scaled
             self.observation.settle()
             self.abandon()
-        self.summary = self._sync.summary()
+        self.summary = self.sync.summary()
         counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
         self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
         self.activity.begin("ended")
 
     def abandon(self) -> None:
-        """Stop without a word to the others; after an error. Absent blocks stay absent, and reading them raises."""
+        """Stop without sending anything, after an error. Absent blocks stay absent, and reading them raises."""
         self.steps.end()
         self.swaps.release()
         self.observation.end()
-        self._sync.end()
+        self.sync.end()
         self.running = False
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint of the full model needs beside its ``state_dict`` for training to go on.
+        """What resuming from a checkpoint of the full model needs beside its ``state_dict``.
 
-        Numbers, strings, lists and tensors only; empty before the training starts. Available while the module is the
-        full model.
+        Numbers, strings, lists and tensors only; empty before the training starts.
         """
         if not self.observing:
             return self._resume_state
         return {**self.resumption.place(), **self.observation.full_state()}
 
     def restore(self, state: dict[str, Any], own: dict[str, Any] | None = None) -> bool:
-        """Continue from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
+        """Resume from a checkpoint whose ``state_dict`` the module has loaded; call it before :meth:`start`.
 
         Args:
-            state: from :meth:`checkpoint_state`; with another number of workers, or other settings of the partition, a
-                new partition begins.
-            own: from ``resumption.state_dict()`` of the same worker: the resume is exact if every worker has its own.
+            state: from :meth:`checkpoint_state`; other workers or settings begin a new partition.
+            own: this worker's ``resumption.state_dict()``; the resume is exact if every worker has its own.
 
         Returns:
             Whether the partition is the one that the checkpoint was made with.
@@ -251,16 +250,14 @@ class Engine:
         return self.resumption.restore(state, own)
 
     def meet(self) -> None:
-        """Check that all workers are at the same place, before something else is sent that might pair with a sync.
+        """Check that all workers are at the same step, before a message of the host's that could pair with a sync.
 
-        Collective: every worker must call this, in the same order.
-
-        Raises:
-            WorkersDisagree: if they are not.
+        Collective: every worker must call this, in the same order. Raises WorkersDisagree.
         """
         self._handshake.run(Purpose.HOST, self.clock)
 
     def _on_own_weights(self, act: Callable[[], Any]) -> None:
+        """Call ``act`` while the module holds this worker's part, although it is being observed."""
         self.end_observation()
         act()
         self.begin_observation(self._observed_kind)
@@ -268,17 +265,21 @@ class Engine:
     def _end_round(self) -> None:
         self.activity.begin("handshake")
         reports = self._handshake.run(Purpose.SYNC, self.clock, [self._pace.take()])
-        plan, ended = self._next_plan(), self.clock.round
+        ended = self.clock.round
+        # Before `learn`: the plan must not depend on what was just measured.
+        plan = self._next_plan()
         self.layout.learn(ended, [seconds for seconds, _ in reports])
         self.activity.begin("averaging")
-        finish_average = self._sync.start_average(plan)
+        finish_average = self.sync.start_average(plan)
         self.activity.begin("hand_over")
         if self.config.momentum == "reset":
             self.states.reset()
+        # Blocks are packed and sent while the average of the shared tensors is under way.
         self.clock.next_round()
-        self._sync.hand_over(plan, ended)
+        self.sync.hand_over(plan, ended)
         finish_average()
-        self._handshake.divergence.note(self._sync.replicated_tensors(self.clock.round), self.clock.round)
+        # From here on replicas are equal, which the next handshake verifies by these hashes.
+        self._handshake.divergence.note(self.sync.replicated_tensors(self.clock.round), self.clock.round)
         self._begin_round()
         self.activity.begin("local steps")
 
@@ -289,8 +290,9 @@ class Engine:
         self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:
-        return self._sync.plan(self.clock.round, self._handshake.divergence.left_out)  # type: ignore[no-any-return]
+        plan: Plan = self.sync.plan(self.clock.round, self._handshake.divergence.left_out)
+        return plan
 
     def _begin_round(self) -> None:
-        self._sync.begin_round(self.clock.round)
+        self.sync.begin_round(self.clock.round)
         self.observation.begin_round()

@@ -190,7 +190,10 @@ class Observation:
         tensors = {**self._layout.scaling.tensors(), **buffers}
         untouched: set[str] | None = None  # checkpoints without marks: treat all tensors
         if left is not None:
-            untouched = {name for name, mark in left.items() if name in tensors and _mark(tensors[name], mark) == mark}
+            untouched = set()
+            for name, mark in left.items():
+                if name in tensors and _mark(tensors[name], mark) == mark:
+                    untouched.add(name)
             written = sorted(tensors.keys() & left.keys() - untouched)
             if untouched and written and self._sync.exchange.worker == 0:
                 warnings.warn(

@@ -1,4 +1,4 @@
-"""Sees every step of an optimizer, whoever calls it: none may go uncounted, and none be a stranger's."""
+"""Watches every optimizer step of the process: each must be counted, and of an optimizer that the engine knows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class StepWatch:
         local_steps: of a round.
 
     Attributes:
-        on_step: called after a step, by who counts local steps itself; without it they are counted by
-            ``engine.after_step()``, and who forgets that is told.
+        on_step: called after each step, for a host that counts local steps itself; without it the user's loop must call
+            ``engine.after_step()``, and is told if it forgets.
     """
 
     def __init__(self, module: nn.Module, states: OptimizerStates, local_steps: int) -> None:
@@ -35,13 +35,13 @@ class StepWatch:
         self._ours = set(map(id, states.optimizers))
         self._local_steps = local_steps
         self._handles: list[RemovableHandle] = []
-        self._outermost: Optimizer | None = None  # which steps now; one inside of it is no stranger
-        self._taken: dict[int, int] = {}  # steps of each optimizer while no local step has been counted
+        self._outermost: Optimizer | None = None  # steps now; it may step others that it has inside
+        self._taken: dict[int, int] = {}  # steps of each optimizer before the first local step was counted
         self._counted = False
         self._written, self._batches = 0, 0
 
     def begin(self) -> None:
-        """From now on see all steps of this process."""
+        """Begin to watch all steps of this process."""
         self._written = self._writes()
         self._handles = [
             register_optimizer_step_pre_hook(_weakly(self._before)),
@@ -49,21 +49,20 @@ class StepWatch:
         ]
 
     def end(self) -> None:
-        """Stop looking."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def note_local_step(self) -> None:
-        """A local step has been counted."""
+        """Note that a local step has been counted."""
         self._counted = True
 
     def check_counted(self, *, finished: bool) -> None:
-        """Before the workers put the full model together.
+        """Check, before the workers assemble the full model, that local steps are counted at all.
 
         Args:
-            finished: whether the training is over. Before that, one step may wait to be counted: a loop may look at the
-                full model between ``optimizer.step()`` and ``engine.after_step()``.
+            finished: whether the training is over.
 
         Raises:
             RuntimeError: if optimizers have stepped, and no local step was ever counted.
@@ -71,23 +70,26 @@ class StepWatch:
         if self._counted:
             return
         taken = max(self._taken.values(), default=0)
-        if taken > (0 if finished else 1):
+        # A loop may look at the full model between `optimizer.step()` and `engine.after_step()`.
+        allowed = 0 if finished else 1
+        if taken > allowed:
             raise RuntimeError(
                 f"optimizers took {taken} step(s), and no local step was counted, so the workers "
                 "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
             )
 
     def warn_of_one_round(self, steps: int) -> None:
-        """At the end of a plain loop, whose length nobody knows before; a strategy warns when training starts.
+        """Warn at the end of a plain loop that its workers averaged only once.
 
         Args:
             steps: local steps that workers trained alone; 0 where they did not.
         """
+        # A strategy knows the length of the training, and has warned when it started.
         if self.on_step is None and 0 < steps < self._local_steps:
             warnings.warn(one_round(steps, self._local_steps), stacklevel=4)
 
     def check_batch(self, accumulated: int) -> None:
-        """Between two batches of a loop that counts by :attr:`on_step`.
+        """Check, between two batches of a loop that counts by :attr:`on_step`, that optimizers step.
 
         Args:
             accumulated: batches whose gradients are added up before a step.
@@ -99,6 +101,7 @@ class StepWatch:
             return
         written, self._written = self._written, self._writes()
         self._batches += self._written != written
+        # Gradients may add up over batches, and a program may write parameters before it trains.
         if self._batches > 3 + 2 * accumulated:
             raise RuntimeError(
                 f"{self._batches} batches changed parameters, and no optimizer of `configure_optimizers` has stepped, "
@@ -107,7 +110,7 @@ class StepWatch:
             )
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._outermost is not None:
+        if self._outermost is not None:  # an optimizer inside of a known one
             return
         if id(optimizer) in self._ours:
             self._outermost = optimizer

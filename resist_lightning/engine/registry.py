@@ -60,7 +60,7 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
         for group in optimizer.param_groups:
             trained.update(map(id, group["params"]))
     layout, _ = _method_of(config)
-    with _without_hooks(module):
+    with _without_hooks(module):  # the module may be a full model of an earlier fit
         return layout(module, config, workers, trained or None)
 
 
@@ -75,6 +75,7 @@ def make_sync(
 
 
 def _method_of(config: CommonConfig) -> tuple[type[Layout], type[Sync[Any, Any]]]:
+    # Users may derive a config from ours.
     return next(_METHODS[base] for base in type(config).__mro__ if base in _METHODS)
 
 
@@ -125,6 +126,7 @@ def detach_hooks(module: nn.Module) -> None:
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Inside, a module is without the hooks of a full model, so that layouts see its own forward."""
+    # Hooks are put back as they were: making a layout must not change a model that the user may still evaluate.
     children = list(module.modules())
     tables: list[Any] = [t for child in children for t in (child._forward_hooks, child._forward_hooks_with_kwargs)]
     kept = [dict(table) for table in tables]

@@ -1,4 +1,4 @@
-"""Going on where a run was stopped, with what each worker alone had."""
+"""Saves what only this worker has, and resumes from it in any step of any round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.engine.evaluation import Observation
 from resist_lightning.errors import CheckpointError
 from resist_lightning.methods.layout import Layout
@@ -16,11 +17,11 @@ from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 STATE_VERSION = 2
-"""Of what is saved; 1 had no worker's own state."""
+"""The format of what is saved; version 1 had no worker's own state."""
 
 
 class Resumption:
-    """Says what a worker needs to go on, and takes it back.
+    """Collects what a worker needs to resume, and takes it back.
 
     Args:
         layout: the model's parts.
@@ -41,7 +42,7 @@ class Resumption:
         self._own: dict[str, Any] | None = None
 
     def place(self) -> dict[str, Any]:
-        """Where the run is; with the own states of all workers enough for it to go on."""
+        """The round, the step and the partition; with the own states of all workers enough to resume."""
         return {
             "version": STATE_VERSION,
             "identity": self._layout.identity(),
@@ -53,7 +54,7 @@ class Resumption:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What this worker has and the full model does not say: its tensors in mid-round, optimizer state, inputs.
+        """What only this worker has: its tensors in mid-round, optimizer state, recorded inputs.
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
@@ -61,6 +62,7 @@ class Resumption:
         own = {"optimizers": self._states.state_dict(), **sync, **self._observation.state_dict()}
         companion = self._layout.companion
         if companion is not None:
+            # While the copy is shown, the worker's own weights are hidden, but for those that were written meanwhile.
             written = self._observation.written()
             hidden = {name: weight.cpu() for name, weight in companion.weights.items() if name not in written}
             own["tensors"] = {**own["tensors"], **hidden}
@@ -71,7 +73,7 @@ class Resumption:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
         if not state:
             return True
-        if "scale" in state:
+        if "scale" in state:  # a snapshot has the weights in training, not those of a full model
             self._observation.undo(state)
         self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
@@ -79,31 +81,32 @@ class Resumption:
         here = self._layout.identity(), self._layout.held(self._clock.round)
         same = (state.get("identity"), state.get("held")) == here
         self._own = own if same else None
+        # Another partition cannot begin in mid-round; the full model is what a sync would have made.
         if not same and self._clock.step:
             self._clock.next_round()
         return same
 
     @property
     def exact(self) -> bool:
-        """Whether this worker has its own state to go on with."""
+        """Whether this worker has its own state to resume from."""
         return self._own is not None
 
     def forget_own(self) -> None:
-        """Go on from the full model alone. Where a sync was due, the full model is what it would make."""
+        """Resume from the full model alone."""
         self._own = None
         self._states.forget_lonely()
-        if self._clock.due:
+        if self._clock.due:  # the full model is already what this sync would make
             self._clock.next_round()
 
     def load_tensors(self) -> None:
-        """Take over this worker's tensors, when it has the blocks of the round."""
+        """Load this worker's tensors, when it holds the parts of the round."""
         if self._own is not None:
             self.put(self._own["tensors"])
             if self._layout.companion is not None and "companion" in self._own:
                 self._layout.companion.load(self._own["companion"])
 
     def load_rest(self) -> None:
-        """Take over what else it has, when the round has begun."""
+        """Load the rest of its state, when the round has begun."""
         own, self._own = self._own, None
         if own is not None:
             self._states.load_state_dict(own["optimizers"])
@@ -111,9 +114,8 @@ class Resumption:
             self._observation.load_state_dict(own)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors, unscaled, into the module's of the same name; buffers that are not saved included."""
-        module = self._layout.module
-        named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        """Write tensors, unscaled, into the module's of the same name, buffers that are not persistent included."""
+        named = named_tensors(self._layout.module)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name not in named or named[name].shape != tensor.shape:

@@ -1,8 +1,8 @@
-"""Tensors without values: shape, type and identity stay, and whoever reads a value gets an error that names them.
+"""Absent tensors: shape, type and identity remain, and reading a value raises an error that names the tensor.
 
-On the meta device alone a value is no error for torch: ``ema.add_(p)`` adds nothing, ``linear(x, p)`` gives memory that
-nobody wrote. So an absent tensor is of a subclass whose operations all end in ``__torch_dispatch__``, whoever calls
-them: methods, lists of tensors, indexing, TorchScript. Shape, data type, gradient and hooks are no operations.
+The meta device alone is not enough, since reading from it is no error for torch: ``ema.add_(p)`` adds nothing, and
+``linear(x, p)`` returns uninitialised memory. So an absent tensor is of a subclass whose operations all end in
+``__torch_dispatch__``, by whatever way they are called. Reading shape, data type, gradient or hooks is no operation.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NEW_MODULE = "Load a checkpoint into a new module."
 
 @dataclass
 class Absence:
-    """Why some tensors have no values; the same object serves them all, and may be changed.
+    """Why some tensors have no values; one object serves all tensors of a part, and may be changed.
 
     Attributes:
-        reason: a clause, for messages.
-        way_out: a sentence, for messages.
+        reason: a clause of the error message.
+        way_out: its last sentence, the remedy.
     """
 
     reason: str = "another worker holds it in this round"
@@ -40,7 +40,7 @@ class Absence:
     )
 
     def end_early(self) -> None:
-        """From now on say that nobody will bring the values."""
+        """Change the reason: the values will never arrive."""
         self.reason, self.way_out = ENDED_EARLY, NEW_MODULE
 
 
@@ -52,17 +52,18 @@ _BY_SHAPE = {
 
 
 class AbsentTensor:
-    """What the classes of absent tensors have in common; see :func:`absent_like`."""
+    """Base of all classes of absent tensors; see :func:`absent_like`."""
 
     present_class: ClassVar[type[Tensor]]
     absent_name: str
     absence: Absence
-    # Getters of torch would call __torch_function__; without it they cost what they cost of other tensors.
+    # Otherwise each getter, such as `shape`, would call __torch_function__, which is slow.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Any = None) -> Tensor:
         first = args[0] if args else None
+        # Optimizers make their state by these; they read the shape only.
         if func.overloadpacket in _BY_SHAPE and isinstance(first, Tensor):
             return _made_like(func, first, args[1:], kwargs or {})
         absent = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, AbsentTensor))
@@ -74,7 +75,7 @@ class AbsentTensor:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise self._error()
 
-    # What torch does without dispatching an operation.
+    # Torch reads values in these without dispatching an operation.
     numpy = tolist = __array__ = __dlpack__ = __dlpack_device__ = __deepcopy__ = __reduce_ex__ = _refuse
     data = property(_refuse, _refuse)
 
@@ -86,17 +87,17 @@ class AbsentTensor:
 
 
 def is_absent(tensor: object) -> bool:
-    """Whether it is a tensor of :func:`absent_like`."""
+    """Whether a tensor was made by :func:`absent_like`."""
     return isinstance(tensor, AbsentTensor)
 
 
 def present_class(tensor: Tensor) -> type[Any]:
-    """Of which class a tensor is when it has its values."""
+    """The class of a tensor when it has its values."""
     return getattr(type(tensor), "present_class", type(tensor))
 
 
 def _made_like(func: Any, absent: Any, args: Sequence[Any], kwargs: Any) -> Tensor:
-    """A new tensor of the shape of an absent one, as some optimizers make; absent too, unless on another device."""
+    """A new tensor of the shape of an absent one; absent too, unless it is made on another device."""
     empty = torch.empty_strided(absent.size(), absent.stride(), dtype=absent.dtype, device="meta")
     made: Tensor = func(empty, *args, **kwargs)
     return absent_like(made, f"what was made like {absent.absent_name}", absent.absence) if made.is_meta else made
@@ -112,7 +113,7 @@ def absent_like(tensor: Tensor, name: str, absence: Absence) -> Tensor:
 
     Args:
         tensor: a present one.
-        name: what messages call it.
+        name: its name in messages.
         absence: why it has no values.
     """
     empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the full model.
+"""Gives the full model its batch-norm statistics, by one of three policies.
 
 Running statistics are gathered in thin, unscaled sub-networks and need not fit the scaled full network. So they are
 re-estimated on inputs that the network saw in training (``recalibrate``), taken as they are (``running``), or replaced
@@ -25,26 +25,26 @@ Call: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 def norms_with_statistics(module: nn.Module) -> dict[str, _BatchNorm]:
     """The batch-norm layers that keep running statistics, by name."""
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, _BatchNorm) and child.running_mean is not None and child.running_var is not None
-    }
+    found = {}
+    for name, child in module.named_modules():
+        if isinstance(child, _BatchNorm) and child.running_mean is not None and child.running_var is not None:
+            found[name] = child
+    return found
 
 
 class InputRecorder:
-    """Remembers the inputs of the last training batches, to re-estimate batch-norm statistics with.
+    """Records the inputs of the last training batches, to re-estimate batch-norm statistics on them.
 
-    What counts is the outermost module that contains a batch norm and is called: the network, or the user's whole
-    module where ``training_step`` calls ``self(x)``.
+    It records the outermost module that contains a batch norm and is called: the network, or the user's whole module
+    where ``training_step`` calls ``self(x)``.
 
     Args:
         module: the user's module.
-        calls: number of calls to remember; each keeps its batch in memory.
+        calls: number of calls to record; each keeps its batch in memory.
 
     Attributes:
-        calls: the remembered calls, oldest first.
-        still: names of the batch norms that were in evaluation mode in the last one: their statistics do not train.
+        calls: the recorded calls, oldest first.
+        still: names of the batch norms that were in evaluation mode in the last call: their statistics do not train.
     """
 
     def __init__(self, module: nn.Module, calls: int) -> None:
@@ -53,41 +53,42 @@ class InputRecorder:
         self._module = module
         self._norms = norms_with_statistics(module)
         self._outermost: nn.Module | None = None  # whose forward runs now
-        names = {""} | {name[:end] for name in self._norms for end in _dots(name)}
         self._handles: list[RemovableHandle] = []
-        for name in names:
+        for name in _containers(self._norms):
             watched = module.get_submodule(name)
-            self._handles.append(
-                watched.register_forward_pre_hook(_OnlyHere(self._enter), prepend=True, with_kwargs=True)
-            )
-            self._handles.append(watched.register_forward_hook(_OnlyHere(self._leave), always_call=True))
+            # First, so that it sees what the user's code gave; and last even after an error, so that none stays open.
+            enter = watched.register_forward_pre_hook(_OnlyHere(self._enter), prepend=True, with_kwargs=True)
+            leave = watched.register_forward_hook(_OnlyHere(self._leave), always_call=True)
+            self._handles += [enter, leave]
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The inputs; None if one of them cannot be written to a file that is safe to load."""
+        """The recorded inputs; None if one of them cannot be written to a file that is safe to load."""
         names = {child: name for name, child in self._module.named_modules()}
         calls = [[names[module], list(args), kwargs] for module, args, kwargs in self.calls]
         return {"calls": tree_map(_to_cpu, calls), "still": sorted(self.still)} if _plain(calls) else None
 
     def load_state_dict(self, own: dict[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`own` gave."""
+        """Load what :meth:`state_dict` returned."""
         for name, args, kwargs in tree_map(lambda value: _to_device(value, device), own["calls"]):
             self.calls.append((self._module.get_submodule(name), tuple(args), kwargs))
         self.still = frozenset(own["still"])
 
     def remove(self) -> None:
-        """Take the hooks off and forget the inputs."""
+        """Remove the hooks and free the inputs."""
         for handle in self._handles:
             handle.remove()
         self.calls.clear()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # First of all, as torch.compile cannot trace what follows, and blocks inside are compiled one by one.
         if self._outermost is not None:
-            return  # before all that torch.compile cannot trace: blocks are compiled one by one
+            return
         # A forward inside a backward is activation checkpointing, which runs a part of the network a second time.
         if torch._C._current_graph_task_id() != -1:
             return
         self._outermost = module
-        traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None  # with inputs of no value
+        # Tracers call a forward with inputs that have no values.
+        traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         if module.training and torch.is_grad_enabled() and not traced:
             self.calls.append((module, _copied(args), _copied(kwargs)))
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
@@ -98,7 +99,7 @@ class InputRecorder:
 
 
 class _OnlyHere:
-    """A hook of the module that it is on. Copies of the module, and what is saved of it, get one that does nothing."""
+    """A hook that works on this module only: copied or pickled with its module, it does nothing."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
@@ -126,16 +127,17 @@ def recalibrate(
 ) -> list[Tensor]:
     """Re-estimate the running statistics of ``module`` as the plain mean over recorded calls.
 
-    Everything but batch norm runs in evaluation mode, so dropout is off and no random number is drawn by it. Layers
-    that the calls do not reach, and those named in ``still``, keep their statistics.
+    Everything but batch norm runs in evaluation mode, without dropout and its random numbers. Layers that the calls do
+    not reach, and those named in ``still``, keep their statistics.
 
     Returns:
         The running means and variances of all other layers.
 
     Raises:
-        RuntimeError: if the full model cannot take what a part of it was given in training.
+        RuntimeError: if the full model cannot take an input that a part of it had in training.
     """
     norms = [norm for name, norm in norms_with_statistics(module).items() if name not in still]
+    # All that is changed below is restored afterwards.
     modes = {child: child.training for child in module.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
@@ -155,20 +157,22 @@ def recalibrate(
                 raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
     for child, mode in modes.items():
         child.training = mode
-    for buffer, old in others:  # a forward may count its calls
+    for buffer, old in others:  # buffers of other modules, which may count their calls
         if not torch.equal(buffer, old):
             buffer.copy_(old)
     for norm in norms:
         norm.momentum = momenta[norm]
         reached = int(_counter(norm)) > 0
         for (name, buffer), old in zip(norm.named_buffers(), before[norm], strict=True):
+            # The counter continues that of the training.
             if name == "num_batches_tracked" or not reached:
                 buffer.copy_(old)
     return [_statistic(norm, name) for norm in norms for name in ("running_mean", "running_var")]
 
 
 def _not_compiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """A norm with a cumulative mean reads a counter, which torch.compile refuses (``fullgraph``) or breaks at."""
+    """Inside, compiled modules of ``module`` run uncompiled."""
+    # With a cumulative mean, batch norm reads a counter: torch.compile breaks the graph there, or refuses.
     children = list(module.modules())
     if any(child._compiled_call_impl is not None or "_orig_mod" in child._modules for child in children):
         stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -184,7 +188,7 @@ _CANNOT_REPLAY = (
 
 
 class BatchStatistics:
-    """Makes batch norm normalise each batch by its own statistics, in evaluation too, and leaves its buffers alone.
+    """Lets batch norm normalise each batch by its own statistics, in evaluation too, without changing its buffers.
 
     Args:
         norms: the layers.
@@ -196,14 +200,14 @@ class BatchStatistics:
             norm.__dict__["forward"] = partial(_normalise_by_batch, norm)
 
     def remove(self) -> None:
-        """Give the layers their own forward back."""
+        """Restore the layers' own forward."""
         for norm in self._norms:
             remove_batch_statistics(norm)
         self._norms = []
 
 
 def remove_batch_statistics(module: nn.Module) -> None:
-    """Give all layers of ``module`` that :class:`BatchStatistics` has changed their own forward back."""
+    """Restore the own forward of all layers that :class:`BatchStatistics` has changed, also in a copy of them."""
     for child in module.modules():
         forward = vars(child).get("forward")
         if isinstance(forward, partial) and forward.func is _normalise_by_batch:
@@ -225,7 +229,7 @@ def _counter(norm: _BatchNorm) -> Tensor:
 
 
 def _copied(values: Any) -> Any:
-    """Tensors that nobody else writes to: a forward may change its input in place, a loader may fill it again."""
+    """Copies of all tensors: a forward may change its input in place, and a loader may reuse its memory."""
     return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, values)
 
 
@@ -238,9 +242,14 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def _plain(values: Any) -> bool:
-    """Whether torch.load takes all of it with ``weights_only=True``."""
+    """Whether torch.load accepts the values with ``weights_only=True``."""
     return all(isinstance(leaf, Tensor | int | float | str | bytes | None) for leaf in tree_leaves(values))
 
 
-def _dots(name: str) -> list[int]:
-    return [position for position, character in enumerate(name) if character == "."]
+def _containers(names: Iterable[str]) -> set[str]:
+    """Names of all modules that contain one of these, and of the whole."""
+    found = {""}
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return found

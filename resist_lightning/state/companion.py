@@ -1,4 +1,4 @@
-"""A copy of the module that user code keeps beside it, a moving average of its weights for example."""
+"""A copy of the module that the user's code keeps beside it, such as a moving average of its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from resist_lightning.state.memory import Memory
 
 
 class Companion:
-    """A copy that goes with the module: a worker holds the same parts of both.
+    """A copy of the module of which a worker holds the same parts.
 
-    A block's part of the copy moves with the block. The copies of what all workers hold differ, until the copy is shown
-    in the place of the module: the full model that is assembled then is the mean of the copies.
+    A block's part of the copy moves with the block. The workers' copies of shared tensors differ, until the copy is
+    shown in the place of the module: the full model that is assembled then is the mean of the copies.
 
     Args:
         module: the user's.
@@ -30,10 +30,12 @@ class Companion:
     def __init__(self, module: nn.Module, copy: nn.Module) -> None:
         self.loaded = False
         self.weights: dict[str, Tensor] = {}
-        self._module, self._copies = module, named_tensors(copy)
+        self._module = module
+        self._copies = named_tensors(copy)
         self._recurrent = [child for child in copy.modules() if isinstance(child, nn.RNNBase)]
         for rnn in self._recurrent:
-            rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)  # weak ones, which would hinder
+            # Weak references, with which torch frees no memory.
+            rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)
         self._memory = {name: Memory({f"the average of {name}": copy}, {}) for name, copy in self._copies.items()}
 
     @property
@@ -50,25 +52,26 @@ class Companion:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors(names))
 
     def present(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name, a tensor of the module and the copy's, of all that this worker holds."""
-        pairs = {name: (own, self._copies[name]) for name, own in named_tensors(self._module).items()}
-        return {name: pair for name, pair in pairs.items() if not pair[0].is_meta and not pair[1].is_meta}
+        """The module's and the copy's tensor for everything that this worker holds, by name."""
+        pairs = {}
+        for name, own in named_tensors(self._module).items():
+            copy = self._copies[name]
+            if not own.is_meta and not copy.is_meta:
+                pairs[name] = own, copy
+        return pairs
 
     def hold(self, names: Collection[str]) -> None:
-        """Free all of the copy but the parts of these tensors; the caller fills those that are new."""
+        """Free all tensors of the copy but these, and allocate missing ones for the caller to fill."""
         for name, memory in self._memory.items():
-            if self._copies[name].is_meta == (name not in names):
-                continue
-            if name in names:
+            absent = self._copies[name].is_meta
+            if absent and name in names:
                 memory.allocate()
-            else:
+            elif not absent and name not in names:
                 memory.free()
 
     def show(self) -> None:
-        """Write the copy into the module, each worker what it holds, and keep what was there.
-
-        No write is noted of it (``.data``): nothing is trained here that other workers would have to know.
-        """
+        """Write this worker's part of the copy into the module, and keep the module's values."""
+        # Through `.data`, which counts as no write: other workers need not know.
         for name, (own, copy) in self.present().items():
             self.weights[name] = own.data.clone()
             own.data.copy_(copy.data)
@@ -92,19 +95,19 @@ class Companion:
                 self.hide()
 
     def copy_module(self) -> None:
-        """Give what this worker holds of the copy the module's values."""
+        """Let the copy begin with the module's values."""
         for own, copy in self.present().values():
             copy.data.copy_(own.data)
 
     def keep(self, written: Collection[str]) -> None:
-        """Let what user code has written while the copy was shown stay, in the copy and in what is hidden."""
+        """Keep, in the copy and in the hidden weights, what the user's code has written while the copy was shown."""
         for name, (own, copy) in self.present().items():
             if self.shown and name in written:
                 self.weights[name] = own.data.clone()
                 copy.data.copy_(own.data)
 
     def settle(self) -> None:
-        """Leave the copy whole for good: all that the module is, which is the full model now."""
+        """End the training: the copy becomes whole and equal to the module, which is the full model now."""
         self.hold(self._copies)
         self.copy_module()
         for rnn in self._recurrent:
@@ -112,11 +115,11 @@ class Companion:
         self.weights = {}
 
     def state(self) -> dict[str, Tensor]:
-        """What this worker holds in the copy's tensors, for :meth:`load`; they may be the live ones."""
+        """This worker's part of the copy, for :meth:`load`; the tensors may be the live ones."""
         return {name: copy.detach().cpu() for name, (_, copy) in self.present().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave, when the module holds the same parts again."""
+        """Load what :meth:`state` returned, when the module holds the same parts again."""
         with torch.no_grad():
             for name, (_, copy) in self.present().items():
                 copy.copy_(state[name])

@@ -1,6 +1,6 @@
-"""What becomes of optimizer state when blocks change hands.
+"""Resets optimizer state, or lets it travel with the parameters that it belongs to.
 
-Addressed by parameter, never by position: an optimizer is built on the full model and keeps its parameter groups.
+State is addressed by parameter, never by position: an optimizer is built on the full model and keeps its groups.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.state.optimizer_probe import Slot, probe, with_inner
+from resist_lightning.state.optimizer_probe import Slot, probe
+from resist_lightning.state.optimizer_twin import with_inner
 from resist_lightning.state.tracked_optimizer import StateNumber, TrackedOptimizer
 
-_PLAIN = (bool, int, float, str, tuple, type(None))  # what prints alike on all workers
+_PLAIN = (bool, int, float, str, tuple, type(None))  # print the same on all workers
 
 
 class OptimizerStates:
@@ -32,11 +33,10 @@ class OptimizerStates:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._given = list(optimizers)
-        self._kept = [
-            TrackedOptimizer(each, findings)
-            for optimizer in optimizers
-            for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True)
-        ]
+        self._kept: list[TrackedOptimizer] = []
+        for optimizer in optimizers:
+            for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True):
+                self._kept.append(TrackedOptimizer(each, findings))
         self._numbers: dict[tuple[int, int, str], StateNumber] = {}
 
     @property
@@ -54,7 +54,7 @@ class OptimizerStates:
         return sum(rates) / len(rates) if rates else 0.0
 
     def warn_about_settings(self, momentum: str, local_steps: int) -> None:
-        """Say what optimizers keep that ``momentum`` does not treat as a user may think."""
+        """Warn about state that ``momentum`` does not treat as a user may expect."""
         for kept in self._kept:
             name, found = type(kept.optimizer).__name__, kept.findings
             if found.unknown:
@@ -108,19 +108,19 @@ class OptimizerStates:
                 )
 
     def reset(self) -> None:
-        """Forget all state: every optimizer starts again, as if it were new, but for its schedule."""
+        """Forget all state: every optimizer restarts as if it were new, but for its schedule."""
         for kept in self._kept:
             kept.optimizer.state.clear()
             kept.begin_anew()
 
     def forget_lonely(self) -> None:
-        """Where an optimizer has no state, forget what groups and attributes say of the state that it had."""
+        """Where an optimizer has no state, reset the numbers in its groups and attributes that belonged to it."""
         for kept in self._kept:
             if not kept.optimizer.state:
                 kept.begin_anew()
 
     def forget_odd(self) -> None:
-        """Forget the state of optimizers with slots that are neither numbers nor shaped like their parameters."""
+        """Forget the state of optimizers with slots that can neither be cut nor kept whole."""
         for kept in self._kept:
             if kept.findings.odd or kept.findings.unknown:
                 kept.optimizer.state.clear()
@@ -132,26 +132,26 @@ class OptimizerStates:
                 kept.optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What each optimizer of this worker has, settings of the parameter groups too: a schedule may part them."""
+        """State and parameter groups of each optimizer; groups too, as schedules may differ between workers."""
         return [kept.state_dict() for kept in self._kept]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take over what :meth:`own` gave, to the bit."""
+        """Load what :meth:`state_dict` returned, bit for bit."""
         for kept, state in zip(self._kept, states, strict=True):
             kept.load_state_dict(state)
 
     def known(self, parameter: nn.Parameter) -> bool:
-        """Whether some optimizer has state of a parameter."""
+        """Whether some optimizer has state for a parameter."""
         return any(optimizer.state.get(parameter) for optimizer in self.optimizers)
 
     def tensors(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """The state of some parameters, in a fixed order; missing tensors are made, filled with zeros.
+        """The state of some parameters, in a fixed order; missing tensors are created as zeros.
 
-        A Python number comes as a tensor that stands for it until :meth:`take_numbers`. For an absent parameter:
-        tensors on the meta device, which only tell shape and data type.
+        A Python number is represented by a tensor until :meth:`take_numbers`; the state of an absent parameter by
+        tensors on the meta device, for their shape and data type.
 
         Raises:
-            ValueError: if there is more than a trial step had shown.
+            ValueError: if there is more state than a trial step had shown.
         """
         found: list[Tensor] = []
         for parameter, kept, slots in self._slots_of(parameters):
@@ -161,16 +161,16 @@ class OptimizerStates:
             state = kept.optimizer.state[parameter]
             kept.check_shown(parameter, state, slots)
             for name, slot in slots.items():
-                if slot.number is not None:
+                if slot.number is not None:  # only tensors can be sent
                     found.append(self._number(kept.optimizer, parameter, name, slot))
                     continue
-                if state.get(name) is None:
+                if state.get(name) is None:  # not stepped yet; its next holder expects it all the same
                     state[name] = slot.empty(parameter, parameter.device)
                 found.append(state[name])
         return found
 
     def take_numbers(self) -> None:
-        """Write back the Python numbers that :meth:`tensors` stood for, after a hand-over."""
+        """After a hand-over, write back the Python numbers that :meth:`tensors` represented."""
         for number in self._numbers.values():
             number.optimizer.state[number.parameter][number.name] = number.value()
         self._numbers = {}
@@ -181,9 +181,10 @@ class OptimizerStates:
 
     def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the state of some parameters, present or not; makes none."""
-        return sum(
-            slot.bytes(parameter) for parameter, _, slots in self._slots_of(parameters) for slot in slots.values()
-        )
+        total = 0
+        for parameter, _, slots in self._slots_of(parameters):
+            total += sum(slot.bytes(parameter) for slot in slots.values())
+        return total
 
     def describe(self) -> dict[str, str]:
         """Class, hyper-parameters and size of every parameter group, by name."""
@@ -191,9 +192,12 @@ class OptimizerStates:
         for number, optimizer in enumerate(self._given):
             found[f"optimizer {number}"] = type(optimizer).__name__
             for index, group in enumerate(optimizer.param_groups):
-                values = {"parameters": len(group["params"]), **{key: _plain(group[key]) for key in group}}
                 where = f"of optimizer {number}, group {index}"
-                found |= {f"{key} {where}": str(v) for key, v in values.items() if isinstance(v, _PLAIN)}
+                found[f"parameters {where}"] = str(len(group["params"]))
+                for key, value in group.items():
+                    plain = _plain(value)
+                    if isinstance(plain, _PLAIN):
+                        found[f"{key} {where}"] = str(plain)
         return found
 
     def _number(self, optimizer: Optimizer, parameter: nn.Parameter, name: str, slot: Slot) -> Tensor:
@@ -205,14 +209,19 @@ class OptimizerStates:
     def _slots_of(
         self, parameters: Iterable[nn.Parameter]
     ) -> Iterator[tuple[nn.Parameter, TrackedOptimizer, dict[str, Slot]]]:
-        states = {id(kept.optimizer.state): kept for kept in reversed(self._kept)}  # one may show another's
-        groups = [(kept, kept.groups()) for kept in self._kept if states[id(kept.optimizer.state)] is kept]
+        """For each parameter that trains, the optimizers that have state for it, and the slots of this state."""
+        # An optimizer around another one may show that one's state as its own: each state counts once.
+        owners: dict[int, TrackedOptimizer] = {}
+        for kept in self._kept:
+            owners.setdefault(id(kept.optimizer.state), kept)
+        groups = [(kept, kept.groups()) for kept in owners.values()]
         for parameter in parameters:
             for kept, group_of in groups:
                 if parameter.requires_grad and id(parameter) in group_of:
-                    yield parameter, kept, kept.slots(group_of[id(parameter)], parameter.dim())
+                    group = group_of[id(parameter)]
+                    yield parameter, kept, kept.slots(group, parameter.dim())
 
 
 def _plain(value: object) -> object:
-    """A learning rate may be a tensor."""
+    """The number in a tensor of one number, as a learning rate may be; anything else as it is."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

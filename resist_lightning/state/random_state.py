@@ -1,4 +1,4 @@
-"""The global random generators of a process: torch, its GPU, NumPy and Python."""
+"""Saves, restores and seeds the global random generators of a process: torch, its GPU, NumPy and Python."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def set_random_state(state: Randomness) -> None:
 
 @contextmanager
 def random_numbers_apart() -> Iterator[None]:
-    """Whatever is drawn or seeded within, the generators are afterwards as before. Quick enough for every batch."""
+    """Inside, drawing and seeding leave no trace in the generators. Fast enough for every batch."""
+    # Not by `random_state`, which makes lists of Python's and NumPy's words.
     python, torch_cpu = random.getstate(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     numpy: Any = None
@@ -61,11 +62,11 @@ def random_numbers_apart() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Start all generators anew from ``seed``, a number of 64 bits; that of a GPU only where it is in use."""
+    """Seed all generators by a number of 64 bits; a GPU's only where one is in use."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs that are not in use, too
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
     random.seed(seed)
     if np is not None:
-        # A word more than Python seeds its generator with, which has the same algorithm: they shall not draw the same.
+        # One word more than Python's seed: both generators have the same algorithm, and must not draw the same.
         np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])

@@ -1,4 +1,4 @@
-"""Who still holds a tensor, in words: for the message of a block that cannot be handed over."""
+"""Finds what still refers to a tensor, for the error that a block cannot be handed over."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-_MOST_NODES = 10_000  # of an autograd graph that are looked at
-_DEPTH, _MOST_NAMED = 3, 3  # of containers in containers, and of what is named
+_MOST_NODES = 10_000  # visited in an autograd graph
+_DEPTH = 3  # of containers in containers
+_MOST_NAMED = 3
 
 
 def who_holds(tensor: Tensor) -> str:
-    """A sentence on what hinders that a tensor gets other memory, and what to do."""
+    """A sentence that names what uses a tensor's memory, with the remedy."""
     weak = weakref.getweakrefs(tensor)
     if weak:
         return (
@@ -36,11 +37,17 @@ def who_holds(tensor: Tensor) -> str:
 
 
 def _users(tensor: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Python's tensors that are views of a tensor, and those whose autograd graph ends in it."""
-    alive = [other for other in gc.get_objects() if issubclass(type(other), Tensor) and other is not tensor]
-    views = [other for other in alive if other._base is tensor]
-    graphs = [other for other in alive if other.grad_fn is not None and other._base is None]
-    return views, [other for other in graphs if _leads_to(other.grad_fn, tensor)]
+    """All tensors of the process that are views of a tensor, and those whose autograd graph ends in it."""
+    views, graphs = [], []
+    for other in gc.get_objects():
+        # Not isinstance, which asks proxies of strangers for their class and runs their code.
+        if not issubclass(type(other), Tensor) or other is tensor:
+            continue
+        if other._base is tensor:
+            views.append(other)
+        elif other._base is None and other.grad_fn is not None and _leads_to(other.grad_fn, tensor):
+            graphs.append(other)
+    return views, graphs
 
 
 def _leads_to(node: Any, tensor: Tensor) -> bool:
@@ -59,17 +66,16 @@ def _leads_to(node: Any, tensor: Tensor) -> bool:
 
 
 def _places(objects: list[Any]) -> str:
-    """In words, the attributes and variables that objects are reached by, also through containers."""
+    """The attributes and variables that refer to some objects, also through containers, in words."""
     found: list[str] = []
     reached, level = {id(held) for held in objects}, objects
     for _ in range(_DEPTH):
         containers: list[Any] = []
         for holder in gc.get_referrers(*level):
             if isinstance(holder, FrameType):
-                if not str(holder.f_globals.get("__name__")).startswith("resist_lightning."):
-                    found += [
-                        f"variable {name!r} of {holder.f_code.co_name}()" for name in _names(holder.f_locals, reached)
-                    ]
+                if not str(holder.f_globals.get("__name__")).startswith("resist_lightning."):  # not our own search
+                    names = _names(holder.f_locals, reached)
+                    found += [f"variable {name!r} of {holder.f_code.co_name}()" for name in names]
             elif not isinstance(holder, dict | list | tuple | set):
                 names = _names(getattr(holder, "__dict__", {}), reached)
                 found += [f"attribute {name!r} of a {type(holder).__name__}" for name in names]

@@ -1,4 +1,4 @@
-"""Wall time, as that which a worker spends outside local steps."""
+"""Adds up the wall time that a worker spends outside local steps: in syncs and observations."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Seconds:
 
     Attributes:
         sync: seconds in syncs: handshake, averaging and hand-over.
-        averaging: of them, making shared tensors the mean of the workers', but for what happens behind a hand-over.
-        hand_over: of them, merging blocks and bringing them to their next holders.
-        observe: seconds for assembling the full model and going back, without the evaluation itself.
+        averaging: of them, averaging shared tensors, without what overlaps with the hand-over.
+        hand_over: of them, merging blocks and sending them to their next holders.
+        observe: seconds for assembling the full model and returning, without the evaluation itself.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,8 @@ class Seconds:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of the clock, when a GPU has done what it was told."""
+    """The time in seconds, after all queued work of a GPU."""
+    # Without it, the time of a kernel would be counted where the next one waits for it.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""One optimizer and what it keeps: begins anew, goes into a file and comes back, exactly."""
+"""One optimizer with all its state, which can be reset, saved and loaded exactly."""
 
 from __future__ import annotations
 
@@ -11,56 +11,61 @@ from torch.optim import Optimizer
 
 from resist_lightning.state.optimizer_probe import Findings, Slot
 
-_ABSENT: Any = ...  # its copy is itself
+_ABSENT: Any = ...  # survives deepcopy as the same object
 
 
 class TrackedOptimizer:
-    """An optimizer, and what it keeps.
+    """An optimizer, with the state that it keeps outside of ``state`` too.
 
     Args:
         optimizer: the user's, or one inside of it.
-        findings: what a trial has shown of it.
+        findings: what a trial step has shown of it.
     """
 
     def __init__(self, optimizer: Optimizer, findings: Findings) -> None:
         self.optimizer = optimizer
         self.findings = findings
-        used = bool(optimizer.state)
-        self._groups = [
-            {name: copy.deepcopy(self._first(group, name, used)) for name in findings.group}
-            for group in optimizer.param_groups
-        ]
+        self._groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            first = {name: self._first(group, name) for name in findings.group}
+            self._groups.append(copy.deepcopy(first))
         self._attributes = {name: vars(optimizer).get(name, _ABSENT) for name in findings.attributes}
 
     def begin_anew(self) -> None:
-        """Give groups and attributes the numbers that they had before the first step."""
+        """Reset groups and attributes to the numbers that they had before the first step."""
+        # Not strict: groups may have been added since.
         for group, first in zip(self.optimizer.param_groups, self._groups, strict=False):
             _put_back(group, first)
         _put_back(vars(self.optimizer), self._attributes)
 
     def groups(self) -> dict[int, int]:
-        """The number of the group of each parameter, by its identity."""
-        groups = self.optimizer.param_groups
-        return {id(parameter): number for number, group in enumerate(groups) for parameter in group["params"]}
+        """The group number of each parameter, by the parameter's identity."""
+        found: dict[int, int] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            found.update(dict.fromkeys(map(id, group["params"]), number))
+        return found
 
     def slots(self, group: int, dim: int) -> dict[str, Slot]:
-        """Of a parameter of this many dimensions; in a group that was added since, as in the others."""
+        """The slots of a parameter with ``dim`` dimensions in a group."""
         found = self.findings.slots
+        if (group, dim) in found:
+            return found[group, dim]
+        # The group was added since: its parameters are taken to have what others of that shape have.
         others = [slots for (_, of_dim), slots in found.items() if of_dim == dim]
-        return found.get((group, dim), others[0] if others else {})
+        return others[0] if others else {}
 
     def check_shown(self, parameter: nn.Parameter, state: dict[str, Any], slots: dict[str, Slot]) -> None:
-        """Check that the state of a present parameter is what the trial has shown of its kind.
+        """Check that the state of a present parameter is what a trial step has shown.
 
         Raises:
             ValueError: if there is more of it, or it has another shape.
         """
         more = [name for name, value in state.items() if value is not None and name not in slots]
-        odd = [
-            n
-            for n, slot in slots.items()
-            if slot.shaped and getattr(state.get(n), "shape", parameter.shape) != parameter.shape
-        ]
+        odd: list[str] = []
+        for name, slot in slots.items():
+            shape = getattr(state.get(name), "shape", parameter.shape)
+            if slot.shaped and shape != parameter.shape:
+                odd.append(name)
         if slots and (more or odd):
             raise ValueError(
                 f"{type(self.optimizer).__name__} keeps {(more + odd)[0]!r} of a parameter of shape "
@@ -69,18 +74,22 @@ class TrackedOptimizer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's ``state_dict``, of this optimizer alone."""
+        """As torch's ``state_dict``, but of this optimizer alone: others around it may show the same state."""
         index: dict[int, int] = {}
         groups = []
         for group in self.optimizer.param_groups:
             places = [index.setdefault(id(parameter), len(index)) for parameter in group["params"]]
             groups.append({**group, "params": places})
         state = {index.get(id(key), key): value for key, value in self.optimizer.state.items()}
+        saved: dict[str, Any] = {"state": state, "param_groups": groups}
         attributes = {name: getattr(self.optimizer, name) for name in self._attributes if hasattr(self.optimizer, name)}
-        return {"state": state, "param_groups": groups, **({"attributes": attributes} if attributes else {})}
+        if attributes:
+            saved["attributes"] = attributes
+        return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """In place, as groups may be another optimizer's too; and exactly, as torch's would cast wide state."""
+        """Load :meth:`state_dict` in place, without the casts of torch's ``load_state_dict``."""
+        # In place because the groups may belong to another optimizer too.
         parameters: list[nn.Parameter] = []
         for group, values in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
@@ -89,31 +98,32 @@ class TrackedOptimizer:
         groups = self.groups()
         self.optimizer.state.clear()
         for place, state in saved["state"].items():
-            if not isinstance(place, int):
+            if not isinstance(place, int):  # state of the whole optimizer, under a name
                 self.optimizer.state[place] = state
                 continue
             parameter = parameters[place]
             slots = self.slots(groups[id(parameter)], parameter.dim())
-            self.optimizer.state[parameter] = {
-                name: _to_device(
-                    value, slots[name].device if name in slots and not slots[name].shaped else parameter.device
-                )
-                for name, value in state.items()
-            }
+            loaded = self.optimizer.state[parameter] = {}
+            for name, value in state.items():
+                # Step counters stay on the CPU in most optimizers, wherever the parameter is.
+                counter = name in slots and not slots[name].shaped
+                loaded[name] = _to_device(value, slots[name].device if counter else parameter.device)
         vars(self.optimizer).update(saved.get("attributes", {}))
 
-    def _first(self, group: dict[str, Any], name: str, used: bool) -> Any:
-        return self.optimizer.defaults.get(name, group.get(name, _ABSENT)) if used else group.get(name, _ABSENT)
+    def _first(self, group: dict[str, Any], name: str) -> Any:
+        """A group's number before the first step; of an optimizer that has stepped, its default."""
+        now = group.get(name, _ABSENT)
+        return self.optimizer.defaults.get(name, now) if self.optimizer.state else now
 
 
 class StateNumber:
-    """A Python number in the state of a parameter, and the tensor that travels in its place.
+    """A Python number in a parameter's optimizer state, and the tensor that travels in its place.
 
     Args:
-        optimizer: whose state.
-        parameter: of which parameter.
-        name: of the number.
-        slot: what is known of it.
+        optimizer: the optimizer.
+        parameter: the parameter.
+        name: the number's key in the state.
+        slot: its type, as a trial step has shown it.
     """
 
     def __init__(self, optimizer: Optimizer, parameter: nn.Parameter, name: str, slot: Slot) -> None:
@@ -124,7 +134,7 @@ class StateNumber:
         self._number = slot.number
 
     def value(self) -> Any:
-        """What arrived, in its own class."""
+        """The number that arrived, in its own type."""
         assert self._number is not None
         value = self.tensor.item()
         return self._number(value if self._number is float else round(value))

@@ -1,4 +1,4 @@
-"""Optimizers that exchange weights for evaluation, such as schedule-free ones: users call ``eval`` and ``train``."""
+"""Serves optimizers that swap weights for evaluation by ``eval()`` and ``train()``, such as schedule-free ones."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _METHODS = ("eval", "train")
 
 
 class SwappingOptimizers:
-    """Lets ``eval()`` and ``train()`` of optimizers act on this worker's own weights, while a full model is seen too.
+    """Lets ``eval()`` and ``train()`` act on this worker's own weights, even while the module is the full model.
 
-    The optimizer's state is that of this worker, so an exchange with the full model's weights would spoil both.
+    The optimizer's state belongs to this worker's weights: a swap with those of the full model would corrupt both.
 
     Args:
         optimizers: the user's; those without the two methods are left alone.
@@ -24,19 +24,21 @@ class SwappingOptimizers:
         self._caught: list[tuple[Any, str]] = []
 
     def add(self, optimizers: Iterable[Any]) -> None:
-        """Name what else stands for the optimizers before the user."""
+        """Include wrappers by which the user reaches the optimizers."""
         self._optimizers += optimizers
 
     def catch(self) -> None:
-        """From now on redirect the calls."""
+        """Begin to redirect the calls."""
         for optimizer in self._optimizers:
-            if all(callable(getattr(optimizer, method, None)) for method in _METHODS):
-                for method in _METHODS:
-                    vars(optimizer)[method] = self._redirected(getattr(optimizer, method))
-                    self._caught.append((optimizer, method))
+            if not all(callable(getattr(optimizer, method, None)) for method in _METHODS):
+                continue
+            for method in _METHODS:
+                usual = getattr(optimizer, method)
+                vars(optimizer)[method] = self._redirected(usual)  # hides the class's own
+                self._caught.append((optimizer, method))
 
     def release(self) -> None:
-        """From now on let the calls through."""
+        """Stop redirecting the calls."""
         for optimizer, method in self._caught:
             del vars(optimizer)[method]
         self._caught = []

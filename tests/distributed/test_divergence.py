@@ -54,14 +54,14 @@ def present(engine: Engine) -> dict[str, Tensor]:
 
 def flip_after_the_sync(engine: Engine, name: str) -> None:
     """One bit, in the moment between the last message of a sync and the first local step."""
-    finish = engine._sync.replicated_tensors
+    finish = engine.sync.replicated_tensors
 
     def faulty(round: int) -> dict[str, Tensor]:
         tensors = finish(round)
         tensors[name].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
         return tensors
 
-    engine._sync.replicated_tensors = faulty  # type: ignore[method-assign]
+    engine.sync.replicated_tensors = faulty  # type: ignore[method-assign]
 
 
 FLIPS = {

@@ -33,14 +33,14 @@ def train(engine: Engine, optimizer: Any, run: Run, worker: int, steps: int) -> 
 
 def flip_after_the_sync(engine: Engine) -> None:
     """One bit of the output bias, between the last message of a sync and the first local step."""
-    equal = engine._sync.replicated_tensors
+    equal = engine.sync.replicated_tensors
 
     def faulty(_: Sync[Any], round: int) -> dict[str, Tensor]:
         tensors = equal(round)
         tensors[BIAS].detach().view(-1)[-1:].view(torch.int8)[0] ^= 1
         return tensors
 
-    engine._sync.replicated_tensors = faulty.__get__(engine._sync)  # type: ignore[method-assign]
+    engine.sync.replicated_tensors = faulty.__get__(engine.sync)  # type: ignore[method-assign]
 
 
 def play_flip(worker: int) -> str:

@@ -187,7 +187,7 @@ def test_state_that_does_not_move_never_meets_other_neurons(momentum, how):
 def copies_after_the_end(collective, run):
     engine, _ = start_engine(run, collective)
     engine.finish()
-    return len(engine._sync._as_received)
+    return len(engine.sync._as_received)
 
 
 def test_copies_of_the_round_are_let_go_at_the_end():

@@ -1,0 +1,168 @@
+"""A twin of an optimizer that takes trial steps on small parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+STEPS = 3
+"""Steps of a trial; some optimizers make a part of their state in the second step."""
+
+# Shapes of small parameters by dimension. Long sides, as some optimizers keep less of matrices with short ones.
+_SIDES = ((), (36,), (36, 48))
+_MORE_SIDES = (5, 4, 3, 2)
+_SCHEDULED = ("params", "lr", "initial_lr")  # values of a group that schedules change, not steps
+_NUMBERS = (bool, int, float)
+
+Numbers: TypeAlias = list[dict[str, Any]]
+
+
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those that it has inside, as Lookahead and SAM do."""
+    found = [optimizer]
+    for value in vars(optimizer).values():
+        for inner in items_of(value):
+            if isinstance(inner, Optimizer):
+                # Compared by identity: an optimizer may define equality.
+                found += [other for other in with_inner(inner) if all(other is not known for known in found)]
+    return found
+
+
+class Trial:
+    """A twin of an optimizer, with one small parameter for each kind of parameter that it has."""
+
+    def __init__(self, optimizer: Optimizer, gradient: float, weight: float) -> None:
+        self._gradient = gradient
+        self._weight = weight
+        memo: dict[int, Any] = {}
+        real = with_inner(optimizer)
+        for each in real:
+            self._small_groups(each, memo)
+        self.optimizers = [_bare(each, memo) for each in real]
+        for each, twin in zip(real, self.optimizers, strict=True):
+            _fill(each, twin, memo)
+        self._parameters: list[nn.Parameter] = []
+        for twin in self.optimizers:
+            for group in twin.param_groups:
+                self._parameters += group["params"]
+        self.before: list[Numbers] = []
+        self.after: list[Numbers] = []
+
+    def take_steps(self, closure: Callable[[], Tensor] | None) -> None:
+        """Take steps as training would."""
+        for each in self.optimizers:
+            train: Any = getattr(type(each), "train", None)
+            if callable(train):  # schedule-free optimizers have modes
+                train(each)
+        self.before = [_numbers(each) for each in self.optimizers]
+        for _ in range(STEPS):
+            self._step(closure)
+        self.after = [_numbers(each) for each in self.optimizers]
+
+    def _step(self, closure: Callable[[], Tensor] | None) -> None:
+        self.set_gradients()
+        twin: Any = self.optimizers[0]
+        # Not `twin.step`, which a scheduler has replaced by one that is bound to the original.
+        step: Any = type(twin).step
+        step(twin) if closure is None else step(twin, closure)
+
+    def set_gradients(self) -> Tensor:
+        """Set all gradients; also a closure for the step."""
+        for parameter in self._parameters:
+            ramp = torch.linspace(1.0, 2.0, parameter.numel(), device=parameter.device).view(parameter.shape)
+            parameter.grad = (self._gradient * 0.01 * ramp).to(parameter.dtype)
+        return torch.ones(())
+
+    def _small_groups(self, optimizer: Optimizer, memo: dict[int, Any]) -> None:
+        """Copy the groups, with one small parameter for each number of dimensions."""
+        # By `memo`, whatever refers to a parameter or a group will refer to its copy, as in `copy.deepcopy`.
+        if id(optimizer.param_groups) in memo:
+            return
+        groups = memo[id(optimizer.param_groups)] = []
+        for group in optimizer.param_groups:
+            small: dict[int, nn.Parameter] = {}
+            for parameter in group["params"]:
+                dummy = memo.get(id(parameter))
+                if dummy is None:
+                    dummy = small.get(parameter.dim())
+                if dummy is None:
+                    dummy = self._small(parameter)
+                small[parameter.dim()] = dummy
+                memo[id(parameter)] = dummy
+            if id(group) not in memo:
+                memo[id(group)] = {key: _copy(value, memo) for key, value in group.items() if key != "params"}
+                memo[id(group)]["params"] = list(small.values())
+            groups.append(memo[id(group)])
+
+    def _small(self, parameter: nn.Parameter) -> nn.Parameter:
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        count = parameter.dim()
+        sides = _SIDES[count] if count < len(_SIDES) else (*_MORE_SIDES, *[1] * count)[:count]
+        return nn.Parameter(torch.full(sides, 0.5 + self._weight, dtype=parameter.dtype, device=device))
+
+
+def take_trial_steps(optimizer: Optimizer, gradient: float = 1.0, weight: float = 0.0) -> Trial:
+    """Take trial steps, with a closure if they fail without one."""
+    trial = Trial(optimizer, gradient, weight)
+    try:
+        trial.take_steps(None)
+        return trial
+    except Exception as error:  # noqa: BLE001 - whatever the optimizer's code may raise
+        first = error
+    trial = Trial(optimizer, gradient, weight)
+    try:
+        trial.take_steps(trial.set_gradients)
+    except Exception:  # noqa: BLE001
+        raise first from None  # few steps need a closure, so the first error says more
+    return trial
+
+
+def _bare(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    """An empty object of the same class, registered as the twin of ``optimizer``."""
+    # Not by `copy.copy`, in which torch's optimizers lose their attributes.
+    twin: Optimizer = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
+    memo[id(optimizer.state)] = defaultdict(dict)
+    return twin
+
+
+def _fill(optimizer: Optimizer, twin: Optimizer, memo: dict[int, Any]) -> None:
+    """Copy all attributes but hooks, and the ``step`` of a scheduler."""
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    for name, value in vars(optimizer).items():
+        if name != "step":
+            vars(twin)[name] = OrderedDict() if name in hooks else _copy(value, memo)
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # noqa: BLE001 - locks, process groups, tensors of a graph
+        return value
+
+
+def _numbers(optimizer: Optimizer) -> Numbers:
+    """Copies of what steps may change besides state: the values of each group, and last the optimizer's own numbers."""
+    found: Numbers = []
+    for group in optimizer.param_groups:
+        found.append({name: _copy(value, {}) for name, value in group.items() if name not in _SCHEDULED})
+    found.append({name: value for name, value in vars(optimizer).items() if is_number(value)})
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a plain Python number."""
+    return type(value) in _NUMBERS
+
+
+def items_of(value: Any) -> Iterable[Any]:
+    """The elements of a container; of anything else, itself."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
