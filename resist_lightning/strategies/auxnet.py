@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from resist_lightning.engine.engine import Engine
-from resist_lightning.methods.auxnet.config import AuxFactory, AuxMethod, StageConfig
+from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
 from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWorker
-from resist_lightning.methods.config import CheckPolicy, NormPolicy
+from resist_lightning.methods.config import MomentumPolicy, NonFinitePolicy
 from resist_lightning.strategies.base import SubnetStrategy
 from resist_lightning.strategies.data.example_input import example_input
 from resist_lightning.strategies.data.seeded_loader import key_loader, unkey_loader
-from resist_lightning.strategies.launching.guard import DEFAULT_SILENCE
-from resist_lightning.strategies.launching.launchers import DEFAULT_TIMEOUT, Launch, StartMethod
-from resist_lightning.strategies.saving.restarts import SaveErrors, Saving, WorkerLoss
+from resist_lightning.strategies.options import StrategyOptions, config_of, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxNetOptions(StrategyOptions, StageConfig):
+    """Options of :class:`AuxNetStrategy`.
+
+    Args:
+        check_every_n_steps: steps between two handshakes, in which the workers check one another: a round of the other
+            strategies.
+        input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is
+            read before the first step, for its shape and to measure times; what `training_step` gives to the network
+            must have the same shape.
+        seed: seed of the order of the samples, of their augmentation and of the auxiliary networks; 0 is a seed.
+        process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
+            NCCL.
+    """
+
+    check_every_n_steps: int = 50
+    input: int | str | None = None
+    process_group_backend: str | None = "gloo"
+    local_steps: int = field(init=False, default=50)
+    momentum: MomentumPolicy = field(init=False, default="keep")
+    non_finite: NonFinitePolicy = field(init=False, default="raise")
+    recalibration_batches: int = field(init=False, default=8)
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value that :class:`StageConfig` does not."""
+        super().__post_init__()
+        if self.process_group_backend not in (None, "gloo"):
+            raise ValueError(
+                f"process_group_backend={self.process_group_backend!r}: the stages' messages are posted early, and "
+                "only 'gloo' lets later ones overtake them. Leave it out; tensors on GPUs are sent through the host."
+            )
 
 
 class AuxNetStrategy(SubnetStrategy):
@@ -43,112 +72,15 @@ class AuxNetStrategy(SubnetStrategy):
     every worker, without auxiliary networks.
 
     Equations and defaults are derived from the paper's abstract; see docs/auxnet.md.
-
-    Args:
-        method: ``"penalty"``; ``"al-net"`` (augmented Lagrangian, multipliers by a second head of the auxiliary
-            networks); ``"penalty-store"`` and ``"al-store"`` (no auxiliary networks: guesses and multipliers are kept
-            for each sample, and random transforms of the data set are frozen; the first epoch is serial).
-        beta: weight of the penalty, half the mean square per element of guess minus truth; above 0.
-        beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
-            least 1.
-        lambda_step: step of the guesses in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
-            three stages or more are stored, as 1 diverges there.
-        multiplier_every: steps between two updates of the multipliers, at least 1.
-        warmup_steps: first steps, in which the stages wait for each other: plain back-propagation, while the auxiliary
-            networks learn to give what really comes.
-        serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
-            price of speed. 4 makes every fourth step wait; 0 (default) is never, 1 always: back-propagation.
-        cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
-            balances the stages by measured time.
-        network: name of the network in the module; None finds it by its residual blocks.
-        input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is
-            looked at before the first step, to learn shapes and times; what `training_step` gives to the network must
-            have the same shape.
-        aux_network: makes an auxiliary network from the shapes of an image and of a boundary (channels, height, width);
-            None makes a small one of convolutions. With ``"al-net"`` it is asked for twice the channels.
-        aux_width: channels of the first layer of the auxiliary networks that are made by default, at least 1.
-        aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
-            the first optimizer does.
-        check_every_n_steps: how often the workers meet to look whether all is well: a round of the other strategies.
-        seed: seed of the order of the samples, of their augmentation and of the auxiliary networks; 0 is a seed.
-        batch_norm: batch-norm statistics of the whole network: ``"recalibrate"``, ``"running"`` (gathered on guesses)
-            or ``"batch"``.
-        check: which entries of what all workers have are hashed and compared: ``"sampled"``, ``"full"`` or ``"off"``.
-        on_save_error: what happens where a checkpoint cannot be written, e.g. to a full disk: ``"raise"`` ends the
-            training on all workers, ``"warn"`` goes on; the checkpoint before it stays as it is.
-        snapshots: a folder to which every worker writes what it holds, best one that all can read; when torchrun starts
-            the workers again, they go on from the newest by themselves. Removed at the end of the training. None: none.
-        snapshot_every_n_rounds: write one at every so many handshakes, at least 1.
-        on_worker_loss: what happens where torchrun starts again with another number of workers: ``"stop"``, or
-            ``"shrink"`` (cut anew for those that are there; needs ``snapshots``).
-        parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it.
-        process_group_backend: ``"gloo"``, which is the default on GPUs too: messages that are posted early would block
-            each other under NCCL.
-        timeout: after how long a worker that waits for another one gives up.
-        silence: after how long without a sign of life (one a second) a worker counts as lost.
-        start_method: how Lightning starts workers: ``"popen"``, ``"spawn"``, ``"fork"``, ``"forkserver"``.
-
-    Raises:
-        ValueError: if a value is outside its limits.
     """
 
     strategy_name = "auxnet"
 
-    def __init__(
-        self,
-        *,
-        method: AuxMethod = "penalty",
-        beta: float = 1.0,
-        beta_growth: float = 1.0,
-        lambda_step: float | None = None,
-        multiplier_every: int = 10,
-        warmup_steps: int = 200,
-        serial_every: int = 0,
-        cuts: Sequence[str] | None = None,
-        network: str | None = None,
-        input: int | str | None = None,
-        aux_network: AuxFactory | None = None,
-        aux_width: int = 32,
-        aux_learning_rate: float = 0.1,
-        check_every_n_steps: int = 50,
-        seed: int = 0,
-        batch_norm: NormPolicy = "recalibrate",
-        check: CheckPolicy = "sampled",
-        on_save_error: SaveErrors = "raise",
-        snapshots: str | os.PathLike[str] | None = None,
-        snapshot_every_n_rounds: int = 1,
-        on_worker_loss: WorkerLoss = "stop",
-        parallel_devices: list[torch.device] | None = None,
-        process_group_backend: str | None = "gloo",
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        silence: timedelta = DEFAULT_SILENCE,
-        start_method: StartMethod = "popen",
-    ) -> None:
-        config = StageConfig(
-            method=method,
-            beta=beta,
-            beta_growth=beta_growth,
-            lambda_step=lambda_step,
-            multiplier_every=multiplier_every,
-            warmup_steps=warmup_steps,
-            serial_every=serial_every,
-            cuts=cuts,
-            network=network,
-            aux_network=aux_network,
-            aux_width=aux_width,
-            aux_learning_rate=aux_learning_rate,
-            local_steps=check_every_n_steps,
-            seed=seed,
-            batch_norm=batch_norm,
-            check=check,
-        )
-        super().__init__(
-            config,
-            "same",
-            Saving(on_save_error, snapshots, snapshot_every_n_rounds, on_worker_loss),
-            Launch(parallel_devices, _only_gloo(process_group_backend), timeout, silence, start_method),
-        )
-        self._input = input
+    @takes(AuxNetOptions)
+    def __init__(self, options: AuxNetOptions) -> None:
+        config = replace(config_of(options, StageConfig), local_steps=options.check_every_n_steps)
+        super().__init__(config, replace(options, process_group_backend="gloo"), "same")
+        self._input = options.input
         self._loaders = 0
 
     @override
@@ -251,12 +183,3 @@ def _epoch(trainer: pl.Trainer) -> int:
     """Which Lightning tells to samplers."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
-
-
-def _only_gloo(backend: str | None) -> str:
-    if backend not in (None, "gloo"):
-        raise ValueError(
-            f"process_group_backend={backend!r}: the stages' messages are posted early, and only 'gloo' lets later "
-            "ones overtake them. Leave it out; tensors on GPUs are sent through the host."
-        )
-    return "gloo"

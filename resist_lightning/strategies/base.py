@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -21,11 +21,10 @@ from resist_lightning.comm.group import group_exists, messages_sent
 from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout, refuse_lazy
-from resist_lightning.methods.config import CommonConfig, check_choice
+from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages, check_averages
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launching.launchers import (
-    Launch,
     ScriptLauncher,
     check_callbacks,
     refuse_launch,
@@ -35,27 +34,27 @@ from resist_lightning.strategies.launching.launchers import (
 from resist_lightning.strategies.launching.processes import ProcessLauncher
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.loop_patches import LoopPatches, resume_from_path_given
+from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
 from resist_lightning.strategies.saving.data_position import Position
-from resist_lightning.strategies.saving.restarts import Saving
+from resist_lightning.strategies.saving.restarts import check_shrinking
 from resist_lightning.strategies.saving.strategy import SavingStrategy
 from resist_lightning.strategies.validation import ValidationOrder
-
-DataPolicy: TypeAlias = Literal["shard", "copy"]
-Seen: TypeAlias = Literal["shard", "copy", "same"]
 
 
 class SubnetStrategy(SavingStrategy):
     """Base of the strategies: every worker trains its part of the module and syncs once a round.
 
-    The arguments are explained where users meet them, in :class:`~resist_lightning.ResISTStrategy`.
+    Args:
+        config: of the method.
+        options: how workers are started and watched, and what is saved.
+        data: which training data a worker sees: its shard, all in an order of its own, or the same as all others.
     """
 
     strategy_name: str
 
-    def __init__(self, config: CommonConfig, data: Seen, saving: Saving, launch: Launch) -> None:
-        check_choice("data", data, get_args(Seen))
-        super().__init__(saving, launch)
+    def __init__(self, config: CommonConfig, options: StrategyOptions, data: Literal["shard", "copy", "same"]) -> None:
+        super().__init__(options)
         self.config = config
         self._data = data
         self._patches: LoopPatches | None = None
@@ -85,7 +84,7 @@ class SubnetStrategy(SavingStrategy):
             return
         check_callbacks(trainer)
         check_averages(trainer, self.config)
-        self._saving.check_launch()
+        check_shrinking(self.options)
         module = self.lightning_module
         if module is None or is_overridden("configure_model", module):
             return  # the workers make the model

@@ -20,8 +20,8 @@ from resist_lightning.schedule.progress import Activity
 from resist_lightning.state.memory import present_to_cpu
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.launching.guard import Guard
-from resist_lightning.strategies.launching.launchers import Launch
 from resist_lightning.strategies.launching.signals import Signals, requests_by_signal
+from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_io import AtomicIO
 
 
@@ -31,15 +31,16 @@ class GroupStrategy(DDPStrategy):
     Lightning shards data and reduces metrics for subclasses of ``DDPStrategy`` only.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, options: StrategyOptions) -> None:
         super().__init__(
-            parallel_devices=launch.parallel_devices,
-            process_group_backend=launch.process_group_backend,
-            timeout=launch.timeout,
-            start_method=launch.start_method,
+            parallel_devices=options.parallel_devices,
+            process_group_backend=options.process_group_backend,
+            timeout=options.timeout,
+            start_method=options.start_method,
         )
+        self.options = options
         self.engine: Engine | None = None
-        self.guard = Guard(launch.silence)
+        self.guard = Guard(options.silence)
         self.signals: Signals | None = None
         self._shield: LoaderShield | None = None
         self._owns_group = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import resist_lightning
 from experiments.harness import tables
 from resist_lightning.methods.resist.network import select_blocks
+from resist_lightning.strategies.saving.restarts import check_shrinking
 from tests.helpers.programs import ROOT, run_program
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")])
@@ -81,7 +82,7 @@ def test_the_snippet_with_snapshots_is_not_refused_under_the_command_beside_it(m
 
     exec(snippets("README.md")[3], scope)
 
-    scope["strategy"]._saving.check_launch()
+    check_shrinking(scope["strategy"].options)
 
 
 def test_a_block_with_one_line_is_recognised() -> None:

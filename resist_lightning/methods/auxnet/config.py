@@ -21,22 +21,28 @@ class StageConfig(CommonConfig):
     """How a run trains whose network is cut by depth into stages that all train at the same time (AuxNet).
 
     Args:
-        method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty`` and
-            ``al-net`` (auxiliary networks), ``penalty-store`` and ``al-store`` (stored by sample; augmentation off).
+        method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty``; ``al-net``
+            (augmented Lagrangian, multipliers by a second head of the auxiliary networks); ``penalty-store`` and
+            ``al-store`` (no auxiliary networks: guesses and multipliers are kept for each sample, and random transforms
+            of the data set are frozen; the first epoch is serial).
         beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
-        beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen.
+        beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
+            least 1.
         lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
             three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
             the auxiliary networks learn to make what really comes.
-        serial_every: after them, of so many steps one is serial, a correction by the true gradient; 0 is never.
-        cuts: names of the modules behind which the network is cut, one fewer than workers; None balances by time.
+        serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
+            price of speed. 4 makes every fourth step wait; 0 is never, 1 always: back-propagation.
+        cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
+            balances the stages by measured time.
         network: name of the network in the module; None finds it by its residual blocks.
         aux_network: makes an auxiliary network from the shapes of an image and of a boundary, without the batch; None
             makes a small one of convolutions. With ``al-net`` it is asked for twice the channels.
         aux_width: channels of the auxiliary networks that are made by default, at least 1.
-        aux_learning_rate: highest rate of the auxiliary networks, which falls as that of the first optimizer does.
+        aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
+            the first optimizer does.
 
     The others are those of :class:`CommonConfig`; ``local_steps`` is how often the workers look whether all is well.
     Optimizer state is always kept, and a worker with NaN or infinity ends the run.

@@ -17,9 +17,6 @@ from resist_lightning.faults.watchdog import Surroundings, Watchdog
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.launching.children import Children, State
 
-DEFAULT_SILENCE = timedelta(seconds=30)
-LEAST_SILENCE = timedelta(seconds=3)
-
 PARENT = "RESIST_LIGHTNING_PARENT"
 """Tells a worker which process has started it by running the script again."""
 
@@ -29,17 +26,9 @@ class Guard:
 
     Args:
         silence: after how long without a sign a worker counts as lost.
-
-    Raises:
-        ValueError: if ``silence`` is too short.
     """
 
     def __init__(self, silence: timedelta) -> None:
-        if silence < LEAST_SILENCE:
-            raise ValueError(
-                f"silence={silence} must be at least {LEAST_SILENCE}: workers give a sign of life every second, and a "
-                "busy host delays them."
-            )
         self.silence = silence
         self.children: Children | None = None
         self._failed = self._stopped = False

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,35 +17,10 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from resist_lightning.methods.config import check_choice
 from resist_lightning.schedule.progress import one_round
 from resist_lightning.strategies.launching.children import Children
-from resist_lightning.strategies.launching.guard import DEFAULT_SILENCE, PARENT, Guard
-
-StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
-
-DEFAULT_TIMEOUT = timedelta(minutes=10)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the workers of a run are started, find each other, and notice that one is gone.
-
-    The arguments are explained in :class:`~resist_lightning.ResISTStrategy`.
-
-    Raises:
-        ValueError: if a value is outside its limits.
-    """
-
-    parallel_devices: list[torch.device] | None = None
-    process_group_backend: str | None = None
-    timeout: timedelta = DEFAULT_TIMEOUT
-    silence: timedelta = DEFAULT_SILENCE
-    start_method: StartMethod = "popen"
-
-    def __post_init__(self) -> None:
-        """Check what Lightning does not."""
-        check_choice("start_method", self.start_method, get_args(StartMethod))
+from resist_lightning.strategies.launching.guard import PARENT, Guard
+from resist_lightning.strategies.options import StartMethod
 
 
 class _Checked(Protocol):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -18,69 +17,29 @@ from resist_lightning.comm.group import groups_joined
 from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
 from resist_lightning.engine.engine import Engine
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten
-from resist_lightning.methods.config import check_choice, check_integer
-from resist_lightning.strategies.saving.checkpoint_files import local_path
-
-SaveErrors: TypeAlias = Literal["raise", "warn"]
-WorkerLoss: TypeAlias = Literal["stop", "shrink"]
+from resist_lightning.strategies.options import StrategyOptions
 
 _ROUNDS_COMPARED = 4
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What a strategy does about files that cannot be written and workers that are lost.
-
-    The arguments are explained in :class:`~resist_lightning.ResISTStrategy`.
+def check_shrinking(options: StrategyOptions) -> None:
+    """Check, before any process is started, that a lost worker can be done without.
 
     Raises:
-        ValueError: if a value is outside its limits.
+        ValueError: if torchrun shares its store between attempts, in which the others never meet again.
     """
-
-    on_save_error: SaveErrors = "raise"
-    snapshots: str | os.PathLike[str] | None = None
-    snapshot_every_n_rounds: int = 1
-    on_worker_loss: WorkerLoss = "stop"
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        check_choice("on_save_error", self.on_save_error, get_args(SaveErrors))
-        check_choice("on_worker_loss", self.on_worker_loss, get_args(WorkerLoss))
-        if self.snapshots is not None and self.snapshot_folder is None:
-            raise ValueError(
-                f"snapshots={str(self.snapshots)!r} must be a folder with a local path, or a file:// URL: workers "
-                "replace files in it in one go, which other file systems cannot do. Mount it, and name its path."
-            )
-        check_integer("snapshot_every_n_rounds", self.snapshot_every_n_rounds, 1, "1 writes one before each round")
-        if self.on_worker_loss == "shrink" and self.snapshots is None:
-            raise ValueError(
-                "on_worker_loss='shrink' takes the blocks of a lost worker from a snapshot: name a folder that all "
-                "workers can read, snapshots=FOLDER."
-            )
-
-    @property
-    def snapshot_folder(self) -> Path | None:
-        """The folder of snapshots as a local path."""
-        return local_path(str(self.snapshots)) if self.snapshots is not None else None
-
-    def check_launch(self) -> None:
-        """Check, before any process is started, that a lost worker can be done without.
-
-        Raises:
-            ValueError: if torchrun shares its store between attempts, in which the others never meet again.
-        """
-        if self.on_worker_loss != "shrink":
-            return
-        if not started_by_torchrun():
-            rank_zero_warn(
-                "on_worker_loss='shrink' needs `torchrun --nnodes=MIN:MAX` to start the workers again; started in "
-                "another way, the loss of a worker ends the run."
-            )
-        elif shares_store():
-            raise ValueError(
-                "on_worker_loss='shrink' does not work while torchrun shares its store with the workers "
-                f"(TORCHELASTIC_USE_AGENT_STORE=True): {REMEDY}."
-            )
+    if options.on_worker_loss != "shrink":
+        return
+    if not started_by_torchrun():
+        rank_zero_warn(
+            "on_worker_loss='shrink' needs `torchrun --nnodes=MIN:MAX` to start the workers again; started in "
+            "another way, the loss of a worker ends the run."
+        )
+    elif shares_store():
+        raise ValueError(
+            "on_worker_loss='shrink' does not work while torchrun shares its store with the workers "
+            f"(TORCHELASTIC_USE_AGENT_STORE=True): {REMEDY}."
+        )
 
 
 class Restarts:
@@ -88,15 +47,15 @@ class Restarts:
 
     Args:
         folder: where they are.
-        saving: the settings.
+        options: of the strategy.
         collective: the workers.
     """
 
-    def __init__(self, folder: Path, saving: Saving, collective: Collective) -> None:
+    def __init__(self, folder: Path, options: StrategyOptions, collective: Collective) -> None:
         self.folder = SnapshotFolder(folder)
         self.chosen: Snapshot | None = None
         self._failing = False  # the newest snapshot could not be written
-        self._saving = saving
+        self._options = options
         self._collective = collective
 
     def restarted(self) -> bool:
@@ -186,7 +145,7 @@ class Restarts:
         # Nobody writes a snapshot before this is done.
         numbers = [int(number) for (number,) in self._gather((failure.errno or -1) if failure is not None else 0)]
         failed = [f"worker {worker}: {_in_words(number)}" for worker, number in enumerate(numbers) if number]
-        if failed and (self._saving.on_save_error == "raise" or self._collective.worker == 0):
+        if failed and (self._options.on_save_error == "raise" or self._collective.worker == 0):
             self._not_written(f"snapshots={str(self.folder.path)!r} cannot be written ({'; '.join(failed)}).", failure)
 
     def write(self, state: dict[str, Any], round: int) -> None:
@@ -207,7 +166,7 @@ class Restarts:
 
     def due(self, round: int) -> bool:
         """Whether a snapshot is written where ``round`` begins."""
-        return round > 0 and round % self._saving.snapshot_every_n_rounds == 0
+        return round > 0 and round % self._options.snapshot_every_n_rounds == 0
 
     def end(self) -> None:
         """The run has come to its end: nobody will go on from its snapshots."""
@@ -229,7 +188,7 @@ class Restarts:
         """
         assert self.chosen is not None
         workers = self._collective.workers
-        if self.chosen.workers != workers and self._saving.on_worker_loss == "stop":
+        if self.chosen.workers != workers and self._options.on_worker_loss == "stop":
             raise ValueError(
                 f"{self.chosen.workers} workers wrote the snapshots in {self.folder.path}, and torchrun has started "
                 f"{workers}. on_worker_loss='shrink' goes on with those that are there."
@@ -251,7 +210,7 @@ class Restarts:
 
     def _not_written(self, text: str, failure: OSError | None) -> None:
         """The training goes on without snapshots if the settings say so; those that are there stay."""
-        if self._saving.on_save_error == "raise":
+        if self._options.on_save_error == "raise":
             raise CheckpointNotWritten(
                 f"{text} Make room, or name another folder; with on_save_error='warn' the training goes on without it."
             ) from failure

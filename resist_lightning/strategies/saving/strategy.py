@@ -23,23 +23,22 @@ from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import attach_hooks
 from resist_lightning.errors import CheckpointNotWritten
-from resist_lightning.strategies.launching.launchers import Launch
 from resist_lightning.strategies.loop_patches import resume_from
+from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.process_group import GroupStrategy
 from resist_lightning.strategies.saving import checkpoint_files
 from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks, say_not_written
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, load_checkpoint, snapshots_at, write_model
 from resist_lightning.strategies.saving.data_position import Position
-from resist_lightning.strategies.saving.restarts import Restarts, Saving, say_how_it_goes_on
+from resist_lightning.strategies.saving.restarts import Restarts, say_how_it_goes_on
 
 
 class SavingStrategy(GroupStrategy):
     """A strategy whose engine has the model in parts, and whose checkpoints have it whole."""
 
-    def __init__(self, saving: Saving, launch: Launch) -> None:
-        super().__init__(launch)
-        self._saving = saving
+    def __init__(self, options: StrategyOptions) -> None:
+        super().__init__(options)
         self._restarts: Restarts | None = None  # where snapshots are written
         self._source: Restarts | None = None  # whence the run goes on
         self._restarted = self._dumping = False
@@ -70,8 +69,8 @@ class SavingStrategy(GroupStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._callbacks = CheckpointCallbacks(trainer)
-        if (folder := self._saving.snapshot_folder) is not None:
-            self._restarts = Restarts(folder, self._saving, default_collective())
+        if (folder := self.options.snapshot_folder) is not None:
+            self._restarts = Restarts(folder, self.options, default_collective())
             self._restarted = self._restarts.restarted()
             if self._restarted:
                 resume_from(trainer, str(folder))
@@ -122,13 +121,13 @@ class SavingStrategy(GroupStrategy):
         path = checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
         save = partial(super().save_checkpoint, checkpoint, filepath, storage_options=storage_options)
-        write = partial(write_model, save, checkpoint, path, self.checkpoint_io, self._saving.on_save_error == "warn")
+        write = partial(write_model, save, checkpoint, path, self.checkpoint_io, self.options.on_save_error == "warn")
         failure = None
         with self.engine.activity.during("saving") if self.engine is not None and own is not None else nullcontext():
             try:
                 checkpoint_files.save_together(checkpoint, own, path, write, collective)
             except CheckpointNotWritten as error:
-                if self._saving.on_save_error == "raise":
+                if self.options.on_save_error == "raise":
                     raise
                 failure = error
         self._unwritten = failure is not None
@@ -190,7 +189,7 @@ class SavingStrategy(GroupStrategy):
         if self._callbacks is not None:
             self._callbacks.remove()
             self._callbacks = None
-        if self._saving.on_save_error == "warn":
+        if self.options.on_save_error == "warn":
             forgive_thread(self.checkpoint_io, wait=True)
         super().teardown()
 
@@ -250,7 +249,7 @@ class SavingStrategy(GroupStrategy):
     def _load_snapshot(self, path: Path) -> dict[str, Any]:
         """What Lightning keeps in checkpoints, from a folder of snapshots. Collective: every worker must call this."""
         own_folder = self._restarts is not None and self._restarts.folder.path.resolve() == path.resolve()
-        self._source = self._restarts if own_folder else Restarts(path, self._saving, default_collective())
+        self._source = self._restarts if own_folder else Restarts(path, self.options, default_collective())
         assert self._source is not None
         self._snapshot = self._source.choose()
         if self._restarted:

@@ -1,0 +1,156 @@
+"""The options that all strategies share, and how a strategy's constructor is made of its options.
+
+An option is written once, as a field of a dataclass: name, type and default in the field, its text in the docstring of
+the class, its check in ``__post_init__``. The options of a method come from the method's own config.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args
+
+import torch
+from typing_extensions import override
+
+from resist_lightning.methods.config import CommonConfig, check_choice, check_integer
+from resist_lightning.strategies.saving.checkpoint_files import local_path
+
+DataPolicy: TypeAlias = Literal["shard", "copy"]
+SaveErrors: TypeAlias = Literal["raise", "warn"]
+WorkerLoss: TypeAlias = Literal["stop", "shrink"]
+StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
+
+LEAST_SILENCE = timedelta(seconds=3)
+
+_P = ParamSpec("_P")
+_Config = TypeVar("_Config", bound=CommonConfig)
+_Options = TypeVar("_Options")
+_Strategy = TypeVar("_Strategy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyOptions:
+    """How workers are started and watched, and what is saved: options of every strategy.
+
+    Args:
+        on_save_error: what happens when a checkpoint cannot be written, e.g. to a full disk: ``"raise"`` ends the
+            training on all workers, ``"warn"`` continues; the previous checkpoint stays as it is.
+        snapshots: folder to which every worker writes its state between rounds, best one that all workers can read;
+            when torchrun restarts the workers, they resume from the newest snapshot by themselves. Removed at the end
+            of the training. None: no snapshots.
+        snapshot_every_n_rounds: rounds between two snapshots, at least 1.
+        on_worker_loss: what happens when torchrun restarts with another number of workers: ``"stop"``, or ``"shrink"``
+            (resume with the workers that are there; needs ``snapshots``).
+        parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
+            several times.
+        process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
+            workers on one GPU.
+        timeout: timeout of collectives; must exceed the largest difference in time per round between workers.
+        silence: time without a heartbeat (one a second) after which a worker counts as lost: frozen, or on a host that
+            cannot be reached. A worker that dies or fails is noticed within seconds.
+        start_method: how Lightning starts workers: ``"popen"`` (runs the script again), ``"spawn"``, ``"fork"``,
+            ``"forkserver"``; under torchrun leave ``"popen"``.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    on_save_error: SaveErrors = "raise"
+    snapshots: str | os.PathLike[str] | None = None
+    snapshot_every_n_rounds: int = 1
+    on_worker_loss: WorkerLoss = "stop"
+    parallel_devices: list[torch.device] | None = None
+    process_group_backend: str | None = None
+    timeout: timedelta = timedelta(minutes=10)
+    silence: timedelta = timedelta(seconds=30)
+    start_method: StartMethod = "popen"
+
+    def __post_init__(self) -> None:
+        """Check every value that Lightning does not."""
+        check_choice("on_save_error", self.on_save_error, get_args(SaveErrors))
+        check_choice("on_worker_loss", self.on_worker_loss, get_args(WorkerLoss))
+        check_choice("start_method", self.start_method, get_args(StartMethod))
+        check_integer("snapshot_every_n_rounds", self.snapshot_every_n_rounds, 1, "1 writes one before each round")
+        if self.snapshots is not None and self.snapshot_folder is None:
+            raise ValueError(
+                f"snapshots={str(self.snapshots)!r} must be a folder with a local path, or a file:// URL: workers "
+                "replace files in it in one go, which other file systems cannot do. Mount it, and name its path."
+            )
+        if self.on_worker_loss == "shrink" and self.snapshots is None:
+            raise ValueError(
+                "on_worker_loss='shrink' takes the blocks of a lost worker from a snapshot: name a folder that all "
+                "workers can read, snapshots=FOLDER."
+            )
+        if self.silence < LEAST_SILENCE:
+            raise ValueError(
+                f"silence={self.silence} must be at least {LEAST_SILENCE}: workers send a heartbeat every second, and "
+                "a busy host delays them."
+            )
+
+    @property
+    def snapshot_folder(self) -> Path | None:
+        """The folder of snapshots as a local path."""
+        return local_path(str(self.snapshots)) if self.snapshots is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTrainingOptions(StrategyOptions):
+    """Options of the strategies whose workers train on data of their own.
+
+    Args:
+        data: ``"shard"`` (a shard of the training set per worker) or ``"copy"`` (the full training set on every
+            worker, in a worker-specific order, as in the papers).
+    """
+
+    data: DataPolicy = "shard"
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        check_choice("data", self.data, get_args(DataPolicy))
+
+
+def config_of(options: object, kind: type[_Config]) -> _Config:
+    """The part of ``options`` that a method knows; ``options`` must have the fields of ``kind``. Checks its values."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
+
+
+def takes(
+    options: Callable[_P, _Options],
+) -> Callable[[Callable[[_Strategy, _Options], None]], Callable[Concatenate[_Strategy, _P], None]]:
+    """Make a constructor of ``(self, options)`` one that takes the fields of the dataclass ``options`` as keywords.
+
+    Type checkers and editors see the keywords, their types and defaults; so does ``help()``, with the texts.
+    """
+
+    def decorate(init: Callable[[_Strategy, _Options], None]) -> Callable[Concatenate[_Strategy, _P], None]:
+        @functools.wraps(init)
+        def construct(self: _Strategy, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+            init(self, options(*args, **kwargs))
+
+        made_by: Any = options
+        made_by.__init__.__qualname__ = init.__qualname__  # a TypeError shall name the class that the user called
+        construct.__doc__ = _describe(made_by)
+        vars(construct)["__signature__"] = inspect.signature(made_by.__init__)
+        return construct
+
+    return decorate
+
+
+def _describe(options: type) -> str:
+    """The docstring of a constructor that takes ``options``: the text of a class goes before that of its bases."""
+    texts: dict[str, str] = {}
+    for cls in reversed(options.__mro__):
+        _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+        entries = re.findall(r"^    (\w+)(:.*(?:\n     .*)*)", section.partition("\n\n")[0], re.MULTILINE)
+        texts.update(entries)
+    taken = [f"    {name}{texts[name]}" for name in inspect.signature(options).parameters]
+    return "\n".join(["Args:", *taken, "", "Raises:", "    ValueError: if a value is outside its limits."])
