@@ -1,4 +1,4 @@
-"""The stages of a network, and what crosses their boundaries."""
+"""The layout of AuxNet: a network is cut by depth into stages, one for each worker."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
@@ -27,7 +28,7 @@ from resist_lightning.schedule.partition import Partition
 class StageLayout(Layout):
     """The stages of a model; worker k trains stage k in every round.
 
-    Where the network is cut is known after :meth:`prepare`, or at once where the settings say it.
+    The cuts are known after :meth:`prepare`, or at once where the settings name them.
 
     Args:
         module: the user's module, complete.
@@ -35,9 +36,9 @@ class StageLayout(Layout):
         workers: number of workers; with one, nothing is cut.
 
     Attributes:
-        chain: the units that stages are made of; None with one worker.
+        chain: the units that stages consist of; None with one worker.
         cuts: for each boundary, the number of units before it.
-        measured: what was measured of the units.
+        measured: times and shapes of the units.
 
     Raises:
         StageSelectionError: if the network cannot be cut, or has too few places for so many workers.
@@ -67,8 +68,7 @@ class StageLayout(Layout):
                 )
             if config.cuts is not None:
                 self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-        self.shared = {name: tensor for name, tensor in named if name not in inside}
+        self.shared = {name: tensor for name, tensor in named_tensors(module).items() if name not in inside}
 
     @override
     def prepare(self, example: Tensor, collective: Collective) -> None:
@@ -79,12 +79,14 @@ class StageLayout(Layout):
             self.cuts = self._wanted
             return
         entries = measure_entries(self.config, self.measured, example)
+        # All workers must cut alike, so they balance by the mean of what they have measured.
         rows = collective.gather_numbers([*self._unit_seconds(), *entries])
         seconds = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         units = len(self.chain.units)
         self.cuts = balance(seconds[:units], self.workers, seconds[units:])
         for boundary, (cut, nonnegative) in enumerate(zip(self.cuts, self.nonnegative, strict=True), start=1):
-            if seconds[units + cut] == math.inf:  # there is no auxiliary network: say why, on every worker
+            if seconds[units + cut] == math.inf:
+                # No auxiliary network could be made for any place: making this one raises the error that says why.
                 shapes = self.measured.input_shape, self.measured.shapes[cut - 1]
                 make_aux_network(self.config, *shapes, nonnegative=nonnegative, boundary=boundary)
 
@@ -98,21 +100,21 @@ class StageLayout(Layout):
 
     @property
     def nonnegative(self) -> tuple[bool, ...]:
-        """For each boundary, whether what crosses it comes out of a ReLU."""
+        """For each boundary, whether the tensor that crosses it is the output of a ReLU."""
         assert self.measured is not None
         return tuple(self.measured.nonnegative[cut - 1] for cut in self.cuts)
 
     def units(self, worker: int) -> tuple[int, int]:
-        """First unit of a worker's stage, and the one after its last."""
+        """The index of the first unit of a worker's stage, and of the one after its last."""
         assert self.chain is not None
         ends = (0, *self.cuts, len(self.chain.units))
         return ends[worker], ends[worker + 1]
 
     def stage_tensors(self, worker: int) -> dict[str, Tensor]:
-        """By name, the parameters and buffers of a worker's stage."""
+        """The parameters and buffers of a worker's stage, by name."""
         if self.chain is None:
             return {}
-        named: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        named = named_tensors(self.module)
         return {name: named[name] for name in self.chain.names(*self.units(worker)) if name in named}
 
     @override
@@ -121,9 +123,8 @@ class StageLayout(Layout):
 
     @override
     def held_parameters(self, round: int) -> list[int]:
-        shared = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
-        stages = [self.stage_tensors(worker).values() for worker in range(self.workers)]
-        return [shared + sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) for tensors in stages]
+        shared = _count_parameters(self.shared)
+        return [shared + _count_parameters(self.stage_tensors(worker)) for worker in range(self.workers)]
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class StageLayout(Layout):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Where the network is cut: a run that goes on must not measure anew."""
+        # A resumed run must not measure anew: with other cuts, the workers' own tensors would not fit.
         return {"cuts": list(self.cuts), "workers": self.workers}
 
     @override
@@ -139,7 +140,8 @@ class StageLayout(Layout):
         cuts = tuple(map(int, state.get("cuts", ())))
         if self.chain is None or state.get("workers") != self.workers or self.config.cuts is not None:
             return
-        if cuts and list(cuts) == sorted({*cuts}) and 0 < cuts[0] <= cuts[-1] < len(self.chain.units):
+        ascending = list(cuts) == sorted({*cuts})
+        if cuts and ascending and cuts[0] > 0 and cuts[-1] < len(self.chain.units):
             self._wanted = self.cuts = cuts
 
     @override
@@ -166,7 +168,8 @@ class StageLayout(Layout):
         total = sum(units)
         lines = [f"{network} is cut into {self.workers} stages:"]
         for worker, name in enumerate(self.parts()):
-            share = sum(units[slice(*self.units(worker))]) / total
+            first, end = self.units(worker)
+            share = sum(units[first:end]) / total
             size = self.held_parameters(0)[worker]
             lines.append(f"  stage {worker}: {name}; {size:,} parameters, {share:.0%} of the time")
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.boundary_shapes.boundaries)
@@ -183,7 +186,7 @@ class StageLayout(Layout):
             )
 
     def _unit_seconds(self) -> list[float]:
-        """Of each unit, forward and backward, for the example batch."""
+        """Seconds of each unit, forward and backward, for the example batch."""
         assert self.measured is not None
         return [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
 
@@ -193,6 +196,10 @@ class StageLayout(Layout):
         begin = "the input" if first == 0 else f"behind {self.chain.units[first - 1]}"
         end = "the output" if last == len(self.chain.units) else self.chain.units[last - 1]
         return f"from {begin} to {end}"
+
+
+def _count_parameters(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
 
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:

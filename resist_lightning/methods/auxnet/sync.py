@@ -1,4 +1,4 @@
-"""A worker's stage over a run: held while it trains, put together with the others to be looked at."""
+"""The sync of AuxNet: a worker holds its stage during training, and gets the others' to assemble the full model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from resist_lightning.state.timing import Seconds
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):
-    """A worker's side of a run whose network is cut into stages; see :class:`~resist_lightning.methods.sync.Sync`.
+    """A worker's side of the syncs of a run whose network is cut into stages.
 
     Attributes:
-        trainee: computes this worker's stage; None with one worker, and before the first round.
+        trainee: computes this worker's stage; None with one worker, and before the training.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         super().__init__(layout, states, collective, device, seconds)
         self._collective = collective
         self._device = device
-        self._absent: dict[int, Memory] = {}  # by the worker whose stage it is
+        self._absent: dict[int, Memory] = {}  # the other workers' stages
         self._reports: list[list[float]] = []
         self._history: list[Any] = []
         self._holding = False
@@ -102,7 +102,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def hand_over(self, plan: SyncPlan, round: int) -> None:
-        """Stages stay where they are; the workers tell each other how their steps went."""
+        # Stages never move; the workers only exchange their measurements of the round.
         if self.trainee is not None:
             self._reports = self._collective.gather_numbers(self.trainee.report())
             self._history.append([round, self.metrics()])
@@ -110,7 +110,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         if self.trainee is not None:
-            self.trainee.finish()
+            self.trainee.finish()  # waits for messages that were posted early
             self.trainee.spans.pause()
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
@@ -119,30 +119,34 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold this worker's stage alone, which from now on answers for the network."""
+        """Hold this worker's stage alone, and compute it where the network is called."""
         layout, chain = self._layout, self._layout.chain
         if chain is None or self._holding:
             return
-        others = {worker: layout.stage_tensors(worker) for worker in range(layout.workers) if worker != self._worker}
-        absent = {name: tensor for tensors in others.values() for name, tensor in tensors.items()}
-        owners = {name.rpartition(".")[0] for name in absent}
-        if not self._absent:
-            self._absent = {worker: self._memory_of(worker, tensors) for worker, tensors in others.items()}
-        self._states.drop([t for t in absent.values() if isinstance(t, nn.Parameter)])
+        absent: dict[str, Tensor] = {}
+        for worker in range(layout.workers):
+            if worker == self._worker:
+                continue
+            tensors = layout.stage_tensors(worker)
+            absent.update(tensors)
+            if worker not in self._absent:
+                self._absent[worker] = self._memory_of(worker, tensors)
+        self._states.drop([tensor for tensor in absent.values() if isinstance(tensor, nn.Parameter)])
         for memory in self._absent.values():
             memory.free()
         if layout.companion is not None:
             layout.companion.hold([*layout.shared, *layout.stage_tensors(self._worker)])
         self._forward = vars(chain.network).get("forward")
         chain.network.forward = torch.compiler.disable(self._train_stage)
-        # The network may have tensors of its own; it is called, and answers by this worker's stage.
+        owners = {name.rpartition(".")[0] for name in absent}
+        # The network itself may own tensors, and must be called: it computes this worker's stage.
         parts = {layout.module.get_submodule(owner) for owner in owners} - {chain.network}
         self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
         self._holding = True
 
     @override
     def metrics(self) -> dict[str, float]:
-        """Of the round that ended: mismatch of each boundary, and speed-up over one process, predicted and measured."""
+        """Mismatch of each boundary, and speed-up over one process, predicted and measured, in the round that ended."""
         if not self._reports:
             return {}
         found = {f"auxnet/mismatch_{worker}": row[0] for worker, row in enumerate(self._reports) if worker}
@@ -155,11 +159,13 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def summary(self) -> dict[str, Any]:
-        """The stages, what was measured of each round, and a typical step of the last ones."""
+        """The stages, the measurements of each round, and the timeline of a typical step."""
         layout = self._layout
         if self.trainee is None:
             return {}
-        rows = self._collective.gather_bytes(json.dumps(list(self.trainee.spans.recent)).encode())
+        recent = json.dumps(list(self.trainee.spans.recent)).encode()
+        rows = self._collective.gather_bytes(recent)
+        # The first number of a report is the mismatch.
         seconds = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
         guesses = self._collective.gather_numbers([self.trainee.held_bytes])
         return {
@@ -188,7 +194,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self._give_forward_back()
 
     def _give_forward_back(self) -> None:
-        """From now on the network answers for itself."""
+        """Restore the network's own forward."""
         if not self._holding or self._layout.chain is None:
             return
         network = self._layout.chain.network

@@ -1,4 +1,4 @@
-"""A model whose hidden neurons are dealt out to the workers (section 2.1 of the specification of IST)."""
+"""The layout of IST: hidden neurons are partitioned among the workers (section 2.1 of its specification)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Size, Tensor, nn
 from typing_extensions import override
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.errors import CheckpointError, LayerSelectionError
 from resist_lightning.methods.ist.bytes import sent_entries
 from resist_lightning.methods.ist.config import NeuronConfig
@@ -29,7 +30,7 @@ SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
 
 
 class NeuronLayout(Layout):
-    """The neurons of a model, and who trains which when.
+    """The hidden neurons of a model, and which worker trains which of them in each round.
 
     Args:
         module: the user's module, complete.
@@ -37,7 +38,7 @@ class NeuronLayout(Layout):
         workers: number of workers.
 
     Attributes:
-        neurons: the hidden layers and what is divided among their neurons.
+        neurons: the hidden layers, and how tensors are divided among their neurons.
         shapes: by name, the shapes of divided tensors in the full model.
 
     Raises:
@@ -59,10 +60,11 @@ class NeuronLayout(Layout):
                     "`layers`."
                 )
         self._refuse_single_neurons()
-        tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = named_tensors(module)
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
         self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
         self._widths = tuple(layer.width for layer in self.neurons.layers)
+        # A sync asks again and again for the partitions of two rounds.
         self._draw = lru_cache(maxsize=3)(self._draw_neurons)
 
     @override
@@ -71,15 +73,21 @@ class NeuronLayout(Layout):
 
     @override
     def held(self, round: int) -> list[Any]:
-        """A hash of each worker's neurons, which may be many."""
-        partitions = self.partition(round)
-        return [_short([partition.held[worker] for partition in partitions]) for worker in range(self.workers)]
+        partitions, hashes = self.partition(round), []
+        for worker in range(self.workers):
+            held = [partition.held[worker] for partition in partitions]
+            hashes.append(hashlib.sha256(repr(held).encode()).hexdigest()[:16])  # neurons may be many
+        return hashes
 
     @override
     def held_parameters(self, round: int) -> list[int]:
         whole = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
         cut = [name for name, _ in self.module.named_parameters() if name in self.shapes]
-        return [whole + sum(prod(self.held_shape(name, worker)) for name in cut) for worker in range(self.workers)]
+        found = []
+        for worker in range(self.workers):
+            slices = sum(prod(self.held_shape(name, worker)) for name in cut)
+            found.append(whole + slices)
+        return found
 
     def held_shape(self, name: str, worker: int) -> tuple[int, ...]:
         """The shape of a worker's slice of a tensor, the same in all rounds."""
@@ -95,12 +103,12 @@ class NeuronLayout(Layout):
         return blocks_per_worker(self._widths[layer], self.workers, 0)[worker]
 
     def inner(self) -> dict[str, Cut]:
-        """By name, the tensors with hidden neurons on both sides, of which workers hold only a part at a time."""
+        """The tensors with hidden neurons on both sides, of which all slices together are only a part, by name."""
         cuts = self.neurons.cuts.items()
         return {name: cut for name, cut in cuts if cut.rows is not None and cut.columns is not None}
 
     def rest(self, name: str) -> int:
-        """Entries of a tensor per neuron, or, where it has neurons on both sides, per pair of them."""
+        """Number of a tensor's entries per neuron, or, where it has neurons on both sides, per pair of neurons."""
         cut, shape = self.neurons.cuts[name], self.shapes[name]
         if cut.columns is None:
             return prod(shape[1:])
@@ -134,6 +142,7 @@ class NeuronLayout(Layout):
                     f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
                     f"those of {ours}. Resume with the same model and the same `layers`."
                 )
+            # The snapshot may be of another number of workers: its own partition says what the slices are.
             drawn = draw_neurons(self._widths, place["identity"]["workers"], place["identity"]["seed"], place["round"])
             tensors.update({name: tensor for name, tensor in own["tensors"].items() if name not in self.shapes})
             for name, cut in self.neurons.cuts.items():
@@ -145,7 +154,7 @@ class NeuronLayout(Layout):
         return tensors
 
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
-        """What happens between ``round`` and the next."""
+        """The plan of the sync between ``round`` and the next."""
         return NeuronPlan(self.partition(round), self.partition(round + 1), left_out)
 
     def hand_over_bytes(self, round: int, states: OptimizerStates) -> list[dict[str, int]]:
@@ -154,15 +163,16 @@ class NeuronLayout(Layout):
         Returns:
             For each worker, the bytes of the kinds ``hand_over`` and ``state``.
         """
-        plan, tensors = self.plan(round), {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        plan, tensors = self.plan(round), named_tensors(self.module)
         sent = [{"hand_over": 0, "state": 0} for _ in range(self.workers)]
         for name, cut in self.neurons.cuts.items():
             tensor = tensors[name]
             slots = states.slots([tensor]) if isinstance(tensor, nn.Parameter) else []
             per_entry = sum(slot.dtype.itemsize for slot in slots) if self.config.momentum == "travel" else 0
-            for worker, entries in enumerate(sent_entries(cut, plan)):
-                sent[worker]["hand_over"] += entries * self.rest(name) * tensor.element_size()
-                sent[worker]["state"] += entries * self.rest(name) * per_entry
+            for worker, moved in enumerate(sent_entries(cut, plan)):
+                entries = moved * self.rest(name)
+                sent[worker]["hand_over"] += entries * tensor.element_size()
+                sent[worker]["state"] += entries * per_entry
         return sent
 
     @override
@@ -174,7 +184,7 @@ class NeuronLayout(Layout):
 
     @override
     def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
-        """The holders of neurons at equal distances in the first hidden layer, in the first rounds."""
+        """The holders of evenly spaced neurons of the first hidden layer, in the first rounds."""
         layer = self.neurons.layers[0]
         shown = range(0, layer.width, -(-layer.width // SHOWN_NEURONS))
         holders = []
@@ -184,7 +194,7 @@ class NeuronLayout(Layout):
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
     def _refuse_single_neurons(self) -> None:
-        """A norm over the neurons of one worker makes nothing of one neuron."""
+        # A layer norm over a single neuron gives zero, whatever the neuron computes.
         for size in self.neurons.sizes:
             layer = self.neurons.layers[size.layer]
             if size.attribute in ("normalized_shape", "num_channels") and layer.width < 2 * self.workers > 2:
@@ -196,7 +206,3 @@ class NeuronLayout(Layout):
 
     def _draw_neurons(self, round: int) -> tuple[Partition, ...]:
         return draw_neurons(self._widths, self.workers, self.config.seed, round)
-
-
-def _short(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

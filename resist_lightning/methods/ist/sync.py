@@ -1,6 +1,6 @@
-"""The sync of slices: every neuron goes to its next holder, with all that belongs to it.
+"""The sync of IST: sends every neuron, with its weights and optimizer state, to its next holder.
 
-Section 2.4 of the specification of IST. Nothing is averaged but what all workers hold whole.
+Section 2.4 of the specification of IST. Only tensors that all workers hold whole are averaged.
 """
 
 from __future__ import annotations
@@ -61,23 +61,22 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def begin(self, round: int) -> None:
-        """Keep this worker's slices, with state that optimizers have of them, and the rows that it is the keeper of."""
         held = self._layout.partition(round)
         self._states.forget_odd()  # it cannot be cut
         known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
         counters = self._counters(known)
         kept: dict[str, tuple[Piece, Tensor]] = {}
         for key, part in {**self._parts(), **self._parts_of_state(known)}.items():
-            cut, width = part.cut, part.whole[0]
+            cut = part.cut
             rows = held[cut.rows].held[self._worker] if cut.rows is not None else None
             columns = held[cut.columns].held[self._worker] if cut.columns is not None else None
             piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
             kept[key] = piece, part.take(piece, held, self._worker)
-            travels = part.kind != "state" or self._layout.config.momentum == "travel"
-            if cut in self._layout.inner().values() and travels and self._layout.workers > 1:
-                mine = kept_rows(width, self._layout.workers, self._worker)
+            if self._needs_store(part):
+                mine = kept_rows(part.whole[0], self._layout.workers, self._worker)
                 self._store[key] = part.tensor.detach()[mine.start : mine.stop].cpu().clone()
         super().begin(round)
+        # The tensors have the shapes of slices now, and so has what optimizers keep of them.
         for key, part in {**self._parts(), **self._new_state(counters)}.items():
             piece, values = kept[key]
             part.put(piece, held, self._worker, values)
@@ -85,19 +84,21 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
-        """Send what leaves to its next holders or keepers, and put what arrives in its place."""
         with self._seconds.timed("hand_over"):
             state = self._moving_state()
             moving = {**self._parts(), **state}
+            # Planned once for all tensors that are cut alike.
             found = {cut: pieces(cut, plan, self._worker) for cut in {part.cut for part in moving.values()}}
-            loads = [(key, piece) for key, d in moving.items() for piece in found[d.cut] if self._moves(d, piece)]
-            arrived = self._messages.transfer(moving, loads, plan.before)
+            leaving: list[tuple[str, Piece]] = []
+            for key, part in moving.items():
+                leaving += [(key, piece) for piece in found[part.cut] if self._moves(part, piece)]
+            arrived = self._messages.transfer(moving, leaving, plan.before)
             self._forget_others(state)
             for part in state.values():
-                part.tensor.zero_()  # under "keep" not all of it arrives
+                part.tensor.zero_()  # under "keep" only a part of it arrives
             self._put(moving, arrived, plan)
             for tensor in self._subnet.tensors.values():
-                tensor.grad = None  # of other neurons
+                tensor.grad = None  # it belongs to the neurons that have left
             self._states.take_numbers()
 
     @override
@@ -105,6 +106,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self._leave_out(plan)
         if unequal:
             self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
+        # Taken from the slices, before they become whole tensors.
         arrived = self._messages.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
         self.guard.release()
@@ -112,12 +114,11 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def end(self) -> None:
-        """The optimizers forget the state of slices, which does not fit the full model."""
         super().end()
         self._subnet.leave()
         self._store = {}
         self._subnet.gradients = {}
-        if self._layout.workers > 1:
+        if self._layout.workers > 1:  # state of slices does not fit the full model
             self._states.drop(self._parameters.values())
 
     @override
@@ -126,7 +127,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        """What this worker has noted, and what it keeps; of that, the full model has the parameters."""
+        # The full model has the stored parameters, but not their optimizer state.
         known = self._layout.shapes if with_full_model else {}
         store = {key: rows for key, rows in self._store.items() if key not in known}
         return {**super().state_dict(with_full_model=with_full_model), "store": store}
@@ -138,30 +139,37 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self._store[key] = rows.clone()
 
     def _parts(self) -> dict[str, Part]:
-        layout = self._layout
-        return {
-            name: Part(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
-            for name, cut in layout.neurons.cuts.items()
-        }
+        """This worker's part of every divided tensor, by name."""
+        layout, found = self._layout, {}
+        for name, cut in layout.neurons.cuts.items():
+            found[name] = Part(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
+        return found
+
+    def _needs_store(self, part: Part) -> bool:
+        """Whether some entries of a tensor are in nobody's slice in some round, so that a keeper must store them."""
+        if self._layout.workers == 1 or part.cut.rows is None or part.cut.columns is None:
+            return False
+        return part.kind != "state" or self._layout.config.momentum == "travel"
 
     def _moves(self, part: Part, piece: Piece) -> bool:
-        """Under ``keep``, of optimizer state only what belongs to entries that stay here."""
+        """Whether a piece moves: under ``keep``, optimizer state only within this worker's slice."""
         if part.kind != "state" or self._layout.config.momentum == "travel":
             return True
         return piece.source == piece.target and (piece.leaves, piece.enters) == ("slice", "slice")
 
     def _moving_state(self) -> dict[str, Part]:
-        """Optimizer state that goes with the entries that it belongs to."""
+        """Optimizer state that travels with its entries, by key."""
         if self._layout.config.momentum == "reset":
             return {}
         if self._layout.config.momentum == "travel" and self._layout.workers > 1:
             for name in self._layout.inner():
                 for key, slot in self._slots(name).items():
+                    # State that did not exist when training began starts with zeros.
                     self._store.setdefault(key, torch.zeros(self._store[name].shape, dtype=slot.dtype))
         return self._parts_of_state(self._parameters)
 
     def _forget_others(self, moving: Iterable[str]) -> None:
-        """State that does not move, of frozen parameters or of groups added since, would meet other neurons."""
+        """Drop state that has not moved, of frozen parameters for example: it would meet other neurons."""
         moved = {key.rpartition("/")[0] for key in moving}
         self._states.drop([parameter for name, parameter in self._parameters.items() if name not in moved])
         for key in [key for key in self._store if key not in self._layout.shapes]:
@@ -169,26 +177,29 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
                 del self._store[key]
 
     def _parts_of_state(self, names: Iterable[str]) -> dict[str, Part]:
-        layout = self._layout
-        return {
-            key: Part(layout.neurons.cuts[name], tuple(layout.shapes[name]), slot, self._store.get(key), "state")
-            for name in names
-            for key, slot in self._slots(name).items()
-        }
+        layout, found = self._layout, {}
+        for name in names:
+            cut, shape = layout.neurons.cuts[name], tuple(layout.shapes[name])
+            for key, slot in self._slots(name).items():
+                found[key] = Part(cut, shape, slot, self._store.get(key), "state")
+        return found
 
     def _slots(self, name: str) -> dict[str, Tensor]:
-        """The optimizer state of a divided parameter that has its shape."""
+        """The optimizer state that has the shape of a divided parameter, by key; none for a buffer."""
         parameters = [self._parameters[name]] if name in self._parameters else []
         slots = self._states.tensors(parameters)
         return {f"{name}/{number}": slot for number, slot in enumerate(slots) if slot.dim()}
 
     def _counters(self, names: Iterable[str]) -> dict[str, list[Tensor]]:
-        """The optimizer state of divided parameters that is one number each; it stays."""
-        found = {name: self._states.tensors([self._parameters[name]]) for name in names}
-        return {name: [slot for slot in slots if not slot.dim()] for name, slots in found.items()}
+        """The optimizer state that is one number for a whole parameter, such as step counts, by parameter."""
+        found = {}
+        for name in names:
+            slots = self._states.tensors([self._parameters[name]])
+            found[name] = [slot for slot in slots if not slot.dim()]
+        return found
 
     def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Part]:
-        """State of the new shapes: zeros where nothing arrives."""
+        """Replace state by zeros in the shapes of the slices; counters stay."""
         for name, values in counters.items():
             parameter = self._parameters[name]
             self._states.drop([parameter])
@@ -198,6 +209,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return self._parts_of_state(counters)
 
     def _put(self, parts: dict[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
-        """Write what arrived; slices are those of the next round, stores and full tensors have no round."""
+        """Write the pieces that have arrived."""
+        # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, self._worker, values)

@@ -1,10 +1,10 @@
-"""A model of shared tensors and partitionable residual blocks, and the schedule of the rounds."""
+"""The layout of ResIST: residual blocks are partitioned among the workers, and all other tensors are shared."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from resist_lightning.comm.bytes import WIRE_FORMATS
 from resist_lightning.comm.quantize import compressible
-from resist_lightning.comm.tensors import averaged_bytes
+from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, untrained
@@ -28,7 +28,7 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 
 
 class BlockLayout(Layout):
-    """The blocks of a model, and who trains which when.
+    """The partitionable blocks of a model, and which worker trains which of them in each round.
 
     Args:
         module: the user's module, complete.
@@ -51,9 +51,11 @@ class BlockLayout(Layout):
         self.scaling = BranchScaling(
             self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
         )
-        in_blocks = {id(tensor) for block in self.blocks for tensor in block.tensors().values()}
-        named: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-        self.shared = {name: tensor for name, tensor in named if id(tensor) not in in_blocks}
+        in_blocks: set[int] = set()
+        for block in self.blocks:
+            in_blocks.update(map(id, block.tensors().values()))
+        # By identity, as a tensor may have several names.
+        self.shared = {name: tensor for name, tensor in named_tensors(module).items() if id(tensor) not in in_blocks}
 
     @override
     def partition(self, round: int) -> Partition:
@@ -72,67 +74,62 @@ class BlockLayout(Layout):
     @property
     @override
     def partial(self) -> bool:
-        held = self.schedule.partition(self.config.warmup_rounds).held
+        held = self._usual_partition().held
         return any(len(blocks) < len(self.blocks) for blocks in held)
 
     @override
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a worker's own tensors to fit: who holds which blocks, and how changes are sent."""
+        # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
         drawn = asdict(replace(self.schedule, local_steps=0, counts=(), measured_from=None, seconds=()))
         return {**drawn, "blocks": [block.name for block in self.blocks], "changes": self.config.wire != "fp32"}
 
     @override
     def learn(self, round: int, seconds: Sequence[float]) -> None:
-        """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
         self.schedule = self.schedule.learn(round, seconds)
 
     @override
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
-        """Resume with the counts that a run had measured, if counts shall follow speed.
-
-        Where the state is of other workers or blocks, or empty, measuring begins anew in ``round``.
-        """
-        if self.config.blocks_per_worker == "auto":
-            schedule = self.schedule
-            self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
+        if self.config.blocks_per_worker != "auto":
+            return
+        schedule = self.schedule
+        # Counts that were measured for other workers or blocks do not fit, and are measured again.
+        self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
 
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
-        travels = self.config.momentum == "travel"
         wire = WIRE_FORMATS[self.config.wire]
         changing = self.changing()
-        plain = [self._plain(block.tensors()) for block in self.blocks]
-        entries = [self._entries(block.tensors()) for block in self.blocks]
+        blocks, averaged, travelling, entries = [], [], [], []
+        for block in self.blocks:
+            plain, compressed = self._split(block.tensors())
+            blocks.append(sum(map(_bytes, plain.values())) + (wire.bytes(compressed) if wire else 0))
+            averaged.append(_averaged_bytes(plain, changing))
+            state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
+            copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
+            travelling.append(state + copy)
+            entries.append(compressed)
+        plain, shared_entries = self._split(self.shared)
         return Sizes(
-            shared=_averaged_bytes(tensor for name, tensor in self._plain(self.shared).items() if name in changing),
-            blocks=tuple(
-                sum(map(_bytes, tensors.values())) + (wire.bytes(count) if wire else 0)
-                for tensors, count in zip(plain, entries, strict=True)
-            ),
-            averaged=tuple(
-                _averaged_bytes(tensor for name, tensor in tensors.items() if name in changing) for tensors in plain
-            ),
-            states=tuple(
-                (states.bytes(block.module.parameters()) if travels else 0)
-                + (self.companion.bytes(block.tensors()) if self.companion is not None else 0)
-                for block in self.blocks
-            ),
+            shared=_averaged_bytes(plain, changing),
+            blocks=tuple(blocks),
+            averaged=tuple(averaged),
+            states=tuple(travelling),
             wire=wire,
-            shared_entries=self._entries(self.shared),
+            shared_entries=shared_entries,
             block_entries=tuple(entries),
         )
 
-    def _plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some tensors that travel as they are."""
+    def _split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """The tensors that travel as they are, and the number of entries in those that are compressed."""
         if self.config.wire == "fp32":
-            return dict(tensors)
-        return {name: tensor for name, tensor in tensors.items() if not compressible(tensor)}
-
-    def _entries(self, tensors: Mapping[str, Tensor]) -> int:
-        """Numbers in those of some tensors that are compressed."""
-        return sum(tensor.numel() for tensor in tensors.values()) - sum(
-            tensor.numel() for tensor in self._plain(tensors).values()
-        )
+            return dict(tensors), 0
+        plain, entries = {}, 0
+        for name, tensor in tensors.items():
+            if compressible(tensor):
+                entries += tensor.numel()
+            else:
+                plain[name] = tensor
+        return plain, entries
 
     @override
     def parts(self) -> list[str]:
@@ -147,17 +144,20 @@ class BlockLayout(Layout):
 
     @override
     def describe(self) -> str:
-        """A sentence that says what was chosen."""
         workers = self.workers
         if not self.blocks:
             return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
-        counts = map(len, self.schedule.partition(self.config.warmup_rounds).held)
+        counts = map(len, self._usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         return (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
             f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scaling.scale:.4g}."
         )
+
+    def _usual_partition(self) -> Partition:
+        """That of the first round after the warm-up."""
+        return self.schedule.partition(self.config.warmup_rounds)
 
     def _rounds(self) -> str:
         wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
@@ -183,7 +183,7 @@ class BlockLayout(Layout):
         if not self.blocks or self.workers == 1:
             return
         self._warn_of_plain_checkpoints()
-        if not isinstance(self.config.blocks_per_worker, str):
+        if not isinstance(self.config.blocks_per_worker, str):  # the user has listed the counts, and knows them
             return
         if not self.partial and self.config.min_blocks is None:
             warnings.warn(
@@ -192,7 +192,7 @@ class BlockLayout(Layout):
                 "`blocks`, or use strategy='local_sgd'.",
                 stacklevel=3,
             )
-        if any(not held for held in self.schedule.partition(self.config.warmup_rounds).held):
+        if any(not held for held in self._usual_partition().held):
             warnings.warn(
                 f"{self.workers} workers for {len(self.blocks)} blocks with min_blocks=0: some workers train "
                 "shared layers only in each round.",
@@ -200,7 +200,7 @@ class BlockLayout(Layout):
             )
 
     def _warn_of_plain_checkpoints(self) -> None:
-        """Name what a checkpoint, as a plain model, cannot carry."""
+        """Warn about what a checkpoint, as a plain model, cannot carry."""
         hooked = [block.name for block in self.blocks if not foldable(block)]
         if hooked and self.scaling.scale != 1:
             warnings.warn(
@@ -213,28 +213,29 @@ class BlockLayout(Layout):
 
 
 def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
-    given = config.blocks_per_worker
-    least = min(PAPER_MIN_BLOCKS, blocks) if config.min_blocks is None else config.min_blocks
-    if not isinstance(given, str):
-        listed, least = tuple(given), min(given) if config.min_blocks is None else least
-        check_counts(listed, blocks, workers, least)
-        schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
-        return replace(schedule, counts=((0, listed),))
+    given, least = config.blocks_per_worker, config.min_blocks
+    listed = None if isinstance(given, str) else tuple(given)
+    if least is None:
+        least = min(listed) if listed is not None else min(PAPER_MIN_BLOCKS, blocks)
     schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
+    if listed is not None:
+        check_counts(listed, blocks, workers, least)
+        return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of an absent one, too."""
+    """Bytes of a tensor, absent or not."""
     return tensor.numel() * tensor.element_size()
 
 
-def _averaged_bytes(tensors: Iterable[Tensor]) -> Counter[str]:
-    """By data type: each has an all-reduce of its own."""
+def _averaged_bytes(tensors: Mapping[str, Tensor], changing: Collection[str]) -> Counter[str]:
+    """Bytes that an average of the changing tensors sends, by data type: each has an all-reduce of its own."""
     sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[str(tensor.dtype)] += averaged_bytes(tensor)
+    for name, tensor in tensors.items():
+        if name in changing:
+            sizes[str(tensor.dtype)] += averaged_bytes(tensor)
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""The sync of residual blocks: averaging, merging and hand-over (section 3 of the ResIST paper)."""
+"""The sync of ResIST: averages shared tensors, merges replicated blocks, hands blocks over (section 3 of the paper)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from resist_lightning.state.timing import Seconds
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
-    """A worker's side of the syncs of a run whose blocks are partitioned; see :class:`Sync`."""
+    """A worker's side of the syncs of a run whose residual blocks are partitioned, or (local SGD) nothing."""
 
     def __init__(
         self,
@@ -93,21 +93,20 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         """Shared tensors, and the blocks that all workers hold."""
         partition = self._layout.partition(round)
-        return self._with_blocks([b for b in range(partition.blocks) if len(partition.holders(b)) == partition.workers])
+        held_by_all = [b for b in range(partition.blocks) if len(partition.holders(b)) == partition.workers]
+        return self._with_blocks(held_by_all)
 
     @override
     def owned_tensors(self) -> list[Tensor]:
-        """The tensors of the blocks that are present."""
         return [tensor for block in self._subnet.held() for tensor in block.tensors().values()]
 
     @override
     def hand_over(self, plan: SyncPlan, round: int) -> None:
-        """Merge blocks that several workers held, and bring every block to its next holders."""
-
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
 
         with self._seconds.timed("hand_over"):
+            # Merging comes first: owners hand over the mean of what several workers held.
             self.exchange.merge(plan, payload, Kinds())
             self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
             self._states.take_numbers()
@@ -144,7 +143,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return f"in round {round} its block is held by worker(s) {holders}, not by worker {self._worker}"
 
     def payload(self, index: int, *, round: int | None = None) -> Payload:
-        """What travels of a block: at the end of ``round``, or (None) to be looked at, exactly and without state."""
+        """What is sent of a block at the end of ``round``; if None for an observation, exact and without state."""
         block = self._layout.blocks[index]
         tensors = list(block.tensors().values())
         if round is None:
