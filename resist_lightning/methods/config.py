@@ -15,20 +15,20 @@ NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """How a run trains, whatever the method divides the model by.
+    """Settings of a run that every method has.
 
     Args:
         local_steps: local steps per round, at least 1.
         seed: seed of the partitions; 0 is a seed.
         momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
-            (state of what a worker keeps), ``travel`` (as keep, and state goes with what is handed over).
+            (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over).
         batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
             training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
         check: which entries of the shared tensors are hashed after each sync, and compared between workers:
             ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
-        non_finite: what happens when a worker comes to a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
-            out of the means, and what it alone held is again what it was when the round began; needs a copy of that).
+        non_finite: what happens when a worker reaches a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
+            out of the means, and what it alone holds is reset to the beginning of the round, of which it keeps a copy).
 
     Raises:
         ValueError: if a value is outside its limits.

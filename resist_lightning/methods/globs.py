@@ -1,4 +1,4 @@
-"""How a user names modules. Standard library only."""
+"""Matches module names with globs, and abbreviates lists of names. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def summary(names: Sequence[str]) -> str:
-    """Names, with runs of numbered siblings shortened: ``layer3.1-22``."""
+    """Names in a line, with runs of numbered siblings abbreviated: ``layer3.1-22``."""
     runs: list[list[str]] = []
     for name in names:
-        stem, _, index = name.rpartition(".")
-        last_stem, _, last_index = runs[-1][-1].rpartition(".") if runs else ("", "", "")
-        if (
-            runs
-            and stem == last_stem
-            and index.isdecimal()
-            and last_index.isdecimal()
-            and int(index) == int(last_index) + 1
-        ):
+        if runs and _follows(name, runs[-1][-1]):
             runs[-1].append(name)
         else:
             runs.append([name])
-    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition('.')[2]}" for run in runs)
+    shown = []
+    for first, *others in runs:
+        last = others[-1].rpartition(".")[2] if others else ""
+        shown.append(f"{first}-{last}" if others else first)
+    return ", ".join(shown)
+
+
+def _follows(name: str, before: str) -> bool:
+    """Whether a name is that of the next numbered sibling."""
+    stem, _, index = name.rpartition(".")
+    stem_before, _, index_before = before.rpartition(".")
+    if stem != stem_before or not index.isdecimal() or not index_before.isdecimal():
+        return False
+    return int(index) == int(index_before) + 1

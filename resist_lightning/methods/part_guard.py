@@ -1,4 +1,4 @@
-"""Refuses to evaluate, trace, save or copy a network of which a worker has only a part."""
+"""Refuses to evaluate, trace, save or copy a network of which this worker has only a part."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _WAY_OUT = (
 
 
 class PartGuard:
-    """Watches the modules that are not whole on this worker.
+    """Guards the modules that are incomplete on this worker.
 
     Args:
         worker: this worker.
 
     Attributes:
-        stepping: whether the program is in a training step; None where nobody says it, in a plain loop.
+        stepping: whether the program is in a training step; None in a plain loop, where nobody tells.
     """
 
     def __init__(self, worker: int) -> None:
@@ -40,25 +40,25 @@ class PartGuard:
         self._way_out = _WAY_OUT
 
     def watch(self, modules: Mapping[str, nn.Module]) -> None:
-        """From now on watch these modules, by name, and no others."""
+        """Guard these modules, by name, and no others."""
         self.release()
         for name, module in modules.items():
             self._handles.append(module.register_forward_pre_hook(_Watched(self, name)))
             self._handles.append(module.register_state_dict_pre_hook(partial(self._refuse_state_dict, name)))
 
     def release(self) -> None:
-        """The module is whole: watch nothing."""
+        """Guard nothing: the module is complete."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def end(self) -> None:
-        """The training is over: what is not whole now stays so, after an error."""
+        """End the training: a module that is incomplete now, after an error, stays so."""
         self._way_out = f"It stays so: {ENDED_EARLY}. {NEW_MODULE}"
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
-        """Inside, this worker's part may be called as the user likes."""
+        """Inside, this worker's part may be called."""
         self.stepping = True
         try:
             yield
@@ -66,7 +66,7 @@ class PartGuard:
             self.stepping = False
 
     def refuse(self, name: str, what: str) -> NoReturn:
-        """Raise: this worker has no whole model to do that with."""
+        """Raise the error that this worker has only a part of the network."""
         raise PartialModelError(
             f"worker {self._worker} has only a part of the network in this round, without all of {name}, and was asked "
             f"to {what} it. {self._way_out}"
@@ -76,15 +76,17 @@ class PartGuard:
         self.refuse(name, "save")
 
     def check(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Called before each forward of a watched module."""
+        """Refuse or warn, before a forward of a guarded module that does not look like training."""
         if torch.compiler.is_exporting() or _is_traced(args):
             self.refuse(name, "trace or export")
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return  # a forward inside a backward is activation checkpointing
         recording = torch.is_grad_enabled()
         if self.stepping:
+            # Frozen batch norms are in eval mode, and targets are computed without gradients: each alone is usual.
             if not module.training and not recording:
                 self._warn("evaluates")
+        # Outside of a training step either sign is suspicious; in a plain loop only both together are.
         elif not module.training and (self.stepping is False or not recording):
             self.refuse(name, "evaluate")
         elif not module.training or (self.stepping is False and not recording):
@@ -101,7 +103,7 @@ class PartGuard:
 
 
 class _Watched:
-    """A forward pre-hook. It refuses to be copied, so that nobody copies the module in silence."""
+    """A forward pre-hook that refuses to be copied or pickled, and so refuses it for its module."""
 
     def __init__(self, guard: PartGuard, name: str) -> None:
         self._guard = guard

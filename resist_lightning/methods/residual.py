@@ -1,4 +1,4 @@
-"""Recognises the residual blocks of a network."""
+"""Recognises the residual blocks of a network: torchvision's, timm's, and classes that declare themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.globs import summary
 
 _KNOWN_FAMILIES = re.compile(r"^(torchvision|timm)\.models\.resnet$")
@@ -24,8 +25,7 @@ class Block:
         module: the block itself; its output is its input plus (or an activation of its input plus) a residual branch.
         branch_end: name of the submodule whose output is the residual branch, so that scaling its weight and bias
             scales the branch; None if unknown.
-        keeps_shape: whether input and output seem to have the same shape, judged without running it; the first
-            forward will tell (:mod:`resist_lightning.methods.resist.first_forward`).
+        keeps_shape: whether input and output seem to have the same shape; a guess until its first forward.
     """
 
     name: str
@@ -40,34 +40,36 @@ class Block:
 
     @property
     def network(self) -> str:
-        """Name of what contains the sections of one network."""
+        """Name of the network, which contains the sections."""
         return self.section.rpartition(".")[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters, then its buffers, by qualified name."""
-        own: dict[str, Tensor] = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return {f"{self.name}.{name}": tensor for name, tensor in own.items()}
+        return {f"{self.name}.{name}": tensor for name, tensor in named_tensors(self.module).items()}
 
 
 def find_blocks(module: nn.Module) -> tuple[Block, ...]:
-    """All residual blocks that are recognised: torchvision's, timm's, and modules with ``residual_branch_end``."""
-    found = (recognise(name, child) for name, child in module.named_modules())
-    return tuple(block for block in found if block is not None)
+    """All residual blocks that are recognised, in the order of registration."""
+    found = []
+    for name, child in module.named_modules():
+        block = recognise(name, child)
+        if block is not None:
+            found.append(block)
+    return tuple(found)
 
 
 def recognise(name: str, module: nn.Module) -> Block | None:
-    """The residual block that ``module`` is, or None.
-
-    A class of one's own takes part by declaring ``residual_branch_end`` (see docs/adding-a-model.md).
-    """
+    """``module`` as a block, if its class is known or declares ``residual_branch_end`` (docs/adding-a-model.md)."""
     declared = getattr(module, "residual_branch_end", None)
     if isinstance(declared, str):
         return Block(name, module, declared, projection(module) is None and not has_stride(module))
     for base in type(module).__mro__:
-        if base.__name__ in _KNOWN_BLOCKS and _KNOWN_FAMILIES.match(base.__module__):
-            unchanged = type(module).forward is base.__dict__.get("forward") and getattr(module, "se", None) is None
-            branch_end = "bn3" if hasattr(module, "bn3") else "bn2"
-            return Block(name, module, branch_end if unchanged else None, keeps_shape(module))
+        if base.__name__ not in _KNOWN_BLOCKS or not _KNOWN_FAMILIES.match(base.__module__):
+            continue
+        # A derived class with a forward of its own, or with squeeze-and-excitation, may end its branch elsewhere.
+        unchanged = type(module).forward is base.__dict__.get("forward") and getattr(module, "se", None) is None
+        branch_end = "bn3" if hasattr(module, "bn3") else "bn2"
+        return Block(name, module, branch_end if unchanged else None, keeps_shape(module))
     return None
 
 
@@ -82,7 +84,7 @@ def scripted(module: nn.Module) -> list[str]:
 
 
 def candidates(module: nn.Module) -> str:
-    """A sentence that lists the blocks that could be chosen."""
+    """A sentence for errors that lists the blocks that could be chosen."""
     names = [block.name for block in find_blocks(module) if block.keeps_shape]
     if not names:
         return (
@@ -93,7 +95,13 @@ def candidates(module: nn.Module) -> str:
 
 
 def untrained(module: nn.Module, blocks: Iterable[Block], trained: Collection[int] | None = None) -> list[Block]:
-    """Those of some blocks in whose network nothing trains now; see :func:`select_blocks`."""
+    """Those of some blocks whose network does not train.
+
+    Args:
+        module: the user's module.
+        blocks: the blocks to look at.
+        trained: ids of the parameters that optimizers have; None if they are not known yet.
+    """
     blocks = list(blocks)
     networks = {block.network for block in blocks}
     still = {name for name in networks if not _trains(module.get_submodule(name), trained)}
@@ -105,7 +113,7 @@ def _trains(network: nn.Module, trained: Collection[int] | None) -> bool:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why leaving a module out is surely not the identity; None if it may be."""
+    """Why leaving out a module is certainly not the identity; None if it may be."""
     if projection(module) is not None:
         return f"changes the shape of its input (its skip path has the layer {projection(module)!r})"
     if _is_chain(module):
@@ -116,10 +124,11 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether it is a layer of torch.nn, or a sequence with such a layer, so that no sum reaches around it."""
+    """Whether a module is a layer of torch.nn, or a sequence with such a layer, so that it has no skip connection."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return any(_is_chain(child) for child in module)
-    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):  # not the class's own
+    # What the user has put in place of the class's forward may add a residual.
+    if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return False
     known = str(type(module).forward.__module__).startswith("torch.nn.modules.")
     residual = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | nn.Identity)
@@ -127,10 +136,10 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def keeps_shape(module: nn.Module) -> bool:
-    """Whether a block seems to keep the shape of its input.
+    """Whether a block seems to keep the shape of its input, judged without running it.
 
-    It has no projection on the skip path, no stride, and as many channels out of its last layer as into its first one,
-    in the order of registration: of blocks that mix tokens or take a condition that says nothing.
+    It must have no projection on the skip path, no stride, and equal channels into its first layer and out of its last
+    one, in the order of registration; for blocks that mix tokens or take a condition, that proves nothing.
     """
     if projection(module) is not None or has_stride(module):
         return False
@@ -139,7 +148,7 @@ def keeps_shape(module: nn.Module) -> bool:
 
 
 def projection(module: nn.Module) -> str | None:
-    """Name of the layer on the skip path of a block, if there is one with parameters."""
+    """Name of the layer with parameters on the skip path of a block, if there is one."""
     for name in ("downsample", "shortcut"):
         path = getattr(module, name, None)
         if isinstance(path, nn.Module) and any(True for _ in path.parameters()):
@@ -148,7 +157,7 @@ def projection(module: nn.Module) -> str | None:
 
 
 def has_stride(module: nn.Module) -> bool:
-    """Whether a convolution in it has a stride."""
+    """Whether a module contains a convolution with a stride."""
     convolutions = [child for child in module.modules() if isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     return any(max(layer.stride) > 1 for layer in convolutions)
 

@@ -1,4 +1,4 @@
-"""A worker of a simulation, and what all of them do together."""
+"""Simulated workers, for the reference simulators: many in one process, with means over all of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.comm.tensors import computable, is_continuous
+from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.methods.residual import Block
 from resist_lightning.state.batch_norm import Call, InputRecorder, norms_with_statistics, recalibrate
 
 
 @dataclass
 class SimulatedWorker:
-    """One worker: train ``module`` with ``optimizers``, as if it were alone.
+    """One simulated worker: train ``module`` with ``optimizers``, as if it were alone.
 
     Args:
         module: a complete copy of the network; blocks that the worker lacks are skipped.
         optimizers: the worker's optimizers.
         blocks: the partitionable blocks of ``module``.
-        recorder: remembers the last training inputs.
+        recorder: records the last training inputs.
     """
 
     module: nn.Module
@@ -33,16 +33,17 @@ class SimulatedWorker:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return named_tensors(self.module)
 
     def __post_init__(self) -> None:
+        # By optimizer and group: values that steps have changed, as they were before.
         self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
         for optimizer, first in zip(self.optimizers, self._first, strict=True):
             optimizer.register_step_pre_hook(lambda o, *_, first=first: _remember(o, first))
             optimizer.register_step_post_hook(lambda o, *_, first=first: _forget_unchanged(o, first))
 
     def restart_optimizers(self) -> None:
-        """Forget their state, and in their parameter groups what their own steps have made of it."""
+        """Clear their state, and restore the values in parameter groups that their own steps have changed."""
         for optimizer, first in zip(self.optimizers, self._first, strict=True):
             optimizer.state.clear()
             for group, values in zip(optimizer.param_groups, first, strict=True):
@@ -52,8 +53,9 @@ class SimulatedWorker:
 
 def _remember(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
     for group, values in zip(optimizer.param_groups, first, strict=True):
-        now = {name: value for name, value in group.items() if isinstance(value, int | float) and name not in values}
-        values.update(now)
+        for name, value in group.items():
+            if isinstance(value, int | float):
+                values.setdefault(name, value)
 
 
 def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
@@ -63,7 +65,7 @@ def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None
 
 
 def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
-    """The mean of what holders have; of integers and booleans the maximum."""
+    """The mean of the holders' values; for integers and booleans the maximum."""
     numbers = torch.stack([computable(value.detach()) for value in values])
     if not is_continuous(values[0].dtype):
         return numbers.amax(0).to(values[0].dtype)
@@ -72,10 +74,11 @@ def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
 
 
 def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:
-    """Batch-norm statistics of the full model: each worker re-estimates them on its inputs; then the mean."""
+    """Give the full model the mean of the batch-norm statistics that each worker estimates on its own inputs."""
     still = workers[0].recorder.still
     statistics: list[list[Tensor]] = []
     for worker in workers:
+        # Recorded inputs belong to modules of the worker's copy; they are replayed through those of the full model.
         twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
         calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
         statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])

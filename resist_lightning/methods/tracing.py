@@ -1,4 +1,4 @@
-"""Forwards of a user's modules as graphs, by torch.fx: what the methods that look into a forward have in common.
+"""Traces the forward of a user's module into a graph by torch.fx.
 
 torch.fx changes torch.nn.Module itself while it traces: no other thread may compute or trace meanwhile.
 """
@@ -18,17 +18,18 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-_NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)  # with the separator: not torchvision
+# With the separator at the end, so that torchvision is not meant.
+_NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
 
 class CannotTrace(Exception):
-    """torch.fx cannot follow a forward.
+    """torch.fx cannot trace a forward.
 
     Args:
-        path: name of the innermost module that it was in, in the module that is traced.
+        path: name, within the traced module, of the innermost module that was being called.
         where: that module, for a message: ``'net.1' (Branch)``.
-        said: what torch.fx says, and where: `` at net.py:12 (if x.sum() > 0:): TraceError: ...``.
+        said: torch.fx's error, and its line: `` at net.py:12 (if x.sum() > 0:): TraceError: ...``.
     """
 
     def __init__(self, path: str, where: str, said: str) -> None:
@@ -37,7 +38,7 @@ class CannotTrace(Exception):
 
 
 class Tracer(fx.Tracer):
-    """Looks into every module but those of torch.nn, and keeps parameters and buffers that a forward reads as nodes."""
+    """Traces into every module but those of torch.nn; parameters and buffers that a forward reads become nodes."""
 
     record_stack_traces = True
     proxy_buffer_attributes = True
@@ -48,15 +49,15 @@ class Tracer(fx.Tracer):
 
 
 class ChainTracer(Tracer):
-    """Notes which module made which value, and what a graph does not keep.
+    """Also records what a graph does not contain: modules of values, calls, and contexts such as no_grad.
 
     Args:
-        leaf: whether a module is not looked into.
+        leaf: whether a module is not traced into.
 
     Attributes:
-        ends: the innermost module that returned a value, by name.
+        ends: for each value the name of the innermost module that returned it.
         calls: how often each module was called, by name.
-        unlike: what is computed under no_grad, autocast and their like.
+        unlike: values that are computed under no_grad, autocast or the like.
     """
 
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
@@ -79,7 +80,7 @@ class ChainTracer(Tracer):
         path = self.path_of_module(m)
         self.calls[path] = self.calls.get(path, 0) + 1
         if isinstance(result, fx.Proxy):
-            self.ends.setdefault(result.node, path)
+            self.ends.setdefault(result.node, path)  # inner modules return before outer ones
         return result
 
     @override
@@ -96,12 +97,12 @@ def _modes() -> tuple[bool, ...]:
 
 
 def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
-    """The forward of a module as a graph, optional arguments at their defaults.
+    """Trace the forward of a module, with optional arguments at their defaults.
 
     Args:
-        tracer: what decides which modules are looked into.
+        tracer: decides which modules are traced into.
         root: the module.
-        prefix: what its names begin with in the user's module, with the dot at the end.
+        prefix: of its names in the user's module, with a dot at the end.
 
     Raises:
         CannotTrace: if torch.fx cannot.
@@ -109,31 +110,34 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
     try:
         return tracer.trace(root, concrete_args=defaults(root) or None)
     except Exception as error:
-        path, kind = (list(tracer.module_stack.values())[-1:] or [("", type(root))])[0]
+        # The innermost module that was being called.
+        stack = list(tracer.module_stack.values())
+        path, kind = stack[-1] if stack else ("", type(root))
         name = f"{prefix}{path}".rstrip(".")
         where = f"{name!r} ({kind.__name__})" if name else f"the module itself ({kind.__name__})"
         raise CannotTrace(path, where, f"{_raised_at(error)}: {type(error).__name__}: {error}") from error
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is not looked into: it computes what its class in torch.nn does, or is compiled TorchScript."""
+    """Whether a module is not traced into: it has the forward of a class in torch.nn, or is TorchScript."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    if "forward" in vars(module):  # the user's own, which takes the place of the class's
+    if "forward" in vars(module):  # replaces the class's
         return False
     forward_from = getattr(inspect.unwrap(type(module).forward), "__module__", "")
     return forward_from.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
 
 def has_forward(module: nn.Module) -> bool:
-    """A LightningModule inherits a forward that only raises; Lightning is not imported to find out."""
+    """Whether a module has a forward of its own."""
+    # A LightningModule inherits one that only raises. Lightning must not be imported to find out.
     owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
     lightning = owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
     return owner is not nn.Module and not (lightning and owner.__name__ == "LightningModule")
 
 
 def user_line(node: fx.Node) -> str:
-    """Where the user's code makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if it is not known."""
+    """The line of the user's code that makes a node, as `` (net.py:12: h = h.softmax(1))``; empty if unknown."""
     frames = _FRAME.findall(node.stack_trace or "")
     own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     if not own:
@@ -143,21 +147,21 @@ def user_line(node: fx.Node) -> str:
 
 
 def defaults(root: nn.Module) -> dict[str, Any]:
-    """Optional arguments keep their defaults, so that ``if mask is not None`` is decided."""
+    """The defaults of a forward's optional arguments; with them, ``if mask is not None`` can be traced."""
     plain = bool | int | float | str | None
     parameters = inspect.signature(type(root).forward).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, plain)}
 
 
 def left_behind(root: nn.Module, graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Values that the forward leaves in attributes of modules; ask before :func:`in_training` ends."""
+    """Values that the forward has left in attributes of modules; ask before :func:`in_training` removes them."""
     left = tree_leaves([list(vars(child).values()) for child in root.modules()])
     return tuple(value.node for value in left if isinstance(value, fx.Proxy) and value.node.graph is graph)
 
 
 @contextmanager
 def in_training(module: nn.Module) -> Iterator[None]:
-    """What is divided only trains. What the tracer, or a forward that it runs, sets on a module is undone."""
+    """Inside, a module is in training mode; attributes that tracing or a forward sets on modules are undone."""
     modules = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
     before = [dict(vars(child)) for child in modules]
     if not module.training:
@@ -178,13 +182,14 @@ def names_of_tensors(module: nn.Module) -> dict[int, list[str]]:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
-    for name, tensor in everything:
+    for name, tensor in everything:  # tied weights have several names
         names.setdefault(id(tensor), []).append(name)
     return names
 
 
 def _raised_at(error: Exception) -> str:
-    own = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
-    ]
-    return f" at {own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else ""
+    """The last line of the user's code in a traceback."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(_NOT_THE_USERS):
+            return f" at {frame.filename}:{frame.lineno} ({frame.line})"
+    return ""

@@ -1,4 +1,4 @@
-"""What an absent block does: it gives back its input, wherever that is among the arguments."""
+"""The forward of an absent block: it returns its input, by whatever name that is passed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from resist_lightning.errors import BlockSelectionError
 
 
 def first_argument(module: nn.Module) -> str:
-    """Name of the first argument of a module's forward, its input; empty if it has none of a name."""
+    """Name of the first argument of a module's forward, which is its input; empty for ``*args``."""
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     first = next(iter(inspect.signature(module.forward).parameters.values()), None)
     return first.name if first is not None and first.kind in named else ""
 
 
 class Bypass:
-    """What an absent block does in the place of its forward: it gives back its input.
+    """Stands in for the forward of an absent block, and returns its input.
 
     Args:
-        name: of the block, for messages.
+        name: the block's, for messages.
         module: the block, with its own forward.
     """
 
@@ -31,7 +31,7 @@ class Bypass:
         self._argument = first_argument(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The input, wherever it is among the arguments.
+        """Return the input.
 
         Raises:
             BlockSelectionError: if it is not a tensor.
@@ -40,13 +40,13 @@ class Bypass:
 
 
 def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input of a block that is called so.
+    """The input in the arguments of a block's forward.
 
     Args:
-        block: its name.
+        block: the block's name.
         argument: see :func:`first_argument`.
-        args: what it is called with by position.
-        kwargs: what it is called with by name.
+        args: the arguments by position.
+        kwargs: the arguments by name.
 
     Raises:
         BlockSelectionError: if it is not a floating tensor.
@@ -63,5 +63,5 @@ def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str
 
 
 def is_continuous(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor of numbers that have gradients."""
+    """Whether a value is a tensor of real or complex numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

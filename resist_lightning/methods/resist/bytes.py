@@ -1,4 +1,4 @@
-"""Bytes of a sync of residual blocks by closed form (section 5 of the design). Standard library only."""
+"""The bytes of a ResIST sync, by closed form. Standard library only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sizes:
 
 
 def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int]]:
-    """Bytes that each worker sends in a sync, by kind: section 5 of the design, exactly.
+    """Bytes that each worker sends in a sync, by kind, exactly.
 
     Blocks that all workers hold before and after join the all-reduce of the shared layers and count as ``shared``.
 

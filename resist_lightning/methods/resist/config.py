@@ -1,4 +1,4 @@
-"""The settings of a run whose residual blocks are partitioned."""
+"""The settings of ResIST and local SGD."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PAPER_MIN_BLOCKS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CommonConfig):
-    """How a run trains whose residual blocks are partitioned, or (``blocks=[]``) nothing.
+    """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).
 
     Args:
         min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
-            what ``blocks_per_worker`` lists.
+            the least number that ``blocks_per_worker`` lists.
         blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
             to the speed that each shows in the first rounds), or a list with a count for each worker.
         blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
             glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
-            chance that a block is held: mean blocks per worker / number of blocks.
+            probability that a block is held: mean blocks per worker / number of blocks.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
             ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
 

@@ -1,9 +1,8 @@
-"""What leaving a block out means, and the look at its first forward that tells whether it may be left out.
+"""Checks in the first forward of each block that it is residual, so that leaving it out is the identity.
 
-Leaving a block out must be the identity, up to its residual branch. No order of layers tells that, so each block is
-looked at when it is called for the first time: what goes in and comes out, and what comes out of it for random numbers
-while its weights are zero. Then a residual block gives its input, whatever its branch computes; an MLP without a skip
-connection, a chain of convolutions or a pooling layer does not.
+The list of a block's layers does not tell that. So its input and output are compared in its first call, and it is
+called once more on random numbers with all weights at zero: a residual block then returns its input, whatever its
+branch computes; an MLP without a skip connection, a chain of convolutions or a pooling layer does not.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 class FirstForward:
-    """Looks at the first forward of each block, on every worker, and is gone afterwards.
+    """Checks the first forward of each block on every worker, by hooks that remove themselves.
 
-    Blocks that a worker lacks are looked at with weights of zero, so that all workers find the same in the first step.
+    Absent blocks are checked too, with weights of zero, so that all workers raise the same error in the first step.
 
     Args:
-        blocks: all blocks; with their own forwards.
+        blocks: all blocks, with their own forwards.
     """
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._looks = [_Look(block) for block in blocks]
 
     def remove(self) -> None:
-        """Do not look any more."""
+        """Remove the hooks."""
         for look in self._looks:
             look.remove()
 
 
 class _Look:
-    """At one block."""
+    """The check of one block."""
 
     def __init__(self, block: Block) -> None:
         module = block.module
@@ -61,14 +60,14 @@ class _Look:
         self._forward: Callable[..., Any] = self._body.forward
         self._compiled = module._compiled_call_impl
         if self._compiled is not None:
-            module._compiled_call_impl = None  # what is compiled has the hooks that it was compiled with
+            module._compiled_call_impl = None  # compiled code has only the hooks that it was compiled with
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def remove(self) -> None:
-        """Leave the block as it was."""
+        """Remove the hooks, and restore compiled code."""
         if self._handles and self._compiled is not None:
             self._block.module._compiled_call_impl = self._compiled
         for handle in self._handles:
@@ -76,7 +75,7 @@ class _Look:
         self._handles = []
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # inside of a network that is compiled as a whole
+        if torch.compiler.is_compiling():  # the network is compiled as a whole, and tensors have no values
             return
         x = input_of(self._block.name, self._argument, args, kwargs)
         if not any(isinstance(child, torch.jit.ScriptModule) for child in self._body.modules()):
@@ -89,11 +88,11 @@ class _Look:
         self.remove()
 
     def _try(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Call the block without its weights, on random numbers; what raises is not decided."""
+        """Call the block on random numbers with weights of zero; a forward that raises then is not judged."""
         present = not any(tensor.is_meta for tensor in self._block.tensors().values())
         generator = torch.Generator(x.device).manual_seed(0)
         inputs = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for _ in range(2)]
-        random = random_state()
+        random = random_state()  # dropout in the block must draw in training what it would have drawn
         try:
             with torch.inference_mode(False), torch.no_grad(), without_weights(self._body, x.device):
                 given = [value.clone() for value in inputs]
@@ -104,6 +103,7 @@ class _Look:
             return
         finally:
             set_random_state(random)
+        # Outside of the `try`: these errors are for the user.
         self._compare(x, outputs[0])
         if self._block.branch_end is None and given[0]._version > 0:
             raise BlockSelectionError(
@@ -121,7 +121,7 @@ class _Look:
             )
 
     def _call(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Its own forward, with copies of what else it is given."""
+        """Call the block's own forward on ``x``, with copies of its other arguments."""
         if args:
             return self._forward(x, *_copy(args[1:]), **_copy(kwargs))
         return self._forward(**{**_copy(kwargs), self._argument: x})
@@ -150,8 +150,7 @@ class _Look:
 def without_weights(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, a module has weights of zero and norms without statistics; afterwards it is as before, bit for bit.
 
-    Nothing of the user's that would notice is called: hooks rest, and what the forward leaves in attributes and buffers
-    is undone. A weight that is computed from others (weight_norm) and is no number gives zero.
+    The user's hooks are not called, and what the forward leaves in attributes and buffers is undone.
 
     Args:
         module: present or absent.
@@ -160,26 +159,40 @@ def without_weights(module: nn.Module, device: torch.device) -> Iterator[None]:
     children = list(module.modules())
     kept = [dict(vars(child)) for child in children]
     for child in children:
-        norm = _is_norm(child)
-        hooks: OrderedDict[int, Any] = OrderedDict([(0, _no_nan)]) if child is not module else OrderedDict()
-        own = {i: hook for i, hook in child._forward_pre_hooks.items() if type(hook).__module__.startswith("torch.nn.")}
-        parameters = {
-            name: _parameter(p, float(norm and _is_scale(name)), device) for name, p in child._parameters.items()
-        }
-        buffers = {name: _buffer(name, b, device, plain=norm) for name, b in child._buffers.items()}
-        vars(child).update(_parameters=parameters, _buffers=buffers, _forward_hooks=hooks, _compiled_call_impl=None)
-        vars(child).update(_forward_hooks_with_kwargs=OrderedDict(), _forward_pre_hooks=OrderedDict(own))
-        vars(child).update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
-        if isinstance(child, dropout._DropoutNd):
-            vars(child).update(training=False)
-        if isinstance(child, nn.RNNBase):
-            vars(child).update(_flat_weights=[parameters.get(name) for name in child._flat_weights_names])
+        _clear(child, device, inner=child is not module)
     try:
         yield
     finally:
         for child, attributes in zip(children, kept, strict=True):
             vars(child).clear()
             vars(child).update(attributes)
+
+
+def _clear(child: nn.Module, device: torch.device, *, inner: bool) -> None:
+    """Give one module zero weights, fresh buffers, and no hooks."""
+    norm = _is_norm(child)
+    parameters, buffers = {}, {}
+    for name, parameter in child._parameters.items():
+        # A norm keeps its scale: a block that ends in a norm of its input would return zero.
+        parameters[name] = _parameter(parameter, float(norm and _is_scale(name)), device)
+    for name, buffer in child._buffers.items():
+        buffers[name] = _buffer(name, buffer, device, plain=norm)
+    # torch's own pre-hooks stay, as they compute weights (weight_norm, pruning); of zeros these may be NaN.
+    pre_hooks = {i: h for i, h in child._forward_pre_hooks.items() if type(h).__module__.startswith("torch.nn.")}
+    vars(child).update(
+        _parameters=parameters,
+        _buffers=buffers,
+        _compiled_call_impl=None,
+        _forward_hooks=OrderedDict([(0, _no_nan)] if inner else []),
+        _forward_hooks_with_kwargs=OrderedDict(),
+        _forward_pre_hooks=OrderedDict(pre_hooks),
+        _backward_hooks=OrderedDict(),
+        _backward_pre_hooks=OrderedDict(),
+    )
+    if isinstance(child, dropout._DropoutNd):
+        vars(child).update(training=False)
+    if isinstance(child, nn.RNNBase):  # which reads its weights from a list of its own
+        vars(child).update(_flat_weights=[parameters.get(name) for name in child._flat_weights_names])
 
 
 def _parameter(parameter: Tensor | None, value: float, device: torch.device) -> nn.Parameter | None:
@@ -189,7 +202,7 @@ def _parameter(parameter: Tensor | None, value: float, device: torch.device) -> 
 
 
 def _buffer(name: str, buffer: Tensor | None, device: torch.device, *, plain: bool) -> Tensor | None:
-    """A copy; of a norm, and where it is absent, neutral numbers."""
+    """A copy of a buffer; for a norm, and where it is absent, neutral numbers."""
     if buffer is None:
         return None
     if not buffer.is_meta and not plain:
@@ -202,7 +215,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norms_among_others(module: nn.Module) -> list[nn.Module]:
-    """Its norms, unless norms are all that it has."""
+    """The norms of a module, unless norms are all that it has."""
     norms = [child for child in module.modules() if _is_norm(child)]
     in_norms = sum(1 for norm in norms for _ in norm.parameters())
     return norms if in_norms < sum(1 for _ in module.parameters()) else []
@@ -213,15 +226,15 @@ def _is_scale(name: str) -> bool:
 
 
 def _no_nan(_: nn.Module, __: Any, output: Any) -> Any:
-    """A forward hook: a direction divided by its length, both zero, is no direction."""
+    """A forward hook that replaces NaN by zero: normalised zeros are NaN."""
     return tree_map(lambda value: value.nan_to_num(0.0, 0.0, 0.0) if is_continuous(value) else value, output)
 
 
 def _is_residual(inputs: Sequence[Tensor], outputs: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
-    """Whether what came out is what came in, plus a constant; or an activation of it, or a norm of it."""
+    """Whether the outputs are the inputs plus a constant, or an activation or a norm of the inputs."""
     x, y = _numbers(inputs[0]), _numbers(outputs[0])
     if x.shape != y.shape or not y.isfinite().all():
-        return True  # a shape is told elsewhere, and without numbers nothing is known
+        return True  # shapes are compared elsewhere, and without numbers nothing is known
     coarse = inputs[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)
     tolerance = 0.05 if coarse else 1e-3
 
@@ -245,10 +258,10 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 
 def _copy(arguments: Any) -> Any:
-    """Arguments that a forward may write to.
+    """Copies of arguments, as a forward may write to them.
 
     Raises:
-        TypeError: for objects of classes of the user's, which may remember that they were used.
+        TypeError: for objects of the user's classes, which may change when they are used.
     """
     leaves, structure = tree_flatten(arguments)
     return tree_unflatten([_copy_leaf(leaf) for leaf in leaves], structure)

@@ -1,4 +1,4 @@
-"""Chooses which residual blocks of a network are partitioned."""
+"""Chooses which residual blocks of a network are partitioned: by the paper's rule, by names or by a predicate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from resist_lightning.methods.residual import (
     why_not,
 )
 from resist_lightning.methods.resist.config import BlockChoice
+from resist_lightning.methods.tracing import names_of_tensors
 
 
 def select_blocks(
@@ -27,8 +28,7 @@ def select_blocks(
 ) -> tuple[Block, ...]:
     """Choose the blocks to partition.
 
-    What a network computes that nothing trains (a teacher, a moving average) must not depend on the worker: of several
-    networks only those that train are partitioned.
+    Of several networks only those that train are partitioned: a teacher must compute the same on all workers.
 
     Args:
         module: the user's module.
@@ -68,7 +68,7 @@ def select_blocks(
 
 
 def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | None = None) -> tuple[str, ...]:
-    """Names of what a glob matches, and that stays shared because it does not qualify."""
+    """Names of modules that match a glob, but stay shared because they do not qualify."""
     if choice is None or (callable(choice) and not isinstance(choice, str)):
         return ()
     patterns = _patterns(choice)
@@ -83,8 +83,11 @@ def _paper_rule(module: nn.Module, trained: Collection[int] | None) -> list[Bloc
         sections[block.network][block.section].append(block)
     chosen: list[Block] = []
     for network in sections.values():
-        third = list(network.values())[2:3]
-        chosen.extend(block for section in third for block in section[1:] if block.keeps_shape)
+        if len(network) < 3:
+            continue
+        third = list(network.values())[2]
+        # The first block of a section changes the shape.
+        chosen.extend(block for block in third[1:] if block.keeps_shape)
     still = untrained(module, chosen, trained)
     if still and len(still) == len(chosen):
         raise BlockSelectionError(
@@ -105,9 +108,13 @@ def _patterns(choice: str | Sequence[str]) -> list[str]:
 
 
 def _matching(module: nn.Module, pattern: str) -> list[Block]:
-    """What a glob means: blocks that are recognised, or, where there is none, any module."""
+    """The blocks that a glob selects: those that are recognised, or, where there is none, any module."""
     matched = [(name, child) for name, child in module.named_modules() if name and matches(pattern, name)]
-    known = [block for block in (recognise(name, child) for name, child in matched) if block is not None]
+    known: list[Block] = []
+    for name, child in matched:
+        block = recognise(name, child)
+        if block is not None:
+            known.append(block)
     return known or [block_at(name, child) for name, child in matched]
 
 
@@ -120,10 +127,11 @@ def _by_globs(module: nn.Module, patterns: Sequence[str], trained: Collection[in
         possible = [block for block in blocks if why_not(block.module) is None]
         if not possible:
             _refuse_others(blocks, module)
+        # What keeps the shape is a guess, so a glob that selects nothing else is taken at its word.
         keeping = [block for block in possible if block.keeps_shape] or possible
         chosen.update((block.name, block) for block in keeping)
     still = untrained(module, chosen.values(), trained)
-    if len(still) < len(chosen):
+    if len(still) < len(chosen):  # else the user has named them on purpose, and is warned
         chosen = {name: block for name, block in chosen.items() if block not in still}
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     return sorted(chosen.values(), key=lambda block: order[block.name])
@@ -143,19 +151,14 @@ def _refuse_nesting(blocks: Sequence[Block]) -> None:
     names = {block.name for block in blocks}
     for name in names:
         parts = name.split(".")
-        for outer in (".".join(parts[:end]) for end in range(1, len(parts))):
+        for end in range(1, len(parts)):
+            outer = ".".join(parts[:end])
             if outer in names:
                 raise BlockSelectionError(f"block {name!r} lies in block {outer!r}; choose one of the two.")
 
 
 def _refuse_tied(module: nn.Module, blocks: Sequence[Block]) -> None:
-    names: dict[int, list[str]] = defaultdict(list)
-    everything = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in everything:
-        names[id(tensor)].append(name)
+    names = names_of_tensors(module)
     for block in blocks:
         for tensor in block.tensors().values():
             if len(names[id(tensor)]) > 1:

@@ -1,4 +1,4 @@
-"""The rounds of a run: which worker holds which blocks in each. Standard library only."""
+"""Decides which worker holds which blocks in each round of a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from resist_lightning.schedule.partition import Partition, blocks_per_worker, de
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rounds of a run: which partition each round has.
+    """The partition of every round of a run; immutable, and equal on all workers.
 
-    Where shares follow speed, the schedule grows by what is measured, on all workers alike::
+    Where counts follow speed, each measurement gives a new schedule, the same on all workers::
 
         round         warm-up | 0      1    2     3    4     | 5      6 ...
         blocks each   all       equal  few  many  few  many    equal  by the measured table
@@ -60,20 +60,20 @@ class Schedule:
         return round < self.warmup_rounds
 
     def measuring(self, round: int) -> Schedule:
-        """The schedule that measures seconds anew, after ``round``, in which everything is still cold.
+        """The schedule that begins to measure after ``round``, in which caches are still cold.
 
-        The same schedule where every worker holds all blocks at any speed.
+        Nothing is measured where every worker holds all blocks at any speed.
         """
         few, many = measured_counts(self.blocks, self.workers, self.min_blocks)
         first = max(round, self.warmup_rounds) + 1
         return replace(self, counts=(), measured_from=first if few < many else None, seconds=())
 
     def learn(self, round: int, seconds: Sequence[float]) -> Schedule:
-        """The schedule that knows what was measured in ``round``; after the last measured one, with counts by speed.
+        """The schedule with a measurement added; after the last one, with counts in proportion to speed.
 
         Args:
             round: the round that ends.
-            seconds: of a local step of each worker.
+            seconds: each worker's seconds per local step; 0 if it took none.
         """
         if self.measured_from is None or self.counts or round < self.measured_from:
             return self
@@ -85,17 +85,21 @@ class Schedule:
         return replace(known, counts=((round + 2, known._by_speed()),))
 
     def costs(self) -> tuple[Cost, ...]:
-        """What a local step costs each worker, as measured; empty before, and where a resume lost too much to know."""
+        """The measured cost of each worker; empty before, and where resuming has lost too many measurements."""
         rows: dict[int, list[tuple[float, ...]]] = {}
         for round, seconds in self.seconds:
             rows.setdefault(self._count_measured(round), []).append(seconds)
         if len(rows) < 2:
             return ()
-        few, many = ((count, [min(times) for times in zip(*rows[count], strict=True)]) for count in sorted(rows))
+        shortest = []
+        for count in sorted(rows):
+            # Of two rounds alike, each worker's shorter time.
+            shortest.append((count, [min(times) for times in zip(*rows[count], strict=True)]))
+        few, many = shortest
         return measured_costs(few, many)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured and what follows from it, as plain data for a checkpoint; empty if nothing is measured."""
+        """The measurements and the counts, as plain data for a checkpoint; empty if nothing is measured."""
         if self.measured_from is None:
             return {}
         return {
@@ -108,12 +112,12 @@ class Schedule:
         }
 
     def fits(self, table: Mapping[str, Any]) -> bool:
-        """Whether :meth:`state_dict` said it of as many blocks, workers and least blocks."""
+        """Whether a :meth:`state_dict` is of as many blocks, workers and least blocks."""
         here = {"blocks": self.blocks, "workers": self.workers, "min_blocks": self.min_blocks}
         return {name: table.get(name) for name in here} == here
 
     def with_state_dict(self, table: Mapping[str, Any]) -> Schedule:
-        """The schedule with what :meth:`state_dict` said, which must fit."""
+        """The schedule with a :meth:`state_dict`, which must fit."""
         return replace(
             self,
             counts=tuple((int(first), tuple(map(int, counts))) for first, counts in table["counts"]),

@@ -1,7 +1,7 @@
-"""Scaling the residual branches of partitioned blocks (section 3.2 of the paper: scaling activations at test time).
+"""Scales the residual branches of partitioned blocks in the full model (section 3.2 of the paper).
 
-In the full model all blocks are active at once, so each one's branch is multiplied by the chance that a block was
-held in training. The factor folds into the weight and bias of the branch's last layer, so that a checkpoint is a plain
+In the full model all blocks are active at once, so each branch is multiplied by the probability that a block was held
+in training. The factor is folded into the weight and bias of the branch's last layer, so that a checkpoint is a plain
 model. A block whose branch has no such layer is scaled by a hook instead: x + s (block(x) - x).
 """
 
@@ -20,7 +20,7 @@ from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import first_argument
 from resist_lightning.methods.resist.partition import Schedule
 
-# Exactly these classes: one derived from them may do more (an activation, a weight computed anew at each call).
+# Exactly these classes: a derived one may do more, such as an activation, or a weight that each call computes.
 _LINEAR_IN_WEIGHT = {
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
@@ -30,7 +30,7 @@ _LINEAR_BY_NAME = {"FrozenBatchNorm2d"}  # torchvision's
 
 
 def coverage(schedule: Schedule) -> float:
-    """The chance that a worker holds a block: mean blocks per worker / number of blocks (1 if there are none)."""
+    """The probability that a worker holds a block: mean blocks per worker / number of blocks (1 if there are none)."""
     if not schedule.blocks:
         return 1.0
     held = schedule.partition(schedule.warmup_rounds).held
@@ -38,7 +38,7 @@ def coverage(schedule: Schedule) -> float:
 
 
 def foldable(block: Block) -> bool:
-    """Whether the scale of ``block`` folds into its last layer's weight and bias."""
+    """Whether the scale folds into the weight and bias of the block's last layer."""
     return bool(_last_layer(block))
 
 
@@ -46,7 +46,7 @@ def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
     """Multiply the residual branches of present blocks by ``scale``, in their weights.
 
     Returns:
-        Copies of the tensors as they were, by name, that dividing by ``scale`` would not restore bit for bit.
+        Copies, by name, of the tensors that dividing by ``scale`` would not restore bit for bit.
     """
     originals: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -59,19 +59,23 @@ def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
 
 
 def folded(blocks: Iterable[Block]) -> dict[str, Tensor]:
-    """By name, the tensors that :func:`fold` multiplies."""
-    return {name: tensor for block in blocks for name, tensor in _last_layer(block).items()}
+    """The tensors that :func:`fold` multiplies, by name."""
+    found: dict[str, Tensor] = {}
+    for block in blocks:
+        found.update(_last_layer(block))
+    return found
 
 
 def unfold(blocks: Iterable[Block], scale: float, originals: dict[str, Tensor], only: Collection[str] | None) -> None:
-    """Undo :func:`fold`, exactly; of all its tensors (None), or only of those that are named."""
+    """Undo :func:`fold`, exactly, for all its tensors (None) or those that are named."""
     with torch.no_grad():
         for name, tensor in folded(blocks).items():
-            if only is None or name in only:
-                if name in originals:
-                    tensor.copy_(originals[name])
-                else:
-                    tensor.div_(scale)
+            if only is not None and name not in only:
+                continue
+            if name in originals:
+                tensor.copy_(originals[name])
+            else:
+                tensor.div_(scale)
 
 
 class ScaleHook:
@@ -111,7 +115,7 @@ class ScaleHooks:
         self._handles: list[RemovableHandle] = [_attach(block, scale) for block in blocks] if scale != 1 else []
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -162,7 +166,7 @@ class BranchScaling(Scaling):
 
 
 def remove_scale_hooks(module: nn.Module) -> None:
-    """Take off all hooks that scale blocks of ``module``, whoever attached them: it may be a copy."""
+    """Remove all hooks that scale blocks of ``module``, or of the module that it is a copy of."""
     for child in module.modules():
         for key in [key for key, hook in child._forward_hooks.items() if isinstance(hook, ScaleHook)]:
             del child._forward_hooks[key]
@@ -170,7 +174,7 @@ def remove_scale_hooks(module: nn.Module) -> None:
 
 
 def _attach(block: Block, scale: float) -> RemovableHandle:
-    if block.branch_end is not None:
+    if block.branch_end is not None:  # the branch itself can be scaled, without its input
         branch = block.module.get_submodule(block.branch_end)
         return branch.register_forward_hook(ScaleHook(scale, None), with_kwargs=True)
     hook = ScaleHook(scale, first_argument(block.module))
@@ -178,7 +182,7 @@ def _attach(block: Block, scale: float) -> RemovableHandle:
 
 
 def _last_layer(block: Block) -> dict[str, Tensor]:
-    """Weight and bias of the layer that ends the branch; empty if it is not known to be linear in them."""
+    """Weight and bias of the branch's last layer, by name; empty if it is not known to be linear in them."""
     if block.branch_end is None:
         return {}
     layer = block.module.get_submodule(block.branch_end)

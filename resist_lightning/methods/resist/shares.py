@@ -1,8 +1,8 @@
-"""How many blocks each worker gets where workers differ in speed. Standard library only.
+"""Chooses how many blocks each worker holds where workers differ in speed. Standard library only.
 
 A local step of a worker with n blocks takes ``shared + block * n`` seconds. In four rounds all workers hold *few* and
-*many* blocks in turn (the same number each), so that both parts can be told apart; then the blocks are shared out so
-that the slowest worker's step is as short as possible.
+*many* blocks alternately, so that both terms can be estimated; then the counts are chosen that make the slowest
+worker's step as short as possible.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from resist_lightning.schedule.partition import blocks_per_worker
 
 MEASURED_ROUNDS = 4
-"""Few, many, few, many; of two rounds alike the shorter one counts, since a disturbance only ever adds."""
+"""Few, many, few, many; of two rounds alike the shorter one counts, since a disturbance can only add time."""
 
 EQUALLY_FAST = 1.15
-"""Workers that differ by less than this are noise apart, and are taken as equally fast."""
+"""Workers that differ by less than this factor are taken as equally fast: it may be noise."""
 
 WORTH = 0.95
-"""Unequal counts must promise a step of the slowest worker at most so long, compared with equal ones."""
+"""Unequal counts are used if they shorten the slowest worker's step to this share or less."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a local step of a worker takes.
+    """The time of a worker's local step.
 
     Args:
         shared: seconds that do not depend on its blocks.
@@ -56,30 +56,34 @@ def check_counts(counts: Sequence[int], blocks: int, workers: int, min_blocks: i
 
 
 def measured_counts(blocks: int, workers: int, min_blocks: int) -> tuple[int, int]:
-    """The few and the many blocks that every worker holds in rounds that are measured.
+    """The few and the many blocks that every worker holds in measured rounds: an equal share, and twice as many.
 
-    Few are an equal share, many are twice as many, but never more than there are. Where every worker holds all blocks
-    anyway the two are the same, and there is nothing to measure.
+    They are equal where every worker holds all blocks anyway: then there is nothing to measure.
     """
     few = max(-(-blocks // workers), min_blocks)
     return few, min(2 * few, blocks)
 
 
 def measured_costs(few: tuple[int, Sequence[float]], many: tuple[int, Sequence[float]]) -> tuple[Cost, ...]:
-    """What a local step costs each worker, from two measurements.
-
-    How much of a step is its blocks is measured over all workers together, for it is the difference of two noisy
-    numbers; how fast each one is, by itself. Workers within noise of each other get the same cost.
+    """The cost of a local step for each worker, from two measurements.
 
     Args:
         few: number of blocks that each worker held, and each worker's seconds per local step.
         many: the same with more blocks.
     """
-    added = [fewer + more for fewer, more in zip(few[1], many[1], strict=True)]  # of one step with few, one with many
-    growth = (sum(many[1]) - sum(few[1])) / sum(added) / (many[0] - few[0])
-    growth = min(max(growth, 0.0), 1 / (few[0] + many[0]))
-    costs = [(seconds, seconds * growth) for seconds in _without_noise(added)]
-    return tuple(Cost((seconds - block * (few[0] + many[0])) / 2, block) for seconds, block in costs)
+    few_blocks, few_seconds = few
+    many_blocks, many_seconds = many
+    # Of two steps, one with few blocks and one with many.
+    both_blocks = few_blocks + many_blocks
+    both_seconds = [fewer + more for fewer, more in zip(few_seconds, many_seconds, strict=True)]
+    # The share of a block is estimated from all workers together, as it is the difference of two noisy numbers.
+    share = (sum(many_seconds) - sum(few_seconds)) / sum(both_seconds) / (many_blocks - few_blocks)
+    share = min(max(share, 0.0), 1 / both_blocks)  # neither blocks nor the rest take negative time
+    costs = []
+    for seconds in _without_noise(both_seconds):
+        block = seconds * share
+        costs.append(Cost((seconds - block * both_blocks) / 2, block))
+    return tuple(costs)
 
 
 def shortest_step(costs: Sequence[Cost], blocks: int, min_blocks: int) -> tuple[int, ...]:
@@ -89,7 +93,7 @@ def shortest_step(costs: Sequence[Cost], blocks: int, min_blocks: int) -> tuple[
     equals to the first. No other counts do better: a block is only given where every other place would take longer.
 
     Args:
-        costs: of each worker.
+        costs: the cost of each worker.
         blocks: number of partitionable blocks.
         min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
 
@@ -109,14 +113,14 @@ def slowest(costs: Sequence[Cost], counts: Sequence[int]) -> float:
 
 
 def share_out(costs: Sequence[Cost], blocks: int, min_blocks: int) -> tuple[int, ...]:
-    """Counts in proportion to speed; the equal ones where others would gain next to nothing."""
+    """Counts in proportion to speed; equal ones where others would gain next to nothing."""
     equal = blocks_per_worker(blocks, len(costs), min_blocks)
     best = shortest_step(costs, blocks, min_blocks)
     return best if slowest(costs, best) <= WORTH * slowest(costs, equal) else equal
 
 
 def _without_noise(seconds: Sequence[float]) -> list[float]:
-    """From the fastest on, workers that are equally fast take their mean."""
+    """Replace the times of workers that are equally fast by their mean, beginning with the fastest."""
     order = sorted(range(len(seconds)), key=lambda worker: seconds[worker])
     result = list(seconds)
     while order:

@@ -1,9 +1,8 @@
-"""A reference of the method: S workers in one process, written as plainly as the paper and without its machinery.
+"""The reference simulator of ResIST: S workers in one process, as plain as the paper.
 
-Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. With the
-engine it shares the partition, the choice of blocks, scaling and recalibration, and, where parameters are sent in fewer
-bits, their encoding and who owns a block; what is not shared is tested against it. On one device it trains
-sub-networks of any number of workers.
+Each worker is a complete copy of the network that skips the blocks it lacks; a sync is a loop over names. It shares
+with the engine the partition, the choice of blocks, scaling and recalibration, and for compressed parameters their
+encoding and the owners of blocks; the rest of the engine is tested against it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, no
 
 
 class Simulator:
-    """Simulates S workers.
+    """Trains S simulated workers on one device.
 
     ::
 
@@ -52,7 +51,7 @@ class Simulator:
         workers: number of simulated workers, at least 1.
 
     Raises:
-        ValueError: if settings or module do not fit the method, or shares shall follow speed.
+        ValueError: if settings or module do not fit the method, or counts shall follow speed.
     """
 
     def __init__(
@@ -71,7 +70,9 @@ class Simulator:
         self.clock = Clock(config.local_steps)
         self._template = copy.deepcopy(module)
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
-        self._block_of = {name: i for i, block in enumerate(layout.blocks) for name in block.tensors()}
+        self._block_of: dict[str, int] = {}
+        for number, block in enumerate(layout.blocks):
+            self._block_of.update(dict.fromkeys(block.tensors(), number))
         self._partial = layout.partial
         self._warmup_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None
@@ -88,7 +89,7 @@ class Simulator:
         """A copy of the full model: mean over holders, scaled, with batch-norm statistics by the policy.
 
         Args:
-            batch_norm: another policy than that of the settings, to compare on one training.
+            batch_norm: another policy than that of the settings, for comparisons on one training.
             scale: another test-time scale, in (0, 1].
         """
         batch_norm = batch_norm or self.config.batch_norm
@@ -125,11 +126,13 @@ class Simulator:
         momenta = self._block_momenta(before.held)
         self.clock.next_round()
         for index, worker in enumerate(self.workers):
+            # Absent blocks too, which costs nothing here: only held ones are trained.
             with torch.no_grad():
                 for name, tensor in worker.tensors().items():
                     tensor.copy_(state[name])
             stays = set(before.held[index]) & set(after.held[index])
             everywhere = {b for b in stays if len(before.holders(b)) == len(after.holders(b)) == len(self.workers)}
+            # Under "travel", each block comes with the mean state, but for blocks that do not move at all.
             kept = stays if self.config.momentum == "keep" else everywhere
             self._treat_momentum(worker, kept, set(after.held[index]), momenta)
         self._begin_round()
@@ -149,7 +152,7 @@ class Simulator:
         return means
 
     def _means_over(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
-        """The means of trainable parameters as they come out of a wire in fewer bits, by name."""
+        """The means of trainable parameters that are sent compressed, by name."""
         copies = [worker.tensors() for worker in self.workers]
         blocks = [[name for name, t in block.tensors().items() if compressible(t)] for block in self.workers[0].blocks]
         joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
@@ -160,28 +163,32 @@ class Simulator:
         return means
 
     def _joint_over(self, wire: Quantizer, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What all workers hold: the mean of the changes, each through the wire, and then itself through the wire."""
+        """The mean of what all workers hold: of their changes, each compressed, and then compressed itself."""
         before = {name: self._before[name] for name in names}
-        changes = [wire.through(_flat({name: copy[name] - before[name] for name in names})) for copy in copies]
+        changes = []
+        for copy_ in copies:
+            change = _flat({name: copy_[name] - before[name] for name in names})
+            changes.append(wire.through(change))
         mean = wire.through(sum(changes[1:], changes[0]) / len(copies))
         return {name: before[name] + change for name, change in _pieces(mean, before).items()}
 
     def _block_over(
         self, wire: Quantizer, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """A block: what the owner makes of the other holders' values, and then itself through the wire, if sent."""
+        """A block: the owner's mean with the other holders' compressed values, itself compressed if it is sent on."""
 
         def sent_by(worker: int, values: Tensor) -> Tensor:
             return wire.through(values, noise_for(self.config.seed, self.clock.round, block, worker, values.device))
 
         own = {name: copies[root][name] for name in names}
-        held = [
-            sent_by(transfer.source, _flat({name: copies[transfer.source][name] for name in names}))
-            for transfer in plan.merge
-            if transfer.block == block
-        ]
+        held = []
+        for transfer in plan.merge:
+            if transfer.block == block:
+                values = {name: copies[transfer.source][name] for name in names}
+                held.append(sent_by(transfer.source, _flat(values)))
         value = _flat(own)
-        if held:  # as the owner computes it, since a rounding error may end in another value on the wire
+        if held:
+            # In the order of the owner's computation: after another rounding error it may be quantised differently.
             value = value + torch.stack([values - value for values in held]).sum(0) / (len(held) + 1)
         if any(transfer.block == block for transfer in plan.hand_over):
             value = sent_by(root, value)
@@ -192,11 +199,12 @@ class Simulator:
         gathered: dict[tuple[int, str, str], list[Any]] = {}
         for worker, blocks in zip(self.workers, held, strict=True):
             for name, parameter in worker.module.named_parameters():
-                if self._block_of.get(name) in blocks:
-                    for number, optimizer in enumerate(worker.optimizers):
-                        for slot, value in optimizer.state.get(parameter, {}).items():
-                            if isinstance(value, Tensor | int | float):
-                                gathered.setdefault((number, name, slot), []).append(value)
+                if self._block_of.get(name) not in blocks:
+                    continue
+                for number, optimizer in enumerate(worker.optimizers):
+                    for slot, value in optimizer.state.get(parameter, {}).items():
+                        if isinstance(value, Tensor | int | float):
+                            gathered.setdefault((number, name, slot), []).append(value)
         return {key: _mean(values) for key, values in gathered.items()}
 
     def _treat_momentum(
@@ -215,12 +223,11 @@ class Simulator:
                 if block is None or block in kept:
                     continue
                 optimizer.state.pop(parameter, None)
-                if self.config.momentum == "travel" and block in holds:
-                    slots = {
-                        s: copy.deepcopy(v) for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)
-                    }
-                    if slots:
-                        optimizer.state[parameter] = slots
+                if self.config.momentum != "travel" or block not in holds:
+                    continue
+                slots = {s: copy.deepcopy(v) for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)}
+                if slots:
+                    optimizer.state[parameter] = slots
 
     def _begin_round(self) -> None:
         partition = self.schedule.partition(self.clock.round)
@@ -233,14 +240,14 @@ class Simulator:
         for index, worker in enumerate(self.workers):
             for number, block in enumerate(worker.blocks):
                 for parameter in block.module.parameters():
-                    parameter.grad = None
+                    parameter.grad = None  # an absent block has none, so optimizers leave it alone
                 vars(block.module).pop("forward", None)
                 if number not in partition.held[index]:
                     block.module.forward = Bypass(block.name, block.module)
 
 
 def _mean(values: list[Any]) -> Any:
-    """Of tensors, or of Python numbers in their own class."""
+    """The mean of tensors, or of Python numbers in their own type."""
     if isinstance(values[0], Tensor):
         return torch.stack(values).mean(0)
     mean = sum(values) / len(values)

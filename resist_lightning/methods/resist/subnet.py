@@ -1,4 +1,4 @@
-"""The subnet of a worker: which residual blocks are present; an absent block is the identity."""
+"""The sub-network of a worker: frees the residual blocks of other workers, which become identities."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from resist_lightning.state.memory import Memory
 
 
 class SubnetBlock:
-    """Whether this worker holds one block, and the switch.
+    """One block, present or absent.
 
     Args:
         block: the block; it must be present.
 
     Attributes:
-        absence: what is said to whoever reads a value while the block is absent.
+        absence: the reason in errors for reading a value while the block is absent.
     """
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.present = True
         modules = {f"{block.name}.{name}".rstrip("."): module for name, module in block.module.named_modules()}
+        # The objects of tensors and modules stay: optimizers and the user's code refer to them.
         self._memory = Memory(block.tensors(), modules)
         self.absence = self._memory.absence
         self._forward = block.module.__dict__.get("forward")
         self._bypass = Bypass(block.name, block.module)
 
     def free(self) -> None:
-        """Make the block absent: free its parameters, gradients and buffers, and bypass it.
+        """Free the block's parameters, gradients and buffers, and bypass it.
 
         Raises:
             RuntimeError: if a tensor is still in use, by an autograd graph for example.
@@ -41,7 +42,7 @@ class SubnetBlock:
     def allocate(self) -> None:
         """Make the block present again, with memory that the caller must fill."""
         self._memory.allocate()
-        if self._forward is None:
+        if self._forward is None:  # it has its class's
             del self.block.module.forward
         else:
             self.block.module.forward = self._forward
@@ -49,7 +50,7 @@ class SubnetBlock:
 
 
 class Subnet:
-    """The blocks of a worker: which of them it holds.
+    """The blocks that a worker holds.
 
     Args:
         blocks: the partitionable blocks; all present.
@@ -63,7 +64,7 @@ class Subnet:
         return [subnet.block for subnet in self._blocks if subnet.present]
 
     def not_staying(self, keep: Collection[int]) -> list[Block]:
-        """All blocks but those of ``keep`` that are present."""
+        """All blocks but those that are present now and in ``keep``."""
         return [p.block for index, p in enumerate(self._blocks) if not (p.present and index in keep)]
 
     def hold(self, keep: Collection[int], reason: Callable[[int], str] | None = None) -> None:
@@ -71,8 +72,9 @@ class Subnet:
 
         Args:
             keep: the blocks to keep, by index.
-            reason: says of an absent block, by index, where it is.
+            reason: for an absent block, by index, which worker holds it.
         """
+        # Freeing comes first, so that the peak is the memory of one sub-network.
         for index, subnet in enumerate(self._blocks):
             if subnet.present and index not in keep:
                 subnet.free()
@@ -83,7 +85,7 @@ class Subnet:
                 self._blocks[index].allocate()
 
     def end_early(self) -> None:
-        """Say to whoever reads a value of an absent block that nobody will bring it."""
+        """Let errors for reading an absent block say that its values will never arrive."""
         for subnet in self._blocks:
             subnet.absence.end_early()
 
