@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         "no broadcast at the start",
         "engine/engine.py",
-        'self._sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")',
+        'self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")',
         "pass",
         ("tests/distributed/test_means.py", "tests/distributed/test_by_hand.py", "tests/distributed/test_agreement.py"),
     ),
