@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, Queue
@@ -11,10 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from resist_lightning.comm.collective import Collective, Finish
 
 SECONDS = 20.0
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """Hooks of all optimizers of the process: one thread may register some while another one steps."""
+
+    def values(self) -> Any:
+        return list(super().values())
+
+
+torch_optimizer._global_optimizer_pre_hooks = _Hooks()
+torch_optimizer._global_optimizer_post_hooks = _Hooks()
 
 
 class Room:
