@@ -1,4 +1,4 @@
-"""The interface of a layout: how a method divides a model among the workers, and who holds which part when."""
+"""The interface of a layout: how a method divides a model among the workers in each round."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class LayoutAbilities:
         """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured of the workers, as plain data for a checkpoint; empty if nothing is measured."""
+        """Measurements that the division depends on, as plain data for a checkpoint; empty if there are none."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
         """Resume from what :meth:`state_dict` returned, which may be empty or of another division, in ``round``."""
 
     def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
-        """A sample of who held what, for a summary, where :meth:`Layout.held` is only a hash."""
+        """Holders of a sample of the parts, for a summary; where :meth:`Layout.held` is only a hash."""
         return None
 
 
@@ -125,7 +125,7 @@ class Layout(LayoutAbilities, ABC):
 
     @abstractmethod
     def partition(self, round: int) -> Any:
-        """Who holds what in ``round``."""
+        """The partition of ``round``: which worker holds which parts."""
 
     def held(self, round: int) -> list[Any]:
         """What each worker holds in ``round``, as plain data to compare with a checkpoint's."""
@@ -145,7 +145,7 @@ class Layout(LayoutAbilities, ABC):
 
     @abstractmethod
     def describe_tensor(self, name: str) -> str:
-        """In words, what the tensor of this name belongs to."""
+        """The part that a tensor belongs to, in words, for errors."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -186,9 +186,10 @@ class Layout(LayoutAbilities, ABC):
         """A number that is the same on workers with the same model and settings."""
         tensors = []
         for name, tensor in named_tensors(self.module).items():
+            # A slice has other sizes on each worker, and counts as the whole tensor.
             shape = tuple(self.shapes.get(name, tensor.shape))
             tensors.append((name, shape, tensor.dtype, tensor.requires_grad))
-        # Identity and settings are fixed but for what was measured, so they need not be hashed in every handshake.
+        # Identity and settings depend on nothing else that varies, so most handshakes need no new hash.
         varying = (tensors, self.state_dict())
         if varying != self._digested[0]:
             text = repr((varying, self.identity(), self.config.in_words(), self.workers))

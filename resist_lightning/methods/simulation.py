@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.methods.residual import Block
-from resist_lightning.state.batch_norm import Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.state.batch_norm import Call, InputRecorder, recalibrate
 
 
 @dataclass
@@ -39,6 +39,7 @@ class SimulatedWorker:
         # By optimizer and group: values that steps have changed, as they were before.
         self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
         for optimizer, first in zip(self.optimizers, self._first, strict=True):
+            # Only around steps: schedules change the same values, and those changes stay.
             optimizer.register_step_pre_hook(lambda o, *_, first=first: _remember(o, first))
             optimizer.register_step_post_hook(lambda o, *_, first=first: _forget_unchanged(o, first))
 
@@ -60,7 +61,8 @@ def _remember(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
 
 def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
     for group, values in zip(optimizer.param_groups, first, strict=True):
-        for name in [name for name, value in values.items() if group[name] == value]:
+        unchanged = [name for name, value in values.items() if group[name] == value]
+        for name in unchanged:
             del values[name]
 
 
@@ -81,8 +83,8 @@ def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) ->
         # Recorded inputs belong to modules of the worker's copy; they are replayed through those of the full model.
         twins = dict(zip(worker.module.modules(), full.modules(), strict=True))
         calls: list[Call] = [(twins[called], args, kwargs) for called, args, kwargs in worker.recorder.calls]
-        statistics.append([tensor.clone() for tensor in recalibrate(full, calls, torch.no_grad, still)])
-    norms = [norm for name, norm in norms_with_statistics(full).items() if name not in still]
-    own = [getattr(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+        own = recalibrate(full, calls, torch.no_grad, still)
+        statistics.append([tensor.clone() for tensor in own])
+    # The last worker's are still in the full model, whose tensors get the mean.
     for tensor, *values in zip(own, *statistics, strict=True):
         tensor.copy_(torch.stack(values).mean(0))

@@ -1,4 +1,4 @@
-"""The interface of a sync: what a worker sends between two rounds, and what it does with what arrives."""
+"""The interface of a sync: how a method averages and hands over tensors between two rounds."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         """
         self._leave_out(plan)
         if self._worker in plan.left_out:
-            self._states.reset()
+            self._states.reset()  # it may have NaN or infinity too
         with self._seconds.timed("averaging"):
             finish = self._start_average(list(self._averaged(plan).values()), plan)
 
@@ -170,7 +170,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        """What this worker has noted of the round, for :meth:`load_state_dict`.
+        """This worker's notes of the round, for :meth:`load_state_dict`.
 
         Args:
             with_full_model: whether the full model is saved beside it.
@@ -206,5 +206,6 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
 
     def _may_change(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of some tensors that may have changed in this round."""
+        # Frozen since the round began, or unfrozen in it: workers may differ in either.
         names = self._changing | self._layout.changing()
         return {name: tensor for name, tensor in tensors.items() if name in names}

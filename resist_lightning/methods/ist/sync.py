@@ -67,9 +67,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         counters = self._counters(known)
         kept: dict[str, tuple[Piece, Tensor]] = {}
         for key, part in {**self._parts(), **self._parts_of_state(known)}.items():
-            cut = part.cut
-            rows = held[cut.rows].held[self._worker] if cut.rows is not None else None
-            columns = held[cut.columns].held[self._worker] if cut.columns is not None else None
+            layers = part.cut.rows, part.cut.columns
+            rows, columns = (held[layer].held[self._worker] if layer is not None else None for layer in layers)
             piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
             kept[key] = piece, part.take(piece, held, self._worker)
             if self._needs_store(part):
@@ -170,10 +169,13 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _forget_others(self, moving: Iterable[str]) -> None:
         """Drop state that has not moved, of frozen parameters for example: it would meet other neurons."""
-        moved = {key.rpartition("/")[0] for key in moving}
-        self._states.drop([parameter for name, parameter in self._parameters.items() if name not in moved])
-        for key in [key for key in self._store if key not in self._layout.shapes]:
-            if key.rpartition("/")[0] not in moved:
+        moved = {_parameter_of(key) for key in moving}
+        others = [parameter for name, parameter in self._parameters.items() if name not in moved]
+        self._states.drop(others)
+        # In the store, state has keys of its own; parameters and buffers stay.
+        state = [key for key in self._store if key not in self._layout.shapes]
+        for key in state:
+            if _parameter_of(key) not in moved:
                 del self._store[key]
 
     def _parts_of_state(self, names: Iterable[str]) -> dict[str, Part]:
@@ -213,3 +215,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, self._worker, values)
+
+
+def _parameter_of(key: str) -> str:
+    """The parameter whose optimizer state has this key."""
+    return key.rpartition("/")[0]

@@ -52,6 +52,7 @@ def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str
         BlockSelectionError: if it is not a floating tensor.
     """
     given: Any = args[0] if args else kwargs.get(argument)
+    # Token ids, for example, can never be a block's output.
     if is_continuous(given):
         return given
     what = str(given.dtype) if isinstance(given, Tensor) else f"a {type(given).__name__}"

@@ -54,6 +54,7 @@ def select_blocks(
         _refuse_others(blocks, module)
     else:
         blocks = _by_globs(module, _patterns(choice), trained)
+    # Each of these would send a tensor twice, or leave a part of a block behind.
     _refuse_nesting(blocks)
     _refuse_tied(module, blocks)
     for block in blocks:

@@ -50,7 +50,7 @@ class Schedule:
             return everything(self.blocks, self.workers)
         if self._is_measured(round):
             return deal(self.blocks, (self._count_measured(round),) * self.workers, self.seed, round)
-        for first, counts in reversed(self.counts):
+        for first, counts in reversed(self.counts):  # the newest that applies
             if round >= first:
                 return deal(self.blocks, counts, self.seed, round)
         return draw_partition(self.blocks, self.workers, self.min_blocks, self.seed, round)
@@ -78,10 +78,11 @@ class Schedule:
         if self.measured_from is None or self.counts or round < self.measured_from:
             return self
         known = self
-        if self._is_measured(round) and min(seconds) > 0:
+        if self._is_measured(round) and min(seconds) > 0:  # else a worker resumed, and has no time of this round
             known = replace(self, seconds=(*self.seconds, (round, tuple(seconds))))
         if round < self.measured_from + MEASURED_ROUNDS - 1:
             return known
+        # Not from the next round on, whose partition the plan of this sync has used already.
         return replace(known, counts=((round + 2, known._by_speed()),))
 
     def costs(self) -> tuple[Cost, ...]:

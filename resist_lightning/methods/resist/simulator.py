@@ -75,7 +75,7 @@ class Simulator:
             self._block_of.update(dict.fromkeys(block.tensors(), number))
         self._partial = layout.partial
         self._warmup_hooks: list[ScaleHooks] = []
-        self._wire = make_quantizer(config.wire) if workers > 1 else None
+        self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
         self._before: dict[str, Tensor] = {}
         self._begin_round()
 
@@ -131,7 +131,10 @@ class Simulator:
                 for name, tensor in worker.tensors().items():
                     tensor.copy_(state[name])
             stays = set(before.held[index]) & set(after.held[index])
-            everywhere = {b for b in stays if len(before.holders(b)) == len(after.holders(b)) == len(self.workers)}
+            everywhere: set[int] = set()
+            for block in stays:
+                if len(before.holders(block)) == len(after.holders(block)) == len(self.workers):
+                    everywhere.add(block)
             # Under "travel", each block comes with the mean state, but for blocks that do not move at all.
             kept = stays if self.config.momentum == "keep" else everywhere
             self._treat_momentum(worker, kept, set(after.held[index]), momenta)
@@ -142,21 +145,27 @@ class Simulator:
         partition = self.schedule.partition(self.clock.round)
         everyone = tuple(range(len(self.workers)))
         copies = [worker.tensors() for worker in self.workers]
-        means: dict[str, Tensor] = {}
         vectors = unit_vectors(self.workers[0].module)
+        means: dict[str, Tensor] = {}
         for name in copies[0]:
-            holders = partition.holders(self._block_of[name]) if name in self._block_of else everyone
-            means[name] = mean_or_maximum([copies[worker][name] for worker in holders])
+            block = self._block_of.get(name)
+            holders = everyone if block is None else partition.holders(block)
+            mean = mean_or_maximum([copies[worker][name] for worker in holders])
             if name in vectors and len(holders) > 1:
-                normalise([means[name]])
+                normalise([mean])  # the mean of unit vectors is shorter
+            means[name] = mean
         return means
 
     def _means_over(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
         """The means of trainable parameters that are sent compressed, by name."""
         copies = [worker.tensors() for worker in self.workers]
-        blocks = [[name for name, t in block.tensors().items() if compressible(t)] for block in self.workers[0].blocks]
+        blocks: list[list[str]] = []
+        for each in self.workers[0].blocks:
+            blocks.append([name for name, tensor in each.tensors().items() if compressible(tensor)])
         joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
-        means = self._joint_over(wire, sum((blocks[block] for block in plan.averaged), joint), copies)
+        for averaged in plan.averaged:
+            joint += blocks[averaged]
+        means = self._joint_over(wire, joint, copies)
         for block, root in plan.owner.items():
             if blocks[block]:
                 means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
@@ -237,12 +246,12 @@ class Simulator:
             hooks.remove()
         warmup = self.schedule.is_warmup(self.clock.round)
         self._warmup_hooks = [ScaleHooks(worker.blocks, self.scale) for worker in self.workers] if warmup else []
-        for index, worker in enumerate(self.workers):
+        for worker, held in zip(self.workers, partition.held, strict=True):
             for number, block in enumerate(worker.blocks):
                 for parameter in block.module.parameters():
                     parameter.grad = None  # an absent block has none, so optimizers leave it alone
                 vars(block.module).pop("forward", None)
-                if number not in partition.held[index]:
+                if number not in held:
                     block.module.forward = Bypass(block.name, block.module)
 
 
