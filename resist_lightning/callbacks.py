@@ -1,4 +1,4 @@
-"""Callbacks: one that observes and reports, and one that seeds every worker differently. They send nothing."""
+"""Callbacks for the strategies: a monitor of rounds, and different seeds per worker. They send nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from resist_lightning.strategies.base import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
 DRAWN_AGAIN_ROUNDS = 1000
-"""Of how many rounds before a run was resumed the summary has the partitions."""
+"""Rounds before a run was resumed whose partitions the summary draws again, at most."""
 
 
 class RoundMonitor(Callback):
@@ -58,7 +58,7 @@ class RoundMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count; say so where there is nothing to observe."""
+        """Reset the counters; warn if the trainer has another strategy."""
         self._training_seconds, self._sent_by_round, self._first = 0.0, [], None
         self._partitions, self._held_parameters_max = {}, 0
         if _engine(trainer) is None:
@@ -110,7 +110,7 @@ class RoundMonitor(Callback):
             rank_zero_warn(f"{path} could not be written ({error}). The training has ended well.")
 
     def summary(self, strategy: Any, engine: Engine) -> dict[str, Any]:
-        """What the run did: parameters held, seconds, bytes and partitions; see docs/how-it-works.md.
+        """Summary of the run: parameters held, seconds, bytes and partitions; see docs/how-it-works.md.
 
         Rounds, local steps and partitions are those of the whole run (partitions of rounds before it was resumed are
         empty from round 1000 on); seconds and bytes those since it was resumed.
@@ -150,14 +150,14 @@ class RoundMonitor(Callback):
         }
 
     def _note_partition(self, engine: Engine) -> None:
-        """Keep who holds what in this round, which the worker has just drawn: all rounds at the end take minutes."""
+        """Keep the partition of this round, which was just drawn: to draw all of them at the end takes minutes."""
         if engine.collective.worker == 0:
             layout, round = engine.layout, engine.clock.round
             self._partitions[round] = json.dumps(layout.held(round))
             self._held_parameters_max = max(self._held_parameters_max, *layout.held_parameters(round))
 
     def _partition(self, layout: Layout, round: int) -> list[Any]:
-        """Who held what; of the rounds before the run was resumed the first ones are drawn again."""
+        """The partition of a round; the first rounds before the run was resumed are drawn again."""
         if round in self._partitions:
             found: list[Any] = json.loads(self._partitions[round])
             return found
@@ -180,8 +180,8 @@ class SeedPerWorker(Callback):
     """Gives every worker random numbers of its own: dropout, augmentation, whatever is drawn in training.
 
     Without it workers that are seeded alike draw alike, as under DDP. When ``fit`` starts, the global generators of
-    Python, NumPy and torch are seeded by ``(seed, rank)``; the initial weights stay those of worker 0. A resumed run
-    goes on with the random state that each worker had, where it resumes exactly.
+    Python, NumPy and torch are seeded by ``(seed, rank)``; the initial weights stay those of worker 0. A run that
+    resumes exactly continues with the random state that each worker had.
 
     Args:
         seed: not below 0; the same on all workers.

@@ -120,8 +120,8 @@ MUTANTS = (
     ),
     Mutant(
         "resume without random state",
-        "strategies/saving/strategy.py",
-        'self._position.restore(state["position"])',
+        "strategies/saving/trainer_state.py",
+        'self.position.restore(state["position"])',
         "pass",
         ("tests/integration/test_exact_resume.py",),
     ),

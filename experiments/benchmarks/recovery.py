@@ -81,9 +81,16 @@ class Measured(ResISTStrategy):
             (self.kept / folder.name).mkdir(parents=True, exist_ok=True)
             os.link(file, self.kept / folder.name / file.name)
 
-    def _restore_host(self, host: Any) -> None:
-        super()._restore_host(host)
-        self.exact = True
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self._trainer_state is not None
+        restore = self._trainer_state.load_state_dict
+
+        def note_and_restore(state: dict[str, Any]) -> None:
+            self.exact = True
+            restore(state)
+
+        self._trainer_state.load_state_dict = note_and_restore  # type: ignore[method-assign]
 
 
 class Saver(L.Callback):
@@ -114,7 +121,7 @@ class Present(L.Callback):
         self.parts: set[str] = set()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        position: Any = trainer.strategy._position  # type: ignore[attr-defined]
+        position: Any = trainer.strategy._trainer_state.position  # type: ignore[attr-defined]
         watched = any(thread.name == "resist_lightning watch" for thread in threading.enumerate())
         self.parts = {part for part, there in (("watch", watched), ("notes", position._before_fetch)) if there}
         self.on_train_batch_end = nothing  # type: ignore[method-assign]

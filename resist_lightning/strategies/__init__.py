@@ -1,4 +1,4 @@
-"""The faces of the library: what a Lightning ``Trainer`` takes as its ``strategy``."""
+"""The strategies that a Lightning ``Trainer`` takes, and what connects them to its loops."""
 
 from resist_lightning.strategies.auxnet import AuxNetStrategy
 from resist_lightning.strategies.ist import ISTStrategy

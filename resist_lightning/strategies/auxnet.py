@@ -19,7 +19,7 @@ from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWork
 from resist_lightning.methods.config import MomentumPolicy, NonFinitePolicy
 from resist_lightning.strategies.base import SubnetStrategy
 from resist_lightning.strategies.data.example_input import example_input
-from resist_lightning.strategies.data.seeded_loader import key_loader, unkey_loader
+from resist_lightning.strategies.data.seeded_loader import seed_loader, unseed_loader
 from resist_lightning.strategies.options import StrategyOptions, config_of, takes
 
 
@@ -63,7 +63,7 @@ class AuxNetStrategy(SubnetStrategy):
     The network is cut by depth. Each stage but the first is fed by a small auxiliary network, which guesses from the
     image what the stages before would give it, so no stage waits for another's forward pass; and each but the last is
     trained to give what the next one wants, so none waits for another's backward pass. In a step, neighbours exchange
-    the guess and what really came, behind their computing. Every worker sees the same batches, augmented alike.
+    the guess and the true boundary, overlapped with computing. Every worker sees the same batches, augmented alike.
 
     The module's `training_step` runs on every worker, once a batch, and calls the network once: what the network
     returns there is its true output (the last worker sends it to the others), so losses, logs and metrics are true and
@@ -114,7 +114,7 @@ class AuxNetStrategy(SubnetStrategy):
         if self._making_training_loaders and self.world_size > 1:
             assert isinstance(self.config, StageConfig)
             self._loaders += 1
-            return key_loader(
+            return seed_loader(
                 dataloader,
                 self.config.seed,
                 partial(_epoch, trainer),
@@ -127,7 +127,7 @@ class AuxNetStrategy(SubnetStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Called before each batch: the first ones of an epoch are compared with the other workers'."""
         super().on_train_batch_start(batch, batch_idx)
-        self._loaders = 0  # those that are made from now on are made anew
+        self._loaders = 0  # the next loader that Lightning makes is the first of a new set
         trainee = self._trainee
         if trainee is None or self.engine is None:
             return
@@ -139,13 +139,13 @@ class AuxNetStrategy(SubnetStrategy):
 
     @override
     def teardown(self) -> None:
-        """Called at the end, after an error too: loaders that the user has combined are the user's again."""
+        """Called at the end, after an error too: gives combined loaders back to the user as they were."""
         self._loaders = 0
         module = self.lightning_module
         attached = module is not None and module._trainer is not None  # not where a launch was refused
         combined = self._trainer().fit_loop._combined_loader if attached else None
         if combined is not None:
-            combined.flattened = [unkey_loader(loader) for loader in combined.flattened]
+            combined.flattened = [unseed_loader(loader) for loader in combined.flattened]
         super().teardown()
 
     @property
@@ -173,13 +173,13 @@ def _clips_by_norm(trainer: pl.Trainer) -> bool:
 
 
 def _batches_of_all_data(trainer: pl.Trainer) -> int:
-    """Which an epoch would have without limit_train_batches; of data of unknown length, more than there can be."""
+    """The length of an epoch without limit_train_batches; a huge number for data of unknown length."""
     combined = trainer.fit_loop._combined_loader
     lengths = [sized_len(loader) for loader in combined.flattened] if combined is not None else []
     return max((sys.maxsize if length is None else length for length in lengths), default=sys.maxsize)
 
 
 def _epoch(trainer: pl.Trainer) -> int:
-    """Which Lightning tells to samplers."""
+    """The number of the epoch that Lightning gives to samplers."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)

@@ -1,4 +1,4 @@
-"""Moving averages that callbacks keep: a worker averages what it holds, and all see the mean of the averages."""
+"""Serves ``WeightAveraging`` callbacks: a worker averages what it holds, and all see the mean of the averages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPLACED = ("_swap_models", "_copy_average_to_current", "on_save_checkpoint", "
 
 
 def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
-    """Refuse averages that cannot be served.
+    """Refuse averaging callbacks that cannot work with the settings.
 
     Raises:
         ValueError: for several callbacks that average, and for one where neurons are dealt out or workers left out.
@@ -52,7 +52,7 @@ def _averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
 
 
 class Averages:
-    """Serves the callback of a training that averages weights, if it has one.
+    """Adapts the averaging callback of a trainer, if it has one.
 
     Its average is a copy of the module, of which a worker holds the parts that it holds of the module. It is updated
     from those, and shown in the place of the module before a full model is assembled to be evaluated or saved, and at
@@ -60,13 +60,13 @@ class Averages:
 
     Args:
         trainer: whose callbacks are looked at.
-        engine: gives the engine of this worker, if it is there.
+        engine: gives the engine of this worker, or None.
     """
 
     def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None]) -> None:
         self._engine = engine
         self._callback: Any = next(iter(_averaging_callbacks(trainer)), None)
-        self._begins_as_module = True  # so that it is worker 0's, as the module is
+        self._begins_as_module = True  # the module is worker 0's, and the average must be too
         self._resumed = False
         if self._callback is not None:
             for name in _REPLACED:
@@ -83,7 +83,7 @@ class Averages:
             vars(self._callback._average_model).pop("update_parameters", None)
 
     def follow(self, engine: Engine) -> None:
-        """Let the average go with the module of a new engine.
+        """Move parts of the average along with those of the module of a new engine.
 
         Raises:
             ValueError: if the average is on another device, and parts of it would have to move.
@@ -99,7 +99,7 @@ class Averages:
         vars(average)["update_parameters"] = partial(self._update_parameters, average)
 
     def begin(self) -> None:
-        """Call it when the engine has started."""
+        """Initialise the average; the engine must have started."""
         companion = self._companion()
         if companion is None or companion.loaded or not self._begins_as_module:
             return
@@ -111,7 +111,7 @@ class Averages:
             )
 
     def show(self) -> None:
-        """Put the average in the place of the weights, each worker what it holds."""
+        """Replace the weights by the average, each worker those it holds."""
         companion = self._companion()
         if companion is not None and not companion.shown:
             companion.show()
@@ -123,7 +123,7 @@ class Averages:
             companion.hide()
 
     def _companion(self) -> Companion | None:
-        """While the training runs."""
+        """The average beside the module, while the training runs."""
         engine = self._engine()
         return engine.layout.companion if engine is not None and engine.running else None
 
@@ -140,7 +140,7 @@ class Averages:
             average.module = whole
 
     def _swap_models(self, usual: Callable[..., None], module: nn.Module) -> None:
-        """Called when a validation begins and ends; in training :meth:`show` and :meth:`hide` have done it."""
+        """Called when a validation begins and ends; in training, :meth:`show` and :meth:`hide` do this instead."""
         if self._companion() is None:
             usual(module)
 
@@ -151,7 +151,7 @@ class Averages:
         self.show()
 
     def _on_save_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
-        """In training, ``state_dict`` is the average's already; the weights stand in the workers' own files."""
+        """In training, ``state_dict`` is the average's already, and the weights are in the workers' own files."""
         if self._companion() is None:
             usual(*args)
         else:
@@ -170,12 +170,12 @@ class Averages:
                 buffer.copy_(checkpoint["averaging_state"][name])
 
     def _counters(self) -> dict[str, Tensor]:
-        """How many weights were averaged."""
+        """The buffers that count how often the average was updated."""
         return dict(self._callback._average_model.named_buffers(recurse=False))
 
 
 class _Part(nn.Module):
-    """Some tensors of a module, in the form in which averages read and write them."""
+    """Some tensors of a module, as a module: ``AveragedModel`` reads and writes no other form."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the strategies have in common: Lightning calls, the engine acts."""
+"""The base of the strategies: Lightning's hooks in the order of a training, passed on to the engine."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file
 from resist_lightning.strategies.saving.data_position import Position
 from resist_lightning.strategies.saving.restarts import check_shrinking
 from resist_lightning.strategies.saving.strategy import SavingStrategy
+from resist_lightning.strategies.saving.trainer_state import TrainerState
 from resist_lightning.strategies.validation import ValidationOrder
 
 
@@ -48,7 +49,7 @@ class SubnetStrategy(SavingStrategy):
     Args:
         config: of the method.
         options: how workers are started and watched, and what is saved.
-        data: which training data a worker sees: its shard, all in an order of its own, or the same as all others.
+        data: the training data of a worker: its shard, all of it in a worker-specific order, or the same on all.
     """
 
     strategy_name: str
@@ -61,7 +62,7 @@ class SubnetStrategy(SavingStrategy):
         self._order: ValidationOrder | None = None
         self._averages: Averages | None = None
         self._stepped = False
-        self._sent = 0  # operations in the group, up to this batch
+        self._sent = 0  # collectives of this process, up to this batch
 
     @override
     def _configure_launcher(self) -> None:
@@ -87,20 +88,21 @@ class SubnetStrategy(SavingStrategy):
         check_shrinking(self.options)
         module = self.lightning_module
         if module is None or is_overridden("configure_model", module):
-            return  # the workers make the model
+            return  # the workers make the model, after the launch
         if not (is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())):
             make_layout(module, self.config, self.num_nodes * self.num_processes)
 
     @override
     def setup_environment(self) -> None:
-        """Called in each worker when it starts, before any hook of the user's, which may make the training loaders."""
+        """Called in each worker when it starts, before the user's hooks, any of which may make the training loaders."""
         super().setup_environment()
         trainer = self._trainer()
         if trainer.state.fn == TrainerFn.FITTING:
             self.signals = Signals(trainer)
-            self._position = Position(trainer, keep_loaders=lambda: self.engine is not None and self.engine.clock.due)
+            position = Position(trainer, keep_loaders=lambda: self.engine is not None and self.engine.clock.due)
+            self._trainer_state = TrainerState(trainer, position)
             self._averages = Averages(trainer, lambda: self.engine)
-            self._patches = LoopPatches(trainer, self._position, self.signals, default_collective())
+            self._patches = LoopPatches(trainer, position, self.signals, default_collective())
 
     @property
     def _making_training_loaders(self) -> bool:
@@ -109,7 +111,7 @@ class SubnetStrategy(SavingStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Called by Lightning for each loader: a part of the data per worker, or all of it in an own order."""
+        """Called by Lightning for each loader: a shard per worker, or the full data set in a worker-specific order."""
         kwargs = super().distributed_sampler_kwargs
         if self._data == "copy" and self._making_training_loaders:
             return {
@@ -142,7 +144,7 @@ class SubnetStrategy(SavingStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Called last before the first batch: from here on a worker holds its part only."""
+        """Called last before the first batch: from here on a worker holds its part of the module only."""
         assert self.engine is not None
         self.guard.look_up()
         if self._order is not None:  # LearningRateFinder has trained in this `fit`, and has put everything back
@@ -151,7 +153,7 @@ class SubnetStrategy(SavingStrategy):
         assert self._averages is not None
         self._order = ValidationOrder(self._trainer(), self.engine, self._averages)
         self.engine.swaps.add(self._lightning_optimizers)
-        self._go_on(self.engine)
+        self._start_engine(self.engine)
         self._averages.begin()
         if self.config.trains_alone:
             warn_of_one_round(self._trainer(), self.config.local_steps)
@@ -166,16 +168,17 @@ class SubnetStrategy(SavingStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Called before each batch: the one place where training syncs, and where all act upon a signal."""
+        """Called before each batch: the only place where training syncs, and where signals take effect."""
         assert self.engine is not None
         assert self.signals is not None
         self._stepped = False
         self.engine.steps.check_batch(self._trainer().accumulate_grad_batches)
         self.guard.check()
+        # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
         if self.engine.sync_if_due():
             self._write_snapshot(self.engine)
         self.signals.act()
-        if batch_idx == 1:  # the first batch has logged
+        if batch_idx == 1:  # the first batch has logged its metrics
             warn_of_messages(self._trainer())
         self._talked, self._sent = False, messages_sent()
 
@@ -208,7 +211,7 @@ class SubnetStrategy(SavingStrategy):
         return scaler is not None and not self.lightning_module.automatic_optimization
 
     def _count_step(self) -> None:
-        """Called after every step of every optimizer, a raw one too; the first one in a batch makes it a local step."""
+        """Called after every step of every optimizer, a raw one too. The first in a batch makes it a local step."""
         if self._stepped or self.engine is None or not self.engine.running:
             return
         self._stepped = True
@@ -235,7 +238,7 @@ class SubnetStrategy(SavingStrategy):
 
     @override
     def on_validation_end(self) -> None:
-        """Called after ModelCheckpoint has saved: go on with the sub-network."""
+        """Called after ModelCheckpoint has saved: return to the sub-network."""
         if self.engine is not None and self.engine.observing:
             self.engine.end_observation()
         if self._averages is not None:
@@ -257,7 +260,7 @@ class SubnetStrategy(SavingStrategy):
             self._averages = None
         if self._restarted:
             resume_from_path_given(self._trainer())
-        super().teardown()
+        super().teardown()  # leaves the group while signals can still be noted
         if self.engine is not None:
             self.engine.abandon()
         if self.signals is not None:

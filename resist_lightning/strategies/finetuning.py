@@ -1,7 +1,7 @@
-"""Fine-tuning under a strategy: what is frozen or unfrozen while a run trains, and again where it is resumed.
+"""Fine-tuning: restores in a resumed run which parameters and layers are frozen.
 
-Lightning's callbacks unfreeze a layer when its epoch begins, and at no other time. So a run that is resumed later has
-it frozen still, unless a checkpoint says what has changed since the run began.
+Lightning's callbacks unfreeze a layer when its epoch begins, and at no other time. So in a run that is
+resumed later it would still be frozen, unless the checkpoint says what has changed since the run began.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OF_MODULES = ("training", "track_running_stats")
 
 
 class ModuleModes:
-    """What the program switches in a module while it trains: frozen parameters, and modules in evaluation mode."""
+    """Tracks what the program switches while it trains: frozen parameters, and modules in evaluation mode."""
 
     def __init__(self) -> None:
         self._module: nn.Module = nn.Module()
@@ -26,12 +26,12 @@ class ModuleModes:
         self._before_validation: dict[str, bool] | None = None
 
     def begin(self, module: nn.Module) -> None:
-        """The module is as it is before the first batch; what is switched from now on is a change."""
+        """Start before the first batch: whatever is switched from now on is a change."""
         self._module, self._first = module, _modes(module)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Inside, the modes are those of now: Lightning switches all modules for a validation, and back."""
+        """Inside, report the modes of now: Lightning switches all modules for a validation, and back."""
         self._before_validation = _modes(self._module)
         try:
             yield
@@ -39,12 +39,12 @@ class ModuleModes:
             self._before_validation = None
 
     def changes(self) -> dict[str, bool]:
-        """Everything that is not as it was at first, by ``name.attribute``; nothing before :meth:`begin`."""
+        """What differs from the beginning, by ``name.attribute``; nothing before :meth:`begin`."""
         now = self._before_validation or _modes(self._module)
         return {name: value for name, value in now.items() if self._first.get(name, value) != value}
 
     def apply(self, changes: Mapping[str, bool]) -> None:
-        """Switch what :meth:`changes` said in the run that is resumed."""
+        """Switch what :meth:`changes` returned in the run that is resumed."""
         owners: dict[str, Any] = {**dict(self._module.named_modules()), **dict(self._module.named_parameters())}
         for name, value in changes.items():
             owner, _, attribute = name.rpartition(".")
@@ -53,7 +53,7 @@ class ModuleModes:
 
 
 def not_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """In the place of ``BaseFinetuning.filter_on_optimizer``, which compares values, and an absent block has none."""
+    """Replaces ``BaseFinetuning.filter_on_optimizer``, which compares values: an absent block has none."""
     parameters = list(parameters)
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     new = [parameter for parameter in parameters if id(parameter) not in known]

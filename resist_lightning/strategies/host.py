@@ -1,4 +1,4 @@
-"""What Lightning tells the engine, and hears from it, at each sync."""
+"""Lightning's part in each handshake: the settings, stop flags and loss scales that workers compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LightningHost(Host):
 
     Args:
         trainer: the trainer of this worker.
-        signals: what it was asked to do from outside.
+        signals: its signal handlers.
         data: the strategy's data policy.
     """
 
@@ -38,19 +38,19 @@ class LightningHost(Host):
 
     @override
     def stop_flag(self) -> int:
-        """Whether something in this worker's program has asked its trainer to stop."""
+        """1 if something in this worker's program has asked its trainer to stop."""
         return int(self._trainer.should_stop)
 
     @override
     def report(self) -> list[float]:
-        """The loss scale, or 0 without one, and what signals ask for."""
+        """The loss scale, or 0 without one, and the requests of signals."""
         scaler = self._scaler()
         return [float(scaler.get_scale()) if scaler is not None else 0.0, float(self._signals.requests)]
 
     @override
     def on_reports(self, reports: list[list[float]]) -> None:
-        """Take all requests."""
-        self._signals.learn(int(report[1]) for report in reports)
+        """Take the requests that signals have made on all workers."""
+        self._signals.on_requests(int(report[1]) for report in reports)
 
     @override
     def agree(self, reports: list[list[float]]) -> None:

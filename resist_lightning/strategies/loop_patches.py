@@ -1,4 +1,4 @@
-"""The places where Lightning's loops would talk, draw random numbers or lose their place behind the strategy's back."""
+"""Patches of Lightning's loops where they would communicate, draw random numbers or lose their position unnoticed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoopPatches:
       that reads ``trainer.estimated_stepping_batches``. The stage of the trainer does not say it.
     * Workers' epochs of different lengths end together.
     * Iterators and batches are made in the loops, and :class:`Position` notes the random state before each.
-    * A run that goes on in the middle of an epoch is warned that its loader starts anew, which ours does not.
+    * Lightning warns a run that resumes in mid-epoch that its loader starts anew, which ours does not.
     * ``LearningRateFinder`` does not search where a run is resumed.
     * ``BaseFinetuning.filter_on_optimizer`` compares parameters by value, and those of an absent block have none.
     * ``_SignalConnector.register_signal_handlers`` registers a handler that broadcasts on the default group; ours are
@@ -52,7 +52,7 @@ class LoopPatches:
         self._undo: list[tuple[Any, str, Any]] = []
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
-            self._replace(epoch_loop, "_broadcast_sigterm_tensor", _say_nothing)
+            self._replace(epoch_loop, "_broadcast_sigterm_tensor", _send_nothing)
         val_loop: Any = epoch_loop.val_loop
         self._replace(val_loop, "run", _isolated(val_loop.run, position))
         if hasattr(val_loop, "increment_progress_to_evaluation_end"):
@@ -82,7 +82,7 @@ class LoopPatches:
     def remove(self) -> None:
         """Put the original methods back."""
         for owner, name, original in reversed(self._undo):
-            if original is None:  # it stands in the owner's class
+            if original is None:  # the class of the owner has it
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
@@ -105,7 +105,7 @@ class LoopPatches:
 
 
 def resume_from(trainer: pl.Trainer, path: str) -> None:
-    """Have the running ``fit`` go on from ``path``, whatever ``ckpt_path`` its caller gave."""
+    """Have the running ``fit`` resume from ``path``, whatever ``ckpt_path`` its caller gave."""
     connector = trainer._checkpoint_connector
     start = connector.resume_start
     vars(connector)["resume_start"] = lambda _=None, **options: start(path, **options)
@@ -116,8 +116,8 @@ def resume_from_path_given(trainer: pl.Trainer) -> None:
     vars(trainer._checkpoint_connector).pop("resume_start", None)
 
 
-def _say_nothing() -> None:
-    """In the place of a broadcast."""
+def _send_nothing() -> None:
+    """Replaces a broadcast."""
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
@@ -129,7 +129,7 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
 
 
 def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:
-    """A search for the learning rate loads a checkpoint of its own, by which Lightning forgets the one to resume."""
+    """A search for the learning rate loads its own checkpoint, and Lightning then forgets the one to resume."""
 
     def search_or_not(*args: Any) -> None:
         if trainer._checkpoint_connector._loaded_checkpoint:

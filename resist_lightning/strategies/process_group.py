@@ -1,4 +1,4 @@
-"""The workers of a run as Lightning's ``DDPStrategy`` sees them: how they talk, and when they must not."""
+"""The process group of a strategy: joining, leaving, and collectives that stop after an error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from resist_lightning.strategies.saving.checkpoint_io import AtomicIO
 
 
 class GroupStrategy(DDPStrategy):
-    """A ``DDPStrategy`` that never wraps a module in DDP, and never waits for anybody after an error.
+    """A ``DDPStrategy`` that never wraps the module in DDP, and never waits for other workers after an error.
 
     Lightning shards data and reduces metrics for subclasses of ``DDPStrategy`` only.
     """
@@ -44,12 +44,12 @@ class GroupStrategy(DDPStrategy):
         self.signals: Signals | None = None
         self._shield: LoaderShield | None = None
         self._owns_group = False
-        self._talked = False  # since the last batch
+        self._talked = False  # whether Lightning or a callback has used a collective since the last batch
         self._warned: set[str] = set()
 
     @property  # type: ignore[explicit-override] # which mypy does not see here
     def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads the model's file: the plugin of the Trainer, or else :class:`AtomicIO`."""
+        """The plugin of the Trainer that reads and writes the model's file, or else :class:`AtomicIO`."""
         if self._checkpoint_io is None:  # not given to Lightning's constructor, which would take it for the user's
             self._checkpoint_io = AtomicIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -132,7 +132,7 @@ class GroupStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Called for every batch of every loop: a good place to end, if another worker is lost."""
+        """Called for every batch of every loop, so a lost worker ends validations and tests too."""
         self.guard.check()
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -142,6 +142,7 @@ class GroupStrategy(DDPStrategy):
         if self._shield is not None:
             self._shield.remove()
             self._shield = None
+        # After an error nobody waits: the others may be gone.
         leaving = self._owns_group and group_exists() and not self.interrupted
         if leaving:
             with self.guard.around():
@@ -149,7 +150,7 @@ class GroupStrategy(DDPStrategy):
         self.guard.end()
         if leaving:
             destroy_group()  # without this, gloo aborted 5 of 30 processes at exit
-        # Lightning would move the whole module, and fail on absent blocks.
+        # Lightning would move the whole module, and fail on absent blocks; so it sees none.
         module, self._lightning_module = self._lightning_module, None
         try:
             super().teardown()
@@ -178,7 +179,7 @@ class GroupStrategy(DDPStrategy):
         return self.lightning_module.trainer
 
     def _may_talk(self) -> bool:
-        """False after an error. In training, first meet, so that nothing pairs with another worker's sync."""
+        """False after an error. In training, first shake hands, so that nothing pairs with another worker's sync."""
         if self.interrupted:
             return False
         self._talked = True

@@ -1,4 +1,4 @@
-"""Names for ``Trainer(strategy=...)``, with the launchers that Lightning's own ``ddp`` has."""
+"""Registers the names for ``Trainer(strategy=...)``, with the same suffixes as Lightning's ``ddp``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register_strategies() -> None:
 
 
 def _refuse_pytorch_lightning() -> None:
-    """`pytorch_lightning` has a registry and class tree of its own; say so instead of failing obscurely there."""
+    """Register names that raise in `pytorch_lightning`, whose classes differ from those of `lightning`."""
     other: Any = sys.modules.get("pytorch_lightning.strategies")
     if other is None:
         return

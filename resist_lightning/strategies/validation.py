@@ -1,4 +1,4 @@
-"""The order of hooks around a validation: who swaps weights for it swaps this worker's own, before and after."""
+"""Orders the hooks of a validation: callbacks that swap weights swap those of the sub-network."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from resist_lightning.strategies.averages import Averages
 class ValidationOrder:
     """Ends the full model before ``on_validation_end`` where weights were swapped before it was assembled.
 
-    Callbacks and the module are called before the strategy at the start of a validation, and at its end. Whoever puts
-    other weights into the module in ``on_validation_start`` (averages, or a schedule-free optimizer) puts the old ones
-    back in ``on_validation_end``: they must find there what they left. Otherwise the full model stays until the
-    strategy's turn, so that ``on_validation_end`` can save and export it.
+    Callbacks and the module are called before the strategy at the start of a validation, and at its end. One that
+    puts other weights into the module in ``on_validation_start`` (averages, or a schedule-free optimizer) puts the old
+    ones back in ``on_validation_end``, and must find there the weights that it left. Otherwise the full model stays
+    until the strategy's turn, so that ``on_validation_end`` can save and export it.
 
     Args:
         trainer: whose validation loop is patched.
         engine: of this worker.
-        averages: shown in the place of the weights, before anybody swaps some.
+        averages: shown instead of the weights, before any callback swaps them.
     """
 
     def __init__(self, trainer: pl.Trainer, engine: Engine, averages: Averages) -> None:

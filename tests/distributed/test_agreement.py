@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from resist_lightning.comm.torch_collective import GroupCollective
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
-from resist_lightning.strategies.data.seeded_loader import key_loader
+from resist_lightning.strategies.data.seeded_loader import seed_loader
 from tests.helpers.processes import run_workers
 
 NOISE = v2.GaussianNoise()
@@ -26,7 +26,7 @@ def agree(worker: int, seeded: bool) -> int:
     torch.manual_seed(worker)
     data = TensorDataset(torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6))
     loader = DataLoader(data, batch_size=4, collate_fn=add_noise)
-    batches = key_loader(loader, 0, lambda: 2) if seeded else loader
+    batches = seed_loader(loader, 0, lambda: 2) if seeded else loader
     assert isinstance(batches, DataLoader)
     collective = GroupCollective()
     return len([check_equal(collective, named_tensors(batch), f"step {step}") for step, batch in enumerate(batches)])

@@ -284,7 +284,7 @@ def test_a_damaged_file_of_a_worker_is_an_error(tmp_path: Path) -> None:
     error = run_trainers_to_the_end(resume, 2, str(path))[1].error
     assert isinstance(error, CheckpointError)
     assert "is damaged: its checksum is" in str(error)
-    assert "to go on from the full model alone" in str(error)
+    assert "to resume from the full model alone" in str(error)
 
 
 def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a worker sees of the training data."""
+"""The training data of a worker: its loaders, their processes, order and augmentation."""

@@ -1,4 +1,4 @@
-"""Epochs that end for all workers at once, whatever their loaders hold."""
+"""Ends epochs on all workers together, after the batches of the shortest loader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from resist_lightning.comm.collective import Collective
 
 
 def end_epochs_together(loader: CombinedLoader, collective: Collective) -> None:
-    """Limit the epochs of all workers to those of the worker whose epochs are shortest.
+    """Limit the epochs of all workers to the length of the shortest.
 
     Collective: every worker must call this, in the same order. Epochs of unknown length are left alone: if they end at
     different steps, the header of the next sync stops the run with an error.

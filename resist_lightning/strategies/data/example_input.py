@@ -1,4 +1,4 @@
-"""An input of the network before training starts, to find shapes and to measure times."""
+"""An example input of the network, made before training starts to find shapes and measure times."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from resist_lightning.state.random_state import random_numbers_apart
 from resist_lightning.strategies.data.seeded_loader import SeededIterable
 
 SAMPLES = 32
-"""An example has so many samples, or as many as a batch if that is smaller."""
+"""Samples in an example, or fewer where a batch has fewer."""
 
 _OTHERWISE = "Set example_input_array of the LightningModule to a tensor like the network's input."
 
 
 def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | str | None) -> Tensor:
-    """A small batch of what the network gets, on the training device.
+    """A small batch of the network's input, on the training device.
 
     It is made of the first samples of the training data, which go through the collate function and the batch-transfer
     hooks as in training; where those cannot be read without consuming them, the module's ``example_input_array``. No
@@ -55,7 +55,7 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
 
 
 def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
-    """An ``example_input_array``, which often is one sample, of zeros: as a batch, of noise."""
+    """An ``example_input_array`` made fit for measuring: it is often a single sample, of zeros."""
     found = _checked(example, "example_input_array is")
     if len(found) == 1:
         found = found.expand(2, *found.shape[1:])
@@ -93,7 +93,7 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
 
 
 def _first_batch(loader: object) -> Any:
-    """What one loader would give first if it did not shuffle, with fewer samples."""
+    """The first batch of a loader if it did not shuffle, with fewer samples."""
     if not isinstance(loader, DataLoader):
         return _first_items(loader, 1, "loader")[0]
     if isinstance(loader.dataset, IterableDataset):
@@ -109,7 +109,7 @@ def _first_batch(loader: object) -> Any:
 
 
 def _first_samples(loader: DataLoader[Any]) -> Any:
-    """Of a map-style data set; without automatic batches, what the sampler asks for at once."""
+    """The first samples of a map-style data set; without automatic batches, those of one request of the sampler."""
     dataset: Any = loader.dataset
     indices = list(range(min(_batch_size(loader), len(dataset))))
     if not indices:
@@ -122,9 +122,9 @@ def _first_samples(loader: DataLoader[Any]) -> Any:
 
 
 def _first_items(source: object, number: int, kind: str) -> list[Any]:
-    """Of something that can be iterated again; an iterator would lose them."""
+    """The first items of what can be iterated again: an iterator would lose them."""
     assert isinstance(source, Iterable)
-    original: Any = source.unkeyed if isinstance(source, SeededIterable) else source
+    original: Any = source.unseeded if isinstance(source, SeededIterable) else source
     if iter(original) is original:
         raise ValueError(
             f"the training {kind}, {type(original).__name__}, can be iterated only once, and the items that would show "
@@ -142,7 +142,7 @@ def _batch_size(loader: DataLoader[Any]) -> int:
 
 
 def _tensors(part: object) -> Iterator[Tensor]:
-    """Depth first."""
+    """All tensors, depth first."""
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, Mapping | list | tuple):

@@ -1,4 +1,4 @@
-"""Training loaders as Lightning iterates them: their generators, their processes, and when one begins again."""
+"""Inspects training loaders in Lightning's hands: generators, processes, and when one begins again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 
 class Watched:
-    """A loader that says so when it is begun again."""
+    """A loader that calls ``begins`` each time it is begun again."""
 
     def __init__(self, loader: Any, begins: Callable[[], None]) -> None:
         self.loader = loader
@@ -38,15 +38,15 @@ def generators(loader: CombinedLoader | None) -> list[Generator]:
 
 
 def order(iterator: Any) -> list[object]:
-    """What loaders take their samples' order from: persistent processes make it anew, in the same iterator."""
+    """The sampler iterators in use. Persistent processes get new ones within the same iterator."""
     return [getattr(part, "_sampler_iter", None) for part in getattr(iterator, "iterators", [])]
 
 
 def is_running(loader: object) -> bool:
-    """Whether a loader has processes that outlive its iterators, and has started them."""
+    """Whether a loader has started processes that outlive its iterators."""
     return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
 
 
 def draws_beside_training(loader: object) -> bool:
-    """Whether a loader's data set decides by itself what it gives, in the process that trains."""
+    """Whether a loader has an iterable data set, which may draw random numbers in the process that trains."""
     return isinstance(getattr(loader, "dataset", None), IterableDataset) and not getattr(loader, "num_workers", 0)

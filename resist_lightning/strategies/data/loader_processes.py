@@ -1,4 +1,4 @@
-"""Processes that load data for a worker: a signal to stop is their worker's business, and they do not outlive it."""
+"""Shields data loader processes from stop signals, and ends them with their worker."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DIE_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
 class LoaderShield:
-    """Keeps signals that are meant for the worker from its loader processes, while it is installed.
+    """While installed, keeps signals that are meant for the worker from its loader processes.
 
-    SLURM, torchrun and terminals signal all processes of a worker. A loader process dies of it, and takes the worker
-    along before the workers have come to the place where all stop together. So each daemonic process that this one
+    SLURM, torchrun and terminals signal all processes of a worker. A loader process that dies of it takes the worker
+    along, before the place where all workers stop together. So each daemonic process that this one
     starts by :mod:`multiprocessing`, in whatever way, does nothing on these signals, dies at once when this process
     does, and leaves the worker's connections alone. ``Process.terminate()`` kills it.
 
@@ -39,7 +39,7 @@ class LoaderShield:
         self._usual: Callable[[Any], None] | None = None
 
     def install(self) -> None:
-        """Shield what is started from now on."""
+        """Shield processes that are started from now on."""
         if self._usual is not None or not hasattr(signal, "pthread_sigmask"):  # Windows
             return
         self._usual = usual = BaseProcess.start
@@ -48,7 +48,7 @@ class LoaderShield:
         util.Finalize(None, signal.signal, (signal.SIGCHLD, signal.SIG_DFL), exitpriority=100)
 
     def remove(self) -> None:
-        """Shield nothing that is started from now on."""
+        """Leave processes that are started from now on as they are."""
         if self._usual is not None:
             BaseProcess.start, self._usual = self._usual, None  # type: ignore[method-assign,assignment]
 
@@ -71,11 +71,11 @@ class LoaderShield:
 
 @dataclass
 class _Shielded:
-    """What a shielded process runs.
+    """The target of a shielded process.
 
     Args:
-        target: what it would run otherwise.
-        signals: on which it does nothing.
+        target: the original one.
+        signals: which it ignores.
         parent: the process with which it dies; 0 if the thread that starts it may end earlier.
         by_server: whether a fork server starts it, which may be another one's and live on.
     """
@@ -92,7 +92,7 @@ class _Shielded:
         elif self.parent and sys.platform == "linux":
             ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
             if os.getppid() != self.parent:
-                os._exit(1)  # it was too late
+                os._exit(1)  # the parent ended before prctl was called
         torch_handlers: Any = signal_handling
         usual = torch_handlers._set_worker_signal_handlers
 
@@ -107,7 +107,7 @@ class _Shielded:
         return self.target(*args, **kwargs)
 
     def ignore(self) -> None:
-        """By handlers: unlike SIG_IGN and a mask, programs that the process starts do not inherit them."""
+        """Ignore them by handlers, which programs that the process starts do not inherit, unlike SIG_IGN and masks."""
         for number in self.signals:
             signal.signal(number, _do_nothing)
             signal.siginterrupt(number, False)
@@ -122,4 +122,4 @@ def _end_with_worker() -> None:
 
 
 def _do_nothing(_: int, __: FrameType | None) -> None:
-    """On a signal."""
+    """Handles a signal."""

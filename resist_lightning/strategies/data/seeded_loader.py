@@ -1,11 +1,11 @@
-"""Random numbers of a data loader that follow from (seed, epoch, sample), so that all workers see the same batches.
+"""Seeds the random numbers of a data loader by (seed, epoch, sample), so that all workers see the same batches.
 
-Where each generator is seeded anew, in the process that loads the data::
+The generators are seeded anew at these places, in the process that loads the data::
 
     a batch        dataset[7]         dataset[2]         dataset[9]         collate_fn([7, 2, 9])
     seeded from    (seed, epoch, 7)   (seed, epoch, 2)   (seed, epoch, 9)   (seed, epoch, [7, 2, 9])
 
-Between two fetches the generators are as if nothing had been drawn. Which samples a batch has is the sampler's affair.
+Between two fetches the generators are as if nothing had been drawn. The sampler alone decides which samples a batch has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing_extensions import override
 from resist_lightning.state.random_state import random_numbers_apart, seed_generators
 
 
-def key_loader(
+def seed_loader(
     dataloader: object, seed: int, epoch: Callable[[], int], *, stream: int = 0, frozen: bool = False
 ) -> object:
     """A loader like ``dataloader`` whose data set and collate function draw the same random numbers on all workers.
@@ -51,42 +51,42 @@ def key_loader(
         return dataloader
     dataset, collate = dataloader.dataset, dataloader.collate_fn
     if isinstance(dataset, SeededDataset | SeededIterable):
-        dataset = dataset.unkeyed
+        dataset = dataset.unseeded
     if isinstance(collate, SeededCollate):
-        collate = collate.unkeyed
+        collate = collate.unseeded
     if isinstance(dataset, IterDataPipe | MapDataPipe):
         raise ValueError(
             "the training data are a DataPipe, which deals its samples out over the workers, and all workers must see "
             "the same. Give the loader a Dataset or an IterableDataset."
         )
-    keys = Keys((seed, stream), _zero if frozen else epoch)
+    seeder = Seeder((seed, stream), _zero if frozen else epoch)
     if dataloader.num_workers > 0:
-        keys.share()
+        seeder.share()
     seeded = SeededIterable if isinstance(dataset, IterableDataset) else SeededDataset
     twin = copy.copy(dataloader)
     # Its attributes may not be set, and to make it again from arguments would guess those of a subclass.
-    vars(twin).update(dataset=seeded(dataset, keys), collate_fn=SeededCollate(collate, keys))
-    vars(twin).update(_iterator=None, _before_keys=dataloader, _order_keys=Keys((seed, stream), epoch))
+    vars(twin).update(dataset=seeded(dataset, seeder), collate_fn=SeededCollate(collate, seeder))
+    vars(twin).update(_iterator=None, _unseeded=dataloader, _order_seeder=Seeder((seed, stream), epoch))
     cls = type(dataloader)
     if not issubclass(cls, _TellsEpoch):
         twin.__class__ = type(cls.__name__, (_TellsEpoch, cls), {"__module__": cls.__module__})
     return twin
 
 
-def unkey_loader(dataloader: object) -> object:
-    """The loader that :func:`key_loader` was given to make this one; any other is returned as it is."""
-    return vars(dataloader).get("_before_keys", dataloader) if isinstance(dataloader, DataLoader) else dataloader
+def unseed_loader(dataloader: object) -> object:
+    """The loader that :func:`seed_loader` was given to make this one; any other is returned as it is."""
+    return vars(dataloader).get("_unseeded", dataloader) if isinstance(dataloader, DataLoader) else dataloader
 
 
-class Keys:
-    """What the random numbers of a loader depend on, in the main process and in its loader processes.
+class Seeder:
+    """Seeds the random numbers of a loader, in the main process and in its loader processes.
 
     Args:
         seeds: equal on all workers.
         epoch: gives the number of the running epoch; not asked in loader processes.
 
     Attributes:
-        fetched: what the samples that are to be collated next were fetched by.
+        fetched: identifies the samples that are collated next.
     """
 
     def __init__(self, seeds: tuple[int, ...], epoch: Callable[[], int]) -> None:
@@ -100,7 +100,7 @@ class Keys:
         return {**vars(self), "_current": None}
 
     def share(self) -> None:
-        """Loader processes shall see epochs that begin after they were started, as persistent ones do."""
+        """Let loader processes see epochs that begin after they were started: persistent ones live on."""
         self._epoch.share_memory_()
 
     def tell_epoch(self) -> None:
@@ -117,24 +117,24 @@ class Keys:
 class _Forwarding:
     """Has the attributes of a data set, to read and to set, as a ``worker_init_fn`` does."""
 
-    unkeyed: Any
+    unseeded: Any
     """The user's own object."""
-    _keys: Keys
+    _seeder: Seeder
 
-    def __init__(self, dataset: Any, keys: Keys) -> None:
-        vars(self).update(unkeyed=dataset, _keys=keys)
+    def __init__(self, dataset: Any, seeder: Seeder) -> None:
+        vars(self).update(unseeded=dataset, _seeder=seeder)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked by pickle and copy before there is a data set
             raise AttributeError(f"{type(self).__name__} has no {name}")
-        return getattr(self.unkeyed, name)
+        return getattr(self.unseeded, name)
 
     @override
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.unkeyed, name, value)
+        setattr(self.unseeded, name, value)
 
     def __len__(self) -> int:
-        return len(self.unkeyed)
+        return len(self.unseeded)
 
 
 class SeededDataset(_Forwarding, Dataset[Any]):
@@ -143,32 +143,32 @@ class SeededDataset(_Forwarding, Dataset[Any]):
     @override
     def __getitem__(self, index: Any) -> Any:
         index_key = _plain(index)
-        self._keys.fetched = ("batch", index_key)
+        self._seeder.fetched = ("batch", index_key)
         with random_numbers_apart():
-            self._keys.seed("sample", index_key)
-            return self.unkeyed[index]
+            self._seeder.seed("sample", index_key)
+            return self.unseeded[index]
 
     def __getitems__(self, indices: list[Any]) -> Any:
         """Called by torch for a batch."""
-        self._keys.fetched = ("batch", _plain(indices))
+        self._seeder.fetched = ("batch", _plain(indices))
         with random_numbers_apart():
-            several = getattr(self.unkeyed, "__getitems__", None)
+            several = getattr(self.unseeded, "__getitems__", None)
             return self._one_by_one(indices) if not several else self._several(several, indices)
 
     def _one_by_one(self, indices: list[Any]) -> list[Any]:
         samples = []
         for index in indices:
-            self._keys.seed("sample", _plain(index))
-            samples.append(self.unkeyed[index])
+            self._seeder.seed("sample", _plain(index))
+            samples.append(self.unseeded[index])
         return samples
 
     def _several(self, several: Callable[[list[Any]], Any], indices: list[Any]) -> Any:
         samples = []
         for index in indices:
-            self._keys.seed("sample", _plain(index))
+            self._seeder.seed("sample", _plain(index))
             one = several([index])
             if not (isinstance(one, list) and len(one) == 1):
-                self._keys.seed("samples", _plain(indices))
+                self._seeder.seed("samples", _plain(indices))
                 return several(indices)
             samples += one
         return samples
@@ -182,47 +182,47 @@ class SeededIterable(_Forwarding, IterableDataset[Any]):
         info = get_worker_info()
         process = info.id if info is not None else 0
         with random_numbers_apart():
-            self._keys.seed("iteration", process)
-            items = iter(self.unkeyed)
+            self._seeder.seed("iteration", process)
+            items = iter(self.unseeded)
         for number in count():
             with random_numbers_apart():
-                self._keys.seed("item", process, number)
+                self._seeder.seed("item", process, number)
                 try:
                     item = next(items)
                 except StopIteration:
                     return
-            self._keys.fetched = ("items", process, number)
+            self._seeder.fetched = ("items", process, number)
             yield item
 
 
 class SeededCollate:
     """A collate function whose random numbers depend on the samples of the batch."""
 
-    def __init__(self, collate: Callable[[Any], Any], keys: Keys) -> None:
-        self.unkeyed = collate
-        self._keys = keys
+    def __init__(self, collate: Callable[[Any], Any], seeder: Seeder) -> None:
+        self.unseeded = collate
+        self._seeder = seeder
 
     def __call__(self, samples: Any) -> Any:
         """Called by torch with the samples that were just fetched."""
         with random_numbers_apart():
-            self._keys.seed("collate", self._keys.fetched)
-            return self.unkeyed(samples)
+            self._seeder.seed("collate", self._seeder.fetched)
+            return self.unseeded(samples)
 
 
 class SeededOrder:
     """A sampler, of samples or of batches, whose random numbers depend on how much it has given."""
 
-    def __init__(self, sampler: Any, keys: Keys) -> None:
-        self.unkeyed = sampler
-        self._keys = keys
+    def __init__(self, sampler: Any, seeder: Seeder) -> None:
+        self.unseeded = sampler
+        self._seeder = seeder
 
     def __iter__(self) -> Iterator[Any]:
         with random_numbers_apart():
-            self._keys.seed("order")
-            items = iter(self.unkeyed)
+            self._seeder.seed("order")
+            items = iter(self.unseeded)
         for number in count():
             with random_numbers_apart():
-                self._keys.seed("order", number)
+                self._seeder.seed("order", number)
                 try:
                     item = next(items)
                 except StopIteration:
@@ -230,25 +230,25 @@ class SeededOrder:
             yield item
 
     def __len__(self) -> int:
-        return len(self.unkeyed)
+        return len(self.unseeded)
 
 
 class _TellsEpoch(DataLoader[Any]):
-    """Put before the class of a user's loader."""
+    """Mixed into the class of a user's loader, before it."""
 
-    _order_keys: Keys
+    _order_seeder: Seeder
 
     @property
     @override
     def _index_sampler(self) -> Any:
-        """What torch iterates to know what to fetch; the user's samplers stay where they are."""
-        return SeededOrder(super()._index_sampler, self._order_keys)
+        """The indices that torch fetches, in seeded order; the user's samplers stay where they are."""
+        return SeededOrder(super()._index_sampler, self._order_seeder)
 
     @override
     def __iter__(self) -> Any:
         if isinstance(self.dataset, SeededDataset | SeededIterable):
-            self.dataset._keys.tell_epoch()
-            self._order_keys.tell_epoch()
+            self.dataset._seeder.tell_epoch()
+            self._order_seeder.tell_epoch()
         return super().__iter__()
 
 

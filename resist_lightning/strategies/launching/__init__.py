@@ -1,1 +1,1 @@
-"""Starts the workers, and ends them."""
+"""Starts the workers, watches them, and stops them together."""

@@ -1,4 +1,4 @@
-"""The workers that worker 0 has started by running the script again: how they end, and that none is left behind."""
+"""Observes the workers that worker 0 started by re-running the script, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State: TypeAlias = Literal["unwatched", "watched", "failed", "stopped"]
 
 
 class Children:
-    """Takes the place of Lightning's observer, which kills worker 0 before it can say what happened.
+    """Replaces Lightning's observer, which kills worker 0 before it can report what happened.
 
     Args:
         processes: the children.
@@ -44,15 +44,15 @@ class Children:
         return name_of_exit(codes[0]) if codes and codes[0] is not None else None
 
     def kill(self, pid: int | None = None) -> None:
-        """Kill one child, or all that still run. A stopped one cannot be ended otherwise."""
+        """Kill one child, or all that still run. A child stopped by SIGSTOP cannot be ended otherwise."""
         for process in self._processes:
             if pid in (None, process.pid) and process.poll() is None:
                 process.kill()
 
     def _observe(self) -> None:
-        """Wait for a child that fails; then end all, as Lightning does, but give worker 0 time to say what happened.
+        """Wait for a child that fails; then end all, as Lightning does, but give worker 0 time to report what happened.
 
-        Once all have agreed to stop, each process ends as its program will have it.
+        Once all have agreed to stop, each process ends by itself.
         """
         while not any(failed := [process for process in self._processes if process.poll()]):
             if all(process.poll() == 0 for process in self._processes):
@@ -66,13 +66,14 @@ class Children:
         if self._state() == "stopped":
             return
         self.kill()
+        # Worker 0 did not fail by itself: it may hang in a call that waits for the child.
         if self._state() != "failed":
             sys.stderr.write(f"a worker (pid {failed[0].pid}) {name_of_exit(failed[0].returncode)}; all are ended.\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _leave_none(self) -> None:
-        """At the exit of worker 0, unless it has trained to the end: wait for the children, kill those that go on."""
+        """At the exit of worker 0 after an error or a signal: wait for the children, then kill those that still run."""
         if os.getpid() != self._pid:  # a fork of worker 0
             return
         if self._state() in ("failed", "stopped"):

@@ -1,4 +1,4 @@
-"""Who of the others is lost, for a strategy: begins the watch, and turns errors into the one that says it."""
+"""Starts the watchdog for a strategy and converts connection errors into ``WorkerLost``."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.launching.children import Children, State
 
 PARENT = "RESIST_LIGHTNING_PARENT"
-"""Tells a worker which process has started it by running the script again."""
+"""Environment variable with the id of the process that started this worker by running the script again."""
 
 
 class Guard:
-    """What a strategy does about workers that are lost.
+    """Watches the other workers on behalf of a strategy.
 
     Args:
-        silence: after how long without a sign a worker counts as lost.
+        silence: time without a heartbeat after which a worker counts as lost.
     """
 
     def __init__(self, silence: timedelta) -> None:
         self.silence = silence
         self.children: Children | None = None
         self._failed = self._stopped = False
-        self._watch: Watchdog | None = None
+        self._watchdog: Watchdog | None = None
 
     @property
     def state(self) -> State:
         """Whether the others are watched, whether this worker has failed, and whether all have agreed to stop."""
         if self._failed or self._stopped:
             return "failed" if self._failed else "stopped"
-        return "watched" if self._watch is not None else "unwatched"
+        return "watched" if self._watchdog is not None else "unwatched"
 
     def begin(self, trainer: pl.Trainer, activity: Callable[[], Activity | None], timeout: timedelta) -> None:
-        """Begin to watch; call it where the group exists.
+        """Start the watchdog; the process group must exist.
 
         Args:
             trainer: of this worker.
-            activity: what this worker is doing.
-            timeout: after how long a worker that waits for another one gives up.
+            activity: gives what this worker is doing.
+            timeout: of collectives.
         """
         environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         where = f"{environment.main_address}:{environment.main_port}"
         children = self.children
         self._failed = self._stopped = False
-        self._watch = Watchdog(
+        self._watchdog = Watchdog(
             Heartbeats(trainer.global_rank, trainer.world_size),
             Surroundings(
                 activity=activity,
@@ -66,27 +66,27 @@ class Guard:
             silence=self.silence.total_seconds(),
             timeout=timeout.total_seconds(),
         )
-        self._watch.start()
+        self._watchdog.start()
 
     def look_up(self) -> None:
-        """Tell the others at once what this worker is doing; call it when there is an activity to tell of."""
-        if self._watch is not None:
-            self._watch.wake()
+        """Send a heartbeat at once, with what this worker is doing now."""
+        if self._watchdog is not None:
+            self._watchdog.wake()
 
     def check(self) -> None:
-        """Costs nothing. Raises WorkerLost if a worker is known to be lost."""
-        if self._watch is not None:
-            self._watch.check()
+        """Raise WorkerLost if a worker is known to be lost. Cheap enough for every batch."""
+        if self._watchdog is not None:
+            self._watchdog.check()
 
     def end(self) -> None:
-        """Stop watching; call it where the workers part."""
-        if self._watch is not None:
-            watch, self._watch = self._watch, None
-            watch.tell("done")
+        """Stop watching: from here on workers may end at any time."""
+        if self._watchdog is not None:
+            watchdog, self._watchdog = self._watchdog, None
+            watchdog.tell("done")
 
     @contextmanager
     def around(self, ends_together: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """What is raised inside is told to the others; a broken connection becomes the WorkerLost that explains it.
+        """Report what is raised inside to the others, and convert a broken connection into the WorkerLost behind it.
 
         Args:
             ends_together: whether all workers are ending now, so that the signal's exception is no failure.
@@ -95,31 +95,32 @@ class Guard:
             yield
         except BaseException as error:
             self._stopped = isinstance(error, (KeyboardInterrupt, SIGTERMException)) and ends_together()
-            if self._watch is None or self._stopped or isinstance(error, _TunerExitException):
+            if self._watchdog is None or self._stopped or isinstance(error, _TunerExitException):
                 raise
             self._failed = True
-            watch = self._watch
-            lost = watch.explain(error)
-            if lost is None:
-                watch.tell("failed", _in_words(error))
-                self._watch = None
+            watchdog = self._watchdog
+            lost = watchdog.explain(error)
+            if lost is None:  # this worker's own error
+                watchdog.tell("failed", _one_line(error))
+                self._watchdog = None
                 raise
-            verdict = watch.verdict
+            verdict = watchdog.verdict
+            # A frozen process cannot end by itself, and would outlive the run.
             if self.children is not None and verdict is not None and verdict.frozen:
                 self.children.kill(verdict.frozen)
-            watch.tell("gave up", verdict.text if verdict is not None else str(lost))
-            self._watch = None
+            watchdog.tell("gave up", verdict.text if verdict is not None else str(lost))
+            self._watchdog = None
             if lost is error:
                 raise
             raise lost from error
 
 
 def how_to_resume(trainer: pl.Trainer) -> str:
-    """A sentence with the folder of snapshots, or the newest checkpoint that the trainer's callbacks know."""
+    """Tells the user how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
     strategy: Any = trainer.strategy
     snapshots = strategy.snapshot_folder
     if snapshots is not None:
-        again = "torchrun goes on from there by itself if it may start the workers again; otherwise resume"
+        again = "torchrun resumes from there by itself if it may start the workers again; otherwise resume"
         return f"Snapshots are in {str(snapshots)!r}: {again} with Trainer.fit(..., ckpt_path={str(snapshots)!r})."
     known = [strategy.last_written] + [
         getattr(callback, name, "")
@@ -135,14 +136,14 @@ def how_to_resume(trainer: pl.Trainer) -> str:
     )
 
 
-def _in_words(error: BaseException) -> str:
-    """An error of a worker, for the others."""
+def _one_line(error: BaseException) -> str:
+    """An error of this worker in one line, for the others."""
     text = f"{type(error).__name__}: {error}".strip().rstrip(".")
     return f"{text[:500]}{'...' if len(text) > 500 else ''}."
 
 
 def _parent_watcher() -> Callable[[], str]:
-    """Says whether the process has ended that started this worker, where that one must outlive it."""
+    """A function that says whether the process that started this worker, and must outlive it, has ended."""
     main = multiprocessing.parent_process()
     parent = os.getppid()
     by_script = os.environ.get(PARENT) == str(parent)

@@ -1,11 +1,11 @@
-"""Starting the workers: settings and modules are checked before any process is started."""
+"""The launcher for script and torchrun workers, and the checks that run before any process starts."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
@@ -19,50 +19,45 @@ from typing_extensions import override
 
 from resist_lightning.schedule.progress import one_round
 from resist_lightning.strategies.launching.children import Children
-from resist_lightning.strategies.launching.guard import PARENT, Guard
+from resist_lightning.strategies.launching.guard import PARENT
 from resist_lightning.strategies.options import StartMethod
 
-
-class _Checked(Protocol):
-    guard: Guard
-
-    def check_before_launch(self, trainer: pl.Trainer) -> None: ...
-
-    def ends_together(self) -> bool: ...
+if TYPE_CHECKING:  # it imports this module
+    from resist_lightning.strategies.base import SubnetStrategy
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher by re-running the script, and of processes that exist already (torchrun, SLURM)."""
 
-    def __init__(self, strategy: _Checked, environment: ClusterEnvironment, processes: int, nodes: int) -> None:
+    def __init__(self, strategy: SubnetStrategy, environment: ClusterEnvironment, processes: int, nodes: int) -> None:
         super().__init__(environment, processes, nodes)
-        self._checked = strategy
+        self._strategy = strategy
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
-        """Called by the trainer. As Lightning's, but for its observer of the children, whose place ours takes."""
+        """Called by the trainer. As Lightning's, but :class:`Children` replaces its observer of the children."""
         if trainer is not None:
-            self._checked.check_before_launch(trainer)
+            self._strategy.check_before_launch(trainer)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        guard = self._checked.guard
+        guard = self._strategy.guard
         if not self.cluster_environment.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
-            del os.environ[PARENT]
+            del os.environ[PARENT]  # programs that this worker starts later are no workers
             guard.children = Children(self.procs, 2 * guard.silence.total_seconds(), lambda: guard.state)
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        with guard.around(self._checked.ends_together):
+        with guard.around(self._strategy.ends_together):
             return function(*args, **kwargs)
 
     @override
     def kill(self, signum: Any) -> None:
-        """Called by Lightning after a Ctrl-C. Children that have agreed to stop end as their program will have it."""
-        if self._checked.guard.state != "stopped":
+        """Called by Lightning after a Ctrl-C. Children that have agreed to stop end by themselves."""
+        if self._strategy.guard.state != "stopped":
             super().kill(signum)
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:
-    """Refuse ways to start workers that are known to go wrong.
+    """Refuse ways to start workers that are known to fail.
 
     Raises:
         ValueError: for MPS, for a start method that ignores the processes that exist already, and for ``popen`` in a
@@ -83,7 +78,7 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that read all parameters while a worker has only some, and name those that cost messages.
+    """Refuse callbacks that read all parameters while a worker holds a part, and warn of those that send messages.
 
     Raises:
         ValueError: for stochastic weight averaging.
@@ -104,7 +99,7 @@ def check_callbacks(trainer: pl.Trainer) -> None:
 
 
 def warn_of_messages(trainer: pl.Trainer) -> None:
-    """Name metrics that the module reduces over the workers in every batch; once, where Python warns once."""
+    """Warn of metrics that the module reduces over the workers in every batch."""
     results: Any = getattr(trainer.fit_loop.epoch_loop, "_results", {})
     for result in results.values():
         meta = result.meta
@@ -116,7 +111,7 @@ def warn_of_messages(trainer: pl.Trainer) -> None:
 
 
 def warn_of_one_round(trainer: pl.Trainer, local_steps: int) -> None:
-    """Say that a training whose number of steps is known will end before its first round does."""
+    """Warn of a training that will end before its first round does."""
     if trainer.world_size == 1 or getattr(trainer, "fast_dev_run", False):
         return
     try:
@@ -128,7 +123,7 @@ def warn_of_one_round(trainer: pl.Trainer, local_steps: int) -> None:
 
 
 def _in_hydra_sweep() -> bool:
-    """Asked of a Hydra that the user's program has loaded; this package does not import it."""
+    """Asks the Hydra that the user's program has loaded, if any: this package does not import it."""
     module: Any = sys.modules.get("hydra.core.hydra_config")
     if module is None or not module.HydraConfig.initialized():
         return False

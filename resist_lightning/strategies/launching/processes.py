@@ -1,4 +1,4 @@
-"""Starts workers by spawn, fork or forkserver, brings home what they made, and leaves none behind."""
+"""The launcher by spawn, fork or forkserver: starts workers, collects their results, leaves none behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENDING_SECONDS = 15.0
 """After an error or a second Ctrl-C, for how long workers may end by themselves before they are killed."""
 
 LOOK_SECONDS = 1.0
-"""How often the main process looks whether workers that were told to stop are late."""
+"""How often the main process checks for workers that were told to stop and are late."""
 
 _CHECKPOINT_FACTS = ("best_model_path", "best_model_score", "last_model_path", "kth_best_model_path", "best_k_models")
 
@@ -53,7 +53,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """Called by the trainer, in the main process.
 
         Raises:
-            WorkerLost: if a worker died without a word.
+            WorkerLost: if a worker died without raising.
             ProcessRaisedException: if a worker raised; with its traceback.
         """
         if trainer is not None:
@@ -64,7 +64,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             _check_missing_main_guard()
         else:
             _check_bad_cuda_fork()
-        others = multiprocessing.active_children()
+        others = multiprocessing.active_children()  # the user's own, which are not ours to end
         with self._port(), tempfile.TemporaryDirectory(prefix="resist_lightning_") as self._folder:
             results = Results(Path(self._folder, "results"))
             try:
@@ -81,7 +81,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             return output.trainer_results
 
     def restore_interrupt(self) -> None:
-        """After a Ctrl-C Lightning ignores all that follow, for good: let the next one be heard."""
+        """Undo that Lightning ignores SIGINT for good after a Ctrl-C."""
         if self._usual_interrupt is not None:
             signal.signal(signal.SIGINT, self._usual_interrupt)
             self._usual_interrupt = None
@@ -95,7 +95,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @contextmanager
     def _port(self) -> Iterator[None]:
-        """Tell the workers their port, which is chosen here. The next Trainer of this process chooses another one."""
+        """Pass the port to the workers by the environment; the next Trainer of this process chooses another one."""
         assert self._strategy.cluster_environment is not None
         given = os.environ.get("MASTER_PORT")
         os.environ["MASTER_PORT"] = str(self._strategy.cluster_environment.main_port)
@@ -130,7 +130,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             with forwarder.waiting(trainer):
                 while not workers.join(timeout=LOOK_SECONDS, grace_period=ENDING_SECONDS):
                     forwarder.check(workers.processes)
-        except ProcessExitedException as error:  # without a word; one that raised is told by its own traceback
+        except ProcessExitedException as error:  # one that raised has another exception, with its traceback
             raise WorkerLost(
                 f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
                 f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
@@ -138,7 +138,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             ) from error
 
     def _end(self, workers: Sequence[BaseProcess], error: BaseException) -> None:
-        """Let no worker outlive an error here. A second Ctrl-C ends the patience with those that still run."""
+        """Let no worker outlive an error here. A second Ctrl-C kills at once those that still run."""
         interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
             self._usual_interrupt = signal.getsignal(signal.SIGINT)
@@ -157,7 +157,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: pl.Trainer | None, *args: Any, **kwargs: Any) -> None:
-        """Called in each worker. Only the first to end is heard by the main process: the others say it themselves."""
+        """Called in each worker. The main process reports only the first that ends: others write their error here."""
         strategy: Any = self._strategy
         try:
             with ending(trainer), strategy.guard.around(strategy.ends_together):
@@ -169,7 +169,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
-        """Called in each worker at the end. The weights' file too is made where the main process removes it."""
+        """Called in each worker at the end. The file of weights goes to the folder that the main process removes."""
         usual, tempfile.tempdir = tempfile.tempdir, self._folder
         try:
             return super()._collect_rank_zero_results(trainer, results)
@@ -178,7 +178,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Called in worker 0 at the end: what the main process needs beside the weights, to save or resume."""
+        """Called in worker 0 at the end: what the main process needs to save or resume, beside the weights."""
         strategy: Any = trainer.strategy
         return {
             **super().get_extra_results(trainer),
@@ -203,7 +203,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
 
 class Results:
-    """What worker 0 gives to the main process, in a file: it may be of any size. Takes the place of Lightning's queue.
+    """A queue for the results of worker 0, in a file: they may be of any size. Replaces Lightning's queue.
 
     Args:
         path: of the file; its folder must exist.

@@ -1,4 +1,4 @@
-"""Signals that end a run or ask for a checkpoint: noted by one worker, acted upon by all at the same place."""
+"""Signal handlers: a signal noted by one worker is acted upon by all of them before the same batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXIT_CODE = 128 + signal.SIGTERM  # as shells have it; to torchrun, 0 means tha
 
 
 class Signals:
-    """Takes the place of Lightning's handlers while the workers train.
+    """Replaces Lightning's signal handlers while the workers train.
 
     Lightning's handler of SIGTERM broadcasts where it stands, and pairs with another worker's sync; a Ctrl-C ends each
     worker in another step. Here a worker notes the signal, tells the others at the next handshake, and all act upon it
@@ -43,11 +43,11 @@ class Signals:
         self._first_at = 0.0
         self._originals: dict[int, Any] = {}
         self._bits = requests_by_signal(getattr(trainer.strategy, "cluster_environment", None))
-        self._said = 0
+        self._announced = 0
 
     @property
     def requests(self) -> int:
-        """What this worker was asked to do and has not done yet."""
+        """Bits of what this worker was asked to do and has not done yet."""
         return self._noted
 
     @property
@@ -56,7 +56,7 @@ class Signals:
         return bool(self._agreed & (_TERMINATE | _INTERRUPT))
 
     def install(self) -> None:
-        """Take the handlers' place; in the main thread only, elsewhere nothing happens."""
+        """Install the handlers. Python allows it in the main thread only; elsewhere nothing happens."""
         if threading.current_thread() is not threading.main_thread() or self._originals:
             return
         for number, bit in self._bits.items():
@@ -67,7 +67,7 @@ class Signals:
                 signal.signal(number, self._note)
 
     def remove(self) -> None:
-        """Put the handlers back. What came too late to be agreed upon is theirs, unless the run has failed anyway."""
+        """Put the original handlers back, and raise again for them what came too late for all workers to agree on."""
         for number, original in self._originals.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, original)
@@ -77,13 +77,13 @@ class Signals:
             if noted & self._bits[signal.Signals(number)]:
                 signal.raise_signal(number)
 
-    def learn(self, requests: Iterable[int]) -> None:
-        """Receive the requests of all workers, in order, at a handshake: now all know them."""
+    def on_requests(self, requests: Iterable[int]) -> None:
+        """Take the requests of all workers, by rank, at a handshake: now every worker knows them."""
         for worker, request in enumerate(requests):
             self._agreed |= request
             for number, bit in self._bits.items():
                 if request & bit:
-                    self._say(worker, number)
+                    self._announce(worker, number)
 
     def act(self) -> None:
         """Act upon what all workers know. Collective: every worker must call this, at the same place.
@@ -95,7 +95,7 @@ class Signals:
         agreed, self._agreed = self._agreed, 0
         if agreed & _REQUEUE:
             self._noted &= ~_REQUEUE
-            self._said &= ~_REQUEUE
+            self._announced &= ~_REQUEUE
             number = next(number for number, bit in self._bits.items() if bit == _REQUEUE)
             self._originals[number](number, None)
         if agreed & (_TERMINATE | _INTERRUPT):
@@ -116,26 +116,27 @@ class Signals:
                 raise KeyboardInterrupt
             raise SIGTERMException(_EXIT_CODE)
         if not self._noted & bit and not ending:
-            self._say(self._trainer.global_rank, number)
+            self._announce(self._trainer.global_rank, number)
         if bit != _REQUEUE and not ending:
             self._first_at = time.monotonic()
         self._noted |= bit
 
-    def _say(self, worker: int, number: int) -> None:
-        """Once for all workers: worker 0 says what reached it at once, and what reached others when it learns of it."""
+    def _announce(self, worker: int, number: int) -> None:
+        """Print a signal once for all workers: worker 0 does it, for those of others when a handshake brings them."""
         bit = self._bits[signal.Signals(number)]
-        stopping = self._said & (_TERMINATE | _INTERRUPT)
-        if self._trainer.global_rank != 0 or self._said & bit or (stopping and bit != _REQUEUE):
+        stopping = self._announced & (_TERMINATE | _INTERRUPT)
+        if self._trainer.global_rank != 0 or self._announced & bit or (stopping and bit != _REQUEUE):
             return
-        self._said |= bit
+        self._announced |= bit
         what = "save a checkpoint" if bit == _REQUEUE else "stop"
         again = "" if bit == _REQUEUE else " A second signal stops at once, without a checkpoint."
         name = signal.Signals(number).name
+        # Not print(), which fails where the signal has interrupted another print().
         os.write(2, f"worker {worker}: {name}: all workers {what} when this round ends.{again}\n".encode())
 
 
 def requests_by_signal(environment: Any) -> dict[signal.Signals, int]:
-    """What a worker notes of each signal that it heeds.
+    """The signals that a worker handles, each with the bit that stands for it.
 
     Args:
         environment: Lightning's cluster environment.

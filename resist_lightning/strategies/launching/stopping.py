@@ -1,4 +1,4 @@
-"""Stopping workers of a main process that only waits: its signals are passed on, and a worker's error ends there."""
+"""Stops spawned workers: forwards the signals of the main process, which only waits for them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Forwarder:
             self._originals = {}
 
     def check(self, workers: Sequence[BaseProcess]) -> None:
-        """Call this again and again while waiting: workers that hang must not keep the main process for ever.
+        """Call this repeatedly while waiting: workers that hang must not block the main process for ever.
 
         Raises:
             SIGTERMException: if SIGTERM was passed on, and workers have not ended within the limit.
@@ -93,7 +93,7 @@ class Forwarder:
 
 
 def start_fork_server() -> None:
-    """Start the server of the start method ``forkserver`` such that no signal to the process group ends it."""
+    """Start the server of the start method ``forkserver`` so that no signal to the process group ends it."""
     resource_tracker.ensure_running()  # it would be started below, and let the signals in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _EXIT_CODES.values())
     try:
@@ -142,4 +142,4 @@ def _save_nothing_more(trainer: pl.Trainer) -> None:
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
-    """In the place of a hook."""
+    """Replaces a hook."""

@@ -1,4 +1,4 @@
-"""``ModelCheckpoint`` as it must be where workers see different metrics, and a disk may refuse a file."""
+"""Patches ``ModelCheckpoint`` for workers that see different metrics, and for disks that refuse a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resist_lightning.errors import CheckpointNotWritten
 
 
 class Refused(CheckpointNotWritten):
-    """Tells a callback that its checkpoint was not written; the training goes on."""
+    """Tells a callback that its checkpoint was not written; the training continues."""
 
 
 class CheckpointCallbacks:
@@ -26,10 +26,10 @@ class CheckpointCallbacks:
       uploaded.
 
     Args:
-        trainer: the trainer of this worker, which can talk to the others.
+        trainer: the trainer of this worker.
 
     Attributes:
-        saving: whether such a callback is saving, and must hear of a failure by :class:`Refused`.
+        saving: whether such a callback is saving, which learns of a failure by :class:`Refused`.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -90,15 +90,15 @@ class CheckpointCallbacks:
         return save_or_warn
 
 
-def say_not_written(text: str, callbacks: CheckpointCallbacks | None) -> None:
-    """Tell the callback that has asked for a checkpoint, which must not announce it, or else the user."""
+def report_not_written(text: str, callbacks: CheckpointCallbacks | None) -> None:
+    """Raise in the callback that asked for a checkpoint, which must not announce it; without one, warn the user."""
     if callbacks is not None and callbacks.saving:
         raise Refused(text)
     rank_zero_warn(text)
 
 
 def resolve_file_urls(trainer: pl.Trainer) -> None:
-    """Undo that Lightning takes the ``file:`` of a ``dirpath="file:///folder"`` for a folder in the current one."""
+    """Correct that Lightning reads the ``file:`` of ``dirpath="file:///folder"`` as a folder in the current one."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _, found, folder = str(callback.dirpath).partition("/file:/")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the full model in one file, and beside it, in a folder, what each worker alone has.
+"""Checkpoint files: the full model in one file, and beside it a folder with the state of each worker.
 
 ::
 
@@ -7,7 +7,7 @@
                          round=7-step=3-1-of-2.9c4711d0.pt   written by worker 1
 
 The workers' files are written first, under names that no other checkpoint has; then the model's file, which names them,
-takes the place of the one before. Whoever is killed on the way leaves the checkpoint before it whole.
+replaces the one before. A process that is killed in between leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError
 
 CHECKPOINT_KEY = "resist_lightning"
-"""Where a checkpoint keeps what its ``state_dict`` does not say; plain Lightning ignores it."""
+"""Key of the state that a checkpoint has beside its ``state_dict``; plain Lightning ignores it."""
 
 _NOTHING, _DISK, _OTHER = range(3)  # kinds of failures
 
 
 def local_path(path: _PATH) -> Path | None:
-    """The local path that ``path``, which may be a ``file://`` URL, stands for; None for another file system's."""
+    """The local path of ``path``, which may be a ``file://`` URL; None on any other file system."""
     system = get_filesystem(path)
     return Path(system._strip_protocol(str(path))) if isinstance(system, LocalFileSystem) else None
 
 
 def exists(path: _PATH) -> bool:
-    """Whether there is such a file, on whatever file system."""
+    """Whether there is such a file, on any file system."""
     return bool(get_filesystem(path).exists(str(path)))
 
 
 def agree_on_path(path: _PATH, collective: Collective) -> str:
-    """Worker 0's path of a checkpoint, where the workers may name it differently.
+    """Worker 0's path of a checkpoint, which the workers may name differently.
 
     A metric that is not reduced over the workers, a clock or a rank in the name make names differ.
 
@@ -74,15 +74,15 @@ def save_together(
     """Write a checkpoint. Collective: every worker must call this, in the same order.
 
     Args:
-        checkpoint: what ``write`` will write; gets the names of the workers' files.
-        own: what this worker alone has, or None on all workers to write the model only.
+        checkpoint: content that ``write`` will write; gets the names of the workers' files.
+        own: state of this worker, or None on all workers to write the model only.
         path: of the model's file, the same on all workers.
         write: writes the model's file; called on worker 0.
         collective: the workers.
 
     Raises:
         CheckpointNotWritten: on all workers, if the disk of one refused; the checkpoint before it stays as it was.
-        Exception: on a worker on which anything else went wrong, its own one; on the others a RuntimeError that has it.
+        Exception: of any other kind on the worker where it happened; on the others a RuntimeError with its text.
     """
     local, mine = local_path(path), None
     folder = folder_of(local) if local is not None else None
@@ -94,6 +94,7 @@ def save_together(
         number, failure = 0, None
         there = {file.name for file in folder.glob("*.pt")}
         try:
+            # The name has the checksum in it, so no two checkpoints share a file unless it is the same.
             mine = write_sealed(own, folder, _stem(checkpoint, collective))
             number = int(_seal(mine), 16)
             mine = None if mine.name in there else mine  # of the checkpoint before, which stays if this one fails
@@ -108,7 +109,7 @@ def save_together(
         try:
             write()
         except PartialModelError as error:
-            failure = PartialModelError(f"{_what_is_pickled(checkpoint)} {error}")
+            failure = PartialModelError(f"{_pickled_network(checkpoint)} {error}")
         except Exception as error:  # noqa: BLE001 - the others wait
             failure = error
     _share(0, failure, str(path), _New(folder, mine), collective)
@@ -116,8 +117,8 @@ def save_together(
         remove_files(local, files_named_in(checkpoint), collective.worker)
 
 
-def _what_is_pickled(checkpoint: Mapping[str, Any]) -> str:
-    """Names what has the network in it, though a worker has only a part of that."""
+def _pickled_network(checkpoint: Mapping[str, Any]) -> str:
+    """Tells what in a checkpoint pickles the network, of which a worker holds only a part."""
     values = checkpoint.get("hyper_parameters", {}).items()
     names = [name for name, value in values if isinstance(value, nn.Module)]
     if not names:
@@ -129,7 +130,7 @@ def _what_is_pickled(checkpoint: Mapping[str, Any]) -> str:
 
 
 def remove(path: _PATH, worker: int) -> None:
-    """Remove what the workers have written beside a checkpoint, whose own file worker 0 removes."""
+    """Remove the workers' files of a checkpoint, whose model file worker 0 removes."""
     local = local_path(path)
     if local is not None and worker == 0:
         remove_files(local)
@@ -151,17 +152,17 @@ def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = No
 
 
 def files_named_in(checkpoint: Mapping[str, Any]) -> list[str]:
-    """Names of the workers' files that belong to a checkpoint: names only, whatever folder they may speak of."""
+    """Names of the workers' files of a checkpoint, without any folder: the checkpoint may have been moved."""
     state = checkpoint.get(CHECKPOINT_KEY, {})
     return [Path(name).name for name in state.get("files", [])]
 
 
 def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] | None:
-    """What a worker alone had when a checkpoint was written, or None if its file is gone.
+    """The state of a worker in a checkpoint, or None if its file is gone.
 
     Args:
         state: the checkpoint's part under :data:`CHECKPOINT_KEY`.
-        path: from which it was loaded; a link to it will do.
+        path: from which it was loaded, which may be a link.
         worker: whose.
 
     Raises:
@@ -177,7 +178,7 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
                 found: dict[str, Any] = read_sealed(file)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error} Remove the folder {folder} to go on from the full model alone, in which the workers' "
+                    f"{error} Remove the folder {folder} to resume from the full model alone, in which the workers' "
                     "steps since the last sync are averaged."
                 ) from error
             return found
@@ -191,7 +192,7 @@ def folder_of(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class _New:
-    """What a save has made so far: this worker's file, unless it was there, in the folder of the workers' files."""
+    """What a save has created so far, to be removed if it fails."""
 
     folder: Path | None
     file: Path | None
@@ -206,7 +207,9 @@ class _New:
 
 
 def _share(number: int, failure: Exception | None, path: str, new: _New, collective: Collective) -> list[int]:
-    """Each worker's number, if nothing failed. Collective: every worker must call this, in the same order.
+    """Each worker's number; raises on all workers if one has a failure.
+
+    Collective: every worker must call this, in the same order.
 
     Raises:
         CheckpointNotWritten: on all workers, if a disk refused; what is new is removed.
@@ -217,7 +220,7 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
     kinds = [int(row[0]) for row in rows]
     if not any(kinds):
         return [int(row[1]) for row in rows]
-    texts = [text.decode() for text in collective.gather_bytes(_in_words(failure).encode())]
+    texts = [text.decode() for text in collective.gather_bytes(_reason(failure).encode())]
     new.remove()
     said = "; ".join(f"worker {worker}: {text}" for worker, text in enumerate(texts) if kinds[worker])
     if _OTHER not in kinds:
@@ -230,7 +233,7 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
     raise RuntimeError(f"{path} could not be written ({said}).")
 
 
-def _in_words(failure: Exception | None) -> str:
+def _reason(failure: Exception | None) -> str:
     if isinstance(failure, OSError):
         return failure.strerror or f"{type(failure).__name__}: {failure}"
     return f"{type(failure).__name__}: {failure}"[:1000]

@@ -1,4 +1,4 @@
-"""How the model's file of a checkpoint is written and read: by this package, or by a plugin of the Trainer."""
+"""Reads and writes the model's file of a checkpoint, by this package or by a plugin of the Trainer."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from resist_lightning.strategies.saving.checkpoint_files import (
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Lightning's, but a file carries a checksum, and a local one is replaced in one go.
+    """Lightning's plugin with checksums and atomic replacement of local files.
 
-    Lightning's own may copy it from another disk.
+    Lightning's own may copy a file from another disk, which leaves half a file if it is interrupted.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         local = local_path(path)
         if storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)  # says that there are none
+            super().save_checkpoint(checkpoint, path, storage_options)  # raises: there are no such options
         elif local is not None:
             try:
                 write_file(checkpoint, local)
             except OSError:
-                if not local.exists():  # the workers' files are of no use; a thread is the only one to know
+                if not local.exists():  # nothing names the workers' files now, and in a thread nobody else knows
                     remove_files(local)
                 raise
             # Not before: until then the workers' files of the checkpoint before are in use. AsyncCheckpointIO calls
@@ -64,14 +64,14 @@ class AtomicIO(TorchCheckpointIO):
         system = get_filesystem(path)
         if not exists(path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        content = io.BytesIO(system.cat_file(str(path)))  # read from afar once, for its checksum too
+        content = io.BytesIO(system.cat_file(str(path)))  # download once, for checksum and content
         check_seal(content, path, sealed=True)
         found: dict[str, Any] = torch.load(content, *(args or ("cpu",)), **options)
         return found
 
 
 def base_of(plugin: CheckpointIO) -> CheckpointIO:
-    """What writes and reads in the end, where plugins such as ``AsyncCheckpointIO`` wrap another one."""
+    """The innermost plugin: plugins such as ``AsyncCheckpointIO`` wrap another one."""
     while isinstance(plugin, _WrappingCheckpointIO) and plugin.checkpoint_io is not None:
         plugin = plugin.checkpoint_io
     return plugin
@@ -80,14 +80,14 @@ def base_of(plugin: CheckpointIO) -> CheckpointIO:
 def write_model(
     save: Callable[[], None], checkpoint: Mapping[str, Any], path: _PATH, plugin: CheckpointIO, forgiving: bool
 ) -> None:
-    """Write the model's file, in worker 0, and remove the workers' files that no checkpoint names any more.
+    """Write the model's file, in worker 0, and remove workers' files that no checkpoint names any more.
 
     Args:
         save: writes it by ``plugin``.
         checkpoint: what it writes.
         path: where to.
         plugin: the Trainer's, or :class:`AtomicIO`.
-        forgiving: whether to go on where an earlier file could not be written by its thread.
+        forgiving: whether to continue when the plugin's thread could not write an earlier file.
     """
     if forgiving:
         forgive_thread(plugin)
@@ -98,11 +98,11 @@ def write_model(
 
 
 def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
-    """Warn of what a disk refused to the thread of an ``AsyncCheckpointIO``, which would raise it from now on.
+    """Turn the stored OSError of an ``AsyncCheckpointIO``'s thread, raised at each later save, into a warning.
 
     Args:
         plugin: the Trainer's.
-        wait: until its thread has written all.
+        wait: whether to wait until its thread has written all.
     """
     if wait:
         with suppress(OSError):
@@ -114,7 +114,7 @@ def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
 
 
 def snapshots_at(path: _PATH, plugin: CheckpointIO) -> Path | None:
-    """The folder of snapshots that ``path`` names; None for a checkpoint, which a user's plugin may make a folder."""
+    """The folder of snapshots at ``path``; None for a checkpoint, which may be a folder with a user's plugin."""
     local = local_path(path)
     if local is None or not local.is_dir():
         return None
@@ -126,9 +126,9 @@ def load_checkpoint(load: Callable[[], Any], path: _PATH, by: CheckpointIO) -> d
     """Load the model's file.
 
     Args:
-        load: loads it.
+        load: reads it.
         path: of the file.
-        by: what ``load`` uses, and what has written it.
+        by: the plugin that ``load`` uses.
 
     Raises:
         FileNotFoundError: if there is none.

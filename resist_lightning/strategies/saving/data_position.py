@@ -1,4 +1,4 @@
-"""Where a worker is in its data and in its random numbers, so that a resumed run sees what the unbroken one would have.
+"""The position of a worker in its data and random numbers, so that a resumed run sees the batches it would have seen.
 
 Lightning saves no random state, and only worker 0's position in the data::
 
@@ -8,7 +8,7 @@ Lightning saves no random state, and only worker 0's position in the data::
 
 To resume, the iterator is made again from its random state, the batches that were trained are fetched once more and
 thrown away (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back. Where a
-shorter one of several loaders was begun again, that is done from the random state that there was.
+shorter one of several loaders was begun again, it is begun again from the same random state.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from resist_lightning.strategies.finetuning import ModuleModes
 
 
 class Position:
-    """A worker's place in the data and the random numbers of a ``fit``.
+    """A worker's position in the data and the random numbers of a ``fit``.
 
     Args:
         trainer: the trainer of this worker.
         keep_loaders: asked before each fetch whether :meth:`state` may be called before that batch is trained.
 
     Attributes:
-        modes: what the program has switched in the module.
+        modes: of the module's parameters and layers, which the program may switch.
     """
 
     def __init__(self, trainer: pl.Trainer, keep_loaders: Callable[[], bool] = lambda: False) -> None:
@@ -47,14 +47,14 @@ class Position:
         self._iterator_made: Randomness = {}
         self._before_fetch: dict[int, Randomness] = {}
         self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
-        self._order: list[object] | None = []  # what an iterator took its samples' order from when it was made
+        self._order: list[object] | None = []  # from what the iterator took the order of samples when it was made
         self._pending: dict[str, Any] = {}
         self._fetched_again: dict[int, Randomness] = {}
         self._loaders: list[dict[str, Any]] = []
 
     @property
     def pending(self) -> bool:
-        """Whether the next epoch goes on from a state of :meth:`state`."""
+        """Whether the next epoch resumes from a state of :meth:`state`."""
         return bool(self._pending)
 
     def state(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Position:
             progress.total.ready += 1
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``; call it when the loaders are made, before the first epoch begins."""
+        """Resume from ``state``; call it when the loaders are made, before the first epoch begins."""
         self._pending = state
         self._fit_loop._last_train_dl_reload_epoch = state.get(
             "loaders_made_in", self._fit_loop._last_train_dl_reload_epoch
@@ -97,7 +97,7 @@ class Position:
         self._set_random_state(state["random"])
 
     def random_state(self) -> Randomness:
-        """That of the global generators, and of those that the user gave to loaders and samplers."""
+        """State of the global generators, and of those that the user gave to loaders and samplers."""
         return {
             **random_state(),
             "loaders": [generator.get_state() for generator in generators(self._fit_loop._combined_loader)],
@@ -118,7 +118,7 @@ class Position:
         loader = self._fit_loop._combined_loader
         assert loader is not None
         if any(is_running(each) for each in loader.flattened):
-            loader.reset()  # processes that have served somebody else have random numbers that nobody knows
+            loader.reset()  # its processes have served another iterator, so their random state is unknown
         self._iterator_made, self._order = self.random_state(), None
 
     def note_made(self) -> None:
@@ -161,11 +161,11 @@ class Position:
         if made:
             self._iterator_made = before
         if self._epoch_loop._num_ready_batches_reached():
-            pass  # a resumed run ends an epoch here, all of whose batches are trained
+            pass  # a resumed run ends an epoch here: all of its batches are trained
         elif "iterator_made" in self._pending:
-            self._go_to_place(fetcher)
+            self._skip_trained(fetcher)
         elif not made and (self._pending or order(self._iterator()) != self._order):
-            # A resumed run begins an epoch; or a hook has iterated a loader whose processes go on, and has moved it.
+            # A resumed run begins an epoch; or a hook has iterated a loader whose processes persist, and has moved it.
             fetcher.combined_loader.reset()
             self._iterator_made = self.random_state()
             iter(fetcher)
@@ -173,7 +173,7 @@ class Position:
         self._pending = {}
 
     def _begins_next_epoch(self) -> bool:
-        """Whether Lightning takes the epoch for ended at whose last batch the run was stopped."""
+        """Whether the run was stopped after the last batch of an epoch, which Lightning takes for ended."""
         ended: int = self._pending.get("ended_epoch", self._epochs_processed())
         return ended < self._epochs_processed()
 
@@ -201,7 +201,7 @@ class Position:
             generator.set_state(own)
 
     def _watch_loaders(self) -> None:
-        """Be told when one of several loaders is begun again, as it is shorter."""
+        """Wrap combined loaders, to note the random state when a shorter one is begun again."""
         iterator: Any = self._iterator()
         loaders = getattr(iterator, "iterables", [])
         if len(loaders) > 1 and not any(isinstance(each, Watched) for each in loaders):
@@ -222,18 +222,18 @@ class Position:
         self._begun_again[loader] = {**needed, fetcher.fetched: self.random_state()}
 
     def _kept(self, first: int) -> dict[int, Randomness]:
-        """The random states that are needed to fetch again what was fetched before ``first``, and to go on there."""
+        """The random states needed to fetch again the batches before ``first``, and to continue there."""
         return {i: state for i, state in self._before_fetch.items() if i == 0 or i >= first}
 
     def _loader_states(self) -> list[dict[str, Any]]:
-        """Of loaders that can say where they are; none where Lightning fetches ahead of them."""
+        """State of loaders that have a ``state_dict``; none where Lightning fetches ahead of them."""
         fetcher, loader = self._fit_loop._data_fetcher, self._fit_loop._combined_loader
         return (
             loader._state_dicts() if fetcher is not None and fetcher.length is not None and loader is not None else []
         )
 
-    def _go_to_place(self, fetcher: Any) -> None:
-        """Make the iterator of the epoch again, behind the batches that were trained."""
+    def _skip_trained(self, fetcher: Any) -> None:
+        """Make the iterator of the epoch again, positioned after the batches that were trained."""
         pending, trained = self._pending, self._epoch_loop.batch_progress.current.ready
         loader = fetcher.combined_loader
         if self._epochs_processed() and any(getattr(each, "persistent_workers", False) for each in loader.flattened):
@@ -285,6 +285,6 @@ class Position:
 
 
 def _newest(states: dict[int, Randomness], before: int) -> dict[int, Randomness]:
-    """The one of the last fetch before ``before``, if there is one."""
+    """The state of the last fetch before ``before``, if there is one."""
     fetch = max((fetch for fetch in states if fetch < before), default=None)
     return {} if fetch is None else {fetch: states[fetch]}

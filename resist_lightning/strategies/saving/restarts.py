@@ -1,4 +1,4 @@
-"""Snapshots of a run, and how it goes on from them when torchrun starts its workers again."""
+"""Snapshots of a run, and resuming from them when torchrun restarts its workers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ROUNDS_COMPARED = 4
 
 
 def check_shrinking(options: StrategyOptions) -> None:
-    """Check, before any process is started, that a lost worker can be done without.
+    """Check, before any process is started, that a run can continue without a lost worker.
 
     Raises:
-        ValueError: if torchrun shares its store between attempts, in which the others never meet again.
+        ValueError: if torchrun keeps its store between attempts, in which the remaining workers cannot join again.
     """
     if options.on_worker_loss != "shrink":
         return
@@ -46,7 +46,7 @@ class Restarts:
     """The snapshots of one ``fit``.
 
     Args:
-        folder: where they are.
+        folder: of the snapshots.
         options: of the strategy.
         collective: the workers.
     """
@@ -59,15 +59,16 @@ class Restarts:
         self._collective = collective
 
     def restarted(self) -> bool:
-        """Whether torchrun has started this run again, so that it goes on from here by itself.
+        """Whether torchrun has restarted this run, so that it resumes from these snapshots by itself.
 
-        False, with nothing left in the folder, if not all workers had come to their first snapshot.
+        False, after the folder was emptied, if not all workers had written their first snapshot.
 
         Collective: every worker must call this, in the same order.
         """
         mine, snapshots = agent(groups_joined()), self.folder.newest_first()
         known = bool(mine) and mine in self.folder.agents()
         here = any(needed(snapshot, self._collective.worker, self._collective.workers) for snapshot in snapshots)
+        # Hosts may have folders of their own, so that workers see different files.
         rows = self._collective.gather_numbers([known, here, len({snapshot.round for snapshot in snapshots})])
         if not any(row[0] for row in rows):
             return False
@@ -103,7 +104,7 @@ class Restarts:
         newest = max(snapshot.round for snapshot in snapshots)
         if max(common) < newest:
             rank_zero_warn(
-                f"the snapshot of round {newest} in {self.folder.path} is not whole; going on from round {max(common)}."
+                f"the snapshot of round {newest} in {self.folder.path} is not whole; resuming from round {max(common)}."
             )
         found = [s for s in snapshots if s.round == max(common) and needed(s, worker, workers)]
         self.chosen = found[0]
@@ -111,7 +112,7 @@ class Restarts:
         return first
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """What each worker wrote of the chosen snapshot, in order, read one after the other.
+        """The chosen snapshot of each worker, by rank; only one is in memory at a time.
 
         Raises:
             CheckpointError: if this worker cannot read all files of it.
@@ -127,10 +128,10 @@ class Restarts:
             yield read_sealed(self.chosen.files[worker])
 
     def begin(self) -> None:
-        """Take over the folder for this run. Collective: every worker must call this, in the same order.
+        """Claim the folder for this run. Collective: every worker must call this, in the same order.
 
         Raises:
-            ValueError: if the folder has snapshots of a run that this one does not go on with.
+            ValueError: if the folder has snapshots of a run that this one does not resume.
             CheckpointNotWritten: on all workers, if it cannot be written to and the settings say
                 ``on_save_error="raise"``.
         """
@@ -142,9 +143,9 @@ class Restarts:
             )
         agents = [int(number) for (number,) in self._gather(agent(groups_joined()))]
         failure = self._take_over({number for number in agents if number})
-        # Nobody writes a snapshot before this is done.
+        # Also a barrier: nobody may write a snapshot before all have claimed the folder.
         numbers = [int(number) for (number,) in self._gather((failure.errno or -1) if failure is not None else 0)]
-        failed = [f"worker {worker}: {_in_words(number)}" for worker, number in enumerate(numbers) if number]
+        failed = [f"worker {worker}: {_reason(number)}" for worker, number in enumerate(numbers) if number]
         if failed and (self._options.on_save_error == "raise" or self._collective.worker == 0):
             self._not_written(f"snapshots={str(self.folder.path)!r} cannot be written ({'; '.join(failed)}).", failure)
 
@@ -157,8 +158,8 @@ class Restarts:
         try:
             self.folder.write(state, round, self._collective.worker, self._collective.workers)
         except OSError as error:
-            said, self._failing = self._failing, True
-            if not said:  # a full disk is not told of in every round
+            known, self._failing = self._failing, True
+            if not known:  # once, not in every round that finds the disk full
                 worker = self._collective.worker
                 self._not_written(f"worker {worker} could not write the snapshot of round {round}: {error}.", error)
         else:
@@ -169,19 +170,19 @@ class Restarts:
         return round > 0 and round % self._options.snapshot_every_n_rounds == 0
 
     def end(self) -> None:
-        """The run has come to its end: nobody will go on from its snapshots."""
+        """Remove the snapshots of a run that has come to its end."""
         try:
             self.folder.remove()
         except OSError as error:
             rank_zero_warn(f"the snapshots in {self.folder.path} could not be removed ({error}). Remove the folder.")
 
     def describe(self) -> str:
-        """What the run goes on from, in words."""
+        """The chosen snapshot, for messages."""
         assert self.chosen is not None
         return f"the snapshot that {self.chosen.workers} worker(s) wrote before round {self.chosen.round}"
 
     def check_workers(self) -> None:
-        """Check that the run may go on with this number of workers.
+        """Check that the run may continue with this number of workers.
 
         Raises:
             ValueError: if it may not.
@@ -191,12 +192,12 @@ class Restarts:
         if self.chosen.workers != workers and self._options.on_worker_loss == "stop":
             raise ValueError(
                 f"{self.chosen.workers} workers wrote the snapshots in {self.folder.path}, and torchrun has started "
-                f"{workers}. on_worker_loss='shrink' goes on with those that are there."
+                f"{workers}. on_worker_loss='shrink' continues with those that are there."
             )
-        rank_zero_info(f"Started again by torchrun: going on from {self.describe()}.")
+        rank_zero_info(f"Started again by torchrun: resuming from {self.describe()}.")
 
     def _take_over(self, agents: set[int]) -> OSError | None:
-        """Make the folder this run's, and say what the disk refused."""
+        """Make the folder this run's; returns the error of a disk that refuses."""
         try:
             if self.chosen is not None:  # each host may have a folder of its own
                 self.folder.forget_later(self.chosen.round)
@@ -209,7 +210,7 @@ class Restarts:
         return None
 
     def _not_written(self, text: str, failure: OSError | None) -> None:
-        """The training goes on without snapshots if the settings say so; those that are there stay."""
+        """Raise, or warn that the training continues without this snapshot; earlier ones stay."""
         if self._options.on_save_error == "raise":
             raise CheckpointNotWritten(
                 f"{text} Make room, or name another folder; with on_save_error='warn' the training goes on without it."
@@ -220,16 +221,16 @@ class Restarts:
         return self._collective.gather_numbers([number])
 
 
-def say_how_it_goes_on(name: str, source: str, engine: Engine, *, same: bool, exact: bool, files: bool) -> None:
-    """Tell the user how much of a checkpoint the training goes on with.
+def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: bool, files: bool) -> None:
+    """Tell the user how much of a checkpoint the training resumes from.
 
     Args:
         name: of the strategy.
         source: the checkpoint.
-        engine: where it goes on.
+        engine: that was started from it.
         same: whether the workers and settings are those of the checkpoint.
         exact: whether every worker has its own state.
-        files: whether the checkpoint speaks of files of the workers.
+        files: whether the checkpoint names files of the workers.
     """
     workers, where = engine.collective.workers, f"round {engine.clock.round} after {engine.clock.step} local steps"
     if exact:
@@ -252,5 +253,5 @@ def say_how_it_goes_on(name: str, source: str, engine: Engine, *, same: bool, ex
         )
 
 
-def _in_words(number: int) -> str:
+def _reason(number: int) -> str:
     return os.strerror(number) if number > 0 else "an error without a number"

@@ -1,4 +1,4 @@
-"""What the strategies save and load: checkpoints that are models, and that go on exactly where they were written."""
+"""Saving and loading: checkpoints that hold the full model, and from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from resist_lightning.strategies.loop_patches import resume_from
 from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.process_group import GroupStrategy
 from resist_lightning.strategies.saving import checkpoint_files
-from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks, say_not_written
+from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks, report_not_written
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, load_checkpoint, snapshots_at, write_model
-from resist_lightning.strategies.saving.data_position import Position
-from resist_lightning.strategies.saving.restarts import Restarts, say_how_it_goes_on
+from resist_lightning.strategies.saving.restarts import Restarts, report_resume
+from resist_lightning.strategies.saving.trainer_state import TrainerState
 
 
 class SavingStrategy(GroupStrategy):
-    """A strategy whose engine has the model in parts, and whose checkpoints have it whole."""
+    """A strategy whose workers hold parts of the model, and whose checkpoints hold all of it."""
 
     def __init__(self, options: StrategyOptions) -> None:
         super().__init__(options)
         self._restarts: Restarts | None = None  # where snapshots are written
-        self._source: Restarts | None = None  # whence the run goes on
-        self._restarted = self._dumping = False
-        self._checked = False  # whether what Lightning and its loaders add can be loaded again
-        self._unwritten = False  # the newest checkpoint, which could not be written
-        self._position: Position | None = None
+        self._source: Restarts | None = None  # snapshots from which the run resumes
+        self._restarted = False
+        self._checked = False  # whether what Lightning and its loaders add was found loadable
+        self._unwritten = False  # whether the newest checkpoint could not be written
+        self._trainer_state: TrainerState | None = None  # since the last `fit` began
         self._loaded_from: _PATH = ""
         self._resume_state: dict[str, Any] = {}
         self._resume_for: nn.Module | None = None
-        self.last_written = ""  # the checkpoint that a run could go on from; callbacks name theirs before it is there
+        self.last_written = ""  # the newest checkpoint that exists; callbacks name theirs before it is written
         self._saved: dict[str, Any] = {}
         self._own: dict[str, Any] | None = None
         self._written_as: dict[str, str] = {}  # worker 0's names of checkpoints that this worker named differently
@@ -57,13 +57,13 @@ class SavingStrategy(GroupStrategy):
 
     @property
     def snapshot_folder(self) -> str | None:
-        """Where snapshots of this run are, once there are some."""
+        """The folder of this run's snapshots, once there are some."""
         folder = self._restarts.folder if self._restarts is not None else None
         return str(folder.path) if folder is not None and folder.newest_first() else None
 
     @override
     def setup_environment(self) -> None:
-        """Called in each worker when it starts. After a restart by torchrun the run goes on from its snapshots."""
+        """Called in each worker when it starts. After a restart by torchrun the run resumes from snapshots."""
         super().setup_environment()
         trainer, self._restarts = self._trainer(), None
         if trainer.state.fn != TrainerFn.FITTING:
@@ -78,11 +78,13 @@ class SavingStrategy(GroupStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
-        if self._dumping:
+        if self._trainer_state is not None and self._trainer_state.dumping:
             return {}
         engine = self.engine
         if engine is None or not engine.running:
-            self._saved, self._own = self._with_modes(self.resume_state), None
+            self._saved, self._own = self.resume_state, None
+            if self._trainer_state is not None:
+                self._saved = self._trainer_state.with_modes(self._saved)
             return super().lightning_module_state_dict()
         if self.interrupted:
             return {}  # save_checkpoint refuses to write it
@@ -93,21 +95,22 @@ class SavingStrategy(GroupStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Settings of the parameter groups. The state is each worker's own, and stands in its own file."""
+        """The parameter groups only: optimizer state differs between workers, and each writes its own file."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return {**inner.state_dict(), "state": {}}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write a checkpoint that is a model; what only this package needs stands under a key of its own.
+        """Write the full model, and what only this package reads under a key of its own.
 
         Collective: every worker must call this, as Trainer.save_checkpoint does; its files go where worker 0 says.
         """
+        # Lightning has called `lightning_module_state_dict` just before, which left these.
         own, saved = self._own, self._saved
         self._own, self._saved = None, {}
         if self.engine is not None and self.engine.running and self.interrupted:
             refused = f"{filepath} is not written: after an error no worker can assemble the full model."
-            say_not_written(refused, self._callbacks)
+            report_not_written(refused, self._callbacks)
             return
         collective = default_collective() if group_exists() and not self.interrupted else SoloCollective()
         if not self.is_global_zero and collective.workers == 1:
@@ -132,7 +135,7 @@ class SavingStrategy(GroupStrategy):
                 failure = error
         self._unwritten = failure is not None
         if failure is not None:
-            say_not_written(f"{failure} The training goes on.", self._callbacks)
+            report_not_written(f"{failure} The training goes on.", self._callbacks)
         elif own is not None:
             self.last_written = path
 
@@ -165,15 +168,15 @@ class SavingStrategy(GroupStrategy):
             super().load_model_state_dict(checkpoint, strict=strict)
         state = dict(checkpoint.get(CHECKPOINT_KEY, {}))
         if self._trainer().state.fn != TrainerFn.FITTING:
-            for within in ("files", "modes"):  # a fit after this one goes on from the full model alone
+            for within in ("files", "modes"):  # a later fit resumes from the full model alone
                 state.pop(within, None)
         self.resume_state = state
 
     @property
     def resume_state(self) -> dict[str, Any]:
-        """What the module's weights do not say of the training that made them; empty for any other module.
+        """The state of the training that made the module's weights; empty for any other module.
 
-        Setting it gives the module what belongs to the full model and does not fold into weights.
+        Setting it attaches to the module what belongs to the full model and does not fold into weights.
         """
         return self._resume_state if self._resume_for is self.lightning_module else {}
 
@@ -193,8 +196,8 @@ class SavingStrategy(GroupStrategy):
             forgive_thread(self.checkpoint_io, wait=True)
         super().teardown()
 
-    def _go_on(self, engine: Engine) -> None:
-        """Start the engine, with what was loaded. Collective: every worker must call this."""
+    def _start_engine(self, engine: Engine) -> None:
+        """Start the engine from what was loaded. Collective: every worker must call this."""
         snapshot, self._snapshot = self._snapshot, None
         read = partial(checkpoint_files.read_own, self.resume_state, self._loaded_from, self.global_rank)
         own = snapshot["own"] if snapshot is not None else read()
@@ -205,46 +208,20 @@ class SavingStrategy(GroupStrategy):
         if self._restarts is not None:
             self._restarts.begin()
         self._prepare(engine)
-        assert self._position is not None
-        self._position.modes.begin(engine.layout.module)
+        assert self._trainer_state is not None
+        modes = self._trainer_state.position.modes
+        # The engine starts with the modes that the run began with: what was switched later is a change of these.
+        modes.begin(engine.layout.module)
         exact = engine.start()
-        self._position.modes.apply(self.resume_state.get("modes", {}))  # later: the run had started without them, too
+        modes.apply(self.resume_state.get("modes", {}))
         if own is not None and exact:
-            self._restore_host(own["host"])
+            self._trainer_state.load_state_dict(own["host"])
         if self.resume_state:
             source, files = str(self._loaded_from or "the training before"), "files" in self.resume_state
-            say_how_it_goes_on(type(self).__name__, source, engine, same=same, exact=exact, files=files)
+            report_resume(type(self).__name__, source, engine, same=same, exact=exact, files=files)
 
     def _prepare(self, engine: Engine) -> None:
-        """Called before the engine starts, with what it goes on from. Collective: every worker must call this."""
-
-    def _host_state(self) -> dict[str, Any]:
-        """What Lightning has in this worker, and saves of worker 0 only or not at all."""
-        assert self.lightning_module is not None
-        assert self._position is not None
-        trainer = self._trainer()
-        accumulating = trainer.fit_loop._should_accumulate() or not self.lightning_module.automatic_optimization
-        gradients = self.engine.sync.gradients() if accumulating and self.engine is not None else {}
-        precision = self.precision_plugin.state_dict()
-        schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        return {
-            "position": self._position.state(),
-            "precision": precision,
-            "gradients": {name: gradient.cpu() for name, gradient in gradients.items()},
-            "schedules": schedules,  # those that follow a metric part, where workers see different values of it
-        }
-
-    def _restore_host(self, state: dict[str, Any]) -> None:
-        assert self.lightning_module is not None
-        assert self._position is not None
-        if state["precision"]:
-            self.precision_plugin.load_state_dict(state["precision"])
-        for config, schedule in zip(self._trainer().lr_scheduler_configs, state["schedules"], strict=True):
-            config.scheduler.load_state_dict(schedule)
-        parameters = dict(self.lightning_module.named_parameters())
-        for name, gradient in state["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self._position.restore(state["position"])
+        """Called before the engine starts from what was loaded. Collective: every worker must call this."""
 
     def _load_snapshot(self, path: Path) -> dict[str, Any]:
         """What Lightning keeps in checkpoints, from a folder of snapshots. Collective: every worker must call this."""
@@ -257,38 +234,24 @@ class SavingStrategy(GroupStrategy):
         return {**self._snapshot["lightning"], "state_dict": {}, CHECKPOINT_KEY: self._snapshot["place"]}
 
     def _write_snapshot(self, engine: Engine) -> None:
-        """At the border of a round, before the batch that has been fetched is trained. Sends nothing."""
+        """Between two rounds, before the batch that has been fetched is trained. Sends nothing."""
         ending = self.signals is not None and self.signals.ending
         if self._restarts is None or not (ending or self._restarts.due(engine.clock.round)):
             return
+        assert self._trainer_state is not None
         state = {
-            "place": self._with_modes(engine.resumption.place()),
-            "own": {**engine.resumption.state_dict(), "host": self._host_state()},
-            "lightning": self._dump_lightning(),
+            "place": self._trainer_state.with_modes(engine.resumption.place()),
+            "own": {**engine.resumption.state_dict(), "host": self._trainer_state.state_dict(engine)},
+            "lightning": self._trainer_state.checkpoint_without_model(),
         }
         if not self._checked:
             check_loadable({**state["lightning"], **state["own"]["host"]})
             self._checked = True
         self._restarts.write(state, engine.clock.round)
 
-    def _dump_lightning(self) -> dict[str, Any]:
-        """What Lightning keeps in checkpoints beside the model, as if the fetched batch were still to be fetched."""
-        assert self._position is not None
-        self._dumping = True
-        try:
-            with self._position.before_the_fetch():
-                dumped = self._trainer()._checkpoint_connector.dump_checkpoint(weights_only=False)
-        finally:
-            self._dumping = False
-        return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
-
-    def _with_modes(self, state: dict[str, Any]) -> dict[str, Any]:
-        """With what the program has frozen or unfrozen since the run began."""
-        changes = self._position.modes.changes() if self._position is not None else {}
-        return {**state, "modes": changes} if state and changes else state
-
     def _copy_full_model(self, engine: Engine) -> dict[str, Any]:
-        self._saved = self._with_modes(engine.checkpoint_state())
-        self._own = {**engine.resumption.state_dict(), "host": self._host_state()}
+        assert self._trainer_state is not None
+        self._saved = self._trainer_state.with_modes(engine.checkpoint_state())
+        self._own = {**engine.resumption.state_dict(), "host": self._trainer_state.state_dict(engine)}
         state = super().lightning_module_state_dict()
         return {key: v.detach().cpu().clone() if isinstance(v, Tensor) else v for key, v in state.items()}

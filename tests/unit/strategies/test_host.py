@@ -26,7 +26,7 @@ class Requests:
         self.requests = requests
         self.learnt: list[int] = []
 
-    def learn(self, requests: Iterable[int]) -> None:
+    def on_requests(self, requests: Iterable[int]) -> None:
         self.learnt += requests
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from resist_lightning.state.random_state import random_state
 from resist_lightning.strategies.data.example_input import example_input, select_input
-from resist_lightning.strategies.data.seeded_loader import key_loader
+from resist_lightning.strategies.data.seeded_loader import seed_loader
 from tests.helpers.trainers import QUIET
 
 
@@ -111,7 +111,7 @@ def test_a_small_data_set_gives_all_it_has() -> None:
 def test_a_seeded_loader_gives_the_same_example(dataset: Any) -> None:
     loader = DataLoader(dataset, batch_size=4)
 
-    assert torch.equal(example(key_loader(loader, 0, lambda: 0)), example(loader))
+    assert torch.equal(example(seed_loader(loader, 0, lambda: 0)), example(loader))
 
 
 def test_the_data_set_is_asked_for_its_first_samples_only() -> None:
@@ -155,7 +155,7 @@ def test_iterables_that_can_begin_again_give_their_first_items() -> None:
 def test_data_that_would_be_lost_are_not_read(seeded: bool) -> None:
     loader: Any = DataLoader(Once(3), batch_size=2)
     with pytest.raises(ValueError, match=r"data set, Once, can be iterated only once, .* Set example_input_array"):
-        example(key_loader(loader, 0, lambda: 0) if seeded else loader)
+        example(seed_loader(loader, 0, lambda: 0) if seeded else loader)
     with pytest.raises(ValueError, match="training loader, Once, can be iterated only once"):
         example(Once(3))
 

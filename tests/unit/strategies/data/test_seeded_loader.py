@@ -25,7 +25,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from torchvision.transforms import v2
 
 from resist_lightning.state.random_state import random_state
-from resist_lightning.strategies.data.seeded_loader import SeededDataset, key_loader, unkey_loader
+from resist_lightning.strategies.data.seeded_loader import SeededDataset, seed_loader, unseed_loader
 
 SAMPLES = 8
 
@@ -90,7 +90,7 @@ def seeded(
 ) -> DataLoader[Any]:
     frozen = options.pop("frozen", False)
     loader = DataLoader(dataset or Augmented(), **{"batch_size": 4, **options})
-    twin = key_loader(loader, seed, epoch, stream=stream, frozen=frozen)
+    twin = seed_loader(loader, seed, epoch, stream=stream, frozen=frozen)
     assert isinstance(twin, DataLoader)
     return twin
 
@@ -325,15 +325,15 @@ def test_the_users_loader_and_data_set_stay_as_they_are() -> None:
     loader = DataLoader(dataset, batch_size=4)
     before = dict(vars(loader))
 
-    twin: Any = key_loader(loader, 0, lambda: 0)
+    twin: Any = seed_loader(loader, 0, lambda: 0)
 
     assert vars(loader) == before
     assert type(loader) is DataLoader
     assert isinstance(twin, DataLoader)
-    assert twin.dataset.unkeyed is dataset
+    assert twin.dataset.unseeded is dataset
     assert twin.sampler is loader.sampler
-    assert unkey_loader(twin) is loader
-    assert unkey_loader(loader) is loader
+    assert unseed_loader(twin) is loader
+    assert unseed_loader(loader) is loader
     assert len(twin) == 2
     assert len(twin.dataset) == SAMPLES
 
@@ -355,10 +355,10 @@ def test_attributes_of_the_data_set_are_read_and_set_through_the_seeded_one() ->
 def test_a_loader_that_is_seeded_again_has_the_new_seed_only() -> None:
     now = [0]
     old = seeded(epoch=lambda: now[0], collate_fn=number_beside)
-    again: Any = key_loader(old, 4, lambda: 0)
+    again: Any = seed_loader(old, 4, lambda: 0)
 
     assert isinstance(again.dataset, SeededDataset)
-    assert isinstance(again.dataset.unkeyed, Augmented)
+    assert isinstance(again.dataset.unseeded, Augmented)
     assert by_index(again) == by_index(seeded(seed=4, collate_fn=number_beside))
 
 
@@ -366,7 +366,7 @@ def test_a_loader_whose_processes_run_gets_new_ones() -> None:
     loader = DataLoader(Augmented(), batch_size=4, num_workers=1, persistent_workers=True)
     list(loader)
 
-    assert by_index(key_loader(loader, 3, lambda: 0)) == by_index(seeded())
+    assert by_index(seed_loader(loader, 3, lambda: 0)) == by_index(seeded())
 
 
 def test_a_loader_of_the_users_own_class_stays_one() -> None:
@@ -378,7 +378,7 @@ def test_a_loader_of_the_users_own_class_stays_one() -> None:
         def __iter__(self) -> Any:
             return (batch for batch in super().__iter__())
 
-    twin: Any = key_loader(Own("this"), 3, lambda: 1)
+    twin: Any = seed_loader(Own("this"), 3, lambda: 1)
 
     assert isinstance(twin, Own)
     assert twin.kept == "this"
@@ -388,8 +388,8 @@ def test_a_loader_of_the_users_own_class_stays_one() -> None:
 def test_what_is_no_data_loader_is_returned_as_it_is() -> None:
     batches = [torch.zeros(2)]
 
-    assert key_loader(batches, 0, lambda: 0) is batches
-    assert unkey_loader(batches) is batches
+    assert seed_loader(batches, 0, lambda: 0) is batches
+    assert unseed_loader(batches) is batches
 
 
 def test_data_pipes_are_refused() -> None:

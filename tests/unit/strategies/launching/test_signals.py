@@ -31,17 +31,17 @@ def test_a_signal_is_noted_said_once_and_acted_upon_when_all_know_it(signals: Si
     signals.act()
     assert not signals.acting
 
-    signals.learn([0, signals.requests])
+    signals.on_requests([0, signals.requests])
     with pytest.raises(SIGTERMException):
         signals.act()
     assert signals.acting
 
 
 def test_all_workers_act_upon_the_same_signal_if_there_are_two(signals: Signals) -> None:
-    signals.learn([2])
+    signals.on_requests([2])
     with pytest.raises(KeyboardInterrupt):
         signals.act()
-    signals.learn([2, 1])
+    signals.on_requests([2, 1])
     with pytest.raises(SIGTERMException):
         signals.act()
 
@@ -63,7 +63,7 @@ def test_what_came_too_late_is_given_to_the_handler_that_was_there(signals: Sign
 
 def test_what_reached_another_worker_is_said_once_too_however_often_it_is_learnt(signals: Signals, capfd: Any) -> None:
     for _ in range(2):
-        signals.learn([0, 2, 2])
+        signals.on_requests([0, 2, 2])
         with pytest.raises(KeyboardInterrupt):
             signals.act()
     assert capfd.readouterr().err.count("worker 1: SIGINT: all workers stop when this round ends.") == 1

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from resist_lightning.strategies.data.seeded_loader import key_loader
+from resist_lightning.strategies.data.seeded_loader import seed_loader
 from tests.helpers.trainers import QUIET
 
 
@@ -23,7 +23,7 @@ class Keying(SingleDeviceStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         progress: Any = self.lightning_module.trainer.fit_loop.epoch_progress  # type: ignore[union-attr]
-        return key_loader(dataloader, 5, lambda: progress.current.processed)
+        return seed_loader(dataloader, 5, lambda: progress.current.processed)
 
 
 class Drawn(Dataset[Tensor]):
@@ -71,7 +71,7 @@ def fit(module: Module, epochs: int = 3, checkpoint: Path | None = None, **optio
 
 def expected(epoch: int, dataset: Any = None) -> list[Any]:
     """Read in order, by a loader without processes."""
-    loader: Any = key_loader(DataLoader(dataset or Drawn(), batch_size=2), 5, lambda: epoch)
+    loader: Any = seed_loader(DataLoader(dataset or Drawn(), batch_size=2), 5, lambda: epoch)
     return [batch.tolist() for batch in loader]
 
 
