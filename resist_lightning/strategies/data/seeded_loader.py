@@ -5,7 +5,7 @@ The generators are seeded anew at these places, in the process that loads the da
     a batch        dataset[7]         dataset[2]         dataset[9]         collate_fn([7, 2, 9])
     seeded from    (seed, epoch, 7)   (seed, epoch, 2)   (seed, epoch, 9)   (seed, epoch, [7, 2, 9])
 
-Between two fetches the generators are as if nothing had been drawn. The sampler alone decides which samples a batch has.
+Between two fetches the generators are as if nothing had been drawn. The sampler alone decides the samples of a batch.
 """
 
 from __future__ import annotations
