@@ -1,4 +1,4 @@
-"""What a worker says of itself before it trains: versions, code, settings, optimizers, tensors."""
+"""Describes what all workers must share before they train: versions, code, settings, optimizers, tensors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def _home(kind: type) -> str:
 
 @cache
 def _hash_of_package() -> str:
-    folder = Path(__file__).parent
+    # Of the package, not of this room: a difference in any module makes workers train differently.
+    folder = Path(__file__).parents[1]
     files = sorted(folder.rglob("*.py"))
     return _short(b"".join(file.relative_to(folder).as_posix().encode() + file.read_bytes() for file in files))
 

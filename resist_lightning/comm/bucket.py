@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from resist_lightning.comm.packing import by_dtype
 
 
 class Bucket:
@@ -53,14 +54,12 @@ def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.
     A data type is left out if one of its tensors is on another device, has gaps, or shares its memory with somebody:
     who looks at that memory would no longer see the tensor.
     """
-    groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.dtype].append(tensor)
-    return {
-        dtype: Bucket(group)
-        for dtype, group in groups.items()
-        if all(tensor.device == device and _dense(tensor) for tensor in group) and _alone(group)
-    }
+    buckets = {}
+    for dtype, group in by_dtype(tensors).items():
+        in_place = all(tensor.device == device and _dense(tensor) for tensor in group)
+        if in_place and _alone(group):
+            buckets[dtype] = Bucket(group)
+    return buckets
 
 
 def _alone(tensors: Sequence[Tensor]) -> bool:

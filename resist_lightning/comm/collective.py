@@ -1,6 +1,6 @@
-"""What one worker can say to the others, without the means; and a worker that is alone.
+"""The `Collective` interface, and its single-worker implementation.
 
-All verbs work on flat buffers, and every byte is counted.
+Every operation works on flat buffers and counts the bytes it sends.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 Finish: TypeAlias = Callable[[], None]
-"""Waits for something that was begun."""
+"""Waits for an operation that was started."""
 
 
 class Collective(ABC):
-    """What one worker can say to the others.
+    """Operations with which one worker talks to the others.
 
     Attributes:
         sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.comm.bytes.KINDS`).
@@ -44,12 +44,8 @@ class Collective(ABC):
         Collective: every worker must call this, in the same order, with the same size and data type.
 
         Returns:
-            A function that waits for it. Until it has returned, ``flat`` must be left alone; other verbs may be used.
+            A function that waits for it. Until it has returned, ``flat`` must not be touched; other operations may run.
         """
-
-    def mean_(self, flat: Tensor, kind: str) -> None:
-        """:meth:`start_mean`, and wait. Collective: every worker must call this, in the same order."""
-        self.start_mean(flat, kind)()
 
     @abstractmethod
     def broadcast_(self, flat: Tensor, kind: str) -> None:

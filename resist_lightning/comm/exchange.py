@@ -1,4 +1,4 @@
-"""Executes the plan of a sync: packs tensors into flat buffers, sends them, and puts them in place.
+"""Executes the plan of a sync: averages, merges and hands over blocks in flat buffers.
 
 One flat buffer per pair of workers and data type, so messages are O(workers), not O(tensors).
 """
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from resist_lightning.comm.bucket import Bucket, make_buckets
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.mean import mean_into, start_mean
-from resist_lightning.comm.quantize import Quantizer, arrange, flatten, split
+from resist_lightning.comm.packing import (
+    by_dtype,
+    copy_into,
+    empty_like_packed,
+    flatten,
+    pack,
+    packed_bytes,
+    split,
+    unpack,
+)
+from resist_lightning.comm.quantize import Quantizer, arrange
 from resist_lightning.comm.tensors import all_sendable, sendable
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
@@ -107,7 +117,7 @@ class Exchange:
         self.start_average(tensors, kind, left_out)()
 
     def start_average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> Finish:
-        """Begin to replace tensors by their mean over all workers (integers: the maximum).
+        """Start replacing tensors by their mean over all workers (integers: the maximum).
 
         One all-reduce per data type. Collective: every worker must call this, in the same order, with tensors of the
         same shapes.
@@ -121,15 +131,15 @@ class Exchange:
             A function that waits for what was begun.
         """
         begun: list[Finish] = []
-        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-            group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        for dtype, group in by_dtype(tensors).items():
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
                 begun.append(start_mean(self._collective, bucket.flat, kind, left_out))
-            else:  # not left under way: it has a buffer of its own, and a hand-over would need another one beside it
-                (flat,) = self._pack(group).values()
+            else:
+                # Awaited at once: its buffer would otherwise stay allocated beside those of a hand-over.
+                flat = flatten(group, self._device)
                 start_mean(self._collective, flat, kind, left_out)()
-                _copy_into(group, flat)
+                copy_into(group, split(flat, group))
 
         def finish() -> None:
             for step in begun:
@@ -140,9 +150,10 @@ class Exchange:
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
-        for dtype, flat in self._pack(tensors).items():
+        flats = pack(tensors, self._device)
+        for flat in flats.values():
             self._collective.broadcast_(sendable(flat), kind)
-            _copy_into([tensor for tensor in tensors if tensor.dtype == dtype], flat)
+        copy_into(tensors, unpack(flats, tensors))
 
     def merge(self, plan: SyncPlan, payload: Callable[[int], Payload], kinds: Kinds) -> None:
         """Give every block that several workers held its mean over them, at its owner.
@@ -175,11 +186,12 @@ class Exchange:
         received, sent = self._transfer(plan.hand_over, payload, kinds.hand_over, kinds.state)
         make_room()
         for transfer, tensors in received.items():
-            _put(payload(transfer.block).tensors, tensors)
-        for block, message in sent.items():  # an owner that stays a holder has what the other holders have
+            copy_into(payload(transfer.block).tensors, tensors)
+        for block, message in sent.items():
             load = payload(block)
+            # An owner that stays a holder takes the rounded values it has sent, so that all holders are equal.
             if load.compressed and not load.compressed[0].is_meta:
-                _put(arrange(load.compressed), self._decompressed(message, load))
+                copy_into(arrange(load.compressed), self._decompressed(message, load))
 
     def _normalise(self, averaged: Iterable[Tensor]) -> None:
         if self._module is None or self._collective.workers == 1:
@@ -206,13 +218,14 @@ class Exchange:
         loads = {t.block: payload(t.block) for t in transfers if me in (t.source, t.target)}
         messages = {block: self._compressed(loads[block]) for block in {t.block for t in transfers if t.source == me}}
         kinds: Counter[str] = Counter()
-        for transfer in (transfer for batch in outgoing.values() for transfer in batch):
-            kinds[kind] += _bytes([*loads[transfer.block].block, messages[transfer.block]])
-            kinds[state_kind] += _bytes(loads[transfer.block].state)
+        for transfer in transfers:
+            if transfer.source == me:
+                load = loads[transfer.block]
+                kinds[kind] += packed_bytes([*load.block, messages[transfer.block]])
+                kinds[state_kind] += packed_bytes(load.state)
         sends = {peer: self._message(batch, loads, messages) for peer, batch in outgoing.items()}
         receives = {peer: self._empty_message(batch, loads) for peer, batch in expected.items()}
-        landing = {peer: flats.values() for peer, flats in receives.items()}
-        self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
+        self._collective.exchange(all_sendable(sends), all_sendable(receives), kinds)
         received: dict[Transfer, list[Tensor]] = {}
         for peer, flats in receives.items():
             received.update(self._unpack(expected[peer], loads, flats))
@@ -221,34 +234,38 @@ class Exchange:
     def _message(
         self, batch: Sequence[Transfer], loads: Mapping[int, Payload], messages: Mapping[int, Tensor]
     ) -> list[Tensor]:
-        """One flat buffer per data type, and one for what is compressed."""
-        plain = self._pack(tensor for transfer in batch for tensor in loads[transfer.block].plain)
+        """The buffers for one peer: one per data type, then one with everything that is compressed."""
+        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
+        flats = list(pack(plain, self._device).values())
         compressed = torch.cat([messages[transfer.block] for transfer in batch])
-        return [*plain.values(), compressed] if len(compressed) else list(plain.values())
+        # An empty buffer is not sent: it would be a message of its own.
+        return [*flats, compressed] if len(compressed) else flats
 
-    def _empty_message(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Payload]
-    ) -> dict[torch.dtype | None, Tensor]:
-        """Room for what :meth:`_message` makes; under None what is compressed."""
-        plain = self._empty(tensor for transfer in batch for tensor in loads[transfer.block].plain)
+    def _empty_message(self, batch: Sequence[Transfer], loads: Mapping[int, Payload]) -> list[Tensor]:
+        """Allocates the buffers that :meth:`_message` of the sender returns."""
+        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
+        flats = list(empty_like_packed(plain, self._device).values())
         compressed = sum(self._compressed_bytes(loads[transfer.block]) for transfer in batch)
         if compressed:
-            plain[None] = torch.empty(compressed, dtype=torch.uint8, device=self._device)
-        return plain
+            flats.append(torch.empty(compressed, dtype=torch.uint8, device=self._device))
+        return flats
 
     def _unpack(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], flats: Mapping[torch.dtype | None, Tensor]
+        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], flats: Sequence[Tensor]
     ) -> dict[Transfer, list[Tensor]]:
-        """What arrived from one worker, in the shapes of the payload; what was plain are views."""
-        offsets: Counter[torch.dtype] = Counter()
+        """The tensors of one peer's message by transfer; those that were not compressed are views."""
+        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
+        types = list(by_dtype(plain))
+        views = iter(unpack(dict(zip(types, flats, strict=False)), plain))
+        compressed = flats[-1] if len(flats) > len(types) else None
         start = 0
         received: dict[Transfer, list[Tensor]] = {}
         for transfer in batch:
             load = loads[transfer.block]
-            received[transfer] = [_take(flats[tensor.dtype], offsets, tensor) for tensor in load.plain]
+            received[transfer] = [next(views) for _ in load.plain]
             end = start + self._compressed_bytes(load)
-            if end > start:
-                received[transfer] += self._decompressed(flats[None][start:end], load)
+            if compressed is not None and end > start:
+                received[transfer] += self._decompressed(compressed[start:end], load)
             start = end
         return received
 
@@ -263,38 +280,3 @@ class Exchange:
     def _decompressed(self, message: Tensor, load: Payload) -> list[Tensor]:
         assert self._wire is not None
         return split(self._wire.decode(message, load.entries), arrange(load.compressed))
-
-    def _pack(self, tensors: Iterable[Tensor]) -> dict[torch.dtype, Tensor]:
-        groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for tensor in tensors:
-            groups[tensor.dtype].append(tensor.detach().reshape(-1).to(self._device))
-        return {dtype: torch.cat(groups[dtype]) for dtype in sorted(groups, key=str)}
-
-    def _empty(self, tensors: Iterable[Tensor]) -> dict[torch.dtype | None, Tensor]:
-        sizes: Counter[torch.dtype] = Counter()
-        for tensor in tensors:
-            sizes[tensor.dtype] += tensor.numel()
-        return {dtype: torch.empty(sizes[dtype], dtype=dtype, device=self._device) for dtype in sorted(sizes, key=str)}
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _take(flat: Tensor, offsets: Counter[torch.dtype], like: Tensor) -> Tensor:
-    """The next piece of a flat buffer, in the shape of ``like``."""
-    start = offsets[like.dtype]
-    offsets[like.dtype] += like.numel()
-    return flat[start : start + like.numel()].view(like.shape)
-
-
-def _put(own: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    for tensor, value in zip(own, values, strict=True):
-        tensor.detach().copy_(value)
-
-
-def _copy_into(tensors: Iterable[Tensor], flat: Tensor) -> None:
-    offset = 0
-    for tensor in tensors:
-        tensor.detach().copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
-        offset += tensor.numel()

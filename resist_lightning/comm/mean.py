@@ -1,4 +1,4 @@
-"""Means over the workers: of flat buffers, and, compressed, of what a round changed."""
+"""Takes means over the workers: of flat buffers, of received copies, and of compressed changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
-from resist_lightning.comm.quantize import Quantizer, arrange, flatten, split
+from resist_lightning.comm.packing import flatten, split
+from resist_lightning.comm.quantize import Quantizer, arrange
 from resist_lightning.comm.tensors import computable
 
 

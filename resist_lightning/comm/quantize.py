@@ -1,4 +1,4 @@
-"""Parameters on the wire in fewer bits (supplement A.5 of the paper): what is sent, and what the receiver makes of it.
+"""Quantizes parameters to bfloat16 or 4 to 8 bits for sending, and back (supplement A.5 of the paper).
 
 Groups of 256 entries share a scale, the largest magnitude among them. What workers *changed* is rounded to the nearest
 value: it shrinks with the learning rate, and the steps of the grid with it. A block goes to a worker that knows nothing
@@ -9,7 +9,7 @@ changes smaller than half a step would never arrive (docs/decisions/0008-fewer-b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -80,17 +80,6 @@ def noise_for(seed: int, round: int, block: int, worker: int, device: torch.devi
     """The random numbers with which a worker rounds a block that it sends. No other generator is read or moved."""
     digest = hashlib.sha256(f"wire {seed} {round} {block} {worker}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """Tensors as one flat one."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a flat tensor, in the shapes of ``like``."""
-    pieces = flat.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def compressible(tensor: Tensor) -> bool:

@@ -25,11 +25,11 @@ def verbs(worker):
 
     numbers = collective.gather_numbers([worker, 2.0**48 - 1])
     mean = torch.tensor([1.0, 10.0 * worker])
-    collective.mean_(mean, "shared")
+    collective.start_mean(mean, "shared")()
     largest = torch.tensor([worker, -worker])
-    collective.mean_(largest, "shared")
+    collective.start_mean(largest, "shared")()
     flags = torch.tensor([worker == 1, False])
-    collective.mean_(flags, "shared")
+    collective.start_mean(flags, "shared")()
     first = torch.tensor([7 * worker + 5])
     collective.broadcast_(first, "start")
     sent = dict(collective.sent_bytes)
@@ -116,7 +116,7 @@ def default_backends(worker, ports):
         dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=worker, world_size=workers)
         for collective in (default_collective(), default_collective(torch.device("cpu"))):
             flat = torch.tensor([float(worker)])
-            collective.mean_(flat, "shared")
+            collective.start_mean(flat, "shared")()
             found.append((collective.gather_numbers([worker]), flat.item()))
     return found
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.packing import empty_like_packed, pack, unpack
 from resist_lightning.comm.tensors import all_sendable
 from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import Piece, full_pieces
@@ -61,7 +62,8 @@ class Messages:
             else:
                 outgoing[piece.target].append(values)
                 kinds[parts[key].kind] += values.nbytes
-        sends = {peer: _packed(outgoing.pop(peer)) for peer in list(outgoing)}  # one copy of what is sent
+        # Popped, so that the pieces are freed once packed: there is one copy of what is sent.
+        sends = {peer: self._pack(outgoing.pop(peer)) for peer in list(outgoing)}
         return stays + self._exchange(sends, expected, parts, kinds)
 
     def spread(self, parts: Mapping[str, Part], held: Sequence[Partition], kind: str) -> list[Arrived]:
@@ -80,7 +82,7 @@ class Messages:
 
         mine = [((key, piece), parts[key].take(piece, held, self._worker)) for key, piece in of(self._worker)]
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
-        flats = _packed([values for _, values in mine]) if peers else []
+        flats = self._pack([values for _, values in mine]) if peers else []
         kinds = Counter({kind: sum(flat.nbytes for flat in flats) * len(peers)})
         return mine + self._exchange(dict.fromkeys(peers, flats), {peer: of(peer) for peer in peers}, parts, kinds)
 
@@ -91,28 +93,19 @@ class Messages:
         parts: Mapping[str, Part],
         kinds: Counter[str],
     ) -> list[Arrived]:
-        receives = {peer: self._empty(loads, parts) for peer, loads in expected.items()}
+        # A piece has no tensor here before it arrives; one on the meta device stands for its size and data type.
+        likes: dict[int, list[Tensor]] = defaultdict(list)
+        for peer, loads in expected.items():
+            for key, piece in loads:
+                entries, dtype = parts[key].entries(piece), parts[key].tensor.dtype
+                likes[peer].append(torch.empty(entries, dtype=dtype, device="meta"))
+        receives = {peer: empty_like_packed(likes[peer], self._device) for peer in expected}
         landing = {peer: flats.values() for peer, flats in receives.items()}
         self._collective.exchange(all_sendable(sends), all_sendable(landing), kinds)
         arrived: list[Arrived] = []
         for peer, loads in expected.items():
-            offsets: Counter[torch.dtype] = Counter()
-            for key, piece in loads:
-                dtype, entries = parts[key].tensor.dtype, parts[key].entries(piece)
-                start = offsets[dtype]
-                arrived.append(((key, piece), receives[peer][dtype][start : start + entries]))
-                offsets[dtype] += entries
+            arrived += zip(loads, unpack(receives[peer], likes[peer]), strict=True)
         return arrived
 
-    def _empty(self, loads: Iterable[Load], parts: Mapping[str, Part]) -> dict[torch.dtype, Tensor]:
-        """Room for what the other end packs."""
-        sizes: Counter[torch.dtype] = Counter()
-        for key, piece in loads:
-            sizes[parts[key].tensor.dtype] += parts[key].entries(piece)
-        return {dtype: torch.empty(sizes[dtype], dtype=dtype, device=self._device) for dtype in sorted(sizes, key=str)}
-
-
-def _packed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One flat buffer per data type, in a fixed order."""
-    kinds = sorted({tensor.dtype for tensor in tensors}, key=str)
-    return [torch.cat([tensor for tensor in tensors if tensor.dtype == dtype]) for dtype in kinds]
+    def _pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(pack(tensors, self._device).values())

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.comm.quantize import Quantizer, arrange, compressible, flatten, make_quantizer, noise_for, split
+from resist_lightning.comm.packing import flatten, split
+from resist_lightning.comm.quantize import Quantizer, arrange, compressible, make_quantizer, noise_for
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.resist.bypass import Bypass

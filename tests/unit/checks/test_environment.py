@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import resist_lightning
 from resist_lightning import Config
 from resist_lightning.checks import environment as facts
 from resist_lightning.checks.environment import fingerprint_of
@@ -95,12 +97,15 @@ def test_code_of_the_package_and_of_the_users_classes_is_compared_but_not_torchs
     assert set(gone) == {"resist_lightning"}
 
 
-def test_the_packages_own_code_is_what_stands_in_its_files(tmp_path, monkeypatch):
-    (tmp_path / "facts.py").write_text("a = 1\n")
-    monkeypatch.setattr(facts, "__file__", str(tmp_path / "facts.py"))
+def test_the_hash_of_the_package_covers_all_its_rooms(tmp_path, monkeypatch):
+    assert Path(facts.__file__).parents[1] == Path(resist_lightning.__file__).parent
+    (tmp_path / "comm").mkdir()
+    other_room = tmp_path / "comm" / "mean.py"
+    other_room.write_text("a = 1\n")
+    monkeypatch.setattr(facts, "__file__", str(tmp_path / "checks" / "environment.py"))
     facts._hash_of_package.cache_clear()
     first = facts._hash_of_package()
-    (tmp_path / "facts.py").write_text("a = 2\n")
+    other_room.write_text("a = 2\n")
     facts._hash_of_package.cache_clear()
     assert facts._hash_of_package() != first
     facts._hash_of_package.cache_clear()
