@@ -196,7 +196,7 @@ class Case:
 
 
 CASES = {
-    "penalty": Case({"method": "penalty"}, stops=(1, 3, 5, 9, 10)),
+    "penalty": Case({"method": "penalty"}, stops=(1, 5, 9)),
     "penalty, three workers, cut by time": Case({"method": "penalty"}, workers=3, optimizer="adamw"),
     "al-net, gradients that add up": Case({"method": "al-net", "multiplier_every": 2}, accumulate=2),
     "al-store, cut where the user says": Case({"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}),
@@ -213,7 +213,7 @@ def train(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Call
     loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, **processes)
     fit_stages(
         *(worker, module, case.strategy, loader),
-        max_epochs=3,
+        max_epochs=2,
         accumulate_grad_batches=case.accumulate,
         callbacks=callbacks,
         ckpt_path=ckpt_path,

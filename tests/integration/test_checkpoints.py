@@ -25,7 +25,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "running statistics, merged blocks": {"strategy": {"batch_norm": "running", "min_blocks": 3}},
     "warm-up": {"strategy": {"warmup_rounds": 9}},
     "local SGD": {"strategy": {"face": "local_sgd"}},
-    "IST": {"kind": "chain", "strategy": {"face": "ist"}},
     "IST, momentum travels": {"kind": "chain", "strategy": {"face": "ist", "momentum": "travel"}},
 }
 Metrics = dict[str, float]

@@ -23,7 +23,9 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 7  # in an epoch; rounds of three steps end anywhere in it
 EPOCHS = 2
-STOPS_PER_CASE = 5
+STOPS_PER_CASE = 4
+CASES = (0, 1, 2, 3, 5, 6, 9, 11, 12, 13, 14, 18)
+"""Seeds of the drawn cases: between them every option, optimizer and loader, and one to four workers."""
 OPTIONS: dict[str, list[Any]] = {
     "momentum": ["reset", "keep", "travel"],
     "wire": ["fp32", "bf16", "int8"],
@@ -146,7 +148,7 @@ def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[dict[str,
     return states + [clone_state(fit(worker, case, f"{folder}/{stop}.ckpt", [])) for stop in case.stops]
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", CASES)
 def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, tmp_path: Path) -> None:
     case = draw_case(number)
 

@@ -21,7 +21,7 @@ from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of
 from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
-BATCHES = 6
+BATCHES = 4
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
