@@ -89,32 +89,28 @@ def images(count: int) -> DataLoader[Any]:
 def run(method: str, network: str, start_method: str, folder: str) -> dict[str, Any]:
     """All that a user does with a Trainer, and what came of it."""
 
-    def make_trainer(name: str) -> L.Trainer:
-        saving = ModelCheckpoint(Path(folder, name), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    def make_trainer(callbacks: list[L.Callback]) -> L.Trainer:
         return L.Trainer(
             strategy=make_strategy(method, network, start_method), accelerator="cpu", devices=2, max_steps=STEPS,
-            callbacks=[saving], logger=False, enable_progress_bar=False, enable_model_summary=False,
-            num_sanity_val_steps=0, default_root_dir=folder,
+            callbacks=callbacks, enable_checkpointing=bool(callbacks), logger=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         )  # fmt: skip
 
     module = Module(network)
-    trainer = make_trainer("whole")
+    trainer = make_trainer([ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)])
     trainer.fit(module, images(2 * BATCH * STEPS), images(2 * BATCH))
     found: dict[str, Any] = {
         "state": {name: tensor.clone() for name, tensor in module.state_dict().items()},
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
     }
     held_out = images(2 * BATCH)
-    found["validated"] = trainer.validate(module, held_out, verbose=False)[0]["loss"]
-    found["tested"] = trainer.test(module, held_out, ckpt_path=f"{folder}/whole/step={STEPS}.ckpt", verbose=False)[0][
-        "loss"
-    ]
-    predicted = trainer.predict(module, held_out)
-    found["predicted"] = torch.cat(predicted) if predicted is not None else None
+    found["tested"] = trainer.test(module, held_out, ckpt_path=f"{folder}/step={STEPS}.ckpt", verbose=False)[0]["loss"]
+    if start_method != "spawn":  # whose every call starts interpreters anew
+        found["validated"] = trainer.validate(module, held_out, verbose=False)[0]["loss"]
+        predicted = trainer.predict(module, held_out)  # None from forked processes
+        found["predicted"] = torch.cat(predicted) if predicted is not None else None
     resumed = Module(network)
-    make_trainer("resumed").fit(
-        resumed, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=f"{folder}/whole/step=1.ckpt"
-    )
+    make_trainer([]).fit(resumed, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=f"{folder}/step=1.ckpt")
     found["resumed"] = resumed.state_dict()
     return found
 

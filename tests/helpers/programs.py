@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from tests.helpers.processes import run_workers_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +43,42 @@ def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **e
             process.communicate()
     assert process.returncode == 0, f"exit code {process.returncode}:\n{output}"
     return output
+
+
+def run_module(name: str, *arguments: str, timeout: float = 200, **environment: str) -> str:
+    """As ``python -m name arguments`` in the repository's root, in a fork of a process that has imported Lightning.
+
+    An interpreter takes five seconds of CPU for that. Functions registered with ``atexit`` are not called.
+
+    Raises:
+        AssertionError: it did not come to its end; with its output.
+    """
+    with tempfile.TemporaryDirectory(prefix="run_module_") as folder:
+        output = Path(folder, "output")
+        call = name, arguments, str(output), environment
+        (outcome,) = run_workers_to_the_end(_as_main, 1, *call, timeout=timeout)
+        printed = output.read_text()
+    assert outcome.end == "exit code 0", f"{outcome.end}:\n{printed}\n{outcome.traceback}"
+    return printed
+
+
+def as_a_main_process() -> None:
+    """Leave the group of ``run_workers``: what follows starts the workers."""
+    dist.destroy_process_group()
+    for variable in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)
+
+
+def _as_main(_: int, name: str, arguments: tuple[str, ...], output: str, environment: dict[str, str]) -> None:
+    as_a_main_process()
+    os.environ.update(OMP_NUM_THREADS="1", **environment)
+    os.chdir(ROOT)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    tempfile.tempdir = None  # TMPDIR may be another one now
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
