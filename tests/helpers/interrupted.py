@@ -1,12 +1,8 @@
-"""A notebook in one file: ``python -m tests.helpers.interrupted START_METHOD FOLDER``.
-
-The first fit would last for minutes and is interrupted from outside; then the user fits again.
-"""
+"""A notebook: the first fit would last for minutes and is interrupted from outside; then the user fits again."""
 
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,17 +36,14 @@ def fit(start_method: Any, steps: int, callbacks: list[L.Callback]) -> Classifie
     return module
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given, path = sys.argv[1:]
+def fit_twice(start_method: Any, folder: str) -> tuple[bool, int, bool]:
+    """Whether the first fit was interrupted, how many workers it has left, and whether the second one trained."""
     interrupted = False
     try:
-        fit(given, 1000, [Slow(path)])
+        fit(start_method, 1000, [Slow(folder)])
     except SystemExit:  # how Lightning ends a fit that is interrupted; a notebook goes on
         interrupted = True
-    state = "interrupted" if interrupted else "not interrupted"
-    sys.stdout.write(f"{state}, {len(multiprocessing.active_children())} workers left\n")
+    left = len(multiprocessing.active_children())
     before = Classifier().state_dict()
-    after = fit(given, 3, []).state_dict()
-    changed = any(not torch.equal(before[name], after[name]) for name in before)
-    sys.stdout.write("trained again\n" if changed else "not trained\n")
+    after = fit(start_method, 3, []).state_dict()
+    return interrupted, left, any(not torch.equal(before[name], after[name]) for name in before)

@@ -1,4 +1,4 @@
-"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched START_METHOD FOLDER [fail]``.
+"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched START_METHOD FOLDER``.
 
 Every process that comes to the end writes what it has to FOLDER.
 """
@@ -34,13 +34,6 @@ class Data(L.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-class Failing(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_rank == 1 and batch_idx == 4:
-            raise KeyError("a mistake in training_step")
-        return super().training_step(batch, batch_idx)
-
-
 def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
     """Fit with two workers, then evaluate; what came of it."""
     saving = ModelCheckpoint(folder, monitor="val/loss", filename=f"{start_method}-{{step}}")
@@ -71,6 +64,6 @@ def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given, path, *fails = sys.argv[1:]
-    result = train(given, path, Failing() if fails else Classifier())
+    given, path = sys.argv[1:]
+    result = train(given, path, Classifier())
     torch.save(result, os.path.join(path, f"{given}-worker{os.environ.get('LOCAL_RANK', '0')}.pt"))

@@ -1,8 +1,10 @@
-"""The ways to start workers train the same stages, bit for bit; what torchrun starts again goes on by itself."""
+"""The launchers that train a network in stages bit for bit alike; a run that torchrun starts again resumes by itself.
+
+Spawned and started processes: ``test_ordinary_size.py``.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,13 @@ import torch
 from tests.helpers.auxnet import Metered, fit_stages
 from tests.helpers.launched_stages import STEPS, train
 from tests.helpers.processes import run_workers
+from tests.helpers.programs import as_a_main_process, run_module
 from tests.helpers.trainers import run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_launchers import PATIENCE_SECONDS, as_a_main_process, run
+from tests.integration.test_launchers import PATIENCE_SECONDS, TORCHRUN
 
-SCRIPT = [sys.executable, "-m", "tests.helpers.launched_stages"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
-    *("--rdzv-endpoint=localhost:0", "--max-restarts=1", "-m", "tests.helpers.launched_stages"),
-]
+KILLED_AFTER = 7
+"""Behind the second handshake."""
 
 pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 
@@ -42,35 +42,17 @@ def expected() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("command", "start_method", "workers", "harm_after"),
-    [(SCRIPT, "popen", (0, 1), 0), (TORCHRUN, "popen", (0, 1), 7), (SCRIPT, "spawn", (0,), 0)],
-    ids=["script", "torchrun, and a worker is killed", "spawn"],
-)
-def test_launchers_train_the_same(
-    command: list[str],
-    start_method: str,
-    workers: tuple[int, ...],
-    harm_after: int,
-    expected: Any,
-    root: Path,
-    tmp_path: Path,
-) -> None:
-    """Under torchrun worker 1 is killed behind the second handshake, and the run goes on from there."""
-    ended = run([*command, start_method, str(tmp_path), *([str(harm_after)] if harm_after else [])], root)
+def test_torchrun_trains_the_same_where_a_worker_is_killed(expected: Any, tmp_path: Path) -> None:
+    script = "-m", "tests.helpers.launched_stages", "popen", str(tmp_path), str(KILLED_AFTER)
+    output = run_module("torch.distributed.run", *TORCHRUN, "--max-restarts=1", *script)
 
-    assert ended.returncode == 0, ended.stdout
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"{start_method}-worker{w}.pt" for w in workers]
-    assert (tmp_path / "harmed").exists() == bool(harm_after)
-    for worker in workers:
-        found = torch.load(tmp_path / f"{start_method}-worker{worker}.pt", weights_only=False)
+    assert (tmp_path / "harmed").exists()
+    for worker in range(2):
+        found = torch.load(tmp_path / f"popen-worker{worker}.pt", weights_only=False)
         assert_equal_states(found["state"], expected["state"], exactly=True)
         assert not found["left"]
-        if start_method == "popen":
-            assert found["steps"] == list(range(harm_after or 1, STEPS + 1)), ended.stdout
-        if not harm_after:  # of an epoch that was begun in another life, metrics have what was logged in this one
-            assert found["metrics"] == expected["metrics"]
-    assert ended.stdout.count("net is cut into 2 stages") == 1 + bool(harm_after)
+        assert found["steps"] == list(range(KILLED_AFTER, STEPS + 1)), output
+    assert output.count("net is cut into 2 stages") == 2
 
 
 def fork(_: int, folder: str) -> dict[str, Any]:

@@ -4,59 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from resist_lightning import Config, WorkerLost
+from resist_lightning import Config, ResISTStrategy, WorkerLost
 from tests.helpers import dying
-from tests.helpers.launched import STEPS, train
+from tests.helpers.interrupted import fit_twice
+from tests.helpers.launched import STEPS, Data, train
 from tests.helpers.plain import Classifier, evaluate
 from tests.helpers.processes import run_workers
+from tests.helpers.programs import ROOT, as_a_main_process, run_module, run_program
 from tests.helpers.trainers import make_trainer, train_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
 PATIENCE_SECONDS = 200  # for importing Lightning in several processes on a busy machine
-SCRIPT = [sys.executable, "-m", "tests.helpers.launched"]
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
-    *("--rdzv-endpoint=localhost:0", "-m", "tests.helpers.launched"),
-]
+SCRIPT = "tests.helpers.launched"
+TORCHRUN = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
-
-
-def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a session of its own, all of which is gone afterwards."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def by_hand(worker: int) -> dict[str, Any]:
@@ -81,41 +55,37 @@ def assert_as_expected(found: dict[str, Any], expected: dict[str, Any], start_me
     assert (found["group left"], found["training"]) == (False, False)
 
 
+def script(folder: str) -> str:
+    return run_program(["-m", SCRIPT, "popen", folder], ROOT, timeout=PATIENCE_SECONDS)
+
+
+def torchrun(folder: str) -> str:
+    return run_module("torch.distributed.run", *TORCHRUN, "-m", SCRIPT, "popen", folder)
+
+
+def spawn(folder: str) -> str:
+    return run_module(SCRIPT, "spawn", folder)
+
+
 @pytest.mark.parametrize(
-    ("command", "start_method", "workers"),
-    [(SCRIPT, "popen", (0, 1)), (TORCHRUN, "popen", (0, 1)), (SCRIPT, "spawn", (0,))],
-    ids=["script", "torchrun", "spawn"],
+    ("launch", "start_method", "workers"),
+    [(script, "popen", (0, 1)), (torchrun, "popen", (0, 1)), (spawn, "spawn", (0,))],
 )
 def test_launchers_train_what_the_plain_loop_trains(
-    command: list[str], start_method: str, workers: tuple[int, ...], expected: Any, root: Path, tmp_path: Path
+    launch: Callable[[str], str], start_method: str, workers: tuple[int, ...], expected: Any, tmp_path: Path
 ) -> None:
-    ended = run([*command, start_method, str(tmp_path)], root)
+    output = launch(str(tmp_path))
 
-    assert ended.returncode == 0, ended.stdout
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"{start_method}-worker{w}.pt" for w in workers]
     for worker in workers:
         found = torch.load(tmp_path / f"{start_method}-worker{worker}.pt", weights_only=False)
         assert_as_expected(found, expected, start_method)
         if start_method == "popen":
             assert found["tested"] == found["metrics"]
-    assert ended.stdout.count("4 residual blocks are partitioned over 2 worker(s), 2, 2 a worker") == 1
-
-
-def test_an_error_in_one_worker_of_a_script_ends_it_and_is_seen(root: Path, tmp_path: Path) -> None:
-    ended = run([*SCRIPT, "popen", str(tmp_path), "fail"], root)
-
-    assert ended.returncode != 0
-    assert "KeyError: 'a mistake in training_step'" in ended.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert output.count("4 residual blocks are partitioned over 2 worker(s), 2, 2 a worker") == 1
 
 
 # Fork: from a worker that has imported everything, so that it costs no more than the training.
-
-
-def as_a_main_process() -> None:
-    """Leave the group of ``run_workers``: the launcher starts the workers."""
-    dist.destroy_process_group()
-    rank_zero_only.rank = 0
 
 
 def fork(_: int, folder: str) -> dict[str, Any]:
@@ -128,9 +98,6 @@ def test_forked_workers_train_what_the_plain_loop_trains(expected: Any, tmp_path
 
 
 def fork_and_save(_: int, folder: str) -> None:
-    from resist_lightning import ResISTStrategy
-    from tests.helpers.launched import Data
-
     as_a_main_process()
     strategy = ResISTStrategy(local_steps=3, min_blocks=1, start_method="fork")
     trainer = make_trainer(strategy, max_epochs=1, devices=2)
@@ -146,36 +113,28 @@ def test_a_checkpoint_saved_by_the_main_process_of_forked_workers_can_be_resumed
     assert (saved["resist_lightning"]["round"], saved["resist_lightning"]["step"]) == (2, 2)
 
 
-@pytest.mark.parametrize(("start_method", "to_all"), [("fork", False), ("spawn", True)])
-def test_an_interrupt_leaves_no_worker_and_the_next_fit_works(
-    start_method: str, to_all: bool, root: Path, tmp_path: Path
-) -> None:
+def interrupt_and_fit_again(_: int, to_all: bool, folder: str) -> tuple[bool, int, bool]:
+    as_a_main_process()
+    main = os.getpid()
+
+    def interrupt() -> None:
+        while not Path(folder, "training").exists():
+            time.sleep(0.05)
+        (os.killpg if to_all else os.kill)(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    return fit_twice("fork", folder)
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+def test_an_interrupt_leaves_no_worker_and_the_next_fit_works(to_all: bool, tmp_path: Path) -> None:
     """A notebook's kernel is interrupted alone, a terminal's Ctrl-C reaches the workers too.
 
     Up to version 0.1 forked workers stayed alive, and the next fit died of EADDRINUSE.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.interrupted", start_method, str(tmp_path)],
-        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (tmp_path / "training").exists():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    (found,) = run_workers(interrupt_and_fit_again, 1, to_all, str(tmp_path), timeout=PATIENCE_SECONDS)
 
-    assert process.returncode == 0, output
-    assert "interrupted, 0 workers left" in output
-    assert "not interrupted" not in output
-    assert "trained again" in output
+    assert found == (True, 0, True)
 
 
 def interrupt_a_worker_that_hangs(_: int, folder: str) -> float:
@@ -207,8 +166,10 @@ class Leaving(Classifier):
 def fork_and_leave(_: int, folder: str) -> list[str]:
     as_a_main_process()
     tempfile.tempdir = folder
+    strategy = ResISTStrategy(local_steps=3, min_blocks=1, start_method="fork")
+    trainer = make_trainer(strategy, max_epochs=1, devices=1)  # of two, the second would hear of the first
     with pytest.raises(WorkerLost, match=r"worker 0 ended with exit code 0 and without results: .* sys\.exit"):
-        train("fork", folder, Leaving())
+        trainer.fit(Leaving(), datamodule=Data())
     return os.listdir(folder)
 
 

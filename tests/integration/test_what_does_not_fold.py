@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from tests.helpers.plain import Classifier, batch_of, evaluate, held_out, stream
 from tests.helpers.processes import run_workers
+from tests.helpers.programs import as_a_main_process
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -119,8 +118,7 @@ class Loaders(Odd):
 
 def forked(_: int, folder: str) -> list[float]:
     """The reported loss, and that of the module in the main process, before and after a test of other weights there."""
-    dist.destroy_process_group()
-    rank_zero_only.rank = 0
+    as_a_main_process()
     trainer = make_trainer(make_strategy(start_method="fork"), max_epochs=1, devices=2)
     module = Loaders()
     trainer.fit(module)

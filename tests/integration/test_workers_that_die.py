@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from resist_lightning import WorkerLost
 from resist_lightning.faults.watchdog import EXIT_CODE
 from tests.helpers import dying
 from tests.helpers.plain import Classifier
 from tests.helpers.processes import run_workers, run_workers_to_the_end
+from tests.helpers.programs import as_a_main_process
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
 
@@ -113,8 +113,7 @@ def run_script(root: Path, folder: Path, what: str, doomed: int) -> str:
 @pytest.mark.parametrize(
     ("what", "doomed", "how"),
     [
-        ("segv", 1, r"was ended by signal 11 \(SIGSEGV\)"),
-        ("stop", 1, r"has not been heard of for \d+ s: it is frozen"),
+        ("raise", 1, r"failed with KeyError: 'a mistake'"),
         ("kill", 0, r"ended without a word"),
     ],
 )
@@ -124,6 +123,7 @@ def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, roo
     error = (tmp_path / f"error{1 - doomed}").read_text()
     assert re.match("WorkerLost: " + NAME.format(doomed) + how, error), stderr
     assert re.search(r"last doing: [a-z -]+, round \d+, local step \d+", error)
+    assert (what == "raise") == ("raise KeyError" in stderr)  # the worker's own traceback
 
 
 def test_after_ctrl_c_a_script_goes_on_in_all_workers_and_has_a_checkpoint(root: Path, tmp_path: Path) -> None:
@@ -142,8 +142,7 @@ def assert_saved(folder: Path) -> None:
 
 
 def fork_and_terminate(_: int, folder: str) -> None:
-    dist.destroy_process_group()
-    rank_zero_only.rank = 0
+    as_a_main_process()
     with pytest.raises(SIGTERMException):
         dying.train("SIGTERM", 1, folder, "fork")
 
@@ -155,22 +154,28 @@ def test_sigterm_to_a_main_process_and_its_forked_workers_leaves_a_checkpoint(tm
     assert_saved(tmp_path)
 
 
-def fork(_: int, folder: str) -> None:
-    dist.destroy_process_group()
-    rank_zero_only.rank = 0
-    with pytest.raises(WorkerLost, match=NAME.format(1) + r"was ended by signal 9 \(SIGKILL\)"):
-        dying.train("kill", 1, folder, "fork")
+def fork(_: int, harm: str, how: str, folder: str) -> None:
+    as_a_main_process()
+    # What worker 0 said of it, or the main process.
+    with pytest.raises((WorkerLost, ProcessRaisedException), match=NAME.format(1) + how):
+        dying.train(harm, 1, folder, "fork")
 
 
-def test_of_forked_workers_the_main_process_names_the_one_that_died(tmp_path: Path) -> None:
-    run_workers(fork, 1, str(tmp_path), timeout=PATIENCE_SECONDS)
+@pytest.mark.parametrize(
+    ("harm", "how"),
+    [
+        ("segv", r"was ended by signal 11 \(SIGSEGV\)"),
+        ("stop", r"has not been heard of for \d+ s: it is frozen"),
+    ],
+)
+def test_of_forked_workers_the_one_that_came_to_harm_is_named(harm: str, how: str, tmp_path: Path) -> None:
+    run_workers(fork, 1, harm, how, str(tmp_path), timeout=PATIENCE_SECONDS)
 
     assert running(tmp_path) == []
 
 
 def fork_and_be_killed(_: int, folder: str) -> Any:
-    dist.destroy_process_group()
-    rank_zero_only.rank = 0
+    as_a_main_process()
     dying.HARMS["kill"] = lambda: os.kill(os.getppid(), signal.SIGKILL)
     dying.train("kill", 1, folder, "fork")
 
