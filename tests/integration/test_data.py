@@ -141,7 +141,7 @@ def fit_unsized(worker: int, lengths: tuple[int, int], folder: str, options: dic
 
 
 def assert_all_raise(folder: Path, options: dict[str, Any]) -> None:
-    for outcome in run_trainers_to_the_end(fit_unsized, 2, LENGTHS, str(folder), options, timeout=10):
+    for outcome in run_trainers_to_the_end(fit_unsized, 2, LENGTHS, str(folder), options, timeout=30):
         assert isinstance(outcome.error, WorkersDisagree), outcome
         assert "ran out of data" in str(outcome.error)
     assert list(folder.iterdir()) == []

@@ -23,7 +23,7 @@ from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainer
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.helpers.worker import Outcome
 
-SOON_SECONDS = 10.0
+SOON_SECONDS = 30.0
 
 
 class Failing(Classifier):

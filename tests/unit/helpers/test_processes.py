@@ -125,7 +125,7 @@ def test_a_hang_is_killed_at_the_timeout_with_all_it_started(tmp_path):
     begin = time.monotonic()
     with pytest.raises(WorkersTimedOut) as caught:
         run_workers(hang, 2, str(tmp_path), timeout=2.0)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 30  # and not the minute that it would sleep
     message = str(caught.value)
     assert message.startswith("2 of 2 workers still ran after 2 s and were killed")
     assert message.count("in hang") == 2
@@ -178,7 +178,7 @@ def test_collectives_may_have_a_timeout_of_their_own():
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
         run_workers(wait_for_peer, 2, collective_timeout=1.0)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 30  # and not the minute that it would sleep
 
 
 def test_workers_die_with_the_session(root):
