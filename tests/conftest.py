@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ[MARK] = str(os.getpid())
 
+# One thread a process, as several share a core. Lightning would choose otherwise, and threads change the last bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # No deadline: the machine may be busy. No database and always the same examples: CI finds what we find.
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")
