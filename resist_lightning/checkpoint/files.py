@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors that say what is wrong with one."""
+"""Writes files atomically and with a checksum, and explains what is wrong with one that cannot be read."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def refused(parts: Mapping[str, Any]) -> list[str]:
 
 
 def check_loadable(parts: Mapping[str, Any]) -> None:
-    """Find out when the first file is written, not when a run should go on from it, that it cannot be loaded.
+    """Find out when the first file is written, not when a run resumes from it, that it cannot be loaded.
 
     Raises:
         ValueError: if one of the parts cannot; the message names them.

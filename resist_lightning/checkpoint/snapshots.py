@@ -1,11 +1,11 @@
-"""Snapshots: what every worker has at the border of a round, on disk, written without a word to the others.
+"""Snapshots: each worker's state at the end of a round, on disk, written without communication.
 
 ::
 
     FOLDER/round=00000012/worker-0-of-3.5f00aa21.pt      shared tensors, its blocks, its random state, its place in
                           worker-1-of-3.9c4711d0.pt      the data; the checksum is in the name
                           worker-2-of-3.11e0c2ff.pt
-           agents.json                                   who may go on from here by itself
+           agents.json                                   whose workers may resume from here on their own
 
 At a border nothing is averaged any more and every block is whole in the file of some worker, so all files of a round
 together are the full model, for any number of workers.
@@ -138,7 +138,7 @@ class SnapshotFolder:
 
 
 def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
-    """The rounds that this worker could go on from, newest first: its own file, or else all files, are whole.
+    """The rounds that this worker could resume from, newest first: its own file, or else all files, are whole.
 
     Args:
         snapshots: of :meth:`SnapshotFolder.newest_first`.

@@ -1,4 +1,4 @@
-"""What would spread or part the workers in silence: NaN and infinity before a sync, unequal tensors after one."""
+"""Catches silent divergence: non-finite values before a sync, replicas that differ after one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 
 
 class DivergenceChecks:
-    """Finds what must not be averaged, and what should be equal and is not. What it finds travels in headers.
+    """Finds non-finite values and replicas that differ. What it finds travels in headers.
 
     Args:
         layout: the model's parts and the settings.
@@ -127,9 +127,16 @@ class DivergenceChecks:
         names = self._layout.changing() - self._masks
         module = self._layout.module
         tensors = [*module.named_parameters(), *module.named_buffers()]
-        looked_at = [(i, t.detach()) for i, (name, t) in enumerate(tensors) if name in names and _could_be(t)]
-        doubtful = _sums_not_finite([tensor for _, tensor in looked_at])
-        return next((i + 1 for (i, t), doubt in zip(looked_at, doubtful, strict=True) if doubt and not _finite(t)), 0)
+        candidates = []
+        for place, (name, tensor) in enumerate(tensors, start=1):
+            if name in names and _could_be(tensor):
+                candidates.append((place, tensor.detach()))
+        doubtful = _sums_not_finite([tensor for _, tensor in candidates])
+        for (place, tensor), doubt in zip(candidates, doubtful, strict=True):
+            # A sum of finite entries can overflow, so a doubtful tensor is read once more, entry by entry.
+            if doubt and not _finite(tensor):
+                return place
+        return 0
 
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
         names = self._names()

@@ -1,4 +1,4 @@
-"""What workers compare, and how they say what differs: before they train, and of tensors. Standard library only."""
+"""Compares what workers have in common and names what differs. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How workers meet: every sync begins with a header that all must agree on."""
+"""The handshake: every sync begins with a header that all workers must agree on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXTRA_NUMBERS = 2
 
 
 class Host:
-    """What surrounds the engine; numbers that it wants compared or agreed upon travel in the header of each sync."""
+    """The engine's callbacks into its surroundings; their numbers travel in the header of each sync."""
 
     def settings(self) -> dict[str, str]:
         """Settings of its own that all workers must share, by name; compared once, at the start."""
@@ -64,7 +64,7 @@ class Handshake:
         self.divergence = DivergenceChecks(layout, collective)
 
     def start(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
-        """Meet for the first time, before anything is trained.
+        """Run the first handshake, before anything is trained.
 
         Collective: every worker must call this, in the same order.
 
@@ -85,12 +85,12 @@ class Handshake:
     def run(
         self, purpose: Purpose, clock: Clock, extra: Sequence[float] = (), *, fingerprint: Fingerprint | None = None
     ) -> list[list[float]]:
-        """Meet the other workers.
+        """Run a handshake with the other workers.
 
         Collective: every worker must call this, in the same order.
 
         Args:
-            purpose: why the workers meet.
+            purpose: of the handshake.
             clock: where this worker is.
             extra: at most two numbers to tell the others.
             fingerprint: compared in the place of the layout, at the start.
@@ -110,6 +110,7 @@ class Handshake:
         extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
         received = self._collective.gather_numbers([*mine, *extra, self._rate(), *self._host.report()])
         headers = [read_header(numbers) for numbers in received]
+        # Before the headers: their comparison would only say that two digests differ, not which setting does.
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
         check_headers(headers)
@@ -117,6 +118,7 @@ class Handshake:
         end = len(mine) + len(extra)
         told = [numbers[end + 1 :] for numbers in received]
         self._host.on_reports(told)
+        # Only at a sync, where all workers change what the next round uses at the same step.
         if purpose == Purpose.SYNC:
             self._compare_rates([numbers[end] for numbers in received])
             self._host.agree(told)

@@ -1,4 +1,4 @@
-"""Numbers that stand for the bits of tensors, computed where the tensors are."""
+"""Hashes the bits of tensors, on the device where they are."""
 
 from __future__ import annotations
 

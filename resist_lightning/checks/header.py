@@ -10,7 +10,7 @@ from resist_lightning.errors import WorkersDisagree
 
 
 class Purpose(IntEnum):
-    """Why the workers meet."""
+    """What a handshake is for."""
 
     START = 0
     SYNC = 1

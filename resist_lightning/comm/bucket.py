@@ -1,4 +1,4 @@
-"""Tensors that live in one buffer, so that averaging them needs neither packing nor a second copy."""
+"""Keeps tensors in one flat buffer, so that averaging them needs neither packing nor a second copy."""
 
 from __future__ import annotations
 

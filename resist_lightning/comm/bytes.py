@@ -1,4 +1,4 @@
-"""Bytes by closed form, to stand beside the counted ones. Standard library only.
+"""Predicts the bytes each worker sends, by closed form, to compare with counted ones. Standard library only.
 
 Bytes are decimal and count what a worker *sends*; what it receives is the same in total.
 """
@@ -40,7 +40,7 @@ def parameter_server_bytes(subnet_bytes: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class WireFormat:
-    """How trainable parameters look on the wire: groups of entries, with a scale each.
+    """Layout of quantized parameters in a message: groups of entries, with a scale each.
 
     Args:
         bits: bits of an entry.

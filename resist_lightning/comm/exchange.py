@@ -216,6 +216,7 @@ class Exchange:
             elif transfer.target == me:
                 expected[transfer.source].append(transfer)
         loads = {t.block: payload(t.block) for t in transfers if me in (t.source, t.target)}
+        # Compressed once per block, not per target: all targets must receive the same rounding.
         messages = {block: self._compressed(loads[block]) for block in {t.block for t in transfers if t.source == me}}
         kinds: Counter[str] = Counter()
         for transfer in transfers:

@@ -121,11 +121,13 @@ class CompressedMean:
         entries = len(change)
         message = self._wire.encode(change).view(-1, form.group_bytes)
         peers = [worker for worker in range(workers) if worker != me]
+        # Shares are whole groups, so that a group's scale always travels with its entries.
         shares = [slice(*form.share(entries, worker, workers)) for worker in range(workers)]
         mine = message[shares[me]]
         parts = {peer: torch.empty_like(mine).flatten() for peer in peers}
         self._exchange({peer: message[shares[peer]].flatten() for peer in peers}, parts, kind)
         copies = [self._decode(parts.get(worker, mine)) for worker in range(workers)]
+        # This worker decodes its own result as well: all apply what was sent, rounding included.
         result = torch.empty_like(message)
         result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / counted).view(mine.shape)
         results = {peer: result[shares[peer]].flatten() for peer in peers}

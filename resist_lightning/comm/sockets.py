@@ -1,4 +1,4 @@
-"""The group's connections, to be cut when a worker is lost: gloo has no other way to wake who waits in it.
+"""Cuts the group's connections when a worker is lost: gloo has no other way to wake a thread that waits in it.
 
 Tried with torch 2.15: ``ProcessGroup.abort`` and ``shutdown``, of the group and of its backend, and
 ``destroy_process_group`` return at once from another thread and leave the waiting one where it is. A connection that is

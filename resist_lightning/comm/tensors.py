@@ -1,4 +1,4 @@
-"""The tensors of a user's module: which can be averaged and sent, as what, and whether they are still the same ones."""
+"""Checks that a module's tensors can be averaged and sent, and are not replaced; converts data types for sending."""
 
 from __future__ import annotations
 

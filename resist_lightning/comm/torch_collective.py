@@ -1,4 +1,4 @@
-"""The collective over torch.distributed's default group; every byte is counted."""
+"""The `Collective` over torch.distributed's default group; every byte is counted."""
 
 from __future__ import annotations
 
@@ -95,13 +95,11 @@ class GroupCollective(Collective):
         landing = [self._landing(flat) for _, _, flat in incoming]
         # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
         # an exchange takes twice as long (docs/decisions/0004-receives-first.md).
-        operations = [
-            *(
-                dist.P2POp(dist.irecv, land, peer, tag=tag)
-                for (peer, tag, _), land in zip(incoming, landing, strict=True)
-            ),
-            *(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag) for peer, tag, flat in outgoing),
-        ]
+        operations = []
+        for (peer, tag, _), land in zip(incoming, landing, strict=True):
+            operations.append(dist.P2POp(dist.irecv, land, peer, tag=tag))
+        for peer, tag, flat in outgoing:
+            operations.append(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag))
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()

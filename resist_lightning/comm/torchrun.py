@@ -1,4 +1,4 @@
-"""What torchrun tells the workers that it starts, and starts again. Standard library only."""
+"""Reads what torchrun tells the workers that it starts and restarts. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vectors of spectral norm: their mean over workers is shorter than 1, and is made a unit vector again."""
+"""Normalises the vectors of spectral norm after a mean, which is shorter than 1."""
 
 from __future__ import annotations
 

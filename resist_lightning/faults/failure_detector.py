@@ -1,4 +1,4 @@
-"""Whether the other workers live: what each says of itself, and what to make of it. Standard library only."""
+"""Decides from heartbeats which worker is lost. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias
 
 BEAT_SECONDS = 1.0
-"""How often a worker gives a sign of life."""
+"""How often a worker posts a heartbeat."""
 
 NAP_SECONDS = 5.0
-"""A watch that has not run for so long was stopped itself, and may not count that time against the others."""
+"""A watchdog that has not run for so long was stopped itself, and may not count that time against the others."""
 
 _BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl")
 _TIMED_OUT = ("timed out", "timeout")
@@ -25,7 +25,7 @@ End: TypeAlias = Literal["", "done", "failed", "gave up"]
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life.
+    """What a worker posts about itself.
 
     Args:
         worker: who gives it.
@@ -66,7 +66,7 @@ class Heartbeat:
 
 
 def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
-    """A sign of ``worker`` from what :meth:`Heartbeat.write` gave, or None: others too may write to the store.
+    """Parse the heartbeat of ``worker`` from its line; None if it is invalid, as anybody may write to the store.
 
     Fields that are unknown, as of a newer version, are passed over.
     """
@@ -106,13 +106,13 @@ class Verdict:
 
 
 class FailureDetector:
-    """What one worker makes of the others' signs. All times are those of one monotonic clock, in seconds.
+    """One worker's view of which others are alive. All times are those of one monotonic clock, in seconds.
 
     Args:
-        mine: this worker's first sign.
+        mine: this worker's first heartbeat.
         workers: how many there are.
-        silence: after how long without a sign a worker counts as lost.
-        store: who serves the signs, in words.
+        silence: after how long without a heartbeat a worker counts as lost.
+        store: who serves the store, in words.
         now: the time.
     """
 
@@ -127,7 +127,7 @@ class FailureDetector:
         self._gone_since: dict[int, float] = {}
 
     def hear(self, signs: Sequence[Heartbeat], now: float) -> None:
-        """Take in the signs that were read from the store."""
+        """Record heartbeats that were read from the store."""
         for sign in signs:
             if sign.worker in self._last and (sign.worker not in self.signs or self.signs[sign.worker] != sign):
                 self.signs[sign.worker], self._last[sign.worker] = sign, now
@@ -146,7 +146,7 @@ class FailureDetector:
         return [sign for sign in self.signs.values() if not sign.end and sign.home == self._mine.home]
 
     def judge(self, now: float, gone: Mapping[int, str], orphaned: str = "") -> Verdict | None:
-        """Who is lost, if anybody: what is known for certain comes first.
+        """Name the lost worker, if any; certain knowledge comes first.
 
         Args:
             now: the time.
@@ -155,6 +155,7 @@ class FailureDetector:
             orphaned: that the process has ended without which this one must not run, in words; or empty.
         """
         signs = [self.signs[worker] for worker in sorted(self.signs)]
+        # A worker's own error comes first: processes that are gone and workers that gave up are often its consequence.
         for sign in signs:
             if sign.end == "failed":
                 return Verdict(f"{sign.name} failed with {sign.text}{self._last_of(sign.worker)}", sign.worker)
@@ -166,6 +167,7 @@ class FailureDetector:
         for sign in signs:
             if sign.end == "gave up":
                 return Verdict(sign.text)
+        # Before silences: while the store does not answer, every worker seems silent.
         unread = now - self._read
         if unread > self._silence:
             host = f" Most likely lost: {self.signs[0].name}." if 0 in self.signs else ""
@@ -204,7 +206,7 @@ class FailureDetector:
         return all(sign.beat >= beats.get(sign.worker, sign.beat) + 2 for sign in running)
 
     def running(self) -> list[Heartbeat]:
-        """The last signs of those that have not said that they end, and whose process is not gone."""
+        """The last heartbeats of those that have not said that they end, and whose process is not gone."""
         return [sign for worker, sign in sorted(self.signs.items()) if not sign.end and worker not in self._gone_since]
 
     def _confirmed(self, now: float, gone: Mapping[int, str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A board on which every worker posts a line and reads those of the others, in the group's store."""
+"""Posts and reads heartbeats through the group's store: one line per worker."""
 
 from __future__ import annotations
 

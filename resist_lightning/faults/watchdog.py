@@ -1,7 +1,7 @@
-"""A thread that learns when another worker is lost, and sees to it that this one ends too.
+"""The watchdog: background threads that detect a lost worker and make this one end too.
 
-It talks through the group's store, over a connection of its own, and never takes part in a collective. Two threads,
-because a call to a store whose host is frozen does not return: one gives and reads signs of life, the other judges.
+They talk through the group's store, over a connection of their own, and never take part in a collective. There are two,
+because a call to a store whose host is frozen does not return: one posts and reads heartbeats, the other judges.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 5.0
 """For how long a worker whose connection broke asks who it was, and worker 0 waits until it is heard."""
 
 _SUSPICIOUS_BEATS = 3.0
-_REST_SECONDS = 0.05  # at least, between two signs: a round of few steps must not make the store busy
+_REST_SECONDS = 0.05  # least time between two heartbeats: a round of few steps must not make the store busy
 
 
 def _nothing() -> None:
@@ -48,7 +48,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a watch must know of the program that it is in.
+    """Callbacks through which the watchdog learns about the program around it.
 
     Args:
         activity: what this worker is doing, or None as long as there is no engine.
@@ -68,13 +68,13 @@ class Surroundings:
 
 
 class Watchdog:
-    """Gives signs of life and judges those of the others, until :meth:`stop`.
+    """Posts heartbeats and judges those of the other workers, until :meth:`stop`.
 
     Args:
-        board: where signs are posted.
+        board: where heartbeats are posted.
         surroundings: what it must know of the program.
-        silence: after how many seconds without a sign a worker counts as lost; also the time that this worker has to
-            end by itself when another one is lost.
+        silence: after how many seconds without a heartbeat a worker counts as lost; also the time that this worker
+            has to end by itself when another one is lost.
         timeout: after how many seconds a worker that waits gives up; for messages.
 
     Attributes:
@@ -88,7 +88,7 @@ class Watchdog:
         self._silence = silence
         self._timeout = timeout
         self._sign = Heartbeat(board.worker, socket.gethostname(), _home(), os.getpid())
-        self._liveness = FailureDetector(self._sign, board.workers, silence, surroundings.store, time.monotonic())
+        self._detector = FailureDetector(self._sign, board.workers, silence, surroundings.store, time.monotonic())
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._arrived = threading.Event()
@@ -102,18 +102,19 @@ class Watchdog:
         ]
 
     def start(self) -> None:
-        """Begin to watch. The threads end before the interpreter does, which aborts if one is in a call to C++ then."""
+        """Start the threads. They end before the interpreter does, which aborts if one is in a call to C++ then."""
         atexit.register(self.stop)
         for thread in self._threads:
             thread.start()
 
     def wake(self) -> None:
-        """Give a sign of life now."""
+        """Post a heartbeat now."""
         self._wake.set()
 
     def stop(self) -> None:
         """Stop watching. A call to a store that does not answer is cut off."""
         self._stopped.set()
+        # Both threads may be waiting on one of these; without them they would end only after their timeouts.
         self._arrived.set()
         self._wake.set()
         if os.getpid() == self._sign.pid and not self._ended(BEAT_SECONDS):  # a fork has the connection, but no thread
@@ -130,7 +131,7 @@ class Watchdog:
         return not any(thread.is_alive() for thread in others)
 
     def check(self) -> None:
-        """Costs nothing; call it where this worker can end.
+        """Raise if a worker is known to be lost. Cheap; call it where this worker can end.
 
         Raises:
             WorkerLost: if a worker is known to be lost.
@@ -144,7 +145,7 @@ class Watchdog:
         return WorkerLost(f"{self.verdict.text} {self._around.how_to_resume()}")
 
     def explain(self, error: BaseException) -> WorkerLost | None:
-        """What stands behind an error of this worker; None if it is its own.
+        """Convert an error of this worker into the one that names the lost worker; None if the error is its own.
 
         A connection that broke tells of no worker: look for up to some seconds who it was. From now on the process is
         left to end by itself.
@@ -161,7 +162,7 @@ class Watchdog:
             time.sleep(BEAT_SECONDS / 4)
         if self.verdict is None:
             with self._lock:
-                self.verdict = self._liveness.suspect(str(error), self._timeout, _SUSPICIOUS_BEATS)
+                self.verdict = self._detector.suspect(str(error), self._timeout, _SUSPICIOUS_BEATS)
         return self.error()
 
     def tell(self, end: End, text: str = "") -> None:
@@ -172,14 +173,14 @@ class Watchdog:
             self._wake.set()
             if self._posted == end:
                 with self._lock:
-                    beats = beats or {sign.worker: sign.beat for sign in self._liveness.running()}
-                    if end == "done" or self._sign.worker != 0 or self._liveness.heard(beats, self.verdict):
+                    beats = beats or {sign.worker: sign.beat for sign in self._detector.running()}
+                    if end == "done" or self._sign.worker != 0 or self._detector.heard(beats, self.verdict):
                         break
             time.sleep(BEAT_SECONDS / 20)
         self.stop()
 
     def _beat(self) -> None:
-        """Give signs of life, and read those of the others. May hang in a call until :meth:`stop`."""
+        """Post heartbeats, and read those of the others. May hang in a call until :meth:`stop`."""
         while not self._stopped.is_set():
             try:
                 sign = self._next_sign()
@@ -193,7 +194,7 @@ class Watchdog:
                         self._board.connect_again()
                 continue
             with self._lock:
-                self._liveness.hear([sign for sign in signs if sign is not None], time.monotonic())
+                self._detector.hear([sign for sign in signs if sign is not None], time.monotonic())
             self._posted, self._reached = sign.end, True
             if len(lines) == self._board.workers:  # else somebody has just begun
                 self._wake.wait(BEAT_SECONDS)
@@ -217,14 +218,14 @@ class Watchdog:
         return self._sign
 
     def _on_change(self, activity: Activity) -> None:
-        """Called by the main thread, in every local step too: a sign at once, if it does something else now."""
+        """Called by the main thread, in every local step too: a heartbeat at once, if it does something else now."""
         if activity.what != self._sign.what:
             self._wake.set()
 
     def _look_around(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
             with self._lock:
-                self._liveness.wake(time.monotonic())
+                self._detector.wake(time.monotonic())
             if self.verdict is None:
                 with suppress(Exception):  # the next look may succeed; without this thread nobody looks
                     self._judge()
@@ -235,9 +236,9 @@ class Watchdog:
     def _judge(self) -> None:
         """Set the verdict, if there is one; the first stays."""
         with self._lock:
-            gone = {sign.worker: self._how_gone(sign.pid) for sign in self._liveness.neighbours()}
+            gone = {sign.worker: self._how_gone(sign.pid) for sign in self._detector.neighbours()}
             gone = {worker: how for worker, how in gone.items() if how}
-            verdict = self._liveness.judge(time.monotonic(), gone, self._around.orphaned())
+            verdict = self._detector.judge(time.monotonic(), gone, self._around.orphaned())
             self.verdict = self.verdict or verdict
 
     def _how_gone(self, pid: int) -> str:

@@ -1,4 +1,4 @@
-"""Who holds which residual block in a round: a pure function of (blocks, counts per worker, seed, round).
+"""Partitions residual blocks over workers: a pure function of (blocks, counts per worker, seed, round).
 
 Every worker computes the same partition by itself; nothing is sent and no random generator is read or moved.
 Standard library only.

@@ -1,4 +1,4 @@
-"""Where a worker is in its rounds, what it is doing, and how long its local steps take. Standard library only."""
+"""Tracks a worker's round and step, its current activity, and the time of its local steps. Standard library only."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Pace:
 
 
 def one_round(steps: int, local_steps: int) -> str:
-    """What to say of a training that ends before its first round does."""
+    """Warning text for a training that ends before its first round does."""
     return (
         f"this training has {steps} local steps, and a round has local_steps={local_steps}: the workers average once, "
         f"at the end, each after training alone. Set local_steps to {max(1, steps // 10)} or so, or train longer."

@@ -1,4 +1,4 @@
-"""Who sends which block to whom at a sync: a pure function of the old and the new partition. Standard library only."""
+"""Plans the transfers of blocks at a sync, from the old and the new partition. Standard library only."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
         old, new = before.holders(block), after.holders(block)
         if not old or not new:
             raise ValueError(f"block {block} has no holder {'after' if old else 'before'} the sync: it would be lost.")
+        # What all hold before and after is cheaper in the all-reduce than collected at one owner.
         if len(old) == len(new) == before.workers > 1:
             averaged.append(block)
             continue

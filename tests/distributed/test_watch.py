@@ -57,7 +57,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
     for beat, line in enumerate(["no sign", '{"worker": 1, "mood": 5}', None]):
         sign = Heartbeat(1, "host", "elsewhere", pid=1, beat=beat)
         store.set(KEY, sign.write())
-        wait_for(lambda: watch._liveness.signs.get(1) == sign)  # noqa: B023 - called at once
+        wait_for(lambda: watch._detector.signs.get(1) == sign)  # noqa: B023 - called at once
         mine = watch._sign.beat
         if line is None:
             store.delete_key(KEY)
@@ -66,7 +66,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
             store.set(KEY, line)
             wait_for(lambda: watch._sign.beat > mine + 2)  # noqa: B023
     store.set(KEY, Heartbeat(1, "host", "elsewhere", pid=1, beat=9).write())
-    wait_for(lambda: watch._liveness.signs[1].beat == 9)
+    wait_for(lambda: watch._detector.signs[1].beat == 9)
     assert watch.verdict is None
 
     os.kill(server, signal.SIGSTOP)
