@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in spawned workers, which import this file
 
@@ -19,12 +18,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.app import schema
-from experiments.app.build import build_data, build_module, build_strategy
-from experiments.app.checks import check_evaluate, is_plain
-from experiments.app.launch import check_command_line, readable_errors
+from experiments.app.build import build_data, build_module, build_strategy, check_evaluate, is_plain, strategy_name
+from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
-from experiments.data.module import ArrayData
+from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
 
 hush()
@@ -45,7 +42,7 @@ def main(cfg: DictConfig) -> None:
         data = build_data(trained.data)
         module = build_module(trained, data)
         metrics = evaluate(module, data, trained, checkpoint=checkpoint, strategy=strategy, split=cfg.split)
-        name = schema.STRATEGY_NAMES[cfg.strategy._target_]
+        name = strategy_name(cfg.strategy)
         line = {"checkpoint": str(checkpoint), "strategy": name, "split": cfg.split, **metrics}
         Path(cfg.output_dir, "evaluation.json").write_text(json.dumps(line, indent=1) + "\n")
         accuracy, loss = metrics["accuracy"], metrics["loss"]
@@ -73,7 +70,7 @@ def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
 
 def evaluate(
     module: L.LightningModule,
-    data: ArrayData[Any],
+    data: L.LightningDataModule,
     cfg: DictConfig,
     *,
     checkpoint: Path | None,
@@ -122,7 +119,7 @@ def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:
         ConfigError: another strategy than that of the training.
     """
     if wanted._target_ != trained._target_:
-        asked, own = (schema.STRATEGY_NAMES[section._target_] for section in (wanted, trained))
+        asked, own = map(strategy_name, (wanted, trained))
         raise ConfigError(f"strategy={asked}: this run was trained with {own}; set strategy={own} or single")
     merged = trained.copy()
     for override in HydraConfig.get().overrides.task:

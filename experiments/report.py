@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.app.bytes_figure import draw_bytes
-from experiments.app.launch import fail
 from experiments.app.results import SUMMARY_FILE, collect, read_curves, read_json, write_results
 from experiments.app.run_figures import draw_accuracy, draw_neurons, draw_partition
 from experiments.app.timeline_figure import draw_timeline
+from experiments.harness.cli import fail
 from experiments.harness.words import bytes_in_words, run_in_words, seconds_in_words
 
 Row = tuple[str, str, str]

@@ -24,13 +24,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.app import schema
-from experiments.app.build import build_data, build_module, build_strategy
-from experiments.app.checks import check_train
-from experiments.app.launch import check_command_line, make, readable_errors
+from experiments.app.build import build_data, build_module, build_strategy, check_train, make, strategy_name
+from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
 from experiments.app.results import write_run
 from experiments.evaluate import evaluate
+from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
 from experiments.report import report
 
@@ -78,7 +77,7 @@ def run(cfg: DictConfig) -> float:
     write_run(
         Path(cfg.output_dir),
         {
-            "strategy": schema.STRATEGY_NAMES[cfg.strategy._target_],
+            "strategy": strategy_name(cfg.strategy),
             "workers": cfg.trainer.devices * cfg.trainer.num_nodes,
             "seed": cfg.seed,
             "full_parameters": full_parameters,
@@ -110,7 +109,7 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The trainer with its strategy, callbacks and loggers; an entry that is null is left out."""
-    name = schema.STRATEGY_NAMES[cfg.strategy._target_]
+    name = strategy_name(cfg.strategy)
     chosen = {key: node for key, node in (cfg.callbacks or {}).items() if node is not None}
     if name not in ROUND_STRATEGIES:
         chosen.pop("round_monitor", None)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.accuracy.networks import partitioned
-from experiments.accuracy.settings import Settings
+import torch
+from torch import nn
+
+from experiments.harness.study import Case as AnyCase
+from experiments.networks import OpenResNet
 from resist_lightning import Config
+from resist_lightning.models import PreActResNet
 
 WIRES = ("fp32", "bf16", "int8", "int6", "int4")
 SHORT_ROUND = 10
 """Local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number."""
+PARTITIONED: dict[str, Any] = {
+    "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": None, "none": [],
+}  # fmt: skip
+"""`Config.blocks` by name."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(AnyCase):
     """One training.
 
     Args:
@@ -28,8 +36,8 @@ class Case:
         min_blocks: least blocks per worker.
         momentum: policy at a sync.
         wire: what a number is on the wire.
-        network: one of `networks.NETWORKS`.
-        blocks: naive, strided_shared, paper or none.
+        network: preact, open_pre or open_post.
+        blocks: a key of `PARTITIONED`.
     """
 
     method: str
@@ -43,34 +51,31 @@ class Case:
     network: str = "preact"
     blocks: str = "paper"
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """All settings of the case, as they stand in a record."""
-        return asdict(self)
-
-    @property
-    def name(self) -> str:
-        """For progress lines."""
-        return f"{self.method} S={self.workers} seed {self.seed} {self.network} l={self.local_steps} {self.wire}"
-
 
 def config_of(case: Case) -> Config:
     """The package's settings for local SGD or ResIST."""
-    options: dict[str, Any] = {"wire": case.wire}
-    if case.method == "local_sgd":
-        options["blocks"] = partitioned("none")
-    else:
-        options |= {"blocks": partitioned(case.blocks), "min_blocks": case.min_blocks}
-    return Config(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"min_blocks": case.min_blocks} if case.method == "resist" else {}
+    blocks = PARTITIONED[case.blocks if case.method == "resist" else "none"]
+    policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire}
+    return Config(local_steps=case.local_steps, seed=case.seed, blocks=blocks, **policies, **options)
 
 
-def base(method: str, workers: int, seed: int, settings: Settings) -> Case:
+def make_network(case: Case, options: Any, channels: int) -> nn.Module:
+    """The network of a case, with the same weights for all methods of one seed."""
+    torch.manual_seed(case.seed)
+    size = {"width_multiplier": options.width, "in_channels": channels}
+    if case.network == "preact":
+        return PreActResNet((1, 1, options.deep, 1), 10, **size)
+    return OpenResNet((2, 2, options.deep, 2), 10, pre_activation=case.network == "open_pre", **size)
+
+
+def base(method: str, workers: int, seed: int, options: Any) -> Case:
     """The case of the main table."""
     if method in ("single", "ddp"):
-        return Case(method, workers, seed, settings.lr, blocks="none")
+        return Case(method, workers, seed, options.lr, blocks="none")
     if method == "local_sgd":
-        return Case(method, workers, seed, settings.lr, settings.local_steps, blocks="none")
-    return Case(method, workers, seed, settings.lr, settings.local_steps, settings.min_blocks)
+        return Case(method, workers, seed, options.lr, options.local_steps, blocks="none")
+    return Case(method, workers, seed, options.lr, options.local_steps, options.min_blocks)
 
 
 MAIN = (
@@ -79,79 +84,73 @@ MAIN = (
 )  # fmt: skip
 
 
-def main(settings: Settings) -> list[Case]:
+def main(options: Any) -> list[Case]:
     """All methods, equal samples."""
-    return [base(method, workers, seed, settings) for seed in range(settings.seeds) for method, workers in MAIN]
+    return [base(method, workers, seed, options) for seed in range(options.seeds) for method, workers in MAIN]
 
 
-def design(settings: Settings) -> list[Case]:
+def design(options: Any) -> list[Case]:
     """The paper's design steps, in its order; scaling is another evaluation of the third."""
     cases: list[Case] = []
-    for seed in range(settings.ablation_seeds):
-        two, eight = (base("resist", workers, seed, settings) for workers in (2, 8))
+    for seed in range(options.ablation_seeds):
+        two, eight = (base("resist", workers, seed, options) for workers in (2, 8))
         post = replace(two, network="open_post", min_blocks=0)
         cases += [replace(post, blocks="naive"), replace(post, blocks="strided_shared"), post]
         cases += [replace(post, network="open_pre")]
-        cases += [replace(eight, min_blocks=least, network="open_pre") for least in _least_blocks(settings)]
+        cases += [replace(eight, min_blocks=least, network="open_pre") for least in _least_blocks(options)]
         cases += [replace(eight, local_steps=SHORT_ROUND, network="open_pre")]
     return cases
 
 
-def _least_blocks(settings: Settings) -> list[int]:
-    return sorted({0, settings.min_blocks, min(5, settings.deep - 1)})
+def _least_blocks(options: Any) -> list[int]:
+    return sorted({0, options.min_blocks, min(5, options.deep - 1)})
 
 
-def local_steps(settings: Settings) -> list[Case]:
+def local_steps(options: Any) -> list[Case]:
     """Rounds of different length."""
     return [
-        replace(base(method, 2, seed, settings), local_steps=steps)
-        for seed in range(settings.ablation_seeds)
-        for steps in settings.lengths
+        replace(base(method, 2, seed, options), local_steps=steps)
+        for seed in range(options.ablation_seeds)
+        for steps in options.lengths
         for method in ("resist", "local_sgd")
     ]
 
 
-def momentum(settings: Settings) -> list[Case]:
+def _changed(options: Any, workers: int, key: str, values: Any) -> list[Case]:
+    """ResIST with one thing changed."""
+    seeds = range(options.ablation_seeds)
+    return [replace(base("resist", workers, seed, options), **{key: value}) for seed in seeds for value in values]
+
+
+def momentum(options: Any) -> list[Case]:
     """What happens to momentum at a sync."""
-    return [
-        replace(base("resist", 2, seed, settings), momentum=policy)
-        for seed in range(settings.ablation_seeds)
-        for policy in ("reset", "keep", "travel")
-    ]
+    return _changed(options, 2, "momentum", ("reset", "keep", "travel"))
 
 
-def batch_norm(settings: Settings) -> list[Case]:
+def batch_norm(options: Any) -> list[Case]:
     """Batch-norm policies: evaluations of the main table's trainings."""
-    return [base("resist", workers, seed, settings) for seed in range(settings.seeds) for workers in (2, 4, 8)]
+    return [base("resist", workers, seed, options) for seed in range(options.seeds) for workers in (2, 4, 8)]
 
 
-def scale(settings: Settings) -> list[Case]:
+def scale(options: Any) -> list[Case]:
     """Test-time scales, which differ where workers share blocks."""
-    return [
-        replace(base("resist", 8, seed, settings), min_blocks=least)
-        for seed in range(settings.ablation_seeds)
-        for least in _least_blocks(settings)
-    ]
+    return _changed(options, 8, "min_blocks", _least_blocks(options))
 
 
-def wire(settings: Settings) -> list[Case]:
+def wire(options: Any) -> list[Case]:
     """Numbers of fewer bits on the wire."""
-    return [
-        replace(base("resist", 2, seed, settings), wire=bits)
-        for seed in range(settings.ablation_seeds)
-        for bits in WIRES
-    ]
+    return _changed(options, 2, "wire", WIRES)
 
 
-def rates(settings: Settings) -> list[Case]:
+def rates(options: Any) -> list[Case]:
     """Learning rates, judged on the hold-out; a seed that no other study uses."""
     return [
-        replace(base(method, workers, 1000, settings), lr=lr)
+        replace(base(method, workers, 1000, options), lr=lr)
         for method, workers in (("single", 1), ("ddp", 2), ("local_sgd", 8), ("resist", 2), ("resist", 8))
-        for lr in settings.rates
+        for lr in options.rates
     ]
 
 
-STUDIES: dict[str, Callable[[Settings], list[Case]]] = {
+STUDIES: dict[str, Callable[[Any], list[Case]]] = {
     study.__name__: study for study in (main, design, local_steps, momentum, batch_norm, scale, wire, rates)
 }

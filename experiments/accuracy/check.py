@@ -2,94 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.accuracy.cases import Case, base, config_of
-from experiments.accuracy.data import Prepared, Stream, prepare
-from experiments.accuracy.networks import make_network
-from experiments.accuracy.settings import Settings
-from experiments.accuracy.training import accuracy, make_optimizer, make_trainer, rate, set_rate, steps_of, train
+from experiments.accuracy.cases import Case, base, config_of, make_network
+from experiments.accuracy.training import make_trainer, prepared
+from experiments.harness.workers import forked
+from experiments.trainers import accuracy, make_optimizer, rate, set_rate, steps_of, train
 from resist_lightning import Engine
 
 WORKERS = 2
-METHODS = ("resist", "local_sgd", "ddp")
 
 
-def cases(settings: Settings) -> list[Case]:
+def cases(options: Any) -> list[Case]:
     """One case per method that communicates."""
-    return [base(method, WORKERS, 0, settings) for method in METHODS]
+    return [base(method, WORKERS, 0, options) for method in ("resist", "local_sgd", "ddp")]
 
 
-def compare(cases: Sequence[Case], settings: Settings) -> Iterator[tuple[Case, dict[str, Any]]]:
+def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Train cases in real processes and in the simulator, on the same images, and compare the full models."""
-    if not cases:
-        return
     torch.set_num_threads(1)
-    data = prepare(settings)
-    for case, real in zip(cases, _real(cases, settings), strict=True):
-        trainer = make_trainer(case, settings, data.channels)
-        train(trainer, case, settings, data, settings.check_samples)
-        yield case, _compared(case, settings, data, trainer.full_model(), real)
+    for case in cases:
+        data = prepared(options)
+        steps = steps_of(options.check_samples, options.batch, WORKERS)
+        start = make_network(case, options, data.examples.pixels.shape[1])
+        before = {name: value.clone() for name, value in start.state_dict().items()}
+        with TemporaryDirectory() as folder:
+            place = Path(folder) / "model.pt"
+            forked(_train, (place, case, start, data.stream(options.batch, case.seed), steps), WORKERS)
+            real = torch.load(place, weights_only=True)
+        rates = [rate(case.lr, step, steps) for step in range(steps)]
+        stream = data.stream(options.batch, case.seed)
+        simulated = train(make_trainer(case, options), stream, WORKERS, rates).full_model()
+        start.load_state_dict(real)
+        ours = {name: value for name, value in simulated.state_dict().items() if value.is_floating_point()}
+        differences = {name: float((value - real[name]).abs().max()) for name, value in ours.items()}
+        worst = max(differences, key=lambda name: differences[name])
+        yield (
+            case,
+            {
+                "local_steps": steps,
+                "tensors": len(differences),
+                "equal_tensors": sum(value == 0 for value in differences.values()),
+                "largest_difference": differences[worst],
+                "largest_difference_in": worst,
+                "largest_change_by_training": max(float((v - before[name]).abs().max()) for name, v in ours.items()),
+                "test_simulated": accuracy(simulated, data.test),
+                "test_real": accuracy(start, data.test),
+            },
+        )
 
 
-def _compared(
-    case: Case, settings: Settings, data: Prepared, simulated: nn.Module, real: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    start = make_network(case.network, settings, data.channels, case.seed)
-    before = {name: value.clone() for name, value in start.state_dict().items()}
-    start.load_state_dict(real)
-    ours = {name: value for name, value in simulated.state_dict().items() if value.is_floating_point()}
-    differences = {name: float((value - real[name]).abs().max()) for name, value in ours.items()}
-    worst = max(differences, key=lambda name: differences[name])
-    return {
-        "local_steps": steps_of(settings.check_samples, settings.batch, case.workers),
-        "tensors": len(differences),
-        "equal_tensors": sum(value == 0 for value in differences.values()),
-        "largest_difference": differences[worst],
-        "largest_difference_in": worst,
-        "largest_change_by_training": max(float((value - before[name]).abs().max()) for name, value in ours.items()),
-        "test_simulated": accuracy(simulated, data.test),
-        "test_real": accuracy(start, data.test),
-    }
-
-
-def _real(cases: Sequence[Case], settings: Settings) -> list[dict[str, Tensor]]:
-    """The full models' tensors after training in real processes, one case after the other in the same processes."""
-    with TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(folder, cases, settings), nprocs=WORKERS)
-        return [torch.load(Path(folder) / f"{number}.pt", weights_only=True) for number in range(len(cases))]
-
-
-def _worker(worker: int, folder: str, cases: Sequence[Case], settings: Settings) -> None:
-    torch.set_num_threads(1)
-    handshake_place = f"file://{folder}/handshake"  # no port that another process could take
-    dist.init_process_group("gloo", init_method=handshake_place, rank=worker, world_size=WORKERS)
-    try:
-        data = prepare(settings)
-        for number, case in enumerate(cases):
-            model = _trained(worker, case, settings, data)
-            if worker == 0:
-                torch.save(model.state_dict(), Path(folder) / f"{number}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def _trained(worker: int, case: Case, settings: Settings, data: Prepared) -> nn.Module:
+def _train(worker: int, task: tuple[Any, ...]) -> None:
     """One real worker: a plain loop, as a user would write it."""
-    model = make_network(case.network, settings, data.channels, case.seed)
+    place, case, model, stream, steps = task
     optimizer = make_optimizer(model, case.lr)
-    stream = Stream(data.train, data.augmented, settings.batch, case.seed)
-    steps = steps_of(settings.check_samples, settings.batch, WORKERS)
     trained = DistributedDataParallel(model) if case.method == "ddp" else model
     engine = None if case.method == "ddp" else Engine(model, [optimizer], config_of(case))
     if engine:
@@ -105,4 +78,5 @@ def _trained(worker: int, case: Case, settings: Settings, data: Prepared) -> nn.
             engine.after_step()
     if engine:
         engine.finish()
-    return model
+    if worker == 0:
+        torch.save(model.state_dict(), place)

@@ -5,18 +5,130 @@ python experiments/accuracy/run.py main check folder=PATH      (some of them)
 python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision downloads CIFAR-10 to PATH)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
-Studies: main check design local_steps momentum batch_norm scale wire rates. Options are key=value: see settings.py. A
-result is written as soon as it is there (results/STUDY.jsonl); a second call goes on from there, fresh=true begins anew.
+Studies: main check design local_steps momentum batch_norm scale wire rates. Options are key=value: see `Options`. A
+result is written as soon as it is there (results/STUDY.jsonl); a second call resumes from there, fresh=true begins anew.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.accuracy.main import main
+from experiments.accuracy import check, tables
+from experiments.accuracy.cases import STUDIES, Case
+from experiments.accuracy.figure import draw_all
+from experiments.accuracy.training import measure, prepared
+from experiments.harness import cli
+from experiments.harness.settings import ConfigError, option
+from experiments.harness.study import Study
+from experiments.harness.tables import show_and_write
+from experiments.trainers import LARGEST_WORKERS
+
+NAMES = ["main", "check", *list(STUDIES)[1:]]
+"""The dear one that only chooses a learning rate comes last."""
+RECORDED = (
+    "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "width", "deep",
+    "lr", "local_steps", "min_blocks", "check_samples",
+)  # fmt: skip
+"""What a result depends on, besides the case."""
+
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result files")
+    data: str = option(
+        "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
+    )
+    folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*")
+    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    jobs: int = option(2, "cases at a time, one core each", least=1, most=64, smoke=1)
+    fresh: bool = option(False, "true measures again what is there")
+    seeds: int = option(3, "3 as in the paper", least=1, most=100, smoke=1)
+    ablation_seeds: int = option(2, "seeds of the cases that only ablations have", least=1, most=100, smoke=1)
+    samples: int = option(61_440, "training images that all workers of a case see together", least=1, smoke=192)
+    batch: int = option(32, "images per local step of one worker", least=1, smoke=8)
+    eval_batch: int = option(250, "images per evaluation step; matters to batch_norm=batch", least=1)
+    evaluations: int = option(8, "evaluations per training, at equal distances", least=1, smoke=2)
+    limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
+    limit_test: int | None = option(500, "test images per class, null for all", least=1, smoke=5)
+    holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
+    shrink: int = option(2, "2 averages squares of 2 x 2 pixels", least=1, most=4, smoke=1)
+    width: float = option(0.125, "1.0 is the paper's width", above=0, smoke=0.0625)
+    deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=4)
+    lr: float = option(0.03, "initial learning rate", above=0)
+    local_steps: int = option(25, "local steps per round", least=1, smoke=2)
+    min_blocks: int = option(2, "least blocks per worker", least=0)
+    check_samples: int = option(12_800, "training images in the check against real processes", least=1, smoke=256)
+    lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])
+    rates: list[float] = option([0.01, 0.03, 0.1], "learning rates", above=0, smoke=[0.1])
+
+    def __post_init__(self) -> None:
+        if self.data != "digits" and self.folder is None:
+            raise ConfigError(
+                f"folder is missing: data={self.data} needs folder=PATH (folder: train/<class>/* and test/<class>/*; "
+                "cifar10: where torchvision's files are or shall be), or take data=digits"
+            )
+        if self.data == "folder" and not Path(str(self.folder)).is_dir():
+            raise ConfigError(
+                f"folder={self.folder}: is not a folder; give one with train/<class>/* and test/<class>/*"
+            )
+        if self.min_blocks > self.deep - 1:
+            raise ConfigError(
+                f"min_blocks={self.min_blocks}: deep={self.deep} has {self.deep - 1} blocks to partition; "
+                f"set min_blocks={self.deep - 1} or less"
+            )
+        step = self.batch * LARGEST_WORKERS
+        for key in ("samples", "check_samples"):
+            value = getattr(self, key)
+            if value < step:
+                raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; raise it")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+def opened(name: str, options: Options) -> Study:
+    """What was measured of a study so far."""
+    recorded = {key: getattr(options, key) for key in RECORDED}
+    return Study.at(Path(options.out) / f"{name}.jsonl", recorded, fresh=options.fresh)
+
+
+def run(names: Sequence[str], options: Options) -> None:
+    """Measure what is missing of these studies, then show them and draw the pictures."""
+    trained = [name for name in names if name != "check"]
+    studies = {name: opened(name, options) for name in names}
+    if "check" in names:  # forks: it must be first
+        real = studies["check"]
+        found = dict(check.compare(real.missing(check.cases(options)), options))
+        real.fill(list(found), found.__getitem__, lambda row: f"largest difference {row['largest_difference']:.2g}")
+    for name in trained:
+        wanted = STUDIES[name](options)
+        _copy_known(studies, name, wanted, options)
+        if studies[name].missing(wanted):
+            prepared(options)  # decodes a folder once, and refuses a bad one, before any process starts
+        work = partial(measure, options=options)
+        studies[name].fill(wanted, work, lambda row: f"{row['last']:.2f} % in {row['seconds']:.0f} s", options.jobs)
+    out = Path(options.out)
+    show_and_write(out, tables.RESULTS, tables.STUDIES, names, draw_all(out))
+
+
+def _copy_known(studies: dict[str, Study], name: str, wanted: Sequence[Case], options: Options) -> None:
+    """A case that several studies have is trained once."""
+    for other in STUDIES:
+        try:
+            source = studies.get(other) or (None if options.fresh else opened(other, options))
+        except ConfigError:
+            continue  # other settings: nothing to copy from there
+        for case in studies[name].missing(wanted) if source else ():
+            row = source.row_of(case)
+            if row:
+                studies[name].add(case, {key: value for key, value in row.items() if key != "case"})
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or ""))
+    sys.exit(cli.run(run, Options, __doc__, NAMES))

@@ -1,49 +1,112 @@
-"""From sections of a checked configuration to objects."""
+"""From a configuration to strategy, data and module. All of it is built before anything starts: what they refuse is one line.
+
+A section is checked against the arguments of its own ``_target_``, which may be anyone's: a network or a data module of the
+user's own needs no entry here.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import lightning as L
 import torch
-from omegaconf import DictConfig
+from hydra._internal.utils import _locate  # what hydra.utils.get_object calls, without its line in the log
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from experiments.app import schema
 from experiments.app.classifier import LitClassifier
-from experiments.app.launch import make
-from experiments.data.module import ArrayData, FeatureData, ImageData
-from experiments.harness.settings import ConfigError
+from experiments.data.module import Loading
+from experiments.harness.settings import WORDS, ConfigError, Limit, check_keys, check_value, unknown_key
+from resist_lightning.methods import make_layout
+from resist_lightning.models import PreActResNet
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+VARIADIC: dict[str, Any] = {"loading": Loading, "options": PreActResNet}
+"""Whose arguments a ``**loading`` or ``**options`` of ours stands for."""
+GIVEN = ("num_classes", "in_channels", "in_features")
+"""What a network is told of the data, if it asks for it."""
 
 
-def build_data(section: DictConfig) -> ArrayData[Any]:
-    """The data module.
+def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
+    """Build everything that ``train.py`` will use, and refuse what is impossible.
 
-    Raises:
-        ConfigError: a folder that cannot be used; nothing is decoded or downloaded yet.
-    """
-    data: ArrayData[Any] = make(section, "data")
-    try:
-        data.check()
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
-    return data
-
-
-def build_module(cfg: DictConfig, data: ArrayData[Any]) -> LitClassifier:
-    """The network that fits the data, in a plain LightningModule.
+    Args:
+        cfg: the composed configuration.
+        sweep: whether it is one job of a sweep.
 
     Raises:
-        ConfigError: a network for images, and data that are none.
+        ConfigError: at the first value that is impossible.
     """
-    if isinstance(data, FeatureData) and cfg.model._target_ in schema.IMAGE_MODELS:
+    cfg = _with_folder(cfg)
+    check_keys(cfg, schema.Train, "")
+    check_keys(cfg.trainer, schema.Trainer, "trainer")
+    check_keys(cfg.optimizer, schema.Optimizer, "optimizer")
+    for section in ("strategy", "model", "data"):
+        _check_section(cfg[section], section)
+    for name in ("callbacks", "logger"):
+        _check_entries(cfg[name], name)
+    _check_workers(cfg)
+    if sweep and cfg.strategy.get("start_method") == "popen" and cfg.trainer.devices > 1:
         raise ConfigError(
-            f"model._target_={cfg.model._target_}: is for images, and {type(data).__name__} gives rows of "
-            f"{data.in_features} features; take a fully connected model (model=mlp), or images (data=cifar10)"
+            "strategy.start_method=popen: re-runs the command line in every worker, and in a sweep each "
+            "worker would run the whole sweep; set strategy.start_method=spawn"
         )
-    size = {"in_channels": data.in_channels} if isinstance(data, ImageData) else {}
-    if cfg.model._target_ not in schema.IMAGE_MODELS:
-        size = {"in_features": data.in_features}
-    net = make(cfg.model, "model", num_classes=data.num_classes, **size)
-    return LitClassifier(net, data.num_classes, **cfg.optimizer)
+    if cfg.trainer.max_epochs is None and cfg.trainer.max_steps == -1:
+        raise ConfigError("trainer.max_epochs=null with trainer.max_steps=-1: would never end; set one of the two")
+    strategy, data = build_strategy(cfg.strategy), build_data(cfg.data, check=False)
+    with torch.device("meta"):
+        module = build_module(cfg, data)
+    if strategy_name(cfg.strategy) == "auxnet" and "in_features" in _arguments(cfg.model._target_)[0]:
+        raise ConfigError(
+            f"strategy=auxnet with {cfg.model._target_}: the auxiliary networks make images; take model=preact, or "
+            "strategy=ist, which divides hidden neurons"
+        )
+    if hasattr(strategy, "config"):
+        _check_layout(module, strategy.config, cfg)
+
+
+def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
+    """Check everything that ``evaluate.py`` is told directly; the rest comes from the run.
+
+    Raises:
+        ConfigError: at the first value that is impossible.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt_path"):
+        raise ConfigError("ckpt_path is missing: name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt")
+    cfg = _with_folder(cfg)
+    check_keys(cfg, schema.Evaluate, "")
+    _check_section(cfg.strategy, "strategy")
+    if is_plain(cfg.strategy) and cfg.devices > 1:
+        raise ConfigError(f"devices={cfg.devices}: strategy=single uses one process; set devices=1 or strategy=resist")
+
+
+def _with_folder(cfg: DictConfig) -> DictConfig:
+    """Before the first job there is no run folder of Hydra's yet, which other values may name."""
+    try:
+        _ = cfg.output_dir
+    except OmegaConfBaseException:
+        cfg = cfg.copy()
+        cfg.output_dir = "."
+    return cfg
+
+
+def is_plain(strategy: DictConfig) -> bool:
+    """Whether this is Lightning's own training in one process."""
+    return strategy_name(strategy) == "single"
+
+
+def strategy_name(strategy: DictConfig) -> str:
+    """As the command line calls it: ``resist``."""
+    files = {section["_target_"]: name for name, section in _files("strategy").items()}
+    return files.get(strategy._target_, strategy._target_)
 
 
 def build_strategy(section: DictConfig) -> Any:
@@ -51,3 +114,168 @@ def build_strategy(section: DictConfig) -> Any:
     devices = section.get("parallel_devices")
     extra = {"parallel_devices": [torch.device(name) for name in devices]} if devices else {}
     return make(section, "strategy", **extra)
+
+
+def build_data(section: DictConfig, *, check: bool = True) -> Any:
+    """The data module; nothing is decoded or downloaded yet, but a folder that cannot be used is refused."""
+    data = make(section, "data")
+    if check and hasattr(data, "check"):
+        try:
+            data.check()
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from error
+    return data
+
+
+def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
+    """The network that fits the data, in a plain LightningModule.
+
+    Raises:
+        ConfigError: a network that asks for what the data do not have, such as channels of images.
+    """
+    wanted = [name for name in GIVEN if name in _arguments(cfg.model._target_)[0]]
+    for name in ["num_classes", *wanted]:
+        if name == "in_channels" and not hasattr(data, name) and hasattr(data, "in_features"):
+            raise ConfigError(
+                f"model._target_={cfg.model._target_}: is for images, and {type(data).__name__} gives rows of "
+                f"{data.in_features} features; take a fully connected model (model=mlp), or images (data=cifar10)"
+            )
+        try:
+            missing = not hasattr(data, name)
+        except ValueError as error:  # of a folder whose classes must be counted
+            raise ConfigError(f"data: {error}") from error
+        if missing:
+            raise ConfigError(f"data._target_={cfg.data._target_}: has no {name}; give the data module this attribute")
+    net = make(cfg.model, "model", **{name: getattr(data, name) for name in wanted if name not in cfg.model})
+    return LitClassifier(net, data.num_classes, **cfg.optimizer)  # type: ignore[attr-defined]
+
+
+def make(node: DictConfig, key: str, **arguments: Any) -> Any:
+    """Instantiate a section; what its constructor refuses becomes a ConfigError that names the key."""
+    try:
+        return instantiate(_own(node, key), _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        said = str(cause if isinstance(cause, ValueError | TypeError) else error)
+        named = any(said.startswith(f"{name}=") for name in node)
+        raise ConfigError(f"{key}.{said}" if named else f"{key}: {said}") from error
+
+
+def _check_layout(module: nn.Module, config: Any, cfg: DictConfig) -> None:
+    """The method can divide this network among so many workers."""
+    try:
+        make_layout(module, config, cfg.trainer.devices * cfg.trainer.num_nodes)
+    except ValueError as error:
+        name, model = strategy_name(cfg.strategy), cfg.model._target_.rpartition(".")[2]
+        flat = "in_features" in _arguments(cfg.model._target_)[0]
+        other = "; strategy=resist and auxnet divide residual networks, strategy=ist fully connected ones (model=mlp)"
+        raise ConfigError(
+            f"strategy={name} with {model} and trainer.devices={cfg.trainer.devices}: {error}{other if flat != (name == 'ist') else ''}"
+        ) from error
+
+
+def _check_workers(cfg: DictConfig) -> None:
+    devices = cfg.trainer.devices
+    if devices * cfg.trainer.num_nodes > 1 and is_plain(cfg.strategy):
+        raise ConfigError(
+            f"trainer.devices={devices} with strategy=single: one process is one worker; "
+            "set trainer.devices=1, or strategy=resist, local_sgd or ddp"
+        )
+    shared = cfg.strategy.get("parallel_devices")
+    if shared is not None and len(shared) != devices:
+        raise ConfigError(
+            f"strategy.parallel_devices={list(shared)}: must name one device for each of the "
+            f"trainer.devices={devices} workers"
+        )
+    found = torch.cuda.device_count() if shared is None and cfg.trainer.accelerator in ("auto", "gpu", "cuda") else 0
+    if found and devices > found:
+        raise ConfigError(
+            f"trainer.devices={devices}: this host has {found} GPU(s); set trainer.devices={found} or "
+            "trainer.accelerator=cpu, or let workers share a GPU by strategy.parallel_devices=[cuda:0,cuda:0]"
+        )
+
+
+def _check_entries(section: Any, name: str) -> None:
+    """Callbacks or loggers; an entry that is null is left out."""
+    if section is not None and not isinstance(section, DictConfig):
+        raise ConfigError(f"{name}={section}: must be a group of named entries; choose by {name}=NAME")
+    for key, node in (section or {}).items():
+        if node is not None and not (isinstance(node, DictConfig) and node.get("_target_")):
+            raise ConfigError(f"{name}.{key}={node}: must have a _target_, or be null to leave it out")
+        if node is not None:
+            _check_section(node, f"{name}.{key}")
+
+
+def _check_section(node: Any, prefix: str) -> None:
+    """Its keys are arguments of what it names, and its values have their types."""
+    if not isinstance(node, DictConfig) or not node.get("_target_"):
+        raise ConfigError(f"{prefix}={node}: must have a _target_; choose by {prefix}=NAME")
+    arguments, anything = _arguments(node._target_, prefix)
+    called = f"strategy={strategy_name(node)}" if prefix == "strategy" else prefix
+    node = _own(node, prefix)
+    for key in map(str, node):
+        if key.startswith("_"):
+            continue
+        if key not in arguments and not anything:
+            settings = [name for name in arguments if name not in GIVEN]
+            raise ConfigError(unknown_key(f"{prefix}.{key}", node, settings, called))
+        if OmegaConf.is_missing(node, key):
+            raise ConfigError(f"{prefix}.{key} is missing: name it, {prefix}.{key}=PATH")
+        nested = None if OmegaConf.is_interpolation(node, key) else node[key]
+        if isinstance(nested, DictConfig) and nested.get("_target_") == "datetime.timedelta":
+            check_keys(nested, schema.Duration, f"{prefix}.{key}")
+            continue
+        hint = arguments.get(key)
+        if get_origin(hint) is Literal:
+            check_value(f"{prefix}.{key}", node, key, str, Limit({}, get_args(hint)))
+        elif all(getattr(member, "__name__", "") in WORDS for member in get_args(hint) or (hint,)):
+            check_value(f"{prefix}.{key}", node, key, hint, Limit({}))
+        else:
+            check_value(f"{prefix}.{key}", node, key, Any, Limit({}))
+
+
+def _arguments(target: str, prefix: str = "model") -> tuple[dict[str, Any], bool]:
+    """The arguments of a target with their types, and whether it takes any others too."""
+    if target == "builtins.str":  # of strategy=single
+        return {"object": str}, False
+    try:
+        made = _locate(target)
+        parameters = dict(inspect.signature(made).parameters)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix}._target_={target}: cannot be imported ({error})") from error
+    hints = _hints(made)
+    variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    known = {name: hints.get(name, Any) for name in parameters if name not in variadic}
+    for name in variadic:
+        if name not in VARIADIC or not target.startswith(("experiments.", "resist_lightning.")):
+            return known, True
+        known |= {key: hint for key, hint in _hints(VARIADIC[name]).items() if key not in ("return", "sections")}
+    return known, False
+
+
+def _hints(made: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(
+            made if inspect.isfunction(made) or hasattr(made, "__dataclass_fields__") else made.__init__
+        )
+    except (NameError, TypeError):
+        return {}  # types that exist for a type checker only
+
+
+def _own(node: DictConfig, prefix: str) -> DictConfig:
+    """A section without the defaults of its group that a target of the user's own does not take."""
+    files = _files(prefix) if prefix in ("model", "data") else {}
+    if not files or node._target_ in [section["_target_"] for section in files.values()]:
+        return node
+    arguments, anything = _arguments(node._target_, prefix)
+    raw: dict[str, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
+    foreign = {key for key in raw if key not in arguments and any(f.get(key, node) == raw[key] for f in files.values())}
+    kept = OmegaConf.create({key: value for key, value in raw.items() if anything or key not in foreign})
+    OmegaConf.resolve(kept) if node._get_parent() is None else kept._set_parent(node._get_parent())
+    return kept
+
+
+@cache
+def _files(group: str) -> Mapping[str, dict[str, Any]]:
+    """The sections of ``conf/GROUP``, by name."""
+    return {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (CONF / group).glob("*.yaml")}  # type: ignore[misc]

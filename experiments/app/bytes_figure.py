@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from experiments.harness.figures import BLUE, GREY, ORANGE, STYLE, new_figure, save_figure, write_title
+from experiments.harness.figures import BLUE, GREY, ORANGE, drawn, label_ends
 from experiments.harness.words import bytes_in_words, strategy_in_words
 from resist_lightning.comm.bytes import TRAINING_KINDS
 
 WITHOUT_AVERAGES = ("local_sgd", "auxnet")
 """Beside these, local SGD with the same rounds is itself, or means nothing."""
-LABEL_GAP = 36
-"""Least distance between two labels of lines, in points: two lines of text."""
 
 
 def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
@@ -36,8 +31,8 @@ def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
     ]
     if summary["strategy"] in WITHOUT_AVERAGES:
         del lines[1]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(10, 4.8)
+    title = f"Bytes that one of {summary['workers']} workers sends"
+    with drawn(path, 10, 4.8, title, _savings(name, summary, total)) as figure:
         axes = figure.add_subplot()
         each_step = {GREY, BLUE} if summary["strategy"] == "auxnet" else {GREY}
         for colour, _, steps, sent in lines:
@@ -47,24 +42,9 @@ def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_in_words(value)))
         axes.grid(True, axis="y")
         axes.set(xlim=(0, last), xlabel="local steps", ylabel="sent by worker 0 so far (logarithmic)")
-        write_title(figure, f"Bytes that one of {summary['workers']} workers sends", _savings(name, summary, total))
-        _label_ends(figure, axes, last, [(colour, label, sent[-1]) for colour, label, _, sent in lines])
-        return save_figure(figure, path)
-
-
-def _label_ends(figure: Figure, axes: Axes, last: float, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Write each line's name at its right end, moved apart where two ends are close."""
-    figure.draw_without_rendering()
-    points_per_pixel = 72 / figure.dpi
-    above = float("inf")
-    for colour, label, value in sorted(ends, key=lambda end: -end[2]):
-        own = axes.transData.transform((last, value))[1] * points_per_pixel
-        placed = min(own, above - LABEL_GAP)
-        above = placed
-        axes.annotate(
-            f"{label}\n{bytes_in_words(value)}", (last, value), xytext=(12, placed - own), va="center",
-            textcoords="offset points", color=colour, fontweight="bold", fontsize=10.5, annotation_clip=False,
-        )  # fmt: skip
+        ends = [(last, sent[-1], f"{label}\n{bytes_in_words(sent[-1])}", colour) for colour, label, _, sent in lines]
+        label_ends(axes, ends, gap=36)  # two lines of text
+    return path
 
 
 def _savings(name: str, summary: Mapping[str, Any], total: float) -> str:

@@ -6,45 +6,26 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.app.build import CONF
+from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
-BAD_CONFIG_EXIT_CODE = 2
 
 
 class Check(Protocol):
     """Raises ConfigError if a composed configuration cannot run."""
 
     def __call__(self, cfg: DictConfig, *, sweep: bool = False) -> None: ...
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn a ConfigError into one line on stderr and exit code 2, without a traceback."""
-    try:
-        yield
-    except ConfigError as error:
-        fail(str(error))
-
-
-def fail(message: str) -> NoReturn:
-    """End the process with exit code 2 and the message on one line."""
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    sys.exit(BAD_CONFIG_EXIT_CODE)
 
 
 def check_command_line(config_name: str, check: Check, arguments: Sequence[str] | None = None) -> None:
@@ -66,17 +47,6 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
     with readable_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for job, sweep in _jobs(config_name, overrides, multirun=bool(flags)):
             check(_composed(config_name, job), sweep=sweep)
-
-
-def make(node: DictConfig, key: str, **arguments: Any) -> Any:
-    """Instantiate a section; what its constructor refuses becomes a ConfigError."""
-    try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, ValueError | TypeError):
-            raise ConfigError(f"{key}: {cause}") from error
-        raise ConfigError(f"{key}: {error}") from error
 
 
 def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:
@@ -149,7 +119,3 @@ def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False
 
 def _forced(override: str, key: str) -> str:
     return f"++{override}" if override.split("=", 1)[0] == key else override
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap
@@ -16,21 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.app.results import Curve
-from experiments.harness.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    STYLE,
-    VERMILION,
-    YELLOW,
-    new_figure,
-    save_figure,
-    write_title,
-)
+from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW, drawn
 from experiments.harness.words import run_in_words
 
 WORKER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
@@ -47,25 +32,19 @@ def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
     """
     blocks, workers = [name.removeprefix("net.") for name in summary["blocks"]], summary["workers"]
     shown = summary["partitions"][:SHOWN_ROUNDS]
-    overlap = any(sum(map(len, held)) > len(blocks) for held in shown)
-    one_map = workers <= 4 and not overlap
-    with mpl.rc_context(STYLE):
-        if one_map:
-            figure = new_figure(10, 1.9 + 0.26 * len(blocks))
-            _draw_holders(figure, shown, blocks)
-        else:
-            rows = -(-workers // 2)
-            figure = new_figure(13, 1.5 + rows * max(0.8, 0.075 * len(blocks)))
-            _draw_workers(figure, shown, blocks)
-        rounds = f"{len(summary['partitions'])} rounds"
-        if len(shown) < len(summary["partitions"]):
-            rounds = f"the first {len(shown)} of {rounds}"
-        write_title(
-            figure,
-            f"Who held which block: {len(blocks)} blocks, {workers} workers",
-            f"{rounds} of {summary['local_steps_per_round']} local steps{_moved(summary['partitions'])}",
-        )
-        return save_figure(figure, path)
+    one_map = workers <= 4 and all(sum(map(len, held)) <= len(blocks) for held in shown)
+    height = 1.9 + 0.26 * len(blocks) if one_map else 1.5 - (-workers // 2) * max(0.8, 0.075 * len(blocks))
+    title = f"Who held which block: {len(blocks)} blocks, {workers} workers"
+    said = f"{_rounds(len(shown), summary)}{_moved(summary['partitions'])}"
+    with drawn(path, 10 if one_map else 13, height, title, said) as figure:
+        (_draw_holders if one_map else _draw_workers)(figure, shown, blocks)
+    return path
+
+
+def _rounds(shown: int, summary: Mapping[str, Any]) -> str:
+    """``the first 60 of 80 rounds of 20 local steps``."""
+    some = "" if shown == summary["rounds"] else f"the first {shown} of "
+    return f"{some}{summary['rounds']} rounds of {summary['local_steps_per_round']} local steps"
 
 
 def _draw_holders(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
@@ -110,31 +89,24 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
     """Who held which neuron of the first hidden layer, of some neurons in the first rounds."""
     neurons, workers = summary["neurons"], summary["workers"]
     holders, shown = neurons["holders"], neurons["shown"]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(10, 5.2)
+    some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
+    changed = [old != new for before, after in pairwise(holders) for old, new in zip(before, after, strict=True)]
+    moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
+    title = f"Who held which neuron of {neurons['layer']}, the first hidden layer: {neurons['width']} neurons, {workers} workers"
+    with drawn(path, 10, 5.2, title, f"{_rounds(len(holders), summary)}{some}{moved}") as figure:
         axes = figure.add_subplot()
         colours = ListedColormap([_colour(worker) for worker in range(workers)])
+        edges = [
+            [number + first for number in range(count + 1)]
+            for count, first in ((len(holders), 0.5), (len(shown), -0.5))
+        ]
         cells = list(zip(*holders, strict=True))
-        axes.pcolormesh(
-            [number + 0.5 for number in range(len(holders) + 1)], [number - 0.5 for number in range(len(shown) + 1)],
-            cells, cmap=colours, vmin=-0.5, vmax=workers - 0.5, edgecolors="white", linewidth=0.4,
-        )  # fmt: skip
+        style = {"vmin": -0.5, "vmax": workers - 0.5, "edgecolors": "white", "linewidth": 0.4}
+        axes.pcolormesh(*edges, cells, cmap=colours, **style)
         axes.set_yticks([0, len(shown) - 1], [f"neuron {shown[0]}", f"neuron {shown[-1]}"], fontsize=9)
         _round_axis(axes, len(holders), len(shown))
         _worker_legend(axes, workers)
-        rounds = f"{summary['rounds']} rounds"
-        if len(holders) < summary["rounds"]:
-            rounds = f"the first {len(holders)} of {rounds}"
-        some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
-        changed = [old != new for before, after in pairwise(holders) for old, new in zip(before, after, strict=True)]
-        moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
-        write_title(
-            figure,
-            f"Who held which neuron of {neurons['layer']}, the first hidden layer: "
-            f"{neurons['width']} neurons, {workers} workers",
-            f"{rounds} of {summary['local_steps_per_round']} local steps{some}{moved}",
-        )
-        return save_figure(figure, path)
+    return path
 
 
 def _moved(partitions: Rounds) -> str:
@@ -150,8 +122,8 @@ def _moved(partitions: Rounds) -> str:
 def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str, Any]) -> Path:
     """Loss and accuracy over local steps, with the steps where the learning rate fell."""
     raw, tested = curves.get("train/loss", Curve()), results["test"]["accuracy"]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(11, 4.6)
+    title = f"{run_in_words(results)}: test accuracy {tested:.1%}"
+    with drawn(path, 11, 4.6, title, _rounds_in_words(results)) as figure:
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         loss_axes.plot(raw.steps, raw.values, color=SKY, alpha=0.4, linewidth=0.9)
         smooth = smoothed(raw)
@@ -171,8 +143,7 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
             axes.set(xlabel="local steps", xlim=(0, results["local_steps"]))
             _mark_rate_drops(axes, _rate(curves))
         figure.legend(loc="outside lower center", ncols=3)
-        write_title(figure, f"{run_in_words(results)}: test accuracy {tested:.1%}", _rounds_in_words(results))
-        return save_figure(figure, path)
+    return path
 
 
 def _who_trained(results: Mapping[str, Any]) -> str:

@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from experiments.harness.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    LIGHT,
-    ORANGE,
-    PURPLE,
-    SKY,
-    STYLE,
-    YELLOW,
-    new_figure,
-    save_figure,
-    write_title,
-)
+from experiments.harness.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, YELLOW, drawn
 
 Spans = Sequence[tuple[str, float, float]]
 """Name, begin and end in seconds, of all workers on the same clock."""
@@ -61,8 +47,9 @@ def draw_timeline(path: Path, timeline: Sequence[Spans], title: str = "One step"
         title: in bold.
     """
     begin, end = _ends(timeline)
-    with mpl.rc_context(STYLE):
-        figure = new_figure(11, 1.9 + 0.62 * len(timeline))
+    busy = ", ".join(f"worker {worker} computes {share:.0%}" for worker, share in enumerate(shares(timeline)))
+    said = f"{1000 * (end - begin):.3g} ms; of its own step, {busy}"
+    with drawn(path, 11, 1.9 + 0.62 * len(timeline), title, said) as figure:
         axes = figure.add_subplot()
         for worker, spans in enumerate(timeline):
             for name, since, to in spans:
@@ -72,13 +59,9 @@ def draw_timeline(path: Path, timeline: Sequence[Spans], title: str = "One step"
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         there = {kind(name) for spans in timeline for name, _, _ in spans}
-        handles = [
-            Patch(color=colour, label=WORDS.get(name, name)) for name, colour in COLOURS.items() if name in there
-        ]
+        handles = [Patch(color=COLOURS[name], label=WORDS.get(name, name)) for name in COLOURS if name in there]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9.5, handlelength=1)
-        busy = ", ".join(f"worker {worker} computes {share:.0%}" for worker, share in enumerate(shares(timeline)))
-        write_title(figure, title, f"{1000 * (end - begin):.3g} ms; of its own step, {busy}")
-        return save_figure(figure, path)
+    return path
 
 
 def _draw(axes: Axes, worker: int, name: str, since: float, to: float, whole: float) -> None:

@@ -1,16 +1,14 @@
-"""What is trained: a case is one training; the tables choose among all of them."""
+"""What is trained: a case is one training of a task, small enough for two cores; the tables choose among all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from omegaconf import DictConfig
-
-from experiments.auxnet.tasks import ALL
-from experiments.links.options import gbit_of
-from resist_lightning.methods.auxnet.config import StageConfig
+from experiments.harness.study import Case as AnyCase
+from experiments.links.rig import gbit_of
+from resist_lightning.config import StageConfig
 
 AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"
@@ -28,12 +26,115 @@ STEP_WORKERS = 3
 """Of the step of the guesses, which from three stages on is a question."""
 
 
+TITLES = {
+    "serial": "one process",
+    "penalty": "AuxNet, penalty",
+    "al-net": "AuxNet, augmented Lagrangian",
+    HYBRID: f"AuxNet, every {HYBRID_EVERY}th step serial",
+    "penalty-store": "penalty, stored guesses",
+    "al-store": "augmented Lagrangian, stored guesses",
+    "pipeline": "pipeline (torch's)",
+    SERIAL_STAGES: "stages in series (AuxNet's warm-up)",
+}
+
+
+def title(method: str, schedule: str | None = None) -> str:
+    """A method, and the schedule of a pipeline where there are several."""
+    return TITLES[method] + (f", {schedule}" if schedule else "")
+
+
 @dataclass(frozen=True)
-class Case:
+class Scale:
+    """How large a task is.
+
+    Args:
+        blocks: residual blocks of each of the three sections.
+        width: channels of the first section.
+        batch: images per step, of all workers: they all see the same.
+        epochs: passes over the training images.
+        limit: training images of each class before the hold-out is taken; None for all.
+        limit_test: test images of each class; None for all.
+        cuts: for each number of workers, behind which modules the network is cut.
+    """
+
+    blocks: int
+    width: int
+    batch: int
+    epochs: int
+    limit: int | None
+    limit_test: int | None
+    cuts: Mapping[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images and a network.
+
+    Args:
+        title: in words.
+        images: ``digits`` (scikit-learn's), ``folder`` (the command line names it) or ``random`` (for timing only).
+        pixels: height and width of an image.
+        holdout: share of the training images that is kept from training; settings are chosen by it.
+        lr: initial learning rate.
+        scales: by size of the study.
+    """
+
+    title: str
+    images: Literal["digits", "folder", "random"]
+    pixels: int
+    holdout: float
+    lr: float
+    scales: Mapping[str, Scale]
+
+
+def _smoke(batch: int = 8) -> Scale:
+    cuts = {2: ("section2.0",), 3: ("section1.1", "section2.1")}
+    return Scale(blocks=2, width=4, batch=batch, epochs=2, limit=20, limit_test=5, cuts=cuts)
+
+
+def _timed(pixels: int, blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:
+    full = Scale(blocks, width, batch, epochs=1, limit=None, limit_test=None, cuts=cuts)
+    scales = {"full": full, "smoke": _smoke()}
+    return Task(f"random images of {pixels} x {pixels}", "random", pixels, holdout=0.1, lr=0.01, scales=scales)
+
+
+def _cifar(
+    shape: str, blocks: int, width: int, cuts: Mapping[int, tuple[str, ...]], *, epochs: int, limit: int
+) -> Task:
+    full = Scale(blocks, width, batch=32, epochs=epochs, limit=limit, limit_test=500, cuts=cuts)
+    scales = {"full": full, "smoke": _smoke()}
+    return Task(f"CIFAR-10, JPEG copy, {shape}", images="folder", pixels=16, holdout=0.1, lr=0.1, scales=scales)
+
+
+# Cuts are those that balance measured seconds of forward and backward, an auxiliary network being on every stage but the
+# first; they are fixed here, so that all seeds and all methods have the same.
+TASKS = {
+    "digits": Task("digits of scikit-learn", "digits", 8, 0.1, 0.1, {
+        "full": Scale(6, 16, 32, 20, None, None, {2: ("section2.2",), 3: ("section1.5", "section3.0")}),
+        "smoke": _smoke(),
+    }),
+    "cifar_deep": _cifar(
+        "deep and thin", 3, 16, {2: ("section2.0",), 3: ("section1.2", "section2.2")}, epochs=6, limit=1000
+    ),
+    "cifar_wide": _cifar(
+        "shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}, epochs=5, limit=500
+    ),
+}  # fmt: skip
+TIMED = {
+    "resnet_38": _timed(16, 6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
+    "resnet_110": _timed(32, 18, 16, 32, {2: ("section2.1",), 3: ("section1.12", "section2.9")}),
+    "wrn_16_4": _timed(16, 2, 64, 64, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
+}
+"""Networks whose steps are timed, and that are not trained to the end."""
+ALL = {**TASKS, **TIMED}
+
+
+@dataclass(frozen=True)
+class Case(AnyCase):
     """One training. What a method does not have is None.
 
     Args:
-        task: one of `tasks.ALL`.
+        task: a key of `ALL`.
         method: serial, pipeline, `SERIAL_STAGES`, `HYBRID`, or one of `AUXNET`.
         workers: number of processes, of one thread each.
         seed: of weights, order and augmentation.
@@ -65,18 +166,6 @@ class Case:
     multiplier_every: int | None = None
     schedule: str | None = None
     micro_batches: int | None = None
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """All settings of the case, as they stand in a record."""
-        return asdict(self)
-
-    @property
-    def name(self) -> str:
-        """For progress lines."""
-        hidden = ("task", "method", "workers", "seed", "lr")
-        other = [f"{key}={value}" for key, value in self.key.items() if key not in hidden and value is not None]
-        return " ".join([self.task, self.method, f"K={self.workers}", f"seed {self.seed}", *other])
 
 
 @dataclass(frozen=True)
@@ -121,24 +210,22 @@ def base(task: str, method: str, workers: int, seed: int) -> Case:
     return replace(case, multiplier_every=usual.multiplier_every) if method.startswith("al-") else case
 
 
-def accuracy_cases(cfg: DictConfig) -> list[Case]:
+def accuracy(options: Any) -> list[Case]:
     """Every training of the accuracy study, once: seeds outermost, so that an interrupted study has whole seeds."""
-    return [
-        case for seed in range(cfg.seeds) for task in cfg.tasks for case in _methods(cfg, task, seed)
-    ]  # fmt: skip
+    return [case for seed in range(options.seeds) for task in options.tasks for case in _methods(options, task, seed)]
 
 
-def _methods(cfg: DictConfig, task: str, seed: int) -> Iterator[Case]:
-    smallest = cfg.size == "smoke"
-    for method in cfg.methods:
+def _methods(options: Any, task: str, seed: int) -> Iterator[Case]:
+    smallest = options.size == "smoke"
+    for method in options.methods:
         if method == "serial":
             yield base(task, method, 1, seed)
             yield replace(base(task, method, 1, seed), augment=False)
             continue
-        for workers in cfg.workers:
+        for workers in options.workers:
             case = base(task, method, workers, seed)
             if method == "pipeline":
-                case = replace(case, schedule=cfg.schedule, micro_batches=cfg.micro_batches)
+                case = replace(case, schedule=options.schedule, micro_batches=options.micro_batches)
             if case.warmup_steps is not None and smallest:
                 case = replace(case, warmup_steps=2)
             if workers > 2 and method not in WITH_THREE:
@@ -147,23 +234,23 @@ def _methods(cfg: DictConfig, task: str, seed: int) -> Iterator[Case]:
                 yield case
 
 
-def sweep_cases(cfg: DictConfig) -> list[Case]:
+def sweep(options: Any) -> list[Case]:
     """One thing changed at a time; of the penalty method beta and the size of the auxiliary networks together."""
     found: list[Case] = []
-    for task in cfg.sweep_tasks:
+    for task in options.sweep_tasks:
         usual, al, kept = (
             base(task, name, SWEEP_WORKERS, SWEEP_SEED) for name in ("penalty", "al-net", "penalty-store")
         )
-        if cfg.size == "smoke":
+        if options.size == "smoke":
             usual, al, kept = (replace(case, warmup_steps=2) for case in (usual, al, kept))
-        found += [replace(usual, beta=beta, aux_width=width) for beta in cfg.betas for width in cfg.aux_widths]
+        found += [replace(usual, beta=beta, aux_width=width) for beta in options.betas for width in options.aux_widths]
         found += [
-            replace(case, beta=beta) for case in (al, kept, replace(kept, method="al-store")) for beta in cfg.betas
+            replace(case, beta=beta) for case in (al, kept, replace(kept, method="al-store")) for beta in options.betas
         ]
-        found += [replace(usual, aux_learning_rate=rate) for rate in cfg.aux_rates]
-        found += [replace(usual, warmup_steps=steps) for steps in cfg.warmups]
-        found += [replace(usual, method=HYBRID, serial_every=every) for every in cfg.serial_every]
-        found += [replace(usual, workers=STEP_WORKERS, lambda_step=step) for step in cfg.lambda_steps]
+        found += [replace(usual, aux_learning_rate=rate) for rate in options.aux_rates]
+        found += [replace(usual, warmup_steps=steps) for steps in options.warmups]
+        found += [replace(usual, method=HYBRID, serial_every=every) for every in options.serial_every]
+        found += [replace(usual, workers=STEP_WORKERS, lambda_step=step) for step in options.lambda_steps]
     return [
         replace(case, multiplier_every=base(case.task, "al-store", 1, 0).multiplier_every)
         if case.method == "al-store"
@@ -172,39 +259,44 @@ def sweep_cases(cfg: DictConfig) -> list[Case]:
     ]
 
 
-def timing_cases(cfg: DictConfig) -> list[Case]:
+def timing(options: Any) -> list[Case]:
     """The same networks by every method, turn and turn about; the seed is the number of the turn."""
     found = []
-    for turn in range(cfg.repeats):
-        for network in cfg.networks:
+    for turn in range(options.repeats):
+        for network in options.networks:
             found.append(base(network, "serial", 1, turn))
-            for method in (name for name in cfg.methods if name not in ("serial", "pipeline")):
+            for method in (name for name in options.methods if name not in ("serial", "pipeline")):
                 case = replace(base(network, method, 2, turn), warmup_steps=2)
                 found.append(case)
-            found += _pipelines(cfg, network, turn)
+            found += _pipelines(options, network, turn)
     return found
 
 
-def link_cases(cfg: DictConfig) -> list[LinkCase]:
+def links(options: Any) -> list[LinkCase]:
     """One process, and two workers over every link, turn and turn about; the seed is the number of the turn."""
     found = []
-    for turn in range(cfg.repeats):
-        for network in cfg.link_networks:
-            if "serial" in cfg.methods:
+    for turn in range(options.repeats):
+        for network in options.link_networks:
+            if "serial" in options.methods:
                 found.append(LinkCase(**base(network, "serial", 1, turn).key))
-            cases = _pipelines(cfg, network, turn)
-            if "penalty" in cfg.methods:
+            cases = _pipelines(options, network, turn)
+            if "penalty" in options.methods:
                 usual = base(network, "penalty", 2, turn)
-                cases.append(replace(usual, method=SERIAL_STAGES, warmup_steps=cfg.link_steps))
+                cases.append(replace(usual, method=SERIAL_STAGES, warmup_steps=options.link_steps))
                 cases.append(replace(usual, warmup_steps=2))
             found += [
-                LinkCase(**case.key, bandwidth_gbit=gbit_of(entry)) for entry in cfg.bandwidths_gbit for case in cases
+                LinkCase(**case.key, bandwidth_gbit=gbit_of(entry))
+                for entry in options.bandwidths_gbit
+                for case in cases
             ]
     return found
 
 
-def _pipelines(cfg: DictConfig, network: str, turn: int) -> list[Case]:
-    if "pipeline" not in cfg.methods:
+def _pipelines(options: Any, network: str, turn: int) -> list[Case]:
+    if "pipeline" not in options.methods:
         return []
     pipe = base(network, "pipeline", 2, turn)
-    return [replace(pipe, schedule=name, micro_batches=cfg.micro_batches) for name in ("gpipe", "1f1b")]
+    return [replace(pipe, schedule=name, micro_batches=options.micro_batches) for name in ("gpipe", "1f1b")]
+
+
+STUDIES: dict[str, Callable[[Any], list[Any]]] = {study.__name__: study for study in (accuracy, sweep, timing, links)}

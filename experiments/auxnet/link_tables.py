@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
 
-from experiments.accuracy.tables import Rows, chosen, distinct
-from experiments.auxnet.words import TITLES, title
+from experiments.auxnet.cases import TITLES, title
+from experiments.harness.tables import Content, Grid, Row, Rows, chosen, distinct
 from experiments.links.tables import bandwidth
-from experiments.paper_tables.tables import Grid
-
-Content = dict[str, Any]
-Row = dict[str, Any]
 
 
 def methods_of(rows: Rows) -> Iterator[tuple[str, str | None, Rows]]:
@@ -98,3 +93,6 @@ def _ratio(found: list[tuple[Row, Row]]) -> str:
 def _sums(rows: Rows, key: str) -> list[float]:
     """Over all workers, where each of them has counted."""
     return [sum(row[key]) for row in rows if None not in row[key]]
+
+
+MADE = (links, link_bytes)

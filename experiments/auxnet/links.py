@@ -1,23 +1,30 @@
-"""The study of links: two workers in network namespaces, joined by links of chosen bandwidth; see experiments/links."""
+"""The study of links: two workers in network namespaces, joined by links of chosen bandwidth; see experiments/links.
+
+::
+
+    start  first steps, not counted | steps                     | end
+                              ready ┘                  measured ┘
+                   links: unshaped  | shaped                    | unshaped
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import torch
+import torch.distributed as dist
 
-from experiments.auxnet import link_worker
 from experiments.auxnet.cases import Case, LinkCase
-from experiments.auxnet.training import Job, measure
-from experiments.harness.links.crew import Crew, crew, ended_in_one_line
-from experiments.links.options import network
+from experiments.auxnet.training import Job, measure, prepared, work
+from experiments.harness.links.crew import Crew, Place, crew
+from experiments.harness.workers import PATIENCE
+from experiments.links.rig import network
 
-PROGRAM = link_worker.__name__
-WORKERS, MTU = 2, 1500
+WORKERS = 2
 LEAST_BURST_BYTES = 32 * 1024
 """Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
 sends half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms."""
@@ -26,26 +33,59 @@ TIMEOUT_SECONDS = 300
 
 
 @contextmanager
-def over_links(cfg: DictConfig) -> Iterator[tuple[Callable[[LinkCase], dict[str, Any]], Collection[float | None]]]:
-    """What measures a case, and the bandwidths that links can have here: without namespaces, unshaped ones only.
-
-    Args:
-        cfg: the settings.
-    """
-    links = OmegaConf.create({"workers": WORKERS, "bandwidths_gbit": cfg.bandwidths_gbit, "name": None, "mtu": MTU})
-    with ended_in_one_line(), network(links, LEAST_BURST_BYTES) as (made, possible), crew(made, PROGRAM) as workers:
-        yield partial(_measured, cfg=cfg, workers=workers), possible
+def over_links(options: Any) -> Iterator[tuple[Callable[[LinkCase], dict[str, Any]], Collection[float | None]]]:
+    """What measures a case, and the bandwidths that links can have here: without namespaces, unshaped ones only."""
+    with (
+        network(WORKERS, options.bandwidths_gbit, least_burst=LEAST_BURST_BYTES) as (made, possible),
+        crew(made, "experiments.auxnet.links") as workers,
+    ):
+        yield partial(_measured, options=options, workers=workers), possible
 
 
-def _measured(case: LinkCase, cfg: DictConfig, workers: Crew) -> dict[str, Any]:
+def _measured(case: LinkCase, options: Any, workers: Crew) -> dict[str, Any]:
     """One process alone has no link."""
     trained = Case(**{item.name: getattr(case, item.name) for item in fields(Case)})
     if case.workers == 1:
-        return measure(trained, cfg, steps=cfg.link_steps)
+        return measure(trained, options, steps=options.link_steps)
 
-    def launch(job: Job) -> list[dict[str, Any]]:
-        run = workers.run(link_worker.settings_of(job), gbit=case.bandwidth_gbit, timeout=TIMEOUT_SECONDS)
-        told: list[dict[str, Any]] = run["workers"]
-        return told
+    def launch(job: Job) -> list[dict[str, Any]]:  # its images are random, and each worker makes them itself
+        settings = {"case": asdict(job.case), "size": job.size, "steps": job.steps, "uncounted": job.uncounted}
+        return workers.run(settings, gbit=case.bandwidth_gbit, timeout=TIMEOUT_SECONDS)["workers"]
 
-    return measure(trained, cfg, steps=cfg.link_steps, launch=launch)
+    return measure(trained, options, steps=options.link_steps, launch=launch)
+
+
+class Window:
+    """Opens before the first step that is counted, and closes behind the last."""
+
+    def __init__(self, place: Place, opens_at: int, closes_at: int) -> None:
+        self.place, self.opens_at, self.closes_at = place, opens_at, closes_at
+        self.sent_by_step: float | None = None
+        """Bytes that the kernel counted; None where its counters are not this worker's."""
+        self._before: tuple[int, int] | None = None
+
+    def __call__(self, steps: int) -> None:
+        """So many steps are done."""
+        if steps == self.opens_at:
+            self.place.ready()
+            self._before = self.place.bytes()
+        if steps == self.closes_at:
+            after = self.place.measured()
+            if after is not None and self._before is not None:
+                self.sent_by_step = (after[0] - self._before[0]) / (self.closes_at - self.opens_at)
+
+
+def main(place: Place, settings: dict[str, Any]) -> None:
+    """A worker: trains once, and reports what `training.work` tells, and the kernel's count."""
+    torch.set_num_threads(1)
+    case = Case(**settings["case"])
+    data = prepared(case.task, settings["size"], None, "")
+    job = Job(case, settings["size"], data, settings["steps"], frozenset(), settings["uncounted"])
+    window = Window(place, job.uncounted, job.steps)
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        told = work(place.worker, job, window)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    place.report({**told, "kernel_sent_by_step": window.sent_by_step})

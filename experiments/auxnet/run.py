@@ -4,22 +4,132 @@ python experiments/auxnet/run.py folder=PATH                     (all studies; P
 python experiments/auxnet/run.py accuracy tasks=[digits]         (some of them, some of it)
 python experiments/auxnet/run.py size=smoke out=FOLDER           (seconds)
 
-Studies: accuracy, sweep, timing, links. Options are key=value, all in settings.py; among them tasks, methods, workers,
-seeds, epochs, betas, aux_widths, bandwidths_gbit, out. Every method trains in real processes of one thread each, on the
-same images in the same order, in the same loop; nothing else should run on the machine, as all of it is timed. Prints
-tables, and writes a JSON file for each study and pictures; the full size into experiments/auxnet/results, and its tables
-into README.md. A training that was measured is not measured again, unless fresh=true. Links need root and iproute2:
-without, they are unshaped only.
+Studies: accuracy, sweep, timing, links. Options are key=value: see `Options`. Every method trains in real processes of one
+thread each, on the same images in the same order, in the same loop; nothing else should run on the machine, as all of it is
+timed. Prints tables, and writes a result file for each study and pictures; the full size into experiments/auxnet/results,
+and its tables into README.md. A training that was measured is not measured again, unless fresh=true. Links need root and
+iproute2: without, they are unshaped only.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.auxnet.main import main
+import torch
+
+from experiments.auxnet import tables
+from experiments.auxnet.cases import ALL, STUDIES, TASKS, TIMED
+from experiments.auxnet.figure import draw_all
+from experiments.auxnet.links import over_links
+from experiments.auxnet.training import measure
+from experiments.harness import cli
+from experiments.harness.settings import ConfigError, option
+from experiments.harness.study import Study
+from experiments.harness.tables import Row, show_and_write
+from experiments.links.rig import UNSHAPED, check_bandwidths
+
+METHODS = ("serial", "penalty", "al-net", "hybrid", "penalty-store", "al-store", "pipeline")
+RECORDED = {
+    "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",), "links": ("link_steps",),
+}  # fmt: skip
+"""What the results of a study depend on, besides their cases."""
+
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/auxnet")
+    fresh: bool = option(False, "true measures again what is there")
+    folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*, for the tasks cifar_*")
+    cache_dir: str = option("runs/cache", "where decoded images are kept")
+    tasks: list[str] = option(list(TASKS), choices=TASKS, smoke=["digits"])
+    methods: list[str] = option(list(METHODS), choices=METHODS)
+    workers: list[int] = option([1, 2, 3], "tasks have cuts for 3", least=1, most=3, smoke=[1, 2])
+    seeds: int = option(3, "3 for a spread", least=1, most=100, smoke=1)
+    epochs: int | None = option(None, "passes over the training images; null: the task's", least=1)
+    evaluations: int = option(4, "evaluations per training, at equal distances", least=1, smoke=2)
+    micro_batches: int = option(4, "of the pipeline, per step; the batch must be a multiple", least=2, smoke=2)
+    schedule: str = option("gpipe", "of the pipeline", choices=("gpipe", "1f1b"))
+    sweep_tasks: list[str] = option(["digits", "cifar_deep"], choices=TASKS, smoke=["digits"])
+    betas: list[float] = option([0.1, 1.0, 10.0, 100.0], "weights of the penalty", above=0, smoke=[0.1, 1.0])
+    aux_widths: list[int] = option([16, 32, 64], "channels of the auxiliary networks", least=1, smoke=[4])
+    aux_rates: list[float] = option([0.03, 0.1, 0.3], "of the auxiliary networks", above=0, smoke=[0.1])
+    warmups: list[int] = option([0, 50, 200], "steps", least=0, smoke=[2])
+    serial_every: list[int] = option([2, 4, 8], "steps", least=1, smoke=[2])
+    lambda_steps: list[float] = option([0.1, 0.3, 1.0], "steps of the guesses", above=0, most=1, smoke=[0.5])
+    networks: list[str] = option(list(TIMED), choices=TIMED, smoke=["resnet_38"])
+    steps: int = option(30, "steps of a training that is only timed; the first third is not counted", least=4, smoke=6)
+    repeats: int = option(3, "trainings of each kind that are timed, turn and turn about", least=1, smoke=1)
+    link_networks: list[str] = option(["resnet_38", "wrn_16_4"], choices=TIMED, smoke=["resnet_38"])
+    link_steps: int = option(12, "steps of a training over a link; the first third is not counted", least=4, smoke=9)
+    bandwidths_gbit: list[Any] = option([0.1, 1, UNSHAPED], smoke=[0.001, UNSHAPED])
+
+    def __post_init__(self) -> None:
+        check_bandwidths(self.bandwidths_gbit)
+        if self.schedule == "1f1b" and "pipeline" in self.methods and max(self.workers) > self.micro_batches:
+            raise ConfigError(
+                f"micro_batches={self.micro_batches}: schedule=1f1b needs as many micro-batches as workers, "
+                f"{max(self.workers)}; raise it, or take schedule=gpipe"
+            )
+        for name in dict.fromkeys([*self.tasks, *self.networks, *self.link_networks]):
+            batch = ALL[name].scales[self.size].batch
+            if "pipeline" in self.methods and batch % self.micro_batches:
+                raise ConfigError(
+                    f"micro_batches={self.micro_batches}: {name} has batches of {batch}, which must be a multiple, so that "
+                    "the mean over micro-batches is that over the batch"
+                )
+
+
+def run(names: Sequence[str], options: Options) -> None:
+    """Measure what is missing of these studies, one training after the other: each may need both cores."""
+    _check_folder(names, options)
+    torch.set_num_threads(1)
+    out = Path(options.out)
+    for name in names:
+        recorded = {key: getattr(options, key) for key in ("size", *RECORDED[name])}
+        study = Study.at(out / f"{name}.jsonl", recorded, fresh=options.fresh)
+        wanted = STUDIES[name](options)
+        if name == "links" and study.missing(wanted):
+            with over_links(options) as (work, possible):
+                study.fill(
+                    [case for case in wanted if case.bandwidth_gbit in possible], partial(_kept, study, work), _ended
+                )
+        else:
+            work = partial(measure, options=options, steps=options.steps if name == "timing" else None)
+            study.fill(wanted, partial(_kept, study, work), _ended)
+    show_and_write(out, tables.RESULTS, tables.STUDIES, names, draw_all(out))
+
+
+def _check_folder(names: Sequence[str], options: Options) -> None:
+    used = [*(options.tasks if "accuracy" in names else []), *(options.sweep_tasks if "sweep" in names else [])]
+    wanting = [name for name in used if TASKS[name].images == "folder"]
+    if wanting and (options.folder is None or not Path(options.folder).is_dir()):
+        raise ConfigError(
+            f"folder={options.folder}: {wanting[0]} needs a folder with train/<class>/* and test/<class>/*; give "
+            "folder=PATH, or take tasks=[digits] sweep_tasks=[digits]"
+        )
+
+
+def _kept(study: Study, work: Any, case: Any) -> Row:
+    """A row; the picture shows one step of each network, and a timeline is long, so that one is enough."""
+    found = work(case)
+    if study.path.stem != "timing" or any(row["timeline"] for row in study.rows if row["case"]["task"] == case.task):
+        found["timeline"] = None
+    return found
+
+
+def _ended(found: Row) -> str:
+    if found.get("diverged"):
+        return "diverged"
+    what = f"{found['last']:.2f} %, " if "last" in found else ""
+    return f"{what}{1000 * found['step_seconds']:.1f} ms per step, {found['seconds']:.0f} s"
+
 
 if __name__ == "__main__":
-    main(sys.argv[1:], __doc__ or "")
+    sys.exit(cli.run(run, Options, __doc__, list(STUDIES)))

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from experiments.accuracy.tables import Rows, chosen, distinct, spread
-from experiments.auxnet.cases import HYBRID, STEP_WORKERS, SWEEP_SEED, SWEEP_WORKERS, base
-from experiments.auxnet.words import title
-from experiments.paper_tables.tables import Grid
-
-Content = dict[str, Any]
+from experiments.auxnet.cases import HYBRID, STEP_WORKERS, SWEEP_SEED, SWEEP_WORKERS, base, title
+from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, spread
 
 ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 
@@ -100,3 +94,6 @@ def _cell(rows: Rows) -> str:
     if any(row.get("diverged") for row in rows):
         return "diverged"
     return spread(row["last_holdout"] for row in rows)
+
+
+MADE = (betas, betas_of_others, aux_rates, warmups, hybrids, lambda_steps)

@@ -1,29 +1,19 @@
-"""The tables of AuxNet's experiments, from their result files: on the screen and in README.md (experiments/harness/tables.py)."""
+"""The tables of AuxNet's experiments: accuracies, seconds and bytes; those of the sweep and the links stand beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread
-from experiments.auxnet.cases import AUXNET, HYBRID, SWEEP_WORKERS, stored
-from experiments.auxnet.link_tables import link_bytes, links
-from experiments.auxnet.networks import layers
-from experiments.auxnet.sweep_tables import aux_rates, betas, betas_of_others, hybrids, lambda_steps, warmups
-from experiments.auxnet.tasks import ALL
-from experiments.auxnet.timing_tables import seconds_of, speed_ups, timing
-from experiments.auxnet.words import TITLES, title
-from experiments.harness.record import read_if_made
+from experiments.auxnet import link_tables, sweep_tables
+from experiments.auxnet.cases import ALL, AUXNET, HYBRID, SWEEP_WORKERS, TITLES, stored, title
+from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up
+from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, page_tables, seeds, spread
 from experiments.harness.words import bytes_in_words
-from experiments.paper_tables.tables import Grid
+from experiments.networks import layers
 
 RESULTS = Path(__file__).parent / "results"
-NOT_YET = "Not measured yet.\n"
-
-Content = dict[str, Any]
 
 
 def kinds(rows: Rows) -> Iterator[tuple[str, str, int, bool, Rows]]:
@@ -131,33 +121,52 @@ def explanation(content: Content) -> Grid:
     return Grid("Where accuracy is lost", header, lines)
 
 
-GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
-    "accuracy": (accuracy, speed, sizes, explanation),
-    "sweep": (betas, betas_of_others, aux_rates, warmups, hybrids, lambda_steps),
-    "timing": (timing,),
-    "links": (links, link_bytes),
-}
+def seconds_of(rows: Rows) -> dict[str, float]:
+    """Of a step in one process, by task."""
+    alone = chosen(rows, method="serial")
+    return {task: mean(row["step_seconds"] for row in chosen(alone, task=task)) for task in distinct(alone, "task")}
 
 
-def grids(name: str, content: Content) -> list[Grid]:
-    """All tables of a study."""
-    return [make(content) for make in GRIDS[name]]
+def speed_ups(own: Rows, alone: Rows) -> list[str]:
+    """Measured and predicted speed-up over one process, as cells."""
+    if not alone or own[0]["case"]["method"] == "serial":
+        return ["1.00" if alone else "-", "-"]
+    serial = mean(row["step_seconds"] for row in alone)
+    found = [f"{serial / mean(row['step_seconds'] for row in own):.2f}"]
+    case = own[0]["case"]
+    if case["method"] == "pipeline":
+        data = mean(row["data_seconds"] for row in alone)
+        return [*found, f"{pipeline_speed_up(case['workers'], case['micro_batches'], serial - data, data):.2f}"]
+    predicted = [row["predicted"] for row in own if row["predicted"] is not None]
+    if case["serial_every"]:
+        predicted = [hybrid_speed_up(parallel, case["serial_every"]) for parallel in predicted]
+    return [*found, f"{mean(predicted):.2f}" if predicted else "-"]
 
 
-def read(name: str, folder: Path = RESULTS) -> Content | None:
-    """A result file; None if there is none, or no row in it."""
-    path = folder / f"{name}.jsonl"
-    content: Content | None = read_if_made(path)
-    return content if content and content["rows"] else None
-
-
-def _written(name: str, make: Callable[[Content], Grid]) -> str:
-    return _told(name, lambda content: make(content).markdown())
-
-
-def _told(name: str, tell: Callable[[Content], str]) -> str:
-    content = read(name)
-    return tell(content) if content else NOT_YET
+def timing(content: Content) -> Grid:
+    rows, size, lines = content["rows"], content["settings"]["size"], []
+    for task in distinct(rows, "task"):
+        scale = ALL[task].scales[size]
+        network = f"{layers(scale.blocks)} layers, width {scale.width}, {ALL[task].pixels} pixels, batch {scale.batch}"
+        alone = chosen(rows, task=task, method="serial")
+        for method in TITLES:
+            own = chosen(rows, task=task, method=method)
+            for schedule in distinct(own, "schedule"):
+                these = chosen(own, schedule=schedule)
+                seconds = [1000 * row["step_seconds"] for row in these]
+                lines.append(
+                    [
+                        network,
+                        title(method, schedule),
+                        str(these[0]["case"]["workers"]),
+                        f"{mean(seconds):.1f}",
+                        f"{min(seconds):.1f} to {max(seconds):.1f}",
+                        *speed_ups(these, alone),
+                        str(len(these)),
+                    ]
+                )
+    header = ["network", "method", "K", "ms per step", "least to most", "speed-up, measured", "predicted", "n"]
+    return Grid("Time of a step", header, lines)
 
 
 def conditions(content: Content) -> str:
@@ -180,7 +189,7 @@ def _cuts(cuts: dict[int, tuple[str, ...]]) -> str:
     return "; ".join(f"K = {workers}: behind {', '.join(names)}" for workers, names in cuts.items())
 
 
-def on(machine: dict[str, Any]) -> str:
+def on(machine: Content) -> str:
     """Hardware and versions."""
     return (
         f"One thread per process, {machine['cores']} CPU cores ({machine['processor']}), torch {machine['torch']}, gloo"
@@ -215,10 +224,10 @@ def link_conditions(content: Content) -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "auxnet_conditions": partial(_told, "accuracy", conditions),
-    "auxnet_sweep_conditions": partial(_told, "sweep", sweep_conditions),
-    "auxnet_timing_conditions": partial(_told, "timing", timing_conditions),
-    "auxnet_link_conditions": partial(_told, "links", link_conditions),
-    **{f"auxnet_{make.__name__}": partial(_written, name, make) for name, makes in GRIDS.items() for make in makes},
+STUDIES = {
+    "accuracy": (conditions, accuracy, speed, sizes, explanation),
+    "sweep": (sweep_conditions, *sweep_tables.MADE),
+    "timing": (timing_conditions, timing),
+    "links": (link_conditions, *link_tables.MADE),
 }
+TABLES = page_tables(RESULTS, STUDIES, "auxnet_")

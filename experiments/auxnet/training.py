@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import mean, median
 from typing import Any, TypeAlias
 
@@ -12,23 +13,75 @@ import torch
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
-from experiments.accuracy.data import Stream
-from experiments.accuracy.training import accuracy, rate
-from experiments.auxnet.cases import SERIAL_STAGES, Case, stored
+from experiments.auxnet.cases import ALL, SERIAL_STAGES, Case, Scale, stored
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
-from experiments.auxnet.examples import CLASSES, input_shape, make_network, prepared, scale_of
-from experiments.auxnet.layered import Layered
-from experiments.auxnet.methods import Method, Pipelined, Serial
-from experiments.auxnet.stages import boundary_elements, parameters_of
-from experiments.ist.examples import Prepared
-from experiments.paper_tables.memory import forked
+from experiments.auxnet.methods import Layered, Method, Pipelined, Serial, boundary_elements, parameters_of
+from experiments.data import Digits, Fake, ImageFolder
+from experiments.data.module import ImageData
+from experiments.harness.settings import ConfigError
+from experiments.harness.workers import forked
+from experiments.networks import SmallImageResNet
+from experiments.trainers import Prepared, Stream, rate
+from experiments.trainers import stops as stops_of
 from resist_lightning import NotFinite
 
+CLASSES = 10
 EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "kernel_sent_by_step")
 OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
 """What every worker tells of itself, and what worker 0 tells of all."""
 ROUND = 50
 """Steps between two looks of AuxNet's workers at each other, at most."""
+
+
+@lru_cache(maxsize=2)
+def prepared(task: str, size: str, folder: str | None, cache_dir: str) -> Prepared:
+    """Read a task's images.
+
+    Raises:
+        ConfigError: a folder that cannot be read.
+    """
+    try:
+        module = _module(task, size, folder, cache_dir)
+        module.prepare_data()
+        return Prepared.of(module)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def scale_of(task: str, size: str) -> Scale:
+    """How large a task is in a study of this size."""
+    return ALL[task].scales[size]
+
+
+def input_shape(task: str) -> tuple[int, int, int]:
+    """Channels, height and width of an image."""
+    pixels = ALL[task].pixels
+    return (1 if ALL[task].images == "digits" else 3), pixels, pixels
+
+
+def make_network(task: str, size: str, seed: int) -> nn.Module:
+    """The task's network before training: of a seed, the same for all methods and workers."""
+    scale = scale_of(task, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        channels = input_shape(task)[0]
+        return SmallImageResNet(scale.blocks, scale.width, num_classes=CLASSES, in_channels=channels)
+
+
+def _module(task: str, size: str, folder: str | None, cache_dir: str) -> ImageData:
+    chosen, scale = ALL[task], scale_of(task, size)
+    loading: dict[str, Any] = {
+        "batch_size": scale.batch,
+        "holdout": chosen.holdout,
+        "limit": scale.limit,
+        "limit_test": scale.limit_test,
+    }
+    if chosen.images == "digits":
+        return Digits(**loading)
+    if chosen.images == "random":
+        return Fake(train_size=scale.batch * 16, test_size=CLASSES, image_size=chosen.pixels, **loading)
+    assert folder is not None
+    return ImageFolder(folder, cache_dir=cache_dir, image_size=chosen.pixels, **loading)
 
 
 @dataclass(frozen=True)
@@ -90,29 +143,29 @@ class Clock:
         }
 
 
-def measure(case: Case, cfg: Any, *, steps: int | None = None, launch: Launch = alone_here) -> dict[str, Any]:
+def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launch = alone_here) -> dict[str, Any]:
     """Train ``case`` and evaluate it: one row of a record, accuracies in per cent;
     or that it came to NaN or infinity.
 
     Args:
         case: what is trained.
-        cfg: the settings.
+        options: of the command line.
         steps: of a training that is only timed; None for the epochs of the settings or of the task.
         launch: starts the workers.
     """
-    started, data = time.perf_counter(), prepared(case.task, cfg.size, cfg.folder, cfg.cache_dir)
-    scale = scale_of(case.task, cfg.size)
+    started, data = time.perf_counter(), prepared(case.task, options.size, options.folder, options.cache_dir)
+    scale = scale_of(case.task, options.size)
     per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
     stops: frozenset[int] = frozenset()
     warmup = 0 if case.method == SERIAL_STAGES else case.warmup_steps or 0  # where all steps are of it, it is timed
     serial = max(warmup, per_epoch if stored(case.method) else 0)
     uncounted = max(1, serial)
     if steps is None:
-        steps = per_epoch * (cfg.epochs or scale.epochs)
-        stops = frozenset(max(1, steps * number // cfg.evaluations) for number in range(1, cfg.evaluations + 1))
+        steps = per_epoch * (options.epochs or scale.epochs)
+        stops = stops_of(steps, options.evaluations)
     else:
         uncounted = serial + steps // 3
-    job = Job(case, cfg.size, data, steps, stops, uncounted)
+    job = Job(case, options.size, data, steps, stops, uncounted)
     try:
         workers = launch(job)
     except ProcessRaisedException as error:
@@ -125,7 +178,7 @@ def measure(case: Case, cfg: Any, *, steps: int | None = None, launch: Launch = 
         "steps": steps,
         "steps_per_epoch": per_epoch,
         **{key: [worker.get(key) for worker in workers] for key in ("held_bytes", *EACH)},
-        **by_formula(case, cfg.size, [worker["aux_parameters"] for worker in workers]),
+        **by_formula(case, options.size, [worker["aux_parameters"] for worker in workers]),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -172,14 +225,8 @@ def make_method(job: Job) -> Method:
         return Pipelined(network, cuts_of(case, job.size), case.lr, case.schedule, case.micro_batches)
     round_steps = max(1, min(ROUND, (job.steps - job.uncounted) // 2))
     example, _ = stream_of(job).batch(0, 0, 1)
-    return Layered(
-        network(),
-        cuts_of(case, job.size),
-        case,
-        round_steps=round_steps,
-        uncounted=job.uncounted,
-        example=example,
-    )
+    cuts = cuts_of(case, job.size)
+    return Layered(network(), cuts, case, round_steps=round_steps, uncounted=job.uncounted, example=example)
 
 
 def stream_of(job: Job) -> Stream[Any]:
@@ -190,8 +237,8 @@ def stream_of(job: Job) -> Stream[Any]:
     batch = scale_of(job.case.task, job.size).batch
     stream = job.data.stream(batch, job.case.seed, augment=job.case.augment)
     generator = torch.Generator().manual_seed(0)
-    kept = torch.randperm(len(stream.images.labels), generator=generator)[: stream.pass_length]
-    return Stream(stream.images.take(kept), stream.transform, batch, job.case.seed)
+    kept = torch.randperm(len(stream.examples.labels), generator=generator)[: stream.pass_length]
+    return Stream(stream.examples.take(kept), stream.transform, batch, job.case.seed)
 
 
 def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
@@ -220,7 +267,7 @@ def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None
         if step + 1 in job.stops:
             with method.full_model() as model:
                 if worker == 0:
-                    curve.append({"step": step + 1, **evaluated(model, job.data)})
+                    curve.append({"step": step + 1, **job.data.accuracies(model)})
     done(job.steps)
     held = max(held, method.held_bytes())
     return {
@@ -230,11 +277,3 @@ def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None
         **(method.explained(job.data) if job.stops else {}),
         **method.told(),
     }
-
-
-def evaluated(model: nn.Module, data: Prepared) -> dict[str, float]:
-    """Accuracies on the hold-out and on the test images, in per cent."""
-    training = model.training
-    found = {"holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)}
-    model.train(training)
-    return found

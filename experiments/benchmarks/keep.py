@@ -1,39 +1,45 @@
-"""Keeps the results of a run for the record: python experiments/benchmarks/keep.py RUN_DIR NAME [--pictures FOLDER].
+"""Keeps the results of a run for the record, without the paths of this machine, and its pictures.
 
-Copies results.json to experiments/benchmarks/results/NAME.jsonl without the paths of this machine, and the run's pictures
-to FOLDER.
+python experiments/benchmarks/keep.py run=RUN_DIR name=demo_resist pictures=docs/demo
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.benchmarks import tables
+from experiments.harness import cli
 from experiments.harness.record import as_lines
+from experiments.harness.settings import option
 
-RESULTS = Path(__file__).parent / "results"
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result file")
+    run: str = option(hint="the folder of a run of train.py, run=RUN_DIR")
+    name: str = option(hint="of the result file, name=NAME")
+    pictures: str | None = option(None, "folder of the pictures")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--pictures", type=Path)
-    args = parser.parse_args()
-    results = json.loads((args.run / "results.json").read_text())
+def run(_: Sequence[str], options: Options) -> None:
+    results = json.loads((Path(options.run) / "results.json").read_text())
     results.pop("checkpoint", None)
     results["overrides"] = [override for override in results.get("overrides", []) if os.sep not in override]
     results["cores"] = os.cpu_count()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.jsonl").write_text(as_lines(results))
-    if args.pictures:
-        args.pictures.mkdir(parents=True, exist_ok=True)
-        for picture in args.run.glob("*.png"):
-            shutil.copy(picture, args.pictures / picture.name)
+    (Path(options.out) / f"{options.name}.jsonl").write_text(as_lines(results))
+    if options.pictures:
+        Path(options.pictures).mkdir(parents=True, exist_ok=True)
+        for picture in Path(options.run).glob("*.png"):
+            shutil.copy(picture, Path(options.pictures) / picture.name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(run, Options, __doc__))

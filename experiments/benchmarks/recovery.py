@@ -1,7 +1,7 @@
 """What does it cost to lose little when workers die: snapshots, checkpoints in mid-round, going on, and the watch?
 
-torchrun --nproc-per-node 2 experiments/benchmarks/recovery.py
-torchrun --nproc-per-node 2 experiments/benchmarks/recovery.py --smoke --output FOLDER --files FOLDER
+python experiments/benchmarks/recovery.py
+python experiments/benchmarks/recovery.py size=smoke out=FOLDER files=FOLDER
 
 The paper's network of 41 million parameters, SGD with momentum, real processes over loopback, one thread each; Lightning's
 DDP trains the same network in the same run. Files are flushed to the disk by this package and not by Lightning, and are
@@ -12,16 +12,15 @@ what happens once a second). Prints tables and writes experiments/benchmarks/res
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -33,28 +32,42 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.app.quiet import hush
 from experiments.benchmarks import tables
-from experiments.benchmarks.keep import RESULTS
-from experiments.benchmarks.step_time import Clock, Module
+from experiments.benchmarks.steps import Clock, gathered, quiet
+from experiments.harness import cli
 from experiments.harness.record import write_record
+from experiments.harness.settings import option
+from experiments.harness.tables import show
+from experiments.harness.workers import forked
+from experiments.trainers import Module
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.saving.data_position import Position
 
 PAPER_STEPS = 50
-FULL = {"sections": (3, 4, 23, 3), "width": 1.0, "batch": 2, "rounds": 8, "local_steps": 3, "every": (1, 10),
-        "saves": 4, "resumes": 3, "turns": 9, "steps": 1000}  # fmt: skip
-SMOKE = {"sections": (1, 1, 5, 1), "width": 1 / 32, "rounds": 3, "every": (1, 2), "saves": 2, "resumes": 1,
-         "turns": 1, "steps": 20}  # fmt: skip
 TINY = {"sections": (1, 1, 3, 1), "width": 1 / 64, "batch": 1, "image": 16}
 SAVED_AT = 2
 """Local steps of the first round after which checkpoints are written: in the middle of the round."""
+
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
+    files: str | None = option(None, "folder of the files written, which stay; else a temporary one")
+    workers: int = option(2, "processes", least=2)
+    sections: list[int] = option([3, 4, 23, 3], "blocks", least=1, smoke=[1, 2, 5, 3])
+    width: float = option(1.0, "1.0 is the paper's", above=0, smoke=1 / 32)
+    batch: int = option(2, "images", least=1)
+    rounds: int = option(8, "of the snapshots", least=2, smoke=3)
+    local_steps: int = option(3, "per round", least=2)
+    every: list[int] = option([1, 10], "rounds between two snapshots", least=1, smoke=[1, 2])
+    saves: int = option(4, "checkpoints", least=1, smoke=2)
+    resumes: int = option(3, "of each way", least=1, smoke=1)
+    turns: int = option(9, "of the added time", least=1, smoke=1)
+    steps: int = option(1000, "of each turn", least=20, smoke=20)
 
 
 class Measured(ResISTStrategy):
@@ -246,49 +259,24 @@ def added(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gathered(value: Any) -> list[Any]:
-    """Every worker's."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def report(content: dict[str, Any]) -> None:
-    for title, rows in tables.recovery_rows(content).items():
-        table = Table(*rows[0], title=title)
-        for row in rows[1:]:
-            table.add_row(*row)
-        Console().print(table)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a small network and few turns, to see that it works")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of recovery.jsonl")
-    parser.add_argument("--files", type=Path, help="folder of the files written, which stay; else a temporary one")
-    args = parser.parse_args(arguments)
-    settings: dict[str, Any] = {**FULL, **(SMOKE if args.smoke else {})}
-    hush()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def measure_all(_: int, task: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    """A worker."""
+    settings, files = task[0], Path(task[1])
+    quiet()
     for message in (".*does not have many workers", ".*your dataloader is not resumable"):
         warnings.filterwarnings("ignore", message=message)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    parts = {"snapshots": snapshots(settings, files), "checkpoints": checkpoints(settings, files)}
+    return {**parts, "resumes": resumes(settings, files), "added": added(settings)}
+
+
+def run(_: Sequence[str], options: Options) -> None:
+    settings = {key: value for key, value in vars(options).items() if key not in ("size", "out", "files")}
     with tempfile.TemporaryDirectory() as temporary:
-        (files, *_) = gathered(args.files or Path(temporary))
-        parts: dict[str, Callable[[], Any]] = {
-            "snapshots": lambda: snapshots(settings, files),
-            "checkpoints": lambda: checkpoints(settings, files),
-            "resumes": lambda: resumes(settings, files),
-            "added": lambda: added(settings),
-        }
-        content = {"settings": settings, "workers": dist.get_world_size()} | {n: part() for n, part in parts.items()}
-        dist.barrier()
-    if dist.get_rank() == 0:
-        report(content)
-        write_record(args.output / "recovery.jsonl", content)
-    dist.destroy_process_group()
+        found = forked(measure_all, (settings, options.files or temporary), options.workers)[0]
+    out = Path(options.out)
+    write_record(out / "recovery.jsonl", {"settings": settings, "workers": options.workers, **found})
+    show(out, tables.STUDIES, ["recovery"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(run, Options, __doc__))

@@ -1,23 +1,17 @@
-"""The tables of README.md and of the benchmarks' page, from their result files (python experiments/harness/tables.py)."""
+"""The tables of README.md and of the benchmarks' page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any
 
 from experiments.harness.record import read_record
-from experiments.harness.tables import markdown
+from experiments.harness.tables import Content, Grid, page_tables, read
 
 RESULTS = Path(__file__).parent / "results"
-
 RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)", "single": "one process"}
-
-
-def record(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = read_record(RESULTS / f"{name}.jsonl")
-    return content
 
 
 def megabytes(count: float) -> str:
@@ -44,71 +38,61 @@ def runs(prefix: str) -> str:
             ]
         )
     header = ["", "test accuracy", "parameters in a worker", "sent by a worker", "local steps", "training time"]
-    return markdown(header, rows)
-
-
-def demo() -> str:
-    return runs("demo")
-
-
-def cifar() -> str:
-    return runs("cifar")
+    return Grid("", header, rows).markdown()
 
 
 def held_memory() -> str:
     """Parameters, gradients and momentum that workers held."""
     rows = []
-    for workers in (2, 4):
-        content = record(f"held_memory_{workers}")
-        measured = content["worst_bytes_by_worker"]
+    for content in (read(RESULTS, f"held_memory_{workers}") for workers in (2, 4)):
+        measured = content["worst_bytes_by_worker"] if content else []
         held, bound = mean(row["held"] for row in measured), mean(row["bound"] for row in measured)
-        full = content["full_bytes"]
-        rows.append([str(workers), megabytes(held), megabytes(bound), megabytes(full), f"{held / full:.3f}"])
-    return markdown(["workers", "held (mean)", "bound 3 (Q + k b)", "full model", "share"], rows)
+        full = content["full_bytes"] if content else 0
+        rows.append([str(len(measured)), megabytes(held), megabytes(bound), megabytes(full), f"{held / full:.3f}"])
+    return Grid("", ["workers", "held (mean)", "bound 3 (Q + k b)", "full model", "share"], rows).markdown()
 
 
-def step_time() -> str:
-    content = record("step_time")
+def step_time(content: Content) -> Grid:
     rows = [[name, f"{value * 1000:.1f} ms"] for name, value in content["median_seconds"].items()]
-    return markdown(["", "median local step"], [*rows, ["ratio", f"{content['ratio']:.3f}"]])
+    return Grid("A local step", ["", "median local step"], [*rows, ["ratio", f"{content['ratio']:.3f}"]])
 
 
-def overhead() -> str:
+def overhead(content: Content) -> Grid:
     """Seconds per step of one process, and what they have above a plain loop."""
-    content = record("overhead")
     plain = content["median_seconds"]["plain loop"]
-    rows = [
-        [name, f"{1e3 * value:.2f} ms", f"{1e3 * (value - plain):.2f} ms", str(content["n"][name])]
-        for name, value in content["median_seconds"].items()
-    ]
-    return markdown(["", "median step", "above the plain loop", "n"], rows)
+    return Grid.of("One process", content["median_seconds"].items(), {
+        "": lambda item: item[0],
+        "median step": lambda item: f"{1e3 * item[1]:.2f} ms",
+        "above the plain loop": lambda item: f"{1e3 * (item[1] - plain):.2f} ms",
+        "n": lambda item: content["n"][item[0]],
+    })  # fmt: skip
 
 
-def check_cost() -> str:
+def check_cost(content: Content) -> Grid:
     """Seconds of a sync with and without hashes of the shared tensors, and of the search for NaN."""
-    content = record("check_cost")
-    sync, hashes = content["median_sync_seconds"], content["median_hash_seconds"]
+    sync = content["median_sync_seconds"]
     rows = [
         [f"check `{check}`", f"{1e3 * sync[check]:.0f} ms", f"{sync[check] / sync['off']:.3f}", f"{1e3 * alone:.1f} ms"]
-        for check, alone in {"off": 0.0, **hashes}.items()
+        for check, alone in {"off": 0.0, **content["median_hash_seconds"]}.items()
     ]
-    search = content["median_search_seconds"]
-    table = [*rows, ["search for NaN (always)", "", "", f"{1e3 * search:.1f} ms"]]
-    return markdown(["", "median sync", "ratio", "alone"], table)
+    search = ["search for NaN (always)", "", "", f"{1e3 * content['median_search_seconds']:.1f} ms"]
+    return Grid("Checks", ["", "median sync", "ratio", "alone"], [*rows, search])
 
 
-def recovery_rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """What it costs to lose little when workers die: the rows of three tables, each with its header."""
-    snapshots = [["a snapshot every", "file of a worker", "median write", "share of rounds of 50 local steps"]]
+def recovery_snapshots(content: Content) -> Grid:
+    """What it costs to lose little when workers die."""
+    rows = []
     for every in map(str, content["settings"]["every"]):
         row, each = content["snapshots"][every], "round" if every == "1" else f"{every} rounds"
         seconds, share = row["median_write_seconds"], row["share_of_training"]
         size = megabytes(mean(row["bytes_by_worker"]))
-        snapshots.append([each, size, f"{1e3 * seconds:.0f} ms", f"{100 * share:.2f} %"])
-    files = [
-        ["", "model's file", "file of a worker", "median save", "ratio", "`fit` to the first batch", "from nothing"]
-    ]
-    saved, median_seconds = content["checkpoints"], content["resumes"]["median_seconds"]
+        rows.append([each, size, f"{1e3 * seconds:.0f} ms", f"{100 * share:.2f} %"])
+    header = ["a snapshot every", "file of a worker", "median write", "share of rounds of 50 local steps"]
+    return Grid("Snapshots", header, rows)
+
+
+def recovery_checkpoints(content: Content) -> Grid:
+    rows, saved, median_seconds = [], content["checkpoints"], content["resumes"]["median_seconds"]
     for title, name, way, plain in (
         ("checkpoint in mid-round", "resist", "workers' files", "from the beginning"),
         ("Lightning's DDP", "ddp", "DDP's checkpoint", "DDP from the beginning"),
@@ -117,58 +101,52 @@ def recovery_rows(content: dict[str, Any]) -> dict[str, list[list[str]]]:
         own = megabytes(mean(row["bytes_by_worker"])) if row["bytes_by_worker"] else ""
         seconds, ratio = row["median_seconds"], row["median_seconds"] / saved["ddp"]["median_seconds"]
         ways = [f"{median_seconds[way]:.2f} s", f"{median_seconds[plain]:.2f} s"]
-        files.append([title, megabytes(row["bytes"]), own, f"{seconds:.2f} s", f"{ratio:.2f}", *ways])
-    files.append(["snapshots", *[""] * 4, f"{median_seconds['snapshots']:.2f} s", files[1][-1]])
-    steps = [["", "local step", "ratio", "added"]]
+        rows.append([title, megabytes(row["bytes"]), own, f"{seconds:.2f} s", f"{ratio:.2f}", *ways])
+    rows.append(["snapshots", *[""] * 4, f"{median_seconds['snapshots']:.2f} s", rows[0][-1]])
+    header = [
+        "",
+        "model's file",
+        "file of a worker",
+        "median save",
+        "ratio",
+        "`fit` to the first batch",
+        "from nothing",
+    ]
+    return Grid("Checkpoints", header, rows)
+
+
+def recovery_steps(content: Content) -> Grid:
     names = {"neither": "without both", "watch": "liveness watch", "notes": "notes of the place in the data"}
-    for name, value in content["added"]["median_step_seconds"].items():
-        ratio, more = content["added"]["median_ratio"][name], content["added"]["median_added_seconds"][name]
-        steps.append([names.get(name, name), f"{1e3 * value:.3f} ms", f"{ratio:.3f}", f"{1e6 * more:.0f} µs"])
-    return {"snapshots": snapshots, "checkpoints": files, "steps": steps}
+    added = content["added"]
+    return Grid.of("Steps", added["median_step_seconds"].items(), {
+        "": lambda item: names.get(item[0], item[0]),
+        "local step": lambda item: f"{1e3 * item[1]:.3f} ms",
+        "ratio": lambda item: f"{added['median_ratio'][item[0]]:.3f}",
+        "added": lambda item: f"{1e6 * added['median_added_seconds'][item[0]]:.0f} µs",
+    })  # fmt: skip
 
 
-def recovery(part: str) -> str:
-    if not (RESULTS / "recovery.jsonl").exists():
-        return "not measured yet\n"
-    header, *rows = recovery_rows(record("recovery"))[part]
-    return markdown(header, rows)
-
-
-def recovery_snapshots() -> str:
-    return recovery("snapshots")
-
-
-def recovery_checkpoints() -> str:
-    return recovery("checkpoints")
-
-
-def recovery_steps() -> str:
-    return recovery("steps")
-
-
-def policies(name: str) -> str:
+def policies(content: Content) -> Grid:
     """Test accuracy by momentum and batch-norm policy, at the default scale, and by scale at the default policies."""
-    rows = record(f"policies_{name}")["rows"]
+    found = {(row["momentum"], row["batch_norm"], row["scale"]): row["test_accuracy"] for row in content["rows"]}
 
-    def cell(momentum: str, norm: str, scale: str) -> str:
-        found = [r for r in rows if (r["momentum"], r["batch_norm"], r["scale"]) == (momentum, norm, scale)]
-        values = found[0]["test_accuracy"]
-        return f"{mean(values):.2f} ± {pstdev(values):.2f}"
+    def cells(momentum: str, scale: str) -> list[str]:
+        of_norms = [found[momentum, norm, scale] for norm in ("recalibrate", "running", "batch")]
+        return [f"{mean(values):.2f} ± {pstdev(values):.2f}" for values in of_norms]
 
-    norms = ("recalibrate", "running", "batch")
-    table = [[f"momentum `{m}`", *(cell(m, n, "held share") for n in norms)] for m in ("reset", "keep", "travel")]
-    table += [[f"`reset`, scale {s}", *(cell("reset", n, s) for n in norms)] for s in ("1/S", "none")]
-    return markdown(["test accuracy, %", *(f"`{norm}`" for norm in norms)], table)
+    rows = [[f"momentum `{momentum}`", *cells(momentum, "held share")] for momentum in ("reset", "keep", "travel")]
+    rows += [[f"`reset`, scale {scale}", *cells("reset", scale)] for scale in ("1/S", "none")]
+    return Grid("Policies", ["test accuracy, %", "`recalibrate`", "`running`", "`batch`"], rows)
 
 
-def policies_digits() -> str:
-    return policies("digits")
-
-
+STUDIES = {
+    "step_time": (step_time,),
+    "overhead": (overhead,),
+    "check_cost": (check_cost,),
+    "recovery": (recovery_snapshots, recovery_checkpoints, recovery_steps),
+    "policies_digits": (policies,),
+}
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table
-    for table in (
-        demo, cifar, held_memory, step_time, overhead, check_cost, recovery_snapshots, recovery_checkpoints,
-        recovery_steps, policies_digits,
-    )
+    "demo": partial(runs, "demo"), "cifar": partial(runs, "cifar"), "held_memory": held_memory,
+    **{name.replace("policies", "policies_digits"): text for name, text in page_tables(RESULTS, STUDIES).items()},
 }  # fmt: skip

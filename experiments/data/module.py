@@ -34,6 +34,9 @@ class Loading:
         augment: random crops and flips in training, of images.
         drop_last: drop the last, smaller batch of an epoch; the paper keeps it.
         num_workers: loader processes of each worker; 0 is fastest for examples that are in memory.
+
+    Raises:
+        ValueError: a value outside its limits.
     """
 
     batch_size: int = 128
@@ -44,6 +47,20 @@ class Loading:
     augment: bool = True
     drop_last: bool = False
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("batch_size", "eval_batch_size", "limit", "limit_test"):
+            at_least(name, getattr(self, name), 1)
+        at_least("num_workers", self.num_workers, 0)
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout} must lie between 0 and 1; 0.1 is the paper's")
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Raise a ValueError for a size that is too small; None is none."""
+    if value is not None and value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
 
 
 class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
@@ -164,6 +181,7 @@ class ImageData(ArrayData[Images]):
         plain = BatchTransform(mean, std)
         augmented = BatchTransform(mean, std, crop_padding=crop_padding, flip=flip)
         super().__init__(loading, augmented if loading.augment else plain, plain)
+        self.mean, self.std = mean, std
         self.in_channels = len(mean)
 
     @property

@@ -5,17 +5,16 @@ Three torchruns stand for three hosts. One is killed with its worker, and starte
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from experiments.elastic import tables
 from experiments.elastic.script import HOST, LOCAL_STEPS
+from experiments.harness import cli
+from experiments.harness.links.namespaces import free_port
 from experiments.harness.record import write_record
+from experiments.harness.settings import Failure, option
+from experiments.harness.tables import show
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
 QUICKLY = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
 LOST_HOST = 1
+
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/elastic")
+    hosts: int = option(3, "torchruns", least=2, smoke=2)
+    steps: int = option(150, "local steps of the whole training", least=1, smoke=80)
+    seconds: float = option(0.4, "that a worker rests after each local step", above=0, smoke=0.3)
+    away: float = option(5.0, "seconds before the lost host comes back", least=0, smoke=0.0)
+    limit: float = option(180.0, "seconds to wait for anything", above=0)
 
 
 class Hosts:
@@ -39,23 +52,16 @@ class Hosts:
         self._arguments = [str(folder), str(steps), str(seconds)]
         self._folder = folder
         self._hosts = hosts
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self._running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, host: int) -> None:
         rendezvous = f"--rdzv-conf=is_host={int(host == 0)},{QUICKLY}"
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{self._hosts}", "--nproc-per-node=1"),
-            *(
-                "--max-restarts=20",
-                "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=localhost:{self._port}",
-                "--rdzv-id=elastic",
-            ),
-            *(rendezvous, "-m", "experiments.elastic.script", *self._arguments),
-        ]
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{self._hosts}", "--nproc-per-node=1",
+            "--max-restarts=20", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self._port}", "--rdzv-id=elastic",
+            rendezvous, "-m", "experiments.elastic.script", *self._arguments,
+        ]  # fmt: skip
         variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", HOST: str(host)}
         with (self._folder / f"host-{host}.log").open("ab") as log:
             self._running[host] = subprocess.Popen(
@@ -99,7 +105,7 @@ def wait_until(said: Callable[[], bool], what: str, limit: float) -> None:
     deadline = time.monotonic() + limit
     while not said():
         if time.monotonic() > deadline:
-            raise SystemExit(f"{what} did not happen within {limit:g} s")
+            raise Failure(f"{what} did not happen within {limit:g} s")
         time.sleep(0.2)
 
 
@@ -125,10 +131,12 @@ def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
     }
 
 
-def run(hosts: int, steps: int, seconds: float, away: float, limit: float) -> dict[str, Any]:
+def lose_and_return(options: Options) -> dict[str, Any]:
+    """One training; what the two changes of the workers have cost."""
+    hosts, seconds, limit = options.hosts, options.seconds, options.limit
     with tempfile.TemporaryDirectory(prefix="elastic_") as name:
         folder = Path(name)
-        crew = Hosts(folder, hosts, steps, seconds)
+        crew = Hosts(folder, hosts, options.steps, seconds)
         try:
             for host in range(hosts):
                 crew.start(host)
@@ -138,7 +146,7 @@ def run(hosts: int, steps: int, seconds: float, away: float, limit: float) -> di
             crew.lose(LOST_HOST)
             wait_until(lambda: trains(folder, hosts - 1, lost_at), "going on without the lost host", limit)
             lost = change(folder, lost_at, hosts - 1)
-            time.sleep(away)
+            time.sleep(options.away)
             back_at = time.time()
             crew.start(LOST_HOST)
             wait_until(lambda: trains(folder, hosts, back_at), "taking the host in again", limit)
@@ -163,32 +171,13 @@ def run(hosts: int, steps: int, seconds: float, away: float, limit: float) -> di
             crew.end()
 
 
-def describe(record: Mapping[str, Any]) -> str:
-    lost, back = record["lost"], record["back"]
-    return (
-        f"{record['hosts']} hosts; one lost: {lost['workers']} train again after {lost['seconds_until_training']:.1f} s, "
-        f"{lost['steps_lost']} local steps lost (rounds of {lost['local_steps']}). It comes back: {back['workers']} train "
-        f"after {back['seconds_until_training']:.1f} s, {back['seconds_without_training']:.1f} s of them without training, "
-        f"{back['steps_lost']} local steps lost. {record['finished']} workers end with "
-        f"{'equal' if record['weights_equal'] else 'UNEQUAL'} weights after {record['last_step']} steps."
-    )
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hosts", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150, help="local steps of the whole training")
-    parser.add_argument("--seconds", type=float, default=0.4, help="that a worker rests after each local step")
-    parser.add_argument("--away", type=float, default=5.0, help="seconds before the lost host comes back")
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds to wait for anything")
-    parser.add_argument("--out", type=Path, default=RESULTS / "elastic.jsonl")
-    options = parser.parse_args(arguments)
-    record = run(options.hosts, options.steps, options.seconds, options.away, options.limit)
+def run(_: Sequence[str], options: Options) -> None:
+    """Lose a host, take it in again, write what it cost."""
+    record = lose_and_return(options)
     settings = {key: getattr(options, key) for key in ("hosts", "steps", "seconds", "away")}
-    write_record(options.out, {"settings": settings, "rendezvous": QUICKLY, **record})
-    print(describe(record))
-    return record
+    write_record(Path(options.out) / "elastic.jsonl", {"settings": settings, "rendezvous": QUICKLY, **record})
+    show(Path(options.out), tables.STUDIES, ["elastic"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(run, Options, __doc__))

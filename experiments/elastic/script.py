@@ -14,26 +14,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.trainers import Module
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
 
 LOCAL_STEPS = 5
 HOST = "RESIST_LIGHTNING_ELASTIC_HOST"
-
-
-class Classifier(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = PreActResNet((1, 1, 7, 1), 4, width_multiplier=1 / 8)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
 class Diary(L.Callback):
@@ -65,19 +53,11 @@ def main(folder: Path, steps: int, seconds: float) -> None:
     )
     images, labels = torch.randn(8 * 2 * steps, 3, 16, 16), torch.randint(0, 4, (8 * 2 * steps,))
     trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=[Diary(folder, seconds)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = Classifier()
+        strategy=strategy, accelerator="cpu", devices=1, num_nodes=int(os.environ["GROUP_WORLD_SIZE"]), max_steps=steps,
+        max_epochs=-1, callbacks=[Diary(folder, seconds)], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Module(PreActResNet((1, 1, 7, 1), 4, width_multiplier=1 / 8))
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True))
     torch.save(module.state_dict(), folder / f"final-{trainer.global_rank}.pt")
 

@@ -1,32 +1,24 @@
-"""The table of the experiment, from its result file."""
+"""The table of the experiment."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from experiments.harness.record import read_record
-from experiments.harness.tables import markdown
+from experiments.harness.tables import Content, Grid, page_tables
 
-RECORD = Path(__file__).parent / "results" / "elastic.jsonl"
+RESULTS = Path(__file__).parent / "results"
 
 
-def table() -> str:
-    if not RECORD.exists():
-        return "Not measured yet.\n"
-    record: dict[str, Any] = read_record(RECORD)
-    rows = [
-        [
-            what,
-            str(record[key]["workers"]),
-            f"{record[key]['seconds_until_training']:.1f} s",
-            f"{record[key]['seconds_without_training']:.1f} s",
-            str(record[key]["steps_lost"]),
-        ]
-        for what, key in (("a host is lost", "lost"), ("it comes back", "back"))
-    ]
-    head = ["", "workers then", "until they train", "without any training", "local steps lost"]
-    return markdown(head, rows)
+def elastic(content: Content) -> Grid:
+    changes = [("a host is lost", content["lost"]), ("it comes back", content["back"])]
+    return Grid.of("Elastic", changes, {
+        "": lambda change: change[0],
+        "workers then": lambda change: change[1]["workers"],
+        "until they train": lambda change: f"{change[1]['seconds_until_training']:.1f} s",
+        "without any training": lambda change: f"{change[1]['seconds_without_training']:.1f} s",
+        "local steps lost": lambda change: change[1]["steps_lost"],
+    })  # fmt: skip
 
 
-TABLES = {"elastic": table}
+STUDIES = {"elastic": (elastic,)}
+TABLES = page_tables(RESULTS, STUDIES)

@@ -1,8 +1,9 @@
 """The soak: random faults over small trainings of real processes. Nobody may hang, and nothing may go on wrongly.
 
 python experiments/faults/run.py                            (200 faults)
-python experiments/faults/run.py size=sample output=runs/faults
-python experiments/faults/run.py number=20 seed=1 output=runs/faults
+python experiments/faults/run.py size=sample out=runs/faults
+python experiments/faults/run.py number=20 seed=1 out=runs/faults
+python experiments/faults/run.py join=[runs/a/faults.jsonl,runs/b/faults.jsonl]   (records of different seeds, as one)
 
 After every fault it looks at how each worker ended, at what is left of processes and files, and trains on from the last
 checkpoint to compare the weights, bit for bit, with those of a training to which nothing happened. Prints a table, and
@@ -18,7 +19,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,32 +27,39 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the workers are forks of this process, which must have one thread
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from omegaconf import MISSING, DictConfig
-
-from experiments.app.launch import readable_errors
 from experiments.faults import crew, tables
 from experiments.faults.cases import SAMPLE, Case, draw
 from experiments.faults.continuation import Unbroken, goes_on, look, lost_steps, train_unbroken
 from experiments.faults.judge import findings, went_on
 from experiments.faults.training import Settings
-from experiments.harness.record import write_record
-from experiments.harness.settings import limited
-from experiments.links.options import composed, settings_of
+from experiments.harness import cli
+from experiments.harness.record import read_record, write_record
+from experiments.harness.settings import option
+from experiments.harness.tables import show
 
-CONFIG = Path(__file__).parent / "config"
 
-
-@dataclass
-class Options:
-    minutes: float = limited(above=0, hint="no fault is begun later")
-    cases: str = limited(choices=("random", "sample"), hint="sample takes chosen ones")
-    number: int = limited(least=1, hint="faults")
-    seed: int = limited(least=0, hint="0 is a seed")
-    timeout_seconds: float = limited(above=0, hint="longer than the slowest worker's lag in a round")
-    launch_seconds: float = limited(above=0, hint="a launcher starts the workers one after another")
-    silence_seconds: float = limited(above=0, hint="longer than the slowest local step")
-    limit_seconds: float = limited(above=0, hint="above both timeouts")
-    output: str = MISSING
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result file", sample="runs/faults", smoke="runs/faults")
+    minutes: float = option(60.0, "no fault is begun later", above=0)
+    cases: str = option(
+        "random",
+        "every kind at every place; sample takes chosen ones",
+        choices=("random", "sample"),
+        sample="sample",
+        smoke="sample",
+    )
+    number: int = option(200, "faults", least=1, sample=10, smoke=2)
+    seed: int = option(0, "of the drawing", least=0)
+    timeout_seconds: float = option(20.0, "of the strategy: longer than the slowest worker's lag in a round", above=0)
+    silence_seconds: float = option(3.0, "of the strategy: longer than the slowest local step", above=0)
+    limit_seconds: float = option(
+        35.0, "from a fault to the end of the last survivor; whoever still runs then hangs", above=0
+    )
+    launch_seconds: float = option(
+        40.0, "more of both limits where a launcher starts the workers, one after another", above=0
+    )
+    join: list[str] = option([], "result files to be joined instead", empty=True)
 
 
 class Soak:
@@ -62,7 +70,7 @@ class Soak:
         folder: for what the trainings write.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+    def __init__(self, cfg: Options, folder: Path) -> None:
         self.cfg, self.folder = cfg, folder
         self._unbroken: dict[tuple[str, int], Unbroken] = {}
 
@@ -124,29 +132,37 @@ def _hiding(folder: Path) -> Callable[[str], str]:
     return hide
 
 
-def main() -> int:
-    with readable_errors():
-        cfg = composed(CONFIG, "faults", Options, sys.argv[1:])
-    cases = draw(cfg.number, cfg.seed) if cfg.cases == "random" else list(SAMPLE[: cfg.number])
+def soak(options: Options) -> dict[str, Any]:
+    """Run the cases; the record."""
+    cases = draw(options.number, options.seed) if options.cases == "random" else list(SAMPLE[: options.number])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and leave no worker behind
     rows, start = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        soak = Soak(cfg, Path(folder))
+        soak = Soak(options, Path(folder))
         for number, case in enumerate(cases, 1):
-            if time.monotonic() - start > 60 * cfg.minutes:
-                print(f"stopped after {cfg.minutes:g} minutes, as set", flush=True)
+            if time.monotonic() - start > 60 * options.minutes:
+                print(f"stopped after {options.minutes:g} minutes, as set", flush=True)
                 break
             rows.append(soak.run(case))
             print(f"{number}/{len(cases)} {tables.line(rows[-1])}", flush=True)
-    content = {"settings": settings_of(cfg), "seconds": round(time.monotonic() - start), "rows": rows}
-    tables.show(content)
-    path = write_record(Path(cfg.output) / "faults.jsonl", {**content, "summary": tables.summary(rows)})
-    from experiments.faults.plot import draw_seconds
+    settings = {key: value for key, value in asdict(options).items() if key not in ("out", "size", "join")}
+    return {"settings": settings, "seconds": round(time.monotonic() - start), "rows": rows}
 
-    print(f"wrote {draw_seconds(path.with_suffix('.png'), content)}")
-    return int(any(row["findings"] for row in rows))
+
+def run(_: Sequence[str], options: Options) -> int:
+    """Run or join, write, and tell by the exit code whether anything was found."""
+    content = tables.joined([read_record(Path(path)) for path in options.join]) if options.join else soak(options)
+    out = Path(options.out)
+    content["summary"] = tables.summary(content["rows"])
+    machine = content.pop("machine", {})  # of joined records
+    write_record(out / "faults.jsonl", content, **machine)
+    show(out, {"faults": (tables.faults_by_kind,)}, ["faults"])
+    from experiments.faults.figure import draw_seconds
+
+    print(f"wrote {draw_seconds(out / 'faults.png', content)}")
+    return int(any(row["findings"] for row in content["rows"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(run, Options, __doc__))

@@ -1,21 +1,15 @@
-"""The tables of the soak, from its result file: for the terminal and for README.md."""
+"""The tables of the soak."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from experiments.faults.faults import KINDS, PLACES
-from experiments.harness.record import read_if_made
-from experiments.harness.tables import markdown
-from experiments.links.tables import NOT_YET, WIDTH
+from experiments.harness.tables import Content, Grid, page_tables
 
 RESULTS = Path(__file__).parent / "results"
 Rows = Sequence[Mapping[str, Any]]
@@ -90,16 +84,6 @@ def line(row: Mapping[str, Any]) -> str:
     return "".join([head, *(f"\n    {finding}" for finding in row["findings"])])
 
 
-def show(content: Mapping[str, Any]) -> None:
-    """Print the table."""
-    table = Table(title="Faults")
-    for number, column in enumerate(HEADER):
-        table.add_column(column, justify="right" if number else "left")
-    for row in cells(content["rows"]):
-        table.add_row(*row)
-    (Console() if sys.stdout.isatty() else Console(width=WIDTH)).print(table)
-
-
 def _texts(of: Mapping[str, Any]) -> list[str]:
     counts = [str(of[key]) for key in HEADER_KEYS]
     ends = ("seconds_median", "seconds_max", "lost_steps_median", "lost_steps_max")
@@ -115,59 +99,77 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _read() -> dict[str, Any] | None:
-    return read_if_made(RESULTS / "faults.jsonl")
+OF_EACH = ("seed", "number", "minutes", "output")
+"""Settings in which the records may differ."""
 
 
-def faults_claim() -> str:
+def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of all faults, in the order of the records.
+
+    Raises:
+        ValueError: if they are of different machines or settings, or of the same faults.
+    """
+    first = contents[0]
+    for other in contents[1:]:
+        for key in ("machine", "settings"):
+            differing = {
+                name
+                for name in first[key].keys() | other[key].keys()
+                if first[key].get(name) != other[key].get(name) and name not in OF_EACH
+            }
+            if differing:
+                raise ValueError(f"records with different {', '.join(sorted(differing))} cannot be joined.")
+    seeds = [content["settings"]["seed"] for content in contents]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds}: the same faults would count twice; join records with different seeds.")
+    rows = [row for content in contents for row in content["rows"]]
+    return {
+        **first,
+        "settings": {**first["settings"], "seed": seeds},
+        "at_a_time": len(contents),
+        "seconds": max(content["seconds"] for content in contents),
+        "rows": rows,
+    }
+
+
+def faults_claim(content: Content) -> str:
     """What was run, on what."""
-    content = _read()
-    if content is None:
-        return NOT_YET
-    stamp = content["machine"]
-    settings, all_ = content["settings"], content["summary"]["all"]
+    stamp, settings, all_ = content["machine"], content["settings"], content["summary"]["all"]
     launchers = ", ".join(f"{of['faults']} {name}" for name, of in content["summary"]["by_launcher"].items())
     seeds, at_a_time = settings["seed"], content.get("at_a_time", 1)
     seeds = ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds
     untried = count(content["rows"], "not tried")
-    lines = [
-        f"{stamp['processor']}, {stamp['cores']} cores, Python {stamp['python']}, torch {stamp['torch']}, Lightning {stamp['lightning']}.",
-        f"{all_['faults']} faults ({launchers}; {untried} did not strike) in {content['seconds'] / 60:.0f} minutes, "
-        f"{'up to ' * (at_a_time > 1)}{at_a_time} training{'s' * (at_a_time > 1)} at a time, of 2 to 4 workers; seed {seeds}; timeout {settings['timeout_seconds']:g} s, silence {settings['silence_seconds']:g} s.",
-    ]
-    return "".join(f"- {text}\n" for text in lines)
+    return (
+        f"- {stamp['processor']}, {stamp['cores']} cores, Python {stamp['python']}, torch {stamp['torch']}, Lightning "
+        f"{stamp['lightning']}.\n"
+        f"- {all_['faults']} faults ({launchers}; {untried} did not strike) in {content['seconds'] / 60:.0f} minutes, "
+        f"{'up to ' * (at_a_time > 1)}{at_a_time} training{'s' * (at_a_time > 1)} at a time, of 2 to 4 workers; seed {seeds}; "
+        f"timeout {settings['timeout_seconds']:g} s, silence {settings['silence_seconds']:g} s.\n"
+    )
 
 
-def faults_by_kind() -> str:
-    content = _read()
-    return NOT_YET if content is None else markdown(HEADER, cells(content["rows"]))
+def faults_by_kind(content: Content) -> Grid:
+    return Grid("Faults", HEADER, cells(content["rows"]))
 
 
-def faults_by_place() -> str:
-    content = _read()
-    return NOT_YET if content is None else markdown(["fault", *PLACES], place_cells(content["rows"]))
+def faults_by_place(content: Content) -> Grid:
+    return Grid("Faults by place", ["fault", *PLACES], place_cells(content["rows"]))
 
 
-def faults_findings() -> str:
+def faults_findings(content: Content) -> Grid | str:
     """Every run in which something was found."""
-    content = _read()
-    if content is None:
-        return NOT_YET
     found = [
         [f"`{row['fault']}`, {row['launcher']}", "; ".join(row["findings"])]
         for row in content["rows"]
         if row["findings"]
     ]
-    return markdown(["fault", "found"], found) if found else "Nothing was found.\n"
+    return Grid("Findings", ["fault", "found"], found) if found else "Nothing was found.\n"
 
 
-def faults_picture() -> str:
+def faults_picture(content: Content) -> str:
     """The picture, where there is one."""
-    if _read() is None:
-        return NOT_YET
     return "![seconds from the fault to the end of the last survivor, by kind and place](results/faults.png)\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (faults_claim, faults_by_kind, faults_by_place, faults_findings, faults_picture)
-}
+STUDIES = {"faults": (faults_claim, faults_by_kind, faults_by_place, faults_findings, faults_picture)}
+TABLES = page_tables(RESULTS, STUDIES)

@@ -1,28 +1,42 @@
-"""The command line of a program of several studies: their names, and `key=value`."""
+"""The command line of every experiment: `STUDY ... key=value size=full|smoke out=FOLDER`, checked before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.harness.settings import ConfigError, check_keys
+from experiments.harness.settings import ConfigError, Failure, check_keys, option
+
+BAD_CONFIG, INTERRUPTED = 2, 130
+"""Exit codes."""
 
 
-def read_studies(
-    arguments: Sequence[str], studies: Sequence[str], sizes: Mapping[str, Mapping[str, Any]], schema: type
-) -> tuple[list[str], DictConfig]:
-    """Names of studies (all of them if none is given), and the settings.
+@dataclass(kw_only=True)
+class Command:
+    """The options of an experiment; `size` changes several at once. A `__post_init__` checks what must fit together."""
+
+    size: str = option("full", "smoke runs in seconds")
+    out: str = option(hint="folder of the result files")
+
+
+Options = TypeVar("Options", bound=Command)
+
+
+def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str] = ()) -> tuple[list[str], Options]:
+    """Names of studies (all of them if none is given), and the options.
 
     Args:
         arguments: of the command line.
+        schema: the options.
         studies: all that there are.
-        sizes: the settings by `size`, of which ``full`` is the default.
-        schema: a dataclass with the keys, their types and limits.
 
     Raises:
         ConfigError: an unknown study or key, or a value that is impossible.
@@ -30,30 +44,69 @@ def read_studies(
     words = [argument for argument in arguments if "=" not in argument]
     for word in words:
         if word not in studies:
-            raise ConfigError(f"{word}: there is no such study; choose from {', '.join(studies)}")
+            known = f"there is no such study; choose from {', '.join(studies)}, or" if studies else "is no option;"
+            raise ConfigError(f"{word}: {known} write key=value, for example size=smoke")
+    items = [item for item in fields(schema) if item.name != "size"]
+    sizes = ["full", *dict.fromkeys(size for item in items for size in item.metadata["sizes"])]
     try:
         given = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
-        cfg = OmegaConf.merge(sizes.get(str(given.get("size", "full")), sizes["full"]), given)
+        size = str(given.get("size", "full"))
+        usual = {item.name: item.metadata["sizes"].get(size, item.metadata["full"]) for item in items}
+        cfg: Any = OmegaConf.merge({"size": size, **usual}, given)
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ConfigError(f"{' '.join(arguments)}: cannot be read ({error}); write key=value") from error
-    assert isinstance(cfg, DictConfig)
+    if size not in sizes:
+        raise ConfigError(f"size={size}: must be one of {', '.join(sizes)}")
+    for item in items:
+        if OmegaConf.is_missing(cfg, item.name):
+            raise ConfigError(f"{item.name} is missing: {item.metadata['limit'].hint}")
     check_keys(cfg, schema, "")
-    return [name for name in studies if name in words or not words], cfg
+    options = schema(**OmegaConf.to_container(cfg))
+    _check_out(options)
+    return [name for name in studies if name in words or not words], options
 
 
-def check_list(cfg: DictConfig, key: str, example: object) -> None:
-    """Raise a ConfigError unless a setting is a list of one or more different entries."""
-    if not isinstance(cfg[key], ListConfig) or not cfg[key]:
-        raise ConfigError(f"{key}={cfg[key]}: must be a list of one or more, e.g. {key}={example}")
-    if len(set(cfg[key])) < len(cfg[key]):
-        raise ConfigError(f"{key}={list(cfg[key])}: an entry stands there twice; name each once")
-
-
-def check_out(cfg: DictConfig, results: Path, *, small: str, called: str) -> None:
-    """Raise a ConfigError unless results can be written to `out`, which is not the record where `size` is ``small``."""
-    out = Path(cfg.out)
+def _check_out(options: Command) -> None:
+    """Results can be written to `out`, which is not the record of the full size for another one."""
+    out = Path(options.out)
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise ConfigError(f"out={cfg.out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
-    if cfg.size == small and out.resolve() == results:
-        raise ConfigError(f"out={cfg.out}: {called} must not stand among the results; give out=FOLDER")
+        raise ConfigError(f"out={out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")
+    if "smoke" in options.size and out.resolve().name == "results":
+        raise ConfigError(f"out={out}: a smoke run must not stand among the results; give out=FOLDER")
+
+
+def run(
+    program: Callable[[list[str], Options], object], schema: type[Options], usage: str | None,
+    studies: Sequence[str] = (), arguments: Sequence[str] | None = None,
+) -> int:  # fmt: skip
+    """Read the command line and run the program; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(given):
+        print(usage)
+        return 0
+    with readable_errors():
+        names, options = read(given, schema, studies)
+        try:
+            return int(program(names, options) or 0)  # type: ignore[call-overload]
+        except Failure as failure:
+            print(f"error: {failure}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted: nothing is left behind; the same command resumes from what was measured")
+    return INTERRUPTED
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn a ConfigError into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the process with exit code 2 and the message on one line."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(BAD_CONFIG)

@@ -1,140 +1,143 @@
-"""Settings of the experiments: what a value may be, and one line that says what is wrong with one."""
+"""Options of the experiments: what a value may be, and one line that says what is wrong with one."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+BOUNDS: dict[str, tuple[str, Callable[[Any, float], bool]]] = {
+    "least": ("at least", operator.ge), "above": ("above", operator.gt),
+    "most": ("at most", operator.le), "below": ("below", operator.lt),
+}  # fmt: skip
+WORDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "NoneType": "null"}
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run. One line: key, value, limit, way out."""
 
 
-def check_keys(section: Mapping[str, Any], expected: type, prefix: str, called: str = "") -> None:
-    """Check the keys, types and limits of one section against a dataclass.
+class Failure(RuntimeError):
+    """An experiment that could not be completed, with what is known of the reason."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a value, or each entry of a list, must be besides its type; ``hint`` is the way out."""
+
+    bounds: Mapping[str, float]
+    choices: tuple[Any, ...] = ()
+    hint: str = ""
+    empty: bool = False
+    """Whether a list may have no entries."""
+
+    def allows(self, value: Any) -> bool:
+        if self.choices and value not in self.choices:
+            return False
+        return all(BOUNDS[name][1](value, bound) for name, bound in self.bounds.items())
+
+    def in_words(self, hint: Any) -> str:
+        """``must be a whole number, at least 1 (50 is the default)``."""
+        kind = f"one of {', '.join(map(str, self.choices))}" if self.choices else type_in_words(hint)
+        limits = [f"{BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds.items()]
+        return f"must be {', '.join([kind, *limits])}" + (f" ({self.hint})" if self.hint else "")
+
+
+def option(
+    full: Any = MISSING, hint: str = "", *, choices: Iterable[Any] = (), empty: bool = False, **more: Any
+) -> Any:
+    """A field of a dataclass of options.
 
     Args:
-        section: the values.
-        expected: a dataclass whose fields are :func:`limited`.
-        prefix: name of the section in messages; empty for the root.
-        called: what has these keys, in messages; the section's name by default.
+        full: its value where nothing else is said.
+        hint: the way out, in messages.
+        choices: all values that it may have; of a list, each entry.
+        empty: whether a list may have no entries.
+        more: bounds (``least``, ``above``, ``most``, ``below``), and values by size, such as ``smoke=2``.
+    """
+    bounds = {name: more.pop(name) for name in BOUNDS if name in more}
+    metadata = {"limit": Limit(bounds, tuple(choices), hint, empty), "sizes": more, "full": full}
+    return field(default_factory=lambda: copy.copy(full), metadata=metadata)
+
+
+def check_keys(section: Mapping[str, Any], expected: type, prefix: str) -> None:
+    """Check the keys, types and limits of one section against a dataclass whose fields are :func:`option`.
 
     Raises:
         ConfigError: an unknown key, a missing key, a wrong type or a value outside its limits.
     """
-    known = {item.name: item for item in fields(expected)}
-    hints = get_type_hints(expected)
+    known, hints = {item.name: item for item in fields(expected)}, get_type_hints(expected)
     for key in map(str, section):
         full_key = f"{prefix}.{key}" if prefix else key
         if key not in known:
-            raise ConfigError(unknown_key(full_key, prefix, section, known, called))
-        _check_value(full_key, section, key, known[key], hints[key])
+            raise ConfigError(unknown_key(full_key, section, known, prefix or "the configuration"))
+        check_value(full_key, section, key, hints[key], known[key].metadata.get("limit", Limit({})))
     missing = [key for key in known if key not in section]
     if missing:
         raise ConfigError(f"{prefix or 'the configuration'} lacks {', '.join(missing)}")
 
 
-def _check_value(full_key: str, section: Mapping[str, Any], key: str, item: Field[Any], hint: Any) -> None:
-    if key.endswith("_dir") and isinstance(section, DictConfig) and OmegaConf.is_interpolation(section, key):
-        return  # it may depend on Hydra's run folder, which does not exist yet
+def check_value(full_key: str, section: Mapping[str, Any], key: str, hint: Any, limit: Limit) -> None:
+    """Check one value of a section against a type and a limit.
+
+    Raises:
+        ConfigError: with both.
+    """
     try:
         value = section[key]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{full_key}: cannot be resolved ({error})") from error
     if isinstance(value, DictConfig):
-        if hint is not Any:
-            check_keys(value, hint, full_key)
         return
-    limit: Limit = item.metadata.get("limit", Limit())
-    problem = f"{full_key}={_shown(value)}: must be {_expectation(hint, limit)}{_way_out(limit.hint)}"
+    shown = f"{full_key}={_shown(value)}"
+    if get_origin(hint) is list:
+        _check_list(shown, value, get_args(hint)[0], limit)
+        return
+    typed = _typed(value, hint, f"{shown}: {limit.in_words(hint)}")
+    if typed is not None and not limit.allows(typed):
+        raise ConfigError(f"{shown}: {limit.in_words(hint)}")
+
+
+def _check_list(shown: str, value: Any, hint: Any, limit: Limit) -> None:
+    if not isinstance(value, ListConfig) or not (value or limit.empty):
+        raise ConfigError(f"{shown}: must be a list of one or more, each {limit.in_words(hint)}; write [A,B]")
+    if len(set(value)) < len(value):
+        raise ConfigError(f"{shown}: an entry stands there twice; name each once")
+    for entry in value:
+        problem = f"{shown}: {entry!r} {limit.in_words(hint)}"
+        if isinstance(entry, bool) or not limit.allows(_typed(entry, hint, problem)):
+            raise ConfigError(problem)
+
+
+def _typed(value: Any, hint: Any, problem: str) -> Any:
+    """The value, converted or refused as Hydra does: a dataclass with one field of this type knows how."""
+    one_value = make_dataclass("OneValue", [("value", hint, field(default=MISSING))])
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(_one_value(hint)), {"value": value})["value"]
+        return OmegaConf.merge(OmegaConf.structured(one_value), {"value": value})["value"]
     except OmegaConfBaseException as error:
         raise ConfigError(problem) from error
-    if typed is not None and not _within(typed, limit):
-        raise ConfigError(problem)
 
 
-def _one_value(hint: Any) -> type:
-    """A dataclass with one field ``value`` of this type: OmegaConf converts and refuses as Hydra does."""
-    return make_dataclass("OneValue", [("value", hint, field(default=MISSING))])
+def type_in_words(hint: Any) -> str:
+    """``a whole number or null``."""
+    members = get_args(hint) or (hint,)
+    return " or ".join(WORDS.get(getattr(member, "__name__", str(member)), str(member)) for member in members)
 
 
-def _within(value: Any, limit: Limit) -> bool:
-    if limit.choices and value not in limit.choices:
-        return False
-    bounds: list[tuple[float | None, Callable[[Any, float], bool]]] = [
-        (limit.least, lambda a, b: a >= b),
-        (limit.above, lambda a, b: a > b),
-        (limit.most, lambda a, b: a <= b),
-        (limit.below, lambda a, b: a < b),
-    ]
-    return all(bound is None or holds(value, bound) for bound, holds in bounds)
-
-
-def _expectation(hint: Any, limit: Limit) -> str:
-    words = [_type_in_words(hint)]
-    if limit.choices:
-        words = ["one of " + ", ".join(map(str, limit.choices))]
-    names = (
-        ("at least", limit.least),
-        ("above", limit.above),
-        ("at most", limit.most),
-        ("below", limit.below),
-    )
-    words += [f"{name} {bound:g}" for name, bound in names if bound is not None]
-    return ", ".join(words)
-
-
-def _type_in_words(hint: Any) -> str:
-    names = {
-        "int": "a whole number",
-        "float": "a number",
-        "str": "a text",
-        "bool": "true or false",
-        "NoneType": "null",
-        "list": "a list",
-    }
-    members = getattr(hint, "__args__", (hint,)) if not hasattr(hint, "__origin__") else (hint.__origin__,)
-    return " or ".join(names.get(getattr(member, "__name__", str(member)), str(member)) for member in members)
-
-
-def unknown_key(full_key: str, prefix: str, section: Mapping[str, Any], known: Iterable[str], called: str = "") -> str:
+def unknown_key(full_key: str, section: Mapping[str, Any], known: Iterable[str], called: str) -> str:
     """The line that says which keys there are, and the closest one."""
-    visible = [key for key in known if not key.startswith("_") and key != "object"]
-    key = full_key.rpartition(".")[2]
+    prefix, _, key = full_key.rpartition(".")
+    visible = [name for name in known if not name.startswith("_") and name != "object"]
     close = difflib.get_close_matches(key, visible, n=1)
-    where = called or prefix or "the configuration"
     suggestion = f"; did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else ""
-    settings = ", ".join(visible) or "no settings"
-    return f"{full_key}={_shown(section[key])}: unknown key; {where} has {settings}{suggestion}"
+    return f"{full_key}={_shown(section[key])}: unknown key; {called} has {', '.join(visible) or 'no settings'}{suggestion}"
 
 
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _way_out(hint: str) -> str:
-    return f" ({hint})" if hint else ""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a value must be besides its type: ``least`` is allowed, ``above`` not; ``hint`` is the way out."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    choices: tuple[Any, ...] = ()
-    hint: str = ""
-
-
-def limited(**limits: Any) -> Any:
-    """A field without default, with a `Limit`."""
-    return field(default=MISSING, metadata={"limit": Limit(**limits)})

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.harness.record import read_record, write_record
 from experiments.harness.settings import ConfigError
+from experiments.harness.workers import each
 
 
-class HasKey(Protocol):
-    """A case: one training or measurement."""
+@dataclass(frozen=True)
+class Case:
+    """One training or measurement: a dataclass of plain values, which are its key in the result file."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from other cases, as plain data."""
+        """What tells it from other cases."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """For progress lines: all that is not the default."""
+        usual = {item.name: item.default for item in fields(self)}
+        return " ".join(f"{key}={value}" for key, value in self.key.items() if value != usual[key])
 
 
 @dataclass
@@ -37,15 +46,10 @@ class Study:
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
-        """Read what is there.
-
-        Args:
-            path: the file.
-            ours: the settings that its rows must have in common.
-            fresh: whether to forget what is there.
+        """Read what is there, unless it is to be forgotten.
 
         Raises:
-            ConfigError: the file holds results of other settings.
+            ConfigError: the file holds results of other settings than ours.
         """
         if fresh or not path.exists():
             return cls(path, ours, [])
@@ -62,11 +66,15 @@ class Study:
                 )
         return cls(path, ours, content["rows"])
 
-    def row_of(self, case: HasKey) -> dict[str, Any] | None:
+    def row_of(self, case: Case) -> dict[str, Any] | None:
         """What was measured for ``case``, or None."""
         return next((row for row in self.rows if row["case"] == case.key), None)
 
-    def add(self, case: HasKey, found: Mapping[str, Any]) -> None:
+    def missing(self, wanted: Sequence[Any]) -> list[Any]:
+        """The cases that have no row yet."""
+        return [case for case in wanted if self.row_of(case) is None]
+
+    def add(self, case: Case, found: Mapping[str, Any]) -> None:
         """Add a row and write the file; whoever reads it sees it whole."""
         self.rows.append({"case": case.key, **found})
         draft = self.path.with_suffix(".draft")
@@ -78,3 +86,12 @@ class Study:
             raise ConfigError(f"out={self.path.parent}: cannot be written ({error}); give another folder") from error
         finally:
             draft.unlink(missing_ok=True)
+
+    def fill(
+        self, wanted: Sequence[Any], work: Callable[[Any], dict[str, Any]], told: Callable[[Any], str], jobs: int = 1
+    ) -> None:
+        """Measure the cases that are missing, ``jobs`` at a time; ``told`` says in words what was found."""
+        missing = self.missing(wanted)
+        for number, (case, found) in enumerate(each(missing, work, jobs), start=1):
+            self.add(case, found)
+            print(f"{self.path.stem} {number}/{len(missing)} {case.name}: {told(found)}", flush=True)

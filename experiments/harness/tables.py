@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the experiments' pages from their result files.
+"""Tables of the experiments: made from their result files, shown on the screen, and written into the pages.
 
 python experiments/harness/tables.py
 
@@ -11,21 +11,135 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.harness.record import read_if_made
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py") if path.parent.name != "harness")
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", *(folder / "README.md" for folder in FOLDERS))
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+NOT_YET = "Not measured yet.\n"
+WIDE = 190
+"""Characters in a line of a file or pipe, which has no width of its own."""
+
+Content = dict[str, Any]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], object]]) -> Grid:
+        """A line for each row; a column has a header and gives the cell of a row."""
+        return cls(title, list(columns), [[str(cell(row)) for cell in columns.values()] for row in rows])
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+    def show(self) -> None:
+        """Print it."""
+        table = Table(*self.header, title=self.title, title_justify="left", title_style="bold")
+        for row in self.rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+
+
+Make = Callable[[Content], "Grid | str"]
+Studies = Mapping[str, Sequence[Make]]
+"""For each result file, what is made of it: tables, and lines of text."""
+
+
+def read(folder: Path, name: str) -> Content | None:
+    """A result file; None if there is none, or no row in it."""
+    content = read_if_made(folder / f"{name}.jsonl")
+    return content if content and content.get("rows", True) else None
+
+
+def page_tables(folder: Path, studies: Studies, prefix: str = "") -> dict[str, Callable[[], str]]:
+    """The TABLES of an experiment: by the name of the function that makes each."""
+    return {
+        prefix + make.__name__: partial(_text, folder, name, make) for name, makes in studies.items() for make in makes
+    }
+
+
+def _text(folder: Path, name: str, make: Make) -> str:
+    content = read(folder, name)
+    made = NOT_YET if content is None else make(content)
+    return made.markdown() if isinstance(made, Grid) else made
+
+
+def show(folder: Path, studies: Studies, names: Iterable[str]) -> None:
+    """Print the tables of some result files, as far as they have been made."""
+    for name in names:
+        content = read(folder, name)
+        for make in studies[name] if content else ():
+            made = make(content or {})
+            if isinstance(made, Grid):
+                made.show()
+            else:
+                print(made)
+
+
+def show_and_write(out: Path, results: Path, studies: Studies, names: Iterable[str], drawn: Iterable[Path]) -> None:
+    """What a command ends with: the tables on the screen, the pictures' names, and the pages where they show `out`."""
+    show(out, studies, names)
+    for path in drawn:
+        print(f"wrote {path}")
+    if out.resolve() == results.resolve():
+        main()
+
+
+def chosen(rows: Rows, **wanted: Any) -> Rows:
+    """Rows whose case has these values."""
+    return [row for row in rows if all(row["case"][key] == value for key, value in wanted.items())]
+
+
+def distinct(rows: Rows, key: str) -> list[Any]:
+    """Values of ``key`` in the cases, in the order of their first appearance, numbers sorted."""
+    found = list(dict.fromkeys(row["case"][key] for row in rows))
+    return sorted(found) if all(isinstance(value, int | float) for value in found) else found
+
+
+def values(rows: Rows, column: str) -> list[float]:
+    """A column, or a policy such as ``batch, held share``."""
+    return [row[column] if column in row else row["policies"][column] for row in rows]
+
+
+def seeds(rows: Rows) -> int:
+    return len({row["case"]["seed"] for row in rows})
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean, and spread over seeds (population standard deviation)."""
+    found = list(values)
+    if not found:
+        return "-"
+    return f"{mean(found):.2f} ± {pstdev(found):.2f}" if len(found) > 1 else f"{found[0]:.2f}"
+
+
+def machine(content: Content) -> str:
+    """``2 CPU cores (x86_64), torch 2.15``."""
+    found = content["machine"]
+    return f"{found['cores']} CPU cores ({found['processor']}), torch {found['torch']}"
 
 
 def all_tables() -> dict[str, Callable[[], str]]:

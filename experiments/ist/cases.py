@@ -1,14 +1,12 @@
-"""What is trained in the accuracy study: a case is one training; the tables choose among all of them."""
+"""What is trained in the accuracy study: a case is one training of a task; the tables choose among all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import DictConfig
-
-from experiments.ist.tasks import TASKS
+from experiments.harness.study import Case as AnyCase
 
 LOCAL_STEPS = 20
 """The authors' code; its curves show 20, 40 and 60."""
@@ -21,11 +19,43 @@ RATES_SEED = 1000
 
 
 @dataclass(frozen=True)
-class Case:
+class Task:
+    """A data set, and the network that learns it; some values are by size of the study.
+
+    Args:
+        title: in words.
+        depth: linear layers.
+        width: neurons of a hidden layer, by size.
+        batch: examples per local step of one worker.
+        passes: over the training examples, of all workers together, by size.
+        lr: initial learning rate of all methods: the best of `RATES` on the hold-out, with four workers.
+    """
+
+    title: str
+    depth: int
+    width: dict[str, int]
+    batch: int
+    passes: dict[str, int]
+    lr: float
+
+
+TASKS = {
+    "digits": Task(
+        "digits of scikit-learn, 64 inputs", 3, {"full": 256, "smoke": 16}, 16, {"full": 48, "smoke": 8}, lr=0.1
+    ),
+    "speech_shaped": Task(
+        "made task of the shape of Speech Commands, 4096 inputs, 35 classes",
+        3, {"full": 1024, "smoke": 16}, 32, {"full": 8, "smoke": 16}, lr=0.2,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case(AnyCase):
     """One training.
 
     Args:
-        task: one of `tasks.TASKS`.
+        task: one of `TASKS`.
         method: single, ddp, local_sgd or ist.
         workers: number of workers.
         seed: of weights, order, augmentation and partitions.
@@ -53,37 +83,25 @@ class Case:
     schedule: str = "constant"
     finish: bool = False
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """All settings of the case, as they stand in a record."""
-        return asdict(self)
-
-    @property
-    def name(self) -> str:
-        """For progress lines: what differs from the main table."""
-        usual = replace(base(self.task, self.method, self.workers, self.seed))
-        other = [f"{key}={value}" for key, value in self.key.items() if value != usual.key[key]]
-        return " ".join([self.task, self.method, f"S={self.workers}", f"seed {self.seed}", *other])
-
 
 def base(task: str, method: str, workers: int, seed: int) -> Case:
     """The case of the main table."""
     steps = LOCAL_STEPS if method in ("local_sgd", "ist") else 0
-    return Case(task, method, workers, seed, TASKS[task].lr[method], steps)
+    return Case(task, method, workers, seed, TASKS[task].lr, steps)
 
 
-def rate_of(task: str, method: str, sgd_momentum: float) -> float:
+def rate_of(task: str, sgd_momentum: float) -> float:
     """The task's learning rate; with momentum m, which makes steps 1 / (1 - m) times as long, that much less."""
-    return round(TASKS[task].lr[method] * (1 - sgd_momentum), 6)
+    return round(TASKS[task].lr * (1 - sgd_momentum), 6)
 
 
-def cases(cfg: DictConfig) -> list[Case]:
+def cases(options: Any) -> list[Case]:
     """Every training of the study, once."""
     found: list[Case] = []
-    for task in cfg.tasks:
-        for seed in range(cfg.seeds):
-            found += _main(task, seed, list(cfg.workers))
-        for seed in range(cfg.ablation_seeds):
+    for task in options.tasks:
+        for seed in range(options.seeds):
+            found += _main(task, seed, options.workers)
+        for seed in range(options.ablation_seeds):
             found += _ablations(base(task, "ist", ABLATED, seed))
         found += [replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in RATES]
     return list(dict.fromkeys(found))
@@ -106,8 +124,7 @@ def _ablations(usual: Case) -> Iterator[Case]:
     for case in (usual, replace(usual, method="local_sgd")):
         yield from (replace(case, local_steps=steps) for steps in LENGTHS)
         yield replace(case, schedule="multistep")
-        yield from (replace(case, norm=norm, output_norm=output) for norm in ("batch", "layer", "none") for output in (
-            False, True,
-        ))  # fmt: skip
-    rate = rate_of(usual.task, usual.method, 0.9)
+        for norm in ("batch", "layer", "none"):
+            yield from (replace(case, norm=norm, output_norm=output) for output in (False, True))
+    rate = rate_of(usual.task, 0.9)
     yield from (replace(usual, lr=rate, sgd_momentum=0.9, momentum=policy) for policy in ("reset", "keep", "travel"))

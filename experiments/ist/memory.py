@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmarks.held_memory import resident_bytes, storage_bytes
+from experiments.harness.memory import resident_bytes, storage_bytes
+from experiments.harness.workers import forked
 from experiments.networks import mlp
-from experiments.paper_tables.memory import forked
 from resist_lightning import Engine, NeuronConfig
 from resist_lightning.methods.ist.layout import NeuronLayout
 

@@ -2,22 +2,86 @@
 
 python experiments/ist/run.py                                (all studies; about an hour on two cores)
 python experiments/ist/run.py accuracy tasks=[digits]        (some of them, some of it)
-python experiments/ist/run.py size=sample out=FOLDER         (seconds)
+python experiments/ist/run.py size=smoke out=FOLDER          (seconds)
 
-Studies: accuracy, memory, shapes. Options are key=value, all in settings.py; among them seeds, workers, widths, jobs, out.
-Prints tables, and writes a JSON file for each study and pictures; the full size into experiments/ist/results, and its
-tables into README.md. A training that was measured is not measured again, unless fresh=true. What real links take is
-measured by experiments/links/run.py and experiments/time_to_accuracy/run.py with size=ist.
+Studies: accuracy, memory, shapes. Options are key=value: see `Options`. Prints tables, and writes a result file for each
+study and pictures; the full size into experiments/ist/results, and its tables into README.md. A training that was measured
+is not measured again, unless fresh=true. What real links take is measured by experiments/links/run.py and
+experiments/time_to_accuracy/run.py with size=ist.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.ist.main import main
+import torch
+
+from experiments.harness import cli
+from experiments.harness.record import write_record
+from experiments.harness.settings import ConfigError, option
+from experiments.harness.study import Study
+from experiments.harness.tables import show_and_write
+from experiments.ist import tables
+from experiments.ist.cases import TASKS, cases
+from experiments.ist.figure import draw_all
+from experiments.ist.memory import Group, measure_group
+from experiments.ist.shapes import Shape, measure_shape
+from experiments.ist.training import measure
+
+STUDIES = ("memory", "shapes", "accuracy")
+"""In this order: memory forks, so that it must be first."""
+
+
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/ist")
+    jobs: int = option(2, "trainings of the accuracy study at a time, one core each", least=1, most=64, smoke=1)
+    fresh: bool = option(False, "true measures again what is there")
+    tasks: list[str] = option(list(TASKS), choices=TASKS)
+    seeds: int = option(3, "3 for a spread", least=1, most=100, smoke=1)
+    ablation_seeds: int = option(3, "seeds of the trainings that only ablations have", least=1, most=100, smoke=1)
+    workers: list[int] = option([2, 4, 8], "so that samples are equal", choices=(2, 4, 8), smoke=[2, 4])
+    passes: int | None = option(None, "passes over the training examples, of all workers; null: the task's", least=1)
+    widths: list[int] = option([4096, 8192], "neurons of a hidden layer", least=1, smoke=[64])
+    memory_workers: list[int] = option([1, 2, 4, 8], "groups whose memory is measured", least=1, smoke=[1, 2, 4])
+    inputs: int = option(4096, "of the networks whose memory and speed are measured", least=1, smoke=32)
+    rounds: int = option(20, "rounds in a mean of bytes", least=1, smoke=2)
+    steps: int = option(9, "local steps that are timed", least=1, smoke=2)
+
+    def __post_init__(self) -> None:
+        most = max(self.memory_workers)
+        if min(self.widths) < most:
+            raise ConfigError(f"widths={self.widths}: must be at least {most}, a neuron for each of memory_workers")
+
+
+def run(names: Sequence[str], options: Options) -> None:
+    """Measure what is missing of these studies, then show them and draw the pictures."""
+    out = Path(options.out)
+    torch.set_num_threads(1)
+    if "memory" in names:
+        groups = [
+            measure_group(Group(workers, width, options.inputs))
+            for width in options.widths
+            for workers in options.memory_workers
+        ]
+        write_record(out / "memory.jsonl", {"settings": {"inputs": options.inputs}, "groups": groups})
+    if "shapes" in names:
+        rows = [measure_shape(Shape(options.inputs, width), options.rounds, options.steps) for width in options.widths]
+        settings = {key: getattr(options, key) for key in ("inputs", "rounds", "steps")}
+        write_record(out / "shapes.jsonl", {"settings": settings, "rows": rows})
+    if "accuracy" in names:
+        recorded = {"size": options.size, "passes": options.passes}
+        study = Study.at(out / "accuracy.jsonl", recorded, fresh=options.fresh)
+        work = partial(measure, size=options.size, passes=options.passes)
+        study.fill(cases(options), work, lambda row: f"{row['last']:.2f} % in {row['seconds']:.0f} s", options.jobs)
+    show_and_write(out, tables.RESULTS, tables.STUDIES, names, draw_all(out))
+
 
 if __name__ == "__main__":
-    main(sys.argv[1:], __doc__ or "")
+    sys.exit(cli.run(run, Options, __doc__, STUDIES))

@@ -1,22 +1,31 @@
-"""The tables of IST's experiments, from their result files: on the screen and in README.md (experiments/harness/tables.py)."""
+"""The tables of IST's experiments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.accuracy.tables import Rows, chosen, distinct, seeds, spread, values
-from experiments.harness.record import read_if_made
+from experiments.harness.tables import (
+    Content,
+    Grid,
+    Row,
+    Rows,
+    chosen,
+    distinct,
+    machine,
+    page_tables,
+    seeds,
+    spread,
+    values,
+)  # fmt: skip
 from experiments.harness.words import bytes_in_words
-from experiments.ist import links
-from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, rate_of
-from experiments.ist.paper import paper_accuracy, paper_speed_up
-from experiments.ist.size_tables import memory, shapes, speed, step_conditions
-from experiments.ist.tasks import TASKS
-from experiments.paper_tables.tables import Grid
+from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, TASKS, rate_of
+from experiments.ist.memory import closed_form
+from experiments.ist.shapes import BATCH, GBITS, speed_up
+from experiments.links import tables as links
+from experiments.time_to_accuracy import tables as time_to_accuracy
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "ist": "IST"}
@@ -24,9 +33,6 @@ USUAL = {
     "local_steps": LOCAL_STEPS, "momentum": "reset", "sgd_momentum": 0.0, "norm": "batch", "output_norm": False,
     "schedule": "constant", "finish": False,
 }  # fmt: skip
-NOT_YET = "Not measured yet.\n"
-
-Content = dict[str, Any]
 
 
 def usual(rows: Rows, **wanted: Any) -> Rows:
@@ -37,24 +43,44 @@ def usual(rows: Rows, **wanted: Any) -> Rows:
     return [row for row in found if row["case"]["seed"] != RATES_SEED and row["case"]["lr"] == _rate(row["case"])]
 
 
+def _rate(case: dict[str, Any]) -> float:
+    return rate_of(case["task"], case["sgd_momentum"])
+
+
+def _methods(rows: Rows) -> list[tuple[str, str, int]]:
+    found = {(row["case"]["task"], row["case"]["method"], row["case"]["workers"]) for row in rows}
+    tasks, methods = distinct(rows, "task"), list(TITLES)
+    return sorted(found, key=lambda entry: (tasks.index(entry[0]), methods.index(entry[1]), entry[2]))
+
+
+def conditions(content: Content) -> str:
+    """What the accuracies were measured with."""
+    size, lines = content["settings"]["size"], []
+    for name in distinct(content["rows"], "task"):
+        task, rows = TASKS[name], chosen(content["rows"], task=name)
+        own = ", ".join(f"{title} {task.lr:g}" for title in TITLES.values())
+        lines.append(
+            f"- `{name}`: {task.title}; {task.depth} linear layers, hidden {task.width[size]}, batch norm; "
+            f"{rows[0]['samples']:,} training samples for every method, {task.batch} per worker and local step; SGD "
+            f"without momentum or decay, constant rate ({own}).\n"
+        )
+    seeded = seeds([row for row in content["rows"] if row["case"]["seed"] != RATES_SEED])
+    lines.append(
+        f"- Rounds of {LOCAL_STEPS} local steps where nothing else is said. Mean ± standard deviation over n = {seeded} "
+        f"seeds. {machine(content)}.\n"
+    )
+    return "".join(lines)
+
+
 def accuracy(content: Content) -> Grid:
     lines = []
     for task, method, workers in _methods(content["rows"]):
         own = usual(content["rows"], task=task, method=method, workers=workers)
         sent = mean(row["sent_bytes"] for row in own)
         base = [row["sent_bytes"] for row in usual(content["rows"], task=task, method="local_sgd", workers=workers)]
-        lines.append(
-            [
-                task,
-                TITLES[method],
-                str(workers),
-                str(own[0]["local_steps_done"]),
-                spread(values(own, "last")),
-                str(len(own)),
-                bytes_in_words(sent) if sent else "-",
-                f"{base[0] / sent:.1f}x" if method == "ist" and base and sent else "-",
-            ]
-        )
+        less = f"{base[0] / sent:.1f}x" if method == "ist" and base and sent else "-"
+        cells = [str(own[0]["local_steps_done"]), spread(values(own, "last")), str(len(own))]
+        lines.append([task, TITLES[method], str(workers), *cells, bytes_in_words(sent) if sent else "-", less])
     header = ["task", "method", "S", "local steps", "test, %", "n", "sent by a worker", "less than local SGD"]
     return Grid("Accuracy on equal samples", header, lines)
 
@@ -68,53 +94,43 @@ def finish(content: Content) -> Grid:
             sent = [bytes_in_words(mean(row["sent_bytes"] for row in rows)) for rows in pair]
             cells = [spread(values(rows, "last")) for rows in (*pair, of(method="local_sgd"))]
             lines.append([task, str(workers), *cells, str(len(pair[0])), *sent])
-    header = [
-        "task",
-        "S",
-        "IST, %",
-        "IST, the last tenth as local SGD, %",
-        "local SGD, %",
-        "n",
-        "sent by a worker: IST",
-    ]
-    return Grid("A finish", [*header, "with the finish"], lines)
+    header = ["task", "S", "IST, %", "IST, the last tenth as local SGD, %", "local SGD, %", "n"]
+    return Grid("A finish", [*header, "sent by a worker: IST", "with the finish"], lines)
+
+
+def _pair(content: Content, task: str, **wanted: Any) -> list[str]:
+    """Accuracies of IST and of local SGD with something changed, and n."""
+    found = [usual(content["rows"], task=task, workers=ABLATED, method=m, **wanted) for m in ("ist", "local_sgd")]
+    return [*(spread(values(rows, "last")) for rows in found), str(len(found[0]))]
 
 
 def local_steps(content: Content) -> Grid:
     lines = []
     for task in distinct(content["rows"], "task"):
-        rows = chosen(content["rows"], task=task, method="ist", workers=ABLATED)
-        for length in distinct(rows, "local_steps"):
-            of = partial(usual, content["rows"], task=task, workers=ABLATED, local_steps=length)
-            cells = [spread(values(of(method=method), "last")) for method in ("ist", "local_sgd")]
-            sent = mean(row["sent_bytes"] for row in of(method="ist"))
-            lines.append([task, str(length), *cells, str(len(of(method="ist"))), bytes_in_words(sent)])
+        for length in distinct(chosen(content["rows"], task=task, method="ist", workers=ABLATED), "local_steps"):
+            own = usual(content["rows"], task=task, workers=ABLATED, local_steps=length, method="ist")
+            sent = bytes_in_words(mean(row["sent_bytes"] for row in own))
+            lines.append([task, str(length), *_pair(content, task, local_steps=length), sent])
     header = ["task", "local steps per round", "IST, %", "local SGD, %", "n", "sent by a worker of IST"]
     return Grid(f"Length of a round, S = {ABLATED}", header, lines)
 
 
 def schedule(content: Content) -> Grid:
-    return _both(content, "schedule", "learning rate", ("constant", "multistep"))
-
-
-def _both(content: Content, key: str, title: str, options: tuple[str, ...]) -> Grid:
-    lines = []
-    for task in distinct(content["rows"], "task"):
-        for option in options:
-            of = partial(usual, content["rows"], task=task, workers=ABLATED, **{key: option})
-            cells = [spread(values(of(method=method), "last")) for method in ("ist", "local_sgd")]
-            lines.append([task, option, *cells, str(len(of(method="ist")))])
-    return Grid(f"{title.capitalize()}, S = {ABLATED}", ["task", title, "IST, %", "local SGD, %", "n"], lines)
+    lines = [
+        [task, option, *_pair(content, task, schedule=option)]
+        for task in distinct(content["rows"], "task")
+        for option in ("constant", "multistep")
+    ]
+    return Grid(f"Learning rate, S = {ABLATED}", ["task", "learning rate", "IST, %", "local SGD, %", "n"], lines)
 
 
 def norm(content: Content) -> Grid:
-    lines = []
-    for task in distinct(content["rows"], "task"):
-        for kind in ("batch", "layer", "none"):
-            for output in (False, True):
-                of = partial(usual, content["rows"], task=task, workers=ABLATED, norm=kind, output_norm=output)
-                cells = [spread(values(of(method=method), "last")) for method in ("ist", "local_sgd")]
-                lines.append([task, kind, "yes" if output else "no", *cells, str(len(of(method="ist")))])
+    lines = [
+        [task, kind, "yes" if output else "no", *_pair(content, task, norm=kind, output_norm=output)]
+        for task in distinct(content["rows"], "task")
+        for kind in ("batch", "layer", "none")
+        for output in (False, True)
+    ]
     header = ["task", "norm of hidden layers", "norm of the outputs", "IST, %", "local SGD, %", "n"]
     return Grid(f"Norms, S = {ABLATED}", header, lines)
 
@@ -142,81 +158,113 @@ def batch_norm(content: Content) -> Grid:
 
 
 def rates(content: Content) -> Grid:
-    rows = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED]
+    rows, lines = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED], []
     found = distinct(rows, "lr")
-    lines = [
-        [
-            task,
-            f"{TITLES[method]}, S = {workers}",
-            *(spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found),
-        ]
-        for task, method, workers in _methods(rows)
-        for own in [chosen(rows, task=task, method=method, workers=workers)]
-    ]
-    header = ["task", "hold-out accuracy, %, of one seed", *(f"rate {lr:g}" for lr in found)]
-    return Grid("Learning rates", header, lines)
-
-
-def _methods(rows: Rows) -> Iterator[tuple[str, str, int]]:
-    found = {(row["case"]["task"], row["case"]["method"], row["case"]["workers"]) for row in rows}
-    tasks, methods = distinct(rows, "task"), list(TITLES)
-    yield from sorted(found, key=lambda entry: (tasks.index(entry[0]), methods.index(entry[1]), entry[2]))
-
-
-def _rate(case: dict[str, Any]) -> float:
-    return rate_of(case["task"], case["method"], case["sgd_momentum"])
-
-
-GRIDS: dict[str, tuple[Callable[[Content], Grid], ...]] = {
-    "accuracy": (accuracy, finish, local_steps, schedule, norm, momentum, batch_norm, rates),
-    "memory": (memory,),
-    "shapes": (shapes, speed),
-}
-
-
-def grids(name: str, content: Content) -> list[Grid]:
-    """All tables of a study."""
-    return [make(content) for make in GRIDS[name]]
-
-
-def read(name: str, folder: Path = RESULTS) -> Content | None:
-    """A result file; None if it was not made."""
-    return read_if_made(folder / f"{name}.jsonl")
-
-
-def _written(name: str, make: Callable[[Content], Grid]) -> str:
-    return _told(name, lambda content: make(content).markdown())
-
-
-def _told(name: str, tell: Callable[[Content], str]) -> str:
-    content = read(name)
-    return tell(content) if content else NOT_YET
-
-
-def conditions(content: Content) -> str:
-    """What the accuracies were measured with."""
-    size, machine, lines = content["settings"]["size"], content["machine"], []
-    for name in distinct(content["rows"], "task"):
-        task, rows = TASKS[name], chosen(content["rows"], task=name)
-        own = ", ".join(f"{TITLES[method]} {lr:g}" for method, lr in task.lr.items())
-        lines.append(
-            f"- `{name}`: {task.title}; {task.depth} linear layers, hidden {task.width[size]}, batch norm; "
-            f"{rows[0]['samples']:,} training samples for every method, {task.batch} per worker and local step; SGD "
-            f"without momentum or decay, constant rate ({own}).\n"
-        )
-    seeded = seeds([row for row in content["rows"] if row["case"]["seed"] != RATES_SEED])
-    lines.append(
-        f"- Rounds of {LOCAL_STEPS} local steps where nothing else is said. Mean ± standard deviation over n = {seeded} "
-        f"seeds. {machine['cores']} CPU cores ({machine['processor']}), torch {machine['torch']}.\n"
+    for task, method, workers in _methods(rows):
+        own = chosen(rows, task=task, method=method, workers=workers)
+        cells = [spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found]
+        lines.append([task, f"{TITLES[method]}, S = {workers}", *cells])
+    return Grid(
+        "Learning rates", ["task", "hold-out accuracy, %, of one seed", *(f"rate {lr:g}" for lr in found)], lines
     )
-    return "".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "ist_conditions": partial(_told, "accuracy", conditions),
-    "ist_step_conditions": partial(_told, "shapes", step_conditions),
-    **{f"ist_{make.__name__}": partial(_written, name, make) for name, makes in GRIDS.items() for make in makes},
+def memory(content: Content) -> Grid:
+    lines = []
+    for group in content["groups"]:
+        steps = [step for worker in group["by_worker"] for step in worker["steps"]]
+        parts = {key: max(step[key] for step in steps) for key in steps[0]}
+        held, expected = sum(parts[key] for key in ("parameters", "gradients", "momentum")), closed_form(group)
+        whole = 3 * (group["inner"] + group["outer"] + group["shared"])
+        bare, peak = (max(worker[key] for worker in group["by_worker"]) for key in ("bare_resident", "peak_resident"))
+        lines.append([
+            str(group["width"]),
+            str(group["workers"]),
+            *(bytes_in_words(parts[key]) for key in ("parameters", "gradients", "momentum")),
+            f"{held / whole:.4f}",
+            f"{held / expected['held']:.4f}",
+            f"1/{3 * group['inner'] / parts['inner']:.2f}",
+            bytes_in_words(parts["store"]),
+            f"1/{group['inner'] / parts['store']:.2f}" if parts["store"] else "-",
+            *(bytes_in_words(resident) for resident in (bare, parts["resident"], peak)),
+        ])  # fmt: skip
+    header = ["hidden width", "S", "parameters", "gradients", "momentum", "share of the full model's"]
+    header += ["measured / closed form", "inner matrices: share", "store on the host", "share of the inner matrices"]
+    return Grid("Held by a worker, at most", [*header, "resident: before the model", "in training", "peak"], lines)
+
+
+def _volumes(content: Content) -> list[tuple[Row, Row]]:
+    return [(row, volume) for row in content["rows"] for volume in row["by_workers"]]
+
+
+def _network(row: Row) -> str:
+    return f"{row['depth']} layers, hidden {row['width']}"
+
+
+def shapes(content: Content) -> Grid:
+    lines = []
+    for row, volume in _volumes(content):
+        weights, seconds, workers = volume["weights"], row["seconds"], str(volume["workers"])
+        sent = [bytes_in_words(volume[key]) for key in ("ist_round", "local_sgd_round", "ddp_step")]
+        less = f"{volume['local_sgd_round'] / volume['ist_round']:.1f}x"
+        less_than_ddp = f"{volume['ddp_step'] * LOCAL_STEPS / volume['ist_round']:.0f}x"
+        start = [_network(row), workers, f"{weights:,} (1/{row['weights'] / weights:.1f})"]
+        lines.append([*start, *sent, less, less_than_ddp, f"{seconds[workers]:.3f} ({seconds['1']:.3f})"])
+    header = ["network", "S", "weights of a worker", "IST per round", "local SGD per round", "DDP per step"]
+    header += ["less than local SGD", f"less than DDP in {LOCAL_STEPS} steps", "s per local step (full model)"]
+    return Grid("The paper's networks: bytes that a worker sends, and compute", header, lines)
+
+
+def speed(content: Content) -> Grid:
+    lines = []
+    for row, volume in _volumes(content):
+        for gbit in GBITS:
+            found = speed_up(row, volume, gbit)
+            cells = [f"{found[key]:.3f}" for key in ("ist", "local_sgd", "ddp")]
+            gains = [f"{found[key]:.1f}x" for key in ("over_local_sgd", "over_ddp")]
+            lines.append([_network(row), str(volume["workers"]), f"{gbit:g} Gbit/s", *cells, *gains])
+    header = ["network", "S", "link", "IST, s per local step", "local SGD", "DDP", "faster than local SGD", "than DDP"]
+    return Grid("The paper's networks: seconds per local step, by formula", header, lines)
+
+
+def step_conditions(content: Content) -> str:
+    """What the seconds of the paper's networks were measured with."""
+    settings = content["settings"]
+    return (
+        f"{settings['inputs']} inputs, 35 classes, batch {BATCH}, one thread; n = {settings['steps']} local steps "
+        f"(median), {settings['rounds']} rounds (mean of bytes). {machine(content)}.\n"
+    )
+
+
+# Numbers of IST's paper, as its authors' project page gives them; none of them is ours. Source: the page of the project
+# (GitHub akyrillidis/ist, IST.html, of July 2021), its text and its Table 3. The body of the paper was not available to us.
+
+
+def paper_accuracy() -> str:
+    """Final accuracy [page, Table 3]."""
+    rows = [
+        ["speech, 2 layers (hidden 4096)", "0.7938", "0.7998", "0.8153"],
+        ["speech, 3 layers (hidden 8192)", "0.7950", "0.7992", "0.8327"],
+    ]
+    return Grid("", ["the paper's own", "data parallel", "local SGD", "IST"], rows).markdown()
+
+
+def paper_speed_up() -> str:
+    """Time to an accuracy [page, text]."""
+    header = ["the paper's own", "time to", "IST faster than local SGD", "than data parallel"]
+    rows = [["speech, 2 layers", "77 %", "4.2x", "10.6x"], ["speech, 3 layers", "77 %", "6.1x", "16.6x"]]
+    return Grid("", header, rows).markdown()
+
+
+STUDIES = {
+    "accuracy": (conditions, accuracy, finish, local_steps, schedule, norm, momentum, batch_norm, rates),
+    "memory": (memory,),
+    "shapes": (step_conditions, shapes, speed),
+}
+TABLES = {
+    **page_tables(RESULTS, STUDIES, "ist_"),
     "ist_paper_accuracy": paper_accuracy,
     "ist_paper_speed_up": paper_speed_up,
-    **links.TABLES,
+    **page_tables(RESULTS, {"links": (links.links_claim, links.links_speed, links.links_bytes)}, "ist_"),
+    **page_tables(RESULTS, time_to_accuracy.STUDIES, "ist_"),
 }

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import nn
 
-from experiments.accuracy.training import NORMS, DataParallel, Simulated, Trainer, accuracy, rate, steps_of
-from experiments.ist.cases import Case
-from experiments.ist.examples import Prepared, make_network, prepared, samples
-from experiments.ist.tasks import TASKS
+from experiments.data import Digits, SpeechShaped
+from experiments.data.module import ArrayData
+from experiments.ist.cases import TASKS, Case
 from experiments.links.closed_form import neuron_bytes
+from experiments.networks import mlp
+from experiments.trainers import (
+    LARGEST_WORKERS,
+    NORMS,
+    DataParallel,
+    Prepared,
+    Simulated,
+    Trainer,
+    accuracy,
+    rate,
+    steps_of,
+    stops,
+)  # fmt: skip
+from experiments.trainers import train as train_by
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.comm.bytes import ddp_bytes, local_sgd_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -26,18 +40,48 @@ FINISH = 0.1
 """Share of the steps that a finish takes."""
 
 
+def data_of(task: str, size: str) -> ArrayData[Any]:
+    """Where a task's examples come from."""
+    small = size == "smoke"
+    if task == "digits":
+        return Digits(limit=50 if small else None)
+    return SpeechShaped(train_size=400, test_size=100, features=32, classes=4) if small else SpeechShaped()
+
+
+@lru_cache(maxsize=2)
+def prepared(task: str, size: str) -> Prepared:
+    """Read a task's examples."""
+    return Prepared.of(data_of(task, size))
+
+
+def samples(task: str, size: str, passes: int | None) -> int:
+    """Training examples that all workers see together: whole steps of the most workers; None for the task's passes."""
+    step = TASKS[task].batch * LARGEST_WORKERS
+    return len(prepared(task, size).examples.labels) // step * step * (passes or TASKS[task].passes[size])
+
+
+def make_network(task: str, size: str, **options: Any) -> nn.Module:
+    """The task's network; ``options`` are those of `experiments.networks.mlp`."""
+    data, chosen = data_of(task, size), TASKS[task]
+    return mlp(
+        in_features=data.in_features,
+        num_classes=data.num_classes,
+        depth=chosen.depth,
+        width=chosen.width[size],
+        **options,
+    )
+
+
 def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
     """Train and evaluate ``case``: one row of a record, accuracies in per cent."""
     started, data = time.perf_counter(), prepared(case.task, size)
     steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
-    stops = {max(1, steps * number // EVALUATIONS) for number in range(1, EVALUATIONS + 1)}
     finish_at = round(steps * (1 - FINISH)) if case.finish else steps
     curve: list[dict[str, float]] = []
 
     def evaluate(trainer: Trainer, done: int) -> None:
-        if done in stops:
-            model = trainer.full_model()
-            curve.append({"step": done, "holdout": accuracy(model, data.holdout), "test": accuracy(model, data.test)})
+        if done in stops(steps, EVALUATIONS):
+            curve.append({"step": done, **data.accuracies(trainer.full_model())})
 
     trainer = train(case, size, steps, finish_at, evaluate)
     return {
@@ -58,7 +102,7 @@ def train(
     size: str,
     steps: int,
     finish_at: int,
-    after_step: Callable[[Trainer, int], None] = lambda trainer, done: None,
+    told: Callable[[Trainer, int], None] = lambda trainer, done: None,
 ) -> Trainer:
     """Train ``case`` for so many local steps, from ``finish_at`` on as local SGD.
 
@@ -67,17 +111,16 @@ def train(
         size: of the study.
         steps: local steps of each worker.
         finish_at: local steps before the finish; ``steps`` for none.
-        after_step: is told what trains, and the number of local steps done.
+        told: is told what trains, and the number of local steps done.
     """
+
+    def after_step(trainer: Trainer, done: int) -> Trainer | None:
+        told(trainer, done)
+        return finisher(case, trainer.full_model()) if done == finish_at < steps else None
+
     stream = prepared(case.task, size).stream(TASKS[case.task].batch, case.seed)
-    trainer = make_trainer(case, make_start(case, size))
-    for step in range(steps):
-        if step == finish_at:
-            trainer = finisher(case, trainer.full_model())
-        batches = [stream.batch(step, worker, case.workers) for worker in range(case.workers)]
-        trainer.step(batches, rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr)
-        after_step(trainer, step + 1)
-    return trainer
+    rates = [rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr for step in range(steps)]
+    return train_by(make_trainer(case, make_start(case, size)), stream, case.workers, rates, after_step)
 
 
 def make_start(case: Case, size: str) -> nn.Module:
@@ -98,8 +141,11 @@ def make_trainer(case: Case, network: nn.Module) -> Trainer:
         return DataParallel(network, make_optimizer(network, case), case.workers)
     if case.method == "local_sgd":
         return finisher(case, network)
-    config = NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
-    return Simulated(NeuronSimulator(network, lambda copied: make_optimizer(copied, case), config, case.workers))
+    return Simulated(NeuronSimulator(network, lambda copied: make_optimizer(copied, case), _config(case), case.workers))
+
+
+def _config(case: Case) -> NeuronConfig:
+    return NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
 
 
 def finisher(case: Case, network: nn.Module) -> Simulated:
@@ -118,8 +164,7 @@ def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
         return ddp_bytes(parameters, case.workers, steps if case.workers > 1 else 0)
     if case.method == "local_sgd":
         return local_sgd_bytes(whole, case.workers, (steps - 1) // case.local_steps)
-    config = NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
-    layout = NeuronLayout(network, config, case.workers)
+    layout = NeuronLayout(network, _config(case), case.workers)
     states = OptimizerStates([make_optimizer(network, case)])
     rounds = (finish_at - 1) // case.local_steps
     sent = sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))

@@ -1,72 +1,92 @@
 """DDP, local SGD and ResIST over links of chosen bandwidth: seconds per local step, bytes, memory.
 
 python experiments/links/run.py                          (the paper's network; half an hour)
-python experiments/links/run.py size=smoke output=runs/links
+python experiments/links/run.py size=smoke out=runs/links
 python experiments/links/run.py methods=[local_sgd,resist] bandwidths_gbit=[1,unshaped] batch=8
+python experiments/links/run.py size=ist                 (IST on the larger of its paper's networks)
 
-Every worker is a process in a network namespace of its own, and `tc` shapes its link. Prints a table, and writes
+Every worker is a process in a network namespace of its own, and `tc` shapes its link. Prints tables, and writes
 links.jsonl and links.png. Needs root and iproute2: without, it runs the unshaped row only.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from omegaconf import DictConfig
-
-from experiments.app.launch import readable_errors
-from experiments.harness.links.crew import crew, ended_in_one_line
+from experiments.harness import cli
+from experiments.harness.links.crew import crew
 from experiments.harness.links.namespaces import kernel
 from experiments.harness.record import write_record
-from experiments.harness.settings import ConfigError, limited
+from experiments.harness.settings import ConfigError, option
+from experiments.harness.tables import show
 from experiments.links import tables
-from experiments.links.options import Rig, check_rig, composed, network, settings_of
-from experiments.links.plot import draw_links
+from experiments.links.figure import draw_links
+from experiments.links.rig import UNSHAPED, Rig, network
 from experiments.links.summary import summarise
 
-CONFIG = Path(__file__).parent / "config"
 
-
-@dataclass
+@dataclass(kw_only=True)
 class Options(Rig):
-    steps_per_round: int = limited(least=2, hint="really run between two syncs; local_steps is what the table shows")
-    rounds: int = limited(least=1, hint="syncs that are measured")
-    ddp_steps: int = limited(least=1, hint="steps of DDP that are measured")
+    out: str = option(
+        str(tables.RESULTS), "folder of the result files", ist="experiments/ist/results", smoke="runs/links",
+        ist_smoke="runs/ist",
+    )  # fmt: skip
+    methods: list[str] = option(
+        ["ddp", "local_sgd", "resist", "resist_int8", "none"], smoke=["ddp", "local_sgd", "resist", "none"],
+        ist=["ddp", "local_sgd", "ist", "none"], ist_smoke=["ddp", "local_sgd", "ist", "none"],
+    )  # fmt: skip
+    bandwidths_gbit: list[Any] = option(
+        [0.1, 1, 10, UNSHAPED], smoke=[0.1, UNSHAPED], ist=[0.1, 1, UNSHAPED], ist_smoke=[0.1]
+    )
+    network: Any = option(
+        {"depth": 101, "width_multiplier": 1.0}, smoke={"depth": 26, "width_multiplier": 0.25},
+        ist={"depth": 3, "width": 8192}, ist_smoke={"depth": 3, "width": 256},
+    )  # fmt: skip
+    batch: int = option(
+        8, "images per local step of one worker: little compute is a hard case for a link", least=1, smoke=2, ist=128,
+        ist_smoke=4,
+    )  # fmt: skip
+    local_steps: int = option(50, "of a round, in the table; the paper takes 50", least=1, ist=20, ist_smoke=20)
+    min_blocks: int | None = option(None, "null takes 5, as the paper", least=0, smoke=2)
+    steps_per_round: int = option(
+        6, "really run between two syncs; local_steps is what the table shows", least=2, smoke=3, ist=5, ist_smoke=3
+    )
+    rounds: int = option(3, "syncs that are measured", least=1, smoke=2, ist_smoke=2)
+    ddp_steps: int = option(
+        3, "steps of DDP that are measured, each with its all-reduce", least=1, smoke=2, ist_smoke=2
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps_per_round > self.local_steps:
+            raise ConfigError(
+                f"steps_per_round={self.steps_per_round} is above local_steps={self.local_steps}: really run at most as many"
+            )
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise a ConfigError where the run is impossible."""
-    check_rig(cfg)
-    if cfg.steps_per_round > cfg.local_steps:
-        raise ConfigError(
-            f"steps_per_round={cfg.steps_per_round} is above local_steps={cfg.local_steps}: really run at most as many"
-        )
-
-
-def main() -> None:
-    with readable_errors():
-        cfg = composed(CONFIG, "links", Options, sys.argv[1:])
-        check(cfg)
-    settings, runs = settings_of(cfg), []
+def run(_: Sequence[str], options: Options) -> None:
+    """Measure every method over every link."""
+    settings, runs, out = options.recorded(), [], Path(options.out)
     with (
-        ended_in_one_line(),
-        network(cfg) as (links, bandwidths),
-        crew(links, "experiments.links.worker", cfg.threads) as workers,
+        network(options.workers, options.bandwidths_gbit, name=options.name, mtu=options.mtu) as (links, bandwidths),
+        crew(links, "experiments.links.worker", options.threads) as workers,
     ):
-        for gbit, method in product(bandwidths, cfg.methods):
-            run = workers.run({**settings, "method": method}, gbit=gbit, timeout=cfg.timeout_seconds)
-            runs.append({"method": method, "bandwidth_gbit": gbit, **run})
+        for gbit, method in product(bandwidths, options.methods):
+            found = workers.run({**settings, "method": method}, gbit=gbit, timeout=options.timeout_seconds)
+            runs.append({"method": method, "bandwidth_gbit": gbit, **found})
             print(f"{method}, {tables.bandwidth(gbit)}: measured", flush=True)
     content = {"settings": settings, "rows": summarise(settings, runs), "runs": runs}
-    tables.show(content)
-    path = write_record(Path(cfg.output) / "links.jsonl", content, **kernel())
-    print(f"wrote {draw_links(path.with_suffix('.png'), content)}")
+    write_record(out / "links.jsonl", content, **kernel())
+    show(out, {"links": (tables.links_speed, tables.links_bytes)}, ["links"])
+    print(f"wrote {draw_links(out / 'links.png', content)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(run, Options, __doc__))

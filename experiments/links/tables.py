@@ -1,44 +1,20 @@
-"""The tables of the experiments on links, from their result files: for the terminal and for README.md."""
+"""The tables of the experiments on links."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from experiments.harness.record import read_if_made
-from experiments.harness.tables import markdown
-from experiments.links.networks import network_in_words
+from experiments.harness.tables import Content, Grid, Row, page_tables
+from experiments.networks import in_words
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 190
-NOT_YET = "Not measured yet.\n"
-
 TITLES = {
-    "ddp": "DDP (Lightning's)",
-    "local_sgd": "local SGD",
-    "resist": "ResIST",
-    "ist": "IST",
-    "none": "no communication (the limit)",
-    "parameter_server": "parameter server (computed)",
-}
-SPEED_HEADER = [
-    "link", "method", "s per local step", "compute", "sync", "of it averaging", "hand-over", "packing",
-    "faster than DDP", "than local SGD", "share of the limit", "sync / (bytes / bandwidth)",
-]  # fmt: skip
-BYTES_HEADER = [
-    "link", "method", "local steps per sync", "sent per sync: kernel", "our count", "closed form", "kernel / count",
-    "sent per local step", "held", "peak memory",
-]  # fmt: skip
-
-PARTS = ("averaging", "hand_over", "packing")
-
-Cells = list[list[str]]
+    "ddp": "DDP (Lightning's)", "local_sgd": "local SGD", "resist": "ResIST", "ist": "IST",
+    "none": "no communication (the limit)", "parameter_server": "parameter server (computed)",
+}  # fmt: skip
 
 
 def title(method: str) -> str:
@@ -54,77 +30,13 @@ def bandwidth(gbit: float | None) -> str:
     return "unshaped" if gbit is None else f"{gbit:g} Gbit/s"
 
 
-def speed_cells(rows: list[dict[str, Any]]) -> Cells:
-    """Seconds: a row's step and its parts."""
-    return [
-        [
-            bandwidth(row["bandwidth_gbit"]),
-            title(row["method"]),
-            _seconds(row["seconds_per_step"]),
-            _seconds(row["compute_seconds"]),
-            _seconds(row["sync_seconds"] / row["local_steps"]),
-            *(_seconds(row["parts"][part] / row["local_steps"] if row["parts"] else None) for part in PARTS),
-            _number(row["speed_up_over_ddp"], "x"),
-            _number(row["speed_up_over_local_sgd"], "x"),
-            _percent(row["share_of_limit"]),
-            _number(row["sync_over_ideal"]),
-        ]
-        for row in rows
-    ]
-
-
-def bytes_cells(rows: list[dict[str, Any]]) -> Cells:
-    """Bytes and memory: of one worker."""
-    cells = []
-    for row in rows:
-        sent = row["bytes_per_sync"] or {"kernel": None, "counted": None, "closed_form": 0}
-        basis = sent["counted"] or sent["closed_form"]
-        cells.append(
-            [
-                bandwidth(row["bandwidth_gbit"]),
-                title(row["method"]),
-                str(row["local_steps"]) if basis else "-",
-                _megabytes(sent["kernel"]),
-                _megabytes(sent["counted"]),
-                _megabytes(sent["closed_form"]),
-                _number(sent["kernel"] / basis, digits=4) if sent["kernel"] and basis else "-",
-                _megabytes(sent["closed_form"] / row["local_steps"]),
-                _megabytes(row["held_bytes"]),
-                _megabytes(row["peak_rss_bytes"]),
-            ]
-        )
-    return cells
-
-
-def show(content: Mapping[str, Any]) -> None:
-    """Print both tables; where nobody's terminal limits the width, in full."""
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    for name, header, cells in (
-        ("Speed", SPEED_HEADER, speed_cells(content["rows"])),
-        ("Bytes and memory of one worker", BYTES_HEADER, bytes_cells(content["rows"])),
-    ):
-        table = Table(title=name)
-        for number, column in enumerate(header):
-            table.add_column(column, justify="left" if number < 2 else "right")
-        for row, after in zip(cells, [*cells[1:], [""]], strict=True):
-            table.add_row(*row, end_section=row[0] != after[0])
-        console.print(table)
-
-
-def links_speed(folder: Path = RESULTS) -> str:
-    content = record("links", folder)
-    return markdown(SPEED_HEADER, speed_cells(content["rows"])) if content else NOT_YET
-
-
-def links_claim(folder: Path = RESULTS) -> str:
+def links_claim(content: Content) -> str:
     """The findings against the aims, for the rows that an aim speaks of."""
-    content = record("links", folder)
-    if not content:
-        return NOT_YET
     rows = [row for row in content["rows"] if (row["bytes_per_sync"] or {}).get("counted")]
     equal = all(row["bytes_per_sync"]["counted"] == row["bytes_per_sync"]["closed_form"] for row in rows)
-    extra = [row["bytes_per_sync"]["kernel"] / row["bytes_per_sync"]["counted"] - 1 for row in rows if has_kernel(row)]
-    lines = [f"- {machine(content)}", f"- {work(content['settings'])}"]
+    sent = [row["bytes_per_sync"] for row in rows]
+    extra = [found["kernel"] / found["counted"] - 1 for found in sent if found["kernel"] is not None]
+    lines = [f"- {with_kernel(content)}", f"- {_work(content['settings'])}"]
     lines.append(f"- Our count of bytes {'equals' if equal else 'does NOT equal'} the closed form.")
     if extra:
         lines.append(f"- The kernel counted {100 * min(extra):.1f} to {100 * max(extra):.1f} % more than we.")
@@ -138,7 +50,7 @@ def links_claim(folder: Path = RESULTS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _against(row: Mapping[str, Any]) -> str:
+def _against(row: Row) -> str:
     found = [
         f"{row[key]:.2f} times as fast as {name}"
         for key, name in (("speed_up_over_ddp", "DDP"), ("speed_up_over_local_sgd", "local SGD"))
@@ -147,12 +59,7 @@ def _against(row: Mapping[str, Any]) -> str:
     return f"; {' and '.join(found)}" if found else ""
 
 
-def has_kernel(row: Mapping[str, Any]) -> bool:
-    """Whether the kernel counted a worker's bytes."""
-    return row["bytes_per_sync"]["kernel"] is not None
-
-
-def machine(content: Mapping[str, Any]) -> str:
+def with_kernel(content: Content) -> str:
     """The hardware and the versions of a record, in words."""
     stamp = content["machine"]
     return (
@@ -161,27 +68,17 @@ def machine(content: Mapping[str, Any]) -> str:
     )
 
 
-def work(settings: Mapping[str, Any]) -> str:
-    """What was run, in words."""
+def _work(settings: Mapping[str, Any]) -> str:
     return (
-        f"{settings['workers']} workers of {settings['threads']} thread; {network_in_words(settings['network'])}, "
+        f"{settings['workers']} workers of {settings['threads']} thread; {in_words(settings['network'])}, "
         f"batch {settings['batch']}. n = {settings['rounds']} syncs, each after "
         f"{settings['steps_per_round']} local steps that were really run; the table shows rounds of "
-        f"{settings['local_steps']}. "
-        f"DDP: {settings['ddp_steps']} steps."
+        f"{settings['local_steps']}. DDP: {settings['ddp_steps']} steps."
     )
 
 
-def links_bytes(folder: Path = RESULTS) -> str:
-    content = record("links", folder)
-    return markdown(BYTES_HEADER, bytes_cells(content["rows"])) if content else NOT_YET
-
-
-def links_summary() -> str:
+def links_summary(content: Content) -> Grid:
     """Seconds per local step of every method over every link, and how many times as fast as DDP."""
-    content = record("links")
-    if not content:
-        return NOT_YET
     links = list(dict.fromkeys(row["bandwidth_gbit"] for row in content["rows"]))
     cells: dict[str, dict[float | None, str]] = {}
     sent: dict[str, str] = {}
@@ -193,22 +90,54 @@ def links_summary() -> str:
         found = row["bytes_per_sync"] or {"closed_form": 0}
         sent[row["method"]] = _megabytes(found["closed_form"] / row["local_steps"])
     rows = [[title(m), sent[m], *(by_link.get(link, "-") for link in links)] for m, by_link in cells.items()]
-    return markdown(["", "sent per local step", *map(bandwidth, links)], rows)
+    return Grid("Summary", ["", "sent per local step", *map(bandwidth, links)], rows)
 
 
-def receives_first() -> str:
+def links_speed(content: Content) -> Grid:
+    """Seconds: a row's step and its parts."""
+
+    def part(name: str) -> Any:
+        return lambda row: _seconds(row["parts"][name] / row["local_steps"] if row["parts"] else None)
+
+    return Grid.of("Speed", content["rows"], {
+        "link": lambda row: bandwidth(row["bandwidth_gbit"]),
+        "method": lambda row: title(row["method"]),
+        "s per local step": lambda row: _seconds(row["seconds_per_step"]),
+        "compute": lambda row: _seconds(row["compute_seconds"]),
+        "sync": lambda row: _seconds(row["sync_seconds"] / row["local_steps"]),
+        "of it averaging": part("averaging"),
+        "hand-over": part("hand_over"),
+        "packing": part("packing"),
+        "faster than DDP": lambda row: _number(row["speed_up_over_ddp"], "x"),
+        "than local SGD": lambda row: _number(row["speed_up_over_local_sgd"], "x"),
+        "share of the limit": lambda row: "-" if row["share_of_limit"] is None else f"{100 * row['share_of_limit']:.1f} %",
+        "sync / (bytes / bandwidth)": lambda row: _number(row["sync_over_ideal"]),
+    })  # fmt: skip
+
+
+def links_bytes(content: Content) -> Grid:
+    """Bytes and memory: of one worker."""
+    lines = []
+    for row in content["rows"]:
+        sent = row["bytes_per_sync"] or {"kernel": None, "counted": None, "closed_form": 0}
+        basis = sent["counted"] or sent["closed_form"]
+        ratio = _number(sent["kernel"] / basis, digits=4) if sent["kernel"] and basis else "-"
+        counts = [_megabytes(sent[key]) for key in ("kernel", "counted", "closed_form")]
+        held = [_megabytes(sent["closed_form"] / row["local_steps"]), _megabytes(row["held_bytes"])]
+        start = [bandwidth(row["bandwidth_gbit"]), title(row["method"]), str(row["local_steps"]) if basis else "-"]
+        lines.append([*start, *counts, ratio, *held, _megabytes(row["peak_rss_bytes"])])
+    header = ["link", "method", "local steps per sync", "sent per sync: kernel", "our count", "closed form"]
+    header += ["kernel / count", "sent per local step", "held", "peak memory"]
+    return Grid("Bytes and memory of one worker", header, lines)
+
+
+def receives_first(content: Content) -> Grid:
     """Seconds of an exchange, by how it is said to gloo."""
-    content = record("receives_first")
-    if not content:
-        return NOT_YET
-    ideal, ways = content["ideal_seconds"], content["seconds"]
-    rows = [[f"`{name}`", f"{mean(values):.2f}", f"{mean(values) / ideal:.2f}"] for name, values in ways.items()]
-    return markdown(["way", "seconds", "against bytes / bandwidth"], rows)
-
-
-def record(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """A result file; None where it has not been made."""
-    return read_if_made(folder / f"{name}.jsonl")
+    return Grid.of("Ways to exchange", content["seconds"].items(), {
+        "way": lambda way: f"`{way[0]}`",
+        "seconds": lambda way: f"{mean(way[1]):.2f}",
+        "against bytes / bandwidth": lambda way: f"{mean(way[1]) / content['ideal_seconds']:.2f}",
+    })  # fmt: skip
 
 
 def _seconds(value: float | None) -> str:
@@ -219,14 +148,9 @@ def _number(value: float | None, unit: str = "", digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
 def _megabytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.2f} MB" if value < 1e8 else f"{value / 1e6:,.0f} MB"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (links_claim, links_summary, links_speed, links_bytes, receives_first)
-}
+STUDIES = {"links": (links_claim, links_summary, links_speed, links_bytes), "receives_first": (receives_first,)}
+TABLES = page_tables(RESULTS, STUDIES)

@@ -1,31 +1,185 @@
-"""A worker of `run.py`: trains on random examples for as long as is measured."""
+"""A worker of `run.py`: trains on random examples, and measures seconds of every local step and sync, and bytes.
+
+::
+
+    rounds     start  broadcast, a round of local steps | sync, round, sync, round, ... | full model, end
+    ddp        start  broadcast, steps without sync, one with | steps                   | end
+                                                   ready ┘                     measured ┘
+                                        links: unshaped  |  shaped                      | unshaped
+"""
 
 from __future__ import annotations
 
+import resource
+import time
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.app.quiet import hush
-from experiments.benchmarks.step_time import Module
 from experiments.harness.links.crew import Place
-from experiments.links.measure import Window
-from experiments.links.methods import make_strategy, make_trainer
-from experiments.links.networks import fully_connected, make_network
+from experiments.harness.memory import held_bytes
+from experiments.links.closed_form import closed_form
+from experiments.links.rig import make_strategy, make_trainer
+from experiments.networks import described, fully_connected
+from experiments.trainers import Module
+from resist_lightning.engine import Engine
+from resist_lightning.verbs import Collective
 
-IMAGE, CLASSES = (3, 32, 32), 10
-"""CIFAR's."""
-FEATURES, WORDS = 4096, 35
-"""Those of Speech Commands, as IST's paper has it."""
+CIFAR, SPEECH = ((3, 32, 32), 10), ((4096,), 35)
+"""Shape and classes of the examples: CIFAR's, and those of Speech Commands, as IST's paper has it."""
+PHASES = ("waiting", "averaging", "hand_over")
 
 
-def examples(shape: tuple[int, ...], classes: int, count: int, settings: dict[str, Any]) -> DataLoader[Any]:
-    """Random examples, the same for every method; Lightning gives each worker its part."""
-    generator = torch.Generator().manual_seed(settings["seed"])
-    values = torch.randn(count, *shape, generator=generator)
-    labels = torch.randint(classes, (count,), generator=generator)
-    return DataLoader(TensorDataset(values, labels), settings["batch"])
+class PhaseClock:
+    """Seconds inside the collective's verbs, by phase of the sync.
+
+    The header of a sync is the first thing that is sent, and returns when all workers have come: that is *waiting*.
+    What is left of a sync is *packing*: copies into and out of flat buffers, and compression.
+    """
+
+    def __init__(self, collective: Collective) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._inside = False
+        for name in dir(type(collective)):
+            if not name.startswith("_") and callable(getattr(collective, name)):
+                setattr(collective, name, self._timed(getattr(collective, name), name))
+
+    def take(self) -> dict[str, float]:
+        """What has added up since it was last taken."""
+        taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return taken
+
+    def _timed(self, verb: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:  # a verb that uses another one
+                return verb(*args, **kwargs)
+            self._inside, start = True, time.perf_counter()
+            try:
+                told = verb(*args, **kwargs)
+            finally:
+                self._inside = False
+                self.seconds[_phase(name, args)] += time.perf_counter() - start
+            return self._timed(told, name) if callable(told) else told  # what waits for a mean that was begun
+
+        return timed
+
+
+def _phase(verb: str, arguments: tuple[Any, ...]) -> str:
+    """Of the sync; a compressed average is an exchange too, of bytes of the kind ``shared``."""
+    if verb == "exchange":
+        return "averaging" if "shared" in arguments[2] else "hand_over"
+    return "waiting" if verb == "gather_numbers" else "averaging"
+
+
+class Window(L.Callback):
+    """Opens at the start of a step, before its sync, and closes at the end of another one.
+
+    Args:
+        place: where this worker is.
+        opens_at: index of the first step inside.
+        closes_after: index of the last step inside.
+        silent_steps: of DDP: first steps in which gradients stay where they are, for the seconds of the compute.
+    """
+
+    def __init__(self, place: Place, opens_at: int, closes_after: int, silent_steps: int = 0) -> None:
+        self.place = place
+        self.opens_at = opens_at
+        self.closes_after = closes_after
+        self.silent_steps = silent_steps
+        self.result: dict[str, Any] = {"worker": place.worker}
+        self.steps: list[float] = []
+        self.cpu: list[float] = []
+        self.silent: list[float] = []
+        self.syncs: list[dict[str, float]] = []
+        self._cpu = self._began = self._opened = self._sync_before = 0.0
+        self._phases: PhaseClock | None = None
+        self._engine: Engine | None = None
+        self._bytes: tuple[int, int] | None = None
+        self._counted: dict[str, int] = {}
+        self._first_round = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before the strategy's own, in which a sync happens that is due."""
+        if isinstance(trainer.strategy, DDPStrategy) and self.silent_steps:
+            trainer.strategy.model.require_backward_grad_sync = batch_idx >= self.silent_steps  # type: ignore[union-attr]
+        if batch_idx == self.opens_at:
+            self._open(trainer)
+        self._sync_before = self._sync_seconds()
+        self._cpu, self._began = time.process_time(), time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seconds = time.perf_counter() - self._began
+        synced = self._sync_seconds() - self._sync_before
+        if 0 < batch_idx < self.silent_steps:  # the first one warms up
+            self.silent.append(seconds)
+        if self.opens_at <= batch_idx <= self.closes_after:
+            self.steps.append(seconds - synced)
+            self.cpu.append(time.process_time() - self._cpu)
+            self._note_sync(synced)
+        if batch_idx == self.closes_after:
+            self._close(trainer, pl_module)
+
+    def _open(self, trainer: L.Trainer) -> None:
+        self._engine = getattr(trainer.strategy, "engine", None)
+        if self._engine is not None:
+            self._phases = PhaseClock(self._engine.collective)
+            self._counted = dict(self._engine.collective.sent_bytes)
+            self._first_round = self._engine.clock.round
+        self.place.ready()
+        self._bytes = self.place.bytes()
+        self._opened = time.perf_counter()
+
+    def _note_sync(self, seconds: float) -> None:
+        phases = self._phases.take() if self._phases is not None else {}
+        if seconds > 0:
+            packing = seconds - sum(phases.values())
+            self.syncs.append({"seconds": seconds, **phases, "packing": packing})
+
+    def _close(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        window = time.perf_counter() - self._opened
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        holds = held(module, trainer)
+        after = self.place.measured()
+        if self._bytes is not None and after is not None:
+            self.result["kernel"] = {"sent": after[0] - self._bytes[0], "received": after[1] - self._bytes[1]}
+        if self._engine is not None:
+            sent = self._engine.collective.sent_bytes
+            self.result["counted"] = {kind: sent[kind] - self._counted.get(kind, 0) for kind in sent}
+            rounds = range(self._first_round, self._engine.clock.round)
+            self.result["closed_form"] = closed_form(self._engine, rounds, self.place.worker)
+        self.result |= {
+            "step_seconds": self.steps,
+            "step_cpu_seconds": self.cpu,
+            "silent_step_seconds": self.silent,
+            "syncs": self.syncs,
+            "window_seconds": window,
+            "peak_rss_bytes": peak,
+            **holds,
+        }
+
+    def _sync_seconds(self) -> float:
+        return self._engine.seconds.sync if self._engine is not None else 0.0
+
+
+def held(module: L.LightningModule, trainer: L.Trainer) -> dict[str, int]:
+    """Bytes of the model, of this worker's parameters, and of parameters, gradients and optimizer state together."""
+    layout = getattr(getattr(trainer.strategy, "engine", None), "layout", None)
+    whole = getattr(layout, "shapes", {})  # of tensors of which this worker has a slice
+    return {
+        "model_bytes": sum(prod(whole.get(n, p.shape)) * p.element_size() for n, p in module.named_parameters()),
+        "subnet_bytes": sum(p.nbytes for p in module.parameters() if not p.is_meta),
+        "held_bytes": held_bytes(module, trainer.optimizers[0]),
+    }
 
 
 def window_of(method: str, settings: dict[str, int]) -> tuple[int, int, int]:
@@ -39,21 +193,18 @@ def window_of(method: str, settings: dict[str, int]) -> tuple[int, int, int]:
 
 
 def main(place: Place, settings: dict[str, Any]) -> None:
+    """Train for as long as is measured; the examples are random, the same for every method."""
     hush()
     torch.manual_seed(settings["seed"])
     method, network = settings["method"], settings["network"]
     opens, closes, silent = window_of(method, settings)
-    strategy = make_strategy(
-        method,
-        local_steps=settings["steps_per_round"],
-        min_blocks=settings["min_blocks"],
-        seed=settings["seed"],
-        timeout=settings["timeout_seconds"],
-        neurons=fully_connected(network),
-    )
     window = Window(place, opens, closes, silent)
+    strategy = make_strategy(method, settings, settings["steps_per_round"])
     trainer = make_trainer(strategy, place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
-    shape, classes = ((FEATURES,), WORDS) if fully_connected(network) else (IMAGE, CLASSES)
-    module = Module(make_network(network, num_classes=classes, in_features=FEATURES))
-    trainer.fit(module, examples(shape, classes, (closes + 1) * settings["batch"] * place.workers, settings))
+    shape, classes = SPEECH if fully_connected(network) else CIFAR
+    module = Module(described(network, num_classes=classes, in_features=shape[0]))
+    generator, count = torch.Generator().manual_seed(settings["seed"]), (closes + 1) * settings["batch"] * place.workers
+    values = torch.randn(count, *shape, generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    trainer.fit(module, DataLoader(TensorDataset(values, labels), settings["batch"]))
     place.report(window.result)

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from experiments.harness.figures import BLUE, GREY, INK, ORANGE, SKY, STYLE
+from experiments.harness.figures import BLUE, GREY, INK, ORANGE, SKY, drawn
+from experiments.harness.tables import Content
 
 GB = 1e9
 BAR = 0.2
 
 
-def draw(path: Path, content: dict[str, Any]) -> Path:
+def draw(path: Path, content: Content) -> Path:
     """Grouped bars, the number on each."""
-    volumes = content["volumes"]
-    paper, ours = volumes["table_1"], volumes["peer_to_peer"]
+    paper, ours = content["volumes"]["table_1"], content["volumes"]["peer_to_peer"]
     bars = [
         (GREY, "local SGD, printed in the paper", [row["printed_gb"]["local_sgd"] for row in paper]),
         (ORANGE, "local SGD, our all-reduce", [row["local_sgd"]["sent_bytes"] / GB for row in ours]),
         (SKY, "ResIST, printed in the paper", [row["printed_gb"]["resist"] for row in paper]),
         (BLUE, "ResIST, ours, from worker to worker", [row["same_blocks"]["sent_bytes"] / GB for row in ours]),
     ]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+    shares = [mine / theirs for mine, theirs in zip(bars[3][2], bars[2][2], strict=True)]
+    title = f"The paper's \"101\": ours sends {min(shares):.0%} to {max(shares):.0%} of the paper's ResIST volume"
+    with drawn(path, 10, 5, title) as figure:
         axes = figure.add_subplot()
         for place, (colour, label, values) in enumerate(bars):
             left = [group + (place - 1.5) * BAR for group in range(len(values))]
-            drawn = axes.bar(left, values, BAR * 0.92, color=colour, label=label)
-            axes.bar_label(drawn, [f"{value:.3f}" for value in values], padding=2, fontsize=9, color=INK)
+            made = axes.bar(left, values, BAR * 0.92, color=colour, label=label)
+            axes.bar_label(made, [f"{value:.3f}" for value in values], padding=2, fontsize=9, color=INK)
         counts = ["/".join(map(str, sorted(set(row["held"]), reverse=True))) for row in paper]
         labels = [f"S = {row['workers']}\n{count} blocks per worker" for row, count in zip(paper, counts, strict=True)]
         axes.set_xticks(range(len(labels)), labels)
@@ -40,10 +35,4 @@ def draw(path: Path, content: dict[str, Any]) -> Path:
         axes.set_ylabel("GB per round, all workers")
         axes.grid(True, axis="y")
         axes.legend(loc="upper left")
-        shares = [ours_bytes / sky for ours_bytes, sky in zip(bars[3][2], bars[2][2], strict=True)]
-        figure.suptitle(
-            f"The paper's \"101\": ours sends {min(shares):.0%} to {max(shares):.0%} of the paper's ResIST volume",
-            x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK,
-        )  # fmt: skip
-        figure.savefig(path, dpi=150)
     return path

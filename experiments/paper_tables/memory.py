@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import multiprocessing as torch_processes
 
-from experiments.benchmarks.held_memory import held_bytes
+from experiments.harness.memory import held_bytes
+from experiments.harness.workers import forked
 from experiments.paper_tables.networks import memory_bytes
 from resist_lightning import Config, Engine
 from resist_lightning.comm.bytes import TRAINING_KINDS
@@ -23,8 +17,6 @@ from resist_lightning.models import preact_resnet
 from resist_lightning.schedule.transfers import plan_sync
 
 ROUNDS, LOCAL_STEPS, BATCH, IMAGE = 3, 2, 2, 16
-Program: TypeAlias = Callable[[int, Any], dict[str, Any]]
-PATIENCE = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
@@ -50,30 +42,6 @@ def measure_group(group: Group) -> dict[str, Any]:
         "full_bytes": told[0].pop("full_bytes"),
         "by_worker": told,
     }
-
-
-def forked(program: Program, task: Any, workers: int) -> list[dict[str, Any]]:
-    """Run ``program(worker, task)`` in so many processes of one process group; what each returned.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
-    """
-    with tempfile.TemporaryDirectory(prefix="forked_") as folder:
-        # Forked, so that not every worker imports torch anew: call this before anything is computed here.
-        arguments = (program, task, workers, folder)
-        torch_processes.start_processes(_work, arguments, nprocs=workers, daemon=True, start_method="fork")
-        return [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in range(workers)]
-
-
-def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    handshake = f"file://{folder}/handshake"
-    dist.init_process_group("gloo", init_method=handshake, rank=worker, world_size=workers, timeout=PATIENCE)
-    try:
-        (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def _train(worker: int, group: Group) -> dict[str, Any]:

@@ -1,38 +1,18 @@
-"""Tables from paper_tables.jsonl: as rich tables on the screen and as markdown in README.md (experiments/harness/tables.py)."""
+"""The tables of the paper's own accounting."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from experiments.harness.record import read_record
-from experiments.harness.tables import markdown
+from experiments.harness.tables import Content, Grid, Row, page_tables
 
-RECORD = Path(__file__).parent / "results" / "paper_tables.jsonl"
+RESULTS = Path(__file__).parent / "results"
 MB, GB, G = 1e6, 1e9, 1e9
 
 BY_HAND_GMACS = {22: 2.443, 11: 1.612, 6: 1.235, 5: 1.159, 4: 1.084}
 """Section 3 of the specification, derived there by hand; the paper itself prints none."""
-
-Content = dict[str, Any]
-Rows = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table before it is drawn."""
-
-    title: str
-    header: list[str]
-    rows: Rows
-
-    def markdown(self) -> str:
-        return markdown(self.header, self.rows)
 
 
 def table_1(content: Content) -> Grid:
@@ -117,7 +97,7 @@ def macs_of_101(content: Content) -> Grid:
     return Grid(f"Multiply-adds of a sub-network of the paper's {network['network']}", header, rows)
 
 
-def macs(content: Content, minimum: str) -> Grid:
+def _macs(content: Content, minimum: str) -> Grid:
     rows = []
     for row in content["networks"]:
         stated, subnets = row["stated"].get("gmacs"), _subnets(row, minimum)
@@ -140,7 +120,7 @@ def macs(content: Content, minimum: str) -> Grid:
     )
 
 
-def memory(content: Content, minimum: str) -> Grid:
+def _memory(content: Content, minimum: str) -> Grid:
     rows = []
     for row in content["networks"]:
         full = 3 * 4 * row["parameters"]["all"]
@@ -150,7 +130,7 @@ def memory(content: Content, minimum: str) -> Grid:
     return Grid(f"(2 + m)(Q + k b), computed, m = 1, mean worker, {_minimum_in_words(minimum)}", header, rows)
 
 
-def measured_memory(content: Content) -> Grid:
+def memory_measured(content: Content) -> Grid:
     rows = []
     for group in content["measured"]:
         steps = [step for worker in group["by_worker"] for step in worker["steps"]]
@@ -179,7 +159,7 @@ def measured_memory(content: Content) -> Grid:
     return Grid("Held by real workers after each local step: parameters, gradients and momentum", header, rows)
 
 
-def measured_bytes(content: Content) -> Grid:
+def bytes_measured(content: Content) -> Grid:
     rows = []
     for group in content["measured"]:
         sent, formula = (
@@ -202,30 +182,23 @@ def machine(content: Content) -> str:
     return f"{found['cores']} CPU cores ({found['processor']}), {gpu}; {versions}; bytes sent: mean of n = {rounds} rounds' plans.\n"
 
 
-GRIDS: dict[str, Callable[[Content], Grid]] = {
-    "paper_table_1": table_1,
-    "paper_peer_to_peer": peer_to_peer,
-    "paper_parameters": parameters,
-    "paper_macs_of_101": macs_of_101,
-    "paper_macs": partial(macs, minimum="default"),
-    "paper_macs_even": partial(macs, minimum="none"),
-    "paper_memory": partial(memory, minimum="default"),
-    "paper_memory_even": partial(memory, minimum="none"),
-    "paper_memory_measured": measured_memory,
-    "paper_bytes_measured": measured_bytes,
-}
+def macs(content: Content) -> Grid:
+    return _macs(content, "default")
 
 
-def record() -> Content:
-    content: Content = read_record(RECORD)
-    return content
+def macs_even(content: Content) -> Grid:
+    return _macs(content, "none")
 
 
-TABLES: dict[str, Callable[[], str]] = {"paper_machine": lambda: machine(record())}
-TABLES |= {name: (lambda make=make: make(record()).markdown()) for name, make in GRIDS.items()}
+def memory(content: Content) -> Grid:
+    return _memory(content, "default")
 
 
-def _subnets(row: Content, minimum: str) -> list[Content]:
+def memory_even(content: Content) -> Grid:
+    return _memory(content, "none")
+
+
+def _subnets(row: Row, minimum: str) -> list[Row]:
     return [subnet for subnet in row["subnets"] if subnet["minimum"] == minimum]
 
 
@@ -233,7 +206,7 @@ def _minimum_in_words(minimum: str) -> str:
     return "default minimum of blocks" if minimum == "default" else "no minimum (min_blocks=0)"
 
 
-def _means(subnets: list[Content]) -> str:
+def _means(subnets: list[Row]) -> str:
     """Mean blocks per worker, for each number of workers."""
     return " / ".join(f"{mean(subnet['held']):g}" for subnet in subnets)
 
@@ -245,3 +218,12 @@ def _counts(held: list[int]) -> str:
 
 def _difference(ours: float, printed: float) -> str:
     return " (cut off, not rounded)" if math.floor(ours * 1000) == round(printed * 1000) else " (differs)"
+
+
+STUDIES = {
+    "paper_tables": (
+        machine, table_1, peer_to_peer, parameters, macs_of_101, macs, macs_even, memory, memory_even, memory_measured,
+        bytes_measured,
+    )
+}  # fmt: skip
+TABLES = page_tables(RESULTS, STUDIES, "paper_")

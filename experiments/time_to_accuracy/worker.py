@@ -15,8 +15,8 @@ from experiments.data.module import ArrayData, ImageData
 from experiments.data.sets import Digits
 from experiments.data.shaped import SpeechShaped
 from experiments.harness.links.crew import Place
-from experiments.links.methods import make_strategy, make_trainer
-from experiments.links.networks import fully_connected, make_network
+from experiments.links.rig import make_strategy, make_trainer
+from experiments.networks import described
 
 MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
 """What stands for a folder, and needs none."""
@@ -92,13 +92,8 @@ class ValidateOnTest(L.LightningDataModule):
 
 def make_data(settings: dict[str, Any]) -> ArrayData[Any]:
     """A made data set, or a folder of images; all of the training but 2 % of it (the loaders want a hold-out)."""
-    loading = {
-        "batch_size": settings["batch"],
-        "limit": settings["limit"],
-        "limit_test": settings["limit_test"],
-        "holdout": 0.02,
-        "drop_last": True,
-    }
+    loading = {key: settings[key] for key in ("limit", "limit_test")}
+    loading |= {"batch_size": settings["batch"], "holdout": 0.02, "drop_last": True}
     if settings["folder"] in MADE:
         return MADE[settings["folder"]](**loading)
     return ImageFolder(settings["folder"], cache_dir=settings["cache_dir"], **loading)
@@ -108,28 +103,14 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     """Train once; report the curve."""
     hush()
     L.seed_everything(settings["seed"], verbose=False)
-    data = make_data(settings)
-    strategy = make_strategy(
-        settings["method"],
-        local_steps=settings["local_steps"],
-        min_blocks=settings["min_blocks"],
-        seed=settings["seed"],
-        timeout=settings["timeout_seconds"],
-        neurons=fully_connected(settings["network"]),
-    )
-    stopwatch = Stopwatch(place)
+    data, stopwatch = make_data(settings), Stopwatch(place)
     trainer = make_trainer(
-        strategy,
-        place.workers,
-        max_steps=settings["steps"],
-        max_epochs=-1,
-        val_check_interval=settings["evaluate_every"],
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        callbacks=[stopwatch],
-    )
+        make_strategy(settings["method"], settings, settings["local_steps"]), place.workers, max_steps=settings["steps"],
+        max_epochs=-1, val_check_interval=settings["evaluate_every"], check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, callbacks=[stopwatch],
+    )  # fmt: skip
     channels = data.in_channels if isinstance(data, ImageData) else None
-    net = make_network(
+    net = described(
         settings["network"], num_classes=data.num_classes, in_channels=channels, in_features=data.in_features
     )
     module = LitClassifier(net, data.num_classes, lr=settings["lr"])

@@ -1,8 +1,8 @@
 """Seconds per round with one slow worker: equal shares against shares that follow speed.
 
-python experiments/unequal/run.py --workers 2
-python experiments/unequal/run.py --workers 4
-python experiments/unequal/run.py --workers 2 --smoke --output runs/unequal
+python experiments/unequal/run.py workers=2
+python experiments/unequal/run.py workers=4
+python experiments/unequal/run.py size=smoke out=runs/unequal
 
 Every worker is a process with a part of a core (a quota of its cgroup); the last one has a third of the others'. Both
 settings train turn and turn about in one run. Prints a table, and writes unequal_N.jsonl and unequal.png.
@@ -10,82 +10,95 @@ settings train turn and turn about in one run. Prints a table, and writes unequa
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from experiments.harness import cli
 from experiments.harness.record import write_record
+from experiments.harness.settings import ConfigError, option
+from experiments.harness.workers import forked
 from experiments.unequal import tables
-from experiments.unequal.plot import draw_steps
+from experiments.unequal.figure import draw_steps
 from experiments.unequal.quota import quotas, why_no_quota
-from resist_lightning.methods.resist.shares import Cost, slowest
-from resist_lightning.schedule.partition import blocks_per_worker
+from resist_lightning import Config, Engine
+from resist_lightning.models import PreActResNet
+from resist_lightning.partition import blocks_per_worker
+from resist_lightning.shares import MEASURED_ROUNDS, Cost, slowest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SMOKE = {"sections": [1, 1, 9, 1], "width": 1 / 16, "batch": 2, "local_steps": 4, "rounds": 2, "turns": 1}
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the workers are told, and the record says."""
-    cores = [args.cores or 1.2 / args.workers] * args.workers
-    cores[-1] /= args.slowdown
-    settings = {
-        "workers": args.workers,
-        "cores": cores,
-        "sections": [1, 1, args.blocks + 1, 1],
-        "width": args.width,
-        "batch": args.batch,
-        "local_steps": args.local_steps,
-        "min_blocks": args.min_blocks,
-        "rounds": args.rounds,
-        "turns": args.turns,
-    }
-    return settings | SMOKE if args.smoke else settings
+FIRST = {"equal": 1, "auto": 1 + MEASURED_ROUNDS + 1}
+"""The first round that counts: the caches are warm, and the shares are what they stay."""
 
 
-def measure(settings: dict[str, Any], timeout: float) -> list[list[dict[str, Any]]]:
-    """The trainings of each worker, in real processes.
+@dataclass(kw_only=True)
+class Options(cli.Command):
+    out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/unequal")
+    workers: int = option(2, "processes", least=2)
+    slowdown: float = option(3.0, "how many times slower the last worker is", least=1)
+    cores: float | None = option(None, "of each other worker; null: 1.2 / workers", above=0)
+    blocks: int = option(24, "partitioned blocks", least=2, smoke=8)
+    min_blocks: int = option(2, "least blocks per worker", least=0)
+    width: float = option(1 / 8, "1.0 is the paper's", above=0, smoke=1 / 16)
+    batch: int = option(8, "images", least=1, smoke=2)
+    local_steps: int = option(10, "per round", least=1, smoke=4)
+    rounds: int = option(4, "that count, of each training", least=1, smoke=2)
+    turns: int = option(5, "of both settings", least=1, smoke=1)
 
-    Raises:
-        SystemExit: if a worker fails or the time is up; with the end of its output.
-    """
-    with tempfile.TemporaryDirectory() as folder, quotas(settings["cores"]) as groups:
-        place = Path(folder) / "settings.json"
-        place.write_text(json.dumps({**settings, "groups": list(map(str, groups))}))
-        workers: list[subprocess.Popen[bytes]] = []
-        try:
-            for worker in range(settings["workers"]):
-                with (Path(folder) / f"output.{worker}").open("wb") as output:
-                    command = [sys.executable, "-m", "experiments.unequal.worker", str(place), str(worker)]
-                    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                    workers.append(
-                        subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-                    )
-            _wait(workers, Path(folder), timeout)
-        finally:
-            for process in workers:
-                process.kill()
-                process.wait()
-        return [json.loads((Path(folder) / f"result.{worker}").read_text()) for worker in range(len(workers))]
+    def recorded(self) -> dict[str, Any]:
+        """What the workers are told, and the record says."""
+        cores = [self.cores or 1.2 / self.workers] * self.workers
+        cores[-1] /= self.slowdown
+        same = ("workers", "width", "batch", "local_steps", "min_blocks", "rounds", "turns")
+        return {"cores": cores, "sections": [1, 1, self.blocks + 1, 1], **{key: getattr(self, key) for key in same}}
 
 
-def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while any(process.poll() is None for process in workers):
-        for worker, process in enumerate(workers):
-            if process.poll() or time.monotonic() > end:
-                told = (folder / f"output.{worker}").read_text()[-2000:]
-                raise SystemExit(f"worker {worker} failed, or {timeout:.0f} s were not enough:\n{told}")
-        time.sleep(0.1)
+def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> dict[str, Any]:
+    """One training; its rounds from the first that counts, with this worker's blocks and wall seconds."""
+    torch.manual_seed(0)
+    model = PreActResNet(settings["sections"], 10, width_multiplier=settings["width"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    local_steps = settings["local_steps"]
+    config = Config(local_steps=local_steps, min_blocks=settings["min_blocks"], blocks_per_worker=shares)
+    engine = Engine(model, [optimizer], config)
+    images, labels = torch.randn(settings["batch"], 3, 32, 32), torch.zeros(settings["batch"], dtype=torch.long)
+    engine.start()
+    model.train()
+    seen = []
+    for number in range(FIRST[shares] + rounds):
+        began, stepping, blocks = time.perf_counter(), 0.0, len(engine.partition.held[worker])
+        for _ in range(local_steps):
+            started = time.perf_counter()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            stepping += time.perf_counter() - started
+            engine.after_step()
+        if number >= FIRST[shares]:
+            seconds = {"seconds": time.perf_counter() - began, "step_seconds": stepping / local_steps}
+            seen.append({**seconds, "blocks": blocks})
+    schedule = engine.layout.schedule
+    engine.finish()
+    costs = [{"shared": cost.shared, "block": cost.block} for cost in schedule.costs()]
+    return {"shares": shares, "rounds": seen, "table": schedule.table(), "costs": costs}
+
+
+def work(worker: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A worker: joins its cgroup, then trains with both settings, turn and turn about."""
+    train(worker, settings, "equal", 1)  # at full speed: nothing is measured cold
+    dist.barrier()
+    Path(settings["groups"][worker]).write_text(str(os.getpid()))
+    return [train(worker, settings, shares, settings["rounds"]) for _ in range(settings["turns"]) for shares in FIRST]
 
 
 def rows_of(settings: dict[str, Any], trainings: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -113,31 +126,17 @@ def rows_of(settings: dict[str, Any], trainings: list[list[dict[str, Any]]]) -> 
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--slowdown", type=float, default=3.0, help="how many times slower the last worker is")
-    parser.add_argument("--cores", type=float, help="of each other worker; default: 1.2 / workers")
-    parser.add_argument("--blocks", type=int, default=24, help="partitioned blocks")
-    parser.add_argument("--min-blocks", type=int, default=2)
-    parser.add_argument("--width", type=float, default=1 / 8)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--local-steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=4, help="that count, of each training")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
-    parser.add_argument("--smoke", action="store_true", help="small and quick")
-    parser.add_argument("--output", type=Path, default=tables.RESULTS)
-    args = parser.parse_args()
-    reason = why_no_quota()
-    if reason:
-        raise SystemExit(f"error: a worker cannot be slowed down here: {reason}.")
-    settings = settings_of(args)
-    content = {"settings": settings, "rows": rows_of(settings, measure(settings, args.timeout))}
-    path = write_record(args.output / f"unequal_{args.workers}.jsonl", content)
-    print(tables.table([content]))
-    print(f"wrote {draw_steps(path.parent / 'unequal.png', tables.records(path.parent))}")
+def run(_: Sequence[str], options: Options) -> None:
+    if reason := why_no_quota():
+        raise ConfigError(f"a worker cannot be slowed down here: {reason}")
+    settings, out = options.recorded(), Path(options.out)
+    with quotas(settings["cores"]) as groups:
+        trainings = forked(work, {**settings, "groups": list(map(str, groups))}, options.workers)
+    content = {"settings": settings, "rows": rows_of(settings, trainings)}
+    write_record(out / f"unequal_{options.workers}.jsonl", content)
+    tables.compared([content]).show()
+    print(f"wrote {draw_steps(out / 'unequal.png', tables.records(out))}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(run, Options, __doc__))

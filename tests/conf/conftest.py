@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.app.launch import CONF
+from experiments.app.build import CONF
 
 Compose = Callable[..., DictConfig]
 

@@ -1,8 +1,12 @@
-"""Every file in conf/ composes, passes the check and instantiates; the schema says what the code takes."""
+"""Every file in conf/ composes, passes the check and instantiates; and a user's own network and data do."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +19,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from experiments.app import schema
-from experiments.app.build import build_data, build_module, build_strategy
-from experiments.app.checks import check_evaluate, check_train
+from experiments.app.build import CONF, build_data, build_module, build_strategy, check_evaluate, check_train
 from experiments.app.classifier import LitClassifier
-from experiments.app.launch import CONF, _jobs
-from experiments.data.module import ArrayData, Loading
+from experiments.app.launch import _jobs
+from experiments.data.module import ArrayData
 from experiments.train import build_trainer
-from resist_lightning.models import PreActResNet
 from tests.conf.conftest import Compose
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
@@ -159,22 +161,60 @@ def test_the_evaluation_composes(composed: Compose) -> None:
     check_evaluate(composed("ckpt_path=last.ckpt", config_name="evaluate"))
 
 
-TARGETS = {**schema.STRATEGIES, **schema.MODELS, **schema.DATA}
-GIVEN_BY_TRAIN = {"num_classes", "in_channels", "in_features"}
-
-
-@pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith(("resist", "experiments"))])
-def test_the_schema_of_a_section_has_exactly_what_its_target_takes(target: str) -> None:
-    taken = set(inspect.signature(get_object(target)).parameters)
-    if target in schema.DATA:
-        taken = taken - {"loading"} | {item.name for item in fields(Loading)}
-    if target == "resist_lightning.models.preact_resnet":
-        taken = taken - {"options"} | set(inspect.signature(PreActResNet).parameters) - {"sections"}
-    assert taken - GIVEN_BY_TRAIN == {item.name for item in fields(TARGETS[target])} - {"_target_"}
-
-
 def test_the_schema_of_the_trainer_and_the_optimizer_are_arguments_that_exist() -> None:
     for expected, target in ((schema.Trainer, L.Trainer), (schema.Optimizer, LitClassifier)):
         known = {item.name for item in fields(expected)} - {"_target_"}
         assert known <= set(inspect.signature(target).parameters)
     assert build_strategy(OmegaConf.load(CONF / "strategy" / "single.yaml")) == "auto"
+
+
+MINE = """
+import lightning as L, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(nn.Sequential):
+    def __init__(self, width: int, num_classes: int):
+        if width < 2:
+            raise ValueError(f"width={width} must be at least 2")
+        super().__init__(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+class Data(L.LightningDataModule):
+    num_classes = 3
+    def __init__(self, count: int = 40):
+        super().__init__()
+        self.examples = TensorDataset(torch.randn(count, 6), torch.arange(count) % 3)
+    def train_dataloader(self):
+        return DataLoader(self.examples, 5)
+    val_dataloader = test_dataloader = train_dataloader
+"""
+
+
+def test_a_network_and_data_of_the_users_own_train_from_outside(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    own = ["model._target_=mine.Net", "data._target_=mine.Data", "strategy=ist", "strategy.local_steps=2"]
+    quick = [
+        "trainer.max_epochs=1",
+        "trainer.accelerator=cpu",
+        "logger=csv",
+        "threads=1",
+        "callbacks.progress_bar=null",
+    ]
+
+    def train(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(root / "experiments" / "train.py"), *own, *quick, *options, "hydra.run.dir=run"]
+        variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, check=False, cwd=tmp_path, env=variables, capture_output=True, text=True)
+
+    done = train("+model.width=8", "+data.count=60")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["strategy"], results["local_steps"]) == ("ist", 6)
+    assert results["parameters"]["full"] == 6 * 8 + 8 + 8 * 3 + 3
+    for option, message in (
+        ("+model.width=1", "error: model.width=1 must be at least 2"),
+        ("+model.depht=1", "error: model.depht=1: unknown key; model has width"),
+    ):
+        refused = train(option)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(message), refused.stderr

@@ -10,24 +10,26 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.accuracy import pool, tables
-from experiments.accuracy.cases import MAIN, STUDIES, Case, base
-from experiments.accuracy.data import Stream, prepare
-from experiments.accuracy.main import known, main
-from experiments.accuracy.networks import OpenResNet, make_network, partitioned
-from experiments.accuracy.settings import Settings, read_command_line
-from experiments.accuracy.training import DataParallel, make_optimizer, make_trainer, train
+from experiments.accuracy import run
+from experiments.accuracy.cases import MAIN, PARTITIONED, STUDIES, Case, base
+from experiments.accuracy.run import NAMES, Options
+from experiments.accuracy.training import make_trainer, prepared
+from experiments.harness import cli
 from experiments.harness.record import read_record
-from resist_lightning import Config
-from resist_lightning.methods.resist.layout import BlockLayout
-from resist_lightning.methods.resist.network import select_blocks
+from experiments.networks import OpenResNet
+from experiments.trainers import DataParallel, Stream, make_optimizer, train
+from resist_lightning.blocks import select_blocks
 
 SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
-TRAINED = [name for name in known() if name != "check"]
+TRAINED = [name for name in NAMES if name != "check"]
 
 
-def settings(*options: str) -> Settings:
-    return read_command_line([*SMOKE, "out=unused", *options], known())[1]
+def settings() -> Options:
+    return cli.read([*SMOKE, "out=unused"], Options, NAMES)[1]
+
+
+def main(arguments: list[str], _: str) -> int:
+    return cli.run(run.run, Options, "", NAMES, arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +66,6 @@ def test_every_study_has_every_case_once(results: Path, name: str) -> None:
         assert len(row["policies"]) == (9 if row["case"]["method"] == "resist" else 0)
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_study_has_its_table(results: Path, name: str) -> None:
-    text = tables.table(name, results)
-    assert text.count("\n") > 2
-    assert "nan" not in text
-
-
 def test_the_main_table_has_all_methods_and_the_pictures_are_drawn(results: Path) -> None:
     found = {(row["case"]["method"], row["case"]["workers"]) for row in rows(results, "main")}
 
@@ -80,11 +75,11 @@ def test_the_main_table_has_all_methods_and_the_pictures_are_drawn(results: Path
 
 
 def test_a_second_call_computes_nothing(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
     before = {path: path.read_text() for path in results.glob("*.jsonl")}
-    monkeypatch.setattr(pool, "measure", refuse)
+    monkeypatch.setattr(run, "measure", refuse)
 
     assert main([*SMOKE, f"out={results}", *TRAINED], "") == 0
     assert {path: path.read_text() for path in results.glob("*.jsonl")} == before
@@ -96,20 +91,20 @@ def test_what_was_measured_before_an_interruption_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[Case] = []
-    original = pool.measure
+    original = run.measure
 
-    def third_is_interrupted(case: Case, *rest: Any) -> Any:
+    def third_is_interrupted(case: Case, **rest: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(case)
-        return original(case, *rest)
+        return original(case, **rest)
 
-    monkeypatch.setattr(pool, "measure", third_is_interrupted)
+    monkeypatch.setattr(run, "measure", third_is_interrupted)
     assert main([*SMOKE, f"out={tmp_path}", "momentum"], "") == 130
-    assert "goes on from there" in capsys.readouterr().out
+    assert "resumes from what was measured" in capsys.readouterr().out
     assert [row["case"] for row in rows(tmp_path, "momentum")] == [case.key for case in measured]
 
-    monkeypatch.setattr(pool, "measure", lambda case, *rest: measured.append(case) or original(case, *rest))
+    monkeypatch.setattr(run, "measure", lambda case, **rest: measured.append(case) or original(case, **rest))
     assert main([*SMOKE, f"out={tmp_path}", "momentum"], "") == 0
     assert [case.momentum for case in measured] == ["reset", "keep", "travel"]
 
@@ -146,12 +141,8 @@ def test_ddp_is_the_gradient_of_all_shards_and_the_statistics_of_worker_0() -> N
 def test_local_sgd_of_one_worker_without_rounds_is_the_single_process() -> None:
     one = base("single", 1, 0, settings())
     local = replace(one, method="local_sgd", local_steps=1000)
-    data = prepare(settings())
-    models = []
-    for case in (one, local):
-        trainer = make_trainer(case, settings(), data.channels)
-        train(trainer, case, settings(), data, 128)
-        models.append(trainer.full_model())
+    stream = prepared(settings()).stream(8, 0)
+    models = [train(make_trainer(case, settings()), stream, 1, [0.03] * 16).full_model() for case in (one, local)]
 
     for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
@@ -159,8 +150,8 @@ def test_local_sgd_of_one_worker_without_rounds_is_the_single_process() -> None:
 
 @pytest.mark.parametrize("workers", [2, 4, 8])
 def test_all_methods_see_the_same_images_in_the_same_order(workers: int) -> None:
-    data = prepare(settings())
-    stream = Stream(data.train, data.augmented, 8, seed=0)
+    data = prepared(settings())
+    stream = Stream(data.examples, data.augmented, 8, seed=0)
     alone = [stream.batch(step, 0, 1)[1] for step in range(32)]
     dealt = [stream.batch(step, worker, workers)[1] for step in range(32 // workers) for worker in range(workers)]
 
@@ -170,8 +161,8 @@ def test_all_methods_see_the_same_images_in_the_same_order(workers: int) -> None
 
 
 def test_crops_depend_on_seed_step_and_worker_and_leave_the_global_generator_alone() -> None:
-    data = prepare(settings())
-    stream = Stream(data.train, data.augmented, 8, seed=0)
+    data = prepared(settings())
+    stream = Stream(data.examples, data.augmented, 8, seed=0)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = stream.batch(3, 1, 2)[0]
@@ -184,23 +175,13 @@ def test_crops_depend_on_seed_step_and_worker_and_leave_the_global_generator_alo
 @pytest.mark.parametrize("pre_activation", [True, False])
 def test_each_step_of_the_design_shares_more(pre_activation: bool) -> None:
     net = OpenResNet((2, 2, 4, 2), width_multiplier=1 / 16, in_channels=1, pre_activation=pre_activation)
-    names = {
-        choice: [block.name for block in select_blocks(net, partitioned(choice))]
-        for choice in ("naive", "strided_shared", "paper", "none")
-    }
+    names = {choice: [block.name for block in select_blocks(net, blocks)] for choice, blocks in PARTITIONED.items()}
 
     assert len(names["naive"]) == 10
     assert names["strided_shared"] == [name for name in names["naive"] if not name.endswith(".0")]
     assert names["paper"] == ["section3.1", "section3.2", "section3.3"]
     assert names["none"] == []
     assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("network", ["preact", "open_pre", "open_post"])
-def test_default_size_has_a_block_for_each_of_eight_workers(network: str) -> None:
-    full = read_command_line(["data=digits"], known())[1]
-    layout = BlockLayout(make_network(network, full, 3, seed=0), Config(min_blocks=0), 8)
-    assert len(layout.blocks) >= 8
 
 
 @pytest.mark.parametrize(

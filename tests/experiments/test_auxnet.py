@@ -12,24 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.auxnet import tables
-from experiments.auxnet.cases import accuracy_cases, base, sweep_cases, timing_cases
+from experiments.auxnet.cases import ALL, STUDIES, base
 from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up, sent_bytes
-from experiments.auxnet.examples import make_network, prepared
-from experiments.auxnet.main import main
-from experiments.auxnet.methods import Pipelined, Serial
-from experiments.auxnet.networks import SmallImageResNet, layers
-from experiments.auxnet.settings import RESULTS, parse
-from experiments.auxnet.stages import boundary_elements, parameters_of
-from experiments.auxnet.tasks import ALL
-from experiments.auxnet.training import Clock, Job, by_formula, stream_of
+from experiments.auxnet.methods import Pipelined, Serial, boundary_elements, parameters_of
+from experiments.auxnet.run import Options, run
+from experiments.auxnet.tables import RESULTS
+from experiments.auxnet.training import Clock, Job, by_formula, make_network, prepared, stream_of
+from experiments.harness import cli
 from experiments.harness.record import read_record
-from experiments.harness.tables import PLACE, filled
-from resist_lightning.methods.residual import find_blocks
+from experiments.harness.tables import chosen
+from experiments.networks import SmallImageResNet, layers
+from resist_lightning.blocks import find_blocks
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, refusal, run_program
 
 PROGRAM = "experiments/auxnet/run.py"
+
+
+def main(arguments: list[str]) -> int:
+    return cli.run(run, Options, "", list(STUDIES), arguments)
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +45,21 @@ def record(folder: Path, name: str) -> Any:
 
 
 def rows_of(folder: Path, name: str, **wanted: Any) -> list[dict[str, Any]]:
-    return tables.chosen(record(folder, name)["rows"], **wanted)
+    return chosen(record(folder, name)["rows"], **wanted)
 
 
 def test_every_case_is_trained_once(smoke: tuple[Path, str]) -> None:
-    cfg = parse(["size=smoke"])[1]
-    for name, wanted in (("accuracy", accuracy_cases), ("sweep", sweep_cases), ("timing", timing_cases)):
+    options = cli.read(["size=smoke"], Options)[1]
+    for name in ("accuracy", "sweep", "timing"):
         cases = [row["case"] for row in record(smoke[0], name)["rows"]]
-        assert cases == [case.key for case in wanted(cfg)]
+        assert cases == [case.key for case in STUDIES[name](options)]
         assert len(cases) > 6
     assert all(row["steps"] == 2 * row["steps_per_epoch"] == 32 for row in record(smoke[0], "accuracy")["rows"])
 
 
 def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = (smoke[0] / "accuracy.jsonl").read_bytes()
-    main(["accuracy", "size=smoke", f"out={smoke[0]}"], "")
+    main(["accuracy", "size=smoke", f"out={smoke[0]}"])
     assert (smoke[0] / "accuracy.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Test accuracy")[0]
 
@@ -114,24 +115,6 @@ def test_what_is_said_of_guesses_is_there_for_auxiliary_networks_only(smoke: tup
 def test_the_timeline_of_one_step_is_kept_once_for_each_network(smoke: tuple[Path, str]) -> None:
     kept = [row["timeline"] for row in record(smoke[0], "timing")["rows"] if row["timeline"]]
     assert [[spans[0][0] for spans in timeline] for timeline in kept] == [["data", "data"]]
-
-
-def test_what_is_printed_is_what_is_written(smoke: tuple[Path, str]) -> None:
-    out, output = smoke
-    assert {path.name for path in out.iterdir()} == {
-        "accuracy.jsonl", "accuracy.png", "sweep.jsonl", "timing.jsonl", "timing.png", "timeline_resnet_38.png",
-    }  # fmt: skip
-    for name in ("accuracy", "sweep", "timing"):
-        for grid in tables.grids(name, record(out, name)):
-            assert grid.rows
-            assert grid.title in " ".join(output.split())
-            assert all(len(line) == len(grid.header) for line in grid.rows)
-
-
-def test_the_page_shows_the_result_files() -> None:
-    page = (ROOT / "experiments/auxnet/README.md").read_text()
-    assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/harness/tables.py"
 
 
 def first_batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -227,15 +210,15 @@ def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
         ("acuracy", "acuracy: there is no such study; choose from accuracy, sweep, timing, links"),
         ("seeds=0", "seeds=0: must be a whole number, at least 1"),
         ("epoch=3", "did you mean epochs?"),
-        ("tasks=[cifar]", "'cifar' is not known; choose from digits, cifar_deep, cifar_wide"),
-        ("methods=[]", "must be a list of one or more"),
-        ("methods=[dni]", "'dni' is not known; choose from serial, penalty"),
-        ("workers=[4]", "must be numbers from 1 to 3"),
+        ("tasks=[cifar]", "'cifar' must be one of digits, cifar_deep, cifar_wide"),
+        ("methods=[]", "must be a list of one or more, each must be one of serial"),
+        ("methods=[dni]", "'dni' must be one of serial, penalty"),
+        ("workers=[4]", "4 must be a whole number, at least 1, at most 3"),
         ("workers=[2,2]", "stands there twice"),
-        ("serial_every=[0]", "serial_every=[0]: must be whole numbers of at least 1"),
-        ("lambda_steps=[2]", "lambda_steps=[2]: must be numbers of at most 1"),
-        ("betas=[0]", "betas=[0]: must be numbers above 0"),
-        ("link_networks=[digits]", "'digits' is not known; choose from resnet_38, resnet_110, wrn_16_4"),
+        ("serial_every=[0]", "serial_every=[0]: 0 must be a whole number, at least 1"),
+        ("lambda_steps=[2]", "lambda_steps=[2]: 2 must be a number, above 0, at most 1"),
+        ("betas=[0]", "betas=[0]: 0 must be a number, above 0"),
+        ("link_networks=[digits]", "'digits' must be one of resnet_38, resnet_110, wrn_16_4"),
         ("bandwidths_gbit=[0]", "0 must be a number of Gbit/s from 0.001 to 100, or unshaped"),
         ("bandwidths_gbit=1", "bandwidths_gbit=1: must be a list"),
         ("schedule=1f1b workers=[3]", "schedule=1f1b needs as many micro-batches as workers"),
@@ -248,4 +231,4 @@ def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
 def test_bad_input_is_one_line_before_any_work(
     option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert words in refusal(lambda: main(["size=smoke", *option.split()], ""), tmp_path, capsys)
+    assert words in refusal(lambda: main(["size=smoke", *option.split()]), tmp_path, capsys)

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from experiments.elastic.run import change, main
+from experiments.elastic.run import Options, change, run
 from experiments.elastic.script import LOCAL_STEPS
+from experiments.harness import cli
 
 
 @pytest.mark.timeout(400)
 def test_the_others_go_on_without_a_lost_host_and_take_it_in_again(tmp_path: Path) -> None:
-    out = tmp_path / "elastic.jsonl"
-    record = main(["--hosts=2", "--steps=80", "--seconds=0.3", "--away=0", f"--out={out}"])
+    assert cli.run(run, Options, "", (), ["size=smoke", f"out={tmp_path}"]) == 0
+    record = json.loads((tmp_path / "elastic.jsonl").read_text())
 
     assert (record["lost"]["workers"], record["back"]["workers"]) == (1, 2)
     assert (record["finished"], record["last_step"], record["weights_equal"]) == (2, 80, True)
     assert 0 <= record["lost"]["steps_lost"] <= LOCAL_STEPS
     assert record["back"]["steps_lost"] == 0  # it was taken in at the border of a round
     assert (record["back"]["first_step"] - 1) % LOCAL_STEPS == 0
-    assert json.loads(out.read_text())["lost"] == record["lost"]
 
 
 def test_what_a_change_costs_is_read_from_the_diaries(tmp_path: Path) -> None:

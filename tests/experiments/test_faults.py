@@ -14,17 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.faults import cases, crew, faults, join, run, tables
+from experiments.faults import cases, crew, faults, tables
 from experiments.faults.cases import SAMPLE, Case
 from experiments.faults.continuation import Left, Unbroken, look, same
 from experiments.faults.crew import Ended
 from experiments.faults.faults import KINDS, PLACES
 from experiments.faults.judge import findings
+from experiments.faults.run import Options
 from experiments.faults.training import ROUNDS, Settings
+from experiments.harness import cli
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
-from experiments.links.options import composed
-from resist_lightning.checkpoint.files import write_sealed
+from resist_lightning.files import write_sealed
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, run_program
 
@@ -32,7 +33,7 @@ from tests.helpers.programs import ROOT, run_program
 
 
 def test_a_sample_of_the_soak_finds_nothing(tmp_path: Path) -> None:
-    arguments = ["size=sample", f"output={tmp_path}", "timeout_seconds=10"]
+    arguments = ["size=sample", f"out={tmp_path}", "timeout_seconds=10"]
     run_program(["experiments/faults/run.py", *arguments], ROOT, timeout=110)
 
     content = read_record(tmp_path / "faults.jsonl")
@@ -263,38 +264,18 @@ def test_settings_travel(tmp_path: Path) -> None:
 )
 def test_bad_values_are_one_line(argument: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        composed(run.CONFIG, "faults", run.Options, [argument])
+        cli.read([argument], Options)
     assert message in str(raised.value)
 
 
-def row(kind: str, seconds: float | None, *found: str) -> dict[str, Any]:
-    return {
-        "fault": kind, "kind": kind, "place": "saving", "launcher": "forked", "face": "resist", "workers": 2,
-        "seconds": seconds, "lost_steps": 3, "left_over": 0, "half_written": 0, "findings": list(found),
-    }  # fmt: skip
-
-
 def test_records_of_different_seeds_are_joined() -> None:
-    one = {"machine": {}, "settings": {"seed": 0, "silence_seconds": 3}, "seconds": 5, "rows": [row("kill", 1.0)]}
-    other = {**one, "settings": {"seed": 1, "silence_seconds": 3}, "seconds": 7, "rows": [row("kill", 3.0)]}
+    one = {"machine": {}, "settings": {"seed": 0, "silence_seconds": 3}, "seconds": 5, "rows": [{"fault": "a"}]}
+    other = {**one, "settings": {"seed": 1, "silence_seconds": 3}, "seconds": 7, "rows": [{"fault": "b"}]}
 
-    content = join.joined([one, other])
+    content = tables.joined([one, other])
     assert (content["seconds"], content["settings"]["seed"], content["at_a_time"]) == (7, [0, 1], 2)
-    assert content["summary"]["all"]["faults"] == 2
+    assert len(content["rows"]) == 2
     with pytest.raises(ValueError, match="the same faults would count twice"):
-        join.joined([one, one])
+        tables.joined([one, one])
     with pytest.raises(ValueError, match="different silence_seconds cannot be joined"):
-        join.joined([one, {**other, "settings": {"seed": 1, "silence_seconds": 4}}])
-
-
-def test_the_table_counts_runs_not_findings() -> None:
-    rows = [row("kill", 1.0), row("kill", 3.0, "not named: a", "not named: b"), row("freeze", None, "hang: worker 1")]
-
-    summary = tables.summary(rows)
-    assert summary["all"]["faults"] == 3
-    assert (summary["all"]["hangs"], summary["all"]["other_findings"]) == (1, 1)
-    assert summary["by_kind"]["kill"]["seconds_median"] == 2.0
-    assert summary["findings"] == {"not named": 2, "hang": 1}
-    assert tables.cells(rows)[0] == ["kill", "2", "0", "0", "0", "0", "1", "2", "3", "3", "3"]
-    assert tables.place_cells(rows)[1] == ["freeze", "", "", "", "", "", "1: - s"]
-    assert tables.line(rows[1]).splitlines()[1:] == ["    not named: a", "    not named: b"]
+        tables.joined([one, {**other, "settings": {"seed": 1, "silence_seconds": 4}}])

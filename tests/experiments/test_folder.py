@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.app.build import build_data
-from experiments.app.launch import make
+from experiments.app.build import build_data, make
 from experiments.data import ImageFolder, folder
 from experiments.harness.settings import ConfigError
 

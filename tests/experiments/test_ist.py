@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from experiments.harness import cli
 from experiments.harness.links.namespaces import why_no_namespaces
 from experiments.harness.record import read_record
-from experiments.harness.tables import PLACE, filled
 from experiments.ist import tables
-from experiments.ist.cases import ABLATED, Case, base, cases
-from experiments.ist.examples import make_network
-from experiments.ist.main import main
-from experiments.ist.settings import RESULTS, parse
+from experiments.ist.cases import TASKS, Case, base, cases
+from experiments.ist.run import STUDIES, Options, run
 from experiments.ist.shapes import Shape, speed_up, volumes
-from experiments.ist.tasks import TASKS
-from experiments.ist.training import finisher, make_start, measure, sent_bytes, train
+from experiments.ist.training import finisher, make_network, make_start, measure, sent_bytes, train
 from experiments.links.closed_form import _of_neurons, neuron_bytes
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -31,6 +28,7 @@ from tests.helpers.programs import ROOT, refusal, run_program
 PROGRAM = "experiments/ist/run.py"
 MISSING = why_no_namespaces()
 needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
+RESULTS = tables.RESULTS
 CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
 
 
@@ -38,7 +36,7 @@ CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of all result files of the command itself, and what it printed."""
     out = tmp_path_factory.mktemp("ist") / "new"
-    output = run_program([PROGRAM, "size=sample", f"out={out}", *CHOSEN], ROOT)
+    output = run_program([PROGRAM, "size=smoke", f"out={out}", *CHOSEN], ROOT)
     return out, output
 
 
@@ -48,7 +46,7 @@ def record(folder: Path, name: str) -> Any:
 
 def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -> None:
     rows = record(sample[0], "accuracy")["rows"]
-    wanted = cases(parse(["size=sample", *CHOSEN])[1])
+    wanted = cases(cli.read(["size=smoke", *CHOSEN], Options)[1])
     assert sorted(str(row["case"]) for row in rows) == sorted(str(case.key) for case in wanted)
     assert len(rows) > 40
     assert {row["samples"] for row in rows} == {4 * 384}  # 450 images without 10 %: three steps of 8 workers of 16
@@ -58,7 +56,7 @@ def test_every_case_is_trained_once_on_equal_samples(sample: tuple[Path, str]) -
 
 def test_a_second_run_measures_nothing_again(sample: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = (sample[0] / "accuracy.jsonl").read_bytes()
-    main(["accuracy", "size=sample", f"out={sample[0]}", *CHOSEN], "")
+    cli.run(run, Options, "", STUDIES, ["accuracy", "size=smoke", f"out={sample[0]}", *CHOSEN])
     assert (sample[0] / "accuracy.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Accuracy on equal samples")[0]
 
@@ -101,7 +99,7 @@ def test_the_papers_networks_have_the_weights_and_bytes_of_the_specification(wid
 
 
 def test_what_is_sent_is_received() -> None:
-    net = make_network("digits", "sample")
+    net = make_network("digits", "smoke")
     layout = NeuronLayout(net, NeuronConfig(), 4)
     states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
     for number in range(3):
@@ -112,7 +110,7 @@ def test_what_is_sent_is_received() -> None:
 
 
 def trained(case: Case, steps: int, finish_at: int | None = None) -> list[torch.Tensor]:
-    trainer = train(case, "sample", steps, finish_at or steps)
+    trainer = train(case, "smoke", steps, finish_at or steps)
     return list(trainer.full_model().parameters())
 
 
@@ -120,7 +118,7 @@ def trained(case: Case, steps: int, finish_at: int | None = None) -> list[torch.
 def test_one_worker_of_each_method_is_ordinary_training(method: str) -> None:
     alone = trained(base("digits", "single", 1, 0), 5)
     other = trained(replace(base("digits", method, 1, 0), local_steps=2), 5)
-    start = list(make_start(base("digits", "single", 1, 0), "sample").parameters())
+    start = list(make_start(base("digits", "single", 1, 0), "smoke").parameters())
     assert all(map(torch.equal, alone, other))
     assert not any(map(torch.equal, alone, start))
 
@@ -132,20 +130,20 @@ def test_two_workers_of_ist_are_not_those_of_local_sgd() -> None:
 
 def test_a_finish_is_local_sgd_from_the_full_model() -> None:
     case = replace(base("digits", "ist", 2, 0), local_steps=3, finish=True)
-    start = make_start(case, "sample")
+    start = make_start(case, "smoke")
     trainer = finisher(case, start)
     for worker in trainer.simulator.workers:
         assert all(map(torch.equal, worker.module.parameters(), start.parameters()))
     full = sum(t.nbytes for t in [*start.parameters(), *start.buffers()])
-    before = sent_bytes(replace(case, finish=False), "sample", 27, 27)
+    before = sent_bytes(replace(case, finish=False), "smoke", 27, 27)
     shared = 4 * 10 + 2 * 8  # the output's bias, and two counters of batches
     # nine rounds have eight syncs; then each of two workers sends its half to the other; then one average
-    assert sent_bytes(case, "sample", 30, 27) == before + (full - shared) / 2 + full
+    assert sent_bytes(case, "smoke", 30, 27) == before + (full - shared) / 2 + full
     alone = trained(replace(case, method="single", workers=1), 10)
     assert all(map(torch.equal, alone, trained(replace(case, workers=1), 10, finish_at=6)))
-    assert isinstance(train(case, "sample", 4, 4).simulator, NeuronSimulator)
-    assert isinstance(train(case, "sample", 4, 3).simulator, Simulator)
-    finished, usual = (measure(replace(case, finish=last), "sample", 1) for last in (True, False))
+    assert isinstance(train(case, "smoke", 4, 4).simulator, NeuronSimulator)
+    assert isinstance(train(case, "smoke", 4, 3).simulator, Simulator)
+    finished, usual = (measure(replace(case, finish=last), "smoke", 1) for last in (True, False))
     assert finished["curve"][0] == usual["curve"][0]
     assert finished["sent_bytes"] > usual["sent_bytes"]
 
@@ -154,49 +152,23 @@ def test_bytes_of_the_other_methods_by_hand() -> None:
     parameters = 64 * 16 + 16 * 16 + 16 * 10 + 10 + 2 * 2 * 16
     whole = 4 * (parameters + 2 * 2 * 16) + 2 * 8  # running statistics, and two counters of batches
     case = base("digits", "ddp", 2, 0)
-    assert sent_bytes(case, "sample", 100, 100) == 100 * 4 * parameters
-    assert sent_bytes(base("digits", "single", 1, 0), "sample", 100, 100) == 0
-    assert sent_bytes(base("digits", "local_sgd", 2, 0), "sample", 100, 100) == 4 * whole  # the fifth is the end
+    assert sent_bytes(case, "smoke", 100, 100) == 100 * 4 * parameters
+    assert sent_bytes(base("digits", "single", 1, 0), "smoke", 100, 100) == 0
+    assert sent_bytes(base("digits", "local_sgd", 2, 0), "smoke", 100, 100) == 4 * whole  # the fifth is the end
     travelling = replace(base("digits", "ist", 2, 0), sgd_momentum=0.9, momentum="travel")
     kept = replace(travelling, momentum="reset")
-    assert sent_bytes(travelling, "sample", 100, 100) > 1.5 * sent_bytes(kept, "sample", 100, 100)
+    assert sent_bytes(travelling, "smoke", 100, 100) > 1.5 * sent_bytes(kept, "smoke", 100, 100)
 
 
 def test_bytes_of_ist_are_those_of_the_rounds_that_end_before_the_training() -> None:
-    net = make_network("digits", "sample")
+    net = make_network("digits", "smoke")
     layout = NeuronLayout(net, NeuronConfig(seed=7), 4)
     states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
     rounds = [mean(neuron_bytes(layout, states, number)) for number in range(3)]
     assert len(set(rounds)) == 3
     case = base("digits", "ist", 4, 7)
     for steps, synced in ((20, 0), (21, 1), (60, 2), (61, 3)):
-        assert sent_bytes(case, "sample", steps, steps) == sum(rounds[:synced])
-
-
-def row(method: str, workers: int, seed: int, last: float, **changed: Any) -> dict[str, Any]:
-    case = replace(base("digits", method, workers, seed), **changed)
-    policies = {"recalibrate": last, "running": last - 9, "batch": last - 1}
-    sent = {"ist": 250.0, "local_sgd": 1000.0}.get(method, 0)
-    return {
-        "case": case.key, "last": last, "last_holdout": last, "sent_bytes": sent, "local_steps_done": 7,
-        "samples": 1, "policies": policies if method == "ist" else {},
-    }  # fmt: skip
-
-
-def test_a_line_has_mean_and_spread_of_its_own_seeds_only() -> None:
-    rows = [row("ist", ABLATED, seed, value) for seed, value in enumerate((90.0, 93.0))]
-    rows += [row("local_sgd", ABLATED, 0, 95.0), row("ist", ABLATED, 0, 97.0, finish=True), row("single", 1, 0, 98.0)]
-    rows += [row("ist", ABLATED, 0, 10.0, lr=0.001), row("ist", ABLATED, 0, 20.0, norm="none")]
-    content = {"rows": rows}
-    assert (mean([90, 93]), pstdev([90, 93])) == (91.5, 1.5)
-    found = tables.accuracy(content).rows
-    assert found[0] == ["digits", "one process", "1", "7", "98.00", "1", "-", "-"]
-    assert found[2] == ["digits", "IST", "4", "7", "91.50 ± 1.50", "2", "250 B", "4.0x"]
-    assert tables.finish(content).rows == [
-        ["digits", "4", "91.50 ± 1.50", "97.00", "95.00", "2", "250 B", "250 B"],
-    ]  # fmt: skip
-    assert tables.batch_norm(content).rows[0][2:] == ["91.50 ± 1.50", "82.50 ± 1.50", "90.50 ± 1.50", "2"]
-    assert ["digits", "none", "no", "20.00", "-", "1"] in tables.norm(content).rows
+        assert sent_bytes(case, "smoke", steps, steps) == sum(rounds[:synced])
 
 
 def test_the_speed_up_by_formula() -> None:
@@ -208,27 +180,9 @@ def test_the_speed_up_by_formula() -> None:
     assert (found["over_local_sgd"], found["over_ddp"]) == (pytest.approx(3), pytest.approx(10))
 
 
-def test_what_is_printed_is_what_is_written(sample: tuple[Path, str]) -> None:
-    out, output = sample
-    assert {path.name for path in out.iterdir()} == {
-        "accuracy.jsonl", "accuracy.png", "memory.jsonl", "memory.png", "shapes.jsonl",
-    }  # fmt: skip
-    for name in tables.GRIDS:
-        for grid in tables.grids(name, record(out, name)):
-            assert grid.rows
-            assert grid.title in output
-            assert all(len(line) == len(grid.header) for line in grid.rows)
-
-
-def test_the_page_shows_the_result_files() -> None:
-    page = (ROOT / "experiments/ist/README.md").read_text()
-    assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/harness/tables.py"
-
-
 @needs_namespaces
 def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path) -> None:
-    run_program(["experiments/links/run.py", "size=ist_smoke", "methods=[ist,none]", f"output={tmp_path}"], ROOT)
+    run_program(["experiments/links/run.py", "size=ist_smoke", "methods=[ist,none]", f"out={tmp_path}"], ROOT)
     content = read_record(tmp_path / "links.jsonl")
     (ist, silent) = content["runs"]
     for worker in ist["workers"]:
@@ -242,7 +196,7 @@ def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path)
 
 @needs_namespaces
 def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
-    run_program(["experiments/time_to_accuracy/run.py", "size=ist_smoke", f"output={tmp_path}"], ROOT)
+    run_program(["experiments/time_to_accuracy/run.py", "size=ist_smoke", f"out={tmp_path}"], ROOT)
     rows = read_record(tmp_path / "time_to_accuracy.jsonl")["rows"]
     assert [(entry["method"], entry["steps"]) for entry in rows] == [("ddp", [4, 8]), ("ist", [4, 8])]
     assert 0 < rows[1]["kernel_sent_bytes"][1] < rows[0]["kernel_sent_bytes"][1] / 4
@@ -251,28 +205,27 @@ def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("size=huge", "size=huge: must be one of full, sample"),
-        ("accurcy", "accurcy: there is no such study; choose from accuracy, memory, shapes"),
+        ("size=huge", "size=huge: must be one of full, smoke"),
+        ("accurcy", "accurcy: there is no such study; choose from memory, shapes, accuracy"),
         ("seeds=0", "seeds=0: must be a whole number, at least 1"),
         ("passe=3", "did you mean passes?"),
-        ("tasks=[cifar]", "'cifar' is not known; choose from digits, speech_shaped"),
+        ("tasks=[cifar]", "'cifar' must be one of digits, speech_shaped"),
         ("tasks=[]", "must be a list of one or more"),
-        ("workers=[3]", "3 must be 2, 4 or 8, so that samples are equal"),
+        ("workers=[3]", "3 must be one of 2, 4, 8 (so that samples are equal)"),
         ("workers=[2,2]", "stands there twice"),
-        ("widths=[3]", "widths=[3]: must be whole numbers of at least 4"),
+        ("widths=[3]", "widths=[3]: must be at least 4, a neuron for each"),
         (f"out={ROOT / PROGRAM}/x", "is a file, and a folder is needed"),
-        (f"out={RESULTS}", "a sample must not stand among the results"),
+        (f"out={RESULTS}", "a smoke run must not stand among the results"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
     option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert words in refusal(lambda: main(["size=sample", option], ""), tmp_path, capsys)
+    assert words in refusal(lambda: cli.run(run, Options, "", STUDIES, ["size=smoke", option]), tmp_path, capsys)
 
 
 def test_the_tasks_are_wide_enough_for_eight_workers() -> None:
     for task in TASKS.values():
         assert all(width >= 8 for width in task.width.values())
-        assert set(task.lr) == {"single", "ddp", "local_sgd", "ist"}
-    linear = [layer for layer in make_network("speech_shaped", "sample") if isinstance(layer, nn.Linear)]
+    linear = [layer for layer in make_network("speech_shaped", "smoke") if isinstance(layer, nn.Linear)]
     assert [layer.in_features for layer in linear] == [32, 16, 16]

@@ -61,7 +61,7 @@ def test_ist_divides_all_of_its_hidden_layers(norm: str) -> None:
 
 @pytest.mark.parametrize("options", [{"depth": 1}, {"width": 0}, {"norm": "group"}])
 def test_what_is_no_such_network_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be at least 2, width=.* at least 1, and norm="):
+    with pytest.raises(ValueError, match=r"must be (at least|one of)"):
         mlp(in_features=6, num_classes=3, **options)
 
 

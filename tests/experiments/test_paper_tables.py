@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
+from experiments.harness import cli
 from experiments.harness.record import read_record
-from experiments.harness.tables import PLACE, filled
-from experiments.paper_tables import tables
-from experiments.paper_tables.main import main
 from experiments.paper_tables.networks import Network, count_parameters, measure, networks, on_meta, paper_network
-from experiments.paper_tables.settings import RESULTS
+from experiments.paper_tables.run import Options, run
+from experiments.paper_tables.tables import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
 from resist_lightning import Config
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -146,50 +145,20 @@ def test_real_workers_hold_the_bound_and_send_the_closed_form(smoke: tuple[dict[
             assert worker["sent_bytes"] == worker["sent_bytes_by_formula"] > 0
 
 
-def test_what_is_printed_is_what_is_written(smoke: tuple[dict[str, Any], str, Path]) -> None:
-    content, output, out = smoke
-    assert content["machine"]["torch"]
-    assert (out / "gb_per_round.png").stat().st_size > 10_000
-    for make in tables.GRIDS.values():
-        grid = make(content)
-        assert grid.rows
-        assert grid.title in output
-        assert all(len(row) == len(grid.header) for row in grid.rows)
-    first = " ".join(output.split("GB per round", 1)[1].split("What a round", 1)[0].replace("│", " ").split())
-    assert "2 11 0.66235 0.662 0.45455 0.454 (cut off, not rounded) 4 6 1.32470 1.325 0.72020 0.720 8" in first
-
-
-def test_the_page_shows_the_result_file() -> None:
-    page = (ROOT / "experiments/paper_tables/README.md").read_text()
-    assert sorted(name for _, name, _ in PLACE.findall(page)) == sorted(tables.TABLES)
-    assert filled(page) == page, "run python experiments/harness/tables.py"
-    assert "| 8 | 4 | 2.64940 | 2.649 | 1.28927 | 1.289 |" in page
-    content = tables.record()
-    assert content["settings"] == {"size": "full", "rounds": 200, "processes": [2, 4, 8]}
-    assert {group["width_multiplier"] for group in content["measured"]} == {1.0}
-    assert len(content["networks"]) == 13
-
-
-def test_a_number_that_differs_from_the_printed_one_is_shown_to_differ() -> None:
-    content = tables.record()
-    content["volumes"]["table_1"][1]["resist_bytes"] += 2_000_000
-    assert tables.table_1(content).rows[1][-1] == "0.720 (differs)"
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [
         ("size=huge", "size=huge: must be one of full, smoke"),
         ("rounds=0", "rounds=0: must be a whole number, at least 1"),
         ("round=3", "did you mean rounds?"),
-        ("processes=[1]", "1 worker(s) cannot be measured; numbers from 2 to 8"),
-        ("processes=2", "processes=2: must be a list (of whole numbers"),
-        ("smoke", "smoke: cannot be read as an option; write key=value"),
+        ("processes=[1]", "processes=[1]: 1 must be a whole number, at least 2, at most 8"),
+        ("processes=2", "processes=2: must be a list"),
+        ("smoke", "smoke: is no option; write key=value"),
         (f"out={PROGRAM}/x", "is a file, and a folder is needed"),
-        (f"out={RESULTS}", "is for the full size"),
+        (f"out={RESULTS}", "a smoke run must not stand among the results"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
     option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert words in refusal(lambda: main(["size=smoke", option], ""), tmp_path, capsys)
+    assert words in refusal(lambda: cli.run(run, Options, "", (), ["size=smoke", option]), tmp_path, capsys)

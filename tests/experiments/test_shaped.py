@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from experiments.app.classifier import LitClassifier
-from experiments.benchmarks.keep import RESULTS
-from experiments.benchmarks.speech_shaped import network, of_a_linear_classifier, of_a_network
+from experiments.benchmarks.speech_shaped import of_a_linear_classifier, of_a_network
+from experiments.benchmarks.tables import RESULTS
 from experiments.data import SpeechShaped
 from experiments.harness.record import read_record
+from experiments.networks import mlp
 
 
 def small(**options: int) -> SpeechShaped:
@@ -80,7 +81,9 @@ def test_the_numbers_in_the_docstring_are_those_of_the_result_file() -> None:
 def test_it_trains_under_lightning() -> None:
     data = SpeechShaped(train_size=1000, test_size=200, features=64, classes=4, batch_size=50)
     torch.manual_seed(0)
-    module = LitClassifier(network(64, 64, 4), 4, lr=0.1, schedule="constant")
+    module = LitClassifier(
+        mlp(in_features=64, num_classes=4, width=64, output_norm=True), 4, lr=0.1, schedule="constant"
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=5,

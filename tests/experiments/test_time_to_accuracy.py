@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from experiments.harness import cli
 from experiments.harness.links.namespaces import namespaces_in_use, why_no_namespaces
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
-from experiments.links import options
-from experiments.time_to_accuracy import run, tables, worker
+from experiments.time_to_accuracy import worker
+from experiments.time_to_accuracy.run import Options
 from tests.helpers.programs import ROOT, run_program
 
 MISSING = why_no_namespaces()
@@ -21,7 +22,7 @@ MISSING = why_no_namespaces()
 @pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 def test_both_methods_train_on_equal_samples(tmp_path: Path) -> None:
     before = namespaces_in_use()
-    output = run_program(["experiments/time_to_accuracy/run.py", "size=smoke", f"output={tmp_path}"], ROOT)
+    output = run_program(["experiments/time_to_accuracy/run.py", "size=smoke", f"out={tmp_path}"], ROOT)
 
     assert "wrote" in output
     assert namespaces_in_use() == before
@@ -63,22 +64,6 @@ def test_the_clock_stands_from_validation_to_the_next_step(monkeypatch: pytest.M
     assert len(synced) == 2
 
 
-def rows() -> list[dict[str, Any]]:
-    common = {"bandwidth_gbit": 0.1, "kernel_sent_bytes": [1e6, 2e6]}
-    return [
-        {"method": "ddp", "seconds": [10.0, 20.0], "accuracy": [0.3, 0.45], **common},
-        {"method": "resist_int8", "seconds": [2.0, 4.0], "accuracy": [0.42, 0.41], **common},
-    ]
-
-
-def test_the_goal_is_what_all_reached() -> None:
-    assert tables.target(rows()) == 0.42
-    assert tables.reached(rows()[1], 0.42) == 2.0
-    assert tables.reached(rows()[1], 0.43) is None
-    assert tables.header(rows())[5] == "seconds to 42%"
-    assert tables.cells(rows())[1][1:] == ["ResIST, int8", "4.0", "2.0 MB", "41.0 %", "2.0", "10.00x"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,5 +77,5 @@ def test_the_goal_is_what_all_reached() -> None:
 )
 def test_bad_values_are_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        run.check(options.composed(run.CONFIG, "time_to_accuracy", run.Options, ["size=smoke", *arguments][-2:]))
+        cli.read(["size=smoke", *arguments][-2:], Options)
     assert message in str(raised.value)

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.links.namespaces import LinksError, Loopback, interface_bytes, terminable, undisturbed
+from experiments.harness.links.namespaces import Loopback, interface_bytes, terminable, undisturbed
+from experiments.harness.settings import Failure
 
 ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 0.01
 
 
-class WorkersFailed(RuntimeError):
+class WorkersFailed(Failure):
     """A worker failed, or the time was up; with the end of its output."""
 
 
@@ -208,14 +209,3 @@ def _environment(network: Loopback, worker: int, threads: int) -> dict[str, str]
         "GLOO_SOCKET_IFNAME": network.interface,
         "CUDA_VISIBLE_DEVICES": "",
     }
-
-
-@contextmanager
-def ended_in_one_line() -> Iterator[None]:
-    """What a program says when it is interrupted, or the links or the workers fail: one line, exit status 1."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing is left behind")
-    except (LinksError, WorkersFailed) as error:
-        sys.exit(f"error: {error}")

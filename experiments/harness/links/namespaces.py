@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.settings import Failure
+
 CONGESTION_CONTROL = "reno"
 """Of the workers' TCP. Every Linux has it and lets a namespace choose it; with bbr, the exchange of `receives_first.py`
 took 1.05 to 1.10 of bytes / bandwidth from run to run, with reno 1.05 each time."""
@@ -41,7 +43,7 @@ QUEUE_BYTES = 16 * 2**20
 """Of a shaper: more than TCP has under way, so that nothing is dropped."""
 
 
-class LinksError(RuntimeError):
+class LinksError(Failure):
     """The network could not be made; one line."""
 
 

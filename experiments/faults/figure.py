@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.faults.faults import KINDS, PLACES
-from experiments.harness.figures import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, SKY, STYLE, VERMILION
+from experiments.harness.figures import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, PURPLE, SKY, VERMILION, drawn
+from experiments.harness.tables import Content
 
 COLOURS = dict(zip(PLACES, (BLUE, SKY, GREEN, ORANGE, PURPLE, VERMILION), strict=True))
 NOTE: dict[str, Any] = {
@@ -20,13 +18,12 @@ NOTE: dict[str, Any] = {
 MARKERS = {"forked": "o", "popen": "^", "torchrun": "s"}
 
 
-def draw_seconds(path: Path, content: Mapping[str, Any]) -> Path:
+def draw_seconds(path: Path, content: Content) -> Path:
     """A row for each kind, a mark for each fault: colour by place, shape by launcher."""
     rows = [row for row in content["rows"] if row["seconds"] is not None]
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in content["rows"])]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.0 + 0.72 * len(kinds)), layout="constrained")
-        FigureCanvasAgg(figure)
+    title = f"{len(content['rows'])} faults: when the last survivor had ended"
+    with drawn(path, 11, 2.0 + 0.72 * len(kinds), title) as figure:
         axes = figure.add_subplot()
         for row in rows:
             offset = (PLACES.index(row["place"]) - (len(PLACES) - 1) / 2) * 0.12
@@ -42,18 +39,14 @@ def draw_seconds(path: Path, content: Mapping[str, Any]) -> Path:
         axes.set(xlabel="seconds from the fault to the end of the last survivor", ylim=(len(kinds) - 0.5, -0.5))
         axes.tick_params(axis="y", length=0)
         axes.grid(True, axis="x")
-        made = mpl.lines.Line2D
-        handles = [made([], [], color=COLOURS[p], marker="o", linestyle="", label=p.replace("_", "-")) for p in PLACES]
+        handles = [
+            Line2D([], [], color=COLOURS[p], marker="o", linestyle="", label=p.replace("_", "-")) for p in PLACES
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        shapes = [made([], [], color=INK, marker=MARKERS[name], linestyle="", label=name) for name in MARKERS]
+        shapes = [Line2D([], [], color=INK, marker=MARKERS[name], linestyle="", label=name) for name in MARKERS]
         figure.legend(handles=shapes, loc="outside upper right", ncols=len(shapes))
         settings = content["settings"]
         for name in ("silence", "timeout"):
             axes.axvline(settings[f"{name}_seconds"], color=GREY, linewidth=1.2, linestyle=(0, (4, 2)))
             axes.annotate(name, (settings[f"{name}_seconds"], 1), (0, 3), **NOTE)
-        figure.suptitle(
-            f"{len(content['rows'])} faults: when the last survivor had ended",
-            x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK,
-        )  # fmt: skip
-        figure.savefig(path, dpi=150)
     return path

@@ -1,0 +1,84 @@
+"""Worker processes: the group of a distributed training, and independent ones that share out cases."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import multiprocessing as torch_processes
+
+Program: TypeAlias = Callable[[int, Any], Any]
+PATIENCE = timedelta(seconds=120)
+
+
+def forked(program: Program, task: Any, workers: int) -> list[Any]:
+    """Run ``program(worker, task)`` in so many processes of one process group, of one thread each; what each returned.
+
+    Forked, so that not every worker imports torch anew: call this before anything is computed here.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="forked_") as folder:
+        arguments = (program, task, workers, folder)
+        torch_processes.start_processes(_work, arguments, nprocs=workers, daemon=True, start_method="fork")
+        return [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in range(workers)]
+
+
+def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks = {"RANK": worker, "LOCAL_RANK": worker, "NODE_RANK": 0, "WORLD_SIZE": workers}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    rank_zero_only.rank = worker  # as if Lightning had been imported with these variables
+    place = f"file://{folder}/rendezvous"  # no port that another process could take
+    dist.init_process_group("gloo", init_method=place, rank=worker, world_size=workers, timeout=PATIENCE)
+    try:
+        (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def each(cases: Sequence[Any], work: Callable[[Any], Any], jobs: int) -> Iterator[tuple[Any, Any]]:
+    """Do some work for every case, ``jobs`` at a time; gives each result as soon as it is there.
+
+    Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error goes on.
+    """
+    if min(jobs, len(cases)) < 2:
+        torch.set_num_threads(1)
+        yield from ((case, work(case)) for case in cases)
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(min(jobs, len(cases)), mp_context=context, initializer=_begin)
+    known = set(multiprocessing.active_children())
+    finished = False
+    try:
+        futures = {executor.submit(work, case): case for case in cases}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        finished = True
+    finally:
+        if not finished:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - known:
+                child.terminate()
+        executor.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
+    torch.set_num_threads(1)

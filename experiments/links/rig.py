@@ -1,0 +1,178 @@
+"""What all experiments over links have in common: their options, the network of the workers, the methods by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich.console import Console
+
+from experiments import networks
+from experiments.harness import cli
+from experiments.harness.links.namespaces import (
+    LARGEST_WORKERS,
+    LEAST_BURST_BYTES,
+    Loopback,
+    namespaces,
+    namespaces_in_use,
+    why_no_namespaces,
+)  # fmt: skip
+from experiments.harness.settings import ConfigError, option
+from resist_lightning import Config, ISTStrategy, LocalSGDStrategy, NeuronConfig, ResISTStrategy
+from resist_lightning.accounting import WIRE_FORMATS
+from resist_lightning.methods import make_layout
+
+UNSHAPED = "unshaped"
+WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
+METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ist|ddp|none")
+METHODS_IN_WORDS = f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
+LEAST_GBIT, MOST_GBIT = 0.001, 100
+NEVER = 10**9
+"""Local steps of a round that does not end: no communication."""
+
+
+@dataclass(kw_only=True)
+class Rig(cli.Command):
+    methods: list[str] = option()
+    bandwidths_gbit: list[Any] = option()
+    network: Any = option()
+    batch: int = option()
+    local_steps: int = option()
+    min_blocks: int | None = option()
+    workers: int = option(2, "one process, on one core, each", least=2, most=LARGEST_WORKERS)
+    seed: int = option(0, "0 is a seed", least=0)
+    threads: int = option(1, "of each worker; workers x threads should not exceed the cores", least=1)
+    mtu: int = option(1500, "1500 is Ethernet's", least=576, most=65535)
+    name: str | None = option(None, "of the namespaces; null draws one")
+    timeout_seconds: float = option(900.0, "for one method over one link", above=0)
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if METHOD.fullmatch(method) is None:
+                raise ConfigError(f"methods: {method!r} is not known; choose from {METHODS_IN_WORDS}")
+        check_bandwidths(self.bandwidths_gbit)
+        check_name(self.name)
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """The network can be made, and the methods can divide it."""
+        if not isinstance(self.network, dict):
+            raise ConfigError(f"network={self.network}: must have depth and width_multiplier, or depth and width")
+        neurons = networks.fully_connected(self.network)
+        wrong = [method for method in self.methods if method.startswith("resist" if neurons else "ist")]
+        if wrong:
+            reason = "residual blocks, and a fully connected network has none; take ist" if neurons else (
+                "the neurons of fully connected networks (size=ist); take resist"
+            )  # fmt: skip
+            raise ConfigError(f"methods: {wrong[0]!r} divides {reason}")
+        try:
+            with torch.device("meta"):
+                net = networks.described(self.network, num_classes=10, in_features=64)
+            make_layout(net, NeuronConfig() if neurons else Config(min_blocks=self.min_blocks), self.workers)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"network={self.network}: {error}") from error
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as plain data; without what says something of this machine only."""
+        here = ("size", "out", "name", "folder", "cache_dir")
+        return {key: value for key, value in asdict(self).items() if key not in here}
+
+
+def check_bandwidths(bandwidths: Iterable[Any]) -> None:
+    """Raise a ConfigError unless links can have all of these."""
+    for gbit in bandwidths:
+        number = isinstance(gbit, int | float) and not isinstance(gbit, bool)
+        if gbit != UNSHAPED and not (number and LEAST_GBIT <= gbit <= MOST_GBIT):
+            raise ConfigError(
+                f"bandwidths_gbit: {gbit!r} must be a number of Gbit/s from {LEAST_GBIT} to {MOST_GBIT}, or {UNSHAPED}"
+            )
+
+
+def check_name(name: str | None) -> None:
+    """Raise a ConfigError where the namespaces' name is malformed, or taken."""
+    if name is None:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,31}", name):
+        raise ConfigError(f"name={name!r} must be up to 32 letters, digits and dashes; null draws one")
+    if why_no_namespaces():
+        return
+    taken = sorted(other for other in namespaces_in_use() if re.fullmatch(rf"{re.escape(name)}-(\d+|b)", other))
+    if taken:
+        raise ConfigError(
+            f"name={name}: network namespace {taken[0]} is in use; take another name, null to draw one, or end what "
+            f"uses it and remove it (ip netns del {taken[0]})"
+        )
+
+
+@contextmanager
+def network(
+    workers: int,
+    bandwidths: Iterable[Any],
+    *,
+    name: str | None = None,
+    mtu: int = 1500,
+    least_burst: int = LEAST_BURST_BYTES,
+) -> Iterator[tuple[Loopback, list[float | None]]]:
+    """The workers' network, and which of the bandwidths it can have (None: unshaped); says what is missing.
+
+    Args:
+        workers: how many there are.
+        bandwidths: that are wanted.
+        name: of the namespaces; None draws one.
+        mtu: largest packet of the links, in bytes.
+        least_burst: bytes of a shaper's bucket, at least; small against what is sent at once.
+    """
+    missing = why_no_namespaces()
+    if missing:
+        Console(stderr=True).print(
+            f"[yellow]No shaped links: {missing}.[/] Only the unshaped row is measured, over the loopback, without the "
+            "kernel's byte counts."
+        )
+        yield Loopback(workers), [None]
+        return
+    with namespaces(workers, name or "", mtu, least_burst) as made:
+        yield made, [gbit_of(entry) for entry in bandwidths]
+
+
+def gbit_of(entry: Any) -> float | None:
+    """An entry of ``bandwidths_gbit``; None for unshaped links."""
+    return None if entry == UNSHAPED else float(entry)
+
+
+def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> Strategy:
+    """The strategy of a method.
+
+    Args:
+        method: a name that `METHOD` knows; ``none`` is a sub-network without communication.
+        settings: those of a `Rig`.
+        local_steps: local steps per round; DDP has no rounds.
+    """
+    found = METHOD.fullmatch(method)
+    assert found is not None
+    limit = timedelta(seconds=settings["timeout_seconds"])
+    if method == "ddp":
+        return DDPStrategy(process_group_backend="gloo", timeout=limit)
+    options: dict[str, Any] = {"process_group_backend": "gloo", "timeout": limit}
+    if found["wire"]:
+        options["wire"] = found["wire"]
+    if found["base"] == "local_sgd":
+        return LocalSGDStrategy(local_steps=local_steps, **options)
+    options |= {"local_steps": NEVER if method == "none" else local_steps, "seed": settings["seed"]}
+    if networks.fully_connected(settings["network"]):
+        return ISTStrategy(**options)
+    return ResISTStrategy(min_blocks=settings["min_blocks"], **options)
+
+
+def make_trainer(strategy: Strategy, workers: int, **settings: Any) -> L.Trainer:
+    """A quiet trainer of one worker, whose peers are hosts of their own."""
+    return L.Trainer(
+        strategy=strategy, accelerator="cpu", devices=1, num_nodes=workers, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **settings,
+    )  # fmt: skip

@@ -1,0 +1,243 @@
+"""Trainings that are compared on equal samples: the common order of the examples, and the methods in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from experiments.data.arrays import Examples
+from experiments.data.module import ArrayData, Transform
+from resist_lightning import NeuronSimulator, Simulator
+from resist_lightning.config import NormPolicy
+
+NORMS: tuple[NormPolicy, ...] = ("recalibrate", "running", "batch")
+LARGEST_WORKERS = 8
+"""Samples are counted in steps of this many workers, so that all methods see exactly the same number."""
+EVALUATED = 256
+"""Examples of an evaluation step; matters to statistics of each batch."""
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Stream(Generic[Examples]):
+    """The examples of all workers, as one endless shuffled stream.
+
+    Local step t of S workers takes the next S batches of the stream, one per worker, so that after equal samples all
+    methods have seen the same ones. Crops and flips depend on seed, step and worker only: a real process draws what
+    the simulator draws for it.
+
+    Args:
+        examples: of the training.
+        transform: augmentation and normalisation of a batch.
+        batch_size: examples per worker and step.
+        seed: of order and augmentation; 0 is a seed.
+    """
+
+    examples: Examples
+    transform: Transform[Examples]
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Whole steps per pass, for any number of workers that is compared."""
+        step = self.batch_size * LARGEST_WORKERS
+        self.pass_length = len(self.examples.labels) // step * step
+        self._pass = -1
+        self._order = torch.empty(0)
+
+    def batch(self, step: int, worker: int, workers: int) -> tuple[Tensor, Tensor]:
+        """Batch of ``worker`` in local step ``step``, from 0."""
+        start = (step * workers + worker) * self.batch_size
+        number, place = divmod(start, self.pass_length)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self.seed * 10_000 + number)
+            self._pass, self._order = number, torch.randperm(len(self.examples.labels), generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 1_000_003 + step) * LARGEST_WORKERS + worker)
+            return self.transform(self.examples.take(self._order[place : place + self.batch_size]))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The examples of a study: those to train on with their transforms, and the others ready to evaluate."""
+
+    examples: Any
+    augmented: Transform[Any]
+    plain: Transform[Any]
+    holdout: Batches
+    test: Batches
+
+    @classmethod
+    def of(cls, module: ArrayData[Any]) -> Prepared:
+        """Read the examples of a data module."""
+        module.setup("fit")
+        module.setup("test")
+        return cls.made(module.parts, module.training_transform, module.evaluation_transform, EVALUATED)
+
+    @classmethod
+    def made(cls, parts: dict[str, Any], augmented: Transform[Any], plain: Transform[Any], size: int) -> Prepared:
+        """From examples; those of an evaluation are shuffled, always in the same way.
+
+        A folder is sorted by class, and batch statistics of one class mislead.
+        """
+
+        def batches(examples: Any) -> Batches:
+            order = torch.randperm(len(examples.labels), generator=torch.Generator().manual_seed(0))
+            return [plain(examples.take(chosen)) for chosen in order.split(size)]
+
+        return cls(parts["train"], augmented, plain, batches(parts["val"]), batches(parts["test"]))
+
+    def stream(self, batch: int, seed: int, *, augment: bool = True) -> Stream[Any]:
+        """The training examples in the order of a seed."""
+        return Stream(self.examples, self.augmented if augment else self.plain, batch, seed)
+
+    def accuracies(self, model: nn.Module) -> dict[str, float]:
+        """On the hold-out and on the test examples, in per cent."""
+        training = model.training
+        found = {"holdout": accuracy(model, self.holdout), "test": accuracy(model, self.test)}
+        model.train(training)
+        return found
+
+
+class DataParallel:
+    """DDP with S workers, in one process: gradients are the mean of S shards, batch statistics each shard's own.
+
+    As in torch's DDP, the running statistics are those of worker 0, broadcast before every step.
+
+    Args:
+        module: the network; it is trained in place.
+        optimizer: its optimizer.
+        workers: number of shards; 1 is ordinary training.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, workers: int) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.workers = workers
+
+    def step(self, batches: Batches, lr: float) -> None:
+        """One step of all workers."""
+        set_rate(self.optimizer, lr)
+        self.module.train()
+        self.optimizer.zero_grad()
+        for number in reversed(range(self.workers)):  # worker 0 last: its statistics stay
+            before = [buffer.clone() for buffer in self.module.buffers()] if number else []
+            x, y = batches[number]
+            (nn.functional.cross_entropy(self.module(x), y) / self.workers).backward()
+            for buffer, value in zip(self.module.buffers(), before, strict=False):
+                buffer.copy_(value)
+        self.optimizer.step()
+
+    def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
+        """A copy of the network; it has one kind of statistics and no scale."""
+        return copy.deepcopy(self.module)
+
+
+class Simulated:
+    """Local SGD, ResIST or IST with S workers, on one of the package's simulators."""
+
+    def __init__(self, simulator: Simulator | NeuronSimulator) -> None:
+        self.simulator: Any = simulator
+
+    def step(self, batches: Batches, lr: float) -> None:
+        """One local step of all workers."""
+        for worker, (x, y) in zip(self.simulator.workers, batches, strict=True):
+            (optimizer,) = worker.optimizers
+            set_rate(optimizer, lr)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(worker.module.train()(x), y).backward()
+            optimizer.step()
+        self.simulator.after_step()
+
+    def full_model(self, batch_norm: NormPolicy | None = None, **more: Any) -> nn.Module:
+        """As the simulator's own."""
+        return self.simulator.full_model(batch_norm, **more)
+
+    def policies(self, test: Batches) -> dict[str, float]:
+        """Test accuracy of the same training by batch-norm policy and test-time scale."""
+        simulator = self.simulator
+        scales = {"held share": simulator.scale, "1/S": 1 / len(simulator.workers), "none": 1.0}
+        found = {
+            (norm, scale): accuracy(self.full_model(norm, scale=scale), test)
+            for norm in NORMS
+            for scale in set(scales.values())
+        }
+        return {f"{norm}, {label}": found[norm, scale] for norm in NORMS for label, scale in scales.items()}
+
+
+Trainer = DataParallel | Simulated
+
+
+def make_optimizer(module: nn.Module, lr: float) -> torch.optim.SGD:
+    """The paper's: momentum 0.9, weight decay 5e-4."""
+    return torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def steps_of(samples: int, batch: int, workers: int) -> int:
+    """Local steps of each worker; equal samples for all numbers of workers."""
+    return samples // (batch * LARGEST_WORKERS) * LARGEST_WORKERS // workers
+
+
+def rate(lr: float, step: int, steps: int) -> float:
+    """A tenth from half of the steps on, a hundredth from three quarters on, as in the paper."""
+    return lr * (1 if step < steps / 2 else 0.1 if step < steps * 3 / 4 else 0.01)
+
+
+def stops(steps: int, evaluations: int) -> frozenset[int]:
+    """After which steps a training is evaluated, at equal distances; the last one is among them."""
+    return frozenset(max(1, steps * number // evaluations) for number in range(1, evaluations + 1))
+
+
+def train(
+    trainer: Trainer,
+    stream: Stream[Any],
+    workers: int,
+    rates: Iterable[float],
+    after_step: Callable[[Trainer, int], Trainer | None] = lambda trainer, done: None,
+) -> Trainer:
+    """Train with these learning rates, one for each local step.
+
+    Args:
+        trainer: what trains.
+        stream: the examples.
+        workers: how many there are.
+        rates: of each local step.
+        after_step: is told what trains and how many local steps are done; what it returns trains on.
+    """
+    for step, lr in enumerate(rates):
+        trainer.step([stream.batch(step, worker, workers) for worker in range(workers)], lr)
+        trainer = after_step(trainer, step + 1) or trainer
+    return trainer
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of right answers, in per cent."""
+    model.eval()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    return 100 * right / sum(len(y) for _, y in batches)
+
+
+class Module(L.LightningModule):
+    """A network in the least LightningModule, for experiments that look at time, bytes and files."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.net, 0.01)
