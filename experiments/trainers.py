@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.data.arrays import Examples
 from experiments.data.module import ArrayData, Transform
 from resist_lightning import NeuronSimulator, Simulator
-from resist_lightning.config import NormPolicy
+from resist_lightning.methods.config import NormPolicy
 
 NORMS: tuple[NormPolicy, ...] = ("recalibrate", "running", "batch")
 LARGEST_WORKERS = 8

@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import lightning as L
 import torch
@@ -25,7 +26,7 @@ from experiments.app import schema
 from experiments.app.classifier import LitClassifier
 from experiments.data.module import Loading
 from experiments.harness.settings import WORDS, ConfigError, Limit, check_keys, check_value, unknown_key
-from resist_lightning.methods import make_layout
+from resist_lightning.engine.registry import make_layout
 from resist_lightning.models import PreActResNet
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -225,13 +226,17 @@ def _check_section(node: Any, prefix: str) -> None:
         if isinstance(nested, DictConfig) and nested.get("_target_") == "datetime.timedelta":
             check_keys(nested, schema.Duration, f"{prefix}.{key}")
             continue
-        hint = arguments.get(key)
-        if get_origin(hint) is Literal:
-            check_value(f"{prefix}.{key}", node, key, str, Limit({}, get_args(hint)))
-        elif all(getattr(member, "__name__", "") in WORDS for member in get_args(hint) or (hint,)):
-            check_value(f"{prefix}.{key}", node, key, hint, Limit({}))
-        else:
-            check_value(f"{prefix}.{key}", node, key, Any, Limit({}))
+        _check_type(f"{prefix}.{key}", node, key, arguments.get(key, Any))
+
+
+def _check_type(full_key: str, node: DictConfig, key: str, hint: Any) -> None:
+    """Plain types and choices are checked here; what else a value must be, its target says itself."""
+    if get_origin(hint) is Literal:
+        check_value(full_key, node, key, str, Limit({}, get_args(hint)))
+        return
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = all(getattr(member, "__name__", "") in WORDS for member in members)
+    check_value(full_key, node, key, hint if plain else Any, Limit({}))
 
 
 def _arguments(target: str, prefix: str = "model") -> tuple[dict[str, Any], bool]:

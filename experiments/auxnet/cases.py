@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from experiments.harness.study import Case as AnyCase
 from experiments.links.rig import gbit_of
-from resist_lightning.config import StageConfig
+from resist_lightning.methods.auxnet.config import StageConfig
 
 AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"

@@ -20,8 +20,8 @@ from experiments.auxnet.cases import Case, settings_of
 from experiments.harness.memory import held_bytes
 from experiments.trainers import Prepared, accuracy, make_optimizer, set_rate
 from resist_lightning import Engine, StageConfig
-from resist_lightning.auxnet.chain import find_chain
-from resist_lightning.auxnet.guesses import NetworkGuesses, StoredGuesses
+from resist_lightning.methods.auxnet.network.chain import find_chain
+from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 

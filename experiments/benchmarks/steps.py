@@ -20,7 +20,7 @@ from experiments.app.quiet import hush
 from experiments.harness.memory import held_bytes, resident_bytes
 from experiments.trainers import Module, make_optimizer
 from resist_lightning import Config, Engine, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.headers import Purpose
+from resist_lightning.checks.header import Purpose
 from resist_lightning.models import PreActResNet, preact_resnet
 
 NEVER = 10**6
@@ -84,7 +84,7 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     sync, hashes, search = defaultdict(list), defaultdict(list), []
     for _ in range(settings["turns"] + 2):  # the first two warm up
         for check, engine in engines.items():
-            watch, equal = engine._meeting.soundness, engine._sync.equal(engine.clock.round)
+            watch, equal = engine._handshake.divergence, engine._sync.replicated_tensors(engine.clock.round)
             dist.barrier()
             sync[check].append(seconds_of(engine.after_step))
             if check != "off":

@@ -28,7 +28,7 @@ from experiments.harness.settings import ConfigError, option
 from experiments.harness.tables import show
 from experiments.links import tables
 from experiments.links.rig import LEAST_GBIT, MOST_GBIT
-from resist_lightning.collective import GroupCollective
+from resist_lightning.comm.torch_collective import GroupCollective
 
 Way = Callable[[Tensor, Tensor, int], None]
 

@@ -26,8 +26,8 @@ from experiments.harness.links.namespaces import (
 )  # fmt: skip
 from experiments.harness.settings import ConfigError, option
 from resist_lightning import Config, ISTStrategy, LocalSGDStrategy, NeuronConfig, ResISTStrategy
-from resist_lightning.accounting import WIRE_FORMATS
-from resist_lightning.methods import make_layout
+from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.engine.registry import make_layout
 
 UNSHAPED = "unshaped"
 WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]

@@ -28,8 +28,8 @@ from experiments.links.closed_form import closed_form
 from experiments.links.rig import make_strategy, make_trainer
 from experiments.networks import described, fully_connected
 from experiments.trainers import Module
-from resist_lightning.engine import Engine
-from resist_lightning.verbs import Collective
+from resist_lightning.comm.collective import Collective
+from resist_lightning.engine.engine import Engine
 
 CIFAR, SPEECH = ((3, 32, 32), 10), ((4096,), 35)
 """Shape and classes of the examples: CIFAR's, and those of Speech Commands, as IST's paper has it."""

@@ -33,9 +33,9 @@ from experiments.unequal import tables
 from experiments.unequal.figure import draw_steps
 from experiments.unequal.quota import quotas, why_no_quota
 from resist_lightning import Config, Engine
+from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, slowest
 from resist_lightning.models import PreActResNet
-from resist_lightning.partition import blocks_per_worker
-from resist_lightning.shares import MEASURED_ROUNDS, Cost, slowest
+from resist_lightning.schedule.partition import blocks_per_worker
 
 FIRST = {"equal": 1, "auto": 1 + MEASURED_ROUNDS + 1}
 """The first round that counts: the caches are warm, and the shares are what they stay."""
@@ -90,7 +90,7 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
     schedule = engine.layout.schedule
     engine.finish()
     costs = [{"shared": cost.shared, "block": cost.block} for cost in schedule.costs()]
-    return {"shares": shares, "rounds": seen, "table": schedule.table(), "costs": costs}
+    return {"shares": shares, "rounds": seen, "table": schedule.state_dict(), "costs": costs}
 
 
 def work(worker: int, settings: dict[str, Any]) -> list[dict[str, Any]]:

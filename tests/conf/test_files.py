@@ -31,8 +31,10 @@ GROUPS = {
     "strategy", "model", "data", "trainer", "callbacks", "logger", "experiment", "debug", "hparams_search",
 }  # fmt: skip
 NEEDED = {
-    "data/image_folder": ["data.folder=."],
-    "experiment/cifar10_jpeg": ["data.folder=."],
+    "data/image_folder": ["data.folder=images"],
+    "data/speech_commands": ["model=mlp", "strategy=ist"],
+    "data/speech_shaped": ["model=mlp", "strategy=ist"],
+    "experiment/cifar10_jpeg": ["data.folder=images"],
     "strategy/ist": ["model=mlp"],
     "model/mlp": ["strategy=ist"],
 }

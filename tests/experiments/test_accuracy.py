@@ -18,7 +18,7 @@ from experiments.harness import cli
 from experiments.harness.record import read_record
 from experiments.networks import OpenResNet
 from experiments.trainers import DataParallel, Stream, make_optimizer, train
-from resist_lightning.blocks import select_blocks
+from resist_lightning.methods.resist.network import select_blocks
 
 SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
 TRAINED = [name for name in NAMES if name != "check"]

@@ -22,7 +22,7 @@ from experiments.harness import cli
 from experiments.harness.record import read_record
 from experiments.harness.tables import chosen
 from experiments.networks import SmallImageResNet, layers
-from resist_lightning.blocks import find_blocks
+from resist_lightning.methods.residual import find_blocks
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, refusal, run_program
 

@@ -25,7 +25,7 @@ from experiments.faults.training import ROUNDS, Settings
 from experiments.harness import cli
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
-from resist_lightning.files import write_sealed
+from resist_lightning.checkpoint.files import write_sealed
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, run_program
 
