@@ -50,11 +50,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
-    """The configuration that a checkpoint was trained with.
-
-    Raises:
-        ConfigError: no ``.hydra/config.yaml`` in the run folder, or in any folder above the checkpoint.
-    """
+    """The configuration that a checkpoint was trained with."""
     folders = [Path(run_dir)] if run_dir else list(checkpoint.resolve().parents)
     for folder in folders:
         stored = folder / ".hydra" / "config.yaml"
@@ -113,11 +109,7 @@ def evaluate(
 
 
 def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:
-    """The strategy of the training, with the settings that this command line changes.
-
-    Raises:
-        ConfigError: another strategy than that of the training.
-    """
+    """The strategy of the training, with the settings that this command line changes."""
     if wanted._target_ != trained._target_:
         asked, own = map(strategy_name, (wanted, trained))
         raise ConfigError(f"strategy={asked}: this run was trained with {own}; set strategy={own} or single")

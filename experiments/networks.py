@@ -30,9 +30,6 @@ def torchvision_resnet(
             CIFAR).
         pretrained: start from torchvision's ImageNet weights; needs num_classes=1000, 3 channels and the
             usual stem.
-
-    Raises:
-        ValueError: an unknown name, or pretrained weights that do not fit.
     """
     if name not in RESNETS:
         raise ValueError(f"name={name} must be one of {', '.join(RESNETS)} (resnet18 is the smallest)")
@@ -74,9 +71,6 @@ def mlp(
         norm: after each hidden layer: ``batch`` (the paper's), ``layer`` or ``none``.
         output_norm: a batch norm without parameters on the outputs, as in the paper.
         dropout: share of the hidden neurons that a training step leaves out.
-
-    Raises:
-        ValueError: a number or name outside its limits.
     """
     if depth < 2:
         raise ValueError(f"depth={depth} must be at least 2: linear layers; 2 and 3 are the paper's")
@@ -185,9 +179,6 @@ class SmallImageResNet(nn.Module):
         width: channels of the first section; the second has twice, the third four times as many.
         num_classes: outputs of the head.
         in_channels: channels of the images.
-
-    Raises:
-        ValueError: a number outside its limits.
     """
 
     def __init__(self, blocks: int, width: int = 16, *, num_classes: int = 10, in_channels: int = 3) -> None:
@@ -229,12 +220,7 @@ def fully_connected(network: Mapping[str, Any]) -> bool:
 def described(
     network: Mapping[str, Any], *, num_classes: int, in_channels: int | None = 3, in_features: int | None = None
 ) -> nn.Module:
-    """The network of options: ``depth`` and ``width_multiplier`` for images, ``depth`` and ``width`` for features.
-
-    Raises:
-        ValueError: other options.
-        TypeError: unknown ones.
-    """
+    """The network of options: ``depth`` and ``width_multiplier`` for images, ``depth`` and ``width`` for features."""
     if fully_connected(network):
         assert in_features is not None
         return mlp(in_features=in_features, num_classes=num_classes, **network)

@@ -42,7 +42,7 @@ def main() -> None:
     data = Digits(batch_size=32)
     data.setup("fit")
     data.setup("test")
-    images = ArrayDataset(data.train_images)
+    images = ArrayDataset(data.parts["train"])
     sampler = DistributedSampler(images, seed=0, drop_last=True)
     loader = DataLoader(images, batch_size=32, sampler=sampler, collate_fn=data.training_transform)
 

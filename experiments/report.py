@@ -40,9 +40,6 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
 
     Returns:
         The results, as in ``results.json``.
-
-    Raises:
-        ValueError: the folder is not that of a finished run.
     """
     results = collect(folder)
     write_results(folder, results)

@@ -53,9 +53,6 @@ def run(cfg: DictConfig) -> float:
 
     Returns:
         Test accuracy of the full model, 0 to 1; not a number in processes that do not report.
-
-    Raises:
-        ConfigError: what only the model, the data or the devices can tell is impossible.
     """
     L.seed_everything(cfg.seed, workers=True)
     torch.set_float32_matmul_precision("high")

@@ -31,18 +31,12 @@ class Stream(Generic[Examples]):
     Local step t of S workers takes the next S batches of the stream, one per worker, so that after equal samples all
     methods have seen the same ones. Crops and flips depend on seed, step and worker only: a real process draws what
     the simulator draws for it.
-
-    Args:
-        examples: of the training.
-        transform: augmentation and normalisation of a batch.
-        batch_size: examples per worker and step.
-        seed: of order and augmentation; 0 is a seed.
     """
 
-    examples: Examples
-    transform: Transform[Examples]
-    batch_size: int
-    seed: int
+    examples: Examples  # of the training
+    transform: Transform[Examples]  # augmentation and normalisation of a batch
+    batch_size: int  # examples per worker and step
+    seed: int  # of order and augmentation; 0 is a seed
 
     def __post_init__(self) -> None:
         """Whole steps per pass, for any number of workers that is compared."""

@@ -25,31 +25,18 @@ PARTITIONED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training.
+    """One training."""
 
-    Args:
-        method: single, ddp, local_sgd or resist.
-        workers: number of workers.
-        seed: of weights, order, augmentation and partitions.
-        lr: initial learning rate.
-        local_steps: local steps per round; 0 where there are no rounds.
-        min_blocks: least blocks per worker.
-        momentum: policy at a sync.
-        wire: what a number is on the wire.
-        network: preact, open_pre or open_post.
-        blocks: a key of `PARTITIONED`.
-    """
-
-    method: str
-    workers: int
-    seed: int
-    lr: float
-    local_steps: int = 0
-    min_blocks: int = 0
-    momentum: str = "reset"
-    wire: str = "fp32"
-    network: str = "preact"
-    blocks: str = "paper"
+    method: str  # single, ddp, local_sgd or resist
+    workers: int  # number of workers
+    seed: int  # of weights, order, augmentation and partitions
+    lr: float  # initial learning rate
+    local_steps: int = 0  # local steps per round; 0 where there are no rounds
+    min_blocks: int = 0  # least blocks per worker
+    momentum: str = "reset"  # policy at a sync
+    wire: str = "fp32"  # what a number is on the wire
+    network: str = "preact"  # preact, open_pre or open_post
+    blocks: str = "paper"  # a key of `PARTITIONED`
 
 
 def config_of(case: Case) -> Config:

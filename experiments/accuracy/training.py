@@ -31,11 +31,7 @@ from resist_lightning import Simulator
 
 @lru_cache(maxsize=1)
 def prepared(options: Any) -> Prepared:
-    """Read the images; a folder is decoded once into its cache.
-
-    Raises:
-        ConfigError: a folder that cannot be read, or too few images for one step of the most workers.
-    """
+    """Read the images; a folder is decoded once into its cache."""
     try:
         module = _module(options)
         module.prepare_data()

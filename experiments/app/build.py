@@ -42,9 +42,6 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     Args:
         cfg: the composed configuration.
         sweep: whether it is one job of a sweep.
-
-    Raises:
-        ConfigError: at the first value that is impossible.
     """
     cfg = _with_folder(cfg)
     check_keys(cfg, schema.Train, "")
@@ -75,11 +72,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
 
 
 def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
-    """Check everything that ``evaluate.py`` is told directly; the rest comes from the run.
-
-    Raises:
-        ConfigError: at the first value that is impossible.
-    """
+    """Check everything that ``evaluate.py`` is told directly; the rest comes from the run."""
     if OmegaConf.is_missing(cfg, "ckpt_path"):
         raise ConfigError("ckpt_path is missing: name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt")
     cfg = _with_folder(cfg)
@@ -129,11 +122,7 @@ def build_data(section: DictConfig, *, check: bool = True) -> Any:
 
 
 def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
-    """The network that fits the data, in a plain LightningModule.
-
-    Raises:
-        ConfigError: a network that asks for what the data do not have, such as channels of images.
-    """
+    """The network that fits the data, in a plain LightningModule."""
     wanted = [name for name in GIVEN if name in _arguments(cfg.model._target_)[0]]
     for name in ["num_classes", *wanted]:
         if name == "in_channels" and not hasattr(data, name) and hasattr(data, "in_features"):

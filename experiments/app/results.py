@@ -64,11 +64,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """The results of a run.
-
-    Raises:
-        ValueError: the folder is not that of a finished run.
-    """
+    """The results of a run."""
     run = read_json(folder, RUN_FILE)
     if run is None:
         raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")

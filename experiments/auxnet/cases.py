@@ -45,46 +45,28 @@ def title(method: str, schedule: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a task is.
+    """How large a task is."""
 
-    Args:
-        blocks: residual blocks of each of the three sections.
-        width: channels of the first section.
-        batch: images per step, of all workers: they all see the same.
-        epochs: passes over the training images.
-        limit: training images of each class before the hold-out is taken; None for all.
-        limit_test: test images of each class; None for all.
-        cuts: for each number of workers, behind which modules the network is cut.
-    """
-
-    blocks: int
-    width: int
-    batch: int
-    epochs: int
-    limit: int | None
-    limit_test: int | None
-    cuts: Mapping[int, tuple[str, ...]]
+    blocks: int  # residual blocks of each of the three sections
+    width: int  # channels of the first section
+    batch: int  # images per step, of all workers: they all see the same
+    epochs: int  # passes over the training images
+    limit: int | None  # training images of each class before the hold-out is taken; None for all
+    limit_test: int | None  # test images of each class; None for all
+    cuts: Mapping[int, tuple[str, ...]]  # for each number of workers, behind which modules the network is cut
 
 
 @dataclass(frozen=True)
 class Task:
-    """Images and a network.
+    """Images and a network."""
 
-    Args:
-        title: in words.
-        images: ``digits`` (scikit-learn's), ``folder`` (the command line names it) or ``random`` (for timing only).
-        pixels: height and width of an image.
-        holdout: share of the training images that is kept from training; settings are chosen by it.
-        lr: initial learning rate.
-        scales: by size of the study.
-    """
-
-    title: str
+    title: str  # in words
+    # ``digits`` (scikit-learn's), ``folder`` (the command line names it) or ``random`` (for timing only)
     images: Literal["digits", "folder", "random"]
-    pixels: int
-    holdout: float
-    lr: float
-    scales: Mapping[str, Scale]
+    pixels: int  # height and width of an image
+    holdout: float  # share of the training images that is kept from training; settings are chosen by it
+    lr: float  # initial learning rate
+    scales: Mapping[str, Scale]  # by size of the study
 
 
 def _smoke(batch: int = 8) -> Scale:
@@ -131,52 +113,30 @@ ALL = {**TASKS, **TIMED}
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training. What a method does not have is None.
+    """One training. What a method does not have is None."""
 
-    Args:
-        task: a key of `ALL`.
-        method: serial, pipeline, `SERIAL_STAGES`, `HYBRID`, or one of `AUXNET`.
-        workers: number of processes, of one thread each.
-        seed: of weights, order and augmentation.
-        lr: learning rate at the start.
-        augment: whether images are cropped and mirrored at random; off where guesses are stored.
-        beta: weight of the penalty.
-        aux_width: channels of the auxiliary networks.
-        aux_learning_rate: of the auxiliary networks, at the start.
-        warmup_steps: first steps, of plain back-propagation through the workers.
-        serial_every: after them, steps from one of back-propagation to the next.
-        lambda_step: step of the guess; None takes the default for the number of workers.
-        multiplier_every: steps between two updates of the multipliers.
-        schedule: of the pipeline.
-        micro_batches: of the pipeline, in a step.
-    """
-
-    task: str
-    method: str
-    workers: int
-    seed: int
-    lr: float
-    augment: bool = True
-    beta: float | None = None
-    aux_width: int | None = None
-    aux_learning_rate: float | None = None
-    warmup_steps: int | None = None
-    serial_every: int | None = None
-    lambda_step: float | None = None
-    multiplier_every: int | None = None
-    schedule: str | None = None
-    micro_batches: int | None = None
+    task: str  # a key of `ALL`
+    method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, or one of `AUXNET`
+    workers: int  # number of processes, of one thread each
+    seed: int  # of weights, order and augmentation
+    lr: float  # learning rate at the start
+    augment: bool = True  # whether images are cropped and mirrored at random; off where guesses are stored
+    beta: float | None = None  # weight of the penalty
+    aux_width: int | None = None  # channels of the auxiliary networks
+    aux_learning_rate: float | None = None  # of the auxiliary networks, at the start
+    warmup_steps: int | None = None  # first steps, of plain back-propagation through the workers
+    serial_every: int | None = None  # after them, steps from one of back-propagation to the next
+    lambda_step: float | None = None  # step of the guess; None takes the default for the number of workers
+    multiplier_every: int | None = None  # steps between two updates of the multipliers
+    schedule: str | None = None  # of the pipeline
+    micro_batches: int | None = None  # of the pipeline, in a step
 
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """A training whose workers are joined by links.
+    """A training whose workers are joined by links."""
 
-    Args:
-        bandwidth_gbit: of the links; None for unshaped ones, and where there is one worker.
-    """
-
-    bandwidth_gbit: float | None = None
+    bandwidth_gbit: float | None = None  # of the links; None for unshaped ones, and where there is one worker
 
 
 SETTINGS = (

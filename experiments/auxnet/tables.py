@@ -9,7 +9,8 @@ from statistics import mean
 from experiments.auxnet import link_tables, sweep_tables
 from experiments.auxnet.cases import ALL, AUXNET, HYBRID, SWEEP_WORKERS, TITLES, stored, title
 from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up
-from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, page_tables, seeds, spread
+from experiments.auxnet.link_tables import methods_of
+from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, machine, page_tables, seeds, spread
 from experiments.harness.words import bytes_in_words
 from experiments.networks import layers
 
@@ -28,24 +29,20 @@ def kinds(rows: Rows) -> Iterator[tuple[str, str, int, bool, Rows]]:
         )  # fmt: skip
 
 
+def _alone(content: Content, own: Rows) -> Rows:
+    """One process with the same augmentation: the fair baseline of a method that must do without."""
+    case = own[0]["case"]
+    return chosen(content["rows"], task=case["task"], method="serial", augment=case["augment"])
+
+
 def accuracy(content: Content) -> Grid:
-    """Against one process with the same seeds and augmentation, the fair baseline of a method that must do without."""
+    """Against one process with the same seeds and augmentation."""
     lines = []
     for task, method, workers, augment, own in kinds(content["rows"]):
-        alone = chosen(content["rows"], task=task, method="serial", augment=augment)
-        serial = {row["case"]["seed"]: row["last"] for row in alone}
+        serial = {row["case"]["seed"]: row["last"] for row in _alone(content, own)}
         behind = [row["last"] - serial[row["case"]["seed"]] for row in own if row["case"]["seed"] in serial]
-        lines.append(
-            [
-                task,
-                title(method),
-                str(workers),
-                "yes" if augment else "no",
-                spread(row["last"] for row in own),
-                "-" if method == "serial" or not behind else f"{mean(behind):+.2f}",
-                str(len(own)),
-            ]
-        )
+        start = [task, title(method), str(workers), "yes" if augment else "no", spread(row["last"] for row in own)]
+        lines.append([*start, "-" if method == "serial" or not behind else f"{mean(behind):+.2f}", str(len(own))])
     header = ["task", "method", "K", "augmentation", "test, %", "against one process, points", "n"]
     return Grid("Test accuracy of the full model", header, lines)
 
@@ -55,19 +52,11 @@ def speed(content: Content) -> Grid:
     for task, method, workers, augment, own in kinds(content["rows"]):
         if workers == 1 and method != "serial":
             continue
-        alone = chosen(content["rows"], task=task, method="serial", augment=augment)
-        epochs = [row["step_seconds"] * row["steps_per_epoch"] for row in own]
-        lines.append(
-            [
-                task,
-                title(method),
-                f"{workers} (oversubscribed)" if workers > cores else str(workers),
-                "yes" if augment else "no",
-                f"{mean(epochs):.2f}",
-                *speed_ups(own, alone),
-                f"{mean(row['training_seconds'] for row in own):.1f}",
-            ]
-        )
+        epoch = mean(row["step_seconds"] * row["steps_per_epoch"] for row in own)
+        many = f"{workers} (oversubscribed)" if workers > cores else str(workers)
+        start = [task, title(method), many, "yes" if augment else "no", f"{epoch:.2f}"]
+        trained = mean(row["training_seconds"] for row in own)
+        lines.append([*start, *speed_ups(own, _alone(content, own)), f"{trained:.1f}"])
     header = ["task", "method", "K", "augmentation", "seconds per epoch", "speed-up, measured", "predicted"]
     return Grid("Seconds", [*header, "seconds of training, warm-up included"], lines)
 
@@ -80,19 +69,12 @@ def sizes(content: Content) -> Grid:
             continue
         row = own[0]
         counted = [sent for sent in row["sent_by_step"] if sent is not None]
-        lines.append(
-            [
-                task,
-                title(method),
-                str(workers),
-                f"{sum(row['parameters']):,}",
-                bytes_in_words(max(row["held_bytes"])),
-                bytes_in_words(max(row["held_by_formula"])),
-                bytes_in_words(max(row["stored_bytes"])) if stored(method) else "-",
-                bytes_in_words(max(counted)) if counted and workers > 1 else "-",
-                bytes_in_words(max(row["sent_by_formula"])) if workers > 1 else "-",
-            ]
-        )
+        held = [bytes_in_words(max(row[key])) for key in ("held_bytes", "held_by_formula")]
+        kept = bytes_in_words(max(row["stored_bytes"])) if stored(method) else "-"
+        sent = bytes_in_words(max(counted)) if counted and workers > 1 else "-"
+        formula = bytes_in_words(max(row["sent_by_formula"])) if workers > 1 else "-"
+        start = [task, title(method), str(workers), f"{sum(row['parameters']):,}"]
+        lines.append([*start, *held, kept, sent, formula])
     header = ["task", "method", "K", "parameters", "held: live", "held: by formula", "stored guesses"]
     return Grid("Bytes of a worker, the most", [*header, "sent per step: counted", "by formula"], lines)
 
@@ -103,19 +85,10 @@ def explanation(content: Content) -> Grid:
     for task, method, workers, _, own in kinds(content["rows"]):
         if method not in (*AUXNET, HYBRID) or workers == 1:
             continue
-        mismatches = [row["mismatch"] or [] for row in own]
-        lines.append(
-            [
-                task,
-                title(method),
-                str(workers),
-                spread(row["last"] for row in own),
-                spread(row["running"] for row in own if row["running"] is not None),
-                spread(row["aux_fed"] for row in own if row["aux_fed"] is not None),
-                ", ".join(f"{mean(boundary):.2f}" for boundary in zip(*mismatches, strict=True)) or "-",
-                str(len(own)),
-            ]
-        )
+        found = [spread(row[key] for row in own if row[key] is not None) for key in ("last", "running", "aux_fed")]
+        mismatches = zip(*(row["mismatch"] or [] for row in own), strict=True)
+        wrong = ", ".join(f"{mean(boundary):.2f}" for boundary in mismatches) or "-"
+        lines.append([task, title(method), str(workers), *found, wrong, str(len(own))])
     header = ["task", "method", "K", "stages in sequence, %", "with running statistics, %"]
     header += ["last stage fed by its auxiliary network, %", "mismatch per boundary", "n"]
     return Grid("Where accuracy is lost", header, lines)
@@ -144,34 +117,24 @@ def speed_ups(own: Rows, alone: Rows) -> list[str]:
 
 
 def timing(content: Content) -> Grid:
-    rows, size, lines = content["rows"], content["settings"]["size"], []
-    for task in distinct(rows, "task"):
-        scale = ALL[task].scales[size]
+    lines = []
+    for task in distinct(content["rows"], "task"):
+        scale = ALL[task].scales[content["settings"]["size"]]
         network = f"{layers(scale.blocks)} layers, width {scale.width}, {ALL[task].pixels} pixels, batch {scale.batch}"
-        alone = chosen(rows, task=task, method="serial")
-        for method in TITLES:
-            own = chosen(rows, task=task, method=method)
-            for schedule in distinct(own, "schedule"):
-                these = chosen(own, schedule=schedule)
-                seconds = [1000 * row["step_seconds"] for row in these]
-                lines.append(
-                    [
-                        network,
-                        title(method, schedule),
-                        str(these[0]["case"]["workers"]),
-                        f"{mean(seconds):.1f}",
-                        f"{min(seconds):.1f} to {max(seconds):.1f}",
-                        *speed_ups(these, alone),
-                        str(len(these)),
-                    ]
-                )
+        rows = chosen(content["rows"], task=task)
+        alone = chosen(rows, method="serial")
+        for method, schedule, own in methods_of(rows):
+            seconds = [1000 * row["step_seconds"] for row in own]
+            start = [network, title(method, schedule), str(own[0]["case"]["workers"]), f"{mean(seconds):.1f}"]
+            ends = f"{min(seconds):.1f} to {max(seconds):.1f}"
+            lines.append([*start, ends, *speed_ups(own, alone), str(len(own))])
     header = ["network", "method", "K", "ms per step", "least to most", "speed-up, measured", "predicted", "n"]
     return Grid("Time of a step", header, lines)
 
 
 def conditions(content: Content) -> str:
     """What the accuracies were measured with."""
-    machine, lines = content["machine"], []
+    lines = []
     for name in distinct(content["rows"], "task"):
         task, scale = ALL[name], ALL[name].scales[content["settings"]["size"]]
         rows = chosen(content["rows"], task=name)
@@ -182,23 +145,21 @@ def conditions(content: Content) -> str:
             f"{rows[0]['steps_per_epoch']} to an epoch; SGD, momentum 0.9, decay 5e-4, rate {task.lr:g}, ÷10 at 50 % "
             f"and 75 %; cuts {_cuts(scale.cuts)}.\n"
         )
-    return "".join([*lines, f"- n = {seeds(content['rows'])} seeds, mean ± standard deviation. {on(machine)}.\n"])
+    return "".join([*lines, f"- n = {seeds(content['rows'])} seeds, mean ± standard deviation. {on(content)}.\n"])
 
 
 def _cuts(cuts: dict[int, tuple[str, ...]]) -> str:
     return "; ".join(f"K = {workers}: behind {', '.join(names)}" for workers, names in cuts.items())
 
 
-def on(machine: Content) -> str:
+def on(content: Content) -> str:
     """Hardware and versions."""
-    return (
-        f"One thread per process, {machine['cores']} CPU cores ({machine['processor']}), torch {machine['torch']}, gloo"
-    )
+    return f"One thread per process, {machine(content)}, gloo"
 
 
 def sweep_conditions(content: Content) -> str:
     """What the sweep was measured with."""
-    return f"K = {SWEEP_WORKERS}, one seed, accuracies on the hold-out. {on(content['machine'])}.\n"
+    return f"K = {SWEEP_WORKERS}, one seed, accuracies on the hold-out. {on(content)}.\n"
 
 
 def timing_conditions(content: Content) -> str:
@@ -207,7 +168,7 @@ def timing_conditions(content: Content) -> str:
     serial = seconds_of(content["rows"])
     return (
         f"K = 2; median of the last two thirds of {steps} steps, mean over n = {repeats} trainings, turn and turn about; "
-        f"{len(serial)} networks. {on(content['machine'])}.\n"
+        f"{len(serial)} networks. {on(content)}.\n"
     )
 
 
@@ -220,7 +181,7 @@ def link_conditions(content: Content) -> str:
         networks.append(f"{name} behind {', '.join(scale.cuts[2])}, batch {scale.batch}")
     return (
         f"K = 2, cut at {'; '.join(networks)}. Median of the steps behind the first third of {settings['link_steps']}, "
-        f"median over n = {seeds(rows)} trainings, turn and turn about. {on(content['machine'])}.\n"
+        f"median over n = {seeds(rows)} trainings, turn and turn about. {on(content)}.\n"
     )
 
 

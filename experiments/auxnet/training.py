@@ -35,11 +35,7 @@ ROUND = 50
 
 @lru_cache(maxsize=2)
 def prepared(task: str, size: str, folder: str | None, cache_dir: str) -> Prepared:
-    """Read a task's images.
-
-    Raises:
-        ConfigError: a folder that cannot be read.
-    """
+    """Read a task's images."""
     try:
         module = _module(task, size, folder, cache_dir)
         module.prepare_data()
@@ -86,22 +82,14 @@ def _module(task: str, size: str, folder: str | None, cache_dir: str) -> ImageDa
 
 @dataclass(frozen=True)
 class Job:
-    """A case and what surrounds it.
+    """A case and what surrounds it."""
 
-    Args:
-        case: what is trained.
-        size: of the study.
-        data: the images, read before the processes start.
-        steps: of the training.
-        stops: after which steps the whole network is evaluated.
-        uncounted: first steps whose time is not counted: of a warm-up, or in which guesses are stored for the first time.
-    """
-
-    case: Case
-    size: str
-    data: Prepared
-    steps: int
-    stops: frozenset[int]
+    case: Case  # what is trained
+    size: str  # of the study
+    data: Prepared  # the images, read before the processes start
+    steps: int  # of the training
+    stops: frozenset[int]  # after which steps the whole network is evaluated
+    # first steps whose time is not counted: of a warm-up, or in which guesses are stored for the first time
     uncounted: int
 
 
@@ -116,15 +104,10 @@ def alone_here(job: Job) -> list[dict[str, Any]]:
 
 @dataclass
 class Clock:
-    """Seconds of a worker's steps.
+    """Seconds of a worker's steps."""
 
-    Args:
-        data: to make each batch.
-        whole: of each step, with that.
-    """
-
-    data: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
+    data: list[float] = field(default_factory=list)  # to make each batch
+    whole: list[float] = field(default_factory=list)  # of each step, with that
 
     def told(self, uncounted: int, period: int = 1) -> dict[str, float]:
         """Of the steps behind the first ones; the training's seconds are of all.

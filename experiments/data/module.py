@@ -25,28 +25,19 @@ HOLDOUT_SEED = 1
 class Loading:
     """How examples are split and loaded.
 
-    Args:
-        batch_size: examples per local step of one worker.
-        eval_batch_size: examples per step of one worker in validation and test.
-        holdout: share of the training examples that validation gets, in (0, 1).
-        limit: use only the first so many training examples of each class, before the split; None for all.
-        limit_test: the same for the test examples.
-        augment: random crops and flips in training, of images.
-        drop_last: drop the last, smaller batch of an epoch; the paper keeps it.
-        num_workers: loader processes of each worker; 0 is fastest for examples that are in memory.
-
     Raises:
         ValueError: a value outside its limits.
     """
 
-    batch_size: int = 128
-    eval_batch_size: int = 256
-    holdout: float = 0.1
+    batch_size: int = 128  # examples per local step of one worker
+    eval_batch_size: int = 256  # examples per step of one worker in validation and test
+    holdout: float = 0.1  # share of the training examples that validation gets, in (0, 1)
+    # use only the first so many training examples of each class, before the split; None for all
     limit: int | None = None
-    limit_test: int | None = None
-    augment: bool = True
-    drop_last: bool = False
-    num_workers: int = 0
+    limit_test: int | None = None  # the same for the test examples
+    augment: bool = True  # random crops and flips in training, of images
+    drop_last: bool = False  # drop the last, smaller batch of an epoch; the paper keeps it
+    num_workers: int = 0  # loader processes of each worker; 0 is fastest for examples that are in memory
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -187,21 +178,6 @@ class ImageData(ArrayData[Images]):
     @property
     def in_features(self) -> int:
         return self.in_channels * self.image_size**2
-
-    @property
-    def train_images(self) -> Images | None:
-        """After setup("fit")."""
-        return self.parts.get("train")
-
-    @property
-    def val_images(self) -> Images | None:
-        """After setup("fit")."""
-        return self.parts.get("val")
-
-    @property
-    def test_images(self) -> Images | None:
-        """After setup("test")."""
-        return self.parts.get("test")
 
 
 class FeatureData(ArrayData[Features]):

@@ -39,13 +39,21 @@ class Digits(ImageData):
         return images.take(trained if train else tested)
 
 
-class _CIFAR(ImageData):
-    """CIFAR, downloaded by torchvision into ``folder`` where it is not there yet."""
+class CIFAR10(ImageData):
+    """CIFAR-10: 50000 training and 10000 test images of 32 x 32 in colour, 10 classes; torchvision downloads them.
 
-    source: ClassVar[type[torchvision.datasets.CIFAR10]]
+    Args:
+        folder: where the files are or shall be.
+        loading: keyword arguments of `Loading`.
+    """
+
+    num_classes = 10
     image_size = 32
+    source: ClassVar[type[torchvision.datasets.CIFAR10]] = torchvision.datasets.CIFAR10
+    statistics: ClassVar[Any] = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
-    def __init__(self, folder: str, mean: tuple[float, ...], std: tuple[float, ...], loading: dict[str, Any]) -> None:
+    def __init__(self, folder: str, **loading: Any) -> None:
+        mean, std = self.statistics
         super().__init__(Loading(**loading), mean=mean, std=std)
         self.folder = Path(folder)
 
@@ -60,34 +68,12 @@ class _CIFAR(ImageData):
         return Images(pixels, torch.tensor(data.targets))
 
 
-class CIFAR10(_CIFAR):
-    """CIFAR-10: 50000 training and 10000 test images of 32 x 32 in colour, 10 classes.
-
-    Args:
-        folder: where the files are or shall be.
-        loading: keyword arguments of `Loading`.
-    """
-
-    num_classes = 10
-    source = torchvision.datasets.CIFAR10
-
-    def __init__(self, folder: str, **loading: Any) -> None:
-        super().__init__(folder, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), loading)
-
-
-class CIFAR100(_CIFAR):
-    """CIFAR-100: as CIFAR-10, with 100 classes.
-
-    Args:
-        folder: where the files are or shall be.
-        loading: keyword arguments of `Loading`.
-    """
+class CIFAR100(CIFAR10):
+    """CIFAR-100: as CIFAR-10, with 100 classes."""
 
     num_classes = 100
     source = torchvision.datasets.CIFAR100
-
-    def __init__(self, folder: str, **loading: Any) -> None:
-        super().__init__(folder, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), loading)
+    statistics: ClassVar[Any] = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 
 
 class Fake(ImageData):

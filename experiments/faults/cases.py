@@ -28,19 +28,13 @@ LAUNCHERS = ("forked",) * 18 + ("popen", "torchrun")
 
 @dataclass(frozen=True)
 class Case:
-    """A fault, and the training that it strikes.
+    """A fault, and the training that it strikes."""
 
-    Args:
-        fault: the fault.
-        face: ``resist`` or ``local_sgd``.
-        workers: how many.
-        launcher: ``forked`` (processes that exist already, as under Slurm; nobody watches them), ``popen`` (Lightning's)
-            or ``torchrun``.
-    """
-
-    fault: Fault
-    face: str = "resist"
-    workers: int = 2
+    fault: Fault  # the fault
+    face: str = "resist"  # ``resist`` or ``local_sgd``
+    workers: int = 2  # how many
+    # ``forked`` (processes that exist already, as under Slurm; nobody watches them), ``popen`` (Lightning's) or
+    # ``torchrun``
     launcher: str = "forked"
 
 

@@ -19,35 +19,23 @@ from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A training to which nothing happens.
+    """A training to which nothing happens."""
 
-    Args:
-        checkpoints: what it saved, by name.
-        final: the weights that every worker ended with.
-    """
-
-    checkpoints: Mapping[str, Any]
-    final: Mapping[str, Tensor]
+    checkpoints: Mapping[str, Any]  # what it saved, by name
+    final: Mapping[str, Tensor]  # the weights that every worker ended with
 
 
 @dataclass(frozen=True)
 class Left:
-    """What a broken training left.
+    """What a broken training left."""
 
-    Args:
-        last: name of the last checkpoint that can be read; None if there is none.
-        half_written: names of those that cannot.
-        temporary: files that belong to no checkpoint, in the folders of checkpoints and of temporary files.
-        equal: whether all that the unbroken training saved, too, is what it saved then. What was saved because of the
-            fault is gone on from.
-        saved_steps: local steps that the last one has.
-    """
-
-    last: str | None
-    half_written: list[str]
-    temporary: int
+    last: str | None  # name of the last checkpoint that can be read; None if there is none
+    half_written: list[str]  # names of those that cannot
+    temporary: int  # files that belong to no checkpoint, in the folders of checkpoints and of temporary files
+    # whether all that the unbroken training saved, too, is what it saved then. What was saved because of the fault is
+    # gone on from
     equal: bool
-    saved_steps: int
+    saved_steps: int  # local steps that the last one has
 
 
 def train_unbroken(settings: Settings, folder: Path) -> Unbroken:

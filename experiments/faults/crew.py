@@ -34,29 +34,20 @@ POLL_SECONDS = 0.01
 
 @dataclass
 class Ended:
-    """What became of a training.
+    """What became of a training."""
 
-    Attributes:
-        ends: of each worker: ``exit code 0``, ``SIGKILL``, ``ended`` (where a launcher alone knows), ``running``.
-        errors: of each worker: type, text and moment, or None.
-        struck: when the fault struck, what the worker did, and its local steps; or None.
-        hung: workers, other than a frozen one, that still ran at the limit.
-        survived_until: when the last of them ended.
-        thawed: how a frozen worker ended after SIGCONT; None where nothing was frozen, or somebody had ended it.
-        left_over: state letters (``S`` sleeps, ``T`` is stopped) of all processes that were still there.
-        returncode: of the launcher.
-        output: of all.
-    """
-
+    # of each worker: ``exit code 0``, ``SIGKILL``, ``ended`` (where a launcher alone knows), ``running``
     ends: list[str] = field(default_factory=list)
-    errors: list[dict[str, Any] | None] = field(default_factory=list)
-    struck: dict[str, Any] | None = None
-    hung: list[int] = field(default_factory=list)
-    survived_until: float | None = None
+    errors: list[dict[str, Any] | None] = field(default_factory=list)  # of each worker: type, text and moment, or None
+    struck: dict[str, Any] | None = None  # when the fault struck, what the worker did, and its local steps; or None
+    hung: list[int] = field(default_factory=list)  # workers, other than a frozen one, that still ran at the limit
+    survived_until: float | None = None  # when the last of them ended
+    # how a frozen worker ended after SIGCONT; None where nothing was frozen, or somebody had ended it
     thawed: str | None = None
+    # state letters (``S`` sleeps, ``T`` is stopped) of all processes that were still there
     left_over: list[str] = field(default_factory=list)
-    returncode: int | None = None
-    output: str = ""
+    returncode: int | None = None  # of the launcher
+    output: str = ""  # of all
 
 
 def run(settings: Settings, folder: Path, launcher: str = "forked", *, limit: float = START_SECONDS) -> Ended:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -43,27 +44,17 @@ class NeverStruck(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong once, in one worker.
+    """Something that goes wrong once, in one worker."""
 
-    Args:
-        kind: one of :data:`KINDS`.
-        worker: where.
-        place: one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``handshake`` (before a sync
-            has sent anything), ``averaging`` (the all-reduce of the shared part has begun), ``hand_over`` (the messages
-            of the blocks are posted, none is waited for), ``evaluation`` (before the full model is assembled),
-            ``saving`` (worker 0: in the middle of the model's file; the others: in the middle of their own).
-        round: the round that the worker is in; for a sync, the one that ends.
-        step: local steps taken in the round; for ``local steps``, and, as the least, for ``saving``.
-
-    Raises:
-        ValueError: if there is no such fault.
-    """
-
-    kind: str
-    worker: int
+    kind: str  # one of :data:`KINDS`
+    worker: int  # where
+    # one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``handshake`` (before a sync has
+    # sent anything), ``averaging`` (the all-reduce of the shared part has begun), ``hand_over`` (the messages of the
+    # blocks are posted, none is waited for), ``evaluation`` (before the full model is assembled), ``saving`` (worker
+    # 0: in the middle of the model's file; the others: in the middle of their own)
     place: str
-    round: int
-    step: int = 0
+    round: int  # the round that the worker is in; for a sync, the one that ends
+    step: int = 0  # local steps taken in the round; for ``local steps``, and, as the least, for ``saving``
 
     def __post_init__(self) -> None:
         for name, value, known in (("kind", self.kind, KINDS), ("place", self.place, PLACES)):
@@ -94,49 +85,16 @@ class Begun:
         return Fault(self.kind, self.worker, place, round, step)
 
 
-def kill(worker: int) -> Begun:
-    """SIGKILL: it is gone without a word, as after the kernel's out-of-memory killer."""
-    return Begun("kill", worker)
-
-
-def terminate(worker: int) -> Begun:
-    """SIGTERM: it is asked to end, as by Slurm."""
-    return Begun("terminate", worker)
-
-
-def segfault(worker: int) -> Begun:
-    """SIGSEGV: it crashes, as in a faulty extension."""
-    return Begun("segfault", worker)
-
-
-def freeze(worker: int) -> Begun:
-    """SIGSTOP: it is there, and does nothing."""
-    return Begun("freeze", worker)
-
-
-def interrupt(worker: int) -> Begun:
-    """SIGINT: somebody pressed Ctrl-C in this process only."""
-    return Begun("interrupt", worker)
-
-
-def raise_error(worker: int) -> Begun:
-    """A mistake in the user's code."""
-    return Begun("raise_error", worker)
-
-
-def raise_in_loader(worker: int) -> Begun:
-    """A sample that cannot be read."""
-    return Begun("raise_in_loader", worker)
-
-
-def run_out_of_memory(worker: int) -> Begun:
-    """An allocation that the system really refuses."""
-    return Begun("run_out_of_memory", worker)
-
-
-def fill_disk(worker: int) -> Begun:
-    """No more bytes fit into the file: a limit of the kernel on the size of files (EFBIG), not a patched ``open``."""
-    return Begun("fill_disk", worker)
+kill = partial(Begun, "kill")  # SIGKILL: it is gone without a word, as after the kernel's out-of-memory killer
+terminate = partial(Begun, "terminate")  # SIGTERM: it is asked to end, as by Slurm
+segfault = partial(Begun, "segfault")  # SIGSEGV: it crashes, as in a faulty extension
+freeze = partial(Begun, "freeze")  # SIGSTOP: it is there, and does nothing
+interrupt = partial(Begun, "interrupt")  # SIGINT: somebody pressed Ctrl-C in this process only
+raise_error = partial(Begun, "raise_error")  # a mistake in the user's code
+raise_in_loader = partial(Begun, "raise_in_loader")  # a sample that cannot be read
+run_out_of_memory = partial(Begun, "run_out_of_memory")  # an allocation that the system really refuses
+# No more bytes fit into the file: a limit of the kernel on the size of files (EFBIG), not a patched ``open``.
+fill_disk = partial(Begun, "fill_disk")
 
 
 class Injector(L.Callback):
@@ -145,9 +103,6 @@ class Injector(L.Callback):
     Args:
         fault: what, where and when.
         note: a file for the moment of the strike, by ``time.monotonic()``, which is one clock for all processes.
-
-    Raises:
-        NeverStruck: by ``fit`` in the fault's worker, when it ended without the fault.
     """
 
     def __init__(self, fault: Fault, note: Path | None = None) -> None:

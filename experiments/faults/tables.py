@@ -104,11 +104,7 @@ OF_EACH = ("seed", "number", "minutes", "output")
 
 
 def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of all faults, in the order of the records.
-
-    Raises:
-        ValueError: if they are of different machines or settings, or of the same faults.
-    """
+    """One record of all faults, in the order of the records."""
     first = contents[0]
     for other in contents[1:]:
         for key in ("machine", "settings"):

@@ -55,23 +55,14 @@ MIN_BLOCKS = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """A training.
+    """A training."""
 
-    Args:
-        face: ``resist`` or ``local_sgd``.
-        workers: how many.
-        timeout: of the strategy, in seconds.
-        silence: of the strategy, in seconds: how long a worker may say nothing.
-        fault: what goes wrong, if anything does.
-        resume: a checkpoint to go on from.
-    """
-
-    face: str
-    workers: int
-    timeout: float
-    silence: float
-    fault: Fault | None = None
-    resume: str | None = None
+    face: str  # ``resist`` or ``local_sgd``
+    workers: int  # how many
+    timeout: float  # of the strategy, in seconds
+    silence: float  # of the strategy, in seconds: how long a worker may say nothing
+    fault: Fault | None = None  # what goes wrong, if anything does
+    resume: str | None = None  # a checkpoint to go on from
 
     def write(self, folder: Path) -> None:
         """For processes that are started by a launcher."""

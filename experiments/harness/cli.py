@@ -37,9 +37,6 @@ def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str]
         arguments: of the command line.
         schema: the options.
         studies: all that there are.
-
-    Raises:
-        ConfigError: an unknown study or key, or a value that is impossible.
     """
     words = [argument for argument in arguments if "=" not in argument]
     for word in words:

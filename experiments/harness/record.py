@@ -52,11 +52,7 @@ def as_lines(content: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a result file says.
-
-    Raises:
-        ValueError: the file is not JSON Lines.
-    """
+    """What a result file says."""
     head, *rows = map(json.loads, path.read_text().splitlines())
     content: dict[str, Any] = dict(head)
     for line in rows:

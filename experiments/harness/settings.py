@@ -67,11 +67,7 @@ def option(
 
 
 def check_keys(section: Mapping[str, Any], expected: type, prefix: str) -> None:
-    """Check the keys, types and limits of one section against a dataclass whose fields are :func:`option`.
-
-    Raises:
-        ConfigError: an unknown key, a missing key, a wrong type or a value outside its limits.
-    """
+    """Check the keys, types and limits of one section against a dataclass whose fields are :func:`option`."""
     known, hints = {item.name: item for item in fields(expected)}, get_type_hints(expected)
     for key in map(str, section):
         full_key = f"{prefix}.{key}" if prefix else key
@@ -84,11 +80,7 @@ def check_keys(section: Mapping[str, Any], expected: type, prefix: str) -> None:
 
 
 def check_value(full_key: str, section: Mapping[str, Any], key: str, hint: Any, limit: Limit) -> None:
-    """Check one value of a section against a type and a limit.
-
-    Raises:
-        ConfigError: with both.
-    """
+    """Check one value of a section against a type and a limit."""
     try:
         value = section[key]
     except OmegaConfBaseException as error:

@@ -32,25 +32,15 @@ class Case:
 
 @dataclass
 class Study:
-    """The result file of one study.
+    """The result file of one study."""
 
-    Args:
-        path: the file; it need not exist.
-        settings: what all its rows have in common.
-        rows: what was measured so far.
-    """
-
-    path: Path
-    settings: Mapping[str, Any]
-    rows: list[dict[str, Any]]
+    path: Path  # the file; it need not exist
+    settings: Mapping[str, Any]  # what all its rows have in common
+    rows: list[dict[str, Any]]  # what was measured so far
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
-        """Read what is there, unless it is to be forgotten.
-
-        Raises:
-            ConfigError: the file holds results of other settings than ours.
-        """
+        """Read what is there, unless it is to be forgotten."""
         if fresh or not path.exists():
             return cls(path, ours, [])
         try:

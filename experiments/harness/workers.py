@@ -27,9 +27,6 @@ def forked(program: Program, task: Any, workers: int) -> list[Any]:
     """Run ``program(worker, task)`` in so many processes of one process group, of one thread each; what each returned.
 
     Forked, so that not every worker imports torch anew: call this before anything is computed here.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
     """
     with tempfile.TemporaryDirectory(prefix="forked_") as folder:
         arguments = (program, task, workers, folder)

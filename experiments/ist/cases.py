@@ -20,23 +20,14 @@ RATES_SEED = 1000
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, and the network that learns it; some values are by size of the study.
+    """A data set, and the network that learns it; some values are by size of the study."""
 
-    Args:
-        title: in words.
-        depth: linear layers.
-        width: neurons of a hidden layer, by size.
-        batch: examples per local step of one worker.
-        passes: over the training examples, of all workers together, by size.
-        lr: initial learning rate of all methods: the best of `RATES` on the hold-out, with four workers.
-    """
-
-    title: str
-    depth: int
-    width: dict[str, int]
-    batch: int
-    passes: dict[str, int]
-    lr: float
+    title: str  # in words
+    depth: int  # linear layers
+    width: dict[str, int]  # neurons of a hidden layer, by size
+    batch: int  # examples per local step of one worker
+    passes: dict[str, int]  # over the training examples, of all workers together, by size
+    lr: float  # initial learning rate of all methods: the best of `RATES` on the hold-out, with four workers
 
 
 TASKS = {
@@ -52,36 +43,21 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training.
+    """One training."""
 
-    Args:
-        task: one of `TASKS`.
-        method: single, ddp, local_sgd or ist.
-        workers: number of workers.
-        seed: of weights, order, augmentation and partitions.
-        lr: learning rate at the start.
-        local_steps: local steps per round; 0 where there are no rounds.
-        momentum: policy at a sync.
-        sgd_momentum: of the optimizer; the paper's has none.
-        norm: after the hidden layers: batch, layer or none.
-        output_norm: a batch norm without parameters on the outputs.
-        schedule: constant (the paper's) or multistep (a tenth after half of the steps, a hundredth after three
-            quarters).
-        finish: whether the last tenth of the steps is local SGD on the full model.
-    """
-
-    task: str
-    method: str
-    workers: int
-    seed: int
-    lr: float
-    local_steps: int = 0
-    momentum: str = "reset"
-    sgd_momentum: float = 0.0
-    norm: str = "batch"
-    output_norm: bool = False
+    task: str  # one of `TASKS`
+    method: str  # single, ddp, local_sgd or ist
+    workers: int  # number of workers
+    seed: int  # of weights, order, augmentation and partitions
+    lr: float  # learning rate at the start
+    local_steps: int = 0  # local steps per round; 0 where there are no rounds
+    momentum: str = "reset"  # policy at a sync
+    sgd_momentum: float = 0.0  # of the optimizer; the paper's has none
+    norm: str = "batch"  # after the hidden layers: batch, layer or none
+    output_norm: bool = False  # a batch norm without parameters on the outputs
+    # constant (the paper's) or multistep (a tenth after half of the steps, a hundredth after three quarters)
     schedule: str = "constant"
-    finish: bool = False
+    finish: bool = False  # whether the last tenth of the steps is local SGD on the full model
 
 
 def base(task: str, method: str, workers: int, seed: int) -> Case:

@@ -28,11 +28,7 @@ class Group:
 
 
 def measure_group(group: Group) -> dict[str, Any]:
-    """Start the workers, let them train, and gather what each of them held after every local step.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: a worker failed; the others are ended.
-    """
+    """Start the workers, let them train, and gather what each of them held after every local step."""
     told = forked(_train, group, group.workers)
     return {
         "workers": group.workers,

@@ -38,21 +38,13 @@ TORCHVISION = (
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and what its images are.
+    """A network, and what its images are."""
 
-    Args:
-        name: as it is shown.
-        make: builds it.
-        image: height and width of an image.
-        shrink: by how much the third section's feature maps are smaller than the image.
-        stated: what its makers state: ``parameters`` and ``gmacs``; empty if nothing.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    image: int
-    shrink: int
-    stated: dict[str, float]
+    name: str  # as it is shown
+    make: Callable[[], nn.Module]  # builds it
+    image: int  # height and width of an image
+    shrink: int  # by how much the third section's feature maps are smaller than the image
+    stated: dict[str, float]  # what its makers state: ``parameters`` and ``gmacs``; empty if nothing
 
 
 def networks(size: str) -> list[Network]:

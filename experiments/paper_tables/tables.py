@@ -16,13 +16,17 @@ BY_HAND_GMACS = {22: 2.443, 11: 1.612, 6: 1.235, 5: 1.159, 4: 1.084}
 
 
 def table_1(content: Content) -> Grid:
-    rows = []
-    for row in content["volumes"]["table_1"]:
-        cells = [str(row["workers"]), _counts(row["held"])]
-        for method in ("local_sgd", "resist"):
-            ours, printed = row[f"{method}_bytes"] / GB, row["printed_gb"][method]
-            cells += [f"{ours:.5f}", f"{printed:.3f}{'' if round(ours, 3) == printed else _difference(ours, printed)}"]
-        rows.append(cells)
+    def printed(row: Row, method: str) -> str:
+        ours, theirs = row[f"{method}_bytes"] / GB, row["printed_gb"][method]
+        return f"{theirs:.3f}{'' if round(ours, 3) == theirs else _difference(ours, theirs)}"
+
+    rows = [
+        [
+            str(row["workers"]), _counts(row["held"]), f"{row['local_sgd_bytes'] / GB:.5f}", printed(row, "local_sgd"),
+            f"{row['resist_bytes'] / GB:.5f}", printed(row, "resist"),
+        ]
+        for row in content["volumes"]["table_1"]
+    ]  # fmt: skip
     header = ["S", "blocks per worker", "local SGD, ours", "printed", "ResIST, ours", "printed"]
     return Grid("Table 1 of the paper: GB per round", header, rows)
 
@@ -30,94 +34,57 @@ def table_1(content: Content) -> Grid:
 def peer_to_peer(content: Content) -> Grid:
     rows = []
     for row, paper in zip(content["volumes"]["peer_to_peer"], content["volumes"]["table_1"], strict=True):
-        same, defaults, workers = row["same_blocks"], row["defaults"], row["workers"]
-        rows.append(
-            [
-                str(workers),
-                f"{paper['resist_bytes'] / GB:.3f}",
-                f"{same['sent_bytes'] / GB:.3f} ({same['sent_bytes'] / paper['resist_bytes']:.2f})",
-                f"{same['sent_bytes'] / workers / GB:.3f}",
-                f"{defaults['sent_bytes'] / GB:.3f} ({defaults['sent_bytes'] / paper['resist_bytes']:.2f})",
-                f"{defaults['sent_bytes'] / workers / GB:.3f}",
-                f"{row['local_sgd']['sent_bytes'] / GB:.3f}",
-            ]
-        )
-    header = [
-        "S",
-        "paper's accounting",
-        "ours, the paper's blocks",
-        "per worker",
-        "ours, our defaults",
-        "per worker",
-        "local SGD, our all-reduce",
-    ]
-    return Grid("What a round sends peer to peer, GB (share of the paper's accounting)", header, rows)
+        cells = [str(row["workers"]), f"{paper['resist_bytes'] / GB:.3f}"]
+        for key in ("same_blocks", "defaults"):
+            sent = row[key]["sent_bytes"]
+            cells += [f"{sent / GB:.3f} ({sent / paper['resist_bytes']:.2f})", f"{sent / row['workers'] / GB:.3f}"]
+        rows.append([*cells, f"{row['local_sgd']['sent_bytes'] / GB:.3f}"])
+    header = ["S", "paper's accounting", "ours, the paper's blocks", "per worker", "ours, our defaults", "per worker"]
+    title = "What a round sends peer to peer, GB (share of the paper's accounting)"
+    return Grid(title, [*header, "local SGD, our all-reduce"], rows)
 
 
 def parameters(content: Content) -> Grid:
-    rows = []
-    for row in content["networks"]:
-        counted, stated = row["parameters"], row["stated"].get("parameters")
-        (block,) = counted["by_block"]
-        rows.append(
-            [
-                row["network"],
-                f"{counted['all']:,}",
-                "" if stated is None else f"{stated:,}",
-                str(row["blocks"]),
-                f"{counted['shared']:,}",
-                f"{block:,}",
-                f"{1 - counted['shared'] / counted['all']:.1%}",
-            ]
-        )
-    header = [
-        "network",
-        "parameters",
-        "torchvision states",
-        "partitionable blocks",
-        "shared",
-        "per block",
-        "partitioned",
-    ]
-    return Grid("Parameters", header, rows)
+    def stated(row: Row) -> str:
+        return f"{row['stated']['parameters']:,}" if row["stated"] else ""
+
+    return Grid.of("Parameters", content["networks"], {
+        "network": lambda row: row["network"],
+        "parameters": lambda row: f"{row['parameters']['all']:,}",
+        "torchvision states": stated,
+        "partitionable blocks": lambda row: row["blocks"],
+        "shared": lambda row: f"{row['parameters']['shared']:,}",
+        "per block": lambda row: f"{row['parameters']['by_block'][0]:,}",
+        "partitioned": lambda row: f"{1 - row['parameters']['shared'] / row['parameters']['all']:.1%}",
+    })  # fmt: skip
 
 
 def macs_of_101(content: Content) -> Grid:
     network = content["networks"][0]
-    full = network["macs"]["all"]
-    measured = {network["blocks"]: full}
-    for subnet in network["subnets"]:
-        if len(set(subnet["held"])) == 1:
-            measured[subnet["held"][0]] = subnet["macs"]
-    rows = [
-        [str(blocks), f"{measured[blocks] / G:.3f}", f"{by_hand:.3f}", f"{measured[blocks] / full:.3f}"]
-        for blocks, by_hand in BY_HAND_GMACS.items()
-    ]
-    header = ["blocks of the worker", "GMAC, counted", "by hand", "share of the full network"]
-    return Grid(f"Multiply-adds of a sub-network of the paper's {network['network']}", header, rows)
+    full, even = network["macs"]["all"], [one for one in network["subnets"] if len(set(one["held"])) == 1]
+    measured = {network["blocks"]: full} | {subnet["held"][0]: subnet["macs"] for subnet in even}
+    return Grid.of(f"Multiply-adds of a sub-network of the paper's {network['network']}", BY_HAND_GMACS.items(), {
+        "blocks of the worker": lambda item: item[0],
+        "GMAC, counted": lambda item: f"{measured[item[0]] / G:.3f}",
+        "by hand": lambda item: f"{item[1]:.3f}",
+        "share of the full network": lambda item: f"{measured[item[0]] / full:.3f}",
+    })  # fmt: skip
 
 
 def _macs(content: Content, minimum: str) -> Grid:
     rows = []
     for row in content["networks"]:
         stated, subnets = row["stated"].get("gmacs"), _subnets(row, minimum)
-        rows.append(
-            [
-                row["network"],
-                f"{row['blocks']}: {_means(subnets)}",
-                f"{row['macs']['partitioned_share']:.3f}",
-                f"{row['macs']['all'] / G:.3f}",
-                "" if stated is None else f"{stated:.3f}",
-                *(f"{subnet['macs'] / G:.3f} ({subnet['ratio']:.3f})" for subnet in subnets),
-                f"{max(abs(subnet['ratio'] - subnet['ratio_by_formula']) for subnet in subnets):.6f}",
-            ]
-        )
+        off = max(abs(subnet["ratio"] - subnet["ratio_by_formula"]) for subnet in subnets)
+        start = [row["network"], f"{row['blocks']}: {_means(subnets)}", f"{row['macs']['partitioned_share']:.3f}"]
+        start += [f"{row['macs']['all'] / G:.3f}", "" if stated is None else f"{stated:.3f}"]
+        cells = [f"{subnet['macs'] / G:.3f} ({subnet['ratio']:.3f})" for subnet in subnets]
+        rows.append([*start, *cells, f"{off:.6f}"])
     sizes = " / ".join(map(str, content["workers"]))
     header = ["network", f"N: mean k for S = {sizes}", "f", "full", "torchvision states"]
     header += [f"S = {workers} (r)" for workers in content["workers"]]
-    return Grid(
-        f"GMAC per image, mean sub-network, {_minimum_in_words(minimum)}", [*header, "r off the formula by"], rows
-    )
+    title = f"GMAC per image, mean sub-network, {_minimum_in_words(minimum)}"
+    return Grid(title, [*header, "r off the formula by"], rows)
 
 
 def _memory(content: Content, minimum: str) -> Grid:
@@ -136,17 +103,10 @@ def memory_measured(content: Content) -> Grid:
         steps = [step for worker in group["by_worker"] for step in worker["steps"]]
         held, bound = (mean(step[key] for step in steps) for key in ("held_bytes", "bound_bytes"))
         exact = sum(step["held_bytes"] == step["bound_bytes"] for step in steps)
-        rows.append(
-            [
-                str(group["workers"]),
-                f"{group['width_multiplier']:g}",
-                _counts([worker["steps"][0]["blocks"] for worker in group["by_worker"]]),
-                f"{held / MB:,.3f}",
-                f"{bound / MB:,.3f}",
-                f"{held / group['full_bytes']:.3f}",
-                f"{exact} of {len(steps)}",
-            ]
-        )
+        blocks = _counts([worker["steps"][0]["blocks"] for worker in group["by_worker"]])
+        cells = [f"{held / MB:,.3f}", f"{bound / MB:,.3f}", f"{held / group['full_bytes']:.3f}"]
+        start = [str(group["workers"]), f"{group['width_multiplier']:g}", blocks]
+        rows.append([*start, *cells, f"{exact} of {len(steps)}"])
     header = [
         "S",
         "width",
@@ -162,13 +122,10 @@ def memory_measured(content: Content) -> Grid:
 def bytes_measured(content: Content) -> Grid:
     rows = []
     for group in content["measured"]:
-        sent, formula = (
-            sum(worker[key] for worker in group["by_worker"]) for key in ("sent_bytes", "sent_bytes_by_formula")
-        )
-        exact = sum(worker["sent_bytes"] == worker["sent_bytes_by_formula"] for worker in group["by_worker"])
-        each = group["rounds"] * MB
-        workers = group["workers"]
-        rows.append([str(workers), f"{sent / each:,.3f}", f"{formula / each:,.3f}", f"{exact} of {workers}"])
+        workers, each = group["by_worker"], group["rounds"] * MB
+        sent, formula = (sum(one[key] for one in workers) / each for key in ("sent_bytes", "sent_bytes_by_formula"))
+        exact = sum(one["sent_bytes"] == one["sent_bytes_by_formula"] for one in workers)
+        rows.append([str(len(workers)), f"{sent:,.3f}", f"{formula:,.3f}", f"{exact} of {len(workers)}"])
     header = ["S", "counted, MB per round", "closed form, MB per round", "workers equal to the byte"]
     return Grid("Sent by the same workers, all together", header, rows)
 

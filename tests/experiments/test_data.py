@@ -22,16 +22,14 @@ def ready(data: ImageData) -> ImageData:
 
 
 def sizes(data: ImageData) -> tuple[int, int, int]:
-    parts = (data.train_images, data.val_images, data.test_images)
-    assert all(part is not None for part in parts)
-    return tuple(len(part.labels) for part in parts)  # type: ignore[union-attr,return-value]
+    return tuple(len(data.parts[part].labels) for part in ("train", "val", "test"))  # type: ignore[return-value]
 
 
 def test_digits_are_all_there_once() -> None:
     data = ready(Digits())
     assert sizes(data) == (1293, 144, 360)
-    parts = [data.train_images, data.val_images, data.test_images]
-    pixels = torch.cat([part.pixels for part in parts if part is not None])
+    parts = [data.parts["train"], data.parts["val"], data.parts["test"]]
+    pixels = torch.cat([part.pixels for part in parts])
     assert pixels.shape == (1797, 1, 8, 8)
     assert pixels.dtype == torch.uint8
     from sklearn.datasets import load_digits
@@ -42,7 +40,7 @@ def test_digits_are_all_there_once() -> None:
         return sorted(tuple(image.flatten().tolist()) for image in images)
 
     assert row(pixels) == row(expected)
-    assert set(torch.cat([part.labels for part in parts if part is not None]).tolist()) == set(range(10))
+    assert set(torch.cat([part.labels for part in parts]).tolist()) == set(range(10))
 
 
 def test_digits_are_split_alike_in_every_process_and_normalised() -> None:
@@ -50,9 +48,7 @@ def test_digits_are_split_alike_in_every_process_and_normalised() -> None:
     first = ready(Digits())
     torch.manual_seed(2)
     second = ready(Digits())
-    assert first.test_images is not None
-    assert second.test_images is not None
-    assert torch.equal(first.test_images.pixels, second.test_images.pixels)
+    assert torch.equal(first.parts["test"].pixels, second.parts["test"].pixels)
     pixels = torch.cat([images for images, _ in first.test_dataloader()])
     assert abs(float(pixels.mean())) < 0.05
     assert abs(float(pixels.std()) - 1) < 0.05
@@ -93,12 +89,10 @@ def test_validating_does_not_move_the_global_generator() -> None:
 def test_limits_take_the_first_of_each_class() -> None:
     data = ready(Fake(train_size=300, test_size=100, classes=4, limit=10, limit_test=3))
     assert sizes(data) == (36, 4, 12)
-    assert data.test_images is not None
-    everything = ready(Fake(train_size=300, test_size=100, classes=4)).test_images
-    assert everything is not None
+    everything = ready(Fake(train_size=300, test_size=100, classes=4)).parts["test"]
     first = [everything.pixels[everything.labels == label][:3] for label in range(4)]
     for label in range(4):
-        assert torch.equal(data.test_images.pixels[data.test_images.labels == label], first[label])
+        assert torch.equal(data.parts["test"].pixels[data.parts["test"].labels == label], first[label])
 
 
 def test_a_loader_before_setup_is_refused() -> None:
@@ -134,9 +128,8 @@ POLICIES = {"shard": 1.0, "copy": 2.0}
 @pytest.mark.parametrize("policy", POLICIES)
 def test_workers_get_shards_or_copies_of_the_training_images(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ready(Fake(train_size=80, image_size=8, batch_size=8))
-    assert data.train_images is not None
     orders = [order_of(worker, policy, data, monkeypatch) for worker in range(2)]
-    count = len(data.train_images.labels)
+    count = len(data.parts["train"].labels)
     assert [len(order) for order in orders] == [count * POLICIES[policy] / 2] * 2
     assert orders[0] != orders[1]
     seen = sorted([*orders[0], *orders[1]])

@@ -52,13 +52,10 @@ def test_train_and_test_are_read_with_the_label_of_their_folder(write: Write, tm
     all_three(write, "test", 2)
     data = ready(opened(tmp_path))
     assert data.num_classes == 3
-    assert data.train_images is not None
-    assert data.val_images is not None
-    assert data.test_images is not None
-    assert (len(data.train_images.labels), len(data.val_images.labels)) == (27, 3)
-    assert data.test_images.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert data.test_images.pixels.shape == (6, 3, 8, 8)
-    for image, label in zip(*data.test_images, strict=True):
+    assert (len(data.parts["train"].labels), len(data.parts["val"].labels)) == (27, 3)
+    assert data.parts["test"].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.parts["test"].pixels.shape == (6, 3, 8, 8)
+    for image, label in zip(*data.parts["test"], strict=True):
         assert tuple(image[:, 4, 4].tolist()) == list(COLOURS.values())[label]
 
 

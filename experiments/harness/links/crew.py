@@ -32,21 +32,13 @@ class WorkersFailed(Failure):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker finds itself: a worker's side of `Crew.run`.
+    """Where a worker finds itself: a worker's side of `Crew.run`."""
 
-    Args:
-        worker: its number.
-        workers: how many there are.
-        folder: where workers and crew leave word for each other.
-        interface: what its bytes travel through.
-        counts: whether the interface's counters are its own.
-    """
-
-    worker: int
-    workers: int
-    folder: str
-    interface: str
-    counts: bool
+    worker: int  # its number
+    workers: int  # how many there are
+    folder: str  # where workers and crew leave word for each other
+    interface: str  # what its bytes travel through
+    counts: bool  # whether the interface's counters are its own
 
     def ready(self) -> None:
         """Say that the start-up is over, and wait until all have; then the links are shaped."""
@@ -116,9 +108,6 @@ class Crew:
             settings: for the workers' program, which calls ``ready``, ``measured`` and ``report`` of its place.
             gbit: bandwidth while it measures; None for unshaped links.
             timeout: seconds after which all are killed.
-
-        Raises:
-            WorkersFailed: if a worker fails or the time is up.
         """
         folder = self.folder / f"run.{self._runs}"
         folder.mkdir()

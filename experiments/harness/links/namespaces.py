@@ -180,11 +180,7 @@ def burst_bytes(bits_per_second: int, least: int = LEAST_BURST_BYTES) -> int:
 def namespaces(
     workers: int, name: str = "", mtu: int = 1500, least_burst: int = LEAST_BURST_BYTES
 ) -> Iterator[Namespaces]:
-    """The network, for as long as the context lasts; removed also after an error, Ctrl-C or a SIGTERM.
-
-    Raises:
-        LinksError: if it could not be made; nothing is left of it.
-    """
+    """The network, for as long as the context lasts; removed also after an error, Ctrl-C or a SIGTERM."""
     made = Namespaces(workers, name, mtu, least_burst)
     with terminable():
         try:
