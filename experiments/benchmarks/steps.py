@@ -84,7 +84,7 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     sync, hashes, search = defaultdict(list), defaultdict(list), []
     for _ in range(settings["turns"] + 2):  # the first two warm up
         for check, engine in engines.items():
-            watch, equal = engine._handshake.divergence, engine._sync.replicated_tensors(engine.clock.round)
+            watch, equal = engine._handshake.divergence, engine.sync.replicated_tensors(engine.clock.round)
             dist.barrier()
             sync[check].append(seconds_of(engine.after_step))
             if check != "off":
