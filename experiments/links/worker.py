@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.app.quiet import hush
 from experiments.harness.links.crew import Place
-from experiments.harness.memory import held_bytes
 from experiments.links.closed_form import closed_form
 from experiments.links.rig import make_strategy, make_trainer
 from experiments.networks import described, fully_connected
@@ -173,12 +172,17 @@ class Window(L.Callback):
 
 def held(module: L.LightningModule, trainer: L.Trainer) -> dict[str, int]:
     """Bytes of the model, of this worker's parameters, and of parameters, gradients and optimizer state together."""
+    present = [p for p in module.parameters() if not p.is_meta]
+    states = [
+        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    held = [*present, *(p.grad for p in present if p.grad is not None), *states]
     layout = getattr(getattr(trainer.strategy, "engine", None), "layout", None)
     whole = getattr(layout, "shapes", {})  # of tensors of which this worker has a slice
     return {
         "model_bytes": sum(prod(whole.get(n, p.shape)) * p.element_size() for n, p in module.named_parameters()),
-        "subnet_bytes": sum(p.nbytes for p in module.parameters() if not p.is_meta),
-        "held_bytes": held_bytes(module, trainer.optimizers[0]),
+        "subnet_bytes": sum(p.nbytes for p in present),
+        "held_bytes": sum(getattr(tensor, "nbytes", 0) for tensor in held),  # of each tensor, not of its storage
     }
 
 
