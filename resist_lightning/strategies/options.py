@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from typing_extensions import override
@@ -139,7 +139,15 @@ def takes(
         made_by: Any = options
         made_by.__init__.__qualname__ = init.__qualname__  # a TypeError shall name the class that the user called
         construct.__doc__ = _describe(made_by)
-        vars(construct)["__signature__"] = inspect.signature(made_by.__init__)
+        # Types as objects: whoever asks for them would look their names up in this module, not in the config's.
+        hints = get_type_hints(made_by)
+        signature = inspect.signature(made_by.__init__)
+        parameters = [
+            each.replace(annotation=hints.get(each.name, each.annotation)) for each in signature.parameters.values()
+        ]
+        vars(construct)["__signature__"] = signature.replace(parameters=parameters)
+        construct.__annotations__ = {each.name: each.annotation for each in parameters if each.name in hints}
+        del vars(construct)["__wrapped__"]
         return construct
 
     return decorate

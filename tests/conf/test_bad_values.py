@@ -29,7 +29,7 @@ BAD = {
     "strategy=ist": r"strategy=ist with preact_resnet.*refuses residual networks.*fully connected ones \(model=mlp\)",
     "model=mlp": r"strategy=resist with mlp .*No residual block.*strategy=ist fully connected ones",
     "model=mlp strategy=auxnet": r"strategy=auxnet with .*mlp: .* make images; take model=preact",
-    "strategy=auxnet strategy.local_steps=5": r"local_steps=5: unknown key; strategy=auxnet has method, beta",
+    "strategy=auxnet strategy.local_steps=5": r"local_steps=5: unknown key; strategy=auxnet has .*method, beta",
     "strategy=auxnet strategy.method=al": r"strategy\.method=al: must be one of penalty, al-net, penalty-store",
     "strategy=auxnet strategy.beta=0": r"strategy\.beta=0 must be a finite number above 0",
     "strategy=auxnet strategy.lambda_step=2": r"strategy\.lambda_step=2 must lie in \(0, 1\]; None takes",

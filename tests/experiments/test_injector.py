@@ -54,7 +54,10 @@ def test_a_sentence_reads_aloud_and_travels() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: faults.kill(1).at("lunch", round=0), "place='lunch' is not known; choose one of 'local steps', 'meet"),
+        (
+            lambda: faults.kill(1).at("lunch", round=0),
+            "place='lunch' is not known; choose one of 'local steps', 'handshake'",
+        ),
         (lambda: Fault("hug", 1, "saving", 0), "kind='hug' is not known; choose one of 'kill'"),
         (lambda: faults.raise_in_loader(1).at("saving", round=0), "raise_in_loader cannot happen at 'saving'"),
         (
