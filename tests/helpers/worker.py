@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -70,6 +71,8 @@ class Task:
 def work(task: Task, parent: Connection) -> None:
     """Join the group, call the target, tell the parent, leave the group."""
     os.setsid()
+    # As in a script: a child of the fork server would start loader processes by one of its own, in seconds each.
+    multiprocessing.set_start_method("fork", force=True)
     threading.Thread(target=die_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(task.environment)
