@@ -151,7 +151,7 @@ MUTANTS = (
         "engine/resume.py",
         'self.put(self._own["tensors"])',
         "pass",
-        ("tests/unit/engine/test_engine.py",),
+        ("tests/integration/test_exact_resume.py",),
     ),
     Mutant(
         "damaged file accepted",
