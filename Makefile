@@ -40,7 +40,7 @@ demo: env ## the main job: ResIST on the digits with two worker processes on the
 test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
 	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
-mutants: env ## break the code on purpose in twenty places, and see the tests go red; ARGS="scale" for some (half an hour)
+mutants: env ## break the code on purpose in some twenty places, and see the tests go red; ARGS="scale" for some (half an hour)
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: env ## style, types, layers

@@ -1,4 +1,4 @@
-"""Breaks the code on purpose, twenty times, and reports which tests notice: ``make mutants``.
+"""Breaks the code on purpose, some twenty times, and reports which tests notice: ``make mutants``.
 
 Each mutant is a copy of the repository with one small change. Its tests must fail (killed); where they pass, the mutant
 has survived and a contract has lost its test. ``tests/unit/test_mutants.py`` keeps the changes applicable.
@@ -96,6 +96,13 @@ MUTANTS = (
         "raise absent._error()",
         "return torch.zeros(())",
         ("tests/unit/state/test_absent.py",),
+    ),
+    Mutant(
+        "input of an absent block overwritten",
+        "methods/resist/bypass.py",
+        "if self.written is False:",
+        "if True:",
+        ("tests/unit/methods/resist/test_bypass.py",),
     ),
     Mutant(
         "header not compared",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from resist_lightning.errors import BlockSelectionError
@@ -21,22 +22,45 @@ def first_argument(module: nn.Module) -> str:
 class Bypass:
     """Stands in for the forward of an absent block, and returns its input.
 
+    A present block returns a new tensor. A network that writes into it in place would, where the block is absent,
+    overwrite the block's input, which a long skip may still need: such a network gets a copy of the input.
+
     Args:
         name: the block's, for messages.
         module: the block, with its own forward.
+        written: whether the network writes into the block's output; None if the first local step shall tell.
+
+    Attributes:
+        written: the same, and what the first local step told.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, written: bool | None = None) -> None:
+        self.written = written
         self._name = name
         self._argument = first_argument(module)
+        self._copies: list[Tensor] = []  # what was returned until it is known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the input.
+        """Return the input, or a copy of it.
 
         Raises:
             BlockSelectionError: if it is not a tensor.
         """
-        return input_of(self._name, self._argument, args, kwargs)
+        x = input_of(self._name, self._argument, args, kwargs)
+        if torch.compiler.is_compiling():
+            return x.clone()  # versions are not seen there; the compiler leaves out copies that nobody writes into
+        if self.written is False:
+            return x
+        copy = x.clone()
+        if self.written is None and not copy.is_inference():
+            self._copies.append(copy)
+        return copy
+
+    def settle(self) -> None:
+        """Called after a local step: look whether the network has written into what was returned."""
+        if self._copies:
+            self.written = any(copy._version > 0 for copy in self._copies)
+            self._copies = []
 
 
 def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

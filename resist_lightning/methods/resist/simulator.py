@@ -253,7 +253,7 @@ class Simulator:
                     parameter.grad = None  # an absent block has none, so optimizers leave it alone
                 vars(block.module).pop("forward", None)
                 if number not in held:
-                    block.module.forward = Bypass(block.name, block.module)
+                    block.module.forward = Bypass(block.name, block.module, written=True)
 
 
 def _mean(values: list[Any]) -> Any:

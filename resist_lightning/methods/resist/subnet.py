@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import Bypass
@@ -17,6 +17,7 @@ class SubnetBlock:
 
     Attributes:
         absence: the reason in errors for reading a value while the block is absent.
+        bypass: the forward while the block is absent.
     """
 
     def __init__(self, block: Block) -> None:
@@ -27,7 +28,7 @@ class SubnetBlock:
         self._memory = Memory(block.tensors(), modules)
         self.absence = self._memory.absence
         self._forward = block.module.__dict__.get("forward")
-        self._bypass = Bypass(block.name, block.module)
+        self.bypass = Bypass(block.name, block.module)
 
     def free(self) -> None:
         """Free the block's parameters, gradients and buffers, and bypass it.
@@ -36,7 +37,7 @@ class SubnetBlock:
             RuntimeError: if a tensor is still in use, by an autograd graph for example.
         """
         self._memory.free()
-        self.block.module.forward = self._bypass
+        self.block.module.forward = self.bypass
         self.present = False
 
     def allocate(self) -> None:
@@ -83,6 +84,23 @@ class Subnet:
         for index in keep:
             if not self._blocks[index].present:
                 self._blocks[index].allocate()
+
+    def end_step(self) -> None:
+        """Called after each local step: look at what the network does with the outputs of absent blocks."""
+        for subnet in self._blocks:
+            subnet.bypass.settle()
+
+    def written(self) -> dict[str, bool]:
+        """Of each block that has been absent, by name, whether the network writes into its output in place."""
+        return {
+            subnet.block.name: subnet.bypass.written for subnet in self._blocks if subnet.bypass.written is not None
+        }
+
+    def load_written(self, written: Mapping[str, bool]) -> None:
+        """Take over :meth:`written`."""
+        # With a copy gradients are added up in another order, so a resumed run must not look anew.
+        for subnet in self._blocks:
+            subnet.bypass.written = written.get(subnet.block.name)
 
     def end_early(self) -> None:
         """Let errors for reading an absent block say that its values will never arrive."""

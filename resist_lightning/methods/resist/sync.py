@@ -60,6 +60,10 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._subnet.end_early()
 
     @override
+    def end_step(self) -> None:
+        self._subnet.end_step()
+
+    @override
     def begin_round(self, round: int) -> None:
         super().begin_round(round)
         if self._compressed_mean is not None:
@@ -67,7 +71,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        state = super().state_dict(with_full_model=with_full_model)
+        state = {**super().state_dict(with_full_model=with_full_model), "written": self._subnet.written()}
         if self._compressed_mean is not None:
             for name, tensor in named_tensors(self._layout.module).items():
                 before = self._compressed_mean.before(tensor)
@@ -78,6 +82,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     @override
     def load_state_dict(self, own: dict[str, Any]) -> None:
         super().load_state_dict(own)
+        self._subnet.load_written(own.get("written", {}))
         if self._compressed_mean is not None:
             tensors = named_tensors(self._layout.module)
             for name, value in own["before"].items():

@@ -305,3 +305,26 @@ def test_a_network_that_no_optimizer_has_stays_whole():
     assert [block.network for block in select_blocks(net, None, trained)] == ["net"] * 4
     with pytest.raises(BlockSelectionError, match=r"nothing trains in the network of .*teacher\.layer3\.1-2.*blocks="):
         select_blocks(distilling(nn.Linear(2, 2), narrow_resnet()))
+
+
+class Teaches(nn.Module):
+    def __init__(self, teacher_first: bool, **frozen: bool) -> None:
+        super().__init__()
+        names = ("teacher", "student") if teacher_first else ("student", "teacher")
+        for name in names:
+            setattr(self, name, mlp(MlpBlock))
+            getattr(self, name).body.requires_grad_(not frozen.get(name, False))
+            if frozen.get(name, False):
+                getattr(self, name).requires_grad_(False)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_networks_only_those_that_train_are_dealt_out(first):
+    net = Teaches(first, teacher=True)
+    assert {block.network for block in select_blocks(net, "body.*")} == {"student"}
+    assert left_out(net, "body.*") == tuple(f"teacher.body.{i}" for i in range(4))
+    with_gradients = Teaches(first)
+    optimized = {id(p) for p in with_gradients.student.parameters()}
+    assert {block.network for block in select_blocks(with_gradients, "body.*", optimized)} == {"student"}
+    assert {block.network for block in select_blocks(with_gradients, "body.*")} == {"student", "teacher"}
+    assert len(select_blocks(Teaches(first, student=True, teacher=True), "student.body.*")) == 4

@@ -1,0 +1,100 @@
+"""Blocks for the tests of what may be left out: residual ones of many kinds, and such as only look so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, TOKENS = 8, 5
+
+
+class Add(nn.Module):
+    """Adds a branch to its input."""
+
+    def __init__(self, branch: nn.Module, norm: nn.Module | None = None, act: Any = None) -> None:
+        super().__init__()
+        self.branch, self.norm, self.act = branch, norm, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branch(x)
+        y = x + (out[0] if isinstance(out, tuple) else out)
+        y = self.norm(y) if self.norm is not None else y
+        return self.act(y) if self.act is not None else y
+
+
+class Mixer(nn.Module):
+    """Mixes tokens, then channels: its first layer reads tokens, its last one makes channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(TOKENS, 7), nn.GELU(), nn.Linear(7, TOKENS))
+        self.channels = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(x)
+
+
+class DiT(nn.Module):
+    """Its norms get shift, scale and gate from a condition, by a layer that is registered last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 3 * WIDTH))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).unsqueeze(1).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class Scaled(nn.Module):
+    """Layer scale, a gate, and a buffer on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.gate, self.scale = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Parameter(torch.ones(1)),
+        )
+        self.register_buffer("one", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.one + self.scale * self.inside(x) * self.gate(x).sigmoid()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inside(x)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.inside(x).sigmoid()
+
+
+class Odd(nn.Module):
+    """Residual, but for what it returns."""
+
+    def __init__(self, odd: str) -> None:
+        super().__init__()
+        self.inside, self.odd = nn.Linear(WIDTH, WIDTH), odd
+
+    def forward(self, x: Any, mask: Tensor | None = None) -> Any:
+        if self.odd == "a list":
+            return x[0] + self.inside(x[0])
+        y = x + self.inside(x)
+        made = {"returns a tuple": lambda: (y, None), "data type": y.double, "shape": lambda: y[:, ::2]}
+        return made.get(self.odd, lambda: y)()
