@@ -1,1 +1,1 @@
-"""IST: each worker trains all layers, with its own part of the hidden neurons of each."""
+"""IST: each worker trains every layer, but only its own part of the hidden neurons."""

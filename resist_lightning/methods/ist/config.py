@@ -1,4 +1,4 @@
-"""The settings of a run whose hidden neurons are dealt out."""
+"""The settings of an IST run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LayerChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] 
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronConfig(CommonConfig):
-    """How a run trains whose hidden neurons are dealt out (IST).
+    """Settings of a run that partitions hidden neurons (IST).
 
     Args:
         layers: whose neurons are dealt out: None (those of all hidden layers), a glob or several over the names of

@@ -1,4 +1,4 @@
-"""The layout of IST: hidden neurons are partitioned among the workers (section 2.1 of its specification)."""
+"""The layout of IST: which worker holds which hidden neurons (section 2.1 of its specification)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from resist_lightning.schedule.partition import Partition, blocks_per_worker
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
-"""How much of the partitions a summary shows."""
+"""The most neurons and rounds whose holders a summary lists."""
 
 
 class NeuronLayout(Layout):
@@ -64,6 +64,7 @@ class NeuronLayout(Layout):
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
         self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
         self._widths = tuple(layer.width for layer in self.neurons.layers)
+        self._shares = [blocks_per_worker(width, workers, 0) for width in self._widths]
         # A sync asks again and again for the partitions of two rounds.
         self._draw = lru_cache(maxsize=3)(self._draw_neurons)
 
@@ -76,22 +77,23 @@ class NeuronLayout(Layout):
         partitions, hashes = self.partition(round), []
         for worker in range(self.workers):
             held = [partition.held[worker] for partition in partitions]
-            hashes.append(hashlib.sha256(repr(held).encode()).hexdigest()[:16])  # neurons may be many
+            # Hashed, as a checkpoint would otherwise list every neuron of every worker.
+            hashes.append(hashlib.sha256(repr(held).encode()).hexdigest()[:16])
         return hashes
 
     @override
     def held_parameters(self, round: int) -> list[int]:
-        whole = sum(tensor.numel() for tensor in self.shared.values() if isinstance(tensor, nn.Parameter))
-        cut = [name for name, _ in self.module.named_parameters() if name in self.shapes]
-        found = []
-        for worker in range(self.workers):
-            slices = sum(prod(self.held_shape(name, worker)) for name in cut)
-            found.append(whole + slices)
-        return found
+        counts = [0] * self.workers
+        for name, parameter in self.module.named_parameters():
+            for worker in range(self.workers):
+                shape = self.held_shape(name, worker) if name in self.shapes else parameter.shape
+                counts[worker] += prod(shape)
+        return counts
 
     def held_shape(self, name: str, worker: int) -> tuple[int, ...]:
         """The shape of a worker's slice of a tensor, the same in all rounds."""
-        cut, shape = self.neurons.cuts[name], list(self.shapes[name])
+        cut = self.neurons.cuts[name]
+        shape = list(self.shapes[name])
         if cut.rows is not None:
             shape[0] = self.share(cut.rows, worker)
         if cut.columns is not None:
@@ -100,20 +102,23 @@ class NeuronLayout(Layout):
 
     def share(self, layer: int, worker: int) -> int:
         """How many neurons of a hidden layer a worker holds, the same in all rounds."""
-        return blocks_per_worker(self._widths[layer], self.workers, 0)[worker]
+        return self._shares[layer][worker]
 
     def inner(self) -> dict[str, Cut]:
-        """The tensors with hidden neurons on both sides, of which all slices together are only a part, by name."""
+        """The tensors with hidden neurons on both sides, by name; their slices together are only a part of them."""
         cuts = self.neurons.cuts.items()
         return {name: cut for name, cut in cuts if cut.rows is not None and cut.columns is not None}
 
     def rest(self, name: str) -> int:
         """Number of a tensor's entries per neuron, or, where it has neurons on both sides, per pair of neurons."""
-        cut, shape = self.neurons.cuts[name], self.shapes[name]
+        cut = self.neurons.cuts[name]
+        shape = self.shapes[name]
         if cut.columns is None:
             return prod(shape[1:])
-        per_column = prod(shape[2:]) * cut.repeat
-        return per_column if cut.rows is not None else shape[0] * per_column
+        per_pair = prod(shape[2:]) * cut.repeat
+        if cut.rows is not None:
+            return per_pair
+        return shape[0] * per_pair
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -135,22 +140,18 @@ class NeuronLayout(Layout):
     def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for worker, state in enumerate(states):
-            place, own = state["place"], state["own"]
-            theirs, ours = place["identity"].get("neurons"), self.identity()["neurons"]
-            if theirs != ours:
-                raise CheckpointError(
-                    f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
-                    f"those of {ours}. Resume with the same model and the same `layers`."
-                )
-            # The snapshot may be of another number of workers: its own partition says what the slices are.
-            drawn = draw_neurons(self._widths, place["identity"]["workers"], place["identity"]["seed"], place["round"])
-            tensors.update({name: tensor for name, tensor in own["tensors"].items() if name not in self.shapes})
+            own = state["own"]
+            held = self._partitions_of(state["place"])
+            for name, tensor in own["tensors"].items():
+                if name not in self.shapes:
+                    tensors[name] = tensor
             for name, cut in self.neurons.cuts.items():
-                part = Part(cut, tuple(self.shapes[name]), own["tensors"][name], own["store"].get(name))
-                full = tensors.setdefault(name, torch.empty(self.shapes[name], dtype=part.tensor.dtype))
-                for piece in full_pieces(cut, drawn, worker):
-                    values = part.take(piece, drawn, worker)
-                    Part(cut, tuple(self.shapes[name]), full).put(piece, drawn, worker, values)
+                shape = tuple(self.shapes[name])
+                part = Part(cut, shape, own["tensors"][name], own["store"].get(name))
+                tensors.setdefault(name, torch.empty(shape, dtype=part.tensor.dtype))
+                full = Part(cut, shape, tensors[name])
+                for piece in full_pieces(cut, held, worker):
+                    full.put(piece, held, worker, part.take(piece, held, worker))
         return tensors
 
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
@@ -163,16 +164,18 @@ class NeuronLayout(Layout):
         Returns:
             For each worker, the bytes of the kinds ``hand_over`` and ``state``.
         """
-        plan, tensors = self.plan(round), named_tensors(self.module)
+        plan = self.plan(round)
+        tensors = named_tensors(self.module)
         sent = [{"hand_over": 0, "state": 0} for _ in range(self.workers)]
         for name, cut in self.neurons.cuts.items():
             tensor = tensors[name]
-            slots = states.slots([tensor]) if isinstance(tensor, nn.Parameter) else []
-            per_entry = sum(slot.dtype.itemsize for slot in slots) if self.config.momentum == "travel" else 0
+            state_bytes = 0
+            if self.config.momentum == "travel" and isinstance(tensor, nn.Parameter):
+                state_bytes = sum(slot.dtype.itemsize for slot in states.slots([tensor]))
             for worker, moved in enumerate(sent_entries(cut, plan)):
                 entries = moved * self.rest(name)
                 sent[worker]["hand_over"] += entries * tensor.element_size()
-                sent[worker]["state"] += entries * per_entry
+                sent[worker]["state"] += entries * state_bytes
         return sent
 
     @override
@@ -186,18 +189,33 @@ class NeuronLayout(Layout):
     def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
         """The holders of evenly spaced neurons of the first hidden layer, in the first rounds."""
         layer = self.neurons.layers[0]
-        shown = range(0, layer.width, -(-layer.width // SHOWN_NEURONS))
+        # Rounded up, so that there are never more than SHOWN_NEURONS.
+        step = -(-layer.width // SHOWN_NEURONS)
+        shown = range(0, layer.width, step)
         holders = []
         for round in range(min(rounds, SHOWN_ROUNDS)):
             partition = self.partition(round)[0]
             holders.append([partition.holders(neuron)[0] for neuron in shown])
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
+    def _partitions_of(self, place: Mapping[str, Any]) -> tuple[Partition, ...]:
+        """The partitions by which a snapshot's slices were cut."""
+        identity = place["identity"]
+        theirs, ours = identity.get("neurons"), self.identity()["neurons"]
+        if theirs != ours:
+            raise CheckpointError(
+                f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
+                f"those of {ours}. Resume with the same model and the same `layers`."
+            )
+        # Not this run's: the snapshot may be of another number of workers.
+        return draw_neurons(self._widths, identity["workers"], identity["seed"], place["round"])
+
     def _refuse_single_neurons(self) -> None:
         # A layer norm over a single neuron gives zero, whatever the neuron computes.
         for size in self.neurons.sizes:
             layer = self.neurons.layers[size.layer]
-            if size.attribute in ("normalized_shape", "num_channels") and layer.width < 2 * self.workers > 2:
+            over_neurons = size.attribute in ("normalized_shape", "num_channels")
+            if over_neurons and self.workers > 1 and layer.width < 2 * self.workers:
                 raise LayerSelectionError(
                     f"layer {layer.name!r} has {layer.width} neurons for {self.workers} workers, and {size.module} "
                     "normalises over those of a worker: of one alone nothing is left. Use at most "

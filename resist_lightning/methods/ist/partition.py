@@ -1,4 +1,4 @@
-"""Who holds which hidden neuron in a round, and who keeps what nobody trains. Standard library only."""
+"""Deals hidden neurons to workers, and says which worker stores the rows that nobody trains. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def draw_neurons(widths: Sequence[int], workers: int, seed: int, round: int) -> 
     Returns:
         One partition per layer; the same on every machine.
     """
-    return tuple(
-        deal(width, blocks_per_worker(width, workers, 0), seed, round, f"neuron of layer {layer}")
-        for layer, width in enumerate(widths)
-    )
+    partitions = []
+    for layer, width in enumerate(widths):
+        counts = blocks_per_worker(width, workers, 0)
+        # The number, not the name: the order of a layer must survive a renaming.
+        partitions.append(deal(width, counts, seed, round, f"neuron of layer {layer}"))
+    return tuple(partitions)
 
 
 def kept_rows(width: int, workers: int, worker: int) -> range:
-    """The neurons whose rows of inner matrices ``worker`` keeps, as far as nobody trains them: the same in all rounds.
+    """The rows of inner matrices for which ``worker`` is the keeper: the same in all rounds.
 
     An inner matrix has hidden neurons on both sides. Of row i, which belongs to a neuron of its output, only the
-    columns of neurons that the holder of i has too are trained in a round; the rest of the row stays with its keeper.
+    columns of neurons that the holder of i has too are trained in a round; its keeper stores the rest of the row.
     """
     return range(width * worker // workers, width * (worker + 1) // workers)

@@ -1,4 +1,4 @@
-"""Reads and writes pieces of divided tensors: neurons by their numbers, wherever a worker has them."""
+"""Reads and writes pieces of divided tensors, in a worker's slice, its store or the full tensor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from resist_lightning.schedule.partition import Partition
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker has of a tensor that is divided among neurons.
+    """A worker's part of a tensor that is divided among neurons.
 
     Args:
-        cut: how.
+        cut: how it is divided.
         whole: its shape in the full model.
         tensor: the slice, or the full tensor.
         store: the rows that this worker keeps, with all columns, on the CPU; None if it keeps none.
@@ -36,23 +36,27 @@ class Part:
 
     def take(self, piece: Piece, held: Sequence[Partition], worker: int) -> Tensor:
         """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
-        folded, dimension, index = self._place(piece, piece.leaves, held, worker)
-        return folded.index_select(dimension, index).flatten().to(self.tensor.device)
+        view, dimension, index = self._place(piece, piece.leaves, held, worker)
+        return view.index_select(dimension, index).flatten().to(self.tensor.device)
 
     def put(self, piece: Piece, held: Sequence[Partition], worker: int, flat: Tensor) -> None:
         """Write the entries of a piece that arrives."""
-        folded, dimension, index = self._place(piece, piece.enters, held, worker)
-        shape = [*folded.shape[:dimension], len(index), *folded.shape[dimension + 1 :]]
-        folded.index_copy_(dimension, index, flat.view(shape).to(folded.device))
+        view, dimension, index = self._place(piece, piece.enters, held, worker)
+        shape = list(view.shape)
+        shape[dimension] = len(index)
+        view.index_copy_(dimension, index, flat.view(shape).to(view.device))
         tensor = self._in(piece.enters)
-        if folded.data_ptr() != tensor.data_ptr():  # a copy: optimizers may keep state in another memory format
-            tensor.copy_(folded.view(tensor.shape))
+        # `reshape` copies where an optimizer keeps state in another memory format.
+        if view.data_ptr() != tensor.data_ptr():
+            tensor.copy_(view.view(tensor.shape))
 
     def entries(self, piece: Piece) -> int:
         """How many numbers a piece has."""
         rows, columns, rest = _folded(self.whole, self.cut)
-        rows = rows if piece.rows is None else len(piece.rows)
-        columns = columns if piece.columns is None else len(piece.columns)
+        if piece.rows is not None:
+            rows = len(piece.rows)
+        if piece.columns is not None:
+            columns = len(piece.columns)
         return rows * columns * rest
 
     def _in(self, frame: Frame) -> Tensor:
@@ -61,27 +65,40 @@ class Part:
         return tensor.detach()
 
     def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, int, Tensor]:
-        """A view of the tensor, and where the piece is in it: the dimension, and the places along it."""
+        """Where a piece is: a view of the tensor, a dimension of the view, and the places along it."""
         tensor = self._in(frame)
         rows, columns, rest = _folded(tensor.shape, self.cut)
-        along_rows = along_columns = None
-        if piece.rows is not None:
-            assert self.cut.rows is not None
-            layer = held[self.cut.rows]
-            known = kept_rows(layer.blocks, layer.workers, worker) if frame == "store" else layer.held[worker]
-            along_rows = _numbers(piece.rows) if frame == "full" else _positions(piece.rows, known)
-        if piece.columns is not None:
-            assert self.cut.columns is not None
-            own = held[self.cut.columns].held[worker]
-            along_columns = _positions(piece.columns, own) if frame == "slice" else _numbers(piece.columns)
-        device = tensor.device
-        if along_rows is not None and along_columns is not None:
-            both = (along_rows.unsqueeze(1) * columns + along_columns).flatten()
-            return tensor.reshape(rows * columns, rest), 0, both.to(device)
-        if along_rows is not None:
-            return tensor.reshape(rows, columns * rest), 0, along_rows.to(device)
-        assert along_columns is not None
-        return tensor.reshape(rows, columns, rest), 1, along_columns.to(device)
+        along_rows = self._along_rows(piece.rows, frame, held, worker)
+        along_columns = self._along_columns(piece.columns, frame, held, worker)
+        if along_rows is None:
+            assert along_columns is not None
+            return tensor.reshape(rows, columns, rest), 1, along_columns.to(tensor.device)
+        if along_columns is None:
+            return tensor.reshape(rows, columns * rest), 0, along_rows.to(tensor.device)
+        both = along_rows.unsqueeze(1) * columns + along_columns
+        return tensor.reshape(rows * columns, rest), 0, both.flatten().to(tensor.device)
+
+    def _along_rows(self, rows: Indices | None, frame: Frame, held: Sequence[Partition], worker: int) -> Tensor | None:
+        if rows is None:
+            return None
+        if frame == "full":
+            return _index(rows)
+        assert self.cut.rows is not None
+        layer = held[self.cut.rows]
+        if frame == "store":
+            return _positions(rows, kept_rows(layer.blocks, layer.workers, worker))
+        return _positions(rows, layer.held[worker])
+
+    def _along_columns(
+        self, columns: Indices | None, frame: Frame, held: Sequence[Partition], worker: int
+    ) -> Tensor | None:
+        if columns is None:
+            return None
+        # A store has all columns of its rows, as the full tensor has.
+        if frame != "slice":
+            return _index(columns)
+        assert self.cut.columns is not None
+        return _positions(columns, held[self.cut.columns].held[worker])
 
 
 def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:
@@ -93,9 +110,9 @@ def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:
 
 def _positions(neurons: Indices, known: Sequence[int]) -> Tensor:
     """Where in an ascending sequence some of its members are."""
-    return torch.searchsorted(_numbers(tuple(known)), _numbers(neurons))
+    return torch.searchsorted(_index(tuple(known)), _index(neurons))
 
 
-@lru_cache(maxsize=256)
-def _numbers(neurons: Indices) -> Tensor:
+@lru_cache(maxsize=256)  # a weight, its bias, the norm behind it and optimizer state ask for the same neurons
+def _index(neurons: Indices) -> Tensor:
     return torch.tensor(neurons, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Which entries of a matrix go where at a sync: a pure function of two partitions. Standard library only.
+"""Plans which entries of a tensor go where at a sync: a pure function of two partitions. Standard library only.
 
 An entry is in the ``slice`` of the worker that holds its neurons, or, if no worker holds both, in the ``store`` of the
 worker that keeps its row (:func:`~resist_lightning.methods.ist.partition.kept_rows`)::
@@ -10,7 +10,7 @@ worker that keeps its row (:func:`~resist_lightning.methods.ist.partition.kept_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -25,7 +25,7 @@ Frame: TypeAlias = Literal["slice", "store", "full"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows x columns of a tensor on their way, by numbers of neurons in ascending order.
+    """Rows x columns of a tensor that move together, by numbers of neurons in ascending order.
 
     Args:
         source: the worker that has them.
@@ -46,12 +46,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class NeuronPlan:
-    """What happens between two rounds.
+    """The sync between two rounds.
 
     Args:
         before: the partitions of the hidden layers in the round that ends.
         after: those of the next round.
-        left_out: workers whose values no mean has in it.
+        left_out: workers whose values do not count in means.
     """
 
     before: tuple[Partition, ...]
@@ -60,75 +60,79 @@ class NeuronPlan:
 
 
 def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """What of a tensor leaves or reaches ``worker``, in an order that both ends of every pair agree upon."""
-    workers = range(plan.before[0].workers)
-    if cut.rows is None or cut.columns is None:
-        found = _moves(cut, plan, worker, workers)
+    """The pieces of a tensor that leave or reach ``worker``, in an order that both ends of every pair agree upon."""
+    if cut.rows is not None and cut.columns is not None:
+        moves = _inner_moves(cut.rows, cut.columns, plan, worker)
     else:
-        found = _inner_moves(cut.rows, cut.columns, plan, worker, workers)
-    return [piece for piece in found if worker in (piece.source, piece.target)]
+        moves = _moves(cut, plan, worker)
+    return [piece for piece in moves if worker in (piece.source, piece.target)]
 
 
 def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piece]:
-    """What of a tensor every worker must get from ``worker`` to see it whole; the target is always 0.
+    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is always 0.
 
     Args:
         cut: how it is divided.
         before: the partitions of the hidden layers in this round.
-        worker: who sends it.
+        worker: the sender.
     """
     rows = before[cut.rows].held[worker] if cut.rows is not None else None
     columns = before[cut.columns].held[worker] if cut.columns is not None else None
     found = [Piece(worker, 0, rows, columns, enters="full")]
     if cut.rows is not None and cut.columns is not None:
-        side = before[cut.columns]
-        kept = set(kept_rows(before[cut.rows].blocks, side.workers, worker))
-        for holder in range(side.workers):
-            others = _without(range(side.blocks), side.held[holder])
-            found.append(Piece(worker, 0, _common(before[cut.rows].held[holder], kept), others, "store", "full"))
+        row_layer, column_layer = before[cut.rows], before[cut.columns]
+        kept = kept_rows(row_layer.blocks, row_layer.workers, worker)
+        # Of a row that this worker keeps, its store has the columns that the row's holder does not train.
+        for holder in range(row_layer.workers):
+            stored = _common(row_layer.held[holder], kept)
+            others = _without(range(column_layer.blocks), column_layer.held[holder])
+            found.append(Piece(worker, 0, stored, others, "store", "full"))
     return [piece for piece in found if piece.rows != () and piece.columns != ()]
 
 
-def _moves(cut: Cut, plan: NeuronPlan, worker: int, workers: range) -> Iterator[Piece]:
-    """Of a tensor with hidden neurons on one side: they take all of it along."""
+def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
+    """A tensor with hidden neurons on one side: a neuron takes all of its row or column along."""
     layer = cut.rows if cut.rows is not None else cut.columns
     assert layer is not None
-    for source, target in _pairs(worker, workers):
-        moved = _common(plan.before[layer].held[source], set(plan.after[layer].held[target]))
-        if moved:
+    before, after = plan.before[layer], plan.after[layer]
+    for source in range(before.workers):
+        for target in range(before.workers):
+            if worker not in (source, target):
+                continue
+            moved = _common(before.held[source], set(after.held[target]))
+            if not moved:
+                continue
             rows, columns = (moved, None) if cut.rows is not None else (None, moved)
             yield Piece(source, target, rows, columns)
 
 
-def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: int, workers: range) -> Iterator[Piece]:
-    """Of a tensor with hidden neurons on both sides."""
-    width = plan.before[row_layer].blocks
-    keepers = [(keeper, set(kept_rows(width, len(workers), keeper))) for keeper in workers]
+def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
+    """A tensor with hidden neurons on both sides: what leaves a slice may go to a store, and the other way round."""
+    rows_before, rows_after = plan.before[row_layer], plan.after[row_layer]
+    columns_before, columns_after = plan.before[column_layer], plan.after[column_layer]
+    workers = range(rows_before.workers)
+    kept = [kept_rows(rows_before.blocks, len(workers), keeper) for keeper in workers]
     for holder in workers:
-        columns_before = plan.before[column_layer].held[holder]
         for next_holder in workers:
-            rows = _common(plan.before[row_layer].held[holder], set(plan.after[row_layer].held[next_holder]))
-            columns_after = plan.after[column_layer].held[next_holder]
-            both = _common(columns_before, set(columns_after))
-            if rows and both and worker in (holder, next_holder):
+            rows = _common(rows_before.held[holder], set(rows_after.held[next_holder]))
+            if not rows:
+                continue
+            old, new = columns_before.held[holder], columns_after.held[next_holder]
+            both = _common(old, set(new))
+            gone, begun = _without(old, both), _without(new, both)
+            if both:
                 yield Piece(holder, next_holder, rows, both)
-            gone, new = _without(columns_before, both), _without(columns_after, both)
-            for keeper, kept in keepers:
-                if worker not in (holder, next_holder, keeper):
-                    continue
-                here = _common(rows, kept)
+            # A worker that has no part in the rows takes part as their keeper only.
+            keepers = workers if worker in (holder, next_holder) else (worker,)
+            for keeper in keepers:
+                here = _common(rows, kept[keeper])
                 if here and gone:
                     yield Piece(holder, keeper, here, gone, enters="store")
-                if here and new:
-                    yield Piece(keeper, next_holder, here, new, leaves="store")
+                if here and begun:
+                    yield Piece(keeper, next_holder, here, begun, leaves="store")
 
 
-def _pairs(worker: int, workers: range) -> list[tuple[int, int]]:
-    """Those (source, target) that a worker takes part in."""
-    return [(source, target) for source in workers for target in workers if worker in (source, target)]
-
-
-def _common(indices: Sequence[int], others: set[int]) -> Indices:
+def _common(indices: Sequence[int], others: Collection[int]) -> Indices:
     return tuple(index for index in indices if index in others)
 
 

@@ -1,7 +1,7 @@
-"""A reference of IST: S workers in one process, written as plainly as the paper and without its machinery.
+"""Reference simulator of IST: S workers in one process, as plain as the paper, to test the engine against.
 
 There is one full model; a round cuts a subnet out of it for every worker, and a sync writes the subnets back. With the
-engine it shares the partition, the choice of layers and recalibration; what is not shared is tested against it.
+engine it shares the partition, the choice of layers and recalibration, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.ist.config import NeuronConfig
@@ -31,7 +32,7 @@ Slot: TypeAlias = tuple[int, str, str]
 
 
 class NeuronSimulator:
-    """Simulates S workers among whom the hidden neurons are dealt out; used as :class:`~resist_lightning.Simulator`.
+    """Simulates S workers that train by IST; used as :class:`~resist_lightning.Simulator`.
 
     Args:
         module: the network; it is copied, not changed.
@@ -54,8 +55,12 @@ class NeuronSimulator:
         self.clock = Clock(config.local_steps)
         self.neurons = find_neurons(module, config.layers)
         self._template = copy.deepcopy(module)
-        self.full = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()}
-        self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self.full = {}
+        for name, tensor in named_tensors(module).items():
+            self.full[name] = tensor.detach().clone()
+        self.workers = []
+        for _ in range(workers):
+            self.workers.append(self._make_worker(copy.deepcopy(module), make_optimizers))
         self._hooks: list[RemovableHandle] = []
         self._travelling: dict[Slot, Tensor] = {}
         self._begin_round([{} for _ in self.workers])
@@ -78,7 +83,7 @@ class NeuronSimulator:
         batch_norm = batch_norm or self.config.batch_norm
         full, state = copy.deepcopy(self._template), self._written_back()
         with torch.no_grad():
-            for name, tensor in _tensors(full).items():
+            for name, tensor in named_tensors(full).items():
                 tensor.copy_(state[name])
         recorded = all(worker.recorder.calls for worker in self.workers)
         if batch_norm == "batch":
@@ -88,7 +93,7 @@ class NeuronSimulator:
         return full
 
     def partitions(self) -> tuple[Partition, ...]:
-        """Who holds which neurons in this round."""
+        """The partitions of the hidden layers in this round."""
         widths = [layer.width for layer in self.neurons.layers]
         return draw_neurons(widths, len(self.workers), self.config.seed, self.clock.round)
 
@@ -106,14 +111,15 @@ class NeuronSimulator:
                 tensor.grad = None
                 tensor.data = self.full[name][self._index(name, index)].clone()
             for size in self.neurons.sizes:
-                held = len(self.partitions()[size.layer].held[index]) * size.repeat
-                value: Any = (held,) if size.attribute == "normalized_shape" else held
-                setattr(worker.module.get_submodule(size.module), size.attribute, value)
+                held = self.partitions()[size.layer].held[index]
+                width = len(held) * size.repeat
+                module = worker.module.get_submodule(size.module)
+                setattr(module, size.attribute, (width,) if size.attribute == "normalized_shape" else width)
             self._give_state(worker, index, states[index])
             self._scale(worker, index)
 
     def _index(self, name: str, worker: int) -> Any:
-        """Of a worker's part of a tensor in the full one."""
+        """The index of a worker's slice in the full tensor."""
         cut = self.neurons.cuts.get(name)
         if cut is None:
             return ...
@@ -124,13 +130,15 @@ class NeuronSimulator:
         if cut.columns is None:
             return index[0]
         held = torch.tensor(partitions[cut.columns].held[worker])
-        index[1] = (held.unsqueeze(1) * cut.repeat + torch.arange(cut.repeat)).flatten()
+        first = held.unsqueeze(1) * cut.repeat
+        index[1] = (first + torch.arange(cut.repeat)).flatten()
+        # As a column, so that every row meets every column.
         if cut.rows is not None:
             index[0] = index[0].unsqueeze(1)
         return tuple(index)
 
     def _written_back(self) -> dict[str, Tensor]:
-        """The full model, with what the workers have trained."""
+        """The full model, with the weights that the workers have trained."""
         full = {name: tensor.clone() for name, tensor in self.full.items()}
         copies = [worker.tensors() for worker in self.workers]
         for name, tensor in full.items():
@@ -140,48 +148,53 @@ class NeuronSimulator:
             else:
                 tensor.copy_(mean_or_maximum([tensors[name] for tensors in copies]))
         if len(copies) > 1:
-            vectors = unit_vectors(self.workers[0].module)
-            normalise(tensor for name, tensor in full.items() if name in vectors and name not in self.neurons.cuts)
+            # The mean of unit vectors is shorter than 1.
+            vectors = set(unit_vectors(self.workers[0].module)) - set(self.neurons.cuts)
+            normalise(tensor for name, tensor in full.items() if name in vectors)
         return full
 
     def _state_of(self, index: int) -> dict[Slot, Tensor]:
         """Optimizer state of a worker's neurons, in tensors of the full shapes; nothing where it is reset."""
         if self.config.momentum == "reset":
             return {}
-        found: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
+        # Under "travel" all workers write into the same tensors.
+        state: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
         worker = self.workers[index]
         for name, parameter in worker.module.named_parameters():
-            if name in self.neurons.cuts and not parameter.requires_grad:  # it would meet other neurons
-                for slot in [slot for slot in found if slot[1] == name]:
-                    del found[slot]
+            if name not in self.neurons.cuts:
+                continue
+            if not parameter.requires_grad:
+                # A frozen parameter's state does not move along, and would meet other neurons.
+                for slot in [slot for slot in state if slot[1] == name]:
+                    del state[slot]
                 for optimizer in worker.optimizers:
                     optimizer.state.pop(parameter, None)
-            elif name in self.neurons.cuts:
-                for number, optimizer in enumerate(worker.optimizers):
-                    for slot, value in optimizer.state.get(parameter, {}).items():
-                        if isinstance(value, Tensor) and value.dim():
-                            whole = found.setdefault((number, name, slot), torch.zeros_like(self.full[name]))
-                            whole[self._index(name, index)] = value
-        return found
+                continue
+            for number, optimizer in enumerate(worker.optimizers):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and value.dim():
+                        whole = state.setdefault((number, name, key), torch.zeros_like(self.full[name]))
+                        whole[self._index(name, index)] = value
+        return state
 
     def _give_state(self, worker: SimulatedWorker, index: int, state: dict[Slot, Tensor]) -> None:
         parameters = dict(worker.module.named_parameters())
         if self.config.momentum == "reset":
             worker.restart_optimizers()
-        for (number, name, slot), whole in state.items():
-            worker.optimizers[number].state[parameters[name]][slot] = whole[self._index(name, index)].clone()
+        for (number, name, key), whole in state.items():
+            slots = worker.optimizers[number].state[parameters[name]]
+            slots[key] = whole[self._index(name, index)].clone()
 
     def _scale(self, worker: SimulatedWorker, index: int) -> None:
-        """Where no norm follows, a sum over fewer neurons is scaled, by its inputs."""
+        """Scale the inputs of layers that sum over fewer neurons, where no norm follows."""
         for name, layer in self.neurons.rescaled:
-            factor = self.neurons.layers[layer].width / len(self.partitions()[layer].held[index])
-            scaled = partial(_scaled, factor)
-            self._hooks.append(worker.module.get_submodule(name).register_forward_pre_hook(scaled, with_kwargs=True))
+            held = self.partitions()[layer].held[index]
+            hook = partial(_scaled, self.neurons.layers[layer].width / len(held))
+            module = worker.module.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
-def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return tuple(value * factor for value in args), {key: value * factor for key, value in kwargs.items()}
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    positional = tuple(value * factor for value in args)
+    named = {key: value * factor for key, value in kwargs.items()}
+    return positional, named

@@ -1,6 +1,7 @@
-"""The subnet of a worker: the user's module with fewer neurons, and back.
+"""Shrinks the user's module to a worker's subnet, and restores its full widths.
 
-Parameters keep their Python identity; what changes is their memory and shape, and what modules know of their widths.
+Parameters keep their Python identity, as optimizers refer to them; their memory and shape change, and the widths that
+modules keep as attributes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.absent import Absence
 from resist_lightning.state.memory import make_absent, replace_memory
 
 
 class Subnet:
-    """Gives the module of a worker the widths of its subnet, or its own.
+    """Switches a worker's module between its subnet and the full model.
 
     Args:
         layout: the model's neurons.
@@ -28,18 +30,18 @@ class Subnet:
 
     Attributes:
         tensors: by name, the divided tensors of the module.
-        gradients: by name, those of the subnet, while the module is the full one.
+        gradients: by name, the subnet's gradients, while the module is the full one.
     """
 
     def __init__(self, layout: NeuronLayout, worker: int) -> None:
         self._layout = layout
         self._worker = worker
-        module = layout.module
-        named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = named_tensors(layout.module)
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
+        self.gradients: dict[str, Tensor] = {}
+        # Kept, as an error may leave tensors on the meta device.
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
-        self.gradients: dict[str, Tensor] = {}
 
     def hold(self) -> None:
         """Make the module this worker's subnet; where it is the full model, with memory that the caller must fill.
@@ -50,33 +52,42 @@ class Subnet:
         if self._hooks is not None:
             return
         layout = self._layout
-        widths = [layout.share(layer, self._worker) for layer in range(len(layout.neurons.layers))]
-        self._resize({name: layout.held_shape(name, self._worker) for name in self.tensors}, widths)
-        gradients, self.gradients = self.gradients, {}
-        for name, gradient in gradients.items():
+        layers = layout.neurons.layers
+        widths = [layout.share(layer, self._worker) for layer in range(len(layers))]
+        shapes = {name: layout.held_shape(name, self._worker) for name in self.tensors}
+        self._resize(shapes, widths)
+        # Only now: torch refuses a gradient of another shape than the parameter's.
+        for name, gradient in self.gradients.items():
             self.tensors[name].grad = gradient
+        self.gradients = {}
         self._hooks = []
         for name, layer in layout.neurons.rescaled:
-            self._hook(name, _Scaled(layout.neurons.layers[layer].width / widths[layer]))
+            self._hook(name, _Scaled(layers[layer].width / widths[layer]))
         for name, values in layout.neurons.assumed:
             self._hook(name, _AsTraced(name, values))
 
     def hold_all(self) -> None:
         """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
-        self.gradients = {name: t.grad for name, t in self.tensors.items() if t.grad is not None}
+        self.gradients = {}
+        for name, tensor in self.tensors.items():
+            if tensor.grad is not None:
+                self.gradients[name] = tensor.grad
         self._unhook()
-        self._resize(self._layout.shapes, [layer.width for layer in self._layout.neurons.layers])
+        widths = [layer.width for layer in self._layout.neurons.layers]
+        self._resize(self._layout.shapes, widths)
 
     def leave(self) -> None:
-        """After an error: what is left of the subnet raises where it is read, as far as nothing uses it any more."""
+        """After an error in training: make what is left of the subnet raise where it is read."""
         if self._hooks is None or self._layout.workers == 1:
             return
         self._unhook()
         absence = Absence()
         absence.end_early()
         for name, tensor in self.tensors.items():
-            with suppress(RuntimeError):  # of the batch that failed
-                replace_memory(name, tensor, torch.empty(self._layout.shapes[name], dtype=tensor.dtype, device="meta"))
+            empty = torch.empty(self._layout.shapes[name], dtype=tensor.dtype, device="meta")
+            # The autograd graph of the batch that failed may still use it; then it stays readable.
+            with suppress(RuntimeError):
+                replace_memory(name, tensor, empty)
                 make_absent(name, tensor, absence)
 
     def _hook(self, name: str, hook: Callable[..., Any]) -> None:
@@ -91,16 +102,16 @@ class Subnet:
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:
         for name, tensor in self.tensors.items():
-            new = torch.empty(shapes[name], dtype=tensor.dtype, device=self._devices[name])
-            replace_memory(name, tensor, new)
+            device = self._devices[name]
+            replace_memory(name, tensor, torch.empty(shapes[name], dtype=tensor.dtype, device=device))
         for size in self._layout.neurons.sizes:
-            number = widths[size.layer] * size.repeat
-            value = (number,) if size.attribute == "normalized_shape" else number
-            setattr(self._layout.module.get_submodule(size.module), size.attribute, value)
+            width = widths[size.layer] * size.repeat
+            module = self._layout.module.get_submodule(size.module)
+            setattr(module, size.attribute, (width,) if size.attribute == "normalized_shape" else width)
 
 
 class _Scaled:
-    """Scales what a layer sums over fewer neurons, so that it stays in the mean what it is in the full model."""
+    """Scales a layer's input: over fewer neurons, its sums then have the same mean as in the full model."""
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
@@ -112,7 +123,7 @@ class _Scaled:
 
 
 class _AsTraced:
-    """Looks whether a module is called as it was when its neurons were followed."""
+    """Refuses calls with other optional arguments than the traced ones: neurons may go elsewhere with them."""
 
     def __init__(self, name: str, values: Mapping[str, object]) -> None:
         self._name = name

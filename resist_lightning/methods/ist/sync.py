@@ -1,11 +1,11 @@
 """The sync of IST: sends every neuron, with its weights and optimizer state, to its next holder.
 
-Section 2.4 of the specification of IST. Only tensors that all workers hold whole are averaged.
+Only tensors that all workers hold whole are averaged (section 2.4 of the specification of IST).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.ist.layout import NeuronLayout
-from resist_lightning.methods.ist.messages import Arrived, Messages
+from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
+from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import NeuronPlan, Piece, pieces
 from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
+from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.timing import Seconds
 
 
 class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
-    """A worker's side of the syncs of a run whose neurons are dealt out; see :class:`Sync`."""
+    """A worker's side of the syncs of an IST run; see :class:`Sync`."""
 
     def __init__(
         self,
@@ -40,8 +42,11 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
         self._messages = Messages(collective, device)
         self._subnet = Subnet(layout, collective.worker)
-        tensors = self._subnet.tensors.items()
-        self._parameters = {name: tensor for name, tensor in tensors if isinstance(tensor, nn.Parameter)}
+        self._parameters = {}
+        for name, tensor in self._subnet.tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self._parameters[name] = tensor
+        # By name of a tensor, or key of its optimizer state: the rows that this worker keeps.
         self._store: dict[str, Tensor] = {}
 
     @override
@@ -57,28 +62,29 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self._subnet.hold()
         if self._layout.workers > 1:
             owners = {name.rpartition(".")[0] for name in self._subnet.tensors}
-            self.guard.watch({name: self._layout.module.get_submodule(name) for name in sorted(owners)})
+            module = self._layout.module
+            self.guard.watch({owner: module.get_submodule(owner) for owner in sorted(owners)})
 
     @override
     def begin(self, round: int) -> None:
         held = self._layout.partition(round)
-        self._states.forget_odd()  # it cannot be cut
+        self._states.forget_odd()  # state of another shape than its parameter's cannot be divided
         known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
         counters = self._counters(known)
-        kept: dict[str, tuple[Piece, Tensor]] = {}
+        slices: list[tuple[str, Piece, Tensor]] = []
+        # Slices and stores are copied out first: to make room, the full tensors are given up.
         for key, part in {**self._parts(), **self._parts_of_state(known)}.items():
-            layers = part.cut.rows, part.cut.columns
-            rows, columns = (held[layer].held[self._worker] if layer is not None else None for layer in layers)
-            piece = Piece(self._worker, self._worker, rows, columns, leaves="full")
-            kept[key] = piece, part.take(piece, held, self._worker)
+            piece = self._own_slice(part, held)
+            slices.append((key, piece, part.take(piece, held, self._worker)))
             if self._needs_store(part):
                 mine = kept_rows(part.whole[0], self._layout.workers, self._worker)
-                self._store[key] = part.tensor.detach()[mine.start : mine.stop].cpu().clone()
+                rows = part.tensor.detach()[mine.start : mine.stop]
+                self._store[key] = rows.cpu().clone()
         super().begin(round)
-        # The tensors have the shapes of slices now, and so has what optimizers keep of them.
-        for key, part in {**self._parts(), **self._new_state(counters)}.items():
-            piece, values = kept[key]
-            part.put(piece, held, self._worker, values)
+        # The tensors have the shapes of slices now; the optimizers' state of them must follow before it is filled.
+        parts = {**self._parts(), **self._new_state(counters)}
+        for key, piece, values in slices:
+            parts[key].put(piece, held, self._worker, values)
         self._states.take_numbers()
 
     @override
@@ -86,25 +92,23 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         with self._seconds.timed("hand_over"):
             state = self._moving_state()
             moving = {**self._parts(), **state}
-            # Planned once for all tensors that are cut alike.
-            found = {cut: pieces(cut, plan, self._worker) for cut in {part.cut for part in moving.values()}}
-            leaving: list[tuple[str, Piece]] = []
-            for key, part in moving.items():
-                leaving += [(key, piece) for piece in found[part.cut] if self._moves(part, piece)]
-            arrived = self._messages.transfer(moving, leaving, plan.before)
+            arrived = self._messages.transfer(moving, self._moving_pieces(moving, plan), plan.before)
             self._forget_others(state)
+            # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
             for part in state.values():
-                part.tensor.zero_()  # under "keep" only a part of it arrives
+                part.tensor.zero_()
             self._put(moving, arrived, plan)
+            # Gradients belong to the neurons that have left.
             for tensor in self._subnet.tensors.values():
-                tensor.grad = None  # it belongs to the neurons that have left
+                tensor.grad = None
             self._states.take_numbers()
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
         self._leave_out(plan)
         if unequal:
-            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
+            replicas = list(self._averaged(plan).values())
+            self.exchange.average(replicas, kind, plan.left_out)
         # Taken from the slices, before they become whole tensors.
         arrived = self._messages.spread(self._parts(), plan.before, kind)
         self._subnet.hold_all()
@@ -117,7 +121,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self._subnet.leave()
         self._store = {}
         self._subnet.gradients = {}
-        if self._layout.workers > 1:  # state of slices does not fit the full model
+        # Optimizer state of slices does not fit the full model.
+        if self._layout.workers > 1:
             self._states.drop(self._parameters.values())
 
     @override
@@ -139,10 +144,20 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _parts(self) -> dict[str, Part]:
         """This worker's part of every divided tensor, by name."""
-        layout, found = self._layout, {}
-        for name, cut in layout.neurons.cuts.items():
-            found[name] = Part(cut, tuple(layout.shapes[name]), self._subnet.tensors[name], self._store.get(name))
-        return found
+        parts = {}
+        for name, cut in self._layout.neurons.cuts.items():
+            shape = tuple(self._layout.shapes[name])
+            parts[name] = Part(cut, shape, self._subnet.tensors[name], self._store.get(name))
+        return parts
+
+    def _own_slice(self, part: Part, held: Sequence[Partition]) -> Piece:
+        """This worker's slice of a full tensor."""
+        rows = columns = None
+        if part.cut.rows is not None:
+            rows = held[part.cut.rows].held[self._worker]
+        if part.cut.columns is not None:
+            columns = held[part.cut.columns].held[self._worker]
+        return Piece(self._worker, self._worker, rows, columns, leaves="full")
 
     def _needs_store(self, part: Part) -> bool:
         """Whether some entries of a tensor are in nobody's slice in some round, so that a keeper must store them."""
@@ -150,11 +165,23 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             return False
         return part.kind != "state" or self._layout.config.momentum == "travel"
 
+    def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
+        """The pieces that leave or reach this worker, by key, in the same order on all workers."""
+        planned: dict[Cut, list[Piece]] = {}
+        moving = []
+        for key, part in parts.items():
+            # Many tensors are cut alike, and planning takes time that grows with the square of the workers.
+            if part.cut not in planned:
+                planned[part.cut] = pieces(part.cut, plan, self._worker)
+            moving += [(key, piece) for piece in planned[part.cut] if self._moves(part, piece)]
+        return moving
+
     def _moves(self, part: Part, piece: Piece) -> bool:
         """Whether a piece moves: under ``keep``, optimizer state only within this worker's slice."""
         if part.kind != "state" or self._layout.config.momentum == "travel":
             return True
-        return piece.source == piece.target and (piece.leaves, piece.enters) == ("slice", "slice")
+        stays = piece.source == piece.target
+        return stays and piece.leaves == piece.enters == "slice"
 
     def _moving_state(self) -> dict[str, Part]:
         """Optimizer state that travels with its entries, by key."""
@@ -162,13 +189,14 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             return {}
         if self._layout.config.momentum == "travel" and self._layout.workers > 1:
             for name in self._layout.inner():
+                stored = self._store[name].shape
                 for key, slot in self._slots(name).items():
                     # State that did not exist when training began starts with zeros.
-                    self._store.setdefault(key, torch.zeros(self._store[name].shape, dtype=slot.dtype))
+                    self._store.setdefault(key, torch.zeros(stored, dtype=slot.dtype))
         return self._parts_of_state(self._parameters)
 
     def _forget_others(self, moving: Iterable[str]) -> None:
-        """Drop state that has not moved, of frozen parameters for example: it would meet other neurons."""
+        """Drop optimizer state that does not move, as of frozen parameters: it would meet other neurons."""
         moved = {_parameter_of(key) for key in moving}
         others = [parameter for name, parameter in self._parameters.items() if name not in moved]
         self._states.drop(others)
@@ -179,12 +207,13 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
                 del self._store[key]
 
     def _parts_of_state(self, names: Iterable[str]) -> dict[str, Part]:
-        layout, found = self._layout, {}
+        parts = {}
         for name in names:
-            cut, shape = layout.neurons.cuts[name], tuple(layout.shapes[name])
+            cut = self._layout.neurons.cuts[name]
+            shape = tuple(self._layout.shapes[name])
             for key, slot in self._slots(name).items():
-                found[key] = Part(cut, shape, slot, self._store.get(key), "state")
-        return found
+                parts[key] = Part(cut, shape, slot, self._store.get(key), "state")
+        return parts
 
     def _slots(self, name: str) -> dict[str, Tensor]:
         """The optimizer state that has the shape of a divided parameter, by key; none for a buffer."""
@@ -194,24 +223,21 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _counters(self, names: Iterable[str]) -> dict[str, list[Tensor]]:
         """The optimizer state that is one number for a whole parameter, such as step counts, by parameter."""
-        found = {}
+        counters = {}
         for name in names:
             slots = self._states.tensors([self._parameters[name]])
-            found[name] = [slot for slot in slots if not slot.dim()]
-        return found
+            counters[name] = [slot for slot in slots if not slot.dim()]
+        return counters
 
     def _new_state(self, counters: dict[str, list[Tensor]]) -> dict[str, Part]:
         """Replace state by zeros in the shapes of the slices; counters stay."""
-        for name, values in counters.items():
-            parameter = self._parameters[name]
-            self._states.drop([parameter])
-            new = [slot for slot in self._states.tensors([parameter]) if not slot.dim()]
-            for slot, value in zip(new, values, strict=True):
+        self._states.drop([self._parameters[name] for name in counters])
+        for name, new in self._counters(counters).items():
+            for slot, value in zip(new, counters[name], strict=True):
                 slot.copy_(value)
         return self._parts_of_state(counters)
 
     def _put(self, parts: dict[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
-        """Write the pieces that have arrived."""
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, self._worker, values)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from statistics import fmean, stdev
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist_lightning.methods.ist.bytes import mean_entries, sent_entries
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, pieces
 from tests.helpers.neuron_plans import CUTS, INNER, entries, members, place, plans
 from tests.helpers.partitions import of_holders
@@ -98,7 +94,6 @@ def test_the_full_pieces_of_all_workers_have_every_entry_once_from_where_it_is(p
 def test_a_round_that_deals_the_same_again_sends_nothing(plan, cut):
     same = NeuronPlan(plan.before, plan.before)
     assert all(piece.source == piece.target for piece in all_pieces(cut, same))
-    assert sent_entries(cut, same) == [0] * plan.before[0].workers
 
 
 def test_the_picture_of_the_docstring():
@@ -118,31 +113,3 @@ def test_the_picture_of_the_docstring():
         Piece(1, 1, (2, 3), (0,), enters="store"),
         Piece(1, 0, (2, 3), (2,), leaves="store"),
     ]
-
-
-# ------------------------------------------------------------------ what is sent
-
-
-@given(plans(), KINDS)
-def test_the_closed_form_counts_every_entry_that_is_with_another_worker_next(plan, cut):
-    """Check 8 of section 8, from each entry's two places and nothing else."""
-    sent = [0] * plan.before[0].workers
-    for entry in entries(cut, plan.before):
-        (old, _), (new, _) = place(cut, plan.before, entry), place(cut, plan.after, entry)
-        sent[old] += old != new
-    whole = 1 if cut in INNER else 2  # `entries` gives a side without neurons two rows or columns
-    assert [whole * count for count in sent_entries(cut, plan)] == sent
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-def test_the_mean_of_the_closed_form_over_many_rounds_is_the_one_that_is_promised(workers):
-    """Within four standard errors."""
-    rows, columns, syncs = 24, 12, 400
-    sent = []
-    for round in range(0, 2 * syncs, 2):
-        plan = NeuronPlan(*(draw_neurons((rows, columns), workers, 3, round + next) for next in (0, 1)))
-        sent.append(sum(sent_entries(Cut(0, 1), plan)) / workers)
-    error = stdev(sent) / syncs**0.5
-    assert error < 0.01 * rows * columns / workers
-    assert fmean(sent) == pytest.approx(mean_entries(rows, columns, workers), abs=4 * error)
-    assert mean_entries(rows, columns, 1) == 0
