@@ -1,6 +1,6 @@
-"""Predicts the bytes each worker sends, by closed form, to compare with counted ones. Standard library only.
+"""Predicts the bytes that each worker sends, by closed form; `Collective.sent_bytes` counts them as they are sent.
 
-Bytes are decimal and count what a worker *sends*; what it receives is the same in total.
+Bytes are decimal and count what a worker *sends*; what it receives is the same in total. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ crosses a ``boundary``, and the network's ``output``), observation (``evaluation
 
 def all_reduce_bytes(payload_bytes: int, workers: int) -> int:
     """Bytes that one worker sends in an all-reduce of ``payload_bytes``: 2 (S - 1) / S of them, rounded up."""
-    return -(-2 * (workers - 1) * payload_bytes // workers)
+    return _divided_up(2 * (workers - 1) * payload_bytes, workers)
 
 
 def ddp_bytes(model_bytes: int, workers: int, steps: int) -> int:
@@ -59,7 +59,7 @@ class WireFormat:
 
     def groups(self, entries: int) -> int:
         """Groups of a message of ``entries``."""
-        return -(-entries // self.group)
+        return _divided_up(entries, self.group)
 
     def bytes(self, entries: int) -> int:
         """Bytes of a message of ``entries``."""
@@ -73,8 +73,9 @@ class WireFormat:
     def mean_bytes(self, entries: int, worker: int, workers: int) -> int:
         """Bytes that ``worker`` sends for a mean: the others' shares to them, and its own share to all of them."""
         first, last = self.share(entries, worker, workers)
-        mine = last - first
-        return (self.groups(entries) - mine + mine * (workers - 1)) * self.group_bytes
+        own = last - first
+        others = self.groups(entries) - own
+        return (others + own * (workers - 1)) * self.group_bytes
 
 
 WIRE_FORMATS: dict[str, WireFormat | None] = {
@@ -85,3 +86,8 @@ WIRE_FORMATS: dict[str, WireFormat | None] = {
     "int4": WireFormat(4, group=256, scale_bytes=4),
 }
 """By name; None sends every tensor in its own data type."""
+
+
+def _divided_up(number: int, by: int) -> int:
+    """The quotient, rounded up, in integers: a float would be inexact for large models."""
+    return (number + by - 1) // by

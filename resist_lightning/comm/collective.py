@@ -1,6 +1,6 @@
 """The `Collective` interface, and its single-worker implementation.
 
-Every operation works on flat buffers and counts the bytes it sends.
+Every operation works on flat buffers and counts the bytes it sends; :mod:`resist_lightning.comm.bytes` predicts them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Collective(ABC):
         """Bytes of all workers, of any length. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
-    def start_mean(self, flat: Tensor, kind: str) -> Finish:
-        """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        """Begin to add up ``flat`` over the workers; of integers and booleans, to take the maximum.
 
         Collective: every worker must call this, in the same order, with the same size and data type.
 
         Returns:
-            A function that waits for it. Until it has returned, ``flat`` must not be touched; other operations may run.
+            A function that waits for the result and returns it: in ``flat``, or in a buffer on the device that sends.
+            Until it has returned, ``flat`` must not be touched; other operations may run.
         """
 
     @abstractmethod
@@ -104,9 +105,9 @@ class SoloCollective(Collective):
         return [text]
 
     @override
-    def start_mean(self, flat: Tensor, kind: str) -> Finish:
-        """Nothing to do."""
-        return _nothing
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        """The tensor itself."""
+        return lambda: flat
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
@@ -130,7 +131,3 @@ class SoloCollective(Collective):
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
         """There is nobody."""
         raise ValueError(f"worker {source} does not exist: this one is alone.")
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""

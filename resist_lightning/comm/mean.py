@@ -1,4 +1,4 @@
-"""Takes means over the workers: of flat buffers, of received copies, and of compressed changes."""
+"""Takes all means over the workers: of flat buffers, of received copies, and of compressed changes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
     """
     numbers = computable(flat)
     if collective.worker in left_out:
-        numbers.fill_(_least(numbers.dtype))
-    finish = collective.start_mean(numbers, kind)
+        numbers.fill_(_neutral(numbers.dtype))
+    finish_sum = collective.start_all_reduce(numbers, kind)
 
     def finish_mean() -> None:
-        finish()
-        if left_out and numbers.is_floating_point():
-            numbers.mul_(collective.workers / (collective.workers - len(left_out)))
-        if numbers.dtype != flat.dtype and not flat.is_complex():
+        total = finish_sum()
+        if total.is_floating_point():
+            # Divided where it was summed up: a GPU rounds quotients otherwise than a CPU, and gloo serves both.
+            total.div_(collective.workers)
+            if left_out:
+                total.mul_(collective.workers / (collective.workers - len(left_out)))
+        if total is not numbers:
+            numbers.copy_(total)
+        if not _shares_memory(numbers, flat):
             flat.copy_(numbers)
 
     return finish_mean
@@ -54,13 +59,20 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     else:
         for other in received:
             numbers.copy_(torch.maximum(numbers, other))
-    if numbers.dtype != own.dtype and not own.is_complex():
+    if not _shares_memory(numbers, own):
         own.copy_(numbers)
 
 
-def _least(dtype: torch.dtype) -> int:
-    """What adds nothing to a sum, and is no maximum."""
-    return 0 if dtype.is_floating_point or dtype == torch.bool else torch.iinfo(dtype).min
+def _shares_memory(numbers: Tensor, tensor: Tensor) -> bool:
+    """Whether the :func:`computable` numbers of a tensor are itself or a view, not a wider copy."""
+    return numbers.dtype == tensor.dtype or tensor.is_complex()
+
+
+def _neutral(dtype: torch.dtype) -> int:
+    """The number that neither adds to a sum nor is a maximum."""
+    if dtype.is_floating_point or dtype == torch.bool:
+        return 0
+    return torch.iinfo(dtype).min
 
 
 class CompressedMean:
@@ -107,41 +119,50 @@ class CompressedMean:
         workers = self._collective.workers
         if not tensors or workers == 1:
             return
-        before = [self._before[id(tensor)] for tensor in tensors]
-        change = flatten(tensor.detach() - old for tensor, old in zip(tensors, before, strict=True))
+        change = flatten(tensor.detach() - self._before[id(tensor)] for tensor in tensors)
         if self._collective.worker in left_out:
             change.zero_()
         mean = self._mean(change, kind, workers - len(left_out))
-        for tensor, old, piece in zip(tensors, before, split(mean, tensors), strict=True):
+        for tensor, piece in zip(tensors, split(mean, tensors), strict=True):
+            old = self._before[id(tensor)]
             tensor.detach().copy_(old + piece.to(old.dtype))
 
     def _mean(self, change: Tensor, kind: str, counted: int) -> Tensor:
         """The sum of all workers' changes divided by how many count, as float32."""
-        form, me, workers = self._wire.format, self._collective.worker, self._collective.workers
-        entries = len(change)
-        message = self._wire.encode(change).view(-1, form.group_bytes)
+        form = self._wire.format
+        me, workers = self._collective.worker, self._collective.workers
         peers = [worker for worker in range(workers) if worker != me]
+        message = self._wire.encode(change).view(-1, form.group_bytes)
         # Shares are whole groups, so that a group's scale always travels with its entries.
-        shares = [slice(*form.share(entries, worker, workers)) for worker in range(workers)]
-        mine = message[shares[me]]
-        parts = {peer: torch.empty_like(mine).flatten() for peer in peers}
-        self._exchange({peer: message[shares[peer]].flatten() for peer in peers}, parts, kind)
-        copies = [self._decode(parts.get(worker, mine)) for worker in range(workers)]
-        # This worker decodes its own result as well: all apply what was sent, rounding included.
+        shares = [slice(*form.share(len(change), worker, workers)) for worker in range(workers)]
+
+        # First the others' shares to them, and their parts of the own share here.
+        own_part = message[shares[me]].view(-1)
+        parts = {peer: torch.empty_like(own_part) for peer in peers}
+        self._exchange({peer: message[shares[peer]].view(-1) for peer in peers}, parts, kind)
+        parts[me] = own_part
+        # In the order of workers, so that the sum does not depend on whose share it is.
+        total = self._decode(parts[0])
+        for worker in range(1, workers):
+            total = total + self._decode(parts[worker])
+
+        # Then the mean of the own share to all, and the others' means here.
         result = torch.empty_like(message)
-        result[shares[me]] = self._wire.encode(sum(copies[1:], copies[0]) / counted).view(mine.shape)
-        results = {peer: result[shares[peer]].flatten() for peer in peers}
-        self._exchange(dict.fromkeys(peers, result[shares[me]].flatten()), results, kind)
-        for peer, received in results.items():
-            result[shares[peer]] = received.view(-1, form.group_bytes)
-        return self._wire.decode(result.flatten(), entries)
+        means = {worker: result[shares[worker]].view(-1) for worker in range(workers)}
+        own_mean = means.pop(me)
+        own_mean.copy_(self._wire.encode(total / counted))
+        self._exchange(dict.fromkeys(peers, own_mean), means, kind)
+        # This worker decodes its own mean as well: all apply what was sent, rounding included.
+        return self._wire.decode(result.view(-1), len(change))
 
     def _decode(self, part: Tensor) -> Tensor:
         form = self._wire.format
-        return self._wire.decode(part.flatten(), part.numel() // form.group_bytes * form.group)
+        groups = part.numel() // form.group_bytes
+        return self._wire.decode(part, groups * form.group)
 
     def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
         """Send what is not empty, receive what is not empty."""
         outgoing = {peer: [flat] for peer, flat in sends.items() if len(flat)}
         incoming = {peer: [flat] for peer, flat in receives.items() if len(flat)}
-        self._collective.exchange(outgoing, incoming, {kind: sum(flat.nbytes for (flat,) in outgoing.values())})
+        sent_bytes = sum(flat.nbytes for (flat,) in outgoing.values())
+        self._collective.exchange(outgoing, incoming, {kind: sent_bytes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,14 @@ class GroupCollective(Collective):
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__(worker=dist.get_rank(), workers=dist.get_world_size())
-        backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        # E.g. "cpu:gloo,cuda:nccl".
+        pairs = dist.get_backend_config().split(",")
+        backends = dict(pair.split(":") for pair in pairs)
         if device is None:
             device = torch.device("cpu" if backends.get("cpu") == "gloo" else "cuda")
         backend = backends.get(device.type, backends.get("cpu"))
         check_backend(backend, device, backends)
+        # Gloo sends from the CPU only.
         self._stage = backend == "gloo"
         self._device = torch.device("cpu") if self._stage else device
 
@@ -38,37 +41,33 @@ class GroupCollective(Collective):
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Numbers of all workers, as float64. Collective: every worker must call this, in the same order."""
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
-        dist.all_gather(gathered, mine)
-        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
-        return [row.tolist() for row in gathered]
+        return [row.tolist() for row in self._gather(mine)]
 
     @override
     def gather_bytes(self, text: bytes) -> list[bytes]:
         """Bytes of all workers: their lengths, then all as long as the longest. Collective: see the base class."""
-        lengths = [int(row[0]) for row in self.gather_numbers([len(text)])]
+        lengths = [int(length) for (length,) in self.gather_numbers([len(text)])]
+        # All_gather needs one size on all workers.
         padded = text.ljust(max(lengths), b"\0")
         if not padded:
             return [b""] * self.workers
         mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(self._device)
-        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
-        dist.all_gather(gathered, mine)
-        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
-        return [row.cpu().numpy().tobytes()[:length] for row, length in zip(gathered, lengths, strict=True)]
+        texts = []
+        for row, length in zip(self._gather(mine), lengths, strict=True):
+            texts.append(row.cpu().numpy().tobytes()[:length])
+        return texts
 
     @override
-    def start_mean(self, flat: Tensor, kind: str) -> Finish:
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
         """Begin an all-reduce. Collective: every worker must call this, in the same order."""
-        floating = flat.is_floating_point()
+        operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
         wire = self._to_wire(flat)
-        work = dist.all_reduce(wire, op=dist.ReduceOp.SUM if floating else dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(wire, op=operation, async_op=True)
         self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
 
-        def finish() -> None:
+        def finish() -> Tensor:
             work.wait()
-            if floating:
-                wire.div_(self.workers)
-            self._from_wire(wire, flat)
+            return wire
 
         return finish
 
@@ -89,22 +88,26 @@ class GroupCollective(Collective):
         kinds: Mapping[str, int],
     ) -> None:
         """Send and receive flat buffers; both sides of a pair must call it."""
-        assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
-        incoming = [(peer, tag, flat) for peer, flats in sorted(receives.items()) for tag, flat in enumerate(flats)]
-        outgoing = [(peer, tag, flat) for peer, flats in sorted(sends.items()) for tag, flat in enumerate(flats)]
-        landing = [self._landing(flat) for _, _, flat in incoming]
+        operations = []
+        landings: list[tuple[Tensor, Tensor]] = []
         # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
         # an exchange takes twice as long (docs/decisions/0004-receives-first.md).
-        operations = []
-        for (peer, tag, _), land in zip(incoming, landing, strict=True):
-            operations.append(dist.P2POp(dist.irecv, land, peer, tag=tag))
-        for peer, tag, flat in outgoing:
-            operations.append(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag))
+        for peer, flats in sorted(receives.items()):
+            for tag, flat in enumerate(flats):
+                landing = self._landing(flat)
+                landings.append((landing, flat))
+                operations.append(dist.P2POp(dist.irecv, landing, peer, tag=tag))
+        sent = 0
+        for peer, flats in sorted(sends.items()):
+            for tag, flat in enumerate(flats):
+                sent += flat.nbytes
+                operations.append(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag))
+        assert sum(kinds.values()) == sent
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        for (_, _, flat), land in zip(incoming, landing, strict=True):
-            self._from_wire(land, flat)
+        for landing, flat in landings:
+            self._from_wire(landing, flat)
         self.sent_bytes.update(kinds)
 
     @override
@@ -118,7 +121,7 @@ class GroupCollective(Collective):
 
         def finish() -> None:
             work.wait()
-            assert wire is not None  # kept until here
+            assert wire is not None  # this reference keeps the memory until it is sent
 
         return finish
 
@@ -126,15 +129,21 @@ class GroupCollective(Collective):
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
         """Begin to receive a tensor from one worker."""
         self._refuse_nccl()
-        land = self._landing(flat)
-        work = dist.irecv(land, source, tag=tag)
+        landing = self._landing(flat)
+        work = dist.irecv(landing, source, tag=tag)
         assert work is not None
 
         def finish() -> None:
             work.wait()
-            self._from_wire(land, flat)
+            self._from_wire(landing, flat)
 
         return finish
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
+        dist.all_gather(gathered, mine)
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return gathered
 
     def _refuse_nccl(self) -> None:
         """NCCL executes what is posted in order, so receives that are posted early would block the sends behind."""

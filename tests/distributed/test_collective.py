@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.group import destroy_group, group_exists, join_group
+from resist_lightning.comm.mean import start_mean
 from resist_lightning.comm.torch_collective import GroupCollective, default_collective
 from tests.helpers.processes import run_workers
 
@@ -25,11 +26,11 @@ def verbs(worker):
 
     numbers = collective.gather_numbers([worker, 2.0**48 - 1])
     mean = torch.tensor([1.0, 10.0 * worker])
-    collective.start_mean(mean, "shared")()
+    start_mean(collective, mean, "shared")()
     largest = torch.tensor([worker, -worker])
-    collective.start_mean(largest, "shared")()
+    start_mean(collective, largest, "shared")()
     flags = torch.tensor([worker == 1, False])
-    collective.start_mean(flags, "shared")()
+    start_mean(collective, flags, "shared")()
     first = torch.tensor([7 * worker + 5])
     collective.broadcast_(first, "start")
     sent = dict(collective.sent_bytes)
@@ -116,7 +117,7 @@ def default_backends(worker, ports):
         dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=worker, world_size=workers)
         for collective in (default_collective(), default_collective(torch.device("cpu"))):
             flat = torch.tensor([float(worker)])
-            collective.start_mean(flat, "shared")()
+            start_mean(collective, flat, "shared")()
             found.append((collective.gather_numbers([worker]), flat.item()))
     return found
 

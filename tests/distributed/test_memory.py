@@ -109,20 +109,20 @@ def settled_bytes(limit: int, patience_seconds: float) -> int:
 def watched(engine: Engine, sample: Any) -> Iterator[None]:
     """Sample where buffers are packed and about to be sent."""
     verbs = engine.collective
-    start_mean, exchange = verbs.start_mean, verbs.exchange
+    all_reduce, exchange = verbs.start_all_reduce, verbs.exchange
 
     def watch_mean(flat, kind):
         sample("mean", flat.nbytes)
-        return start_mean(flat, kind)
+        return all_reduce(flat, kind)
 
     def watch_exchange(sends, receives, kinds):
         flats = [flat for side in (sends, receives) for flats in side.values() for flat in flats]
         sample("exchange", sum(flat.nbytes for flat in flats))
         exchange(sends, receives, kinds)
 
-    verbs.start_mean, verbs.exchange = watch_mean, watch_exchange
+    verbs.start_all_reduce, verbs.exchange = watch_mean, watch_exchange
     yield
-    verbs.start_mean, verbs.exchange = start_mean, exchange
+    verbs.start_all_reduce, verbs.exchange = all_reduce, exchange
 
 
 def assert_nothing_of_absent_blocks(model: nn.Module, optimizer: Any, engine: Engine, worker: int) -> None:

@@ -63,10 +63,11 @@ class ThreadCollective(Collective):
         self.room.log.append((self.worker, "gather_bytes", "control"))
         return list(self.room.share(self.worker, text))
 
-    def start_mean(self, flat: Tensor, kind: str) -> Finish:
-        self.room.log.append((self.worker, "start_mean", kind))
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        self.room.log.append((self.worker, "start_all_reduce", kind))
         stacked = torch.stack(self.room.share(self.worker, flat.clone()))
-        return lambda: flat.copy_(stacked.mean(0) if flat.is_floating_point() else stacked.max(0).values)
+        reduced = stacked.sum(0) if flat.is_floating_point() else stacked.max(0).values
+        return lambda: reduced
 
     def broadcast_(self, flat: Tensor, kind: str) -> None:
         self.room.log.append((self.worker, "broadcast_", kind))

@@ -123,9 +123,9 @@ class Listening(SoloCollective):
         self.workers = 3
         self.asked = []
 
-    def start_mean(self, flat, kind):
-        self.asked.append(("mean", flat.dtype, flat.numel(), kind))
-        return lambda: None
+    def start_all_reduce(self, flat, kind):
+        self.asked.append(("all_reduce", flat.dtype, flat.numel(), kind))
+        return lambda: flat
 
     def broadcast_(self, flat, kind):
         self.asked.append(("broadcast", flat.dtype, flat.numel(), kind))
@@ -162,7 +162,7 @@ def test_an_average_and_a_broadcast_take_one_call_per_data_type():
     exchange = Exchange(listening, CPU)
     exchange.average(tensors, "shared")
     exchange.broadcast(tensors, "start")
-    for verb, kind in (("mean", "shared"), ("broadcast", "start")):
+    for verb, kind in (("all_reduce", "shared"), ("broadcast", "start")):
         assert [entry for entry in listening.asked if entry[0] == verb] == [
             (verb, torch.float32, 13, kind),
             (verb, torch.float64, 4, kind),
