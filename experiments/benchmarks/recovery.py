@@ -135,7 +135,7 @@ class Present(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         position: Any = trainer.strategy._trainer_state.position  # type: ignore[attr-defined]
-        watched = any(thread.name == "resist_lightning watch" for thread in threading.enumerate())
+        watched = any(thread.name == "resist_lightning watchdog" for thread in threading.enumerate())
         self.parts = {part for part, there in (("watch", watched), ("notes", position._before_fetch)) if there}
         self.on_train_batch_end = nothing  # type: ignore[method-assign]
 

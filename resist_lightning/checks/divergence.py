@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.checks.fingerprint import digest, unequal
+from resist_lightning.checks.fingerprint import describe_unequal, digest
 from resist_lightning.checks.frozen_tensors import FrozenTensors
 from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.tensors import computable, is_continuous
+from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.errors import NotFinite, WorkersDisagree
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock
@@ -47,7 +47,7 @@ class DivergenceChecks:
         self._masks: set[str] = set()
 
     def begin(self) -> None:
-        """Note which buffers are not finite when training starts, such as masks of -inf: they are never questioned."""
+        """Note which buffers are not finite when training starts, such as masks of -inf: they are never checked."""
         self._masks = {name for name, buffer in self._layout.module.named_buffers() if not _finite(buffer)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
@@ -57,15 +57,20 @@ class DivergenceChecks:
             tensors: by name, the same on all workers.
             round: the round that begins.
         """
-        if self._layout.config.check != "off" and self._collective.workers > 1:
-            self._hashes = dict(zip(tensors, self._hasher.hashes(tensors.values(), round), strict=True))
-            self._round = round
+        if self._layout.config.check == "off" or self._collective.workers == 1:
+            return
+        # By the round, so that the sample takes other entries each time.
+        hashes = self._hasher.hashes(tensors.values(), turn=round)
+        self._hashes = dict(zip(tensors, hashes, strict=True))
+        self._round = round
 
     def numbers(self, purpose: Purpose) -> list[float]:
         """Numbers to tell the others: of the hashes, the first tensor that is not finite, and frozen ones written."""
         hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
-        self._written = self.frozen.written() if purpose in MIXING else []
-        not_finite = float(self._first_not_finite() if purpose in MIXING else 0)
+        # Where nothing is averaged, neither could spread, and a search reads all tensors.
+        mixing = purpose in MIXING
+        self._written = self.frozen.written() if mixing else []
+        not_finite = float(self._first_not_finite() if mixing else 0)
         return [*hashed, not_finite, _number_of(self._written)]
 
     def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
@@ -82,32 +87,34 @@ class DivergenceChecks:
             WorkersDisagree: naming tensors that the last sync left unequal.
             NotFinite: naming the first tensor of a worker that is not finite.
         """
-        if len({hashed for hashed, *_ in numbers}) > 1:
+        if len({hashed for hashed, _, _ in numbers}) > 1:
             rows = self._collective.gather_numbers(as_numbers(self._hashes.values()))
             raise WorkersDisagree(
                 f"the sync into round {self._round} left tensors unequal that it makes equal on all workers: "
-                f"{unequal(list(self._hashes), rows)}. Likely causes: faulty memory or network, code that writes to "
-                "tensors while a sync runs, or builds of torch that compute differently. The last checkpoint that was "
-                "saved before that round is sound: resume from it."
+                f"{describe_unequal(list(self._hashes), rows)}. Likely causes: faulty memory or network, code that "
+                "writes to tensors while a sync runs, or builds of torch that compute differently. The last checkpoint "
+                "that was saved before that round is sound: resume from it."
             )
-        self._agree_on_written({written for *_, written in numbers})
+        self._agree_on_written({written for _, _, written in numbers})
         found = {worker: int(first) for worker, (_, first, _) in enumerate(numbers) if first}
         self.left_out = ()
-        if found and (self._layout.config.non_finite == "raise" or len(found) == len(numbers)):
+        if not found:
+            return
+        # If all were left out, there would be nothing to take a mean of.
+        if self._layout.config.non_finite == "raise" or len(found) == len(numbers):
             raise NotFinite(self._describe(found, clock) + _WAY_OUT)
-        if found:
-            self.left_out = tuple(found)
-            if self._collective.worker == 0:
-                warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
+        self.left_out = tuple(found)
+        if self._collective.worker == 0:
+            warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
 
     def _agree_on_written(self, digests: set[float]) -> None:
-        """Average from now on the frozen tensors that some worker has written; they would part in silence."""
+        """Average from now on the frozen tensors that some worker has written; they would diverge in silence."""
         if digests == {0.0}:
             return
         written = set(self._written)
         if len(digests) > 1:
-            lists = [json.loads(text) for text in self._collective.gather_bytes(json.dumps(self._written).encode())]
-            written = {name for names in lists for name in names}
+            for text in self._collective.gather_bytes(json.dumps(self._written).encode()):
+                written.update(json.loads(text))
         self._layout.written |= written
         if self._collective.worker == 0:
             size = sum(self._layout.shared[name].nbytes for name in written)
@@ -118,18 +125,12 @@ class DivergenceChecks:
                 stacklevel=5,
             )
 
-    def _names(self) -> list[str]:
-        module = self._layout.module
-        return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
-
     def _first_not_finite(self) -> int:
         """Place of the first tensor that is not finite, counted from 1; 0 if there is none. Absent ones are passed."""
         names = self._layout.changing() - self._masks
-        module = self._layout.module
-        tensors = [*module.named_parameters(), *module.named_buffers()]
         candidates = []
-        for place, (name, tensor) in enumerate(tensors, start=1):
-            if name in names and _could_be(tensor):
+        for place, (name, tensor) in enumerate(named_tensors(self._layout.module).items(), start=1):
+            if name in names and not tensor.is_meta and is_continuous(tensor.dtype):
                 candidates.append((place, tensor.detach()))
         doubtful = _sums_not_finite([tensor for _, tensor in candidates])
         for (place, tensor), doubt in zip(candidates, doubtful, strict=True):
@@ -139,10 +140,10 @@ class DivergenceChecks:
         return 0
 
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
-        names = self._names()
-        places = (
-            f"worker {worker} in {self._layout.describe_tensor(names[first - 1])}" for worker, first in found.items()
-        )
+        names = list(named_tensors(self._layout.module))
+        places = []
+        for worker, first in found.items():
+            places.append(f"worker {worker} in {self._layout.describe_tensor(names[first - 1])}")
         who = "all workers have" if len(found) == self._collective.workers else "there is"
         where = f"after local step {clock.step} of round {clock.round}"
         return f"{who} NaN or infinity {where}: {', '.join(places)}."
@@ -160,10 +161,6 @@ def _number_of(names: Sequence[str]) -> float:
     return float(digest({"written": dict.fromkeys(names, "")})) if names else 0.0
 
 
-def _could_be(tensor: Tensor) -> bool:
-    return not tensor.is_meta and is_continuous(tensor.dtype)
-
-
 def _finite(tensor: Tensor) -> bool:
     return bool(computable(tensor).isfinite().all())
 
@@ -173,6 +170,9 @@ def _sums_not_finite(tensors: Sequence[Tensor]) -> list[bool]:
     if not tensors:
         return []
     numbers = map(computable, tensors)
+    # In float32 at least: a sum of many finite 16-bit numbers overflows.
     sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in numbers]
-    found: list[bool] = torch.stack([value.isfinite().logical_not() for value in sums]).tolist()
+    not_finite = [value.isfinite().logical_not() for value in sums]
+    # One transfer from a GPU for all of them.
+    found: list[bool] = torch.stack(not_finite).tolist()
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from resist_lightning.checks.fingerprint import Fingerprint
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -26,8 +27,8 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
         states: the optimizers.
         surroundings: what the host adds, by name.
     """
-    named: list[tuple[str, Tensor]] = [*layout.module.named_parameters(), *layout.module.named_buffers()]
-    order = [name for name, _ in named] + layout.parts()
+    named = named_tensors(layout.module)
+    order = [*named, *layout.parts()]
     return {
         "versions": _versions(),
         "settings": {
@@ -38,23 +39,27 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
         },
         "optimizers": states.describe(),
         "blocks": dict.fromkeys(layout.parts(), ""),
-        "tensors": {name: _tensor(tensor) for name, tensor in named},
+        "tensors": {name: _describe(tensor) for name, tensor in named.items()},
         "source files": _sources(layout.module),
     }
 
 
 def _versions() -> dict[str, str]:
     """Of what is loaded. Tags of a build (``+cpu``) are left out: they say where, not what is computed."""
-    loaded = {name: sys.modules[name] for name in _LIBRARIES if name in sys.modules}
-    versions = {name: str(getattr(module, "__version__", "unknown")) for name, module in loaded.items()}
-    return {"Python": platform.python_version(), **{name: text.partition("+")[0] for name, text in versions.items()}}
+    versions = {"Python": platform.python_version()}
+    for name in _LIBRARIES:
+        if name in sys.modules:
+            version = str(getattr(sys.modules[name], "__version__", "unknown"))
+            versions[name] = version.partition("+")[0]
+    return versions
 
 
-def _tensor(tensor: Tensor) -> str:
-    """A tensor in words. The order of its memory counts: flat buffers are averaged as they lie."""
+def _describe(tensor: Tensor) -> str:
+    """A tensor in words."""
     words = [str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
     if isinstance(tensor, nn.Parameter):
         words.append("requires_grad" if tensor.requires_grad else "frozen")
+    # The order of its memory counts: flat buffers are averaged as they lie.
     if not tensor.is_contiguous():
         words.append(f"strides {tensor.stride()}")
     return " ".join(words)
@@ -65,34 +70,38 @@ def _sources(module: nn.Module) -> dict[str, str]:
 
     Classes without a file (made in a notebook) are left out.
     """
+    modules: set[str] = set()
+    for child in module.modules():
+        modules.update(base.__module__ for base in type(child).__mro__)
     found = {"resist_lightning": _hash_of_package()}
-    for kind in sorted({base for child in module.modules() for base in type(child).__mro__}, key=_home):
-        home = sys.modules.get(kind.__module__)
-        name = "the script" if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
-        if home is not None and name.partition(".")[0] not in ("torch", "lightning", "builtins", "resist_lightning"):
-            code = _hash_of_file(getattr(home, "__file__", None))
-            if code:
-                found[name] = code
+    for name in sorted(modules):
+        # Versions speak for torch and Lightning, which have too many files to be read.
+        if name.partition(".")[0] in ("torch", "lightning", "builtins", "resist_lightning"):
+            continue
+        code = _hash_of_file(getattr(sys.modules.get(name), "__file__", None))
+        if code:
+            # The script has one name in the process that was started by hand, and another one in its children.
+            found["the script" if name in ("__main__", "__mp_main__") else name] = code
     return found
-
-
-def _home(kind: type) -> str:
-    return kind.__module__
 
 
 @cache
 def _hash_of_package() -> str:
     # Of the package, not of this room: a difference in any module makes workers train differently.
     folder = Path(__file__).parents[1]
-    files = sorted(folder.rglob("*.py"))
-    return _short(b"".join(file.relative_to(folder).as_posix().encode() + file.read_bytes() for file in files))
+    content = b""
+    for file in sorted(folder.rglob("*.py")):
+        content += file.relative_to(folder).as_posix().encode() + file.read_bytes()
+    return _short(content)
 
 
 @cache
 def _hash_of_file(path: str | None) -> str:
     """Empty where there is no source to read."""
+    if not path or not path.endswith(".py"):
+        return ""
     try:
-        return _short(Path(path).read_bytes()) if path and path.endswith(".py") else ""
+        return _short(Path(path).read_bytes())
     except OSError:
         return ""
 

@@ -9,23 +9,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 Fingerprint: TypeAlias = Mapping[str, Mapping[str, str]]
-"""What a worker says of itself, in short strings: a value for each name of each topic."""
+"""A worker's environment in short strings: a value for each name of each topic."""
 
 SHOWN = 5
-"""Of a long list, this many are told."""
+"""Items of a long list that an error names."""
 
 
 def digest(fingerprint: Fingerprint) -> int:
-    """A number of 48 bits that stands for a fingerprint; it survives the way as a float64."""
-    return int.from_bytes(hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).digest()[:6], "big")
+    """A number of 48 bits that stands for a fingerprint."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    # Six bytes: it is sent as a float64, which is exact up to 53 bits.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def write(fingerprint: Fingerprint) -> bytes:
+def to_bytes(fingerprint: Fingerprint) -> bytes:
     """A fingerprint, to be sent."""
     return json.dumps(fingerprint).encode()
 
 
-def read(text: bytes) -> Fingerprint:
+def from_bytes(text: bytes) -> Fingerprint:
     """The fingerprint from what was received."""
     found: dict[str, dict[str, str]] = json.loads(text)
     return found
@@ -37,17 +39,19 @@ def differences(fingerprints: Sequence[Fingerprint]) -> list[str]:
     Args:
         fingerprints: of all workers, in order.
     """
-    topics = _union(fingerprints)
-    return [line for topic in topics for line in _differences(topic, [f.get(topic, {}) for f in fingerprints])]
+    lines = []
+    for topic in _union(fingerprints):
+        lines += _differences(topic, [each.get(topic, {}) for each in fingerprints])
+    return lines
 
 
-def cut(items: Sequence[str], joint: str = ", ") -> str:
+def shorten(items: Sequence[str]) -> str:
     """The first items of a list, and how many more there are."""
     more = len(items) - SHOWN
-    return joint.join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) -> str:
+def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) -> str:
     """Which tensors differ between workers, and on whom.
 
     Args:
@@ -57,39 +61,51 @@ def unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) -> str:
     found = []
     for name, *values in zip(names, *hashes, strict=True):
         (common, count), *others = Counter(values).most_common()
-        if others and count > others[0][1]:
-            odd = [worker for worker, value in enumerate(values) if value != common]
-            found.append(f"{name} ({_workers(odd)} {'differs' if len(odd) == 1 else 'differ'} from the others)")
-        elif others:
+        if not others:
+            continue
+        # Without a majority nobody can say which value is the right one.
+        if count == others[0][1]:
             found.append(f"{name} ({_workers(range(len(values)))} differ)")
-    return cut(found)
+            continue
+        odd = [worker for worker, value in enumerate(values) if value != common]
+        verb = "differs" if len(odd) == 1 else "differ"
+        found.append(f"{name} ({_workers(odd)} {verb} from the others)")
+    return shorten(found)
 
 
 def _differences(topic: str, parts: Sequence[Mapping[str, str]]) -> list[str]:
-    """The differences in one topic."""
-    names = _union(parts)
-    owners: dict[tuple[int, ...], list[str]] = {}
+    """The differences in one topic: names that only some workers have, then values that differ."""
+    names_by_owners: dict[tuple[int, ...], list[str]] = {}
     differing = []
-    for name in names:
-        having = tuple(worker for worker, part in enumerate(parts) if name in part)
-        if len(having) < len(parts):
-            owners.setdefault(having, []).append(name)
-        elif len({part[name] for part in parts}) > 1:
-            differing.append(f"{name}: " + ", ".join(f"worker {w} {part[name]}" for w, part in enumerate(parts)))
-    lines = [f"{topic}: only {_workers(having)} {_have(having)} {cut(few)}" for having, few in owners.items()]
-    more = len(differing) - SHOWN
-    return [*lines, *differing[:SHOWN], *([f"and {more} more {topic}"] if more > 0 else [])]
-
-
-def _have(workers: Sequence[int]) -> str:
-    return "has" if len(workers) == 1 else "have"
+    for name in _union(parts):
+        owners = tuple(worker for worker, part in enumerate(parts) if name in part)
+        if len(owners) < len(parts):
+            names_by_owners.setdefault(owners, []).append(name)
+            continue
+        values = [part[name] for part in parts]
+        if len(set(values)) > 1:
+            by_worker = ", ".join(f"worker {worker} {value}" for worker, value in enumerate(values))
+            differing.append(f"{name}: {by_worker}")
+    lines = []
+    for owners, names in names_by_owners.items():
+        verb = "has" if len(owners) == 1 else "have"
+        lines.append(f"{topic}: only {_workers(owners)} {verb} {shorten(names)}")
+    lines += differing[:SHOWN]
+    if len(differing) > SHOWN:
+        lines.append(f"and {len(differing) - SHOWN} more {topic}")
+    return lines
 
 
 def _workers(numbers: Iterable[int]) -> str:
     texts = [str(number) for number in numbers]
-    return f"worker {texts[0]}" if len(texts) == 1 else f"workers {', '.join(texts[:-1])} and {texts[-1]}"
+    if len(texts) == 1:
+        return f"worker {texts[0]}"
+    return f"workers {', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def _union(parts: Iterable[Mapping[str, object]]) -> list[str]:
     """All keys, in the order in which they come first."""
-    return list(dict.fromkeys(key for part in parts for key in part))
+    keys: dict[str, None] = {}
+    for part in parts:
+        keys.update(dict.fromkeys(part))
+    return list(keys)

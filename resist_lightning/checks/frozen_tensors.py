@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +14,8 @@ from resist_lightning.state.own_tensors import version
 
 @dataclass(frozen=True)
 class _Mark:
+    """What a tensor was when it was noted: torch's count of writes, and hashes of a sample and of all entries."""
+
     version: int
     sampled: float
     whole: float
@@ -33,33 +35,41 @@ class FrozenTensors:
 
     def note(self) -> None:
         """Remember the values of those that have become frozen. Call it where all workers have equal ones."""
-        frozen = self._layout.shared.keys() - self._layout.changing()
+        if self._layout.workers == 1:
+            return
+        frozen = self._frozen()
+        # One that trains for a while, or is averaged since it was written, has other values afterwards.
         self._marks = {name: mark for name, mark in self._marks.items() if name in frozen}
-        new = {name: tensor for name, tensor in self._layout.shared.items() if name in frozen - self._marks.keys()}
-        if self._layout.workers > 1 and new:
-            numbers = zip(_hashes(self._sampled, new.values()), _hashes(self._whole, new.values()), strict=True)
-            for (name, tensor), (sampled, whole) in zip(new.items(), numbers, strict=True):
-                self._marks[name] = _Mark(version(tensor), sampled, whole)
+        new = {name: tensor for name, tensor in frozen.items() if name not in self._marks}
+        sampled, whole = _hashes(self._sampled, new), _hashes(self._whole, new)
+        for name, tensor in new.items():
+            self._marks[name] = _Mark(version(tensor), sampled[name], whole[name])
 
     def written(self) -> list[str]:
-        """Names of those whose values differ from the noted ones.
+        """Names of those whose values have changed since :meth:`note`.
 
         Looks at a sample of the entries, and at all where torch has counted a write: writes through ``.data`` are not
         counted.
         """
-        if self._layout.companion is not None and self._layout.companion.shown:
+        companion = self._layout.companion
+        if companion is not None and companion.shown:
             return []  # the module has a copy's values for now
-        frozen = self._layout.shared.keys() - self._layout.changing()
-        now = {name: self._layout.shared[name] for name in self._marks if name in frozen}
-        sampled = dict(zip(now, _hashes(self._sampled, now.values()), strict=True))
-        doubtful = {n: t for n, t in now.items() if sampled[n] != self._marks[n].sampled or self._counted(n, t)}
-        whole = dict(zip(doubtful, _hashes(self._whole, doubtful.values()), strict=True))
+        marked = {name: tensor for name, tensor in self._frozen().items() if name in self._marks}
+        sampled = _hashes(self._sampled, marked)
+        doubtful = {}
+        for name, tensor in marked.items():
+            mark = self._marks[name]
+            if sampled[name] != mark.sampled or version(tensor) != mark.version:
+                doubtful[name] = tensor
+        # A write may have left the values as they were.
+        whole = _hashes(self._whole, doubtful)
         return sorted(name for name, number in whole.items() if number != self._marks[name].whole)
 
-    def _counted(self, name: str, tensor: Tensor) -> bool:
-        return version(tensor) != self._marks[name].version
+    def _frozen(self) -> dict[str, Tensor]:
+        changing = self._layout.changing()
+        return {name: tensor for name, tensor in self._layout.shared.items() if name not in changing}
 
 
-def _hashes(hasher: Hasher, tensors: Iterable[Tensor]) -> list[float]:
-    hashes = hasher.hashes(tensors, 0)
-    return as_numbers(hashes) if hashes else []
+def _hashes(hasher: Hasher, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    numbers = as_numbers(hasher.hashes(tensors.values(), 0))
+    return dict(zip(tensors, numbers, strict=True))

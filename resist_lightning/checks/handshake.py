@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.environment import fingerprint_of
-from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, read, write
+from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, from_bytes, to_bytes
 from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
@@ -30,14 +30,14 @@ class Host:
         return 0
 
     def report(self) -> list[float]:
-        """Numbers to tell the other workers."""
+        """Numbers to tell the other workers; equally many on all."""
         return []
 
     def on_reports(self, reports: list[list[float]]) -> None:
         """Receive the numbers of all workers; at every handshake."""
 
     def agree(self, reports: list[list[float]]) -> None:
-        """Receive them where a round ends, and change what the next local steps use, equally on all workers."""
+        """Receive them at a sync, to change what the next local steps use, equally on all workers."""
 
 
 class Handshake:
@@ -50,7 +50,7 @@ class Handshake:
         rate: the learning rate of this worker now.
 
     Attributes:
-        divergence: what it looks for besides headers.
+        divergence: the checks whose numbers travel with the headers.
     """
 
     def __init__(
@@ -102,30 +102,34 @@ class Handshake:
             WorkersDisagree: if the workers are in different states, or the last sync left them unequal tensors.
             NotFinite: if weights are to be averaged and a worker has NaN or infinity, unless it is left out for that.
         """
-        if purpose in (Purpose.START, Purpose.SYNC):  # for an observation it was done before, and its code may swap
+        # An observation has done it before, as its code may exchange weights on purpose.
+        if purpose in (Purpose.START, Purpose.SYNC):
             self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
-        header = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout)
-        mine = [*header_numbers(header), *self.divergence.numbers(purpose)]
-        extra = [*extra, *[0.0] * (_EXTRA_NUMBERS - len(extra))]  # one size for every purpose, so that any two can meet
-        received = self._collective.gather_numbers([*mine, *extra, self._rate(), *self._host.report()])
-        headers = [read_header(numbers) for numbers in received]
+        header = header_numbers(Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout))
+        checks = self.divergence.numbers(purpose)
+        # One size for every purpose, so that workers that come with different ones can compare their headers.
+        padding = [0.0] * (_EXTRA_NUMBERS - len(extra))
+        rows = self._collective.gather_numbers([*header, *checks, *extra, *padding, self._rate(), *self._host.report()])
+        headers = [read_header(row) for row in rows]
         # Before the headers: their comparison would only say that two digests differ, not which setting does.
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
         check_headers(headers)
-        self.divergence.judge([numbers[len(header_numbers(header)) : len(mine)] for numbers in received], clock)
-        end = len(mine) + len(extra)
-        told = [numbers[end + 1 :] for numbers in received]
-        self._host.on_reports(told)
+
+        end_of_checks = len(header) + len(checks)
+        self.divergence.judge([row[len(header) : end_of_checks] for row in rows], clock)
+        rate = end_of_checks + _EXTRA_NUMBERS
+        reports = [row[rate + 1 :] for row in rows]
+        self._host.on_reports(reports)
         # Only at a sync, where all workers change what the next round uses at the same step.
         if purpose == Purpose.SYNC:
-            self._compare_rates([numbers[end] for numbers in received])
-            self._host.agree(told)
-        return [numbers[len(mine) : end] for numbers in received]
+            self._compare_rates([row[rate] for row in rows])
+            self._host.agree(reports)
+        return [row[end_of_checks:rate] for row in rows]
 
     def _compare_rates(self, rates: Sequence[float]) -> None:
-        """Say once that schedules have parted, which is legal, but seldom meant."""
+        """Warn once of learning rates that differ, which is legal, but seldom meant."""
         if len(set(rates)) == 1 or self._rates_differed:
             return
         self._rates_differed = True
@@ -139,10 +143,13 @@ class Handshake:
             )
 
     def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
-        """Say how workers differ whose digests do."""
-        if len(set(digests)) > 1:
-            told = differences([read(text) for text in self._collective.gather_bytes(write(fingerprint))])
-            raise WorkersDisagree(
-                "workers were started differently:\n  " + "\n  ".join(told) + "\nNo weights were mixed. Start all "
-                "workers with the same code, packages and settings."
-            )
+        """Raise if digests differ, and say how the workers do."""
+        if len(set(digests)) == 1:
+            return
+        # Only now: fingerprints are long, and on a healthy start nobody needs them.
+        texts = self._collective.gather_bytes(to_bytes(fingerprint))
+        found = differences([from_bytes(text) for text in texts])
+        raise WorkersDisagree(
+            "workers were started differently:\n  " + "\n  ".join(found) + "\nNo weights were mixed. Start all "
+            "workers with the same code, packages and settings."
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 SAMPLED_SHARE = 64
 """A sample has one in so many entries."""
 
+# Checkpoints have hashes of full models (engine/evaluation), so none of these numbers may change.
 _WHOLE_BELOW = 4096
 _CHUNK = 2**14
 _RUN = 16  # a cache line of float32
@@ -43,9 +44,11 @@ class Hasher:
         if self._share > 1 and len(bits) >= _WHOLE_BELOW:
             bits = self._sample(bits, turn)
         multipliers = self._multipliers_on(bits.device)
-        parts: list[Tensor] = [(chunk * multipliers[: len(chunk)]).sum() for chunk in bits.split(_CHUNK)]
-        total = parts[0]
-        for part in parts[1:]:
+        # In chunks, so that one table of multipliers serves tensors of any size.
+        first, *others = bits.split(_CHUNK)
+        total: Tensor = (first * multipliers[: len(first)]).sum()
+        for chunk in others:
+            part = (chunk * multipliers[: len(chunk)]).sum()
             total = total * _FACTOR + part
         return total
 
@@ -54,23 +57,33 @@ class Hasher:
         row = _RUN * self._share
         end = len(bits) // row * row
         start = turn % self._share * _RUN
-        return torch.cat([bits[:end].view(-1, row)[:, start : start + _RUN].reshape(-1), bits[end:]])
+        runs = bits[:end].view(-1, row)[:, start : start + _RUN]
+        return torch.cat([runs.reshape(-1), bits[end:]])
 
     def _multipliers_on(self, device: torch.device) -> Tensor:
         if device not in self._multipliers:
-            self._multipliers[device] = _mix(torch.arange(1, _CHUNK + 1, device=device)) | 1
+            places = torch.arange(1, _CHUNK + 1, device=device)
+            # Odd: times an even number, the highest bits of an entry would be lost.
+            self._multipliers[device] = _mix(places) | 1
         return self._multipliers[device]
 
 
 def as_numbers(hashes: Iterable[Tensor]) -> list[float]:
     """The upper 48 bits of hashes, to be sent: those depend on all bits of all entries. Waits for a GPU."""
-    return [float((value >> 16) & (2**48 - 1)) for value in torch.stack([h.cpu() for h in hashes]).tolist()]
+    on_cpu = [value.cpu() for value in hashes]
+    if not on_cpu:
+        return []
+    numbers = torch.stack(on_cpu).tolist()
+    # A float64 is exact up to 53 bits; a shifted negative number has ones from the left.
+    return [float((number >> 16) & (2**48 - 1)) for number in numbers]
 
 
 def together(hashes: list[Tensor]) -> Tensor:
     """One hash for several."""
     stacked = torch.stack([value.to(hashes[0].device) for value in hashes])
-    return (_mix(stacked + torch.arange(len(stacked), device=stacked.device))).sum()
+    # By place, or an exchange of two tensors would not show.
+    places = torch.arange(len(stacked), device=stacked.device)
+    return _mix(stacked + places).sum()
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -78,9 +91,11 @@ def _bits(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dimension: strides[dimension], reverse=True)
     flat = tensor.view(_INTEGERS[tensor.element_size()]).permute(order).reshape(-1)
-    return flat.view(torch.int32) if flat.dtype == torch.int64 else flat  # or highest bits would be multiplied in vain
+    # In halves: multiplied modulo 2**64, the highest bits of 64 would hardly count.
+    return flat.view(torch.int32) if flat.dtype == torch.int64 else flat
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -45,19 +45,23 @@ def check_headers(headers: Sequence[Header]) -> None:
     Raises:
         WorkersDisagree: naming each field that differs, with every worker's value.
     """
-    differing = [field.name for field in fields(Header) if len({getattr(h, field.name) for h in headers}) > 1]
+    differing = []
+    for field in fields(Header):
+        values = [getattr(header, field.name) for header in headers]
+        if len(set(values)) > 1:
+            differing.append(f"{field.name}: {_by_worker(field.name, values)}")
     if not differing:
         return
-    values = "; ".join(f"{name}: " + _values(name, headers) for name in differing)
     raise WorkersDisagree(
-        f"workers came to a sync in different states ({values}). No weights were mixed. Likely causes: one worker "
-        "stopped, ran out of data, or skipped batches or steps (a GradScaler of your own) on its own; a loader of "
-        "unknown length that ends at different steps; or workers started with different code, models or settings."
+        f"workers came to a sync in different states ({'; '.join(differing)}). No weights were mixed. Likely causes: "
+        "one worker stopped, ran out of data, or skipped batches or steps (a GradScaler of your own) on its own; a "
+        "loader of unknown length that ends at different steps; or workers started with different code, models or "
+        "settings."
     )
 
 
 def header_numbers(header: Header) -> list[float]:
-    """The header as numbers, to be sent."""
+    """The header as numbers, to be sent; all fit into a float64."""
     return [float(value) for value in astuple(header)]
 
 
@@ -66,7 +70,9 @@ def read_header(numbers: Sequence[float]) -> Header:
     return Header(*(int(number) for number in numbers[: len(fields(Header))]))
 
 
-def _values(name: str, headers: Sequence[Header]) -> str:
-    read = [getattr(header, name) for header in headers]
-    shown = [Purpose(value).name.lower() for value in read] if name == "purpose" else [str(value) for value in read]
-    return ", ".join(f"worker {worker} {value}" for worker, value in enumerate(shown))
+def _by_worker(field: str, values: Sequence[int]) -> str:
+    shown = []
+    for worker, value in enumerate(values):
+        text = Purpose(value).name.lower() if field == "purpose" else str(value)
+        shown.append(f"worker {worker} {text}")
+    return ", ".join(shown)

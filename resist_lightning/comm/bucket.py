@@ -28,10 +28,12 @@ class Bucket:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are all its tensors, in order, each still in its place (``.to()`` gives it another one)."""
-        return len(tensors) == len(self._tensors) and all(
-            tensor is own and tensor.data_ptr() == place.data_ptr()
-            for tensor, own, place in zip(tensors, self._tensors, self._places(), strict=True)
-        )
+        if len(tensors) != len(self._tensors):
+            return False
+        for tensor, own, place in zip(tensors, self._tensors, self._places(), strict=True):
+            if tensor is not own or tensor.data_ptr() != place.data_ptr():
+                return False
+        return True
 
     def dissolve(self) -> None:
         """Give every tensor memory of its own again: who saves one of them must not save them all."""
@@ -42,10 +44,11 @@ class Bucket:
 
     def _places(self) -> list[Tensor]:
         """The piece of the buffer for each tensor, in its shape and memory format."""
-        return [
-            self.flat.as_strided(tensor.size(), tensor.stride(), offset)
-            for tensor, offset in zip(self._tensors, self._offsets, strict=False)
-        ]
+        places = []
+        # Not strict: the last offset is the buffer's end.
+        for tensor, offset in zip(self._tensors, self._offsets, strict=False):
+            places.append(self.flat.as_strided(tensor.size(), tensor.stride(), offset))
+        return places
 
 
 def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.dtype, Bucket]:
@@ -56,23 +59,23 @@ def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.
     """
     buckets = {}
     for dtype, group in by_dtype(tensors).items():
-        in_place = all(tensor.device == device and _dense(tensor) for tensor in group)
-        if in_place and _alone(group):
+        in_place = all(tensor.device == device and _owns_storage(tensor) and _dense(tensor) for tensor in group)
+        if in_place and len({tensor.data_ptr() for tensor in group}) == len(group):
             buckets[dtype] = Bucket(group)
     return buckets
 
 
-def _alone(tensors: Sequence[Tensor]) -> bool:
-    """Whether each has memory of its own, and all of it."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    whole = all(storage.nbytes() == tensor.nbytes for storage, tensor in zip(storages, tensors, strict=True))
-    return whole and len({storage.data_ptr() for storage in storages}) == len(storages)
+def _owns_storage(tensor: Tensor) -> bool:
+    """Whether the tensor fills its storage: a view of a larger one does not."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _dense(tensor: Tensor) -> bool:
     """Whether the elements fill one piece of memory without gaps or overlaps."""
+    # From the innermost dimension outwards; the stride of a dimension of one element has no meaning.
+    dimensions = [(stride, size) for stride, size in zip(tensor.stride(), tensor.size(), strict=True) if size != 1]
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.size(), strict=True) if n != 1):
+    for stride, size in sorted(dimensions):
         if stride != expected:
             return False
         expected *= size

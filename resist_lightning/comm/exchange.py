@@ -6,7 +6,7 @@ One flat buffer per pair of workers and data type, so messages are O(workers), n
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,22 +155,23 @@ class Exchange:
             self._collective.broadcast_(sendable(flat), kind)
         copy_into(tensors, unpack(flats, tensors))
 
-    def merge(self, plan: SyncPlan, payload: Callable[[int], Payload], kinds: Kinds) -> None:
+    def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds) -> None:
         """Give every block that several workers held its mean over them, at its owner.
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received, _ = self._transfer(plan.merge, payload, kinds.merge, kinds.state)
+        received, _ = self._transfer(plan.merge, payload_of, kinds.merge, kinds.state)
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
-        for transfer, tensors in received.items():
-            copies[transfer.block].append(tensors)
+        for block, tensors in received:
+            copies[block].append(tensors)
         for block, others in copies.items():
-            for own, values in zip(payload(block).tensors, zip(*others, strict=True), strict=True):
-                mean_into(own, values)
-            self._normalise(payload(block).tensors)
+            own = payload_of(block).tensors
+            for tensor, values in zip(own, zip(*others, strict=True), strict=True):
+                mean_into(tensor, values)
+            self._normalise(own)
 
     def hand_over(
-        self, plan: SyncPlan, payload: Callable[[int], Payload], kinds: Kinds, make_room: Callable[[], None]
+        self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds, make_room: Callable[[], None]
     ) -> None:
         """Send every block from its owner to its next holders, and put what arrives in place.
 
@@ -178,20 +179,20 @@ class Exchange:
 
         Args:
             plan: the plan of the sync.
-            payload: what travels of a block.
+            payload_of: the payload of a block.
             kinds: how to count the bytes.
             make_room: called when all has been sent and received, to free blocks that leave and allocate those that
                 arrive.
         """
-        received, sent = self._transfer(plan.hand_over, payload, kinds.hand_over, kinds.state)
+        received, sent = self._transfer(plan.hand_over, payload_of, kinds.hand_over, kinds.state)
         make_room()
-        for transfer, tensors in received.items():
-            copy_into(payload(transfer.block).tensors, tensors)
+        for block, tensors in received:
+            copy_into(payload_of(block).tensors, tensors)
         for block, message in sent.items():
-            load = payload(block)
+            payload = payload_of(block)
             # An owner that stays a holder takes the rounded values it has sent, so that all holders are equal.
-            if load.compressed and not load.compressed[0].is_meta:
-                copy_into(arrange(load.compressed), self._decompressed(message, load))
+            if payload.compressed and not payload.compressed[0].is_meta:
+                copy_into(arrange(payload.compressed), self._decompressed(message, payload))
 
     def _normalise(self, averaged: Iterable[Tensor]) -> None:
         if self._module is None or self._collective.workers == 1:
@@ -200,84 +201,95 @@ class Exchange:
         normalise(tensor for tensor in averaged if id(tensor) in vectors)
 
     def _transfer(
-        self, transfers: Sequence[Transfer], payload: Callable[[int], Payload], kind: str, state_kind: str
-    ) -> tuple[dict[Transfer, list[Tensor]], dict[int, Tensor]]:
+        self, transfers: Sequence[Transfer], payload_of: Callable[[int], Payload], kind: str, state_kind: str
+    ) -> tuple[list[tuple[int, list[Tensor]]], dict[int, Tensor]]:
         """Send and receive at once.
 
         Returns:
-            The received tensors by transfer, and the compressed messages that were sent by block.
+            Each block that was received, with its tensors; and the compressed messages that were sent, by block.
         """
         me = self._collective.worker
-        outgoing: dict[int, list[Transfer]] = defaultdict(list)
-        expected: dict[int, list[Transfer]] = defaultdict(list)
-        for transfer in transfers:
-            if transfer.source == me:
-                outgoing[transfer.target].append(transfer)
-            elif transfer.target == me:
-                expected[transfer.source].append(transfer)
-        loads = {t.block: payload(t.block) for t in transfers if me in (t.source, t.target)}
-        # Compressed once per block, not per target: all targets must receive the same rounding.
-        messages = {block: self._compressed(loads[block]) for block in {t.block for t in transfers if t.source == me}}
+        payloads: dict[int, Payload] = {}
+        messages: dict[int, Tensor] = {}
+        outgoing: dict[int, list[int]] = defaultdict(list)
+        expected: dict[int, list[int]] = defaultdict(list)
         kinds: Counter[str] = Counter()
-        for transfer in transfers:
-            if transfer.source == me:
-                load = loads[transfer.block]
-                kinds[kind] += packed_bytes([*load.block, messages[transfer.block]])
-                kinds[state_kind] += packed_bytes(load.state)
-        sends = {peer: self._message(batch, loads, messages) for peer, batch in outgoing.items()}
-        receives = {peer: self._empty_message(batch, loads) for peer, batch in expected.items()}
+        for source, target, block in transfers:
+            if me not in (source, target):
+                continue
+            if block not in payloads:
+                payloads[block] = payload_of(block)
+            if target == me:
+                expected[source].append(block)
+                continue
+            outgoing[target].append(block)
+            # Compressed once per block, not per target: all targets must receive the same rounding.
+            if block not in messages:
+                messages[block] = self._compressed(payloads[block])
+            kinds[kind] += packed_bytes([*payloads[block].block, messages[block]])
+            kinds[state_kind] += packed_bytes(payloads[block].state)
+
+        sends: dict[int, list[Tensor]] = {}
+        for peer, blocks in outgoing.items():
+            compressed = [messages[block] for block in blocks]
+            sends[peer] = self._message([payloads[block] for block in blocks], compressed)
+        receives: dict[int, list[Tensor]] = {}
+        for peer, blocks in expected.items():
+            receives[peer] = self._empty_message([payloads[block] for block in blocks])
         self._collective.exchange(all_sendable(sends), all_sendable(receives), kinds)
-        received: dict[Transfer, list[Tensor]] = {}
-        for peer, flats in receives.items():
-            received.update(self._unpack(expected[peer], loads, flats))
+
+        received: list[tuple[int, list[Tensor]]] = []
+        for peer, blocks in expected.items():
+            tensors = self._unpack([payloads[block] for block in blocks], receives[peer])
+            received += zip(blocks, tensors, strict=True)
         return received, {block: message for block, message in messages.items() if len(message)}
 
-    def _message(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], messages: Mapping[int, Tensor]
-    ) -> list[Tensor]:
+    def _message(self, payloads: Sequence[Payload], messages: Sequence[Tensor]) -> list[Tensor]:
         """The buffers for one peer: one per data type, then one with everything that is compressed."""
-        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
-        flats = list(pack(plain, self._device).values())
-        compressed = torch.cat([messages[transfer.block] for transfer in batch])
+        flats = list(pack(_plain(payloads), self._device).values())
+        compressed = torch.cat(list(messages))
         # An empty buffer is not sent: it would be a message of its own.
         return [*flats, compressed] if len(compressed) else flats
 
-    def _empty_message(self, batch: Sequence[Transfer], loads: Mapping[int, Payload]) -> list[Tensor]:
-        """Allocates the buffers that :meth:`_message` of the sender returns."""
-        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
-        flats = list(empty_like_packed(plain, self._device).values())
-        compressed = sum(self._compressed_bytes(loads[transfer.block]) for transfer in batch)
+    def _empty_message(self, payloads: Sequence[Payload]) -> list[Tensor]:
+        """Allocate the buffers that :meth:`_message` of the sender returns."""
+        flats = list(empty_like_packed(_plain(payloads), self._device).values())
+        compressed = sum(map(self._compressed_bytes, payloads))
         if compressed:
             flats.append(torch.empty(compressed, dtype=torch.uint8, device=self._device))
         return flats
 
-    def _unpack(
-        self, batch: Sequence[Transfer], loads: Mapping[int, Payload], flats: Sequence[Tensor]
-    ) -> dict[Transfer, list[Tensor]]:
-        """The tensors of one peer's message by transfer; those that were not compressed are views."""
-        plain = [tensor for transfer in batch for tensor in loads[transfer.block].plain]
+    def _unpack(self, payloads: Sequence[Payload], flats: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors of each payload in one peer's message; those that were not compressed are views."""
+        plain = _plain(payloads)
         types = list(by_dtype(plain))
         views = iter(unpack(dict(zip(types, flats, strict=False)), plain))
+        # Behind the buffers of the data types, as :meth:`_message` has put it.
         compressed = flats[-1] if len(flats) > len(types) else None
         start = 0
-        received: dict[Transfer, list[Tensor]] = {}
-        for transfer in batch:
-            load = loads[transfer.block]
-            received[transfer] = [next(views) for _ in load.plain]
-            end = start + self._compressed_bytes(load)
+        found: list[list[Tensor]] = []
+        for payload in payloads:
+            tensors = [next(views) for _ in payload.plain]
+            end = start + self._compressed_bytes(payload)
             if compressed is not None and end > start:
-                received[transfer] += self._decompressed(compressed[start:end], load)
+                tensors += self._decompressed(compressed[start:end], payload)
+            found.append(tensors)
             start = end
-        return received
+        return found
 
-    def _compressed(self, load: Payload) -> Tensor:
-        if self._wire is None or not load.compressed:
+    def _compressed(self, payload: Payload) -> Tensor:
+        if self._wire is None or not payload.compressed:
             return torch.empty(0, dtype=torch.uint8, device=self._device)
-        return self._wire.encode(flatten(arrange(load.compressed)), load.noise)
+        return self._wire.encode(flatten(arrange(payload.compressed)), payload.noise)
 
-    def _compressed_bytes(self, load: Payload) -> int:
-        return self._wire.format.bytes(load.entries) if self._wire is not None else 0
+    def _compressed_bytes(self, payload: Payload) -> int:
+        return self._wire.format.bytes(payload.entries) if self._wire is not None else 0
 
-    def _decompressed(self, message: Tensor, load: Payload) -> list[Tensor]:
+    def _decompressed(self, message: Tensor, payload: Payload) -> list[Tensor]:
         assert self._wire is not None
-        return split(self._wire.decode(message, load.entries), arrange(load.compressed))
+        return split(self._wire.decode(message, payload.entries), arrange(payload.compressed))
+
+
+def _plain(payloads: Iterable[Payload]) -> list[Tensor]:
+    """All tensors that travel as they are, in the order of travel."""
+    return [tensor for payload in payloads for tensor in payload.plain]

@@ -6,14 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from resist_lightning.comm.sockets import noted, remembered
+from resist_lightning.comm.sockets import recording, recording_group
 from resist_lightning.comm.torchrun import attempt
 
 
@@ -77,12 +77,12 @@ def join_group(
     key = (os.getpid(), address, port)
     if key not in _stores:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        with noted(set()):
+        with recording(set()):
             _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
     _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
-    with remembered():
+    with recording_group():
         dist.init_process_group(
             backend,
             store=PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store),
@@ -104,20 +104,9 @@ def messages_sent() -> int:
         return 0
 
 
-class StoreClient(Protocol):
-    """What can be done with the group's store without a collective."""
-
-    def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
-    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
-    def set_timeout(self, timeout: timedelta, /) -> None: ...  # noqa: D102
-    def clone(self) -> StoreClient:
-        """A connection of its own to the same store, which another thread may use."""
-
-
-def group_store() -> StoreClient:
-    """The store through which the default group was made."""
-    return _get_default_store()
+def clone_store() -> Store:
+    """A new connection to the store through which the default group was made; another thread may use it."""
+    return _get_default_store().clone()
 
 
 def groups_joined() -> int:

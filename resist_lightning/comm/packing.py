@@ -23,7 +23,8 @@ def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
 
 def flatten(tensors: Iterable[Tensor], device: torch.device | None = None) -> Tensor:
     """Concatenate tensors into one flat buffer, on ``device`` if given."""
-    return torch.cat([tensor.detach().reshape(-1).to(device) for tensor in tensors])
+    pieces = [tensor.detach().reshape(-1).to(device) for tensor in tensors]
+    return torch.cat(pieces)
 
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -48,7 +49,9 @@ def empty_like_packed(tensors: Iterable[Tensor], device: torch.device) -> dict[t
 
 def unpack(flats: Mapping[torch.dtype, Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Cut the buffers of :func:`pack` into views with the shapes of ``like``, in its order."""
-    pieces = {dtype: iter(split(flats[dtype], group)) for dtype, group in by_dtype(like).items()}
+    pieces = {}
+    for dtype, group in by_dtype(like).items():
+        pieces[dtype] = iter(split(flats[dtype], group))
     return [next(pieces[tensor.dtype]) for tensor in like]
 
 

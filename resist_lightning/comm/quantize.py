@@ -41,14 +41,20 @@ class Quantizer:
             return torch.empty(0, dtype=torch.uint8, device=values.device)
         if self.format.scale_bytes == 0:
             return _to_bfloat16(values, noise).view(torch.uint8)
+        # The last group is filled up with zeros, which change no scale.
         padding = self.format.groups(len(values)) * self.format.group - len(values)
         grouped = torch.nn.functional.pad(values, (0, padding)).view(-1, self.format.group)
         largest = self._largest_code
         scale = grouped.abs().amax(1, keepdim=True) / largest
-        steps = grouped * torch.where(scale > 0, scale.reciprocal(), 0.0)
+        # A group of zeros has no scale: its entries would become NaN.
+        factor = torch.where(scale > 0, scale.reciprocal(), 0.0)
+        steps = grouped * factor
+        # Rounding down afterwards gives the nearest, or, after adding noise, the value on average.
         steps += 0.5 if noise is None else torch.rand(steps.shape, generator=noise, device=steps.device)
-        codes = _pack(steps.floor_().add_(largest).clamp_(0, 2 * largest).to(torch.uint8), self.format.bits)
-        return torch.cat([scale.view(torch.uint8), codes], 1).flatten()
+        # Codes are not negative, as they are packed without a sign.
+        codes = steps.floor_().add_(largest).clamp_(0, 2 * largest)
+        packed = _pack(codes.to(torch.uint8), self.format.bits)
+        return torch.cat([scale.view(torch.uint8), packed], 1).flatten()
 
     def decode(self, message: Tensor, entries: int) -> Tensor:
         """The values of a message, as float32."""
@@ -57,9 +63,11 @@ class Quantizer:
         if self.format.scale_bytes == 0:
             return message.view(torch.bfloat16)[:entries].float()
         grouped = message.view(-1, self.format.group_bytes)
-        scale = grouped[:, : self.format.scale_bytes].contiguous().view(torch.float32)
-        codes = _unpack(grouped[:, self.format.scale_bytes :].contiguous(), self.format.bits)
-        return codes.float().sub_(self._largest_code).mul_(scale).flatten()[:entries]
+        scale_bytes = self.format.scale_bytes
+        scale = grouped[:, :scale_bytes].contiguous().view(torch.float32)
+        codes = _unpack(grouped[:, scale_bytes:].contiguous(), self.format.bits)
+        values = codes.float().sub_(self._largest_code).mul_(scale)
+        return values.flatten()[:entries]
 
     def through(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """What a receiver makes of some values."""
@@ -67,11 +75,12 @@ class Quantizer:
 
     @property
     def _largest_code(self) -> int:
+        # Symmetric, so that zero is a code of its own and stays zero.
         return int(2 ** (self.format.bits - 1) - 1)
 
 
 def make_quantizer(name: str) -> Quantizer | None:
-    """The wire of that name; None for ``fp32``, on which tensors travel as they are."""
+    """The quantizer of that name; None for ``fp32``, with which tensors travel as they are."""
     chosen = WIRE_FORMATS[name]
     return Quantizer(chosen) if chosen is not None else None
 
@@ -79,7 +88,9 @@ def make_quantizer(name: str) -> Quantizer | None:
 def noise_for(seed: int, round: int, block: int, worker: int, device: torch.device) -> torch.Generator:
     """The random numbers with which a worker rounds a block that it sends. No other generator is read or moved."""
     digest = hashlib.sha256(f"wire {seed} {round} {block} {worker}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    # 63 bits: torch refuses seeds above the largest signed number.
+    noise_seed = int.from_bytes(digest[:8], "big") >> 1
+    return torch.Generator(device).manual_seed(noise_seed)
 
 
 def compressible(tensor: Tensor) -> bool:
@@ -98,22 +109,28 @@ def _to_bfloat16(values: Tensor, noise: torch.Generator | None) -> Tensor:
     # The lower half of a float32 is what bfloat16 drops: adding any 16 bits to it carries over in proportion.
     bits = values.view(torch.int32)
     more = torch.randint(0, 2**16, bits.shape, generator=noise, device=bits.device, dtype=torch.int32)
-    return torch.where(values.isfinite(), ((bits + more) & -(2**16)).view(torch.float32), values).bfloat16()
+    rounded = ((bits + more) & -(2**16)).view(torch.float32)
+    # The carry would turn infinity into NaN.
+    return torch.where(values.isfinite(), rounded, values).bfloat16()
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Write eight codes of ``bits`` bits into as many bytes, by way of one 64-bit word."""
     if bits == 8:
         return codes
-    shifts = torch.arange(_PACKED_ENTRIES, device=codes.device) * bits
-    words = (codes.view(len(codes), codes.shape[1] // _PACKED_ENTRIES, _PACKED_ENTRIES).long() << shifts).sum(2)
-    return ((words.unsqueeze(2) >> torch.arange(0, 8 * bits, 8, device=codes.device)) & 255).byte().flatten(1)
+    places = torch.arange(_PACKED_ENTRIES, device=codes.device) * bits
+    words = (codes.view(len(codes), -1, _PACKED_ENTRIES).long() << places).sum(2)
+    byte_places = torch.arange(bits, device=codes.device) * 8
+    packed = (words.unsqueeze(2) >> byte_places) & 255
+    return packed.byte().flatten(1)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo :func:`_pack`."""
     if bits == 8:
         return packed
-    grouped = packed.view(len(packed), packed.shape[1] // bits, bits).long()
-    words = (grouped << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(2)
-    shifts = torch.arange(_PACKED_ENTRIES, device=packed.device) * bits
-    codes: Tensor = (words.unsqueeze(2) >> shifts) & (2**bits - 1)
+    byte_places = torch.arange(bits, device=packed.device) * 8
+    words = (packed.view(len(packed), -1, bits).long() << byte_places).sum(2)
+    places = torch.arange(_PACKED_ENTRIES, device=packed.device) * bits
+    codes: Tensor = (words.unsqueeze(2) >> places) & (2**bits - 1)
     return codes.flatten(1)

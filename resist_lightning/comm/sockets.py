@@ -12,22 +12,22 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-_made: set[str] = set()
-_ours: set[str] = set()
+_of_group: set[str] = set()
+_recorded: set[str] = set()
 
 
 @contextmanager
-def remembered() -> Iterator[None]:
-    """Remember the connections that are made inside; those of an earlier group are forgotten."""
+def recording_group() -> Iterator[None]:
+    """Record the connections that are made inside as the group's; those of an earlier group are forgotten."""
     made: set[str] = set()
-    with noted(made):
+    with recording(made):
         yield
-    _made.clear()
-    _made.update(made)
+    _of_group.clear()
+    _of_group.update(made)
 
 
 @contextmanager
-def noted(made: set[str]) -> Iterator[None]:
+def recording(made: set[str]) -> Iterator[None]:
     """Add the names of the sockets that are made inside to ``made``, after an error too."""
     before = set(_sockets())
     try:
@@ -35,37 +35,40 @@ def noted(made: set[str]) -> Iterator[None]:
     finally:
         new = set(_sockets()) - before
         made.update(new)
-        _ours.update(new)
+        _recorded.update(new)
 
 
-def let_go() -> None:
-    """In a forked process: close all sockets that were noted in the one that trains.
+def close_inherited() -> None:
+    """In a forked process: close all sockets that were recorded in the one that trains.
 
-    Else its peers would not see them closed when it is killed, and its port would stay taken. The numbers of the files
-    stay taken, as there may still be objects that hold them.
+    Else its peers would not see them closed when it is killed, and its port would stay taken.
     """
     found = _sockets()
     with suppress(OSError):
         nothing = os.open(os.devnull, os.O_RDWR)
-        for name in _ours & set(found):
+        for name in _recorded & set(found):
+            # Not closed: an object that still has the descriptor's number would later close another file of it.
             os.dup2(nothing, found[name])
         os.close(nothing)
 
 
 def cut_connections(made: set[str] | None = None) -> int:
-    """Shut down the connections of those names that still exist, by default the remembered ones; from any thread.
+    """Shut down the connections of those names that still exist, by default the group's; from any thread.
 
     Returns:
         How many there were: none where there is no /proc (Linux has it), or where the group made them later (NCCL, and
         gloo with ``TORCH_GLOO_LAZY_INIT``).
     """
+    names = _of_group if made is None else made
     cut = 0
     for name, descriptor in _sockets().items():
-        if name in (_made if made is None else made):
-            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                connection.getpeername()  # not of the socket that listens: gloo ends the process if that is shut down
-                connection.shutdown(socket.SHUT_RDWR)
-                cut += 1
+        if name not in names:
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            # Raises for the socket that listens: gloo ends the process if that is shut down.
+            connection.getpeername()
+            connection.shutdown(socket.SHUT_RDWR)
+            cut += 1
     return cut
 
 

@@ -72,8 +72,9 @@ def check_tensors(module: nn.Module) -> None:
     for name, tensor in named_tensors(module).items():
         if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
             continue
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _KNOWN:
-            kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype).removeprefix("torch.")
+        strided = tensor.layout == torch.strided
+        if not strided or tensor.is_quantized or tensor.dtype not in _KNOWN:
+            kind = str(tensor.dtype if strided else tensor.layout).removeprefix("torch.")
             raise ValueError(
                 f"{name} is a {kind} tensor, which workers can neither average nor send. Keep it outside of parameters "
                 "and buffers, as a plain attribute that its forward moves to the device, or make it a dense one."
@@ -86,7 +87,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class KnownTensors:
-    """The tensors that a module has now: optimizers, buffers and averages go on with these objects.
+    """The tensors that a module has now: optimizers, buffers and averages keep referring to these objects.
 
     Args:
         module: the user's.
@@ -95,7 +96,7 @@ class KnownTensors:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._known = named_tensors(module)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._have_memory = False
 
     def keep(self) -> None:
@@ -110,20 +111,22 @@ class KnownTensors:
             _give_memory(self._known.values())
             self._have_memory = True
         now = named_tensors(self._module)
-        there = {id(tensor) for tensor in now.values()}
+        present = {id(tensor) for tensor in now.values()}
         for name, known in self._known.items():
-            if now.get(name) is known or id(known) in there:  # under another name, as pruning leaves it
+            # It may be present under another name, as pruning leaves it.
+            if id(known) in present:
                 continue
             if isinstance(known, nn.Parameter):
                 raise RuntimeError(_replaced(name, gone=name not in now))
             if name in now:
-                self._take(name, known, now[name])
+                self._put_back(name, known, now[name])
         known_ids = {id(tensor) for tensor in self._known.values()}
         for name, tensor in named_tensors(self._module).items():
             if name not in self._known and id(tensor) not in known_ids:
-                self._look_at_new(name, tensor)
+                self._check_new(name, tensor)
 
-    def _take(self, name: str, known: Tensor, new: Tensor) -> None:
+    def _put_back(self, name: str, known: Tensor, new: Tensor) -> None:
+        """Register the known buffer again, with the value of the one in its place."""
         owner, key = self._owner(name)
         if (known.shape, known.dtype) != (new.shape, new.dtype):
             if key in owner._non_persistent_buffers_set:  # a cache: this worker's own
@@ -138,15 +141,15 @@ class KnownTensors:
                 known.copy_(new)
         owner._buffers[key] = known
 
-    def _look_at_new(self, name: str, tensor: Tensor) -> None:
+    def _check_new(self, name: str, tensor: Tensor) -> None:
         owner, key = self._owner(name)
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             raise RuntimeError(
                 f"parameter {name} was added after the training began, so it would be averaged by nobody. Make it in "
                 "__init__ or `configure_model`."
             )
-        if name not in self._told and key not in owner._non_persistent_buffers_set:
-            self._told.add(name)
+        if name not in self._warned and key not in owner._non_persistent_buffers_set:
+            self._warned.add(name)
             warnings.warn(
                 f"{name} was added after the training began: it is not averaged, each worker has its own.",
                 stacklevel=4,
@@ -168,7 +171,8 @@ def _replaced(name: str, *, gone: bool) -> str:
 
 
 def _give_memory(tensors: Iterable[Tensor]) -> None:
-    """Where several entries are at one place (``expand``), no average could be written."""
+    """Give each entry a place of its own: where several share one (``expand``), no average could be written."""
     for tensor in tensors:
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        dimensions = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in dimensions):
             tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)

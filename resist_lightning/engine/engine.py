@@ -33,7 +33,7 @@ from resist_lightning.engine.registry import detach_hooks, make_layout, make_syn
 from resist_lightning.engine.resume import Resumption
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.sync import Plan
-from resist_lightning.schedule.progress import Activity, Clock, Pace
+from resist_lightning.schedule.progress import Activity, Clock, StepTimer
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.timing import Seconds
 from resist_lightning.state.weight_swaps import SwappingOptimizers
@@ -75,7 +75,7 @@ class Engine:
         self.states = OptimizerStates(optimizers)
         self.steps = StepWatch(module, self.states, config.local_steps)
         self.activity = Activity(self.clock)
-        self._pace = Pace(self.activity)
+        self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.seconds = Seconds(self._device)
         # Any: of which class it is depends on the method.
@@ -264,7 +264,7 @@ class Engine:
 
     def _end_round(self) -> None:
         self.activity.begin("handshake")
-        reports = self._handshake.run(Purpose.SYNC, self.clock, [self._pace.take()])
+        reports = self._handshake.run(Purpose.SYNC, self.clock, [self._step_timer.take()])
         ended = self.clock.round
         # Before `learn`: the plan must not depend on what was just measured.
         plan = self._next_plan()

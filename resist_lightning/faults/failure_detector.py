@@ -18,6 +18,7 @@ _BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "br
 _TIMED_OUT = ("timed out", "timeout")
 _APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
 
+_PARENT = -1  # stands among workers for the process without which this one must not run
 _LONGEST_LINE = 1_000_000  # some hundred bytes, and as many for each worker where one names those that are alive
 
 End: TypeAlias = Literal["", "done", "failed", "gave up"]
@@ -28,18 +29,18 @@ class Heartbeat:
     """What a worker posts about itself.
 
     Args:
-        worker: who gives it.
+        worker: its number.
         host: its host's name.
         home: a name of the host's processes; workers with the same one can see each other's.
         pid: its process.
-        beat: grows by one with each sign.
-        what: one of :data:`resist_lightning.schedule.progress.What`.
-        doing: what it is doing, in words.
-        seconds: for how long.
-        round: the round that it was in when it began with it.
-        step: its local steps in the round.
+        beat: grows by one with each heartbeat.
+        what: one of :data:`resist_lightning.schedule.progress.ActivityName`.
+        doing: the same in words.
+        seconds: for how long it has been doing that.
+        round: the round in which it began.
+        step: local steps taken in the round by then.
         end: ``""`` while it runs; how it ended otherwise.
-        text: its error, or whom it gave up and why.
+        text: its error, or the verdict with which it gave up.
     """
 
     worker: int
@@ -70,13 +71,16 @@ def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
 
     Fields that are unknown, as of a newer version, are passed over.
     """
+    if len(line) > _LONGEST_LINE:
+        return None
     try:
-        given = json.loads(line) if len(line) <= _LONGEST_LINE else None
+        given = json.loads(line)
     except (ValueError, RecursionError):  # ValueErrors are those of JSON and of UTF-8 too
         return None
     if not isinstance(given, dict) or given.get("worker") != worker:
         return None
-    known = {field.name: given[field.name] for field in fields(Heartbeat) if field.name in given}
+    known = {name: value for name, value in given.items() if name in _TYPES}
+    # By the exact type: True would pass as an int.
     if any(type(value) not in _TYPES[name] for name, value in known.items()):
         return None
     try:
@@ -85,9 +89,8 @@ def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
         return None
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    field.name: {"int": (int,), "float": (int, float)}.get(str(field.type), (str,)) for field in fields(Heartbeat)
-}
+_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
+_TYPES = {field.name: _ACCEPTED.get(str(field.type), (str,)) for field in fields(Heartbeat)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Verdict:
     Args:
         text: which one, and how, in words.
         worker: its number, if known; else -1.
-        frozen: its process, if it may still exist on this host, though it can do nothing any more; else 0.
+        frozen: its process, if that may be frozen on this host, and so cannot end by itself; else 0.
     """
 
     text: str
@@ -114,23 +117,30 @@ class FailureDetector:
         silence: after how long without a heartbeat a worker counts as lost.
         store: who serves the store, in words.
         now: the time.
+
+    Attributes:
+        heartbeats: the last one of each other worker.
     """
 
     def __init__(self, mine: Heartbeat, workers: int, silence: float, store: str, now: float) -> None:
-        self.signs: dict[int, Heartbeat] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
         self._mine = mine
         self._silence = silence
         self._store = store
         self._others = [worker for worker in range(workers) if worker != mine.worker]
+        # Times: of each other worker's last heartbeat, of the last reading, and when this process last ran.
         self._last = dict.fromkeys(self._others, now)
         self._read = self._awake = now
         self._gone_since: dict[int, float] = {}
 
-    def hear(self, signs: Sequence[Heartbeat], now: float) -> None:
+    def hear(self, heartbeats: Sequence[Heartbeat], now: float) -> None:
         """Record heartbeats that were read from the store."""
-        for sign in signs:
-            if sign.worker in self._last and (sign.worker not in self.signs or self.signs[sign.worker] != sign):
-                self.signs[sign.worker], self._last[sign.worker] = sign, now
+        for heartbeat in heartbeats:
+            worker = heartbeat.worker
+            # One that was read before does not show that its worker still runs.
+            if worker in self._last and self.heartbeats.get(worker) != heartbeat:
+                self.heartbeats[worker] = heartbeat
+                self._last[worker] = now
         self._read = max(self._read, now)
 
     def wake(self, now: float) -> None:
@@ -143,39 +153,44 @@ class FailureDetector:
 
     def neighbours(self) -> list[Heartbeat]:
         """The running workers whose processes can be seen from here."""
-        return [sign for sign in self.signs.values() if not sign.end and sign.home == self._mine.home]
+        home = self._mine.home
+        return [heartbeat for heartbeat in self.heartbeats.values() if not heartbeat.end and heartbeat.home == home]
 
     def judge(self, now: float, gone: Mapping[int, str], orphaned: str = "") -> Verdict | None:
         """Name the lost worker, if any; certain knowledge comes first.
 
         Args:
             now: the time.
-            gone: workers whose process is gone, and how it ended. Their last words may still be on their way, so it
+            gone: workers whose process is gone, and how it ended. Their last heartbeat may still be on its way, so it
                 takes another look to count.
             orphaned: that the process has ended without which this one must not run, in words; or empty.
         """
-        signs = [self.signs[worker] for worker in sorted(self.signs)]
+        heartbeats = self._sorted()
         # A worker's own error comes first: processes that are gone and workers that gave up are often its consequence.
-        for sign in signs:
-            if sign.end == "failed":
-                return Verdict(f"{sign.name} failed with {sign.text}{self._last_of(sign.worker)}", sign.worker)
-        for worker in self._confirmed(now, {**gone, **({-1: orphaned} if orphaned else {})}):
-            if worker < 0:
+        for each in heartbeats:
+            if each.end == "failed":
+                return Verdict(f"{each.name} failed with {each.text}{self._last_of(each.worker)}", each.worker)
+        missing = dict(gone)
+        if orphaned:
+            missing[_PARENT] = orphaned
+        for worker in self._confirmed(now, missing):
+            if worker == _PARENT:
                 return Verdict(orphaned)
-            if not self.signs[worker].end:
-                return Verdict(f"{self.signs[worker].name} {gone[worker]}.{self._last_of(worker)}", worker)
-        for sign in signs:
-            if sign.end == "gave up":
-                return Verdict(sign.text)
+            lost = self.heartbeats[worker]
+            if not lost.end:
+                return Verdict(f"{lost.name} {gone[worker]}.{self._last_of(worker)}", worker)
+        for each in heartbeats:
+            if each.end == "gave up":
+                return Verdict(each.text)
         # Before silences: while the store does not answer, every worker seems silent.
         unread = now - self._read
         if unread > self._silence:
-            host = f" Most likely lost: {self.signs[0].name}." if 0 in self.signs else ""
+            host = f" Most likely lost: {self.heartbeats[0].name}." if 0 in self.heartbeats else ""
             return Verdict(f"{self._store} has not answered for {unread:.0f} s.{host}{self._last_of(0)}")
         return self._silent(self._silence)
 
     def suspect(self, error: str, timeout: float, beats: float) -> Verdict:
-        """Whom to name when a connection broke and nobody is known to be lost.
+        """Name the most likely worker when a connection broke and nobody is known to be lost.
 
         Args:
             error: the text of what was raised.
@@ -185,15 +200,16 @@ class FailureDetector:
         silent = self._silent(beats * BEAT_SECONDS)
         if silent is not None:
             return silent
-        apart = sorted((s for s in self.running() if s.what in _APART), key=lambda s: (s.round, s.step, -s.seconds))
+        apart = [heartbeat for heartbeat in self.running() if heartbeat.what in _APART]
         if apart and any(word in error.lower() for word in _TIMED_OUT):
-            late = apart[0]
+            # The one furthest behind; among equals, the one that has been at it for longest.
+            late = min(apart, key=lambda heartbeat: (heartbeat.round, heartbeat.step, -heartbeat.seconds))
             return Verdict(
                 f"{late.name} is alive, but has not come to the handshake for {timeout:.0f} s: it is still in "
                 f"{late.doing}, since {late.seconds:.0f} s.",
                 late.worker,
             )
-        seen = [f"{sign.name}: {'has ended' if sign.end else sign.doing}" for _, sign in sorted(self.signs.items())]
+        seen = [f"{each.name}: {'has ended' if each.end else each.doing}" for each in self._sorted()]
         return Verdict(
             "a connection between the workers broke or timed out, and no worker is known to be lost. The others were "
             f"last doing: {'; '.join(seen) or 'nothing that is known'}. If one worker called what all must call "
@@ -202,44 +218,55 @@ class FailureDetector:
 
     def heard(self, beats: Mapping[int, int], lost: Verdict | None) -> bool:
         """Whether all that run, but a lost one, have read the store since ``beats``: each posts, then reads."""
-        running = [sign for sign in self.running() if lost is None or sign.worker != lost.worker]
-        return all(sign.beat >= beats.get(sign.worker, sign.beat) + 2 for sign in running)
+        for each in self.running():
+            if lost is not None and each.worker == lost.worker:
+                continue
+            # Two beats: the first may have read the store before this worker has posted.
+            if each.beat < beats.get(each.worker, each.beat) + 2:
+                return False
+        return True
 
     def running(self) -> list[Heartbeat]:
         """The last heartbeats of those that have not said that they end, and whose process is not gone."""
-        return [sign for worker, sign in sorted(self.signs.items()) if not sign.end and worker not in self._gone_since]
+        return [each for each in self._sorted() if not each.end and each.worker not in self._gone_since]
+
+    def _sorted(self) -> list[Heartbeat]:
+        return [self.heartbeats[worker] for worker in sorted(self.heartbeats)]
 
     def _confirmed(self, now: float, gone: Mapping[int, str]) -> list[int]:
-        """Those that have been gone long enough: a worker first, then (-1) the process without which nobody may run."""
+        """Those that have been gone long enough: workers first, then the process without which this one may not run."""
         self._gone_since = {worker: self._gone_since.get(worker, now) for worker in gone}
-        beats = {worker: 3.0 if worker < 0 else 1.5 for worker in gone}
-        return sorted(
-            (w for w, since in self._gone_since.items() if now - since >= beats[w] * BEAT_SECONDS), reverse=True
-        )
+        confirmed = []
+        for worker, since in self._gone_since.items():
+            # Longer for the parent, which goes because of a worker that is the better answer.
+            beats = 3.0 if worker == _PARENT else 1.5
+            if now - since >= beats * BEAT_SECONDS:
+                confirmed.append(worker)
+        return sorted(confirmed, reverse=True)
 
     def _silent(self, limit: float) -> Verdict | None:
         """The longest silence above the limit, as it was when the store was last read."""
-        silences = [
-            (self._read - self._last[worker], worker)
-            for worker in self._others
-            if worker not in self.signs or not self.signs[worker].end
-        ]
-        silence, worker = max(silences, key=lambda pair: (pair[0], -pair[1]), default=(0.0, 0))
-        if silence <= limit:
+        silence, lost = limit, None
+        for worker in self._others:
+            ended = worker in self.heartbeats and self.heartbeats[worker].end
+            # Up to the last reading: a store that does not answer makes nobody silent.
+            if not ended and self._read - self._last[worker] > silence:
+                silence, lost = self._read - self._last[worker], worker
+        if lost is None:
             return None
-        if worker not in self.signs:
-            return Verdict(f"worker {worker} has not been heard of since the start, {silence:.0f} s ago.", worker)
-        sign = self.signs[worker]
+        if lost not in self.heartbeats:
+            return Verdict(f"worker {lost} has not been heard of since the start, {silence:.0f} s ago.", lost)
+        last = self.heartbeats[lost]
         return Verdict(
-            f"{sign.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
-            f"{self._last_of(worker)}",
-            worker,
-            frozen=sign.pid if sign.home == self._mine.home else 0,
+            f"{last.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
+            f"{self._last_of(lost)}",
+            lost,
+            frozen=last.pid if last.home == self._mine.home else 0,
         )
 
     def _last_of(self, worker: int) -> str:
-        sign = self.signs.get(worker)
-        return f" Worker {worker} was last doing: {sign.doing}." if sign is not None else ""
+        last = self.heartbeats.get(worker)
+        return f" Worker {worker} was last doing: {last.doing}." if last is not None else ""
 
 
 def is_broken_connection(text: str) -> bool:

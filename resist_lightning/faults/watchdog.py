@@ -71,7 +71,7 @@ class Watchdog:
     """Posts heartbeats and judges those of the other workers, until :meth:`stop`.
 
     Args:
-        board: where heartbeats are posted.
+        heartbeats: the connection through which they are posted and read.
         surroundings: what it must know of the program.
         silence: after how many seconds without a heartbeat a worker counts as lost; also the time that this worker
             has to end by itself when another one is lost.
@@ -81,31 +81,31 @@ class Watchdog:
         verdict: who is lost; None as long as nobody is known to be.
     """
 
-    def __init__(self, board: Heartbeats, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
+    def __init__(self, heartbeats: Heartbeats, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
         self.verdict: Verdict | None = None
-        self._board = board
+        self._heartbeats = heartbeats
         self._around = surroundings
         self._silence = silence
         self._timeout = timeout
-        self._sign = Heartbeat(board.worker, socket.gethostname(), _home(), os.getpid())
-        self._detector = FailureDetector(self._sign, board.workers, silence, surroundings.store, time.monotonic())
-        self._lock = threading.Lock()
+        self._own = Heartbeat(heartbeats.worker, socket.gethostname(), _home(), os.getpid())
+        self._detector = FailureDetector(
+            self._own, heartbeats.workers, silence, surroundings.store, now=time.monotonic()
+        )
+        self._lock = threading.Lock()  # of the detector, which all threads use
         self._stopped = threading.Event()
-        self._arrived = threading.Event()
-        self._reached = True
-        self._wake = threading.Event()
+        self._wake = threading.Event()  # post a heartbeat now
+        self._arrived = threading.Event()  # the main thread has an error, and will end by itself
+        self._reached = True  # the store, at the last try
         self._ending: tuple[End, str] = ("", "")
         self._posted: End = ""
-        self._threads = [
-            threading.Thread(target=target, name=f"resist_lightning {name}", daemon=True)
-            for target, name in ((self._beat, "signs of life"), (self._look_around, "watch"))
-        ]
+        self._beating = threading.Thread(target=self._beat, name="resist_lightning heartbeats", daemon=True)
+        self._judging = threading.Thread(target=self._look_around, name="resist_lightning watchdog", daemon=True)
 
     def start(self) -> None:
         """Start the threads. They end before the interpreter does, which aborts if one is in a call to C++ then."""
         atexit.register(self.stop)
-        for thread in self._threads:
-            thread.start()
+        self._beating.start()
+        self._judging.start()
 
     def wake(self) -> None:
         """Post a heartbeat now."""
@@ -117,15 +117,17 @@ class Watchdog:
         # Both threads may be waiting on one of these; without them they would end only after their timeouts.
         self._arrived.set()
         self._wake.set()
-        if os.getpid() == self._sign.pid and not self._ended(BEAT_SECONDS):  # a fork has the connection, but no thread
-            self._board.cut()
+        # A forked process has a copy of the connection, which it must not cut, and no threads.
+        if os.getpid() == self._own.pid and not self._ended(BEAT_SECONDS):
+            self._heartbeats.cut()
             self._ended(CONNECT_SECONDS + BEAT_SECONDS)
         atexit.unregister(self.stop)
 
     def _ended(self, patience: float) -> bool:
         """Whether the threads end within some seconds."""
         deadline = time.monotonic() + patience
-        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        threads = (self._beating, self._judging)
+        others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in others)
@@ -147,7 +149,7 @@ class Watchdog:
     def explain(self, error: BaseException) -> WorkerLost | None:
         """Convert an error of this worker into the one that names the lost worker; None if the error is its own.
 
-        A connection that broke tells of no worker: look for up to some seconds who it was. From now on the process is
+        An error of a connection names no worker: look for up to some seconds who it was. From now on the process is
         left to end by itself.
         """
         self._arrived.set()
@@ -168,13 +170,18 @@ class Watchdog:
     def tell(self, end: End, text: str = "") -> None:
         """Post how this worker ends, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
         self._ending = (end, text)
-        deadline, beats = time.monotonic() + PATIENCE_SECONDS, None
-        while self._reached and self._threads[0].is_alive() and time.monotonic() < deadline:
+        must_be_heard = end != "done" and self._own.worker == 0
+        beats: dict[int, int] = {}
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self._reached and self._beating.is_alive() and time.monotonic() < deadline:
             self._wake.set()
             if self._posted == end:
+                if not must_be_heard:
+                    break
                 with self._lock:
-                    beats = beats or {sign.worker: sign.beat for sign in self._detector.running()}
-                    if end == "done" or self._sign.worker != 0 or self._detector.heard(beats, self.verdict):
+                    # The others' beats when the end was posted: they have heard when these have moved on.
+                    beats = beats or {each.worker: each.beat for each in self._detector.running()}
+                    if self._detector.heard(beats, self.verdict):
                         break
             time.sleep(BEAT_SECONDS / 20)
         self.stop()
@@ -183,43 +190,44 @@ class Watchdog:
         """Post heartbeats, and read those of the others. May hang in a call until :meth:`stop`."""
         while not self._stopped.is_set():
             try:
-                sign = self._next_sign()
-                self._board.post(sign.write())
-                lines = self._board.read()
-                signs = [read_heartbeat(line, worker) for worker, line in lines.items()]
+                own = self._next()
+                self._heartbeats.post(own.write())
+                lines = self._heartbeats.read()
+                found = [read_heartbeat(line, worker) for worker, line in lines.items()]
             except Exception:  # noqa: BLE001 - the store cannot be reached; of anything else too, no thread may die here
                 self._reached = False
                 if not self._stopped.wait(2 * BEAT_SECONDS):
                     with suppress(Exception):
-                        self._board.connect_again()
+                        self._heartbeats.connect_again()
                 continue
             with self._lock:
-                self._detector.hear([sign for sign in signs if sign is not None], time.monotonic())
-            self._posted, self._reached = sign.end, True
-            if len(lines) == self._board.workers:  # else somebody has just begun
+                self._detector.hear([each for each in found if each is not None], time.monotonic())
+            self._posted, self._reached = own.end, True
+            if len(lines) == self._heartbeats.workers:  # else a worker is about to post its first one
                 self._wake.wait(BEAT_SECONDS)
                 self._wake.clear()
             self._stopped.wait(_REST_SECONDS)
 
-    def _next_sign(self) -> Heartbeat:
-        activity, (end, text) = self._around.activity(), self._ending
-        self._sign = replace(self._sign, beat=self._sign.beat + 1, end=end, text=text)
+    def _next(self) -> Heartbeat:
+        end, text = self._ending
+        self._own = replace(self._own, beat=self._own.beat + 1, end=end, text=text)
+        activity = self._around.activity()
         if activity is not None:
             if self._on_change not in activity.listeners:
                 activity.listeners.append(self._on_change)
-            self._sign = replace(
-                self._sign,
+            self._own = replace(
+                self._own,
                 what=activity.what,
                 doing=activity.describe(),
                 seconds=time.monotonic() - activity.since,
                 round=activity.round,
                 step=activity.step,
             )
-        return self._sign
+        return self._own
 
     def _on_change(self, activity: Activity) -> None:
         """Called by the main thread, in every local step too: a heartbeat at once, if it does something else now."""
-        if activity.what != self._sign.what:
+        if activity.what != self._own.what:
             self._wake.set()
 
     def _look_around(self) -> None:
@@ -236,8 +244,11 @@ class Watchdog:
     def _judge(self) -> None:
         """Set the verdict, if there is one; the first stays."""
         with self._lock:
-            gone = {sign.worker: self._how_gone(sign.pid) for sign in self._detector.neighbours()}
-            gone = {worker: how for worker, how in gone.items() if how}
+            gone = {}
+            for each in self._detector.neighbours():
+                how = self._how_gone(each.pid)
+                if how:
+                    gone[each.worker] = how
             verdict = self._detector.judge(time.monotonic(), gone, self._around.orphaned())
             self.verdict = self.verdict or verdict
 
@@ -252,8 +263,8 @@ class Watchdog:
             return
         with suppress(Exception):
             sys.stderr.write(
-                f"{self.error()!r}\nworker {self._sign.worker} is ended: for {self._silence:.0f} s it has not ended by "
-                f"itself. It was last doing: {self._sign.doing}.\n"
+                f"{self.error()!r}\nworker {self._own.worker} is ended: for {self._silence:.0f} s it has not ended by "
+                f"itself. It was last doing: {self._own.doing}.\n"
             )
             sys.stderr.flush()
         with suppress(Exception):

@@ -35,7 +35,8 @@ class Partition:
 
     @cached_property
     def _holders(self) -> tuple[tuple[int, ...], ...]:
-        """For each block its holders: ``held`` inverted once, as plans ask for every block."""
+        """For each block its holders: ``held`` inverted once."""
+        # A plan asks for every block: a search through all workers each time would take seconds for large runs.
         holders: list[list[int]] = [[] for _ in range(self.blocks)]
         for worker, held in enumerate(self.held):
             for block in held:
@@ -113,9 +114,12 @@ def _dealt(blocks: int, counts: tuple[int, ...], seed: int, round: int, what: st
     circle = _shuffled(blocks, f"{seed}/{round}/{what}")
     held: list[tuple[int, ...]] = [()] * workers
     start = 0
+    # In a random order too: otherwise the same workers would always share their blocks.
     for worker in _shuffled(workers, f"{seed}/{round}/worker"):
-        held[worker] = tuple(sorted(circle[(start + i) % blocks] for i in range(counts[worker])))
-        start += counts[worker]
+        end = start + counts[worker]
+        dealt = [circle[place % blocks] for place in range(start, end)]
+        held[worker] = tuple(sorted(dealt))
+        start = end
     return Partition(tuple(held), blocks)
 
 
@@ -126,6 +130,7 @@ def everything(blocks: int, workers: int) -> Partition:
 
 def _shuffled(count: int, key: str) -> list[int]:
     """The numbers below ``count`` in an order drawn from ``key``: sorted by a hash, so it depends on nothing else."""
+    # Hashed once for all numbers, as only what follows differs.
     prefix = hashlib.sha256(f"{key}/".encode())
 
     def drawn(index: int) -> bytes:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-What: TypeAlias = Literal[
+ActivityName: TypeAlias = Literal[
     "starting", "local steps", "handshake", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
 ]
 
@@ -20,9 +20,9 @@ class Activity:
         clock: the worker's.
 
     Attributes:
-        what: one of :data:`What`.
-        round: the round that it was in when it began with it; for a sync, the round that ends.
-        step: local steps that it had taken in the round.
+        what: the name of the activity.
+        round: the round in which it began; for a sync, the round that ends.
+        step: local steps taken in the round by then.
         since: ``time.monotonic()`` of its beginning.
         listeners: called with this object whenever the worker begins something else.
     """
@@ -32,18 +32,19 @@ class Activity:
         self._clock = clock
         self.begin("starting")
 
-    def begin(self, what: What) -> None:
+    def begin(self, what: ActivityName) -> None:
         """From now on the worker does ``what``."""
-        self.what: What = what
+        self.what: ActivityName = what
         self.round, self.step, self.since = self._clock.round, self._clock.step, time.monotonic()
         for listener in self.listeners:
             listener(self)
 
     @contextmanager
-    def during(self, what: What) -> Iterator[None]:
+    def during(self, what: ActivityName) -> Iterator[None]:
         """Inside, the worker does ``what``; then what it did before, unless an error ends it there."""
         before = self.what
         self.begin(what)
+        # No `finally`: after an error, heartbeats must still say where it happened.
         yield
         self.begin(before)
 
@@ -52,8 +53,8 @@ class Activity:
         return f"{self.what.replace('_', '-')}, round {self.round}, local step {self.step}"
 
 
-class Pace:
-    """Measures wall time in local steps, without syncs and observations.
+class StepTimer:
+    """Measures the wall time of local steps, without syncs and observations.
 
     ::
 
@@ -67,10 +68,11 @@ class Pace:
     def __init__(self, activity: Activity) -> None:
         self._seconds = 0.0
         self._steps = 0
-        self._working = False
+        # The last activity: whether it was local steps, and where it began.
+        self._stepping = False
         self._since = 0.0
         self._step = 0
-        activity.listeners.append(self._listen)
+        activity.listeners.append(self._on_change)
 
     def take(self) -> float:
         """Mean seconds of a local step since the last call; 0 if there was none."""
@@ -78,11 +80,12 @@ class Pace:
         self._seconds, self._steps = 0.0, 0
         return mean
 
-    def _listen(self, activity: Activity) -> None:
-        if self._working:
+    def _on_change(self, activity: Activity) -> None:
+        # Each activity is accounted for when the next one begins.
+        if self._stepping:
             self._seconds += activity.since - self._since
             self._steps += activity.step - self._step
-        self._working = activity.what == "local steps"
+        self._stepping = activity.what == "local steps"
         self._since, self._step = activity.since, activity.step
 
 

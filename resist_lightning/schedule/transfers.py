@@ -93,17 +93,21 @@ def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> i
     """Of the last holders, preferably those that stay, the one that owns the fewest blocks so far."""
     if len(old) == 1:
         return old[0]
+    # An owner that stays saves a transfer; owners send to all next holders, so their work is spread.
     staying = [worker for worker in old if worker in new]
     return min(staying or old, key=lambda worker: (owned[worker], worker))
 
 
 def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
-    """Some workers hold only what nobody else does."""
-    others = {block for worker, held in enumerate(partition.held) if worker not in left_out for block in held}
-    held = (
-        tuple(block for block in blocks if worker not in left_out or block not in others)
-        for worker, blocks in enumerate(partition.held)
-    )
+    """The partition in which workers that are left out hold only what nobody else does."""
+    held_by_others: set[int] = set()
+    for worker, blocks in enumerate(partition.held):
+        if worker not in left_out:
+            held_by_others.update(blocks)
+    held = list(partition.held)
+    for worker in left_out:
+        # What only this worker has must not be lost, whatever it is worth.
+        held[worker] = tuple(block for block in held[worker] if block not in held_by_others)
     return replace(partition, held=tuple(held))
 
 

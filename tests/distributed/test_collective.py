@@ -6,7 +6,6 @@ import socket
 import time
 from contextlib import ExitStack
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,43 +128,3 @@ def test_a_group_without_a_backend_and_one_with_several():
             listener.bind(("127.0.0.1", 0))
         ports = [listener.getsockname()[1] for listener in listeners]
     assert run_workers(default_backends, 2, ports) == [[([[0], [1]], 0.5)] * 6] * 2
-
-
-@pytest.mark.parametrize(
-    ("config", "device", "bound", "wire"),
-    [
-        ("cpu:gloo,cuda:nccl", "cuda:1", None, "cuda:1"),
-        ("cpu:gloo,cuda:nccl", "cpu", None, "cpu"),
-        ("cpu:gloo,cuda:nccl", None, None, "cpu"),
-        ("cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
-        ("cuda:nccl", None, None, "cuda"),
-        ("cpu:gloo,cuda:gloo", "cuda:1", None, "cpu"),
-        ("cpu:gloo", "cuda:0", None, "cpu"),
-    ],
-)
-def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(monkeypatch, config, device, bound, wire):
-    assert str(group_of(monkeypatch, config, device, bound)._device) == wire
-
-
-@pytest.mark.parametrize(
-    ("config", "device", "bound", "said"),
-    [
-        ("cuda:nccl", "cpu", None, r"module is on cpu.*group has 'cuda:nccl' only.*Move the module"),
-        ("cpu:mpi", "cpu", None, r"on cpu by 'mpi'.*only 'gloo' and 'nccl'.*init_process_group\('gloo'\)"),
-        ("xpu:xccl", "xpu:0", None, r"on xpu:0 by 'xccl'"),
-        ("cuda:nccl", "cuda:1", "cuda:0", r"worker 1's module is on cuda:1.*bound to cuda:0.*set_device\(1\)"),
-    ],
-)
-def test_a_group_that_cannot_serve_the_module_is_refused(monkeypatch, config, device, bound, said):
-    with pytest.raises(ValueError, match=said):
-        group_of(monkeypatch, config, device, bound)
-
-
-def group_of(monkeypatch, config, device, bound):
-    """A collective of a group that does not exist."""
-    group = SimpleNamespace(bound_device_id=torch.device(bound) if bound else None)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
-    monkeypatch.setattr("resist_lightning.comm.group._get_default_group", lambda: group)
-    return GroupCollective(torch.device(device) if device else None)

@@ -53,7 +53,7 @@ def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
     assert isinstance(outcome.error, WorkerLost), outcome
     said = str(outcome.error)
     assert re.match(NAME.format(worker) + how, said), said
-    # Its last sign of life may be some steps old: such small ones take less time than there is between two signs.
+    # Its last heartbeat may be some steps old: such small ones take less time than there is between two heartbeats.
     assert re.search(r"(last doing:|still in) [a-z -]+, round (19|20), local step \d", said), said
     assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
 

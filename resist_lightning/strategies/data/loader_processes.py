@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.data._utils import signal_handling
 
-from resist_lightning.comm.sockets import let_go
+from resist_lightning.comm.sockets import close_inherited
 
 _DIE_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
@@ -86,7 +86,7 @@ class _Shielded:
     by_server: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        let_go()
+        close_inherited()
         if self.by_server:
             threading.Thread(target=_end_with_worker, name="resist_lightning loader", daemon=True).start()
         elif self.parent and sys.platform == "linux":

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resist_lightning.checks.fingerprint import cut, differences, digest, read, unequal, write
+from resist_lightning.checks.fingerprint import describe_unequal, differences, digest, from_bytes, shorten, to_bytes
 
 BASE = {
     "versions": {"torch": "2.15.0", "Python": "3.12.3"},
@@ -49,7 +49,7 @@ def test_long_lists_are_cut():
     assert told[5:] == ["and 3 more tensors"]
     more = {**BASE, "blocks": {**BASE["blocks"], **{f"new{i}": "" for i in range(17)}}}
     assert differences([BASE, more]) == ["blocks: only worker 1 has new0, new1, new2, new3, new4 and 12 more"]
-    assert cut(["a", "b", "c", "d", "e"]) == "a, b, c, d, e"
+    assert shorten(["a", "b", "c", "d", "e"]) == "a, b, c, d, e"
 
 
 words = st.sampled_from(["", "a", "b", '"'])
@@ -61,7 +61,7 @@ def test_digests_differ_where_and_only_where_there_is_a_difference_to_tell(one, 
     assert (digest(one) != digest(other)) == (one != other)
     filled = [{topic: names for topic, names in f.items() if names} for f in (one, other)]
     assert bool(differences([one, other])) == (filled[0] != filled[1])
-    assert read(write(one)) == one
+    assert from_bytes(to_bytes(one)) == one
     assert 0 <= digest(one) < 2**48
 
 
@@ -76,11 +76,11 @@ def test_digests_differ_where_and_only_where_there_is_a_difference_to_tell(one, 
     ],
 )
 def test_unequal_tensors_are_named_with_those_who_differ_from_most(hashes, said):
-    assert unequal(["a", "b"], hashes) == said
+    assert describe_unequal(["a", "b"], hashes) == said
 
 
 def test_of_many_unequal_tensors_the_first_are_named():
     names = [f"t{i}" for i in range(9)]
-    told = unequal(names, [[0] * 9, [1] * 9])
+    told = describe_unequal(names, [[0] * 9, [1] * 9])
     assert told.startswith("t0 (workers 0 and 1 differ), t1 ")
     assert told.endswith(" and 4 more")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import socket
 
-from resist_lightning.comm.sockets import cut_connections, let_go, noted, remembered
+from resist_lightning.comm.sockets import close_inherited, cut_connections, recording, recording_group
 
 
 def connect(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
@@ -16,7 +16,7 @@ def connect(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
 def test_connections_of_the_group_are_cut_and_nothing_else():
     with socket.create_server(("127.0.0.1", 0)) as other:
         kept, kept_end = connect(other)
-        with remembered():
+        with recording_group():
             listener = socket.create_server(("127.0.0.1", 0))
             cut, cut_end = connect(listener)
         assert cut_connections() == 2  # both ends are in this process
@@ -24,24 +24,24 @@ def test_connections_of_the_group_are_cut_and_nothing_else():
         kept_end.sendall(b"!")
         assert kept.recv(1) == b"!"
         again, again_end = connect(listener)  # the socket that listens still does
-        with remembered():
+        with recording_group():
             pass
         assert cut_connections() == 0
     for open_socket in (kept, kept_end, cut, cut_end, again, again_end, listener):
         open_socket.close()
 
 
-def test_a_forked_process_lets_go_of_them_and_of_nothing_else():
+def test_a_forked_process_closes_them_and_nothing_else():
     with socket.create_server(("127.0.0.1", 0)) as other:
         kept, kept_end = connect(other)
-        with noted(set()):
+        with recording(set()):
             listener = socket.create_server(("127.0.0.1", 0))
             ours, theirs = connect(listener)
         go, stay = os.pipe()
         pid = os.fork()
         if pid == 0:  # holds what is left of them until the pipe is closed
             os.close(stay)
-            let_go()
+            close_inherited()
             kept.sendall(b"child")
             os.read(go, 1)
             os._exit(0)

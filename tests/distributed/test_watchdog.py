@@ -1,4 +1,4 @@
-"""The watch of a store that anybody can write to, and that may not answer when the program ends."""
+"""The watchdog with a store that anybody can write to, and that may not answer when the program ends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from resist_lightning.faults import heartbeats as board_module
-from resist_lightning.faults import watchdog as watch_module
+from resist_lightning.faults import heartbeats as heartbeats_module
+from resist_lightning.faults import watchdog as watchdog_module
 from resist_lightning.faults.failure_detector import Heartbeat
 from resist_lightning.faults.heartbeats import Heartbeats
 from resist_lightning.faults.watchdog import Surroundings, Watchdog
 from tests.helpers.processes import run_workers
 
-KEY = "resist_lightning/board/test/1"
+KEY = "resist_lightning/heartbeats/test/1"
 SOON_SECONDS = 5.0
 
 
@@ -31,7 +31,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_garbage_and_a_removed_line_end_no_watch_and_the_end_of_the_program_does() -> None:
+def test_garbage_and_a_removed_line_do_not_end_the_watchdog_and_the_end_of_the_program_does() -> None:
     assert run_workers(serve_or_watch, 2, timeout=40) == [None, None]
 
 
@@ -49,30 +49,30 @@ def serve_or_watch(worker: int) -> None:
 
 
 def watch_the_store(store: dist.TCPStore, server: int) -> None:
-    board_module.group_store = lambda: store
-    board_module.CONNECT_SECONDS, watch_module.BEAT_SECONDS = 0.2, 0.1
+    heartbeats_module.clone_store = store.clone
+    heartbeats_module.CONNECT_SECONDS, watchdog_module.BEAT_SECONDS = 0.2, 0.1
     around = Surroundings(activity=lambda: None, store="the store", how_to_resume=lambda: "")
-    watch = Watchdog(Heartbeats(0, 2, "test"), around, silence=30, timeout=60)
-    watch.start()
-    for beat, line in enumerate(["no sign", '{"worker": 1, "mood": 5}', None]):
-        sign = Heartbeat(1, "host", "elsewhere", pid=1, beat=beat)
-        store.set(KEY, sign.write())
-        wait_for(lambda: watch._detector.signs.get(1) == sign)  # noqa: B023 - called at once
-        mine = watch._sign.beat
+    watchdog = Watchdog(Heartbeats(0, 2, "test"), around, silence=30, timeout=60)
+    watchdog.start()
+    for beat, line in enumerate(["no heartbeat", '{"worker": 1, "mood": 5}', None]):
+        heartbeat = Heartbeat(1, "host", "elsewhere", pid=1, beat=beat)
+        store.set(KEY, heartbeat.write())
+        wait_for(lambda: watchdog._detector.heartbeats.get(1) == heartbeat)  # noqa: B023 - called at once
+        mine = watchdog._own.beat
         if line is None:
             store.delete_key(KEY)
             time.sleep(0.4)  # a call waits for it
         else:
             store.set(KEY, line)
-            wait_for(lambda: watch._sign.beat > mine + 2)  # noqa: B023
+            wait_for(lambda: watchdog._own.beat > mine + 2)  # noqa: B023
     store.set(KEY, Heartbeat(1, "host", "elsewhere", pid=1, beat=9).write())
-    wait_for(lambda: watch._detector.signs[1].beat == 9)
-    assert watch.verdict is None
+    wait_for(lambda: watchdog._detector.heartbeats[1].beat == 9)
+    assert watchdog.verdict is None
 
     os.kill(server, signal.SIGSTOP)
     try:
         time.sleep(0.3)
-        assert watch._threads[0].is_alive()
+        assert watchdog._beating.is_alive()
         atexit._run_exitfuncs()
         assert [thread.name for thread in threading.enumerate() if "resist_lightning" in thread.name] == []
     finally:
