@@ -107,7 +107,7 @@ def read_sealed(path: Path) -> Any:
     Raises:
         CheckpointError: if it cannot be read, or its content is not what its name says.
     """
-    expected = path.name.removesuffix(SEALED_SUFFIX).rpartition(".")[2]
+    _, _, expected = path.name.removesuffix(SEALED_SUFFIX).rpartition(".")
     try:
         found = f"{_checksum(path):08x}"
     except OSError as error:
@@ -141,8 +141,10 @@ def refused(parts: Mapping[str, Any]) -> list[str]:
         try:
             torch.load(buffer, map_location="cpu", weights_only=True)
         except Exception as error:  # noqa: BLE001 - whatever it is, a resumed run would end with it
-            kind = re.search(r"GLOBAL ([\w.]+)", str(error))
-            found.append(f"{name!r} ({kind[1] if kind else type(error).__name__})")
+            # Torch names the class that it refuses in this way.
+            match = re.search(r"GLOBAL ([\w.]+)", str(error))
+            kind = match[1] if match else type(error).__name__
+            found.append(f"{name!r} ({kind})")
     return found
 
 
@@ -155,7 +157,7 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
     names = refused(parts)
     if names:
         raise ValueError(
-            f"what a run goes on from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
+            f"what a run resumes from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
             "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
             "`on_save_checkpoint`."
         )
@@ -183,11 +185,13 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
         return (
             f"it is cut off after {size} bytes. It was not copied or written to the end; use the checkpoint before it."
         )
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    lines = str(error).splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], sealed: bool = False) -> Path:
-    part = folder / f".{stem}.part"  # only one worker writes it; processes of two hosts may have the same number
+    # Without the process's number, which another host may have too; only one worker writes the file.
+    part = folder / f".{stem}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -198,6 +202,7 @@ def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], s
                 raise _behind(error) or checksummed.error or error from None
             if sealed:
                 _append_seal(file, checksummed.crc)
+            # Before the rename, or a power failure could leave the new name with an empty file.
             file.flush()
             os.fsync(file.fileno())
         path = folder / name(checksummed.crc)
@@ -220,7 +225,8 @@ def _append_seal(file: IO[bytes], crc: int) -> None:
 
 def _checksum_before_seal(file: IO[bytes], size: int) -> int:
     """The checksum of a sealed file as torch.save wrote it: without the seal, whose length was zero then."""
-    crc, left = 0, size - _SEAL_BYTES - _LENGTH_BYTES
+    crc = 0
+    left = size - _SEAL_BYTES - _LENGTH_BYTES
     file.seek(0)
     while left > 0 and (chunk := file.read(min(left, CHUNK_BYTES))):
         crc = zlib.crc32(chunk, crc)

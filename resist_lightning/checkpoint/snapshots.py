@@ -62,7 +62,7 @@ class SnapshotFolder:
         """Write this worker's file, and remove its files of older rounds.
 
         The newest two rounds stay, and the newest one that is whole as far as this worker can see: where the disk of
-        another worker is full, it is the one to go on from.
+        another worker is full, it is the one to resume from.
 
         Raises:
             OSError: if it cannot be written; the snapshots before it stay as they are.
@@ -72,26 +72,32 @@ class SnapshotFolder:
         for file in folder.glob(f"worker-{worker}-of-*.pt"):
             if file != written:
                 file.unlink(missing_ok=True)
-        rounds, whole = self._rounds(), self._newest_whole()
-        for old in [old for old in rounds[KEPT_ROUNDS:] if old != whole]:
-            _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
+        whole = self._newest_whole()
+        for old in self._rounds()[KEPT_ROUNDS:]:
+            if old != whole:
+                # With files of a part (``.part``) that a worker which was killed has left.
+                _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
 
     def newest_first(self) -> list[Snapshot]:
         """The files that this worker can see, newest round first."""
         found = []
         for round in self._rounds():
-            sets: dict[int, dict[int, Path]] = {}
+            # Runs with different numbers of workers may have written the same round.
+            by_workers: dict[int, dict[int, Path]] = {}
             names: list[str] = []
             with suppress(FileNotFoundError):  # another worker has just removed it
                 names = sorted(os.listdir(self._of(round)))
             for name in names:
-                if match := _FILE.fullmatch(name):
-                    sets.setdefault(int(match[2]), {})[int(match[1])] = self._of(round) / name
-            found += [Snapshot(round, workers, files) for workers, files in sorted(sets.items(), reverse=True)]
+                match = _FILE.fullmatch(name)
+                if match is not None:
+                    worker, workers = int(match[1]), int(match[2])
+                    by_workers.setdefault(workers, {})[worker] = self._of(round) / name
+            for workers in sorted(by_workers, reverse=True):
+                found.append(Snapshot(round, workers, by_workers[workers]))
         return found
 
     def forget_later(self, round: int) -> None:
-        """Remove the snapshots of rounds after ``round``: a run that went on from it never saw them."""
+        """Remove the snapshots of rounds after ``round``: a run that was resumed from it never saw them."""
         for later in self._rounds():
             if later > round:
                 _remove(self._of(later).glob("*worker-*-of-*.p*t"), self._of(later))
@@ -102,7 +108,7 @@ class SnapshotFolder:
         _remove([self.path / _AGENTS], self.path)
 
     def agents(self) -> list[int]:
-        """Numbers of the agents whose workers may go on from here by themselves."""
+        """Numbers of the agents whose workers may resume from here by themselves."""
         with suppress(OSError, ValueError):
             return [int(number) for number in json.loads((self.path / _AGENTS).read_text())]
         return []
@@ -112,16 +118,18 @@ class SnapshotFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def set_agents(self, agents: Iterable[int]) -> None:
-        """Say whose workers may go on from here by themselves."""
+        """Write down whose workers may resume from here by themselves."""
         self.make()
         (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
 
     def _newest_whole(self) -> int | None:
         """The newest round with a file of each worker that has any here; each host may have a folder of its own."""
         snapshots = self.newest_first()
-        writers = {(snapshot.workers, worker) for snapshot in snapshots for worker in snapshot.files}
+        writers: dict[int, set[int]] = {}
         for snapshot in snapshots:
-            if all(worker in snapshot.files for workers, worker in writers if workers == snapshot.workers):
+            writers.setdefault(snapshot.workers, set()).update(snapshot.files)
+        for snapshot in snapshots:
+            if writers[snapshot.workers] <= snapshot.files.keys():
                 return snapshot.round
         return None
 
@@ -130,8 +138,8 @@ class SnapshotFolder:
         names: list[str] = []
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             names = os.listdir(self.path)
-        found = (_ROUND.fullmatch(name) for name in names)
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        rounds = [int(match[1]) for match in map(_ROUND.fullmatch, names) if match]
+        return sorted(rounds, reverse=True)
 
     def _of(self, round: int) -> Path:
         return self.path / f"round={round:08d}"

@@ -78,14 +78,17 @@ class Observation:
 
     def state_dict(self) -> dict[str, Any]:
         """This worker's tensors as in training, and what an evaluation needs of it."""
-        named = named_tensors(self._layout.module)
         unsynced = self._writes_unsynced
+        # While the module is the full model, the worker's own tensors lie beside it.
+        own = self._own.as_in_training() if self.active else None
+        tensors = {}
+        for name, tensor in named_tensors(self._layout.module).items():
+            if own is None and not tensor.is_meta:
+                tensors[name] = tensor
+            elif own is not None and id(tensor) in own:
+                tensors[name] = own[id(tensor)]
         if self.active:
-            own = self._own.as_in_training()
-            tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
             unsynced += len(self._own.written())
-        else:
-            tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
         return {
             "tensors": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "inputs": self._recorder.state_dict() if self._recorder is not None else None,
@@ -126,20 +129,25 @@ class Observation:
             keep: whether :meth:`put_back` will be called.
         """
         self._layout.tensors.keep()
-        calls = list(self._recorder.calls) if self._recorder is not None else []
-        still = self._recorder.still if self._recorder is not None else frozenset()
+        calls: list[Call] = []
+        still: Collection[str] = ()
+        if self._recorder is not None:
+            calls, still = list(self._recorder.calls), self._recorder.still
         self._writes_unsynced = self._writes() - self._writes_at_start
+        changes = clock.step + self._writes_unsynced
         companion = self._layout.companion
-        shown = companion is not None and companion.shown  # its copies differ between two rounds too
-        reports = self._handshake.run(purpose, clock, [len(calls), clock.step + self._writes_unsynced + int(shown)])
+        if companion is not None and companion.shown:
+            changes += 1  # the workers' copies differ between two rounds too
+        reports = self._handshake.run(purpose, clock, [len(calls), changes])
         plan = sync_plan()
         if keep:
             self._own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
         # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
-        changed = any(changes for _, changes in reports)
-        self._sync.assemble(plan, kind, unequal=changed)
+        unequal = any(changes for _, changes in reports)
+        self._sync.assemble(plan, kind, unequal=unequal)
         # Estimates are averaged over the workers, so that each needs inputs of its own.
         all_recorded = all(recorded for recorded, _ in reports)
+        # Before they are estimated, for resuming from a checkpoint of this full model.
         self._statistics = {name: buffer.detach().clone() for name, buffer in self._norm_buffers().items()}
         self._originals = self._layout.scaling.apply()
         # Statistics are estimated last, as they depend on the scale.
@@ -185,29 +193,30 @@ class Observation:
 
         What has been written since, e.g. by loading other weights, is taken as it is.
         """
-        left = state.get("left")
         buffers = self._norm_buffers()
-        tensors = {**self._layout.scaling.tensors(), **buffers}
         untouched: set[str] | None = None  # checkpoints without marks: treat all tensors
-        if left is not None:
-            untouched = set()
-            for name, mark in left.items():
-                if name in tensors and _mark(tensors[name], mark) == mark:
-                    untouched.add(name)
-            written = sorted(tensors.keys() & left.keys() - untouched)
-            if untouched and written and self._sync.exchange.worker == 0:
-                warnings.warn(
-                    f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
-                    f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
-                    "their statistics are those of the training before. To begin from what the module holds, use a "
-                    "new Trainer.",
-                    stacklevel=5,
-                )
+        if "left" in state:
+            untouched = self._untouched(state["left"], {**self._layout.scaling.tensors(), **buffers})
         self._layout.scaling.undo(state, untouched)
         with torch.no_grad():
             for name, statistic in state["norm_statistics"].items():
                 if name in buffers and (untouched is None or name in untouched):
                     buffers[name].copy_(statistic)
+
+    def _untouched(self, marks: Mapping[str, list[Any]], tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names of the tensors that have not been written since they were marked; warns if only some have been."""
+        present = [name for name in marks if name in tensors]
+        untouched = {name for name in present if _mark(tensors[name], marks[name]) == marks[name]}
+        written = sorted(set(present) - untouched)
+        if untouched and written and self._sync.exchange.worker == 0:
+            warnings.warn(
+                f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
+                f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
+                "their statistics are those of the training before. To begin from what the module holds, use a "
+                "new Trainer.",
+                stacklevel=6,
+            )
+        return untouched
 
     def _close(self) -> Collection[str]:
         """End the observation; returns the names of tensors that the user's code has written in it."""
@@ -257,5 +266,7 @@ def _mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
         like: an earlier mark, of a tensor that may have been converted since.
     """
     dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
-    (number,) = as_numbers(Hasher(1).hashes([tensor.detach().to(dtype).contiguous()], 0))
+    # In one memory format, as a hash is of the order of memory.
+    converted = tensor.detach().to(dtype).contiguous()
+    (number,) = as_numbers(Hasher(1).hashes([converted], 0))
     return [str(dtype).removeprefix("torch."), int(number)]

@@ -1,6 +1,7 @@
 """Chooses a method's layout and sync by the type of the config, and attaches what its full models need beside weights.
 
 This is the only module of the engine that knows single methods: a new one is a folder in ``methods`` and a line here.
+The names of strategies for ``Trainer(strategy=...)`` are registered in ``strategies/registry``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from resist_lightning.checks.fingerprint import shorten
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.auxnet.config import StageConfig
@@ -87,10 +89,9 @@ def refuse_lazy(module: nn.Module) -> None:
     """
     lazy = [name for name, tensor in named_tensors(module).items() if is_lazy(tensor)]
     if lazy:
-        named = f"{', '.join(lazy[:4])}{f' and {len(lazy) - 4} more' if len(lazy) > 4 else ''}"
         raise ValueError(
-            f"{named}: no shape yet. Tensors of lazy modules, such as nn.LazyLinear, get their shapes from the first "
-            "input, and workers must know them before they share the model. Call the module once on an input, in "
+            f"{shorten(lazy)}: no shape yet. Tensors of lazy modules, such as nn.LazyLinear, get their shapes from the "
+            "first input, and workers must know them before they share the model. Call the module once on an input, in "
             "torch.no_grad(), before the training starts; or take modules whose sizes are given, such as nn.Linear."
         )
 
@@ -103,8 +104,9 @@ def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
         state: from :meth:`Observation.full_state`; empty for weights that are not of a full model.
     """
     detach_hooks(module)
-    names, there = state.get("hooked", []), dict(module.named_modules())
-    missing = [name for name in names if name not in there]
+    names = state.get("hooked", [])
+    modules = dict(module.named_modules())
+    missing = [name for name in names if name not in modules]
     if missing:
         warnings.warn(
             f"the full model scales {missing[0]!r}, which this module does not have: what it computes is not what was "
@@ -112,7 +114,8 @@ def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
             stacklevel=3,
         )
     if names:
-        ScaleHooks([block_at(name, there[name]) for name in names if name in there], state["scale"])
+        blocks = [block_at(name, modules[name]) for name in names if name in modules]
+        ScaleHooks(blocks, state["scale"])
     if state.get("batch_statistics", False):
         BatchStatistics(norms_with_statistics(module).values())
 
@@ -127,15 +130,18 @@ def detach_hooks(module: nn.Module) -> None:
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """Inside, a module is without the hooks of a full model, so that layouts see its own forward."""
     # Hooks are put back as they were: making a layout must not change a model that the user may still evaluate.
-    children = list(module.modules())
-    tables: list[Any] = [t for child in children for t in (child._forward_hooks, child._forward_hooks_with_kwargs)]
-    kept = [dict(table) for table in tables]
-    forwards = [(child, vars(child)["forward"]) for child in children if "forward" in vars(child)]
+    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    forwards: list[tuple[nn.Module, Any]] = []
+    for child in module.modules():
+        for table in (child._forward_hooks, child._forward_hooks_with_kwargs):
+            hooks.append((table, dict(table)))
+        if "forward" in vars(child):
+            forwards.append((child, vars(child)["forward"]))
     detach_hooks(module)
     try:
         yield
     finally:
-        for table, before in zip(tables, kept, strict=True):
+        for table, before in hooks:
             table.clear()
             table.update(before)
         for child, forward in forwards:

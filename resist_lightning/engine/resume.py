@@ -75,11 +75,12 @@ class Resumption:
             return True
         if "scale" in state:  # a snapshot has the weights in training, not those of a full model
             self._observation.undo(state)
-        self._clock.round, self._clock.step = int(state["round"]), int(state["step"])
+        self._clock.round = int(state["round"])
+        self._clock.step = int(state["step"])
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
         self._layout.written = {name for name in state.get("written", ()) if name in self._layout.shared}
-        here = self._layout.identity(), self._layout.held(self._clock.round)
-        same = (state.get("identity"), state.get("held")) == here
+        same_layout = state.get("identity") == self._layout.identity()
+        same = same_layout and state.get("held") == self._layout.held(self._clock.round)
         self._own = own if same else None
         # Another partition cannot begin in mid-round; the full model is what a sync would have made.
         if not same and self._clock.step:
@@ -94,7 +95,7 @@ class Resumption:
     def forget_own(self) -> None:
         """Resume from the full model alone."""
         self._own = None
-        self._states.forget_lonely()
+        self._states.reset_stateless()
         if self._clock.due:  # the full model is already what this sync would make
             self._clock.next_round()
 
@@ -107,11 +108,11 @@ class Resumption:
 
     def load_rest(self) -> None:
         """Load the rest of its state, when the round has begun."""
-        own, self._own = self._own, None
-        if own is not None:
-            self._states.load_state_dict(own["optimizers"])
-            self._sync.load_state_dict(own)
-            self._observation.load_state_dict(own)
+        if self._own is not None:
+            self._states.load_state_dict(self._own["optimizers"])
+            self._sync.load_state_dict(self._own)
+            self._observation.load_state_dict(self._own)
+        self._own = None  # it may hold a copy of the model
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, unscaled, into the module's of the same name, buffers that are not persistent included."""
@@ -119,9 +120,9 @@ class Resumption:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name not in named or named[name].shape != tensor.shape:
+                    here = tuple(named[name].shape) if name in named else "is not there"
                     raise CheckpointError(
-                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module "
-                        f"{tuple(named[name].shape) if name in named else 'is not there'}. Make tensors in __init__ or "
-                        "`configure_model`, or resume without the workers' own files."
+                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module {here}. Make tensors "
+                        "in __init__ or `configure_model`, or resume without the workers' own files."
                     )
                 named[name].copy_(tensor)

@@ -65,11 +65,13 @@ class InputRecorder:
         """The recorded inputs; None if one of them cannot be written to a file that is safe to load."""
         names = {child: name for name, child in self._module.named_modules()}
         calls = [[names[module], list(args), kwargs] for module, args, kwargs in self.calls]
-        return {"calls": tree_map(_to_cpu, calls), "still": sorted(self.still)} if _plain(calls) else None
+        if not _plain(calls):
+            return None
+        return {"calls": _moved(calls, torch.device("cpu")), "still": sorted(self.still)}
 
     def load_state_dict(self, own: dict[str, Any], device: torch.device) -> None:
         """Load what :meth:`state_dict` returned."""
-        for name, args, kwargs in tree_map(lambda value: _to_device(value, device), own["calls"]):
+        for name, args, kwargs in _moved(own["calls"], device):
             self.calls.append((self._module.get_submodule(name), tuple(args), kwargs))
         self.still = frozenset(own["still"])
 
@@ -137,17 +139,37 @@ def recalibrate(
         RuntimeError: if the full model cannot take an input that a part of it had in training.
     """
     norms = [norm for name, norm in norms_with_statistics(module).items() if name not in still]
-    # All that is changed below is restored afterwards.
+    # All that is changed below is restored afterwards, in the buffers of other modules too: they may count their calls.
     modes = {child: child.training for child in module.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
-    statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}
-    others = [(buffer, buffer.clone()) for buffer in module.buffers() if id(buffer) not in statistics]
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     module.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative mean instead of an exponential one
         norm.train()
+    _replay(module, calls, forward_context)
+    for child, mode in modes.items():
+        child.training = mode
+    estimated: list[Tensor] = []
+    kept: set[int] = set()
+    for norm in norms:
+        norm.momentum = momenta[norm]
+        statistics = [_statistic(norm, name) for name in ("running_mean", "running_var")]
+        estimated += statistics
+        # Without a call there is no estimate.
+        if int(_statistic(norm, "num_batches_tracked")) > 0:
+            kept.update(map(id, statistics))
+    for buffer, old in before:
+        if id(buffer) not in kept and not torch.equal(buffer, old):
+            buffer.copy_(old)
+    return estimated
+
+
+def _replay(
+    module: nn.Module, calls: Iterable[Call], forward_context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Run recorded calls again."""
     with torch.no_grad(), forward_context(), _not_compiled(module):
         for called, args, kwargs in calls:
             try:
@@ -155,19 +177,6 @@ def recalibrate(
             except RuntimeError as error:
                 names = {child: name for name, child in module.named_modules()}
                 raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
-    for child, mode in modes.items():
-        child.training = mode
-    for buffer, old in others:  # buffers of other modules, which may count their calls
-        if not torch.equal(buffer, old):
-            buffer.copy_(old)
-    for norm in norms:
-        norm.momentum = momenta[norm]
-        reached = int(_counter(norm)) > 0
-        for (name, buffer), old in zip(norm.named_buffers(), before[norm], strict=True):
-            # The counter continues that of the training.
-            if name == "num_batches_tracked" or not reached:
-                buffer.copy_(old)
-    return [_statistic(norm, name) for norm in norms for name in ("running_mean", "running_var")]
 
 
 def _not_compiled(module: nn.Module) -> AbstractContextManager[Any]:
@@ -224,21 +233,13 @@ def _statistic(norm: _BatchNorm, name: str) -> Tensor:
     return statistic
 
 
-def _counter(norm: _BatchNorm) -> Tensor:
-    return _statistic(norm, "num_batches_tracked")
-
-
 def _copied(values: Any) -> Any:
     """Copies of all tensors: a forward may change its input in place, and a loader may reuse its memory."""
     return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, values)
 
 
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _moved(values: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
 
 
 def _plain(values: Any) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from resist_lightning.comm.packing import packed_bytes
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.state.memory import Memory
 
@@ -36,6 +37,7 @@ class Companion:
         for rnn in self._recurrent:
             # Weak references, with which torch frees no memory.
             rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)
+        # One for each tensor, so that blocks come and go by themselves. The name is for errors.
         self._memory = {name: Memory({f"the average of {name}": copy}, {}) for name, copy in self._copies.items()}
 
     @property
@@ -49,7 +51,7 @@ class Companion:
 
     def bytes(self, names: Iterable[str]) -> int:
         """Bytes of what :meth:`tensors` gives."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors(names))
+        return packed_bytes(self.tensors(names))
 
     def present(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The module's and the copy's tensor for everything that this worker holds, by name."""

@@ -98,7 +98,9 @@ def replace_memory(name: str, tensor: Tensor, new: Tensor) -> None:
 
 def _swap(name: str, tensor: Tensor, new: Tensor) -> None:
     tensor.grad = None
-    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in _OF_ABSENT})
+    # Attributes that the user's code has set stay with the object; a swap would exchange them.
+    attributes = {key: value for key, value in tensor.__dict__.items() if key not in _OF_ABSENT}
+    new.__dict__.update(attributes)
     hooks, late_hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     try:
         swap_tensors(tensor, new)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from resist_lightning.comm.group import messages_sent
-from resist_lightning.state.optimizer_twin import Trial, is_number, items_of, take_trial_steps, with_inner
+from resist_lightning.state.optimizer_twin import Numbers, Trial, is_number, items_of, take_trial_steps, with_inner
 from resist_lightning.state.random_state import random_numbers_apart
 
 Kind: TypeAlias = tuple[int, int]
@@ -38,9 +38,10 @@ class Slot:
 
     def empty(self, parameter: Tensor, device: torch.device) -> Tensor:
         """Zeros for a parameter; on the meta device only their shape and data type."""
+        absent = device.type == "meta"
         if not self.shaped:
-            return torch.zeros((), dtype=self.dtype, device=device if device.type == "meta" else self.device)
-        if device.type == "meta":
+            return torch.zeros((), dtype=self.dtype, device=device if absent else self.device)
+        if absent:
             return torch.empty(parameter.shape, dtype=self.dtype, device=device)
         return torch.zeros_like(parameter.detach(), dtype=self.dtype, memory_format=torch.preserve_format)
 
@@ -77,9 +78,10 @@ def probe(optimizer: Optimizer) -> list[Findings]:
         ValueError: for an optimizer that cannot work with absent parameters, or that talks to other workers.
     """
     name = type(optimizer).__name__
-    if any(isinstance(each, torch.optim.LBFGS) for each in with_inner(optimizer)):
+    optimizers = with_inner(optimizer)
+    if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
         raise ValueError(f"{name} flattens all parameters into one vector, and a worker does not have them all.")
-    count, before = len(with_inner(optimizer)), messages_sent()
+    messages_before = messages_sent()
     try:
         with random_numbers_apart(), torch.compiler.set_stance("force_eager"):
             trial = take_trial_steps(optimizer)
@@ -92,42 +94,52 @@ def probe(optimizer: Optimizer) -> list[Findings]:
                 f"{name} makes its state when it is built and cannot restart without it (missing: {error}); choose an "
                 "optimizer that makes its state in the first step, such as SGD or AdamW."
             ) from error
-        return [Findings(unknown=f"{type(error).__name__}: {error}") for _ in range(count)]
-    if messages_sent() != before:
+        return [Findings(unknown=f"{type(error).__name__}: {error}") for _ in optimizers]
+    if messages_sent() != messages_before:
         raise ValueError(
             f"{name} talks to other workers in its step, which would mix their weights between two syncs. Choose an "
             "optimizer of one process."
         )
-    return [_compare(trial, other_gradient, other_weight, place) for place in range(count)]
+    return [_compare(trial, other_gradient, other_weight, place) for place in range(len(optimizers))]
 
 
 def _compare(trial: Trial, gradient: Trial, weight: Trial, place: int) -> Findings:
     """What the steps of three trials have made and changed, in the optimizer at this place."""
     found = Findings()
-    twin, shifted = trial.optimizers[place], weight.optimizers[place]
+    _find_slots(found, trial.optimizers[place], weight.optimizers[place])
+    _find_numbers(found, trial.before[place], trial.after[place], gradient.after[place])
+    return found
+
+
+def _find_slots(found: Findings, twin: Optimizer, shifted: Optimizer) -> None:
+    """What state a twin keeps; ``shifted`` took the same steps with larger weights."""
     for number, group in enumerate(twin.param_groups):
-        for small, other in zip(group["params"], shifted.param_groups[number]["params"], strict=True):
-            state, copies = twin.state.get(small, {}), shifted.state.get(other, {})
+        others = shifted.param_groups[number]["params"]
+        for small, other in zip(group["params"], others, strict=True):
             slots = found.slots[number, small.dim()] = {}
-            for name, value in state.items():
+            shifted_state = shifted.state.get(other, {})
+            for name, value in twin.state.get(small, {}).items():
                 if value is None:
                     continue
-                slot = _slot(small, value, copies.get(name))
+                slot = _slot(small, value, shifted_state.get(name))
                 if slot is not None:
                     slots[name] = slot
                 elif name not in found.odd:
                     found.odd.append(name)
-    before, after, otherwise = trial.before[place], trial.after[place], gradient.after[place]
+
+
+def _find_numbers(found: Findings, before: Numbers, after: Numbers, otherwise: Numbers) -> None:
+    """Which numbers outside of the state steps change; ``otherwise`` are those after steps with other gradients."""
     changed: list[str] = []
-    for one, two, three in zip(before, after, otherwise, strict=True):
-        names = [name for name, value in two.items() if name not in one or not _same(one[name], value)]
-        # With other gradients it would be another number.
-        found.estimates += [name for name in names if not _same(two[name], three.get(name)) and name not in changed]
+    for old, new, other in zip(before, after, otherwise, strict=True):
+        names = [name for name, value in new.items() if name not in old or not _same(old[name], value)]
+        for name in names:
+            if name not in changed and not _same(new[name], other.get(name)):
+                found.estimates.append(name)
         changed += names
-        own = two is after[-1]  # the optimizer's numbers follow those of its groups
-        (found.attributes if own else found.group).extend(names)
+        # The optimizer's own numbers follow those of its groups.
+        (found.attributes if new is after[-1] else found.group).extend(names)
     found.group = list(dict.fromkeys(found.group))
-    return found
 
 
 def _slot(small: Tensor, value: Any, shifted: Any) -> Slot | None:
@@ -137,14 +149,18 @@ def _slot(small: Tensor, value: Any, shifted: Any) -> Slot | None:
     if not isinstance(value, Tensor) or (value.dim() and value.shape != small.shape):
         return None
     shaped = value.dim() > 0
-    # Its trial had weights that are larger by 1000.
-    copies = shaped and isinstance(shifted, Tensor) and bool(((shifted - value).abs() > 500).any())
+    copies = False
+    if shaped and isinstance(shifted, Tensor):
+        # The shifted trial had weights that are larger by 1000: a copy follows them, a momentum hardly changes.
+        copies = bool(((shifted - value).abs() > 500).any())
     return Slot(shaped, value.dtype, value.device, copies_weights=copies)
 
 
 def _same(one: Any, other: Any) -> bool:
     ones, others = list(_leaves(one)), list(_leaves(other))
-    return len(ones) == len(others) and all(_equal(a, b) for a, b in zip(ones, others, strict=True))
+    if len(ones) != len(others):
+        return False
+    return all(map(_equal, ones, others))
 
 
 def _equal(one: Any, other: Any) -> bool:

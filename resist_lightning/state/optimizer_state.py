@@ -33,16 +33,17 @@ class OptimizerStates:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._given = list(optimizers)
-        self._kept: list[TrackedOptimizer] = []
+        self._tracked: list[TrackedOptimizer] = []
         for optimizer in optimizers:
             for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True):
-                self._kept.append(TrackedOptimizer(each, findings))
+                self._tracked.append(TrackedOptimizer(each, findings))
+        # Python numbers that are on their way, by optimizer, parameter and name.
         self._numbers: dict[tuple[int, int, str], StateNumber] = {}
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """All of them, those inside others too."""
-        return [kept.optimizer for kept in self._kept]
+        """All of them, including those inside others."""
+        return [tracked.optimizer for tracked in self._tracked]
 
     def rate(self) -> float:
         """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
@@ -55,12 +56,12 @@ class OptimizerStates:
 
     def warn_about_settings(self, momentum: str, local_steps: int) -> None:
         """Warn about state that ``momentum`` does not treat as a user may expect."""
-        for kept in self._kept:
-            name, found = type(kept.optimizer).__name__, kept.findings
+        for tracked in self._tracked:
+            name, found = type(tracked.optimizer).__name__, tracked.findings
             if found.unknown:
                 warnings.warn(
                     f"what {name} keeps is not known: a trial step on a small parameter failed ({found.unknown}). Its "
-                    "`state` restarts, or goes with its parameter; what it keeps elsewhere goes on by itself.",
+                    "`state` restarts, or goes with its parameter; what it keeps elsewhere stays as it is.",
                     stacklevel=3,
                 )
             elif found.estimates and momentum == "reset":
@@ -88,8 +89,8 @@ class OptimizerStates:
             ValueError: for a slot that is neither a number nor has the shape of its parameter; if ``cut``, for one that
                 is a copy of the weights.
         """
-        for kept in self._kept:
-            name, found = type(kept.optimizer).__name__, kept.findings
+        for tracked in self._tracked:
+            name, found = type(tracked.optimizer).__name__, tracked.findings
             if found.unknown:
                 raise ValueError(
                     f"momentum={momentum!r} cannot move the state of {name}, which is not known: a trial step on a "
@@ -100,7 +101,9 @@ class OptimizerStates:
                     f"momentum={momentum!r} cannot move {odd!r} of {name}, which has another shape than its parameter; "
                     f"use momentum={instead}."
                 )
-            copies = [key for slots in found.slots.values() for key, slot in slots.items() if slot.copies_weights]
+            copies: list[str] = []
+            for slots in found.slots.values():
+                copies += [key for key, slot in slots.items() if slot.copies_weights]
             if cut and copies:
                 raise ValueError(
                     f"momentum={momentum!r} begins with zeros where an entry comes without state, and {copies[0]!r} of "
@@ -109,36 +112,36 @@ class OptimizerStates:
 
     def reset(self) -> None:
         """Forget all state: every optimizer restarts as if it were new, but for its schedule."""
-        for kept in self._kept:
-            kept.optimizer.state.clear()
-            kept.begin_anew()
+        for tracked in self._tracked:
+            tracked.optimizer.state.clear()
+            tracked.reset_numbers()
 
-    def forget_lonely(self) -> None:
-        """Where an optimizer has no state, reset the numbers in its groups and attributes that belonged to it."""
-        for kept in self._kept:
-            if not kept.optimizer.state:
-                kept.begin_anew()
+    def reset_stateless(self) -> None:
+        """Of optimizers without state, reset the numbers in groups and attributes that belonged to it."""
+        for tracked in self._tracked:
+            if not tracked.optimizer.state:
+                tracked.reset_numbers()
 
     def forget_odd(self) -> None:
-        """Forget the state of optimizers with slots that can neither be cut nor kept whole."""
-        for kept in self._kept:
-            if kept.findings.odd or kept.findings.unknown:
-                kept.optimizer.state.clear()
+        """Forget the state of optimizers with slots that can neither be cut nor tracked whole."""
+        for tracked in self._tracked:
+            if tracked.findings.odd or tracked.findings.unknown:
+                tracked.optimizer.state.clear()
 
     def drop(self, parameters: Collection[nn.Parameter]) -> None:
         """Forget the state of some parameters."""
-        for kept in self._kept:
+        for tracked in self._tracked:
             for parameter in parameters:
-                kept.optimizer.state.pop(parameter, None)
+                tracked.optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """State and parameter groups of each optimizer; groups too, as schedules may differ between workers."""
-        return [kept.state_dict() for kept in self._kept]
+        return [tracked.state_dict() for tracked in self._tracked]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Load what :meth:`state_dict` returned, bit for bit."""
-        for kept, state in zip(self._kept, states, strict=True):
-            kept.load_state_dict(state)
+        for tracked, state in zip(self._tracked, states, strict=True):
+            tracked.load_state_dict(state)
 
     def known(self, parameter: nn.Parameter) -> bool:
         """Whether some optimizer has state for a parameter."""
@@ -154,15 +157,16 @@ class OptimizerStates:
             ValueError: if there is more state than a trial step had shown.
         """
         found: list[Tensor] = []
-        for parameter, kept, slots in self._slots_of(parameters):
+        for parameter, tracked, slots in self._slots_of(parameters):
+            # Of an absent one only shapes and data types are asked: its state has been dropped.
             if parameter.is_meta:
                 found += [slot.empty(parameter, torch.device("meta")) for slot in slots.values()]
                 continue
-            state = kept.optimizer.state[parameter]
-            kept.check_shown(parameter, state, slots)
+            state = tracked.optimizer.state[parameter]
+            tracked.check_shown(parameter, state, slots)
             for name, slot in slots.items():
                 if slot.number is not None:  # only tensors can be sent
-                    found.append(self._number(kept.optimizer, parameter, name, slot))
+                    found.append(self._number(tracked.optimizer, parameter, name, slot))
                     continue
                 if state.get(name) is None:  # not stepped yet; its next holder expects it all the same
                     state[name] = slot.empty(parameter, parameter.device)
@@ -212,14 +216,14 @@ class OptimizerStates:
         """For each parameter that trains, the optimizers that have state for it, and the slots of this state."""
         # An optimizer around another one may show that one's state as its own: each state counts once.
         owners: dict[int, TrackedOptimizer] = {}
-        for kept in self._kept:
-            owners.setdefault(id(kept.optimizer.state), kept)
-        groups = [(kept, kept.groups()) for kept in owners.values()]
+        for tracked in self._tracked:
+            owners.setdefault(id(tracked.optimizer.state), tracked)
+        groups = [(tracked, tracked.groups()) for tracked in owners.values()]
         for parameter in parameters:
-            for kept, group_of in groups:
+            for tracked, group_of in groups:
                 if parameter.requires_grad and id(parameter) in group_of:
                     group = group_of[id(parameter)]
-                    yield parameter, kept, kept.slots(group, parameter.dim())
+                    yield parameter, tracked, tracked.slots(group, parameter.dim())
 
 
 def _plain(value: object) -> object:

@@ -28,9 +28,12 @@ def with_inner(optimizer: Optimizer) -> list[Optimizer]:
     found = [optimizer]
     for value in vars(optimizer).values():
         for inner in items_of(value):
-            if isinstance(inner, Optimizer):
+            if not isinstance(inner, Optimizer):
+                continue
+            for other in with_inner(inner):
                 # Compared by identity: an optimizer may define equality.
-                found += [other for other in with_inner(inner) if all(other is not known for known in found)]
+                if all(other is not known for known in found):
+                    found.append(other)
     return found
 
 
@@ -40,8 +43,10 @@ class Trial:
     def __init__(self, optimizer: Optimizer, gradient: float, weight: float) -> None:
         self._gradient = gradient
         self._weight = weight
+        # As `copy.deepcopy` has it: by the identity of an object, its copy.
         memo: dict[int, Any] = {}
         real = with_inner(optimizer)
+        # First all groups and empty twins, as the attributes that are copied last refer to them.
         for each in real:
             self._small_groups(each, memo)
         self.optimizers = [_bare(each, memo) for each in real]
@@ -88,6 +93,7 @@ class Trial:
         for group in optimizer.param_groups:
             small: dict[int, nn.Parameter] = {}
             for parameter in group["params"]:
+                # The same one where another optimizer has the parameter too.
                 dummy = memo.get(id(parameter))
                 if dummy is None:
                     dummy = small.get(parameter.dim())
@@ -96,14 +102,17 @@ class Trial:
                 small[parameter.dim()] = dummy
                 memo[id(parameter)] = dummy
             if id(group) not in memo:
-                memo[id(group)] = {key: _copy(value, memo) for key, value in group.items() if key != "params"}
-                memo[id(group)]["params"] = list(small.values())
+                copied = {key: _copy(value, memo) for key, value in group.items() if key != "params"}
+                memo[id(group)] = {**copied, "params": list(small.values())}
             groups.append(memo[id(group)])
 
     def _small(self, parameter: nn.Parameter) -> nn.Parameter:
         device = torch.device("cpu") if parameter.is_meta else parameter.device
         count = parameter.dim()
-        sides = _SIDES[count] if count < len(_SIDES) else (*_MORE_SIDES, *[1] * count)[:count]
+        if count < len(_SIDES):
+            sides: tuple[int, ...] = _SIDES[count]
+        else:
+            sides = (*_MORE_SIDES, *[1] * count)[:count]
         return nn.Parameter(torch.full(sides, 0.5 + self._weight, dtype=parameter.dtype, device=device))
 
 

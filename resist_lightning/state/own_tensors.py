@@ -13,6 +13,8 @@ from resist_lightning.comm.tensors import named_tensors, same
 
 @dataclass(frozen=True)
 class _Before:
+    """What a tensor was before the user's code ran: the object, its count of writes, and a copy where that may lie."""
+
     tensor: Tensor
     version: int
     value: Tensor | None
@@ -48,6 +50,7 @@ class OwnTensors:
         self.swapped, self._copies = False, []
         for tensor in tensors:
             copy = self._noted.get(id(tensor))
+            # A note that still holds serves as the copy.
             if copy is None or not same(copy, tensor):
                 self.swapped |= copy is not None and isinstance(tensor, nn.Parameter)
                 copy = tensor.detach().clone()

@@ -25,18 +25,19 @@ class TrackedOptimizer:
     def __init__(self, optimizer: Optimizer, findings: Findings) -> None:
         self.optimizer = optimizer
         self.findings = findings
-        self._groups: list[dict[str, Any]] = []
+        # What steps change, as it was before the first one.
+        self._first_groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             first = {name: self._first(group, name) for name in findings.group}
-            self._groups.append(copy.deepcopy(first))
-        self._attributes = {name: vars(optimizer).get(name, _ABSENT) for name in findings.attributes}
+            self._first_groups.append(copy.deepcopy(first))
+        self._first_attributes = {name: vars(optimizer).get(name, _ABSENT) for name in findings.attributes}
 
-    def begin_anew(self) -> None:
+    def reset_numbers(self) -> None:
         """Reset groups and attributes to the numbers that they had before the first step."""
         # Not strict: groups may have been added since.
-        for group, first in zip(self.optimizer.param_groups, self._groups, strict=False):
+        for group, first in zip(self.optimizer.param_groups, self._first_groups, strict=False):
             _put_back(group, first)
-        _put_back(vars(self.optimizer), self._attributes)
+        _put_back(vars(self.optimizer), self._first_attributes)
 
     def groups(self) -> dict[int, int]:
         """The group number of each parameter, by the parameter's identity."""
@@ -51,8 +52,10 @@ class TrackedOptimizer:
         if (group, dim) in found:
             return found[group, dim]
         # The group was added since: its parameters are taken to have what others of that shape have.
-        others = [slots for (_, of_dim), slots in found.items() if of_dim == dim]
-        return others[0] if others else {}
+        for (_, other_dim), slots in found.items():
+            if other_dim == dim:
+                return slots
+        return {}
 
     def check_shown(self, parameter: nn.Parameter, state: dict[str, Any], slots: dict[str, Slot]) -> None:
         """Check that the state of a present parameter is what a trial step has shown.
@@ -63,6 +66,7 @@ class TrackedOptimizer:
         more = [name for name, value in state.items() if value is not None and name not in slots]
         odd: list[str] = []
         for name, slot in slots.items():
+            # What has no shape is missing, as before the first step, or None.
             shape = getattr(state.get(name), "shape", parameter.shape)
             if slot.shaped and shape != parameter.shape:
                 odd.append(name)
@@ -80,9 +84,13 @@ class TrackedOptimizer:
         for group in self.optimizer.param_groups:
             places = [index.setdefault(id(parameter), len(index)) for parameter in group["params"]]
             groups.append({**group, "params": places})
+        # State of the whole optimizer stands under a name.
         state = {index.get(id(key), key): value for key, value in self.optimizer.state.items()}
         saved: dict[str, Any] = {"state": state, "param_groups": groups}
-        attributes = {name: getattr(self.optimizer, name) for name in self._attributes if hasattr(self.optimizer, name)}
+        attributes = {}
+        for name in self._first_attributes:
+            if hasattr(self.optimizer, name):
+                attributes[name] = getattr(self.optimizer, name)
         if attributes:
             saved["attributes"] = attributes
         return saved
@@ -113,7 +121,9 @@ class TrackedOptimizer:
     def _first(self, group: dict[str, Any], name: str) -> Any:
         """A group's number before the first step; of an optimizer that has stepped, its default."""
         now = group.get(name, _ABSENT)
-        return self.optimizer.defaults.get(name, now) if self.optimizer.state else now
+        if not self.optimizer.state:
+            return now
+        return self.optimizer.defaults.get(name, now)
 
 
 class StateNumber:
@@ -130,7 +140,8 @@ class StateNumber:
         self.optimizer = optimizer
         self.parameter = parameter
         self.name = name
-        self.tensor = torch.tensor(float(optimizer.state[parameter].get(name, 0)), dtype=slot.dtype)
+        number = optimizer.state[parameter].get(name, 0)
+        self.tensor = torch.tensor(float(number), dtype=slot.dtype)
         self._number = slot.number
 
     def value(self) -> Any:
@@ -153,4 +164,6 @@ def _to_device(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
-    return [_to_device(item, device) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_to_device(item, device) for item in value]
+    return value
