@@ -122,7 +122,7 @@ class Resumption:
                 if name not in named or named[name].shape != tensor.shape:
                     here = tuple(named[name].shape) if name in named else "is not there"
                     raise CheckpointError(
-                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module {here}. Make tensors "
-                        "in __init__ or `configure_model`, or resume without the workers' own files."
+                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module {here}. Make "
+                        "tensors in __init__ or `configure_model`, or resume without the workers' own files."
                     )
                 named[name].copy_(tensor)
