@@ -149,7 +149,7 @@ MUTANTS = (
     Mutant(
         "a worker that is left out counts",
         "comm/mean.py",
-        "numbers.mul_(collective.workers / (collective.workers - len(left_out)))",
+        "total.mul_(collective.workers / (collective.workers - len(left_out)))",
         "pass",
         ("tests/unit/comm/test_mean.py",),
     ),
