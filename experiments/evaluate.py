@@ -23,6 +23,7 @@ from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
 from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
+from experiments.trainers import quiet_trainer
 
 hush()
 
@@ -89,18 +90,11 @@ def evaluate(
     """
     if strategy is None and checkpoint is not None:
         module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    trainer = L.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=1 if strategy is None else cfg.trainer.devices,
-        strategy="auto" if strategy is None else build_strategy(strategy),
-        precision=cfg.trainer.precision,
-        limit_test_batches=cfg.trainer.limit_test_batches,
-        limit_val_batches=cfg.trainer.limit_val_batches,
-        fast_dev_run=cfg.trainer.fast_dev_run,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    same = ("accelerator", "precision", "limit_test_batches", "limit_val_batches", "fast_dev_run")
+    trainer = quiet_trainer(
+        "auto" if strategy is None else build_strategy(strategy),
+        1 if strategy is None else cfg.trainer.devices,
+        **{key: cfg.trainer[key] for key in same},
     )
     run = trainer.test if split == "test" else trainer.validate
     path = str(checkpoint) if strategy is not None and checkpoint is not None else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from experiments.data.arrays import Examples
@@ -99,15 +100,31 @@ class Prepared:
         return found
 
 
+@dataclass
+class Curve:
+    """Accuracies of the full model in the course of a training."""
+
+    data: Prepared
+    stops: frozenset[int]  # after which steps it is evaluated
+    points: list[dict[str, float]] = field(default_factory=list)
+
+    def __call__(self, trainer: Trainer, done: int) -> None:
+        """So many steps are done."""
+        if done in self.stops:
+            self.points.append({"step": done, **self.data.accuracies(trainer.full_model())})
+
+    def row(self) -> dict[str, Any]:
+        """What a record says of it."""
+        last = self.points[-1]
+        best = max(point["test"] for point in self.points)
+        return {"last": last["test"], "last_holdout": last["holdout"], "best_on_test": best, "curve": self.points}
+
+
 class DataParallel:
     """DDP with S workers, in one process: gradients are the mean of S shards, batch statistics each shard's own.
 
-    As in torch's DDP, the running statistics are those of worker 0, broadcast before every step.
-
-    Args:
-        module: the network; it is trained in place.
-        optimizer: its optimizer.
-        workers: number of shards; 1 is ordinary training.
+    As in torch's DDP, the running statistics are those of worker 0, broadcast before every step. The module is trained
+    in place.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, workers: int) -> None:
@@ -144,9 +161,7 @@ class Simulated:
         for worker, (x, y) in zip(self.simulator.workers, batches, strict=True):
             (optimizer,) = worker.optimizers
             set_rate(optimizer, lr)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(worker.module.train()(x), y).backward()
-            optimizer.step()
+            sgd_step(worker.module.train(), optimizer, x, y)
         self.simulator.after_step()
 
     def full_model(self, batch_norm: NormPolicy | None = None, **more: Any) -> nn.Module:
@@ -171,6 +186,13 @@ Trainer = DataParallel | Simulated
 def make_optimizer(module: nn.Module, lr: float) -> torch.optim.SGD:
     """The paper's: momentum 0.9, weight decay 5e-4."""
     return torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+
+
+def sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """One step on a batch, by cross entropy: the loop body that a user would write."""
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -200,15 +222,7 @@ def train(
     rates: Iterable[float],
     after_step: Callable[[Trainer, int], Trainer | None] = lambda trainer, done: None,
 ) -> Trainer:
-    """Train with these learning rates, one for each local step.
-
-    Args:
-        trainer: what trains.
-        stream: the examples.
-        workers: how many there are.
-        rates: of each local step.
-        after_step: is told what trains and how many local steps are done; what it returns trains on.
-    """
+    """Train with these learning rates, one for each local step; what ``after_step`` returns trains on."""
     for step, lr in enumerate(rates):
         trainer.step([stream.batch(step, worker, workers) for worker in range(workers)], lr)
         trainer = after_step(trainer, step + 1) or trainer
@@ -221,6 +235,14 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / sum(len(y) for _, y in batches)
+
+
+def quiet_trainer(strategy: Strategy | str, devices: int = 1, **options: Any) -> L.Trainer:
+    """A trainer that logs, shows and saves nothing; on the CPU where nothing else is said."""
+    return L.Trainer(
+        strategy=strategy, devices=devices, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **{"accelerator": "cpu", **options},
+    )  # fmt: skip
 
 
 class Module(L.LightningModule):

@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.accuracy.cases import Case, base, config_of, make_network
 from experiments.accuracy.training import make_trainer, prepared
 from experiments.harness.workers import forked
-from experiments.trainers import accuracy, make_optimizer, rate, set_rate, steps_of, train
+from experiments.trainers import accuracy, make_optimizer, rate, set_rate, sgd_step, steps_of, train
 from resist_lightning import Engine
 
 WORKERS = 2
@@ -71,9 +70,7 @@ def _train(worker: int, task: tuple[Any, ...]) -> None:
         x, y = stream.batch(step, worker, WORKERS)
         trained.train()
         set_rate(optimizer, rate(case.lr, step, steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(trained(x), y).backward()
-        optimizer.step()
+        sgd_step(trained, optimizer, x, y)
         if engine:
             engine.after_step()
     if engine:

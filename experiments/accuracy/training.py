@@ -16,6 +16,7 @@ from experiments.data.module import ImageData
 from experiments.harness.settings import ConfigError
 from experiments.trainers import (
     LARGEST_WORKERS,
+    Curve,
     DataParallel,
     Prepared,
     Simulated,
@@ -86,25 +87,16 @@ def measure(case: Case, options: Any) -> dict[str, Any]:
     """Train and evaluate ``case``: one row of a record, accuracies in per cent."""
     started, data = time.perf_counter(), prepared(options)
     steps = steps_of(options.samples, options.batch, case.workers)
-    evaluated = stops(steps, options.evaluations)
-    curve: list[dict[str, float]] = []
-
-    def evaluate(trainer: Trainer, done: int) -> None:
-        if done in evaluated:
-            curve.append({"step": done, **data.accuracies(trainer.full_model())})
-
+    curve = Curve(data, stops(steps, options.evaluations))
     stream = data.stream(options.batch, case.seed)
     rates = [rate(case.lr, step, steps) for step in range(steps)]
-    trainer = train(make_trainer(case, options), stream, case.workers, rates, evaluate)
-    best = max(curve, key=lambda point: (point["holdout"], point["step"]))
+    trainer = train(make_trainer(case, options), stream, case.workers, rates, curve)
+    best = max(curve.points, key=lambda point: (point["holdout"], point["step"]))
     return {
-        "last": curve[-1]["test"],
+        **curve.row(),
         "selected": best["test"],
-        "best_on_test": max(point["test"] for point in curve),
-        "last_holdout": curve[-1]["holdout"],
         "local_steps_done": steps,
         "samples": steps * case.workers * options.batch,
-        "curve": curve,
         "policies": trainer.policies(data.test) if isinstance(trainer, Simulated) and case.method == "resist" else {},
         "seconds": round(time.perf_counter() - started, 1),
     }

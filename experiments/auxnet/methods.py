@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from experiments.auxnet.cases import Case, settings_of
 from experiments.harness.memory import held_bytes
-from experiments.trainers import Prepared, accuracy, make_optimizer, set_rate
+from experiments.trainers import Prepared, accuracy, make_optimizer, set_rate, sgd_step
 from resist_lightning import Engine, StageConfig
 from resist_lightning.methods.auxnet.network.chain import find_chain
 from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
@@ -104,10 +104,7 @@ class Serial(Method):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """As every user writes it."""
-        self.network.train()
-        self.optimizer.zero_grad()
-        functional.cross_entropy(self.network(x), y).backward()
-        self.optimizer.step()
+        sgd_step(self.network.train(), self.optimizer, x, y)
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
@@ -205,10 +202,7 @@ class Layered(Method):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """As every user of the engine writes it."""
-        self.network.train()
-        self.optimizer.zero_grad()
-        functional.cross_entropy(self.network(x), y).backward()
-        self.optimizer.step()
+        sgd_step(self.network.train(), self.optimizer, x, y)
         self.engine.after_step()
 
     @contextmanager

@@ -32,16 +32,15 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.benchmarks import tables
-from experiments.benchmarks.steps import Clock, gathered, quiet
+from experiments.benchmarks.steps import Clock, gathered, images, quiet
 from experiments.harness import cli
 from experiments.harness.record import write_record
 from experiments.harness.settings import option
 from experiments.harness.tables import show
 from experiments.harness.workers import forked
-from experiments.trainers import Module
+from experiments.trainers import Module, quiet_trainer
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
 from resist_lightning.strategies.launching.guard import Guard
@@ -143,15 +142,12 @@ class Present(L.Callback):
 def fit(strategy: Strategy, net: dict[str, Any], steps: int, path: Path | None = None, *more: L.Callback) -> Clock:
     """Train for ``steps`` local steps in all; the clock begins with the call of ``fit``, then a start for each batch."""
     torch.manual_seed(0)
-    module, size = Module(PreActResNet(net["sections"], 10, width_multiplier=net["width"])), net.get("image", 32)
-    images = torch.randn((steps + 1) * net["batch"], 3, size, size)
-    loader = DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), net["batch"])
+    module = Module(PreActResNet(net["sections"], 10, width_multiplier=net["width"]))
+    loader = images(steps + 1, net["batch"], net.get("image", 32))
     clock = Clock()
-    trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=dist.get_world_size(), max_steps=steps, callbacks=[clock, *more],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(
+        strategy, dist.get_world_size(), max_steps=steps, callbacks=[clock, *more], use_distributed_sampler=False
+    )
     dist.barrier()
     clock.starts.append(time.perf_counter())
     trainer.fit(module, loader, ckpt_path=path)

@@ -41,6 +41,7 @@ class Options(cli.Command):
     limit: int | None = option(None, "training images per class", least=1, smoke=20)
     epochs: int = option(12, "of the policies", least=1, smoke=1)
     seeds: int = option(3, "of the policies and of the made task", least=1, smoke=1)
+    examples: int = option(8192, "of the made task", least=128, smoke=256)
 
 
 def run(names: Sequence[str], options: Options) -> None:
@@ -61,7 +62,9 @@ def run(names: Sequence[str], options: Options) -> None:
         name = "digits" if options.folder == "digits" else "image_folder"
         measured[f"policies_{name}"] = {"rows": policies.measure(settings)}
     if "speech_shaped" in names:
-        measured["speech_shaped"] = {"rows": [speech_shaped.measure(seed) for seed in range(options.seeds)]}
+        measured["speech_shaped"] = {
+            "rows": [speech_shaped.measure(seed, options.examples) for seed in range(options.seeds)]
+        }
     out = Path(options.out)
     kept = {key: value for key, value in settings.items() if key not in ("out", "size", "folder", "cache_dir")}
     for name, content in measured.items():

@@ -12,12 +12,11 @@ import time
 import torch
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 from experiments.data import SpeechShaped
 from experiments.data.arrays import Features
 from experiments.networks import mlp
-from experiments.trainers import accuracy
+from experiments.trainers import accuracy, sgd_step
 
 WIDTHS = (128, 512)
 EPOCHS, RATE, BATCH = 10, 0.05, 128
@@ -32,9 +31,7 @@ def of_a_network(train: Features, test: Features, width: int, classes: int) -> f
     for _ in range(EPOCHS):
         for chosen in torch.randperm(len(train.labels)).split(BATCH):
             batch = train.take(chosen)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(batch.values), batch.labels).backward()
-            optimizer.step()
+            sgd_step(net, optimizer, batch.values, batch.labels)
     return accuracy(net, [(test.values, test.labels)]) / 100
 
 
@@ -48,10 +45,10 @@ def of_a_linear_classifier(train: Features, test: Features) -> float:
     return max(float(model.score(held, test.labels.numpy())) for model in models)
 
 
-def measure(seed: int) -> dict[str, float]:
-    """One row."""
+def measure(seed: int, examples: int) -> dict[str, float]:
+    """One row: accuracies of a task with so many training examples, in [0, 1]."""
     torch.set_num_threads(1)
-    data, start = SpeechShaped(seed=seed), time.perf_counter()
+    data, start = SpeechShaped(seed=seed, train_size=examples, test_size=examples // 4), time.perf_counter()
     train, test = data.read(train=True), data.read(train=False)
     row = {"seed": seed, "seconds_to_make": time.perf_counter() - start, "linear": of_a_linear_classifier(train, test)}
     return row | {f"width_{width}": of_a_network(train, test, width, data.num_classes) for width in WIDTHS}

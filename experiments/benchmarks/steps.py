@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.app.quiet import hush
 from experiments.harness.memory import held_bytes, resident_bytes
-from experiments.trainers import Module, make_optimizer
+from experiments.trainers import Module, make_optimizer, quiet_trainer, sgd_step
 from resist_lightning import Config, Engine, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.checks.header import Purpose
 from resist_lightning.models import PreActResNet, preact_resnet
@@ -52,9 +52,7 @@ def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     engine.start()
     worst = {"held": 0, "bound": 0, "resident": 0}
     for _ in range(settings["rounds"] * 2):
-        optimizer.zero_grad()
-        model(torch.randn(2, 3, 32, 32)).sum().backward()
-        optimizer.step()
+        sgd_step(model, optimizer, torch.randn(2, 3, 32, 32), torch.zeros(2).long())
         bound = 3 * (full - sum(blocks) + sum(blocks[block] for block in engine.partition.held[worker]))
         now = {"held": held_bytes(model, optimizer), "bound": bound, "resident": resident_bytes()}
         assert now["held"] <= bound, now
@@ -140,18 +138,15 @@ def small() -> nn.Module:
     return PreActResNet((1, 1, 7, 1), 10, width_multiplier=1 / 32)
 
 
-def images(steps: int, batch: int) -> DataLoader[Any]:
-    pixels = torch.randn(steps * batch, 3, 32, 32)
+def images(steps: int, batch: int, size: int = 32) -> DataLoader[Any]:
+    """Random images of one class, so many batches."""
+    pixels = torch.randn(steps * batch, 3, size, size)
     return DataLoader(TensorDataset(pixels, torch.zeros(len(pixels), dtype=torch.long)), batch)
 
 
 def trained_seconds(strategy: Strategy, net: nn.Module, loader: DataLoader[Any]) -> list[float]:
     clock = Clock()
-    trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=dist.get_world_size(), max_epochs=1, callbacks=[clock], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Module(net), loader)
+    quiet_trainer(strategy, dist.get_world_size(), max_epochs=1, callbacks=[clock]).fit(Module(net), loader)
     return clock.seconds()
 
 
@@ -160,9 +155,7 @@ def plain_seconds(net: nn.Module, loader: DataLoader[Any]) -> list[float]:
     clock, optimizer = Clock(), make_optimizer(net.train(), 0.01)
     for x, y in loader:
         clock.on_train_batch_start()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
+        sgd_step(net, optimizer, x, y)
     return clock.seconds()
 
 

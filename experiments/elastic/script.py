@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.trainers import Module
+from experiments.trainers import Module, quiet_trainer
 from resist_lightning import ResISTStrategy
 from resist_lightning.models import PreActResNet
 
@@ -52,11 +52,9 @@ def main(folder: Path, steps: int, seconds: float) -> None:
         local_steps=LOCAL_STEPS, min_blocks=2, snapshots=folder / "snapshots", on_worker_loss="shrink"
     )
     images, labels = torch.randn(8 * 2 * steps, 3, 16, 16), torch.randint(0, 4, (8 * 2 * steps,))
-    trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=1, num_nodes=int(os.environ["GROUP_WORLD_SIZE"]), max_steps=steps,
-        max_epochs=-1, callbacks=[Diary(folder, seconds)], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    hosts = int(os.environ["GROUP_WORLD_SIZE"])
+    diary = Diary(folder, seconds)
+    trainer = quiet_trainer(strategy, num_nodes=hosts, max_steps=steps, max_epochs=-1, callbacks=[diary])
     module = Module(PreActResNet((1, 1, 7, 1), 4, width_multiplier=1 / 8))
     trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=8, shuffle=True))
     torch.save(module.state_dict(), folder / f"final-{trainer.global_rank}.pt")

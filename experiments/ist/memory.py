@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.harness.memory import resident_bytes, storage_bytes
 from experiments.harness.workers import forked
 from experiments.networks import mlp
+from experiments.trainers import sgd_step
 from resist_lightning import Engine, NeuronConfig
 from resist_lightning.methods.ist.layout import NeuronLayout
 
@@ -47,9 +48,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
     engine.start()
     steps = []
     for _ in range(ROUNDS * LOCAL_STEPS):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(torch.randn(BATCH, group.inputs)), torch.zeros(BATCH).long()).backward()
-        optimizer.step()
+        sgd_step(model, optimizer, torch.randn(BATCH, group.inputs), torch.zeros(BATCH).long())
         steps.append({**_held(model, optimizer, inner), "store": _stored(engine), "resident": resident_bytes()})
         engine.after_step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,6 +13,7 @@ from torch import nn
 from experiments.ist.cases import LOCAL_STEPS
 from experiments.links.closed_form import neuron_bytes
 from experiments.networks import mlp
+from experiments.trainers import sgd_step
 from resist_lightning import NeuronConfig
 from resist_lightning.comm.bytes import all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -86,9 +87,7 @@ def step_seconds(shape: Shape, workers: int, steps: int) -> float:
     found = []
     for _ in range(steps + 1):
         started = time.perf_counter()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(inputs), labels).backward()
-        optimizer.step()
+        sgd_step(network, optimizer, inputs, labels)
         found.append(time.perf_counter() - started)
     return median(found[1:])  # the first one warms up
 

@@ -19,6 +19,7 @@ from experiments.networks import mlp
 from experiments.trainers import (
     LARGEST_WORKERS,
     NORMS,
+    Curve,
     DataParallel,
     Prepared,
     Simulated,
@@ -77,21 +78,13 @@ def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
     started, data = time.perf_counter(), prepared(case.task, size)
     steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
     finish_at = round(steps * (1 - FINISH)) if case.finish else steps
-    curve: list[dict[str, float]] = []
-
-    def evaluate(trainer: Trainer, done: int) -> None:
-        if done in stops(steps, EVALUATIONS):
-            curve.append({"step": done, **data.accuracies(trainer.full_model())})
-
-    trainer = train(case, size, steps, finish_at, evaluate)
+    curve = Curve(data, stops(steps, EVALUATIONS))
+    trainer = train(case, size, steps, finish_at, curve)
     return {
-        "last": curve[-1]["test"],
-        "last_holdout": curve[-1]["holdout"],
-        "best_on_test": max(point["test"] for point in curve),
+        **curve.row(),
         "local_steps_done": steps,
         "samples": steps * case.workers * TASKS[case.task].batch,
         "sent_bytes": sent_bytes(case, size, steps, finish_at),
-        "curve": curve,
         "policies": _policies(trainer, data) if case.method == "ist" and not case.finish else {},
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -104,14 +97,9 @@ def train(
     finish_at: int,
     told: Callable[[Trainer, int], None] = lambda trainer, done: None,
 ) -> Trainer:
-    """Train ``case`` for so many local steps, from ``finish_at`` on as local SGD.
+    """Train ``case`` for so many local steps, from ``finish_at`` on (``steps``: never) as local SGD.
 
-    Args:
-        case: what to train.
-        size: of the study.
-        steps: local steps of each worker.
-        finish_at: local steps before the finish; ``steps`` for none.
-        told: is told what trains, and the number of local steps done.
+    ``told`` is told what trains, and the number of local steps done.
     """
 
     def after_step(trainer: Trainer, done: int) -> Trainer | None:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.console import Console
@@ -168,11 +167,3 @@ def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> St
     if networks.fully_connected(settings["network"]):
         return ISTStrategy(**options)
     return ResISTStrategy(min_blocks=settings["min_blocks"], **options)
-
-
-def make_trainer(strategy: Strategy, workers: int, **settings: Any) -> L.Trainer:
-    """A quiet trainer of one worker, whose peers are hosts of their own."""
-    return L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=1, num_nodes=workers, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **settings,
-    )  # fmt: skip

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from experiments.app.quiet import hush
 from experiments.harness.links.crew import Place
 from experiments.links.closed_form import closed_form
-from experiments.links.rig import make_strategy, make_trainer
+from experiments.links.rig import make_strategy
 from experiments.networks import described, fully_connected
-from experiments.trainers import Module
+from experiments.trainers import Module, quiet_trainer
 from resist_lightning.comm.collective import Collective
 from resist_lightning.engine.engine import Engine
 
@@ -204,7 +204,8 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     opens, closes, silent = window_of(method, settings)
     window = Window(place, opens, closes, silent)
     strategy = make_strategy(method, settings, settings["steps_per_round"])
-    trainer = make_trainer(strategy, place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
+    # Each worker is a host of its own.
+    trainer = quiet_trainer(strategy, num_nodes=place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
     shape, classes = SPEECH if fully_connected(network) else CIFAR
     module = Module(described(network, num_classes=classes, in_features=shape[0]))
     generator, count = torch.Generator().manual_seed(settings["seed"]), (closes + 1) * settings["batch"] * place.workers

@@ -10,6 +10,7 @@ import torch
 from experiments.harness.memory import held_bytes
 from experiments.harness.workers import forked
 from experiments.paper_tables.networks import memory_bytes
+from experiments.trainers import sgd_step
 from resist_lightning import Config, Engine
 from resist_lightning.comm.bytes import TRAINING_KINDS
 from resist_lightning.methods.resist.bytes import sync_bytes
@@ -52,9 +53,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
     steps = []
     by_formula = 0
     for _ in range(ROUNDS * LOCAL_STEPS):
-        optimizer.zero_grad()
-        model(torch.randn(BATCH, 3, IMAGE, IMAGE)).sum().backward()
-        optimizer.step()
+        sgd_step(model, optimizer, torch.randn(BATCH, 3, IMAGE, IMAGE), torch.zeros(BATCH).long())
         blocks = len(engine.partition.held[worker])
         bound = int(memory_bytes(shared, block, blocks))
         steps.append({"blocks": blocks, "held_bytes": held_bytes(model, optimizer), "bound_bytes": bound})

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader
 
 from experiments.app.classifier import LitClassifier
 from experiments.app.quiet import hush
@@ -15,8 +14,9 @@ from experiments.data.module import ArrayData, ImageData
 from experiments.data.sets import Digits
 from experiments.data.shaped import SpeechShaped
 from experiments.harness.links.crew import Place
-from experiments.links.rig import make_strategy, make_trainer
+from experiments.links.rig import make_strategy
 from experiments.networks import described
+from experiments.trainers import quiet_trainer
 
 MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
 """What stands for a folder, and needs none."""
@@ -72,24 +72,6 @@ class Stopwatch(L.Callback):
         self.place.measured()
 
 
-class ValidateOnTest(L.LightningDataModule):
-    """The test examples in the place of the validation's: no setting is chosen by them."""
-
-    def __init__(self, data: ArrayData[Any]) -> None:
-        super().__init__()
-        self.data = data
-
-    def setup(self, stage: str) -> None:
-        for needed in ("fit", "test"):
-            self.data.setup(needed)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.data.train_dataloader()
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.data.test_dataloader()
-
-
 def make_data(settings: dict[str, Any]) -> ArrayData[Any]:
     """A made data set, or a folder of images; all of the training but 2 % of it (the loaders want a hold-out)."""
     loading = {key: settings[key] for key in ("limit", "limit_test")}
@@ -104,15 +86,18 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     hush()
     L.seed_everything(settings["seed"], verbose=False)
     data, stopwatch = make_data(settings), Stopwatch(place)
-    trainer = make_trainer(
-        make_strategy(settings["method"], settings, settings["local_steps"]), place.workers, max_steps=settings["steps"],
-        max_epochs=-1, val_check_interval=settings["evaluate_every"], check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, callbacks=[stopwatch],
+    trainer = quiet_trainer(
+        make_strategy(settings["method"], settings, settings["local_steps"]), num_nodes=place.workers,
+        max_steps=settings["steps"], max_epochs=-1, val_check_interval=settings["evaluate_every"],
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, callbacks=[stopwatch],
     )  # fmt: skip
     channels = data.in_channels if isinstance(data, ImageData) else None
     net = described(
         settings["network"], num_classes=data.num_classes, in_channels=channels, in_features=data.in_features
     )
     module = LitClassifier(net, data.num_classes, lr=settings["lr"])
-    trainer.fit(module, datamodule=ValidateOnTest(data))
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    # The test examples stand in the place of the validation's: no setting is chosen by them.
+    trainer.fit(module, data.train_dataloader(), data.test_dataloader())
     place.report({"worker": place.worker, "curve": stopwatch.curve})

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from experiments.harness import cli
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.workers import forked
+from experiments.trainers import sgd_step
 from experiments.unequal import tables
 from experiments.unequal.figure import draw_steps
 from experiments.unequal.quota import quotas, why_no_quota
@@ -79,9 +79,7 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
         began, stepping, blocks = time.perf_counter(), 0.0, len(engine.partition.held[worker])
         for _ in range(local_steps):
             started = time.perf_counter()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+            sgd_step(model, optimizer, images, labels)
             stepping += time.perf_counter() - started
             engine.after_step()
         if number >= FIRST[shares]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,11 @@ from omegaconf import OmegaConf
 from experiments.app import schema
 from experiments.app.build import CONF, build_data, build_module, build_strategy, check_evaluate, check_train
 from experiments.app.classifier import LitClassifier
-from experiments.app.launch import _jobs
+from experiments.app.launch import _jobs, check_command_line
 from experiments.data.module import ArrayData
 from experiments.train import build_trainer
 from tests.conf.conftest import Compose
+from tests.helpers.programs import run_module
 
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 GROUPS = {
@@ -192,31 +190,23 @@ class Data(L.LightningDataModule):
 """
 
 
-def test_a_network_and_data_of_the_users_own_train_from_outside(root: Path, tmp_path: Path) -> None:
+def test_a_network_and_data_of_the_users_own_train_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    own = ["model._target_=mine.Net", "data._target_=mine.Data", "strategy=ist", "strategy.local_steps=2"]
-    quick = [
-        "trainer.max_epochs=1",
-        "trainer.accelerator=cpu",
-        "logger=csv",
-        "threads=1",
-        "callbacks.progress_bar=null",
-    ]
-
-    def train(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(root / "experiments" / "train.py"), *own, *quick, *options, "hydra.run.dir=run"]
-        variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, check=False, cwd=tmp_path, env=variables, capture_output=True, text=True)
-
-    done = train("+model.width=8", "+data.count=60")
-    assert done.returncode == 0, done.stderr
+    own = ["model._target_=mine.Net", "data._target_=mine.Data", "strategy=ist", "trainer.accelerator=cpu"]
+    quick = ["trainer.max_epochs=1", "logger=csv", "threads=1", "callbacks.progress_bar=null"]
+    few = ["strategy.local_steps=2", "+model.width=8", "+data.count=60", "strategy.start_method=fork"]
+    run_module("experiments.train", *own, *quick, *few, f"hydra.run.dir={tmp_path}/run", path=tmp_path)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["strategy"], results["local_steps"]) == ("ist", 6)
     assert results["parameters"]["full"] == 6 * 8 + 8 + 8 * 3 + 3
+
+    monkeypatch.syspath_prepend(tmp_path)
     for option, message in (
         ("+model.width=1", "error: model.width=1 must be at least 2"),
         ("+model.depht=1", "error: model.depht=1: unknown key; model has width"),
     ):
-        refused = train(option)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith(message), refused.stderr
+        with pytest.raises(SystemExit):
+            check_command_line("train", check_train, [*own, option])
+        assert capsys.readouterr().err.startswith(message)

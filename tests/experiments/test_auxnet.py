@@ -24,9 +24,9 @@ from experiments.harness.tables import chosen
 from experiments.networks import SmallImageResNet, layers
 from resist_lightning.methods.residual import find_blocks
 from tests.helpers.processes import run_workers
-from tests.helpers.programs import ROOT, refusal, run_program
+from tests.helpers.programs import ROOT, refusal, run_module
 
-PROGRAM = "experiments/auxnet/run.py"
+SMOKE = ["size=smoke", "betas=[0.1]", "evaluations=1"]
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of all result files of the command itself, and what it printed."""
     out = tmp_path_factory.mktemp("auxnet") / "new"
-    return out, run_program([PROGRAM, "accuracy", "sweep", "timing", "size=smoke", f"out={out}"], ROOT, timeout=300)
+    return out, run_module("experiments.auxnet.run", "accuracy", "sweep", "timing", *SMOKE, f"out={out}")
 
 
 def record(folder: Path, name: str) -> Any:
@@ -49,7 +49,7 @@ def rows_of(folder: Path, name: str, **wanted: Any) -> list[dict[str, Any]]:
 
 
 def test_every_case_is_trained_once(smoke: tuple[Path, str]) -> None:
-    options = cli.read(["size=smoke"], Options)[1]
+    options = cli.read(SMOKE, Options)[1]
     for name in ("accuracy", "sweep", "timing"):
         cases = [row["case"] for row in record(smoke[0], name)["rows"]]
         assert cases == [case.key for case in STUDIES[name](options)]
@@ -59,7 +59,7 @@ def test_every_case_is_trained_once(smoke: tuple[Path, str]) -> None:
 
 def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = (smoke[0] / "accuracy.jsonl").read_bytes()
-    main(["accuracy", "size=smoke", f"out={smoke[0]}"])
+    main(["accuracy", *SMOKE, f"out={smoke[0]}"])
     assert (smoke[0] / "accuracy.jsonl").read_bytes() == before
     assert "1/" not in capsys.readouterr().out.partition("Test accuracy")[0]
 
@@ -224,7 +224,7 @@ def test_an_epoch_has_every_image_of_the_epochs_behind_it() -> None:
         ("schedule=1f1b workers=[3]", "schedule=1f1b needs as many micro-batches as workers"),
         ("micro_batches=3", "digits has batches of 8, which must be a multiple"),
         ("tasks=[cifar_deep]", "folder=None: cifar_deep needs a folder with train/<class>/*"),
-        (f"out={ROOT / PROGRAM}/x", "is a file, and a folder is needed"),
+        (f"out={ROOT}/README.md/x", "is a file, and a folder is needed"),
         (f"out={RESULTS}", "a smoke run must not stand among the results"),
     ],
 )

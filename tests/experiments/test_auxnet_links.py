@@ -15,11 +15,11 @@ from experiments.harness import cli
 from experiments.harness.links import namespaces as rig
 from experiments.harness.record import read_record
 from experiments.harness.tables import chosen
-from tests.helpers.programs import ROOT, run_program
+from tests.helpers.programs import run_module
 
 MISSING = rig.why_no_namespaces()
 needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
-PROGRAM = "experiments/auxnet/run.py"
+PROGRAM = "experiments.auxnet.run"
 GBIT, BOUNDARY, OUTPUT = 0.001, 8 * 8 * 8 * 8 * 4, 8 * 10 * 4
 """Of the smoke run: batches of 8, cut where there are 8 channels of 8 x 8; 10 classes."""
 
@@ -29,7 +29,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     """The folder of the result file of the command itself, and what it printed; it leaves no namespace."""
     before = rig.namespaces_in_use()
     out = tmp_path_factory.mktemp("auxnet_links") / "new"
-    yield out, run_program([PROGRAM, "links", "size=smoke", f"out={out}"], ROOT)
+    yield out, run_module(PROGRAM, "links", "size=smoke", f"out={out}")
     assert rig.namespaces_in_use() == before
 
 
@@ -74,9 +74,7 @@ def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: py
 
 
 def test_without_root_or_tools_only_unshaped_links_are_measured(tmp_path: Path) -> None:
-    output = run_program(
-        [PROGRAM, "links", "size=smoke", "methods=[penalty]", f"out={tmp_path}"], ROOT, PATH="/nowhere"
-    )
+    output = run_module(PROGRAM, "links", "size=smoke", "methods=[penalty]", f"out={tmp_path}", PATH="/nowhere")
     assert "No shaped links: no ip and no tc here" in " ".join(output.split())
     rows = rows_of(tmp_path)
     assert [row["case"]["method"] for row in rows] == [SERIAL_STAGES, "penalty"]

@@ -23,9 +23,8 @@ from experiments.links.closed_form import _of_neurons, neuron_bytes
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
-from tests.helpers.programs import ROOT, refusal, run_program
+from tests.helpers.programs import ROOT, refusal, run_module
 
-PROGRAM = "experiments/ist/run.py"
 MISSING = why_no_namespaces()
 needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 RESULTS = tables.RESULTS
@@ -36,7 +35,7 @@ CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of all result files of the command itself, and what it printed."""
     out = tmp_path_factory.mktemp("ist") / "new"
-    output = run_program([PROGRAM, "size=smoke", f"out={out}", *CHOSEN], ROOT)
+    output = run_module("experiments.ist.run", "size=smoke", f"out={out}", *CHOSEN)
     return out, output
 
 
@@ -182,7 +181,7 @@ def test_the_speed_up_by_formula() -> None:
 
 @needs_namespaces
 def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path) -> None:
-    run_program(["experiments/links/run.py", "size=ist_smoke", "methods=[ist,none]", f"out={tmp_path}"], ROOT)
+    run_module("experiments.links.run", "size=ist_smoke", "methods=[ist,none]", f"out={tmp_path}")
     content = read_record(tmp_path / "links.jsonl")
     (ist, silent) = content["runs"]
     for worker in ist["workers"]:
@@ -196,7 +195,7 @@ def test_over_a_link_the_kernel_counts_what_the_closed_form_says(tmp_path: Path)
 
 @needs_namespaces
 def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
-    run_program(["experiments/time_to_accuracy/run.py", "size=ist_smoke", f"out={tmp_path}"], ROOT)
+    run_module("experiments.time_to_accuracy.run", "size=ist_smoke", f"out={tmp_path}")
     rows = read_record(tmp_path / "time_to_accuracy.jsonl")["rows"]
     assert [(entry["method"], entry["steps"]) for entry in rows] == [("ddp", [4, 8]), ("ist", [4, 8])]
     assert 0 < rows[1]["kernel_sent_bytes"][1] < rows[0]["kernel_sent_bytes"][1] / 4
@@ -214,7 +213,7 @@ def test_time_to_accuracy_of_ist(tmp_path: Path) -> None:
         ("workers=[3]", "3 must be one of 2, 4, 8 (so that samples are equal)"),
         ("workers=[2,2]", "stands there twice"),
         ("widths=[3]", "widths=[3]: must be at least 4, a neuron for each"),
-        (f"out={ROOT / PROGRAM}/x", "is a file, and a folder is needed"),
+        (f"out={ROOT}/README.md/x", "is a file, and a folder is needed"),
         (f"out={RESULTS}", "a smoke run must not stand among the results"),
     ],
 )

@@ -22,7 +22,7 @@ from experiments.harness.settings import ConfigError
 from experiments.links import rig as options
 from experiments.links import summary
 from experiments.links.run import Options
-from tests.helpers.programs import ROOT
+from tests.helpers.programs import ROOT, run_module
 
 MISSING = rig.why_no_namespaces()
 needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
@@ -106,10 +106,7 @@ def test_buckets_hold_some_packets_and_little_time() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One smoke run, of the methods that count."""
     folder = tmp_path_factory.mktemp("links")
-    arguments = ["size=smoke", "bandwidths_gbit=[0.1]", f"out={folder}"]
-    process = start(RUN, *arguments)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    output = run_module("experiments.links.run", "size=smoke", "bandwidths_gbit=[0.1]", f"out={folder}")
     assert {path.name for path in folder.iterdir()} == {"links.jsonl", "links.png"}
     return {"output": output, **read_record(folder / "links.jsonl")}
 

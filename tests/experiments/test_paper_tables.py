@@ -17,9 +17,8 @@ from resist_lightning import Config
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.models import preact_resnet
-from tests.helpers.programs import ROOT, refusal, run_program
+from tests.helpers.programs import ROOT, refusal, run_module
 
-PROGRAM = str(ROOT / "experiments/paper_tables/run.py")
 SHARED, BLOCK = 15_422_116, 1_180_672
 
 # Table 1 of the paper; 0.454 is 0.45455 cut off, all others are rounded.
@@ -36,7 +35,7 @@ def by_name(name: str) -> Network:
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """The result file of the command itself, what it printed, and its folder."""
     out = tmp_path_factory.mktemp("paper_tables") / "new"
-    output = run_program([PROGRAM, "size=smoke", f"out={out}"], ROOT)
+    output = run_module("experiments.paper_tables.run", "size=smoke", f"out={out}")
     return read_record(out / "paper_tables.jsonl"), output, out
 
 
@@ -154,7 +153,7 @@ def test_real_workers_hold_the_bound_and_send_the_closed_form(smoke: tuple[dict[
         ("processes=[1]", "processes=[1]: 1 must be a whole number, at least 2, at most 8"),
         ("processes=2", "processes=2: must be a list"),
         ("smoke", "smoke: is no option; write key=value"),
-        (f"out={PROGRAM}/x", "is a file, and a folder is needed"),
+        (f"out={ROOT}/README.md/x", "is a file, and a folder is needed"),
         (f"out={RESULTS}", "a smoke run must not stand among the results"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.harness.record import read_record
-from tests.helpers.programs import ROOT, run_program
+from tests.helpers.programs import run_module
 
 
 def sizes(folder: Path, pattern: str) -> list[int]:
@@ -17,7 +17,7 @@ def sizes(folder: Path, pattern: str) -> list[int]:
 def test_the_record_says_what_lies_on_the_disk(tmp_path: Path) -> None:
     files, output = tmp_path / "files", tmp_path / "output"
 
-    told = run_program(["experiments/benchmarks/recovery.py", "size=smoke", f"out={output}", f"files={files}"], ROOT)
+    told = run_module("experiments.benchmarks.recovery", "size=smoke", f"out={output}", f"files={files}")
 
     content = read_record(output / "recovery.jsonl")
     for every in ("1", "2"):

@@ -14,7 +14,7 @@ from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
 from experiments.time_to_accuracy import worker
 from experiments.time_to_accuracy.run import Options
-from tests.helpers.programs import ROOT, run_program
+from tests.helpers.programs import run_module
 
 MISSING = why_no_namespaces()
 
@@ -22,7 +22,7 @@ MISSING = why_no_namespaces()
 @pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 def test_both_methods_train_on_equal_samples(tmp_path: Path) -> None:
     before = namespaces_in_use()
-    output = run_program(["experiments/time_to_accuracy/run.py", "size=smoke", f"out={tmp_path}"], ROOT)
+    output = run_module("experiments.time_to_accuracy.run", "size=smoke", f"out={tmp_path}")
 
     assert "wrote" in output
     assert namespaces_in_use() == before

@@ -9,14 +9,14 @@ import pytest
 from experiments.harness.record import read_record
 from experiments.unequal.quota import ROOT as CGROUPS
 from experiments.unequal.quota import why_no_quota
-from tests.helpers.programs import ROOT, run_program
+from tests.helpers.programs import run_module
 
 MISSING = why_no_quota()
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no CPU quota: {MISSING}")
 def test_both_settings_train_beside_a_slow_worker(tmp_path: Path) -> None:
-    output = run_program(["experiments/unequal/run.py", "size=smoke", f"out={tmp_path}"], ROOT, timeout=200)
+    output = run_module("experiments.unequal.run", "size=smoke", f"out={tmp_path}")
 
     assert "wrote" in output
     assert not [path for path in [*CGROUPS.glob("unequal_*"), *CGROUPS.glob("cpu/unequal_*")] if path.is_dir()]

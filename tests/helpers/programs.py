@@ -45,17 +45,24 @@ def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **e
     return output
 
 
-def run_module(name: str, *arguments: str, timeout: float = 200, **environment: str) -> str:
+def run_module(name: str, *arguments: str, timeout: float = 200, path: Path = ROOT, **environment: str) -> str:
     """As ``python -m name arguments`` in the repository's root, in a fork of a process that has imported Lightning.
 
     An interpreter takes five seconds of CPU for that. Functions registered with ``atexit`` are not called.
+
+    Args:
+        name: of the module.
+        arguments: of its command line.
+        timeout: seconds after which it is killed.
+        path: a folder of more modules.
+        environment: variables, beside those of this process.
 
     Raises:
         AssertionError: it did not come to its end; with its output.
     """
     with tempfile.TemporaryDirectory(prefix="run_module_") as folder:
         output = Path(folder, "output")
-        call = name, arguments, str(output), environment
+        call = name, arguments, str(output), str(path), environment
         (outcome,) = run_workers_to_the_end(_as_main, 1, *call, timeout=timeout)
         printed = output.read_text()
     assert outcome.end == "exit code 0", f"{outcome.end}:\n{printed}\n{outcome.traceback}"
@@ -69,16 +76,23 @@ def as_a_main_process() -> None:
         os.environ.pop(variable, None)
 
 
-def _as_main(_: int, name: str, arguments: tuple[str, ...], output: str, environment: dict[str, str]) -> None:
+def _as_main(
+    _: int, name: str, arguments: tuple[str, ...], output: str, path: str, environment: dict[str, str]
+) -> None:
     as_a_main_process()
     os.environ.update(OMP_NUM_THREADS="1", **environment)
     os.chdir(ROOT)
+    sys.path.append(path)
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     tempfile.tempdir = None  # TMPDIR may be another one now
     sys.argv = [name, *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
