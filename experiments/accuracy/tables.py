@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
-from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, page_tables, seeds, spread, values
+from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, grouped, mean_of, page_tables, seeds
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "resist": "ResIST"}
@@ -39,24 +40,15 @@ def conditions(content: Content) -> str:
     )
 
 
-def _by_method(rows: Rows) -> list[Rows]:
-    """The rows of each method and number of workers, in the order of the tables."""
-    found = {(row["case"]["method"], row["case"]["workers"]) for row in rows}
-    ordered = sorted(found, key=lambda entry: (list(TITLES).index(entry[0]), entry[1]))
-    return [chosen(rows, method=method, workers=workers) for method, workers in ordered]
-
-
 def main(content: Content) -> Grid:
-    return Grid.of("Accuracy on equal samples", _by_method(content["rows"]), {
-        "": lambda own: TITLES[own[0]["case"]["method"]],
-        "S": lambda own: own[0]["case"]["workers"],
-        "local steps": lambda own: own[0]["local_steps_done"],
-        "n": len,
-        "last, %": lambda own: spread(values(own, "last")),
-        "selected on hold-out, %": lambda own: spread(values(own, "selected")),
-        "best on test, % (for comparison with the paper only)": lambda own: spread(values(own, "best_on_test")),
-        "the paper's, best on test, %": lambda own: PAPER_MAIN.get((own[0]["case"]["method"], own[0]["case"]["workers"]), "-"),
-    })  # fmt: skip
+    lines = []
+    for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
+        found = [mean_of(own, column) for column in ("last", "selected", "best_on_test")]
+        start = [TITLES[method], workers, own[0]["local_steps_done"], len(own)]
+        lines.append([*start, *found, PAPER_MAIN.get((method, workers), "-")])
+    header = ["", "S", "local steps", "n", "last, %", "selected on hold-out, %"]
+    header += ["best on test, % (for comparison with the paper only)", "the paper's, best on test, %"]
+    return Grid("Accuracy on equal samples", header, lines)
 
 
 def check(content: Content) -> Grid:
@@ -93,8 +85,8 @@ def design(content: Content) -> Grid:
         steps.append((f"+ rounds of {length} local steps", own, "held share", "91.3"))
     return Grid.of("The paper's design steps", steps, {
         "": lambda step: step[0],
-        "batch statistics, as in the paper, %": lambda step: spread(values(step[1], f"batch, {step[2]}")),
-        "`recalibrate`, %": lambda step: spread(values(step[1], f"recalibrate, {step[2]}")),
+        "batch statistics, as in the paper, %": lambda step: mean_of(step[1], f"batch, {step[2]}"),
+        "`recalibrate`, %": lambda step: mean_of(step[1], f"recalibrate, {step[2]}"),
         "n": lambda step: len(step[1]),
         "the paper's, %": lambda step: step[3],
     })  # fmt: skip
@@ -102,37 +94,29 @@ def design(content: Content) -> Grid:
 
 def local_steps(content: Content) -> Grid:
     lines = []
-    for length in distinct(content["rows"], "local_steps"):
-        cells = [str(length)]
+    for (length,), rows in grouped(content["rows"], "local_steps"):
+        cells = [length]
         for method in ("resist", "local_sgd"):
-            own = chosen(content["rows"], method=method, local_steps=length)
-            cells += [spread(values(own, "last")), str(PAPER_LOCAL_STEPS[method].get(length, "-"))]
-        lines.append([*cells, str(own[0]["local_steps_done"] // length), str(len(own))])
-    header = [
-        "local steps per round",
-        "ResIST, %",
-        "the paper's (CIFAR-100)",
-        "local SGD, %",
-        "the paper's (CIFAR-100)",
-    ]
-    return Grid("Length of a round", [*header, "rounds", "n"], lines)
+            own = chosen(rows, method=method)
+            cells += [mean_of(own, "last"), PAPER_LOCAL_STEPS[method].get(length, "-")]
+        lines.append([*cells, own[0]["local_steps_done"] // length, len(own)])
+    header = ["local steps per round", "ResIST, %", "the paper's (CIFAR-100)"]
+    return Grid("Length of a round", [*header, "local SGD, %", "the paper's (CIFAR-100)", "rounds", "n"], lines)
 
 
 def momentum(content: Content) -> Grid:
-    rows = content["rows"]
-    return Grid.of("Momentum", [chosen(rows, momentum=policy) for policy in distinct(rows, "momentum")], {
-        "momentum at a sync": lambda own: f"`{own[0]['case']['momentum']}`",
-        "last, %": lambda own: spread(values(own, "last")),
-        "hold-out, %": lambda own: spread(values(own, "last_holdout")),
-        "n": len,
-    })  # fmt: skip
+    lines = [
+        [f"`{policy}`", mean_of(own, "last"), mean_of(own, "last_holdout"), len(own)]
+        for (policy,), own in grouped(content["rows"], "momentum")
+    ]
+    return Grid("Momentum", ["momentum at a sync", "last, %", "hold-out, %", "n"], lines)
 
 
 def batch_norm(content: Content) -> Grid:
     rows = content["rows"]
     workers = distinct(rows, "workers")
     lines = [
-        [f"`{norm}`", *(spread(values(chosen(rows, workers=count), f"{norm}, held share")) for count in workers)]
+        [f"`{norm}`", *(mean_of(chosen(rows, workers=count), f"{norm}, held share") for count in workers)]
         for norm in ("recalibrate", "running", "batch")
     ]
     header = ["statistics of the full model", *(f"S = {count}, %" for count in workers)]
@@ -141,35 +125,29 @@ def batch_norm(content: Content) -> Grid:
 
 def scale(content: Content) -> Grid:
     blocks, lines = content["settings"]["deep"] - 1, []
-    for least in distinct(content["rows"], "min_blocks"):
-        own = chosen(content["rows"], min_blocks=least)
-        workers = own[0]["case"]["workers"]
+    scales = {"held share": "k/N", "1/S": "1/S", "none": "unscaled"}
+    columns = list(product(("recalibrate", "batch"), scales))
+    for (least, workers), own in grouped(content["rows"], "min_blocks", "workers"):
         share = max(1 / workers, least / blocks)
-        cells = [
-            spread(values(own, f"{norm}, {label}"))
-            for norm in ("recalibrate", "batch")
-            for label in ("held share", "1/S", "none")
-        ]
-        lines.append([str(least), f"{share:.3f} / {1 / workers:.3f}", *cells, str(len(own))])
-    columns = [f"`{norm}`, {label}, %" for norm in ("recalibrate", "batch") for label in ("k/N", "1/S", "unscaled")]
-    return Grid("Test-time scales", ["least blocks (S = 8)", "k/N / 1/S", *columns, "n"], lines)
+        cells = [mean_of(own, f"{norm}, {scale}") for norm, scale in columns]
+        lines.append([least, f"{share:.3f} / {1 / workers:.3f}", *cells, len(own)])
+    named = [f"`{norm}`, {scales[scale]}, %" for norm, scale in columns]
+    return Grid("Test-time scales", ["least blocks (S = 8)", "k/N / 1/S", *named, "n"], lines)
 
 
 def wire(content: Content) -> Grid:
-    rows = content["rows"]
-    return Grid.of("Fewer bits", [chosen(rows, wire=bits) for bits in distinct(rows, "wire")], {
-        "on the wire": lambda own: f"`{own[0]['case']['wire']}`",
-        "last, %": lambda own: spread(values(own, "last")),
-        "n": len,
-        "the paper's, %": lambda own: PAPER_WIRE.get(own[0]["case"]["wire"], "-"),
-    })  # fmt: skip
+    lines = [
+        [f"`{bits}`", mean_of(own, "last"), len(own), PAPER_WIRE.get(bits, "-")]
+        for (bits,), own in grouped(content["rows"], "wire")
+    ]
+    return Grid("Fewer bits", ["on the wire", "last, %", "n", "the paper's, %"], lines)
 
 
 def rates(content: Content) -> Grid:
     found, lines = distinct(content["rows"], "lr"), []
-    for own in _by_method(content["rows"]):
-        cells = [spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found]
-        lines.append([f"{TITLES[own[0]['case']['method']]}, S = {own[0]['case']['workers']}", *cells])
+    for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
+        cells = [mean_of(chosen(own, lr=lr), "last_holdout") for lr in found]
+        lines.append([f"{TITLES[method]}, S = {workers}", *cells])
     return Grid("Learning rates", ["hold-out accuracy, %", *(f"lr {lr:g}" for lr in found)], lines)
 
 

@@ -72,7 +72,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
 
 def _timing(axes: Axes, rows: Rows) -> None:
     names = []
-    for place, (method, schedule, own) in enumerate(methods_of(rows)):
+    for place, ((method, schedule), own) in enumerate(methods_of(rows)):
         words = TITLES[method] if schedule in (None, "gpipe") else "_"
         axes.barh(place, mean(1000 * row["step_seconds"] for row in own), color=COLOURS[method], label=words)
         names.append(schedule or method)
@@ -83,7 +83,7 @@ def _timing(axes: Axes, rows: Rows) -> None:
 
 def _links(axes: Axes, rows: Rows) -> None:
     places = [gbit for gbit, _ in by_link(rows)]
-    for method, schedule, own in methods_of(rows):
+    for (method, schedule), own in methods_of(rows):
         found = [
             (places.index(gbit), 1000 * median(row["step_seconds"] for row in these)) for gbit, these in by_link(own)
         ]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 from experiments.auxnet.cases import TITLES, title
-from experiments.harness.tables import Content, Grid, Row, Rows, chosen, distinct
+from experiments.harness.tables import Content, Grid, Row, Rows, chosen, grouped
 from experiments.links.tables import bandwidth
 
 
-def methods_of(rows: Rows) -> Iterator[tuple[str, str | None, Rows]]:
-    """Method, schedule and their rows, in the order of the tables."""
-    for method in TITLES:
-        own = chosen(rows, method=method)
-        for schedule in distinct(own, "schedule"):
-            yield method, schedule, chosen(own, schedule=schedule)
+def methods_of(rows: Rows, *before: str) -> Iterator[tuple[list[Any], Rows]]:
+    """Method and schedule (behind other keys) with their rows."""
+    return grouped(rows, *before, "method", "schedule", titles=TITLES)
 
 
 def by_link(rows: Rows) -> Iterator[tuple[float | None, Rows]]:
@@ -42,16 +40,14 @@ def pairs(rows: Rows, others: Rows) -> list[tuple[Row, Row]]:
 def links(content: Content) -> Grid:
     """All over the turns: medians of seconds, of ratios and of differences."""
     lines = []
-    for task in distinct(content["rows"], "task"):
-        rows = chosen(content["rows"], task=task)
-        alone = chosen(rows, method="serial")
-        for method, schedule, own in methods_of(rows):
-            unshaped = chosen(own, bandwidth_gbit=None)
-            for gbit, these in by_link(own):
-                link = "none" if method == "serial" else bandwidth(gbit)
-                cells = _exchange(these, unshaped) if gbit is not None else ["-"] * 4
-                start = [task, title(method, schedule), link]
-                lines.append([*start, *_milliseconds(these), _ratio(pairs(alone, these)), *cells, str(len(these))])
+    for (task, method, schedule), own in methods_of(content["rows"], "task"):
+        alone = chosen(content["rows"], task=task, method="serial")
+        unshaped = chosen(own, bandwidth_gbit=None)
+        for gbit, these in by_link(own):
+            link = "none" if method == "serial" else bandwidth(gbit)
+            cells = _exchange(these, unshaped) if gbit is not None else ["-"] * 4
+            start = [task, title(method, schedule), link, *milliseconds(these, median)]
+            lines.append([*start, _ratio(pairs(alone, these)), *cells, len(these)])
     header = ["network", "method", "link", "ms per step", "least to most", "speed-up over one process"]
     header += ["step / unshaped", "longer than unshaped, ms", "bytes / bandwidth, ms", "hidden"]
     return Grid("Steps over links", [*header, "n"], lines)
@@ -60,21 +56,22 @@ def links(content: Content) -> Grid:
 def link_bytes(content: Content) -> Grid:
     """At the boundary, both directions together."""
     lines = []
-    for task in distinct(content["rows"], "task"):
-        for method, schedule, own in methods_of(chosen(content["rows"], task=task)):
-            for gbit, these in by_link(own) if method != "serial" else ():
-                formula = sum(these[0]["sent_by_formula"])
-                counted, kernel = (_sums(these, key) for key in ("sent_by_step", "kernel_sent_by_step"))
-                cells = [f"{median(counted):,.0f}"] if counted else ["-"]
-                cells += [f"{median(kernel):,.0f}", f"{median(kernel) / formula:.4f}"] if kernel else ["-", "-"]
-                lines.append([task, title(method, schedule), bandwidth(gbit), f"{formula:,}", *cells])
+    rows = [row for row in content["rows"] if row["case"]["method"] != "serial"]
+    for (task, method, schedule), own in methods_of(rows, "task"):
+        for gbit, these in by_link(own):
+            formula = sum(these[0]["sent_by_formula"])
+            counted, kernel = (_sums(these, key) for key in ("sent_by_step", "kernel_sent_by_step"))
+            cells = [f"{median(counted):,.0f}"] if counted else ["-"]
+            cells += [f"{median(kernel):,.0f}", f"{median(kernel) / formula:.4f}"] if kernel else ["-", "-"]
+            lines.append([task, title(method, schedule), bandwidth(gbit), f"{formula:,}", *cells])
     header = ["network", "method", "link", "bytes per step, by formula", "our count", "the kernel's"]
     return Grid("Bytes across the boundary", [*header, "kernel / formula"], lines)
 
 
-def _milliseconds(rows: Rows) -> list[str]:
+def milliseconds(rows: Rows, middle: Callable[[list[float]], float]) -> list[str]:
+    """Of a step: their mean or median, and their range."""
     found = [1000 * row["step_seconds"] for row in rows]
-    return [f"{median(found):.1f}", f"{min(found):.1f} to {max(found):.1f}"]
+    return [f"{middle(found):.1f}", f"{min(found):.1f} to {max(found):.1f}"]
 
 
 def _exchange(rows: Rows, unshaped: Rows) -> list[str]:

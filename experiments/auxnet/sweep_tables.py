@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.auxnet.cases import HYBRID, STEP_WORKERS, SWEEP_SEED, SWEEP_WORKERS, base, title
-from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, spread
+from collections.abc import Mapping
+
+from experiments.auxnet.cases import HYBRID, STEP_WORKERS, SWEEP_SEED, SWEEP_WORKERS, TITLES, base, title
+from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, grouped, mean_of
 
 ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 
@@ -11,31 +13,20 @@ ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 def betas(content: Content) -> Grid:
     """Of the penalty method: beta by the size of the auxiliary networks."""
     rows = _usual(_of_two(content), "aux_learning_rate", "warmup_steps")
-    found, lines = distinct(rows, "beta"), []
-    for task in distinct(rows, "task"):
-        for width in distinct(rows, "aux_width"):
-            cells = [_cell(chosen(rows, task=task, aux_width=width, beta=beta)) for beta in found]
-            lines.append([task, str(width), *cells])
-    return Grid("β and the auxiliary networks' width", ["task", "width", *(f"β = {beta:g}" for beta in found)], lines)
+    return _by(rows, "beta", "β = {:g}", "β and the auxiliary networks' width", {"task": "task", "aux_width": "width"})
 
 
 def betas_of_others(content: Content) -> Grid:
     rows = [row for row in content["rows"] if row["case"]["method"] not in ("penalty", HYBRID)]
-    found = distinct(rows, "beta")
-    lines = [
-        [task, title(method), *(_cell(chosen(rows, task=task, method=method, beta=beta)) for beta in found)]
-        for task in distinct(rows, "task")
-        for method in distinct(rows, "method")
-    ]
-    return Grid("β of the other methods", ["task", "method", *(f"β = {beta:g}" for beta in found)], lines)
+    return _by(rows, "beta", "β = {:g}", "β of the other methods", {"task": "task", "method": "method"})
 
 
 def aux_rates(content: Content) -> Grid:
-    return _one(content, "aux_learning_rate", "rate of the auxiliary networks")
+    return _one(content, "aux_learning_rate", "Rate of the auxiliary networks")
 
 
 def warmups(content: Content) -> Grid:
-    return _one(content, "warmup_steps", "warm-up steps")
+    return _one(content, "warmup_steps", "Warm-up steps")
 
 
 def hybrids(content: Content) -> Grid:
@@ -43,24 +34,15 @@ def hybrids(content: Content) -> Grid:
     never = _usual(_of_two(content), *ONE_AT_A_TIME)
     rows = chosen(content["rows"], method=HYBRID)
     found = sorted(distinct(rows, "serial_every"), reverse=True)
-    lines = [
-        [
-            task,
-            _cell(chosen(never, task=task)),
-            *(_cell(chosen(rows, task=task, serial_every=every)) for every in found),
-        ]
-        for task in distinct(rows, "task")
-    ]
+    lines = []
+    for (task,), own in grouped(rows, "task"):
+        lines.append([task, _cell(chosen(never, task=task)), *(_cell(chosen(own, serial_every=n)) for n in found)])
     return Grid("Serial steps", ["task", "never", *(f"every {every} steps" for every in found)], lines)
 
 
 def lambda_steps(content: Content) -> Grid:
     rows = chosen(content["rows"], workers=STEP_WORKERS)
-    found = sorted(distinct(rows, "lambda_step"))
-    lines = [
-        [task, *(_cell(chosen(rows, task=task, lambda_step=step)) for step in found)] for task in distinct(rows, "task")
-    ]
-    return Grid(f"Step of the guesses, K = {STEP_WORKERS}", ["task", *(f"c = {step:g}" for step in found)], lines)
+    return _by(rows, "lambda_step", "c = {:g}", f"Step of the guesses, K = {STEP_WORKERS}")
 
 
 def _of_two(content: Content) -> Rows:
@@ -69,12 +51,17 @@ def _of_two(content: Content) -> Rows:
 
 def _one(content: Content, key: str, name: str) -> Grid:
     others = [other for other in ONE_AT_A_TIME if other != key]
-    rows = _usual(_of_two(content), *others)
-    found = distinct(rows, key)
-    lines = [
-        [task, *(_cell(chosen(rows, task=task, **{key: value})) for value in found)] for task in distinct(rows, "task")
-    ]
-    return Grid(name.capitalize(), ["task", *(f"{value:g}" for value in found)], lines)
+    return _by(_usual(_of_two(content), *others), key, "{:g}", name)
+
+
+def _by(rows: Rows, key: str, form: str, name: str, lines: Mapping[str, str] | None = None) -> Grid:
+    """A column for each value of a key, a line for each value of others, which are given with their headers."""
+    lines = lines or {"task": "task"}
+    found, made = distinct(rows, key), []
+    for start, own in grouped(rows, *lines, titles=TITLES):
+        words = [title(word) if word in TITLES else word for word in start]
+        made.append([*words, *(_cell(chosen(own, **{key: value})) for value in found)])
+    return Grid(name, [*lines.values(), *map(form.format, found)], made)
 
 
 def _usual(rows: Rows, *keys: str) -> Rows:
@@ -93,7 +80,7 @@ def _usual(rows: Rows, *keys: str) -> Rows:
 def _cell(rows: Rows) -> str:
     if any(row.get("diverged") for row in rows):
         return "diverged"
-    return spread(row["last_holdout"] for row in rows)
+    return mean_of(rows, "last_holdout")
 
 
 MADE = (betas, betas_of_others, aux_rates, warmups, hybrids, lambda_steps)

@@ -5,28 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from experiments.auxnet import link_tables, sweep_tables
 from experiments.auxnet.cases import ALL, AUXNET, HYBRID, SWEEP_WORKERS, TITLES, stored, title
 from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up
-from experiments.auxnet.link_tables import methods_of
-from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, machine, page_tables, seeds, spread
+from experiments.auxnet.link_tables import methods_of, milliseconds, pairs
+from experiments.harness.tables import (
+    Content,
+    Grid,
+    Row,
+    Rows,
+    chosen,
+    distinct,
+    grouped,
+    machine,
+    mean_of,
+    page_tables,
+    seeds,
+    spread,
+)  # fmt: skip
 from experiments.harness.words import bytes_in_words
 from experiments.networks import layers
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def kinds(rows: Rows) -> Iterator[tuple[str, str, int, bool, Rows]]:
-    """Task, method, workers and augmentation, in the order of the tables, with their rows."""
-    found = {tuple(row["case"][key] for key in ("task", "method", "workers", "augment")) for row in rows}
-    tasks, methods = distinct(rows, "task"), list(TITLES)
-    for task, method, workers, augment in sorted(
-        found, key=lambda one: (tasks.index(one[0]), methods.index(one[1]), one[2], not one[3])
-    ):
-        yield task, method, workers, augment, chosen(
-            rows, task=task, method=method, workers=workers, augment=augment
-        )  # fmt: skip
+def kinds(content: Content) -> Iterator[tuple[list[Any], Rows]]:
+    """Task, method, workers and augmentation, with their rows."""
+    return grouped(content["rows"], "task", "method", "workers", "augment", titles=TITLES)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _alone(content: Content, own: Rows) -> Rows:
@@ -38,23 +49,22 @@ def _alone(content: Content, own: Rows) -> Rows:
 def accuracy(content: Content) -> Grid:
     """Against one process with the same seeds and augmentation."""
     lines = []
-    for task, method, workers, augment, own in kinds(content["rows"]):
-        serial = {row["case"]["seed"]: row["last"] for row in _alone(content, own)}
-        behind = [row["last"] - serial[row["case"]["seed"]] for row in own if row["case"]["seed"] in serial]
-        start = [task, title(method), str(workers), "yes" if augment else "no", spread(row["last"] for row in own)]
-        lines.append([*start, "-" if method == "serial" or not behind else f"{mean(behind):+.2f}", str(len(own))])
+    for (task, method, workers, augment), own in kinds(content):
+        behind = [row["last"] - other["last"] for row, other in pairs(own, _alone(content, own))]
+        difference = "-" if method == "serial" or not behind else f"{mean(behind):+.2f}"
+        lines.append([task, title(method), workers, _yes(augment), mean_of(own, "last"), difference, len(own)])
     header = ["task", "method", "K", "augmentation", "test, %", "against one process, points", "n"]
     return Grid("Test accuracy of the full model", header, lines)
 
 
 def speed(content: Content) -> Grid:
     cores, lines = content["machine"]["cores"], []
-    for task, method, workers, augment, own in kinds(content["rows"]):
+    for (task, method, workers, augment), own in kinds(content):
         if workers == 1 and method != "serial":
             continue
         epoch = mean(row["step_seconds"] * row["steps_per_epoch"] for row in own)
-        many = f"{workers} (oversubscribed)" if workers > cores else str(workers)
-        start = [task, title(method), many, "yes" if augment else "no", f"{epoch:.2f}"]
+        many = f"{workers} (oversubscribed)" if workers > cores else workers
+        start = [task, title(method), many, _yes(augment), f"{epoch:.2f}"]
         trained = mean(row["training_seconds"] for row in own)
         lines.append([*start, *speed_ups(own, _alone(content, own)), f"{trained:.1f}"])
     header = ["task", "method", "K", "augmentation", "seconds per epoch", "speed-up, measured", "predicted"]
@@ -64,17 +74,18 @@ def speed(content: Content) -> Grid:
 def sizes(content: Content) -> Grid:
     """Of the worker that holds, or sends, the most."""
     lines = []
-    for task, method, workers, augment, own in kinds(content["rows"]):
+    for (task, method, workers, augment), own in kinds(content):
         if not augment and method == "serial":
             continue
-        row = own[0]
-        counted = [sent for sent in row["sent_by_step"] if sent is not None]
-        held = [bytes_in_words(max(row[key])) for key in ("held_bytes", "held_by_formula")]
-        kept = bytes_in_words(max(row["stored_bytes"])) if stored(method) else "-"
-        sent = bytes_in_words(max(counted)) if counted and workers > 1 else "-"
-        formula = bytes_in_words(max(row["sent_by_formula"])) if workers > 1 else "-"
-        start = [task, title(method), str(workers), f"{sum(row['parameters']):,}"]
-        lines.append([*start, *held, kept, sent, formula])
+        row, several = own[0], workers > 1
+
+        def most(key: str, shown: bool = True, row: Row = row) -> str:
+            counted = [number for number in row[key] if number is not None]
+            return bytes_in_words(max(counted)) if shown and counted else "-"
+
+        start = [task, title(method), workers, f"{sum(row['parameters']):,}"]
+        held = [most("held_bytes"), most("held_by_formula"), most("stored_bytes", stored(method))]
+        lines.append([*start, *held, most("sent_by_step", several), most("sent_by_formula", several)])
     header = ["task", "method", "K", "parameters", "held: live", "held: by formula", "stored guesses"]
     return Grid("Bytes of a worker, the most", [*header, "sent per step: counted", "by formula"], lines)
 
@@ -82,22 +93,16 @@ def sizes(content: Content) -> Grid:
 def explanation(content: Content) -> Grid:
     """What the stages have learned to work with, beside what they are given when they are put in sequence."""
     lines = []
-    for task, method, workers, _, own in kinds(content["rows"]):
+    for (task, method, workers, _), own in kinds(content):
         if method not in (*AUXNET, HYBRID) or workers == 1:
             continue
         found = [spread(row[key] for row in own if row[key] is not None) for key in ("last", "running", "aux_fed")]
         mismatches = zip(*(row["mismatch"] or [] for row in own), strict=True)
         wrong = ", ".join(f"{mean(boundary):.2f}" for boundary in mismatches) or "-"
-        lines.append([task, title(method), str(workers), *found, wrong, str(len(own))])
+        lines.append([task, title(method), workers, *found, wrong, len(own)])
     header = ["task", "method", "K", "stages in sequence, %", "with running statistics, %"]
     header += ["last stage fed by its auxiliary network, %", "mismatch per boundary", "n"]
     return Grid("Where accuracy is lost", header, lines)
-
-
-def seconds_of(rows: Rows) -> dict[str, float]:
-    """Of a step in one process, by task."""
-    alone = chosen(rows, method="serial")
-    return {task: mean(row["step_seconds"] for row in chosen(alone, task=task)) for task in distinct(alone, "task")}
 
 
 def speed_ups(own: Rows, alone: Rows) -> list[str]:
@@ -118,16 +123,12 @@ def speed_ups(own: Rows, alone: Rows) -> list[str]:
 
 def timing(content: Content) -> Grid:
     lines = []
-    for task in distinct(content["rows"], "task"):
+    for (task, method, schedule), own in methods_of(content["rows"], "task"):
         scale = ALL[task].scales[content["settings"]["size"]]
         network = f"{layers(scale.blocks)} layers, width {scale.width}, {ALL[task].pixels} pixels, batch {scale.batch}"
-        rows = chosen(content["rows"], task=task)
-        alone = chosen(rows, method="serial")
-        for method, schedule, own in methods_of(rows):
-            seconds = [1000 * row["step_seconds"] for row in own]
-            start = [network, title(method, schedule), str(own[0]["case"]["workers"]), f"{mean(seconds):.1f}"]
-            ends = f"{min(seconds):.1f} to {max(seconds):.1f}"
-            lines.append([*start, ends, *speed_ups(own, alone), str(len(own))])
+        alone = chosen(content["rows"], task=task, method="serial")
+        start = [network, title(method, schedule), own[0]["case"]["workers"]]
+        lines.append([*start, *milliseconds(own, mean), *speed_ups(own, alone), len(own)])
     header = ["network", "method", "K", "ms per step", "least to most", "speed-up, measured", "predicted", "n"]
     return Grid("Time of a step", header, lines)
 
@@ -164,11 +165,10 @@ def sweep_conditions(content: Content) -> str:
 
 def timing_conditions(content: Content) -> str:
     """What the steps were timed with."""
-    repeats, steps = seeds(content["rows"]), content["settings"]["steps"]
-    serial = seconds_of(content["rows"])
+    rows, steps = content["rows"], content["settings"]["steps"]
     return (
-        f"K = 2; median of the last two thirds of {steps} steps, mean over n = {repeats} trainings, turn and turn about; "
-        f"{len(serial)} networks. {on(content)}.\n"
+        f"K = 2; median of the last two thirds of {steps} steps, mean over n = {seeds(rows)} trainings, turn and turn about; "
+        f"{len(distinct(rows, 'task'))} networks. {on(content)}.\n"
     )
 
 

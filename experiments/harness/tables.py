@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,22 +44,22 @@ class Grid:
 
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[object]]
 
     @classmethod
     def of(cls, title: str, rows: Iterable[Any], columns: Mapping[str, Callable[[Any], object]]) -> Grid:
         """A line for each row; a column has a header and gives the cell of a row."""
-        return cls(title, list(columns), [[str(cell(row)) for cell in columns.values()] for row in rows])
+        return cls(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
     def show(self) -> None:
         """Print it."""
         table = Table(*self.header, title=self.title, title_justify="left", title_style="bold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(str, row))
         Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
@@ -116,12 +116,32 @@ def chosen(rows: Rows, **wanted: Any) -> Rows:
 def distinct(rows: Rows, key: str) -> list[Any]:
     """Values of ``key`` in the cases, in the order of their first appearance, numbers sorted."""
     found = list(dict.fromkeys(row["case"][key] for row in rows))
-    return sorted(found) if all(isinstance(value, int | float) for value in found) else found
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in found)
+    return sorted(found) if numbers else found
+
+
+def grouped(rows: Rows, *keys: str, titles: Iterable[str] = ()) -> Iterator[tuple[list[Any], Rows]]:
+    """For all values of these keys in the cases, the values and the rows; methods come in the order of the titles."""
+    if not keys:
+        yield [], rows
+        return
+    key, rest = keys[0], keys[1:]
+    found = distinct(rows, key)
+    if key == "method":
+        found = [method for method in titles if method in found]
+    for value in found:
+        for values, own in grouped(chosen(rows, **{key: value}), *rest, titles=titles):
+            yield [value, *values], own
 
 
 def values(rows: Rows, column: str) -> list[float]:
     """A column, or a policy such as ``batch, held share``."""
     return [row[column] if column in row else row["policies"][column] for row in rows]
+
+
+def mean_of(rows: Rows, column: str) -> str:
+    """A column over seeds, as a cell; see `spread`."""
+    return spread(values(rows, column))
 
 
 def seeds(rows: Rows) -> int:

@@ -14,11 +14,11 @@ from experiments.harness.tables import (
     Rows,
     chosen,
     distinct,
+    grouped,
     machine,
+    mean_of,
     page_tables,
     seeds,
-    spread,
-    values,
 )  # fmt: skip
 from experiments.harness.words import bytes_in_words
 from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, TASKS, rate_of
@@ -47,12 +47,6 @@ def _rate(case: dict[str, Any]) -> float:
     return rate_of(case["task"], case["sgd_momentum"])
 
 
-def _methods(rows: Rows) -> list[tuple[str, str, int]]:
-    found = {(row["case"]["task"], row["case"]["method"], row["case"]["workers"]) for row in rows}
-    tasks, methods = distinct(rows, "task"), list(TITLES)
-    return sorted(found, key=lambda entry: (tasks.index(entry[0]), methods.index(entry[1]), entry[2]))
-
-
 def conditions(content: Content) -> str:
     """What the accuracies were measured with."""
     size, lines = content["settings"]["size"], []
@@ -74,43 +68,45 @@ def conditions(content: Content) -> str:
 
 def accuracy(content: Content) -> Grid:
     lines = []
-    for task, method, workers in _methods(content["rows"]):
-        own = usual(content["rows"], task=task, method=method, workers=workers)
+    for (task, method, workers), rows in grouped(content["rows"], "task", "method", "workers", titles=TITLES):
+        own = usual(rows)
         sent = mean(row["sent_bytes"] for row in own)
-        base = [row["sent_bytes"] for row in usual(content["rows"], task=task, method="local_sgd", workers=workers)]
-        less = f"{base[0] / sent:.1f}x" if method == "ist" and base and sent else "-"
-        cells = [str(own[0]["local_steps_done"]), spread(values(own, "last")), str(len(own))]
-        lines.append([task, TITLES[method], str(workers), *cells, bytes_in_words(sent) if sent else "-", less])
+        base = usual(content["rows"], task=task, method="local_sgd", workers=workers)
+        less = f"{base[0]['sent_bytes'] / sent:.1f}x" if method == "ist" and base and sent else "-"
+        cells = [own[0]["local_steps_done"], mean_of(own, "last"), len(own)]
+        lines.append([task, TITLES[method], workers, *cells, bytes_in_words(sent) if sent else "-", less])
     header = ["task", "method", "S", "local steps", "test, %", "n", "sent by a worker", "less than local SGD"]
     return Grid("Accuracy on equal samples", header, lines)
 
 
 def finish(content: Content) -> Grid:
     lines = []
-    for task in distinct(content["rows"], "task"):
-        for workers in distinct(chosen(content["rows"], task=task, finish=True), "workers"):
-            of = partial(usual, content["rows"], task=task, workers=workers)
-            pair = of(method="ist"), of(method="ist", finish=True)
-            sent = [bytes_in_words(mean(row["sent_bytes"] for row in rows)) for rows in pair]
-            cells = [spread(values(rows, "last")) for rows in (*pair, of(method="local_sgd"))]
-            lines.append([task, str(workers), *cells, str(len(pair[0])), *sent])
+    for (task, workers), _ in grouped(chosen(content["rows"], finish=True), "task", "workers"):
+        of = partial(usual, content["rows"], task=task, workers=workers)
+        without, with_it = of(method="ist"), of(method="ist", finish=True)
+        cells = [mean_of(rows, "last") for rows in (without, with_it, of(method="local_sgd"))]
+        lines.append([task, workers, *cells, len(without), _sent(without), _sent(with_it)])
     header = ["task", "S", "IST, %", "IST, the last tenth as local SGD, %", "local SGD, %", "n"]
     return Grid("A finish", [*header, "sent by a worker: IST", "with the finish"], lines)
 
 
-def _pair(content: Content, task: str, **wanted: Any) -> list[str]:
+def _sent(rows: Rows) -> str:
+    return bytes_in_words(mean(row["sent_bytes"] for row in rows)) if rows else "-"
+
+
+def _pair(content: Content, task: str, **wanted: Any) -> list[object]:
     """Accuracies of IST and of local SGD with something changed, and n."""
-    found = [usual(content["rows"], task=task, workers=ABLATED, method=m, **wanted) for m in ("ist", "local_sgd")]
-    return [*(spread(values(rows, "last")) for rows in found), str(len(found[0]))]
+    ist, local_sgd = (
+        usual(content["rows"], task=task, workers=ABLATED, method=method, **wanted) for method in ("ist", "local_sgd")
+    )
+    return [mean_of(ist, "last"), mean_of(local_sgd, "last"), len(ist)]
 
 
 def local_steps(content: Content) -> Grid:
     lines = []
-    for task in distinct(content["rows"], "task"):
-        for length in distinct(chosen(content["rows"], task=task, method="ist", workers=ABLATED), "local_steps"):
-            own = usual(content["rows"], task=task, workers=ABLATED, local_steps=length, method="ist")
-            sent = bytes_in_words(mean(row["sent_bytes"] for row in own))
-            lines.append([task, str(length), *_pair(content, task, local_steps=length), sent])
+    for (task, length), own in grouped(chosen(content["rows"], method="ist", workers=ABLATED), "task", "local_steps"):
+        sent = _sent(usual(own, local_steps=length))
+        lines.append([task, length, *_pair(content, task, local_steps=length), sent])
     header = ["task", "local steps per round", "IST, %", "local SGD, %", "n", "sent by a worker of IST"]
     return Grid(f"Length of a round, S = {ABLATED}", header, lines)
 
@@ -140,19 +136,17 @@ def momentum(content: Content) -> Grid:
     for task in distinct(content["rows"], "task"):
         for policy in ("reset", "keep", "travel"):
             own = usual(content["rows"], task=task, method="ist", workers=ABLATED, sgd_momentum=0.9, momentum=policy)
-            sent = bytes_in_words(mean(row["sent_bytes"] for row in own)) if own else "-"
-            lines.append([task, f"`{policy}`", spread(values(own, "last")), str(len(own)), sent])
+            lines.append([task, f"`{policy}`", mean_of(own, "last"), len(own), _sent(own)])
     header = ["task", "momentum at a sync", "IST, %", "n", "sent by a worker"]
     return Grid(f"Momentum 0.9, S = {ABLATED}", header, lines)
 
 
 def batch_norm(content: Content) -> Grid:
     lines = []
-    for task in distinct(content["rows"], "task"):
-        for workers in distinct(chosen(content["rows"], task=task, finish=True), "workers"):
-            own = usual(content["rows"], task=task, method="ist", workers=workers)
-            cells = [spread(values(own, policy)) for policy in ("recalibrate", "running", "batch")]
-            lines.append([task, str(workers), *cells, str(len(own))])
+    for (task, workers), _ in grouped(chosen(content["rows"], finish=True), "task", "workers"):
+        own = usual(content["rows"], task=task, method="ist", workers=workers)
+        cells = [mean_of(own, policy) for policy in ("recalibrate", "running", "batch")]
+        lines.append([task, workers, *cells, len(own)])
     header = ["task", "S", "`recalibrate`, %", "`running`, %", "`batch` (as in the authors' code), %", "n"]
     return Grid("Batch-norm statistics of the full model: evaluations of the same trainings", header, lines)
 
@@ -160,9 +154,8 @@ def batch_norm(content: Content) -> Grid:
 def rates(content: Content) -> Grid:
     rows, lines = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED], []
     found = distinct(rows, "lr")
-    for task, method, workers in _methods(rows):
-        own = chosen(rows, task=task, method=method, workers=workers)
-        cells = [spread(values(chosen(own, lr=lr), "last_holdout")) for lr in found]
+    for (task, method, workers), own in grouped(rows, "task", "method", "workers", titles=TITLES):
+        cells = [mean_of(chosen(own, lr=lr), "last_holdout") for lr in found]
         lines.append([task, f"{TITLES[method]}, S = {workers}", *cells])
     return Grid(
         "Learning rates", ["task", "hold-out accuracy, %, of one seed", *(f"rate {lr:g}" for lr in found)], lines
@@ -178,8 +171,8 @@ def memory(content: Content) -> Grid:
         whole = 3 * (group["inner"] + group["outer"] + group["shared"])
         bare, peak = (max(worker[key] for worker in group["by_worker"]) for key in ("bare_resident", "peak_resident"))
         lines.append([
-            str(group["width"]),
-            str(group["workers"]),
+            group["width"],
+            group["workers"],
             *(bytes_in_words(parts[key]) for key in ("parameters", "gradients", "momentum")),
             f"{held / whole:.4f}",
             f"{held / expected['held']:.4f}",
@@ -222,7 +215,7 @@ def speed(content: Content) -> Grid:
             found = speed_up(row, volume, gbit)
             cells = [f"{found[key]:.3f}" for key in ("ist", "local_sgd", "ddp")]
             gains = [f"{found[key]:.1f}x" for key in ("over_local_sgd", "over_ddp")]
-            lines.append([_network(row), str(volume["workers"]), f"{gbit:g} Gbit/s", *cells, *gains])
+            lines.append([_network(row), volume["workers"], f"{gbit:g} Gbit/s", *cells, *gains])
     header = ["network", "S", "link", "IST, s per local step", "local SGD", "DDP", "faster than local SGD", "than DDP"]
     return Grid("The paper's networks: seconds per local step, by formula", header, lines)
 
