@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 
 from matplotlib.axes import Axes
 
 from experiments.accuracy.tables import SETS, TITLES
-from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, drawn, label_ends
-from experiments.harness.tables import Content, Rows, chosen, distinct, read, seeds
+from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, draw_spread, drawn, label_ends
+from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, seeds, values
 
+WORDS = {
+    "workers": ("number of workers", "workers S"), "local_steps": ("local steps per round, S = 2", "local steps per round"),
+}  # fmt: skip
+"""What a picture is over: in its title, and at its axis."""
 COLOURS = {"resist": BLUE, "local_sgd": ORANGE, "ddp": GREEN, "single": GREY}
 
 
@@ -22,11 +26,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 def _draw(path: Path, content: Content, key: str) -> Path:
     rows, many = content["rows"], seeds(content["rows"])
-    what, axis = (
-        ("number of workers", "workers S")
-        if key == "workers"
-        else ("local steps per round, S = 2", "local steps per round")
-    )
+    what, axis = WORDS[key]
     said = (
         f"{SETS[content['settings']['data']]}, {max(row['samples'] for row in rows):,} samples; mean, spread and single "
         f"runs of {many} seed{'s' if many > 1 else ''}"
@@ -35,7 +35,7 @@ def _draw(path: Path, content: Content, key: str) -> Path:
         axes = figure.add_subplot()
         present = [method for method in ("resist", "local_sgd", "ddp") if chosen(rows, method=method)]
         ends = [_curve(axes, chosen(rows, method=method), key) for method in present]
-        alone = [row["last"] for row in chosen(rows, method="single")]
+        alone = values(chosen(rows, method="single"), "last")
         if alone:
             axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=(0, (4, 2)))
             axes.annotate(
@@ -54,11 +54,10 @@ def _draw(path: Path, content: Content, key: str) -> Path:
 
 def _curve(axes: Axes, rows: Rows, key: str) -> tuple[float, float, str, str]:
     """Mean and spread over seeds, and each seed as a dot; returns place, value, name and colour of the end."""
-    places, method = distinct(rows, key), rows[0]["case"]["method"]
-    found = [[row["last"] for row in chosen(rows, **{key: place})] for place in places]
-    centre, sway = [mean(values) for values in found], [pstdev(values) for values in found]
+    method = rows[0]["case"]["method"]
     colour = COLOURS[method]
-    axes.errorbar(places, centre, yerr=sway, color=colour, marker="o", markersize=5, capsize=3, elinewidth=1.2)
-    for place, values in zip(places, found, strict=True):
-        axes.plot([place] * len(values), values, "o", color=colour, markersize=3, alpha=0.45, linestyle="none")
-    return places[-1], centre[-1], f"{TITLES[method]} {centre[-1]:.1f}", colour
+    found = {place: values(own, "last") for (place,), own in grouped(rows, key)}
+    *_, last = draw_spread(axes, found, color=colour, marker="o", markersize=5, elinewidth=1.2)
+    for place, single in found.items():
+        axes.plot([place] * len(single), single, "o", color=colour, markersize=3, alpha=0.45, linestyle="none")
+    return max(found), last, f"{TITLES[method]} {last:.1f}", colour

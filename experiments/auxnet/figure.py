@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, median
 
 from matplotlib.axes import Axes
 
 from experiments.app.timeline_figure import draw_timeline
 from experiments.auxnet.cases import TITLES, title
 from experiments.auxnet.link_tables import by_link, methods_of
-from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, panels
-from experiments.harness.tables import Content, Rows, chosen, distinct, read
+from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, draw_spread, panels
+from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, values
 from experiments.links.tables import bandwidth
 
 COLOURS = {
@@ -53,17 +53,16 @@ def _timelines(folder: Path, content: Content | None) -> list[Path]:
 
 def _accuracy(axes: Axes, rows: Rows) -> None:
     for augment, style in ((True, "-"), (False, "--")):
-        alone = [row["last"] for row in chosen(rows, method="serial", augment=augment)]
+        alone = values(chosen(rows, method="serial", augment=augment), "last")
         words = TITLES["serial"] + ("" if augment else ", no augmentation")
         if alone:
             axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=style, label=words)
     several = [row for row in rows if row["case"]["workers"] > 1]  # alone, every method is the line
     for number, method in enumerate(names := distinct(several, "method")):
-        own, shift = chosen(several, method=method), BESIDE * (number - (len(names) - 1) / 2)
-        found = {workers: [row["last"] for row in chosen(own, workers=workers)] for workers in distinct(own, "workers")}
-        means, spreads = [mean(one) for one in found.values()], [pstdev(one) for one in found.values()]
-        style = {"color": COLOURS[method], "label": TITLES[method], "fmt": "o", "markersize": 6, "capsize": 3}
-        axes.errorbar([workers + shift for workers in found], means, spreads, **style)
+        shift = BESIDE * (number - (len(names) - 1) / 2)
+        own = grouped(chosen(several, method=method), "workers")
+        found = {workers + shift: values(rows, "last") for (workers,), rows in own}
+        draw_spread(axes, found, color=COLOURS[method], label=TITLES[method], fmt="o", markersize=6)
     axes.grid(True, axis="y")
     workers = distinct(several, "workers")
     axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=workers)

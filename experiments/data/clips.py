@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.utils import download_and_extract_archive
 
+from experiments.data.cache import Listing, list_files
 from experiments.data.mel import FEATURES, SAMPLE_RATE, SAMPLES, decibels
 
 WORDS = (
@@ -40,14 +41,6 @@ VERSION_2 = Archive(
     "6b74f3901214cb2c2934e98196829835",
 )
 """Address and sum as torchaudio 0.9 published them."""
-
-
-class Listing(NamedTuple):
-    """Clips below a folder, sorted by word and name, with the number of their word."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
 
 
 def is_there(folder: Path) -> bool:
@@ -90,15 +83,7 @@ def list_clips(folder: Path) -> Listing:
             f"{' ...' if len(missing) > 5 else ''}; give the folder that has backward/*.wav to zero/*.wav, of version "
             "0.02 of the data set (0.01 has 30 words)"
         )
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, word in enumerate(WORDS):
-        own = sorted((folder / word).glob("*.wav"))
-        if not own:
-            raise ValueError(f"no *.wav in {folder / word}; extract the archive again")
-        files += own
-        labels += [label] * len(own)
-    return Listing(folder, tuple(files), tuple(labels))
+    return list_files(folder, WORDS, {".wav"}, "no *.wav in {}; extract the archive again")
 
 
 def speaker_percent(file_name: str) -> float:

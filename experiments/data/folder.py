@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments.data.arrays import Images, holdout
-from experiments.data.cache import kept
+from experiments.data.cache import Listing, kept, list_files
 from experiments.data.module import ImageData, Loading
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_SEED = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Listing(NamedTuple):
-    """Image files below a folder with one sub-folder per class, sorted, with the number of their class."""
-
-    folder: Path
-    classes: tuple[str, ...]
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
 
 
 class ImageFolder(ImageData):
@@ -117,7 +107,7 @@ class ImageFolder(ImageData):
         return images.take(trained if train else tested)
 
     def _cached(self, listing: Listing) -> Images:
-        path = self.cache_dir / f"{listing.folder.name}-{_fingerprint(listing, self.image_size)}.pt"
+        path = self.cache_dir / f"{listing.folder.name}-{listing.fingerprint(self.image_size)}.pt"
 
         def make() -> dict[str, Any]:
             rank_zero_info(f"Decoding {len(listing.files)} images of {listing.folder} once, into {path}")
@@ -137,17 +127,8 @@ def list_images(folder: Path) -> Listing:
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder} has no sub-folders; one is needed for each class, with its images in it")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        own = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
-        if not own:
-            raise ValueError(
-                f"no images in {folder / name}; files are recognised by their endings: {', '.join(sorted(SUFFIXES))}"
-            )
-        files += own
-        labels += [label] * len(own)
-    return Listing(folder, tuple(classes), tuple(files), tuple(labels))
+    endings = ", ".join(sorted(SUFFIXES))
+    return list_files(folder, classes, SUFFIXES, f"no images in {{}}; files are recognised by their endings: {endings}")
 
 
 def decode(files: Sequence[Path], image_size: int) -> torch.Tensor:
@@ -172,11 +153,3 @@ def _decode_one(path: Path, image_size: int) -> np.ndarray:
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(image)
-
-
-def _fingerprint(listing: Listing, image_size: int) -> str:
-    digest = hashlib.sha256(f"{listing.folder.resolve()} {image_size}".encode())
-    for path in listing.files:
-        status = path.stat()
-        digest.update(f"{path.relative_to(listing.folder)} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]

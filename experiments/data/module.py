@@ -41,17 +41,19 @@ class Loading:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("batch_size", "eval_batch_size", "limit", "limit_test"):
-            at_least(name, getattr(self, name), 1)
-        at_least("num_workers", self.num_workers, 0)
+        check_least(
+            batch_size=(self.batch_size, 1), eval_batch_size=(self.eval_batch_size, 1), limit=(self.limit, 1),
+            limit_test=(self.limit_test, 1), num_workers=(self.num_workers, 0),
+        )  # fmt: skip
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout={self.holdout} must lie between 0 and 1; 0.1 is the paper's")
 
 
-def at_least(name: str, value: int | None, least: int) -> None:
-    """Raise a ValueError for a size that is too small; None is none."""
-    if value is not None and value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
+def check_least(**sizes: tuple[int | None, int]) -> None:
+    """Raise a ValueError for a size that is below its least; None is no size."""
+    for name, (value, least) in sizes.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
@@ -123,8 +125,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
     def test_dataloader(self) -> DataLoader[Examples]:
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Examples]:
-        return self._evaluation_loader("test")
+    predict_dataloader = test_dataloader
 
     def _evaluation_loader(self, part: str) -> DataLoader[Examples]:
         return DataLoader(
@@ -145,30 +146,13 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
 
 
 class ImageData(ArrayData[Images]):
-    """Images as bytes in memory.
+    """Images as bytes in memory; the other arguments are those of `BatchTransform` in training."""
 
-    Args:
-        loading: how images are split and loaded.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
-        crop_padding: padding of the random crop in training, in pixels.
-        flip: whether training mirrors images at random.
-
-    Attributes:
-        image_size: height and width, in pixels.
-    """
-
-    image_size: int
+    image_size: int  # height and width, in pixels
 
     def __init__(
-        self,
-        loading: Loading,
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        crop_padding: int = 4,
-        flip: bool = True,
-    ) -> None:
+        self, loading: Loading, *, mean: tuple[float, ...], std: tuple[float, ...], crop_padding: int = 4, flip: bool = True
+    ) -> None:  # fmt: skip
         plain = BatchTransform(mean, std)
         augmented = BatchTransform(mean, std, crop_padding=crop_padding, flip=flip)
         super().__init__(loading, augmented if loading.augment else plain, plain)

@@ -10,7 +10,7 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from experiments.data.arrays import Images, holdout
-from experiments.data.module import ImageData, Loading, at_least
+from experiments.data.module import ImageData, Loading, check_least
 
 DIGITS_TEST_SEED = 0
 DIGITS_TEST_SHARE = 360 / 1797
@@ -98,14 +98,7 @@ class Fake(ImageData):
         classes: int = 10,
         **loading: Any,
     ) -> None:
-        limits = (
-            ("train_size", train_size, 2),
-            ("test_size", test_size, 1),
-            ("channels", channels, 1),
-            ("classes", classes, 2),
-        )
-        for name, value, least in limits:
-            at_least(name, value, least)
+        check_least(train_size=(train_size, 2), test_size=(test_size, 1), channels=(channels, 1), classes=(classes, 2))
         super().__init__(Loading(**loading), mean=(0.5,) * channels, std=(0.25,) * channels)
         self.sizes = {True: train_size, False: test_size}
         self.shape = (channels, image_size, image_size)

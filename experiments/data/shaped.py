@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.data.arrays import Features
-from experiments.data.module import FeatureData, at_least
+from experiments.data.module import FeatureData, check_least
 
 LATENT = 12
 HIDDEN = 32
@@ -59,14 +59,9 @@ class SpeechShaped(FeatureData):
         seed: int = 0,
         **loading: Any,
     ) -> None:
-        sizes = (
-            ("train_size", train_size, 2),
-            ("test_size", test_size, 1),
-            ("features", features, 1),
-            ("classes", classes, 2),
-        )
-        for name, value, least in (*sizes, ("seed", seed, 0)):
-            at_least(name, value, least)
+        # One example for validation and one for training, one for the test; two classes are the least to tell apart.
+        check_least(train_size=(train_size, 2), test_size=(test_size, 1), features=(features, 1), classes=(classes, 2))
+        check_least(seed=(seed, 0))
         super().__init__(loading)
         self.sizes = {True: train_size, False: test_size}
         self.features = features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from experiments.data import mel
 from experiments.data.arrays import Features
-from experiments.data.cache import kept
-from experiments.data.clips import WORDS, Listing, download, features_of, is_there, list_clips, speaker_percent
+from experiments.data.cache import Listing, kept
+from experiments.data.clips import WORDS, download, features_of, is_there, list_clips, speaker_percent
 from experiments.data.module import FeatureData
 
 TEST_PERCENT = 20.0
@@ -85,7 +84,7 @@ class SpeechCommands(FeatureData):
         return Features(stored["table"], rows, stored["labels"][rows])
 
     def _cached(self) -> dict[str, Any]:
-        path = self.cache_dir / f"{self.folder.name}-{_fingerprint(self.listing)}.pt"
+        path = self.cache_dir / f"{self.folder.name}-{self.listing.fingerprint(FORMAT)}.pt"
 
         def make() -> dict[str, Any]:
             rank_zero_info(f"Computing features of {len(self.listing.files)} clips once, into {path}")
@@ -127,11 +126,3 @@ def standardised(listing: Listing) -> dict[str, Any]:
         "std": float(scale),
         "left_out": len(listing.files) - len(found),
     }
-
-
-def _fingerprint(listing: Listing) -> str:
-    digest = hashlib.sha256(f"{listing.folder.resolve()} {FORMAT}".encode())
-    for path in listing.files:
-        status = path.stat()
-        digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -54,17 +56,21 @@ def panels(path: Path, titles: Sequence[str], title: str, subtitle: str = "") ->
             figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9.5)
 
 
+def draw_spread(axes: Axes, found: Mapping[float, Sequence[float]], **style: Any) -> list[float]:
+    """At each place the mean of some values, with their standard deviation as a bar; returns the means."""
+    means = [mean(values) for values in found.values()]
+    axes.errorbar(list(found), means, [pstdev(values) for values in found.values()], capsize=3, **style)
+    return means
+
+
 def panel_title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float) -> None:
-    """Write each line's name at its right end, moved apart where two ends are close.
+    """Write each line's name at its right end, moved apart where two ends are closer than ``gap`` points.
 
-    Args:
-        axes: with the lines.
-        ends: of each line, place, value, name and colour.
-        gap: least distance of two names, in points.
+    An end has a place, a value, a name and a colour.
     """
     figure = axes.figure
     figure.draw_without_rendering()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, panels
-from experiments.harness.tables import Content, Rows, distinct, read, values
+from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, draw_spread, panels
+from experiments.harness.tables import Content, Rows, distinct, grouped, read, values
 from experiments.harness.words import bytes_in_words
 from experiments.ist.memory import closed_form
 from experiments.ist.tables import TITLES, usual
@@ -42,12 +42,8 @@ def _accuracy(path: Path, content: Content) -> Path:
 
 
 def _errorbars(axes: Axes, rows: Rows, which: dict[str, Any], colour: str, label: str) -> None:
-    found = {
-        workers: values(usual(rows, workers=workers, **which), "last")
-        for workers in distinct(usual(rows, **which), "workers")
-    }
-    means, spreads = [mean(own) for own in found.values()], [pstdev(own) for own in found.values()]
-    axes.errorbar(list(found), means, spreads, color=colour, label=label, marker="o", markersize=5, capsize=3)
+    found = {workers: values(own, "last") for (workers,), own in grouped(usual(rows, **which), "workers")}
+    draw_spread(axes, found, color=colour, label=label, marker="o", markersize=5)
 
 
 def _memory(path: Path, content: Content) -> Path:
