@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from experiments.faults import faults
-from experiments.faults.faults import KINDS, ONLY_PLACE, PLACES, Fault, Kind, Place
+from experiments.faults.faults import KINDS, ONLY_PLACE, PLACES, Fault
 from experiments.faults.training import BLOCKS, LOCAL_STEPS, MIN_BLOCKS, ROUNDS, SAVE_EVERY
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.schedule.transfers import plan_sync
@@ -39,27 +38,22 @@ class Case:
 
 
 SAMPLE = (
-    Case(faults.interrupt(worker=1).at("averaging", round=1)),
-    Case(faults.kill(worker=1).at("hand_over", round=1)),
-    Case(faults.kill(worker=0).at("saving", round=1, step=3)),
-    Case(faults.freeze(worker=1).at("handshake", round=1)),
-    Case(faults.terminate(worker=1).at("local steps", round=1, step=1), "local_sgd"),
-    Case(faults.segfault(worker=1).at("evaluation", round=1)),
-    Case(faults.raise_error(worker=1).at("local steps", round=1, step=2)),
-    Case(faults.raise_in_loader(worker=0).at("local steps", round=2, step=0)),
-    Case(faults.run_out_of_memory(worker=0).at("local steps", round=0, step=1)),
-    Case(faults.fill_disk(worker=0).at("saving", round=2)),
+    Case(Fault("interrupt", 1, "averaging", round=1)),
+    Case(Fault("kill", 1, "hand_over", round=1)),
+    Case(Fault("kill", 0, "saving", round=1, step=3)),
+    Case(Fault("freeze", 1, "handshake", round=1)),
+    Case(Fault("terminate", 1, "local steps", round=1, step=1), "local_sgd"),
+    Case(Fault("segfault", 1, "evaluation", round=1)),
+    Case(Fault("raise_error", 1, "local steps", round=1, step=2)),
+    Case(Fault("raise_in_loader", 0, "local steps", round=2, step=0)),
+    Case(Fault("run_out_of_memory", 0, "local steps", round=0, step=1)),
+    Case(Fault("fill_disk", 0, "saving", round=2)),
 )
 """Chosen to have every place, and every kind that ends a worker in its own way. For CI."""
 
 
 def draw(number: int, seed: int) -> list[Case]:
-    """Random cases; every kind at every place comes as often as any other, but for one.
-
-    Args:
-        number: of cases.
-        seed: 0 is a seed.
-    """
+    """So many random cases; every kind at every place comes as often as any other, but for one."""
     generator, pairs = random.Random(seed), list(possible())
     cases: list[Case] = []
     while len(cases) < number:
@@ -68,14 +62,14 @@ def draw(number: int, seed: int) -> list[Case]:
     return cases[:number]
 
 
-def possible() -> Iterator[tuple[Kind, Place]]:
+def possible() -> Iterator[tuple[str, str]]:
     """Every kind with every place where it can happen."""
     for kind, place in product(KINDS, PLACES):
         if ONLY_PLACE.get(kind, place) == place:
-            yield kind, place  # type: ignore[misc]
+            yield kind, place
 
 
-def _draw_one(generator: random.Random, kind: Kind, place: Place) -> Case:
+def _draw_one(generator: random.Random, kind: str, place: str) -> Case:
     workers, launcher = generator.choice(WORKERS), generator.choice(LAUNCHERS)
     face = "resist" if place == "hand_over" else generator.choice(FACES)
     if place == "hand_over":
@@ -85,7 +79,7 @@ def _draw_one(generator: random.Random, kind: Kind, place: Place) -> Case:
     step = generator.randrange(LOCAL_STEPS) if place == "local steps" else 0
     if place == "saving":
         round, step = generator.choice(SAVED)
-    return Case(faults.Begun(kind, worker).at(place, round=round, step=step), face, workers, launcher)
+    return Case(Fault(kind, worker, place, round, step), face, workers, launcher)
 
 
 @cache

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 from experiments.faults.faults import thaw
 from experiments.faults.training import Settings, environment, train_as_forked
+from experiments.harness.links.namespaces import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
@@ -51,13 +51,10 @@ class Ended:
 
 
 def run(settings: Settings, folder: Path, launcher: str = "forked", *, limit: float = START_SECONDS) -> Ended:
-    """Train, and watch.
+    """Train in a new folder, and watch.
 
-    Args:
-        settings: the training.
-        folder: for all that it writes; new.
-        launcher: ``forked``, ``popen`` or ``torchrun``.
-        limit: seconds from the strike to the end of the last survivor.
+    The launcher is ``forked``, ``popen`` or ``torchrun``; the limit is in seconds from the strike to the end of the last
+    survivor.
     """
     folder.mkdir(parents=True)
     settings.write(folder)
@@ -74,11 +71,71 @@ class _Watch:
     def __init__(self, settings: Settings, folder: Path, launcher: str, limit: float) -> None:
         self.settings, self.folder, self.launcher, self.limit = settings, folder, launcher, limit
         self.workers = range(settings.workers)
-        self.frozen = settings.fault.worker if settings.fault is not None and settings.fault.kind == "freeze" else None
+        frozen = settings.fault is not None and settings.fault.kind == "freeze"
+        self.frozen = settings.fault.worker if settings.fault is not None and frozen else None
         self.survivors = [worker for worker in self.workers if worker != self.frozen]
+
+    def run(self) -> Ended:
+        """Start, wait for the survivors, thaw who is frozen, see what is left, and kill that."""
+        self.start()
+        survived_until = self.until(self.survivors_ended, self.limit)
+        hung = [worker for worker in self.survivors if self.running(worker)]
+        # Before the survivors have ended it could go on together with them: then nothing would have been tried.
+        thawed = self.thaw() if self.frozen is not None and survived_until is not None else None
+        self.settle()
+        ended = Ended(
+            ends=self.ends(),
+            errors=[read_json(self.folder / f"error-{worker}.json") for worker in self.workers],
+            struck=self.struck(),
+            hung=hung,
+            survived_until=survived_until,
+            thawed=thawed,
+            left_over=[state(pid) for pid in descendants() if pid not in self.known()],
+            returncode=self.returncode(),
+        )
+        self.end()
+        outputs = sorted(self.folder.glob("output*.txt"))
+        ended.output = "".join(path.read_text(errors="replace") for path in outputs)
+        return ended
+
+    def start(self) -> None:
+        raise NotImplementedError
 
     def running(self, worker: int) -> bool:
         raise NotImplementedError
+
+    def ends(self) -> list[str]:
+        """How each worker ended, see `Ended`."""
+        raise NotImplementedError
+
+    def frozen_process(self) -> tuple[int, Callable[[], int | None]] | None:
+        """Pid and exit code (None while it is there) of the frozen worker; None where a launcher knows it alone."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Kill the processes that were started here."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Wait for what ends by itself behind the workers."""
+
+    def known(self) -> set[int | None]:
+        """Processes that are no left-overs: `ends` speaks of them."""
+        return set()
+
+    def returncode(self) -> int | None:
+        """Of the launcher."""
+        return None
+
+    def thaw(self) -> str | None:
+        """Let a frozen worker go on: it must find that the others are gone. None if somebody has ended it."""
+        process = self.frozen_process()
+        if process is None or process[1]() is not None:
+            return None
+        pid, exitcode = process
+        thaw(pid)
+        wait_for(lambda: exitcode() is not None, self.limit)
+        return name_of_exit(exitcode())
 
     def until(self, done: Callable[[], bool], limit: float) -> float | None:
         """Wait; when it was done, or None where the limit, counted from the strike, came first."""
@@ -97,99 +154,54 @@ class _Watch:
     def struck(self) -> dict[str, Any] | None:
         return read_json(self.folder / "struck.json")
 
-    def ended(self) -> Ended:
-        """What the folder says."""
-        ended = Ended(struck=self.struck())
-        ended.errors = [read_json(self.folder / f"error-{worker}.json") for worker in self.workers]
-        outputs = sorted(self.folder.glob("output*.txt"))
-        ended.output = "".join(path.read_text(errors="replace") for path in outputs)
-        return ended
-
 
 class _Forked(_Watch):
     """Processes without anybody who watches them."""
 
-    def run(self) -> Ended:
+    def start(self) -> None:
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
             raise RuntimeError(f"this process has {threads} threads and must not be forked; set OMP_NUM_THREADS=1.")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("fork")
-        self.processes: list[ForkProcess] = [
-            context.Process(target=train_as_forked, args=(worker, self.folder, port)) for worker in self.workers
-        ]
-        for process in self.processes:
-            process.start()
-        at = self.until(self.survivors_ended, self.limit)
-        hung = [worker for worker in self.survivors if self.running(worker)]
-        thawed = self.thaw() if self.frozen is not None and at is not None else None
-        known = {process.pid for process in self.processes}
-        left_over = [state(pid) for pid in descendants() if pid not in known]
-        ends = [name_of_exit(process.exitcode) for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        ended = self.ended()
-        ended.ends, ended.hung, ended.survived_until = ends, hung, at
-        ended.thawed, ended.left_over = thawed, left_over
-        return ended
-
-    def thaw(self) -> str | None:
-        """Let a frozen worker go on: it must find that the others are gone. None if somebody has ended it."""
-        assert self.frozen is not None
-        process = self.processes[self.frozen]
-        if not self.running(self.frozen):
-            return None
-        assert process.pid is not None
-        thaw(process.pid)
-        process.join(self.limit)
-        return name_of_exit(process.exitcode)
+        port, context = free_port(), multiprocessing.get_context("fork")
+        self.processes: list[ForkProcess] = []
+        for worker in self.workers:
+            self.processes.append(context.Process(target=train_as_forked, args=(worker, self.folder, port)))
+            self.processes[-1].start()
 
     def running(self, worker: int) -> bool:
         return self.processes[worker].exitcode is None
+
+    def ends(self) -> list[str]:
+        return [name_of_exit(process.exitcode) for process in self.processes]
+
+    def frozen_process(self) -> tuple[int, Callable[[], int | None]]:
+        assert self.frozen is not None
+        process = self.processes[self.frozen]
+        assert process.pid is not None
+        return process.pid, lambda: process.exitcode
+
+    def known(self) -> set[int | None]:
+        return {process.pid for process in self.processes}
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
 class _Launched(_Watch):
     """Started as a user starts a script."""
 
-    def run(self) -> Ended:
+    def start(self) -> None:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={self.settings.workers}"]
         torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         command = [sys.executable, *(torchrun if self.launcher == "torchrun" else [])]
-        command += ["-m", "experiments.faults.script", str(self.folder)]
+        command += ["-m", "experiments.faults.training", str(self.folder)]
         with (self.folder / "output.txt").open("w") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment(self.folder)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.process = process
-        at = self.until(self.survivors_ended, self.limit)
-        hung = [worker for worker in self.survivors if self.running(worker)]
-        thawed = self.thaw() if self.launcher == "popen" and self.frozen == 0 and at is not None else None
-        self.until(lambda: process.poll() is not None, self.limit + LAUNCHER_SECONDS)
-        wait_for(lambda: not descendants(), AFTERWARDS_SECONDS)
-        left_over = [state(pid) for pid in descendants()]
-        ended = self.ended()
-        ended.ends = ["running" if self.running(worker) else "ended" for worker in self.workers]
-        ended.hung, ended.survived_until, ended.thawed = hung, at, thawed
-        ended.left_over, ended.returncode = left_over, process.poll()
-        process.kill()
-        process.wait()
-        return ended
-
-    def thaw(self) -> str | None:
-        """Where Lightning's launcher is the frozen worker: let it go on, and see how it ends."""
-        if self.process.poll() is not None:
-            return None
-        thaw(self.process.pid)
-        wait_for(lambda: self.process.poll() is not None, self.limit)
-        return name_of_exit(self.process.poll())
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **environment(self.folder)}, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
 
     def running(self, worker: int) -> bool:
         try:
@@ -199,6 +211,25 @@ class _Launched(_Watch):
         if pid == self.process.pid:
             return self.process.poll() is None
         return state(pid) not in ("", "Z", "X")
+
+    def ends(self) -> list[str]:
+        return ["running" if self.running(worker) else "ended" for worker in self.workers]
+
+    def frozen_process(self) -> tuple[int, Callable[[], int | None]] | None:
+        """Worker 0 is Lightning's launcher itself."""
+        lightnings = self.launcher == "popen" and self.frozen == 0
+        return (self.process.pid, self.process.poll) if lightnings else None
+
+    def settle(self) -> None:
+        self.until(lambda: self.process.poll() is not None, self.limit + LAUNCHER_SECONDS)
+        wait_for(lambda: not descendants(), AFTERWARDS_SECONDS)
+
+    def returncode(self) -> int | None:
+        return self.process.poll()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> None:

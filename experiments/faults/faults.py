@@ -1,7 +1,7 @@
-"""Faults, said in sentences, and the callback that makes them happen in one worker.
+"""Faults, and the callback that makes them happen in one worker.
 
-    faults.kill(worker=1).at("hand_over", round=2)
-    faults.freeze(worker=0).at("local steps", round=1, step=2)
+    Fault("kill", 1, "hand_over", round=2)
+    Fault("freeze", 0, "local steps", round=1, step=2)
 
 Nothing of the package is changed for it: it listens to ``engine.activity``, and for the middle of a message or of a file
 it waits, in that worker's process only, for the next call of the function that sends or for the kernel's signal.
@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import lightning as L
 import torch
@@ -28,12 +26,25 @@ from experiments.faults import strikes
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.base import SubnetStrategy
 
-Kind: TypeAlias = Literal[
-    "kill", "terminate", "segfault", "freeze", "interrupt", "raise_error", "raise_in_loader", "run_out_of_memory", "fill_disk"
-]  # fmt: skip
-Place: TypeAlias = Literal["local steps", "handshake", "averaging", "hand_over", "evaluation", "saving"]
-KINDS: tuple[str, ...] = get_args(Kind)
-PLACES: tuple[str, ...] = get_args(Place)
+KINDS = (
+    "kill",  # SIGKILL: it is gone without a word, as after the kernel's out-of-memory killer
+    "terminate",  # SIGTERM: it is asked to end, as by Slurm
+    "segfault",  # SIGSEGV: it crashes, as in a faulty extension
+    "freeze",  # SIGSTOP: it is there, and does nothing
+    "interrupt",  # SIGINT: somebody pressed Ctrl-C in this process only
+    "raise_error",  # a mistake in the user's code
+    "raise_in_loader",  # a sample that cannot be read
+    "run_out_of_memory",  # an allocation that the system really refuses
+    "fill_disk",  # no more bytes fit into the file: the kernel's limit on the size of files (EFBIG), not a patched `open`
+)
+PLACES = (
+    "local steps",  # in a batch, before its backward pass
+    "handshake",  # before a sync has sent anything
+    "averaging",  # the all-reduce of the shared part has begun
+    "hand_over",  # the messages of the blocks are posted, none is waited for
+    "evaluation",  # before the full model is assembled
+    "saving",  # worker 0: in the middle of the model's file; the others: in the middle of their own
+)
 WITH_STEP = ("local steps", "saving")
 ONLY_PLACE = {"raise_in_loader": "local steps", "fill_disk": "saving"}
 
@@ -46,13 +57,9 @@ class NeverStruck(RuntimeError):
 class Fault:
     """Something that goes wrong once, in one worker."""
 
-    kind: str  # one of :data:`KINDS`
+    kind: str  # one of `KINDS`
     worker: int  # where
-    # one of :data:`PLACES`: ``local steps`` (in a batch, before its backward pass), ``handshake`` (before a sync has
-    # sent anything), ``averaging`` (the all-reduce of the shared part has begun), ``hand_over`` (the messages of the
-    # blocks are posted, none is waited for), ``evaluation`` (before the full model is assembled), ``saving`` (worker
-    # 0: in the middle of the model's file; the others: in the middle of their own)
-    place: str
+    place: str  # one of `PLACES`
     round: int  # the round that the worker is in; for a sync, the one that ends
     step: int = 0  # local steps taken in the round; for ``local steps``, and, as the least, for ``saving``
 
@@ -69,40 +76,15 @@ class Fault:
             )
 
     def __str__(self) -> str:
+        """As a sentence, for records and errors."""
         step = f", step={self.step}" if self.place in WITH_STEP else ""
         return f'{self.kind}(worker={self.worker}).at("{self.place}", round={self.round}{step})'
-
-
-@dataclass(frozen=True)
-class Begun:
-    """The first half of a sentence."""
-
-    kind: Kind
-    worker: int
-
-    def at(self, place: Place, *, round: int, step: int = 0) -> Fault:
-        """The second half: where it happens; see :class:`Fault`."""
-        return Fault(self.kind, self.worker, place, round, step)
-
-
-kill = partial(Begun, "kill")  # SIGKILL: it is gone without a word, as after the kernel's out-of-memory killer
-terminate = partial(Begun, "terminate")  # SIGTERM: it is asked to end, as by Slurm
-segfault = partial(Begun, "segfault")  # SIGSEGV: it crashes, as in a faulty extension
-freeze = partial(Begun, "freeze")  # SIGSTOP: it is there, and does nothing
-interrupt = partial(Begun, "interrupt")  # SIGINT: somebody pressed Ctrl-C in this process only
-raise_error = partial(Begun, "raise_error")  # a mistake in the user's code
-raise_in_loader = partial(Begun, "raise_in_loader")  # a sample that cannot be read
-run_out_of_memory = partial(Begun, "run_out_of_memory")  # an allocation that the system really refuses
-# No more bytes fit into the file: a limit of the kernel on the size of files (EFBIG), not a patched ``open``.
-fill_disk = partial(Begun, "fill_disk")
 
 
 class Injector(L.Callback):
     """Makes one fault happen, once, in its worker; does nothing in the others.
 
-    Args:
-        fault: what, where and when.
-        note: a file for the moment of the strike, by ``time.monotonic()``, which is one clock for all processes.
+    It notes the moment in a file, by ``time.monotonic()``, which is one clock for all processes.
     """
 
     def __init__(self, fault: Fault, note: Path | None = None) -> None:

@@ -63,12 +63,7 @@ class Options(cli.Command):
 
 
 class Soak:
-    """Runs cases one after another: two at a time would disturb each other's seconds.
-
-    Args:
-        cfg: the options.
-        folder: for what the trainings write.
-    """
+    """Runs cases one after another: two at a time would disturb each other's seconds."""
 
     def __init__(self, cfg: Options, folder: Path) -> None:
         self.cfg, self.folder = cfg, folder
@@ -154,7 +149,6 @@ def run(_: Sequence[str], options: Options) -> int:
     """Run or join, write, and tell by the exit code whether anything was found."""
     content = tables.joined([read_record(Path(path)) for path in options.join]) if options.join else soak(options)
     out = Path(options.out)
-    content["summary"] = tables.summary(content["rows"])
     machine = content.pop("machine", {})  # of joined records
     write_record(out / "faults.jsonl", content, **machine)
     show(out, {"faults": (tables.faults_by_kind,)}, ["faults"])

@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -27,11 +28,8 @@ class Injected(RuntimeError):
     """The error that ``raise_error`` and ``raise_in_loader`` raise."""
 
 
-def _signal(number: signal.Signals) -> Callable[[str], None]:
-    def blow(_: str) -> None:
-        os.kill(os.getpid(), number)
-
-    return blow
+def _signal(number: signal.Signals, _: str) -> None:
+    os.kill(os.getpid(), number)
 
 
 def _raise(sentence: str) -> None:
@@ -47,11 +45,11 @@ def _nothing_more(_: str) -> None:
 
 
 BLOWS: dict[str, Callable[[str], None]] = {
-    "kill": _signal(signal.SIGKILL),
-    "terminate": _signal(signal.SIGTERM),
-    "segfault": _signal(signal.SIGSEGV),
-    "freeze": _signal(signal.SIGSTOP),
-    "interrupt": _signal(signal.SIGINT),
+    "kill": partial(_signal, signal.SIGKILL),
+    "terminate": partial(_signal, signal.SIGTERM),
+    "segfault": partial(_signal, signal.SIGSEGV),
+    "freeze": partial(_signal, signal.SIGSTOP),
+    "interrupt": partial(_signal, signal.SIGINT),
     "raise_error": _raise,
     "raise_in_loader": _raise,
     "run_out_of_memory": _allocate,
@@ -99,12 +97,6 @@ def while_saving(strategy: Any, is_now: Callable[[], bool], strike: Callable[[],
     Whatever writes the file, some of it is on the disk then. Worker 0 is struck in the model's file, which comes last, the
     others in their own. What the program may outlive, or say in its own words, comes before the write: stopped by the
     kernel it would fail, too.
-
-    Args:
-        strategy: Lightning's, of this worker.
-        is_now: whether this call is the one.
-        strike: the fault.
-        kind: of the fault.
     """
     writer = strategy.checkpoint_io if strategy.global_rank == 0 else strategy
     save = writer.save_checkpoint

@@ -1,5 +1,7 @@
 """The small training that faults strike: what one worker of it does, and what it leaves in its folder.
 
+``python -m experiments.faults.training FOLDER`` (alone, or under torchrun) is a user's training script.
+
 FOLDER/settings.json      what to train
 FOLDER/pid-0, pid-1 ...   one for each worker
 FOLDER/struck.json        when the fault struck
@@ -15,6 +17,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -202,3 +205,7 @@ def _errors_noted(path: Path) -> Iterator[None]:
         noted = {"type": type(error).__name__, "text": str(error), "at": time.monotonic()}
         path.write_text(json.dumps(noted))
         raise
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))

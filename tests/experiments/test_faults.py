@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.faults import cases, crew, faults, tables
+from experiments.faults import cases, crew, tables
 from experiments.faults.cases import SAMPLE, Case
 from experiments.faults.continuation import Left, Unbroken, look, same
 from experiments.faults.crew import Ended
-from experiments.faults.faults import KINDS, PLACES
+from experiments.faults.faults import KINDS, PLACES, Fault
 from experiments.faults.judge import findings
 from experiments.faults.run import Options
 from experiments.faults.training import ROUNDS, Settings
@@ -39,8 +39,7 @@ def test_a_sample_of_the_soak_finds_nothing(tmp_path: Path) -> None:
     content = read_record(tmp_path / "faults.jsonl")
     assert [row["fault"] for row in content["rows"]] == [str(case.fault) for case in SAMPLE]
     assert [row["findings"] for row in content["rows"]] == [[] for _ in SAMPLE]
-    assert content["summary"]["all"]["faults"] == len(SAMPLE)
-    assert content["summary"]["all"]["seconds_max"] < content["settings"]["limit_seconds"]
+    assert max(row["seconds"] or 0 for row in content["rows"]) < content["settings"]["limit_seconds"]
     assert (tmp_path / "faults.png").stat().st_size > 10_000
 
 
@@ -78,7 +77,7 @@ def test_every_fault_can_strike() -> None:
 
 # What it finds.
 
-KILLED = Case(faults.kill(worker=1).at("hand_over", round=1))
+KILLED = Case(Fault("kill", 1, "hand_over", round=1))
 LOST = {
     "type": "WorkerLost",
     "text": f"worker 1 on {socket.gethostname()} was lost. It was last doing: hand-over, round 1, local step 3. "
@@ -133,7 +132,7 @@ def test_what_is_wrong_is_found(ended: Ended, left: Left, resumed: str | None, f
 
 def test_a_full_disk_may_be_survived_as_set_and_nothing_else() -> None:
     survived = Ended(["exit code 0"] * 2, [None, None], STRUCK, survived_until=2.0)
-    disks = [Case(faults.fill_disk(worker=1).at("saving", round=round)) for round in (1, 2)]
+    disks = [Case(Fault("fill_disk", 1, "saving", round=round)) for round in (1, 2)]
 
     assert findings(disks[0], survived, FILES, None) == []
     assert findings(disks[1], survived, FILES, None) != []
@@ -167,7 +166,7 @@ def test_all_end_together_after_a_signal() -> None:
         ("terminate", "SIGTERMException", "exit code 143"),
         ("interrupt", "SystemExit", "exit code 1"),
     ):
-        case = Case(faults.Begun(kind, 1).at("local steps", round=1))  # type: ignore[arg-type]
+        case = Case(Fault(kind, 1, "local steps", round=1))
         asked = {"type": type, "text": "", "at": 2.0}
         ended = Ended([end] * 2, [asked, asked], STRUCK, survived_until=2.0)
 
@@ -245,7 +244,7 @@ def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
 
 
 def test_settings_travel(tmp_path: Path) -> None:
-    settings = Settings("resist", 3, 20.0, 3.0, faults.kill(worker=1).at("saving", round=2))
+    settings = Settings("resist", 3, 20.0, 3.0, Fault("kill", 1, "saving", round=2))
     settings.write(tmp_path)
     assert Settings.read(tmp_path) == settings
 

@@ -44,10 +44,10 @@ def fit(worker: int, folder: str, fault: Fault, *others: L.Callback) -> Injector
 
 
 def test_a_sentence_reads_aloud_and_travels() -> None:
-    fault = faults.freeze(worker=0).at("local steps", round=1, step=2)
+    fault = Fault("freeze", 0, "local steps", round=1, step=2)
 
     assert str(fault) == 'freeze(worker=0).at("local steps", round=1, step=2)'
-    assert str(faults.kill(worker=1).at("hand_over", round=2)) == 'kill(worker=1).at("hand_over", round=2)'
+    assert str(Fault("kill", 1, "hand_over", round=2)) == 'kill(worker=1).at("hand_over", round=2)'
     assert pickle.loads(pickle.dumps(fault)) == fault
 
 
@@ -55,13 +55,13 @@ def test_a_sentence_reads_aloud_and_travels() -> None:
     ("make", "message"),
     [
         (
-            lambda: faults.kill(1).at("lunch", round=0),
+            lambda: Fault("kill", 1, "lunch", round=0),
             "place='lunch' is not known; choose one of 'local steps', 'handshake'",
         ),
         (lambda: Fault("hug", 1, "saving", 0), "kind='hug' is not known; choose one of 'kill'"),
-        (lambda: faults.raise_in_loader(1).at("saving", round=0), "raise_in_loader cannot happen at 'saving'"),
+        (lambda: Fault("raise_in_loader", 1, "saving", round=0), "raise_in_loader cannot happen at 'saving'"),
         (
-            lambda: faults.kill(1).at("handshake", round=0, step=1),
+            lambda: Fault("kill", 1, "handshake", round=0, step=1),
             "step=1 has a meaning at local steps and saving only",
         ),
     ],
@@ -107,11 +107,11 @@ def test_a_blow_is_the_signal_that_it_says(kind: str, end: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "error", "message", "inside"),
     [
-        (faults.raise_error(1).at("local steps", round=1, step=1), "Injected", r"raise_error\(worker=1\)", "backward"),
-        (faults.raise_in_loader(1).at("local steps", round=2), "Injected", r"raise_in_loader\(worker=1\)", "fetch"),
-        (faults.run_out_of_memory(1).at("local steps", round=0), "RuntimeError", "allocate", "torch.empty"),
+        (Fault("raise_error", 1, "local steps", round=1, step=1), "Injected", r"raise_error\(worker=1\)", "backward"),
+        (Fault("raise_in_loader", 1, "local steps", round=2), "Injected", r"raise_in_loader\(worker=1\)", "fetch"),
+        (Fault("run_out_of_memory", 1, "local steps", round=0), "RuntimeError", "allocate", "torch.empty"),
         (
-            faults.fill_disk(0).at("saving", round=2),
+            Fault("fill_disk", 0, "saving", round=2),
             "CheckpointNotWritten",
             "worker 0: File too large",
             "save_checkpoint",
@@ -133,7 +133,7 @@ def test_an_error_is_raised_where_users_see_it(
 
 
 def test_a_worker_that_is_killed_while_it_writes_leaves_half_a_file_on_the_disk(tmp_path: Path) -> None:
-    fault = faults.kill(worker=0).at("saving", round=2)
+    fault = Fault("kill", 0, "saving", round=2)
     outcomes = run_trainers_to_the_end(fit, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
 
     assert outcomes[0].end == "SIGKILL"
@@ -190,7 +190,7 @@ def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, i
 def test_it_strikes_there_once_in_one_worker(
     place: Any, round: int, what: str | None, steps: int, inside: str, not_inside: str, tmp_path: Path
 ) -> None:
-    fault = faults.raise_error(worker=1).at(place, round=round, step=2 if place == "local steps" else 0)
+    fault = Fault("raise_error", 1, place, round=round, step=2 if place == "local steps" else 0)
     stacks = run_trainers(fit_with_a_mark, 2, str(tmp_path), fault)
 
     assert [len(found) for found in stacks] == [0, 1]
@@ -210,7 +210,7 @@ def test_every_place_is_tried() -> None:
 
 
 def test_a_fault_that_never_came_is_an_error(tmp_path: Path) -> None:
-    fault = faults.kill(worker=1).at("hand_over", round=99)
+    fault = Fault("kill", 1, "hand_over", round=99)
     outcomes = run_trainers_to_the_end(fit_and_forget, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
 
     assert outcomes[0].error is None
