@@ -10,7 +10,7 @@ import pytest
 
 from experiments.auxnet.cases import SERIAL_STAGES, links
 from experiments.auxnet.links import LEAST_BURST_BYTES
-from experiments.auxnet.run import Options, run
+from experiments.auxnet.run import Options
 from experiments.harness import cli
 from experiments.harness.links import namespaces as rig
 from experiments.harness.record import read_record
@@ -63,14 +63,6 @@ def test_steps_that_are_counted_go_over_the_shaped_link(smoke: tuple[Path, str])
         for row in rows_of(smoke[0], method=method, bandwidth_gbit=GBIT):
             waiting = counted * BOUNDARY - LEAST_BURST_BYTES
             assert counted * row["mean_step_seconds"] > waiting * 8 / (GBIT * 1e9) > 0.2
-
-
-@needs_namespaces
-def test_a_second_run_measures_nothing_again(smoke: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    before = (smoke[0] / "links.jsonl").read_bytes()
-    cli.run(run, Options, "", ["links"], ["links", "size=smoke", f"out={smoke[0]}"])
-    assert (smoke[0] / "links.jsonl").read_bytes() == before
-    assert "1/" not in capsys.readouterr().out.partition("Steps over links")[0]
 
 
 def test_without_root_or_tools_only_unshaped_links_are_measured(tmp_path: Path) -> None:

@@ -20,11 +20,8 @@ from experiments.faults.continuation import Left, Unbroken, look, same
 from experiments.faults.crew import Ended
 from experiments.faults.faults import KINDS, PLACES, Fault
 from experiments.faults.judge import findings
-from experiments.faults.run import Options
 from experiments.faults.training import ROUNDS, Settings
-from experiments.harness import cli
 from experiments.harness.record import read_record
-from experiments.harness.settings import ConfigError
 from resist_lightning.checkpoint.files import write_sealed
 from tests.helpers.processes import run_workers
 from tests.helpers.programs import ROOT, run_program
@@ -249,22 +246,7 @@ def test_settings_travel(tmp_path: Path) -> None:
     assert Settings.read(tmp_path) == settings
 
 
-# The command line and the tables.
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("number=0", "number=0: must be a whole number, at least 1"),
-        ("cases=some", "cases=some: must be one of random, sample"),
-        ("silence_seconds=0", "silence_seconds=0: must be a number, above 0"),
-        ("places=[saving]", "places"),
-    ],
-)
-def test_bad_values_are_one_line(argument: str, message: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        cli.read([argument], Options)
-    assert message in str(raised.value)
+# The tables.
 
 
 def test_records_of_different_seeds_are_joined() -> None:

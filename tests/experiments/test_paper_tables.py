@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 
-from experiments.harness import cli
 from experiments.harness.record import read_record
 from experiments.paper_tables.networks import Network, count_parameters, measure, networks, on_meta, paper_network
-from experiments.paper_tables.run import Options, run
-from experiments.paper_tables.tables import RESULTS
 from experiments.paper_tables.volumes import sent, table_1
 from resist_lightning import Config
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.models import preact_resnet
-from tests.helpers.programs import ROOT, refusal, run_module
+from tests.helpers.programs import run_module
 
 SHARED, BLOCK = 15_422_116, 1_180_672
 
@@ -142,22 +139,3 @@ def test_real_workers_hold_the_bound_and_send_the_closed_form(smoke: tuple[dict[
             assert step["held_bytes"] == step["bound_bytes"] == 12 * (shared + step["blocks"] * block)
         for worker in group["by_worker"]:
             assert worker["sent_bytes"] == worker["sent_bytes_by_formula"] > 0
-
-
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        ("size=huge", "size=huge: must be one of full, smoke"),
-        ("rounds=0", "rounds=0: must be a whole number, at least 1"),
-        ("round=3", "did you mean rounds?"),
-        ("processes=[1]", "processes=[1]: 1 must be a whole number, at least 2, at most 8"),
-        ("processes=2", "processes=2: must be a list"),
-        ("smoke", "smoke: is no option; write key=value"),
-        (f"out={ROOT}/README.md/x", "is a file, and a folder is needed"),
-        (f"out={RESULTS}", "a smoke run must not stand among the results"),
-    ],
-)
-def test_bad_input_is_one_line_before_any_work(
-    option: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert words in refusal(lambda: cli.run(run, Options, "", (), ["size=smoke", option]), tmp_path, capsys)
