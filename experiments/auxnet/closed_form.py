@@ -13,12 +13,7 @@ def sent_bytes(method: str, batch: int, elements: Sequence[int], classes: int) -
 
     At a boundary one tensor goes up and one comes down: an activation and its gradient, or a stage's output and the
     guess of it. AuxNet's last worker sends the network's output to all others, for their losses and metrics.
-
-    Args:
-        method: of training.
-        batch: samples of a step.
-        elements: numbers of one sample at each boundary.
-        classes: outputs of the network.
+    ``elements`` are the numbers of one sample at each boundary.
     """
     workers = len(elements) + 1
     sent = [0] * workers
@@ -41,12 +36,10 @@ def hybrid_speed_up(speed_up: float, every: int) -> float:
 
 
 def pipeline_speed_up(workers: int, micro_batches: int, compute: float, data: float = 0.0) -> float:
-    """Of a pipeline whose stages are equally long, over one process: ramps of K - 1 micro-batches at both ends.
+    """Of a pipeline whose stages are equally long, over one process.
 
-    Args:
-        workers: stages.
-        micro_batches: of a step.
-        compute: seconds of forward and backward of the whole network, of a whole batch.
-        data: seconds of making a batch, which every worker needs.
+    ``compute`` is the seconds of forward and backward of the whole network on a whole batch, ``data`` those of making
+    the batch, which every worker needs.
     """
-    return (data + compute) / (data + compute / workers * (micro_batches + workers - 1) / micro_batches)
+    ramps = (micro_batches + workers - 1) / micro_batches  # a stage waits for K - 1 micro-batches at both ends together
+    return (data + compute) / (data + compute / workers * ramps)

@@ -27,12 +27,7 @@ SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 def stages(network: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
-    """The network's own modules, as one module for each stage.
-
-    Args:
-        network: the network.
-        cuts: behind which modules it is cut.
-    """
+    """The network's own modules, as one module for each stage; it is cut behind the modules of these names."""
     chain = find_chain(network)
     bounds = [0, *chain.positions(cuts), len(chain.units)]
     return [chain.stage(first, last) for first, last in pairwise(bounds)]
@@ -45,18 +40,11 @@ def parameters_of(network: nn.Module, cuts: Sequence[str]) -> list[int]:
 
 def boundary_elements(network: nn.Module, cuts: Sequence[str], input_shape: Sequence[int]) -> list[int]:
     """Numbers of one sample at each cut; the network must be on the meta device."""
-    found: dict[str, int] = {}
-
-    def keep(name: str) -> None:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            found[name] = made[0].numel()
-
-        network.get_submodule(name).register_forward_hook(hook)
-
+    found: list[int] = []  # the cuts are in the order in which they are computed
     for name in cuts:
-        keep(name)
+        network.get_submodule(name).register_forward_hook(lambda _, __, made: found.append(made[0].numel()))
     network(torch.empty(2, *input_shape, device="meta"))
-    return [found[name] for name in cuts]
+    return found
 
 
 class Method(ABC):
@@ -91,40 +79,27 @@ class Method(ABC):
 
 
 class Serial(Method):
-    """Back-propagation in one process.
-
-    Args:
-        network: is trained in place.
-        lr: learning rate at the start.
-    """
+    """Back-propagation in one process; the network is trained in place."""
 
     def __init__(self, network: nn.Module, lr: float) -> None:
         self.network = network
         self.optimizer = make_optimizer(network, lr)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """As every user writes it."""
         sgd_step(self.network.train(), self.optimizer, x, y)
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
-        """The network itself."""
         yield self.network
 
     def held_bytes(self) -> int:
-        """Of everything."""
         return held_bytes(self.network, self.optimizer)
 
 
 class Pipelined(Method):
     """torch's own pipeline: the batch in micro-batches, which follow each other through the stages.
 
-    Args:
-        make_network: makes the whole network, always the same; a worker keeps its stage only.
-        cuts: behind which modules it is cut.
-        lr: learning rate at the start.
-        schedule: a key of `SCHEDULES`.
-        micro_batches: of a step.
+    Every worker makes the whole network, always the same, and keeps its stage only.
     """
 
     def __init__(
@@ -166,32 +141,18 @@ class Pipelined(Method):
         yield whole
 
     def held_bytes(self) -> int:
-        """Of the stage."""
         return held_bytes(self.stage, self.optimizer)
 
 
 class Layered(Method):
-    """Stages that train at the same time.
+    """Stages that train at the same time: of the whole network a worker keeps its stage only.
 
-    Args:
-        network: the whole network; a worker keeps its stage only.
-        cuts: behind which modules it is cut.
-        case: the settings.
-        round_steps: steps between two looks of the workers at each other.
-        uncounted: first steps, whose rounds tell nothing.
-        example: a batch of images.
+    Its workers look at each other every ``round_steps``; rounds of the uncounted first steps tell nothing.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        cuts: tuple[str, ...],
-        case: Case,
-        *,
-        round_steps: int,
-        uncounted: int,
-        example: Tensor,
-    ) -> None:
+        self, network: nn.Module, cuts: tuple[str, ...], case: Case, *, round_steps: int, uncounted: int, example: Tensor
+    ) -> None:  # fmt: skip
         self.network = network
         self.optimizer = make_optimizer(network, case.lr)
         config = StageConfig(cuts=cuts or None, local_steps=round_steps, seed=case.seed, **settings_of(case))
@@ -228,13 +189,14 @@ class Layered(Method):
         guesses, counted, summary = self._guesses, self.engine.collective.sent_bytes, self.engine.sync.summary()
         network = guesses.network if isinstance(guesses, NetworkGuesses) else nn.Identity()
         rounds = [metrics for number, metrics in summary.get("rounds", []) if number >= self.first_round]
+        speed_up = "auxnet/speedup_predicted"
+        predicted = [metrics[speed_up] for metrics in rounds if speed_up in metrics]
         return {
             "aux_parameters": sum(parameter.numel() for parameter in network.parameters()),
             "stored_bytes": self.engine.sync.trainee.held_bytes if isinstance(guesses, StoredGuesses) else 0,
             "sent_by_step": (counted["boundary"] + counted["output"]) / self.engine.clock.total_steps,
             "mismatch": _mismatches(rounds[-1]) if rounds else [],
-            "predicted": _median(rounds, "auxnet/speedup_predicted"),
-            "measured_by_engine": _median(rounds, "auxnet/speedup_measured"),
+            "predicted": median(predicted) if predicted else None,
             "timeline": summary.get("timeline", []),
         }
 
@@ -269,11 +231,6 @@ class Layered(Method):
 
 def _mismatches(metrics: dict[str, float]) -> list[float]:
     return [value for name, value in sorted(metrics.items()) if name.startswith("auxnet/mismatch_")]
-
-
-def _median(rounds: list[dict[str, float]], name: str) -> float | None:
-    values = [metrics[name] for metrics in rounds if name in metrics]
-    return median(values) if values else None
 
 
 class _Fed(nn.Module):

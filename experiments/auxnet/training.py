@@ -27,7 +27,7 @@ from resist_lightning import NotFinite
 
 CLASSES = 10
 EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "kernel_sent_by_step")
-OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "measured_by_engine", "timeline")
+OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "timeline")
 """What every worker tells of itself, and what worker 0 tells of all."""
 ROUND = 50
 """Steps between two looks of AuxNet's workers at each other, at most."""
@@ -110,11 +110,9 @@ class Clock:
     whole: list[float] = field(default_factory=list)  # of each step, with that
 
     def told(self, uncounted: int, period: int = 1) -> dict[str, float]:
-        """Of the steps behind the first ones; the training's seconds are of all.
+        """Of the steps behind the uncounted first ones; the training's seconds are of all.
 
-        Args:
-            uncounted: first steps.
-            period: steps after which one of another kind comes again: seconds are medians of each kind, and their mean.
+        Where every step of a ``period`` is of another kind, seconds are the medians of each kind, and their mean.
         """
         start = min(uncounted, len(self.whole) - 1)
         kinds = [self.whole[start + kind :: period] for kind in range(period)]
@@ -127,16 +125,12 @@ class Clock:
 
 
 def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launch = alone_here) -> dict[str, Any]:
-    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent;
-    or that it came to NaN or infinity.
+    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent; or that it came to NaN or infinity.
 
-    Args:
-        case: what is trained.
-        options: of the command line.
-        steps: of a training that is only timed; None for the epochs of the settings or of the task.
-        launch: starts the workers.
+    Of a training that is only timed ``steps`` are given; None takes the epochs of the options or of the task.
     """
-    started, data = time.perf_counter(), prepared(case.task, options.size, options.folder, options.cache_dir)
+    started = time.perf_counter()
+    data = prepared(case.task, options.size, options.folder, options.cache_dir)
     scale = scale_of(case.task, options.size)
     per_epoch = data.stream(scale.batch, case.seed).pass_length // scale.batch
     stops: frozenset[int] = frozenset()
@@ -155,8 +149,12 @@ def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launc
         if NotFinite.__name__ not in str(error):
             raise
         return {"diverged": True, "seconds": round(time.perf_counter() - started, 1)}
+    curve = workers[0]["curve"]
+    last = {"last": curve[-1]["test"], "last_holdout": curve[-1]["holdout"]} if curve else {}
     return {
-        **_of_worker_0(workers[0]),
+        **last,
+        "curve": curve,
+        **{key: workers[0].get(key) for key in OF_ALL},
         **{key: max(worker["clock"][key] for worker in workers) for key in workers[0]["clock"]},
         "steps": steps,
         "steps_per_epoch": per_epoch,
@@ -164,13 +162,6 @@ def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launc
         **by_formula(case, options.size, [worker["aux_parameters"] for worker in workers]),
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def _of_worker_0(told: dict[str, Any]) -> dict[str, Any]:
-    curve = told["curve"]
-    last = {"last": curve[-1]["test"], "last_holdout": curve[-1]["holdout"]} if curve else {}
-    common = {key: told.get(key) for key in OF_ALL}
-    return {**last, "curve": curve, **common}
 
 
 def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str, Any]:
@@ -182,7 +173,6 @@ def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str
     batch = scale_of(case.task, size).batch
     return {
         "parameters": parameters_of(network, cuts),
-        "boundary_elements": elements,
         "sent_by_formula": sent_bytes(case.method, batch, elements, CLASSES),
         "held_by_formula": held_bytes(parameters_of(network, cuts), aux_parameters),
     }

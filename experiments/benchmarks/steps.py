@@ -48,6 +48,7 @@ def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     full = sum(p.nbytes for p in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     engine = Engine(model, [optimizer], Config(local_steps=2))
+    statistics = sum(buffer.nbytes for buffer in model.buffers())
     blocks = [sum(p.nbytes for p in block.module.parameters()) for block in engine.layout.blocks]
     engine.start()
     worst = {"held": 0, "bound": 0, "resident": 0}
@@ -55,7 +56,8 @@ def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
         sgd_step(model, optimizer, torch.randn(2, 3, 32, 32), torch.zeros(2).long())
         bound = 3 * (full - sum(blocks) + sum(blocks[block] for block in engine.partition.held[worker]))
         now = {"held": held_bytes(model, optimizer), "bound": bound, "resident": resident_bytes()}
-        assert now["held"] <= bound, now
+        # Parameters that came in one message lie in its storage, and so do the running statistics.
+        assert now["held"] <= bound + statistics, now
         worst = {key: max(worst[key], now[key]) for key in worst}
         engine.after_step()
     return {"full_bytes": 3 * full, "worst_bytes_by_worker": gathered(worst)}

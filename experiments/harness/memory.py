@@ -11,14 +11,24 @@ from torch import Tensor, nn
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all distinct storages of parameters, gradients and optimizer state."""
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    parameters = list(model.parameters())
-    return storage_bytes([*parameters, *(p.grad for p in parameters if p.grad is not None), *states])
+    tensors: list[Tensor] = []
+    for parameter in model.parameters():
+        tensors.append(parameter)
+        if parameter.grad is not None:
+            tensors.append(parameter.grad)
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return storage_bytes(tensors)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
-    return sum(storages.values())
+    """Bytes of all distinct storages: views of one are counted once."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        if not tensor.is_meta:  # of what another worker holds there is a shape only
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def resident_bytes() -> int:

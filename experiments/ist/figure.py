@@ -57,18 +57,20 @@ def _memory(path: Path, content: Content) -> Path:
 
 def _held(axes: Axes, groups: list[Any]) -> None:
     workers = [group["workers"] for group in groups]
-    measured = [[worker["steps"][-1] for worker in group["by_worker"]] for group in groups]
-    held = [max(step["parameters"] + step["gradients"] + step["momentum"] for step in steps) for steps in measured]
-    inner = [max(step["inner"] for step in steps) for steps in measured]
+    held, inner, stored = [], [], []
+    for group in groups:
+        last = [worker["steps"][-1] for worker in group["by_worker"]]
+        held.append(max(step["parameters"] + step["gradients"] + step["momentum"] for step in last))
+        inner.append(max(step["inner"] for step in last))
+        # One worker stores nothing, and nothing has no place on a logarithmic axis.
+        stored.append(max(step["store"] for step in last) or float("nan"))
     for colour, label, points, key in (
         (BLUE, "parameters, gradients, momentum", held, "held"),
         (ORANGE, "of them the inner matrices: 1/S²", inner, "inner"),
     ):
         axes.plot(workers, [closed_form(group)[key] for group in groups], color=colour, linewidth=1.4)
         axes.plot(workers, points, "o", color=colour, markersize=7, label=label)
-    stored = [(n, max(step["store"] for step in steps)) for n, steps in zip(workers, measured, strict=True)]
-    kept = [(count, size) for count, size in stored if size]
-    axes.plot([n for n, _ in kept], [size for _, size in kept], "s", color=BLACK, label="store on the host: 1/S")
+    axes.plot(workers, stored, "s", color=BLACK, label="store on the host: 1/S")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(workers, [str(count) for count in workers])

@@ -74,16 +74,17 @@ def closed_form(group: dict[str, Any]) -> dict[str, float]:
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[str]) -> dict[str, int]:
     """Bytes of distinct storages: of parameters, gradients and momentum; and of all three of inner layers."""
-    parameters = dict(model.named_parameters())
-
-    def of(chosen: Iterable[nn.Parameter]) -> list[list[Tensor]]:
-        own = list(chosen)
-        states = [optimizer.state[parameter]["momentum_buffer"] for parameter in own]
-        return [list(own), [p.grad for p in own if p.grad is not None], states]
-
-    kinds = zip(("parameters", "gradients", "momentum"), of(parameters.values()), strict=True)
-    counted = {kind: storage_bytes(tensors) for kind, tensors in kinds}
-    return {**counted, "inner": sum(map(storage_bytes, of(parameters[name] for name in inner)))}
+    found: dict[str, list[Tensor]] = {"parameters": [], "gradients": [], "momentum": [], "inner": []}
+    for name, parameter in model.named_parameters():
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        own = {"parameters": parameter, "gradients": parameter.grad, "momentum": momentum}
+        for kind, tensor in own.items():
+            if tensor is None:
+                continue
+            found[kind].append(tensor)
+            if name in inner:
+                found["inner"].append(tensor)
+    return {kind: storage_bytes(tensors) for kind, tensors in found.items()}
 
 
 def _stored(engine: Engine) -> int:

@@ -50,7 +50,10 @@ def _of_neurons(layout: NeuronLayout, states: OptimizerStates, round: int, worke
     plan, received = layout.plan(round), shared_bytes(layout)
     tensors = {**dict(layout.module.named_parameters()), **dict(layout.module.named_buffers())}
     for name, cut in layout.neurons.cuts.items():
-        arriving = [piece for piece in pieces(cut, plan, worker) if piece.target == worker != piece.source]
-        neurons = sum(prod(len(s) for s in (piece.rows, piece.columns) if s is not None) for piece in arriving)
-        received += neurons * layout.rest(name) * tensors[name].element_size()
+        bytes_of_each = layout.rest(name) * tensors[name].element_size()
+        for piece in pieces(cut, plan, worker):
+            if piece.source != worker == piece.target:
+                # A side that is None is not cut: `rest` counts it.
+                sides = [len(side) for side in (piece.rows, piece.columns) if side is not None]
+                received += prod(sides) * bytes_of_each
     return {"sent": neuron_bytes(layout, states, round)[worker], "received": received}

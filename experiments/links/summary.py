@@ -53,7 +53,6 @@ def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "local_steps": local_steps,
         "sync_seconds": sync,
         "parts": {part: mean(found[part] for found in syncs) for part in PARTS},
-        "waiting_seconds": mean(found["waiting"] for worker in workers for found in worker["syncs"]),
         "seconds_per_step": whole if really_run(settings) else row["compute_seconds"] + sync / local_steps,
         "window_seconds_per_step": whole,
         "ideal_sync_seconds": _ideal(run),

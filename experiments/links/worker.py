@@ -79,11 +79,7 @@ def _phase(verb: str, arguments: tuple[Any, ...]) -> str:
 class Window(L.Callback):
     """Opens at the start of a step, before its sync, and closes at the end of another one.
 
-    Args:
-        place: where this worker is.
-        opens_at: index of the first step inside.
-        closes_after: index of the last step inside.
-        silent_steps: of DDP: first steps in which gradients stay where they are, for the seconds of the compute.
+    In DDP's silent steps, the first ones, gradients stay where they are: for the seconds of the compute.
     """
 
     def __init__(self, place: Place, opens_at: int, closes_after: int, silent_steps: int = 0) -> None:
@@ -93,10 +89,9 @@ class Window(L.Callback):
         self.silent_steps = silent_steps
         self.result: dict[str, Any] = {"worker": place.worker}
         self.steps: list[float] = []
-        self.cpu: list[float] = []
         self.silent: list[float] = []
         self.syncs: list[dict[str, float]] = []
-        self._cpu = self._began = self._opened = self._sync_before = 0.0
+        self._began = self._opened = self._sync_before = 0.0
         self._phases: PhaseClock | None = None
         self._engine: Engine | None = None
         self._bytes: tuple[int, int] | None = None
@@ -112,7 +107,7 @@ class Window(L.Callback):
         if batch_idx == self.opens_at:
             self._open(trainer)
         self._sync_before = self._sync_seconds()
-        self._cpu, self._began = time.process_time(), time.perf_counter()
+        self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -123,7 +118,6 @@ class Window(L.Callback):
             self.silent.append(seconds)
         if self.opens_at <= batch_idx <= self.closes_after:
             self.steps.append(seconds - synced)
-            self.cpu.append(time.process_time() - self._cpu)
             self._note_sync(synced)
         if batch_idx == self.closes_after:
             self._close(trainer, pl_module)
@@ -158,7 +152,6 @@ class Window(L.Callback):
             self.result["closed_form"] = closed_form(self._engine, rounds, self.place.worker)
         self.result |= {
             "step_seconds": self.steps,
-            "step_cpu_seconds": self.cpu,
             "silent_step_seconds": self.silent,
             "syncs": self.syncs,
             "window_seconds": window,
@@ -172,18 +165,19 @@ class Window(L.Callback):
 
 def held(module: L.LightningModule, trainer: L.Trainer) -> dict[str, int]:
     """Bytes of the model, of this worker's parameters, and of parameters, gradients and optimizer state together."""
-    present = [p for p in module.parameters() if not p.is_meta]
-    states = [
-        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
-    ]
-    held = [*present, *(p.grad for p in present if p.grad is not None), *states]
     layout = getattr(getattr(trainer.strategy, "engine", None), "layout", None)
     whole = getattr(layout, "shapes", {})  # of tensors of which this worker has a slice
-    return {
-        "model_bytes": sum(prod(whole.get(n, p.shape)) * p.element_size() for n, p in module.named_parameters()),
-        "subnet_bytes": sum(p.nbytes for p in present),
-        "held_bytes": sum(getattr(tensor, "nbytes", 0) for tensor in held),  # of each tensor, not of its storage
-    }
+    model = subnet = states = 0
+    for name, parameter in module.named_parameters():
+        model += prod(whole.get(name, parameter.shape)) * parameter.element_size()
+        if not parameter.is_meta:
+            subnet += parameter.nbytes
+            states += parameter.grad.nbytes if parameter.grad is not None else 0
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            # Of each tensor, not of its storage, in which others may have a part.
+            states += sum(getattr(value, "nbytes", 0) for value in state.values())
+    return {"model_bytes": model, "subnet_bytes": subnet, "held_bytes": subnet + states}
 
 
 def window_of(method: str, settings: dict[str, int]) -> tuple[int, int, int]:
