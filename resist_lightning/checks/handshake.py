@@ -110,7 +110,8 @@ class Handshake:
         checks = self.divergence.numbers(purpose)
         # One size for every purpose, so that workers that come with different ones can compare their headers.
         padding = [0.0] * (_EXTRA_NUMBERS - len(extra))
-        rows = self._collective.gather_numbers([*header, *checks, *extra, *padding, self._rate(), *self._host.report()])
+        own = [*header, *checks, *extra, *padding, self._rate(), *self._host.report()]
+        rows = self._collective.gather_numbers(own)
         headers = [read_header(row) for row in rows]
         # Before the headers: their comparison would only say that two digests differ, not which setting does.
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:

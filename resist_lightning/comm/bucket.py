@@ -19,10 +19,12 @@ class Bucket:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._offsets = [0]
+        self._offsets = []
+        entries = 0
         for tensor in tensors:
-            self._offsets.append(self._offsets[-1] + tensor.numel())
-        self.flat = torch.empty(self._offsets[-1], dtype=tensors[0].dtype, device=tensors[0].device)
+            self._offsets.append(entries)
+            entries += tensor.numel()
+        self.flat = torch.empty(entries, dtype=tensors[0].dtype, device=tensors[0].device)
         for tensor, place in zip(self._tensors, self._places(), strict=True):
             tensor.data = place.copy_(tensor.detach())
 
@@ -40,13 +42,12 @@ class Bucket:
         for tensor, place in zip(self._tensors, self._places(), strict=True):
             if tensor.data_ptr() == place.data_ptr():
                 tensor.data = tensor.detach().clone()
-        self._tensors = []
+        self._tensors, self._offsets = [], []
 
     def _places(self) -> list[Tensor]:
         """The piece of the buffer for each tensor, in its shape and memory format."""
         places = []
-        # Not strict: the last offset is the buffer's end.
-        for tensor, offset in zip(self._tensors, self._offsets, strict=False):
+        for tensor, offset in zip(self._tensors, self._offsets, strict=True):
             places.append(self.flat.as_strided(tensor.size(), tensor.stride(), offset))
         return places
 
@@ -72,10 +73,13 @@ def _owns_storage(tensor: Tensor) -> bool:
 
 def _dense(tensor: Tensor) -> bool:
     """Whether the elements fill one piece of memory without gaps or overlaps."""
-    # From the innermost dimension outwards; the stride of a dimension of one element has no meaning.
-    dimensions = [(stride, size) for stride, size in zip(tensor.stride(), tensor.size(), strict=True) if size != 1]
+    dimensions = zip(tensor.stride(), tensor.size(), strict=True)
     expected = 1
+    # From the innermost one outwards.
     for stride, size in sorted(dimensions):
+        # The stride of a dimension of one element has no meaning.
+        if size == 1:
+            continue
         if stride != expected:
             return False
         expected *= size

@@ -16,6 +16,9 @@ from typing_extensions import override
 Finish: TypeAlias = Callable[[], None]
 """Waits for an operation that was started."""
 
+Messages: TypeAlias = Mapping[int, Sequence[Tensor]]
+"""Flat buffers to, or from, each worker."""
+
 
 class Collective(ABC):
     """Operations with which one worker talks to the others.
@@ -53,12 +56,7 @@ class Collective(ABC):
         """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
-    def exchange(
-        self,
-        sends: Mapping[int, Sequence[Tensor]],
-        receives: Mapping[int, Sequence[Tensor]],
-        kinds: Mapping[str, int],
-    ) -> None:
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
         """Send and receive flat buffers, all at once.
 
         Not a collective of all: only pairs of workers that have a message take part, and both must call it.
@@ -96,38 +94,28 @@ class SoloCollective(Collective):
 
     @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Its own numbers."""
         return [list(numbers)]
 
     @override
     def gather_bytes(self, text: bytes) -> list[bytes]:
-        """Its own bytes."""
         return [text]
 
     @override
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
-        """The tensor itself."""
         return lambda: flat
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
-        """Nothing to do."""
+        pass
 
     @override
-    def exchange(
-        self,
-        sends: Mapping[int, Sequence[Tensor]],
-        receives: Mapping[int, Sequence[Tensor]],
-        kinds: Mapping[str, int],
-    ) -> None:
-        """Nothing to do."""
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+        pass
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
-        """There is nobody."""
         raise ValueError(f"worker {target} does not exist: this one is alone.")
 
     @override
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
-        """There is nobody."""
         raise ValueError(f"worker {source} does not exist: this one is alone.")

@@ -111,7 +111,9 @@ def clone_store() -> Store:
 
 def groups_joined() -> int:
     """How many groups this process has joined so far."""
-    return sum(count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid())
+    # A forked process has its parent's counts, too.
+    own = [count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid()]
+    return sum(own)
 
 
 def destroy_group() -> None:

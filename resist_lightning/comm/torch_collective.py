@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.bytes import all_reduce_bytes
-from resist_lightning.comm.collective import Collective, Finish, SoloCollective
+from resist_lightning.comm.collective import Collective, Finish, Messages, SoloCollective
 from resist_lightning.comm.group import check_backend, group_exists
 
 
@@ -39,15 +39,14 @@ class GroupCollective(Collective):
 
     @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Numbers of all workers, as float64. Collective: every worker must call this, in the same order."""
+        # As float64, which has room for counters and for digests of 48 bits.
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         return [row.tolist() for row in self._gather(mine)]
 
     @override
     def gather_bytes(self, text: bytes) -> list[bytes]:
-        """Bytes of all workers: their lengths, then all as long as the longest. Collective: see the base class."""
         lengths = [int(length) for (length,) in self.gather_numbers([len(text)])]
-        # All_gather needs one size on all workers.
+        # An all-gather needs one size on all workers.
         padded = text.ljust(max(lengths), b"\0")
         if not padded:
             return [b""] * self.workers
@@ -59,7 +58,6 @@ class GroupCollective(Collective):
 
     @override
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
-        """Begin an all-reduce. Collective: every worker must call this, in the same order."""
         operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
         wire = self._to_wire(flat)
         work = dist.all_reduce(wire, op=operation, async_op=True)
@@ -73,7 +71,6 @@ class GroupCollective(Collective):
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
-        """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
         wire = self._to_wire(flat)
         dist.broadcast(wire, src=0)
         self._from_wire(wire, flat)
@@ -81,13 +78,7 @@ class GroupCollective(Collective):
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
     @override
-    def exchange(
-        self,
-        sends: Mapping[int, Sequence[Tensor]],
-        receives: Mapping[int, Sequence[Tensor]],
-        kinds: Mapping[str, int],
-    ) -> None:
-        """Send and receive flat buffers; both sides of a pair must call it."""
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
         operations = []
         landings: list[tuple[Tensor, Tensor]] = []
         # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
@@ -112,7 +103,6 @@ class GroupCollective(Collective):
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
-        """Begin to send a tensor to one worker."""
         self._refuse_nccl()
         wire = self._to_wire(flat.contiguous())
         work = dist.isend(wire, target, tag=tag)
@@ -127,7 +117,6 @@ class GroupCollective(Collective):
 
     @override
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
-        """Begin to receive a tensor from one worker."""
         self._refuse_nccl()
         landing = self._landing(flat)
         work = dist.irecv(landing, source, tag=tag)

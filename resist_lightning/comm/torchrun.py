@@ -51,6 +51,10 @@ def agent(fit: int) -> int:
         return 0
     parent, began = os.getppid(), ""
     with suppress(OSError):
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        # The time at which it began: numbers of processes are used again.
+        stat = Path(f"/proc/{parent}/stat").read_text()
+        began = stat.rpartition(")")[2].split()[19]
     name = f"{socket.gethostname()}/{parent}/{began}/{fit}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+    digest = hashlib.sha256(name.encode()).digest()
+    # 48 bits: it is sent as a float64.
+    return int.from_bytes(digest[:6], "big")

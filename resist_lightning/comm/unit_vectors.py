@@ -12,15 +12,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 def unit_vectors(module: nn.Module) -> dict[str, Tensor]:
     """By name, the buffers of ``module`` that are unit vectors: of torch's spectral norm, the old one and the new."""
-    named = dict(module.named_buffers())
-    return {name: named[name] for name in _names(module) if name in named}
+    buffers = dict(module.named_buffers())
+    return {name: buffers[name] for name in _names(module) if name in buffers}
 
 
 def normalise(vectors: Iterable[Tensor]) -> None:
     """Give vectors the length 1, in place; zeros stay."""
     with torch.no_grad():
         for vector in vectors:
-            vector.div_(vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
+            length = vector.norm()
+            vector.div_(length.clamp_min(torch.finfo(vector.dtype).tiny))
 
 
 def _names(module: nn.Module) -> Iterator[str]:

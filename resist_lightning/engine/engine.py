@@ -216,8 +216,9 @@ class Engine:
             self.observation.settle()
             self.abandon()
         self.summary = self.sync.summary()
-        counts = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
-        self.sent_bytes_by_worker = {kind: [int(row[i]) for row in counts] for i, kind in enumerate(KINDS)}
+        rows = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
+        for kind, *counts in zip(KINDS, *rows, strict=True):
+            self.sent_bytes_by_worker[kind] = [int(count) for count in counts]
         self.activity.begin("ended")
 
     def abandon(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakMethod
@@ -36,7 +37,7 @@ class StepWatch:
         self._local_steps = local_steps
         self._handles: list[RemovableHandle] = []
         self._outermost: Optimizer | None = None  # steps now; it may step others that it has inside
-        self._taken: dict[int, int] = {}  # steps of each optimizer before the first local step was counted
+        self._taken: Counter[int] = Counter()  # steps of each optimizer before the first local step was counted
         self._counted = False
         self._written, self._batches = 0, 0
 
@@ -99,8 +100,9 @@ class StepWatch:
         """
         if self._counted:
             return
-        written, self._written = self._written, self._writes()
+        written = self._writes()
         self._batches += self._written != written
+        self._written = written
         # Gradients may add up over batches, and a program may write parameters before it trains.
         if self._batches > 3 + 2 * accumulated:
             raise RuntimeError(
@@ -133,7 +135,8 @@ class StepWatch:
         if self.on_step is not None:
             self.on_step()
         elif not self._counted:
-            taken = self._taken[id(optimizer)] = self._taken.get(id(optimizer), 0) + 1
+            self._taken[id(optimizer)] += 1
+            taken = self._taken[id(optimizer)]
             if taken == self._local_steps + 1:
                 warnings.warn(
                     f"{type(optimizer).__name__} took {taken} steps, and no local step was counted: no round will end. "

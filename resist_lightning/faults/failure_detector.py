@@ -154,7 +154,7 @@ class FailureDetector:
     def neighbours(self) -> list[Heartbeat]:
         """The running workers whose processes can be seen from here."""
         home = self._mine.home
-        return [heartbeat for heartbeat in self.heartbeats.values() if not heartbeat.end and heartbeat.home == home]
+        return [each for each in self.heartbeats.values() if not each.end and each.home == home]
 
     def judge(self, now: float, gone: Mapping[int, str], orphaned: str = "") -> Verdict | None:
         """Name the lost worker, if any; certain knowledge comes first.

@@ -201,7 +201,7 @@ class Watchdog:
                         self._heartbeats.connect_again()
                 continue
             with self._lock:
-                self._detector.hear([each for each in found if each is not None], time.monotonic())
+                self._detector.hear(list(filter(None, found)), time.monotonic())
             self._posted, self._reached = own.end, True
             if len(lines) == self._heartbeats.workers:  # else a worker is about to post its first one
                 self._wake.wait(BEAT_SECONDS)
@@ -275,8 +275,9 @@ class Watchdog:
 def _home() -> str:
     """A name for the processes that this one can see: host, its boot, and the namespace of process numbers."""
     parts = [platform.node()]
-    with suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    with suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return "/".join(parts)
 
 
@@ -285,6 +286,9 @@ def _alive(pid: int) -> bool:
     if not Path("/proc/self/stat").exists():  # not Linux: silence will tell
         return True
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] not in (b"Z", b"X")
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return False
+    # Behind the program's name, which may have spaces and parentheses itself.
+    state = stat.rpartition(b")")[2].split()[0]
+    return state not in (b"Z", b"X")

@@ -47,11 +47,15 @@ class OptimizerStates:
 
     def rate(self) -> float:
         """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
-        return float(self._given[0].param_groups[0].get("lr", 0.0)) if self._given else 0.0
+        if not self._given:
+            return 0.0
+        return float(self._given[0].param_groups[0].get("lr", 0.0))
 
     def mean_rate(self) -> float:
         """The learning rate now, as a mean over all parameter groups; 0 if there is none."""
-        rates = [float(group["lr"]) for each in self._given for group in each.param_groups if "lr" in group]
+        rates = []
+        for optimizer in self._given:
+            rates += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         return sum(rates) / len(rates) if rates else 0.0
 
     def warn_about_settings(self, momentum: str, local_steps: int) -> None:
@@ -181,7 +185,10 @@ class OptimizerStates:
 
     def slots(self, parameters: Iterable[nn.Parameter]) -> list[Slot]:
         """Each slot that has the shape of its parameter."""
-        return [slot for _, _, slots in self._slots_of(parameters) for slot in slots.values() if slot.shaped]
+        found: list[Slot] = []
+        for _, _, slots in self._slots_of(parameters):
+            found += [slot for slot in slots.values() if slot.shaped]
+        return found
 
     def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
         """Bytes of the state of some parameters, present or not; makes none."""

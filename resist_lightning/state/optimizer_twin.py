@@ -80,8 +80,9 @@ class Trial:
     def set_gradients(self) -> Tensor:
         """Set all gradients; also a closure for the step."""
         for parameter in self._parameters:
-            ramp = torch.linspace(1.0, 2.0, parameter.numel(), device=parameter.device).view(parameter.shape)
-            parameter.grad = (self._gradient * 0.01 * ramp).to(parameter.dtype)
+            ramp = torch.linspace(1.0, 2.0, parameter.numel(), device=parameter.device)
+            gradient = self._gradient * 0.01 * ramp
+            parameter.grad = gradient.view(parameter.shape).to(parameter.dtype)
         return torch.ones(())
 
     def _small_groups(self, optimizer: Optimizer, memo: dict[int, Any]) -> None:

@@ -81,7 +81,9 @@ class OwnTensors:
     def as_in_training(self) -> dict[int, Tensor]:
         """What this worker's tensors will be after :meth:`restore`, by the identity of the module's tensors."""
         tensors = {id(tensor): copy for tensor, copy in self._copies}
-        return {**tensors, **{id(tensor): tensor for tensor in self.written().values()}}
+        for tensor in self.written().values():
+            tensors[id(tensor)] = tensor
+        return tensors
 
     def stop_watching(self) -> Collection[str]:
         """Decide that what is written now stays, and return the names of it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from resist_lightning.comm.collective import Collective, Finish
+from resist_lightning.comm.collective import Collective, Finish, Messages
 
 SECONDS = 20.0
 
@@ -73,12 +73,7 @@ class ThreadCollective(Collective):
         self.room.log.append((self.worker, "broadcast_", kind))
         flat.copy_(self.room.share(self.worker, flat.clone())[0])
 
-    def exchange(
-        self,
-        sends: Mapping[int, Sequence[Tensor]],
-        receives: Mapping[int, Sequence[Tensor]],
-        kinds: Mapping[str, int],
-    ) -> None:
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
         self.room.log.append((self.worker, "exchange", "+".join(sorted(kinds))))
         offered = self.room.share(
             self.worker, {peer: [flat.clone() for flat in flats] for peer, flats in sends.items()}

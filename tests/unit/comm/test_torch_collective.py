@@ -27,20 +27,6 @@ def test_numbers_are_sent_where_the_backend_of_the_module_s_device_takes_them(mo
     assert str(group_of(monkeypatch, config, device, bound)._device) == wire
 
 
-@pytest.mark.parametrize(
-    ("config", "device", "bound", "said"),
-    [
-        ("cuda:nccl", "cpu", None, r"module is on cpu.*group has 'cuda:nccl' only.*Move the module"),
-        ("cpu:mpi", "cpu", None, r"on cpu by 'mpi'.*only 'gloo' and 'nccl'.*init_process_group\('gloo'\)"),
-        ("xpu:xccl", "xpu:0", None, r"on xpu:0 by 'xccl'"),
-        ("cuda:nccl", "cuda:1", "cuda:0", r"worker 1's module is on cuda:1.*bound to cuda:0.*set_device\(1\)"),
-    ],
-)
-def test_a_group_that_cannot_serve_the_module_is_refused(monkeypatch, config, device, bound, said):
-    with pytest.raises(ValueError, match=said):
-        group_of(monkeypatch, config, device, bound)
-
-
 def group_of(monkeypatch, config, device, bound):
     """A collective of a group that does not exist."""
     group = SimpleNamespace(bound_device_id=torch.device(bound) if bound else None)
