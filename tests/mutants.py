@@ -134,7 +134,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of a stage cut",
-        "methods/auxnet/step/join.py",
+        "methods/auxnet/step/backward.py",
         "return gradient.to(ctx.made.dtype), None, None, None, None",
         "return torch.zeros_like(ctx.made), None, None, None, None",
         ("tests/distributed/test_auxnet_steps.py",),

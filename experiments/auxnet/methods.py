@@ -193,7 +193,7 @@ class Layered(Method):
         predicted = [metrics[speed_up] for metrics in rounds if speed_up in metrics]
         return {
             "aux_parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "stored_bytes": self.engine.sync.trainee.held_bytes if isinstance(guesses, StoredGuesses) else 0,
+            "stored_bytes": guesses.held_bytes if isinstance(guesses, StoredGuesses) else 0,
             "sent_by_step": (counted["boundary"] + counted["output"]) / self.engine.clock.total_steps,
             "mismatch": _mismatches(rounds[-1]) if rounds else [],
             "predicted": median(predicted) if predicted else None,
@@ -202,8 +202,8 @@ class Layered(Method):
 
     @property
     def _guesses(self) -> Any:
-        trainee = self.engine.sync.trainee
-        return trainee.guesses if trainee is not None else None
+        worker = self.engine.sync.stage_worker
+        return worker.guesses if worker is not None else None
 
     def _with_running_statistics(self, data: Prepared) -> float | None:
         """On worker 0."""

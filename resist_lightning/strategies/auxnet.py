@@ -128,12 +128,12 @@ class AuxNetStrategy(SubnetStrategy):
         """Called before each batch: the first ones of an epoch are compared with the other workers'."""
         super().on_train_batch_start(batch, batch_idx)
         self._loaders = 0  # the next loader that Lightning makes is the first of a new set
-        trainee = self._trainee
-        if trainee is None or self.engine is None:
+        worker = self._stage_worker
+        if worker is None or self.engine is None:
             return
         trainer = self._trainer()
-        trainee.accumulate = trainer.accumulate_grad_batches
-        trainee.epoch_batches = _batches_of_all_data(trainer)
+        worker.accumulate = trainer.accumulate_grad_batches
+        worker.epoch_batches = _batches_of_all_data(trainer)
         if batch_idx < CHECKED_STEPS:
             check_equal(self.engine.collective, named_tensors(batch), f"batch {batch_idx}")
 
@@ -149,8 +149,8 @@ class AuxNetStrategy(SubnetStrategy):
         super().teardown()
 
     @property
-    def _trainee(self) -> StageWorker | None:
-        return self.engine.sync.trainee if self.engine is not None else None
+    def _stage_worker(self) -> StageWorker | None:
+        return self.engine.sync.stage_worker if self.engine is not None else None
 
     @override
     def _prepare(self, engine: Engine) -> None:

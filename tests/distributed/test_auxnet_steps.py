@@ -226,7 +226,7 @@ def final(worker: int, runs: list[Run], workers: int) -> list[tuple[dict[str, Te
     found = []
     for run in runs:
         engine, losses = train_engine(worker, run, workers)
-        found.append((clone_state(engine.module), losses, engine.sync.trainee.state_dict()))
+        found.append((clone_state(engine.module), losses, engine.sync.stage_worker.state_dict()))
     return found
 
 

@@ -96,7 +96,7 @@ def train_all(worker: int, workers: int) -> dict[str, Trained]:
 
 def train(worker: int, run: Run, workers: int) -> Trained:
     engine, losses = train_engine(worker, run, workers)
-    guesses = engine.sync.trainee.guesses
+    guesses = engine.sync.stage_worker.guesses
     kept: dict[str, Tensor] = {}
     if isinstance(guesses, NetworkGuesses):
         kept = clone_state(guesses.network)

@@ -151,7 +151,7 @@ def with_factory(worker: int, factory: Any, method: str) -> tuple[list[str], boo
 
     class Sees(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            guesses = trainer.strategy.engine.sync.trainee.guesses
+            guesses = trainer.strategy.engine.sync.stage_worker.guesses
             kinds[:] = [type(child).__name__ for child in guesses.network.modules()] if guesses is not None else []
 
     module = Classifier()

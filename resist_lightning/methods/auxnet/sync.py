@@ -27,7 +27,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     """A worker's side of the syncs of a run whose network is cut into stages.
 
     Attributes:
-        trainee: computes this worker's stage; None with one worker, and before the training.
+        stage_worker: computes this worker's stage; None with one worker, and before the training.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._holding = False
         self._forward: Any = None
         self._guards: list[RemovableHandle] = []
-        self.trainee: StageWorker | None = None
+        self.stage_worker: StageWorker | None = None
 
     @override
     def begin(self, round: int) -> None:
@@ -55,7 +55,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         layout, chain = self._layout, self._layout.chain
         if chain is None:
             return
-        self.trainee = StageWorker(
+        self.stage_worker = StageWorker(
             chain.stage(*layout.units(self._worker)),
             layout.boundary_shapes,
             layout.nonnegative[self._worker - 1] if self._worker else False,
@@ -74,19 +74,19 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def end_step(self) -> None:
-        if self.trainee is not None:
-            self.trainee.count()
+        if self.stage_worker is not None:
+            self.stage_worker.end_step()
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        stage = self.trainee.state_dict() if self.trainee is not None else {}
+        stage = self.stage_worker.state_dict() if self.stage_worker is not None else {}
         return {**super().state_dict(with_full_model=with_full_model), "stage": stage}
 
     @override
     def load_state_dict(self, own: dict[str, Any]) -> None:
         super().load_state_dict(own)
-        if self.trainee is not None:
-            self.trainee.load_state_dict(own["stage"])
+        if self.stage_worker is not None:
+            self.stage_worker.load_state_dict(own["stage"])
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
@@ -103,15 +103,15 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     @override
     def hand_over(self, plan: SyncPlan, round: int) -> None:
         # Stages never move; the workers only exchange their measurements of the round.
-        if self.trainee is not None:
-            self._reports = self._collective.gather_numbers(self.trainee.report())
+        if self.stage_worker is not None:
+            self._reports = self._collective.gather_numbers(self.stage_worker.report())
             self._history.append([round, self.metrics()])
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
-        if self.trainee is not None:
-            self.trainee.finish()  # waits for messages that were posted early
-            self.trainee.spans.pause()
+        if self.stage_worker is not None:
+            self.stage_worker.finish()  # waits for messages that were posted early
+            self.stage_worker.spans.pause()
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
             self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
@@ -161,18 +161,19 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def summary(self) -> dict[str, Any]:
         """The stages, the measurements of each round, and the timeline of a typical step."""
         layout = self._layout
-        if self.trainee is None:
+        if self.stage_worker is None:
             return {}
-        recent = json.dumps(list(self.trainee.spans.recent)).encode()
+        recent = json.dumps(list(self.stage_worker.spans.recent)).encode()
         rows = self._collective.gather_bytes(recent)
         # The first number of a report is the mismatch.
         seconds = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
-        guesses = self._collective.gather_numbers([self.trainee.held_bytes])
+        guesses = self.stage_worker.guesses
+        held = self._collective.gather_numbers([guesses.held_bytes if guesses is not None else 0])
         return {
             "stages": layout.parts(),
             "shapes": [list(shape) for shape in layout.boundary_shapes.boundaries],
             "method": layout.config.method,
-            "guess_bytes": [int(row[0]) for row in guesses],
+            "guess_bytes": [int(row[0]) for row in held],
             "rounds": self._history,
             "seconds": seconds,
             "timeline": typical_step([json.loads(row) for row in rows]),
@@ -209,7 +210,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def _train_stage(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
         chain = self._layout.chain
         assert chain is not None
-        assert self.trainee is not None
+        assert self.stage_worker is not None
         if not (chain.network.training and torch.is_grad_enabled()):
             raise PartialModelError(
                 f"worker {self._worker} has one stage of {chain.name or 'the module'} only, and was asked to evaluate "
@@ -218,7 +219,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             )
         if others or any(value is not None for value in options.values()):
             raise PartialModelError("the network is cut with one input; call it with the image alone.")
-        return self.trainee(x)
+        return self.stage_worker(x)
 
     def _refuse_part(self, part: nn.Module, _: Any) -> None:
         chain = self._layout.chain

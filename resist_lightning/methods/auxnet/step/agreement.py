@@ -1,11 +1,11 @@
-"""Whether all workers see the same batch, sample by sample."""
+"""Compares the batches of all workers, sample by sample."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 
 Summary: TypeAlias = dict[str, dict[str, Any]]
-"""Of each tensor its ``shape``, its ``dtype`` and a checksum for each sample."""
+"""By name of a tensor its ``shape``, its ``dtype`` and, as ``sums``, a checksum for each sample."""
+
+Value = TypeVar("Value", bound=Hashable)
 
 _LISTED = 8
 
@@ -47,8 +49,8 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
     if all(row == rows[0] for row in rows):
         return
     summaries: list[Summary] = [json.loads(text) for text in collective.gather_bytes(text)]
-    found = "; ".join(_differences(summaries))
-    raise WorkersDisagree(f"{where}: the workers do not see the same batch: {found}. {WAYS_OUT}")
+    differences = "; ".join(_differences(summaries))
+    raise WorkersDisagree(f"{where}: the workers do not see the same batch: {differences}. {WAYS_OUT}")
 
 
 def named_tensors(batch: object, name: str = "batch") -> dict[str, Tensor]:
@@ -60,56 +62,69 @@ def named_tensors(batch: object, name: str = "batch") -> dict[str, Tensor]:
         parts = batch
     elif isinstance(batch, list | tuple):
         parts = dict(enumerate(batch))
-    return {
-        path: tensor for key, part in parts.items() for path, tensor in named_tensors(part, f"{name}[{key!r}]").items()
-    }
+    found: dict[str, Tensor] = {}
+    for key, part in parts.items():
+        found.update(named_tensors(part, f"{name}[{key!r}]"))
+    return found
 
 
 def _summary(tensor: Tensor) -> dict[str, Any]:
+    # Conjugate and negative views are lazy: their memory is not what they show.
     samples = tensor.detach().cpu().resolve_conj().resolve_neg()
-    rows = samples if samples.dim() else samples.reshape(1)
-    sums = [zlib.crc32(row.reshape(-1).view(torch.uint8).numpy()) for row in rows]
+    if not samples.dim():
+        samples = samples.reshape(1)
+    sums = []
+    for sample in samples:
+        values = sample.reshape(-1).view(torch.uint8)
+        sums.append(zlib.crc32(values.numpy()))
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sums": sums}
 
 
 def _differences(summaries: list[Summary]) -> list[str]:
     """One text for each tensor that is not the same everywhere."""
-    found = []
+    differences = []
+    # A dict keeps the order of the first worker, which is that of the batch; a set would not.
     names = dict.fromkeys(name for summary in summaries for name in summary)
     for name in names:
         missing = [worker for worker, summary in enumerate(summaries) if name not in summary]
         if missing:
-            found.append(f"{name} does not exist on {_workers(missing)}")
+            differences.append(f"{name} does not exist on {_workers(missing)}")
             continue
         tensors = [summary[name] for summary in summaries]
         kinds = [f"{tensor['dtype']} of shape {tuple(tensor['shape'])}" for tensor in tensors]
         if len(set(kinds)) > 1:
-            found.append(f"{name} is {_by_worker(kinds)}")
+            groups = _groups(kinds)
+            each = [f"{kind} on {_workers(workers)}" for kind, workers in groups.items()]
+            differences.append(f"{name} is {' and '.join(each)}")
         elif any(tensor["sums"] != tensors[0]["sums"] for tensor in tensors):
-            found.append(f"{name} differs {_samples(tensors)}")
-    return found
+            differences.append(f"{name} differs {_samples(tensors)}")
+    return differences
 
 
 def _samples(tensors: list[dict[str, Any]]) -> str:
     """In which samples, and between which workers."""
-    sums = [tensor["sums"] for tensor in tensors]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for worker, row in enumerate(sums):
-        groups.setdefault(tuple(row), []).append(worker)
-    who = " and ".join(_workers(group) for group in groups.values())
+    sums = [tuple(tensor["sums"]) for tensor in tensors]
+    between = " and ".join(_workers(group) for group in _groups(sums).values())
     if not tensors[0]["shape"]:
-        return f"between {who}"
-    places = [place for place, column in enumerate(zip(*sums, strict=True)) if len(set(column)) > 1]
-    listed = ", ".join(map(str, places[:_LISTED])) + (", ..." if len(places) > _LISTED else "")
-    return f"in {len(places)} of {len(sums[0])} samples ({listed}) between {who}"
+        return f"between {between}"
+    differing = []
+    for number, checksums in enumerate(zip(*sums, strict=True)):
+        if len(set(checksums)) > 1:
+            differing.append(str(number))
+    listed = ", ".join(differing[:_LISTED])
+    if len(differing) > _LISTED:
+        listed += ", ..."
+    return f"in {len(differing)} of {len(sums[0])} samples ({listed}) between {between}"
 
 
-def _by_worker(kinds: list[str]) -> str:
-    return " and ".join(
-        f"{kind} on {_workers([worker for worker, other in enumerate(kinds) if other == kind])}"
-        for kind in dict.fromkeys(kinds)
-    )
+def _groups(values: Sequence[Value]) -> dict[Value, list[int]]:
+    """The workers by their values."""
+    groups: dict[Value, list[int]] = {}
+    for worker, value in enumerate(values):
+        groups.setdefault(value, []).append(worker)
+    return groups
 
 
 def _workers(workers: list[int]) -> str:
-    return ("worker " if len(workers) == 1 else "workers ") + ", ".join(map(str, workers))
+    listed = ", ".join(map(str, workers))
+    return f"worker {listed}" if len(workers) == 1 else f"workers {listed}"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from resist_lightning.methods.auxnet.config import StageConfig
+
 
 @dataclass(frozen=True)
 class Penalty:
@@ -25,12 +27,26 @@ class Penalty:
     beta: float
     step: float
 
+    @classmethod
+    def of(cls, config: StageConfig, stages: int, share: float) -> Penalty:
+        """The penalty of a step, by the settings.
+
+        Args:
+            config: the settings.
+            stages: how many there are.
+            share: the learning rate as a share of the highest so far: beta grows as it falls.
+        """
+        step = config.lambda_step
+        if step is None:
+            step = default_step(stages, stored=config.stored)
+        return cls(config.beta * growth(config.beta_growth, share), step)
+
     def per_element(self, guess: Tensor) -> float:
         """β' of a boundary; the batch is the first dimension."""
         return self.beta / math.prod(guess.shape[1:])
 
     def gradient(self, truth: Tensor, target: Tensor) -> Tensor:
-        """q: what stands in the place of the back-propagated gradient of a sample at a stage's output.
+        """q: what replaces the back-propagated gradient of a sample at a stage's output.
 
         Args:
             truth: Y, the stage's output.
@@ -52,7 +68,9 @@ class Penalty:
             gradient: r.
         """
         direction = guess - truth + gradient
-        return guess - self.step * (direction if multiplier is None else direction + multiplier)
+        if multiplier is not None:
+            direction = direction + multiplier
+        return guess - self.step * direction
 
 
 def next_multiplier(guess: Tensor, truth: Tensor, multiplier: Tensor) -> Tensor:
@@ -62,8 +80,9 @@ def next_multiplier(guess: Tensor, truth: Tensor, multiplier: Tensor) -> Tensor:
 
 def mismatch(guess: Tensor, truth: Tensor) -> Tensor:
     """‖λ - Y‖ / ‖Y‖ over a batch; a number."""
-    found: Tensor = (guess - truth).norm() / truth.norm().clamp_min(1e-12)
-    return found
+    distance: Tensor = (guess - truth).norm()
+    length: Tensor = truth.norm().clamp_min(1e-12)
+    return distance / length
 
 
 def default_step(stages: int, *, stored: bool) -> float:
@@ -81,4 +100,8 @@ def growth(factor: float, rate: float) -> float:
         factor: for each factor of ten by which the learning rate has fallen.
         rate: learning rate as a share of the highest, in [0, 1].
     """
-    return factor ** math.floor(-math.log10(rate) + 1e-9) if rate > 0 else 1.0
+    if rate <= 0:
+        return 1.0
+    # Rates that were divided by ten in floating point miss whole powers by a rounding error.
+    powers = math.floor(-math.log10(rate) + 1e-9)
+    return factor**powers

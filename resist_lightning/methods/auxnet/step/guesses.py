@@ -1,4 +1,4 @@
-"""Where a worker's guess of its input comes from, and what it learns from how wrong it was."""
+"""A worker's guesses of what its stage is given, from an auxiliary network or a store, and how they learn."""
 
 from __future__ import annotations
 
@@ -10,79 +10,199 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from resist_lightning.methods.auxnet.network.aux_networks import AuxNetwork
+from resist_lightning.comm.collective import Collective
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.aux_networks import AuxNetwork, make_aux_network
+from resist_lightning.methods.auxnet.step.equations import Penalty, growth, mismatch, next_multiplier
+from resist_lightning.methods.auxnet.step.messages import Shapes
 from resist_lightning.methods.auxnet.step.store import Samples, SampleStore
 
 MOMENTUM = 0.9
 
 
 class Guesses(ABC):
-    """Guesses λ and multipliers u of one boundary, for the batch at hand."""
+    """Guesses λ and multipliers u at one boundary.
+
+    ``share`` is the learning rate of a batch as a share of the highest so far: beta grows as it falls. Multipliers are
+    stored in units of the first beta, and used in units of the present one.
+
+    Args:
+        config: the settings.
+        stages: how many there are.
+        device: of the stage.
+    """
+
+    def __init__(self, config: StageConfig, stages: int, device: torch.device) -> None:
+        self._config = config
+        self._stages = stages
+        # On the device, so that a step does not wait for the GPU.
+        self._mismatch = torch.zeros((), device=device)
+        self._batches = 0
+
+    def guess(self, x: Samples, share: float) -> tuple[Tensor, Tensor | None]:
+        """λ and u for a batch of images."""
+        guess, multiplier = self.make(x)
+        if multiplier is not None:
+            multiplier = multiplier / self._growth(share)
+        return guess, multiplier
+
+    def correct(
+        self,
+        x: Samples,
+        guess: tuple[Tensor, Tensor | None],
+        truth: Tensor,
+        gradient: Tensor,
+        *,
+        share: float,
+        step: int,
+    ) -> None:
+        """Move the guess, and in every so many steps the multiplier.
+
+        Args:
+            x: the images.
+            guess: λ and u, as :meth:`guess` gave them.
+            truth: Y.
+            gradient: p, of each sample.
+            share: of the highest learning rate.
+            step: number of the step, from 1.
+        """
+        given, multiplier = guess
+        penalty = self._penalty(share)
+        after = penalty.next_guess(given, truth, multiplier, penalty.in_units_of_guess(gradient))
+        if multiplier is not None and step % self._config.multiplier_every == 0:
+            multiplier = next_multiplier(given, truth, multiplier)
+        self._mismatch += mismatch(given, truth)
+        self._batches += 1
+        self._learn(x, after, multiplier, share)
+
+    def begin_at(self, x: Samples, truth: Tensor, gradient: Tensor, share: float) -> None:
+        """Learn from a serial step, in which the stage was given the truth.
+
+        A multiplier begins where all stands still, at -r; a stored guess where the stage before is then given the true
+        gradient; an auxiliary network begins with the truth.
+        """
+        after = self._penalty(share).in_units_of_guess(gradient)
+        guess = truth - after if self._config.method == "penalty-store" else truth
+        multiplier = -after if self._config.multipliers else None
+        self._learn(x, guess, multiplier, share)
+
+    def take_mismatch(self) -> float:
+        """Mean over the batches since the last call; 0 if there was none."""
+        mean = float(self._mismatch) / self._batches if self._batches else 0.0
+        self._mismatch.zero_()
+        self._batches = 0
+        return mean
+
+    def _learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, share: float) -> None:
+        if multiplier is not None:
+            multiplier = multiplier * self._growth(share)
+        self.learn(x, guess, multiplier, share)
+
+    def _penalty(self, share: float) -> Penalty:
+        return Penalty.of(self._config, self._stages, share)
+
+    def _growth(self, share: float) -> float:
+        return growth(self._config.beta_growth, share)
 
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """What it needs of memory, between two steps."""
+        """Memory that it needs between two steps."""
 
     @abstractmethod
     def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
-        """λ and u for a batch, without a graph."""
+        """λ and u, in units of the first beta, for a batch; without a graph."""
 
     @abstractmethod
     def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
-        """Move to what λ and u should be for a batch; after :meth:`make`, from what that gave.
+        """Move to the λ and u that a batch should have; after :meth:`make`, from those that it gave.
 
         Args:
             x: the batch.
             guess: λ⁺.
-            multiplier: u⁺; None without multipliers.
+            multiplier: u⁺, in units of the first beta; None without multipliers.
             rate: learning rate as a share of the highest.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that it has, on the CPU."""
+        """All of it, on the CPU."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state_dict` gave."""
+        """Resume from what :meth:`state_dict` returned."""
+
+
+def make_guesses(
+    config: StageConfig,
+    shapes: Shapes,
+    nonnegative: bool,
+    *,
+    collective: Collective,
+    device: torch.device,
+) -> Guesses | None:
+    """What makes a worker's guesses, by the settings; None on worker 0, which has the image.
+
+    Args:
+        config: the settings.
+        shapes: of what crosses the boundaries.
+        nonnegative: whether the input of this worker's stage comes out of a ReLU.
+        collective: the workers.
+        device: of the stage.
+    """
+    boundary, stages = collective.worker, collective.workers
+    if boundary == 0:
+        return None
+    if config.stored:
+        return StoredGuesses(config, stages, device)
+    shape = shapes.boundaries[boundary - 1]
+    network = make_aux_network(config, shapes.input, shape, nonnegative=nonnegative, boundary=boundary)
+    return NetworkGuesses(network.to(device, shapes.dtype), config, stages, device)
 
 
 class NetworkGuesses(Guesses):
-    """By an auxiliary network, which takes one step of SGD with momentum per batch.
+    """Guesses of an auxiliary network, which takes one step of SGD with momentum per batch.
 
     Args:
         network: the auxiliary network, on its device.
-        learning_rate: the highest rate.
+        config: the settings.
+        stages: how many there are.
+        device: of the stage.
     """
 
-    def __init__(self, network: AuxNetwork, learning_rate: float) -> None:
+    def __init__(self, network: AuxNetwork, config: StageConfig, stages: int, device: torch.device) -> None:
+        super().__init__(config, stages, device)
         self.network = network
-        self.optimizer = torch.optim.SGD(network.parameters(), learning_rate, momentum=MOMENTUM)
-        self._learning_rate = learning_rate
+        self.optimizer = torch.optim.SGD(network.parameters(), config.aux_learning_rate, momentum=MOMENTUM)
         self._made: tuple[Tensor, Tensor | None] | None = None
 
     @property
     @override
     def held_bytes(self) -> int:
-        parameters = sum(3 * parameter.nbytes for parameter in self.network.parameters())  # gradient and momentum
+        # A parameter has a gradient and momentum beside it.
+        parameters = sum(3 * parameter.nbytes for parameter in self.network.parameters())
         return parameters + sum(buffer.nbytes for buffer in self.network.buffers())
 
     @override
     def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
+        # The graph is kept: `learn` goes back through it.
         self._made = guess, multiplier = self.network(x.images)
-        return guess.detach(), multiplier.detach() if multiplier is not None else None
+        if multiplier is not None:
+            multiplier = multiplier.detach()
+        return guess.detach(), multiplier
 
     @override
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
     def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
-        (made, made_multiplier), self._made = self._made or self.network(x.images), None
+        # After a serial step nothing was guessed yet.
+        made, made_multiplier = self._made or self.network(x.images)
+        self._made = None
         loss = functional.mse_loss(made, guess) / 2
         if made_multiplier is not None and multiplier is not None:
             loss = loss + functional.mse_loss(made_multiplier, multiplier) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate * rate
+            group["lr"] = self._config.aux_learning_rate * rate
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -99,14 +219,11 @@ class NetworkGuesses(Guesses):
 
 
 class StoredGuesses(Guesses):
-    """As they were last left, for each sample.
+    """Guesses and multipliers as they were last left, for each sample."""
 
-    Args:
-        multipliers: whether there are multipliers.
-    """
-
-    def __init__(self, *, multipliers: bool) -> None:
-        self.store = SampleStore(multipliers=multipliers)
+    def __init__(self, config: StageConfig, stages: int, device: torch.device) -> None:
+        super().__init__(config, stages, device)
+        self.store = SampleStore(multipliers=config.multipliers)
 
     @property
     @override

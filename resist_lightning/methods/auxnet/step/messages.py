@@ -1,8 +1,7 @@
-"""What neighbouring stages tell each other in a step: posted early, waited for late."""
+"""Point-to-point messages between stages in a step: receives are posted early and waited for late."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,14 +13,14 @@ from resist_lightning.comm.collective import Collective, Finish
 
 
 class Tag(IntEnum):
-    """What a message is."""
+    """The content of a message."""
 
     TARGET = 1
     """λ + u, to the worker before."""
     TRUTH = 2
     """Y, to the worker behind."""
     GRADIENT = 3
-    """In steps that wait for each other: the gradient of the loss, to the worker before."""
+    """In serial steps: the gradient of the loss, to the worker before."""
     OUTPUT = 4
     """Of the network, from the last worker to all others."""
 
@@ -42,21 +41,9 @@ class Shapes:
     output: tuple[int, ...]
     dtype: torch.dtype
 
-    def boundary_bytes(self, batch: int) -> int:
-        """By closed form, what all workers send over all boundaries in a step: twice what crosses."""
-        return sum(2 * batch * math.prod(shape) * self.dtype.itemsize for shape in self.boundaries)
-
-    def sent_bytes(self, batch: int, worker: int) -> dict[str, int]:
-        """By closed form, what one worker sends in a step, by kind."""
-        ends = self.boundaries[max(worker - 1, 0) : worker + 1]  # of the first and the last worker one, else two
-        boundary = sum(batch * math.prod(shape) * self.dtype.itemsize for shape in ends)
-        last = worker == len(self.boundaries)
-        output = batch * math.prod(self.output) * self.dtype.itemsize * len(self.boundaries) if last else 0
-        return {"boundary": boundary, "output": output}
-
 
 class Expected:
-    """A message that was asked for and may not be here yet."""
+    """A message whose receive was posted, and which may not have arrived yet."""
 
     def __init__(self, tensor: Tensor, finish: Finish) -> None:
         self._tensor = tensor
@@ -86,16 +73,17 @@ class Messages:
         self._under_way: list[Finish] = []
 
     def expect_truth(self, batch: int) -> Expected:
-        """From the worker before: what this stage is really given."""
-        return self._expect(Tag.TRUTH, self._collective.worker - 1, batch, self._before)
+        """From the worker before: its stage's output."""
+        worker = self._collective.worker
+        return self._expect(Tag.TRUTH, worker - 1, batch, self._shapes.boundaries[worker - 1])
 
     def expect_target(self, batch: int) -> Expected:
-        """From the worker behind: what it guesses, and wants."""
-        return self._expect(Tag.TARGET, self._collective.worker + 1, batch, self._behind)
+        """From the worker behind: what it wants this stage's output to be."""
+        return self._expect_from_next(Tag.TARGET, batch)
 
     def expect_gradient(self, batch: int) -> Expected:
         """From the worker behind: the gradient of the loss at this stage's output."""
-        return self._expect(Tag.GRADIENT, self._collective.worker + 1, batch, self._behind)
+        return self._expect_from_next(Tag.GRADIENT, batch)
 
     def expect_output(self, batch: int) -> Expected:
         """From the last worker: the network's output."""
@@ -124,17 +112,13 @@ class Messages:
             finish()
         self._under_way = []
 
-    @property
-    def _before(self) -> Sequence[int]:
-        return self._shapes.boundaries[self._collective.worker - 1]
-
-    @property
-    def _behind(self) -> Sequence[int]:
-        return self._shapes.boundaries[self._collective.worker]
+    def _expect_from_next(self, tag: Tag, batch: int) -> Expected:
+        worker = self._collective.worker
+        return self._expect(tag, worker + 1, batch, self._shapes.boundaries[worker])
 
     def _expect(self, tag: Tag, source: int, batch: int, shape: Sequence[int]) -> Expected:
-        room = torch.empty((batch, *shape), dtype=self._shapes.dtype, device=self._device)
-        return Expected(room, self._collective.start_receive(room, source, tag))
+        buffer = torch.empty((batch, *shape), dtype=self._shapes.dtype, device=self._device)
+        return Expected(buffer, self._collective.start_receive(buffer, source, tag))
 
     def _send(self, tag: Tag, target: int, tensor: Tensor, kind: str) -> None:
         message = tensor.detach().to(self._shapes.dtype)

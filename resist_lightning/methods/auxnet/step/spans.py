@@ -1,8 +1,7 @@
-"""When a worker computes in a step, and when it waits."""
+"""Times the parts of a step: when a worker computes, and when it waits for others."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from resist_lightning.methods.auxnet.speedup import StepSeconds
+from resist_lightning.state.timing import now
 
 Name: TypeAlias = Literal[
     "data",
@@ -24,8 +24,8 @@ Name: TypeAlias = Literal[
     "wait for truth",
     "aux backward",
 ]
-"""What happens between two steps (``data``: all that is outside), and in one, in this order. ``loss`` is what the
-user's step does with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
+"""The parts of a step, in this order; ``data`` is all that is outside of steps. ``loss`` is what the user's step does
+with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
 
 KEPT_STEPS = 15
 
@@ -35,7 +35,7 @@ Span: TypeAlias = tuple[str, float, float]
 
 
 class Spans:
-    """The spans of a worker's steps, one behind the other.
+    """Records the spans of a worker's steps, without gaps.
 
     ``time.perf_counter`` is the same clock for all processes of a Linux host.
 
@@ -58,29 +58,30 @@ class Spans:
 
     def begin(self, name: Name) -> None:
         """End the span that is open, and begin another one."""
-        now = self._now()
+        moment = now(self._device)
         if self._name is not None:
-            self._current.append((self._name, self._since, now))
-        self._name, self._since = name, now
+            self._current.append((self._name, self._since, moment))
+        self._name, self._since = name, moment
 
     @contextmanager
     def inside(self, name: Name) -> Iterator[None]:
-        """A span inside another one, which goes on behind it."""
+        """Interrupt the open span by another one."""
         around = self._name
         self.begin(name)
         yield
         if around is not None:
             self.begin(around)
 
-    def call_it(self, name: Name) -> None:
-        """The span that is open was this all the time."""
-        self._name = name if self._name is not None else None
+    def rename(self, name: Name) -> None:
+        """Record the open span, if there is one, under another name."""
+        if self._name is not None:
+            self._name = name
 
     def end_step(self, *, counts: bool = True) -> None:
-        """The step has ended; until the next one, it is ``data``.
+        """End the step; until the next one, time counts as ``data``.
 
         Args:
-            counts: whether it is one of the steps that are told of; one in which stages wait for each other is not.
+            counts: whether the step is recorded; a serial one is not.
         """
         self.begin("data")
         step, self._current = self._current, []
@@ -92,23 +93,21 @@ class Spans:
             self._seconds[name] += end - begin
 
     def pause(self) -> None:
-        """What comes now is no part of the training."""
-        self._name, self._current = None, []
+        """Drop the open step: an evaluation, which is no part of the training, interrupts it."""
+        self._name = None
+        self._current = []
 
     def take(self) -> list[float]:
         """Mean seconds of each of :data:`NAMES` in a step since the last call; zeros if there was none."""
-        mean = [self._seconds[name] / self.steps if self.steps else 0.0 for name in NAMES]
-        self._seconds, self.steps = defaultdict(float), 0
+        steps = max(self.steps, 1)
+        mean = [self._seconds[name] / steps for name in NAMES]
+        self._seconds = defaultdict(float)
+        self.steps = 0
         return mean
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]]:
-    """Of the recent steps of all workers, the one that took the median time; for each worker its spans from 0.
+    """The recent step that took the median time: for each worker its spans, from 0.
 
     Args:
         workers: for each, its :attr:`Spans.recent`; the last steps are the same steps.
@@ -116,17 +115,31 @@ def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]
     kept = min(map(len, workers), default=0)
     if kept == 0:
         return []
-    steps = [[list(worker)[-kept:][number] for worker in workers] for number in range(kept)]
-    ends = [(min(spans[0][1] for spans in step), max(spans[-1][2] for spans in step)) for step in steps]
-    chosen = sorted(range(kept), key=lambda number: ends[number][1] - ends[number][0])[kept // 2]
-    start = ends[chosen][0]
-    return [[(name, begin - start, end - start) for name, begin, end in spans] for spans in steps[chosen]]
+    # A worker may have recorded more steps; the last ones are the same on all.
+    recent = [list(worker)[-kept:] for worker in workers]
+    steps = list(zip(*recent, strict=True))
+    steps.sort(key=lambda step: _end(step) - _start(step))
+    median = steps[kept // 2]
+    start = _start(median)
+    moved = []
+    for spans in median:
+        moved.append([(name, begin - start, end - start) for name, begin, end in spans])
+    return moved
+
+
+def _start(step: Sequence[Sequence[Span]]) -> float:
+    """When the first worker began with it."""
+    return min(spans[0][1] for spans in step)
+
+
+def _end(step: Sequence[Sequence[Span]]) -> float:
+    return max(spans[-1][2] for spans in step)
 
 
 _WAITS: tuple[Name, ...] = ("wait for output", "wait for target", "wait for truth")
 _DONE_BY_ALL: tuple[Name, ...] = ("data", "loss", "optimizer")
-"""What every worker does, and one process would do once: the user's step, hooks, what the optimizer does for each of
-its parameters. Of the optimizer's own work a stage has a part only, which is not told apart: a small injustice to the
+"""Work of every worker that one process would do once: the user's step, hooks, what the optimizer does for each of its
+parameters. Of the optimizer's own work a stage has a part only, which is not told apart: a small injustice to the
 stages."""
 
 
@@ -140,11 +153,12 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
     """
     if not workers or not all(row["forward"] for row in workers):
         return None
+    waits = [sum(row[name] for name in _WAITS) for row in workers]
     return StepSeconds(
         data=_done_by_all(workers),
         forward=sum(row["forward"] for row in workers),
         backward=sum(row["backward"] for row in workers),
-        penalty=min(sum(row[name] for name in _WAITS) for row in workers),
+        penalty=min(waits),
         aux_forward=max(row["aux forward"] for row in workers),
         aux_backward=max(row["aux backward"] for row in workers),
     )
@@ -153,9 +167,10 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
 def measured_speedup(workers: Sequence[Mapping[str, float]]) -> float:
     """Seconds of a step of one process that trains all stages, over those of a step here."""
     stages = sum(row["forward"] + row["backward"] for row in workers)
-    return (_done_by_all(workers) + stages) / max(sum(row.values()) for row in workers)
+    alone = _done_by_all(workers) + stages
+    return alone / max(sum(row.values()) for row in workers)
 
 
 def _done_by_all(workers: Sequence[Mapping[str, float]]) -> float:
-    """Of the worker that is quickest with it: the others' may be a wait."""
+    """Seconds of the worker that is quickest with it: the others' may be a wait."""
     return min(sum(row[name] for name in _DONE_BY_ALL) for row in workers)

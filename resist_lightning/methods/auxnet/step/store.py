@@ -1,6 +1,6 @@
-"""Guesses and multipliers that are kept for each sample, in the methods without auxiliary networks.
+"""Stores guesses and multipliers by sample, for the methods without auxiliary networks.
 
-A sample is known by its content, so no loader has to say its number; which also means that a sample that is augmented
+A sample is known by its content, so no loader has to tell its number; which also means that a sample that is augmented
 anew in each epoch is never seen twice.
 """
 
@@ -32,12 +32,15 @@ class Samples:
 
 def contents(x: Tensor) -> list[bytes]:
     """A name for each sample of a batch (batch, ...): a hash of its values."""
-    rows = x.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+    rows = x.detach().cpu().contiguous().flatten(1)
+    names = []
+    for row in rows.view(torch.uint8).numpy():
+        names.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
+    return names
 
 
 class SampleStore:
-    """What was last kept of each sample; on the CPU.
+    """The last guess, and multiplier, of each sample; on the CPU.
 
     Args:
         multipliers: whether multipliers are kept too.
@@ -46,10 +49,6 @@ class SampleStore:
     def __init__(self, *, multipliers: bool) -> None:
         self._multipliers = multipliers
         self._rows: dict[bytes, Tensor] = {}
-
-    def __len__(self) -> int:
-        """Samples that are known."""
-        return len(self._rows)
 
     @property
     def held_bytes(self) -> int:
@@ -65,18 +64,22 @@ class SampleStore:
         """Keep those of some samples; of one that stands in the batch twice, the last."""
         parts = [guess] if multiplier is None else [guess, multiplier]
         rows = torch.stack([part.detach().cpu() for part in parts], dim=1)
-        self._rows.update((name, row.clone()) for name, row in zip(names, rows, strict=True))
+        for name, row in zip(names, rows, strict=True):
+            # A view would keep the rows of the whole batch.
+            self._rows[name] = row.clone()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Names (samples, 16) and values (samples, 1 or 2, ...), as tensors."""
         if not self._rows:
             return {}
-        names = torch.frombuffer(bytearray(b"".join(self._rows)), dtype=torch.uint8).view(-1, 16)
+        joined = bytearray(b"".join(self._rows))
+        names = torch.frombuffer(joined, dtype=torch.uint8).view(-1, 16)
         return {"names": names, "values": torch.stack(list(self._rows.values()))}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with what :meth:`state_dict` gave."""
+        """Resume from what :meth:`state_dict` returned."""
         self._rows = {}
-        if state:
-            names = [bytes(name.tolist()) for name in state["names"]]
-            self._rows = {name: value.clone() for name, value in zip(names, state["values"], strict=True)}
+        if not state:
+            return
+        for name, row in zip(state["names"], state["values"], strict=True):
+            self._rows[bytes(name.tolist())] = row.clone()

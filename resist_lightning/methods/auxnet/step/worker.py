@@ -1,9 +1,10 @@
-"""A worker's side of the steps of a run: what its part of the network does when it is called, and what follows."""
+"""Computes a worker's stage in place of the whole network, and trains it by the messages of its neighbours."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +13,28 @@ from torch import Tensor, nn
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.config import StageConfig
-from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
 from resist_lightning.methods.auxnet.step.agreement import check_equal
-from resist_lightning.methods.auxnet.step.guesses import Guesses, NetworkGuesses, StoredGuesses
-from resist_lightning.methods.auxnet.step.join import Batch, Begun, Joined
-from resist_lightning.methods.auxnet.step.learner import Learner
+from resist_lightning.methods.auxnet.step.backward import Batch, NotedBackward, ReplacedGradient
+from resist_lightning.methods.auxnet.step.equations import Penalty
+from resist_lightning.methods.auxnet.step.guesses import make_guesses
 from resist_lightning.methods.auxnet.step.messages import Messages, Shapes
 from resist_lightning.methods.auxnet.step.spans import Spans
 from resist_lightning.methods.auxnet.step.store import Samples
 
 CHECKED_STEPS = 3
-"""First steps of a run in which the workers compare what they are given."""
+"""First steps of a run in which the workers compare their batches."""
 
 
 class StageWorker:
     """Computes one stage in the place of the whole network.
 
-    Called with the network's input, it returns the network's output, on every worker. The gradient that arrives at the
-    output trains the last stage only; the others are trained by the distance of their own output from what the next
-    worker wants.
+    Called with the network's input, it returns the network's output, on every worker. The gradient at that output trains
+    the last stage only; the others are trained by the distance of their own output from what the next worker wants.
 
     Args:
         stage: the worker's stage: one tensor in, one out.
         shapes: of what crosses the boundaries.
-        nonnegative: whether what this stage is given comes out of a ReLU.
+        nonnegative: whether the input of this stage comes out of a ReLU.
         config: the settings.
         collective: the workers; at least two.
         device: of the stage.
@@ -44,6 +43,7 @@ class StageWorker:
     Attributes:
         accumulate: batches whose gradients are added up before a step.
         epoch_batches: batches of all the data, after which a method that stores guesses must see samples again.
+        guesses: makes the guesses of this stage's input; None on worker 0, which has the image.
         steps: how many were taken.
         spans: when it computed, and when it waited.
     """
@@ -68,27 +68,20 @@ class StageWorker:
         self._config = config
         self._collective = collective
         self._messages = Messages(collective, shapes, device)
-        self._guesses = self._make_guesses(nonnegative, device)
-        self._learner = Learner(config, collective.workers, self._guesses, device)
+        self.guesses = make_guesses(config, shapes, nonnegative, collective=collective, device=device)
+        self._first = collective.worker == 0
+        self._last = collective.worker == collective.workers - 1
         self._rate = rate
-        self._highest_rate, self._share = 0.0, 1.0
+        self._highest_rate = 0.0
+        self._share = 1.0
+        # A forward pass opens the batch, and the next one, or the end of the step, finishes it.
         self._batch: Batch | None = None
-        self._seen: set[bytes] = set()
         self._called = False
+        self._seen: set[bytes] = set()
         self._misses = 0
         self._checks = CHECKED_STEPS
-        self._first, self._last = collective.worker == 0, collective.worker == collective.workers - 1
-        self._anchor = torch.zeros((), device=device, requires_grad=True)  # there is a backward pass of a frozen stage
-
-    @property
-    def guesses(self) -> Guesses | None:
-        """What makes this worker's guesses; None on worker 0, which has the image."""
-        return self._guesses
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of what makes this worker's guesses: an auxiliary network with gradients and momentum, or a store."""
-        return self._guesses.held_bytes if self._guesses is not None else 0
+        # With it, the output requires a gradient where the stage itself is frozen.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The network's output for a batch of the network's input.
@@ -100,12 +93,14 @@ class StageWorker:
             WorkersDisagree: if the workers have different batches; looked for in the first steps.
         """
         if self._batch is not None:
-            self.spans.call_it("data")  # a batch whose gradients are being added up
+            # Gradients are being accumulated: no optimizer came between the last batch and this one.
+            self.spans.rename("data")
         self.finish()
         self._check(x)
         self._called = True
         self.spans.begin("forward" if self._first else "aux forward")
         batch = self._batch = self._open(x)
+        # The previous worker's message leaves before this stage computes, so that both compute at the same time.
         stage_input = self._stage_input(batch)
         if not self._first:
             self.spans.begin("forward")
@@ -113,15 +108,15 @@ class StageWorker:
         if self._last:
             self._messages.send_output(made)
             self.spans.begin("loss")
-            return Begun.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
+            return NotedBackward.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
         self._messages.send_truth(made)
         self.spans.begin("wait for output")
         assert batch.output is not None
         output = batch.output.take()
         self.spans.begin("loss")
-        return Joined.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
+        return ReplacedGradient.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
 
-    def count(self) -> None:
+    def end_step(self) -> None:
         """End a step, after the optimizer's. Waits for the neighbours.
 
         Raises:
@@ -137,92 +132,89 @@ class StageWorker:
         self.steps += 1
 
     def finish(self) -> None:
-        """End what was begun with the last batch: learn from how wrong the guess was. Waits for the neighbours."""
+        """Finish the last batch: receive what is under way, and correct the guess. Waits for the neighbours."""
         batch, self._batch = self._batch, None
         if batch is None:
             return
-        given, truth = batch.given, batch.truth
-        if batch.serial and given is not None and given.grad is None:  # the worker before waits for it
+        given = batch.given
+        if batch.serial and given is not None and given.grad is None:
+            # Nothing flowed back, and the previous worker waits for a gradient.
             self._messages.send_gradient(torch.zeros_like(given))
+        # Also of a batch that is not trained on: a message left behind would be taken for the next batch's.
         if batch.reply is not None:
             batch.reply.take()
-        if truth is not None:
+        if batch.truth is not None:
             self.spans.begin("wait for truth")
-            truth.take()
+            batch.truth.take()
         self._messages.settle()
-        if given is not None and truth is not None and batch.trained:
-            self.spans.begin("aux backward")
-            self._learn(batch, given.detach(), truth.take(), given.grad if given.grad is not None else 0 * given)
-        if self._config.stored and batch.trained:
-            self._seen.update(batch.x.names)
+        if batch.trained:
+            self._correct_guess(batch)
+            if self._config.stored:
+                self._seen.update(batch.x.names)
         self.spans.end_step(counts=not batch.serial)
 
     def report(self) -> list[float]:
         """Mean mismatch of this worker's boundary since the last call, and mean seconds of each span."""
-        return [self._learner.take_mismatch(), *self.spans.take()]
+        mismatch = self.guesses.take_mismatch() if self.guesses is not None else 0.0
+        return [mismatch, *self.spans.take()]
 
     def state_dict(self) -> dict[str, Any]:
-        """What this worker needs to go on, beside its stage: numbers, strings, lists and tensors."""
+        """What this worker needs to resume, beside its stage: numbers, strings, lists and tensors."""
         return {
             "steps": self.steps,
             "highest_rate": self._highest_rate,
             "share": self._share,
             "misses": self._misses,
             "seen": sorted(name.hex() for name in self._seen),
-            "guesses": self._guesses.state_dict() if self._guesses is not None else {},
+            "guesses": self.guesses.state_dict() if self.guesses is not None else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state_dict` gave."""
-        self.steps, self._highest_rate = state["steps"], state["highest_rate"]
-        self._share, self._misses = state["share"], state["misses"]
+        """Resume from what :meth:`state_dict` returned."""
+        self.steps = state["steps"]
+        self._highest_rate = state["highest_rate"]
+        self._share = state["share"]
+        self._misses = state["misses"]
         self._seen = {bytes.fromhex(name) for name in state["seen"]}
-        if self._guesses is not None:
-            self._guesses.load_state_dict(state["guesses"])
-
-    def _make_guesses(self, nonnegative: bool, device: torch.device) -> Guesses | None:
-        config, boundary = self._config, self._collective.worker
-        if boundary == 0:
-            return None
-        if config.stored:
-            return StoredGuesses(multipliers=config.multipliers)
-        shape = self._shapes.boundaries[boundary - 1]
-        network = make_aux_network(config, self._shapes.input, shape, nonnegative=nonnegative, boundary=boundary)
-        return NetworkGuesses(network.to(device, self._shapes.dtype), config.aux_learning_rate)
+        if self.guesses is not None:
+            self.guesses.load_state_dict(state["guesses"])
 
     def _open(self, x: Tensor) -> Batch:
         """Post the receives of a batch."""
         samples = Samples(x)
-        size, serial, messages = len(x), self._is_serial(samples), self._messages
-        truth = None if self._first else messages.expect_truth(size)
+        size, serial = len(x), self._is_serial(samples)
+        truth = None if self._first else self._messages.expect_truth(size)
         reply = output = None
         if not self._last:
-            reply = messages.expect_gradient(size) if serial else messages.expect_target(size)
-            output = messages.expect_output(size)
+            reply = self._messages.expect_gradient(size) if serial else self._messages.expect_target(size)
+            output = self._messages.expect_output(size)
         return Batch(size, serial, self._rate_share(), samples, truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
-        """The image, or the guess, or (serial) what the worker before made; and tell the worker before."""
+        """The image, the guess, or (serial) the previous stage's output; the guess is sent to the previous worker."""
         if self._first:
             return batch.x.images
-        assert batch.truth is not None
         if batch.serial:
+            assert batch.truth is not None
             self.spans.begin("wait for truth")
             given = batch.truth.take().clone().requires_grad_()
-            given.register_post_accumulate_grad_hook(lambda tensor: self._pass_on(tensor.grad))
+            # Sent as soon as it is there: the previous worker's backward pass waits for it.
+            given.register_post_accumulate_grad_hook(self._send_gradient_of)
         else:
-            guess, batch.multiplier = self._learner.guess(batch.x, batch.share)
-            self._messages.send_target(guess if batch.multiplier is None else guess + batch.multiplier)
+            assert self.guesses is not None
+            guess, batch.multiplier = self.guesses.guess(batch.x, batch.share)
+            target = guess if batch.multiplier is None else guess + batch.multiplier
+            self._messages.send_target(target)
             given = guess.requires_grad_()
         batch.given = given
         return given
 
-    def _pass_on(self, gradient: Tensor | None) -> None:
-        assert gradient is not None
-        self._messages.send_gradient(gradient)
+    def _send_gradient_of(self, given: Tensor) -> None:
+        assert given.grad is not None
+        self._messages.send_gradient(given.grad)
 
     def begin_backward(self, batch: Batch) -> None:
-        """Called when the backward pass comes to the stage."""
+        """Called when the backward pass reaches the network's output."""
         if batch is not self._batch:
             raise RuntimeError(
                 "the network was called again before the backward pass of the call before. Call it once per "
@@ -235,7 +227,8 @@ class StageWorker:
             )
         batch.trained = True
         self.spans.begin("backward")
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        # Called by autograd at the end of the whole pass.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self.spans.begin, "optimizer"))
 
     def reply_gradient(self, batch: Batch, made: Tensor) -> Tensor:
         """The gradient of the batch mean of this stage's loss at its output."""
@@ -244,18 +237,24 @@ class StageWorker:
             reply = batch.reply.take()
         if batch.serial:
             return reply
-        return self._learner.gradient(made, reply, batch.share) / (batch.size * self.accumulate)
+        penalty = Penalty.of(self._config, self._collective.workers, batch.share)
+        return penalty.gradient(made, reply) / (batch.size * self.accumulate)
 
-    def _end_backward(self) -> None:
-        self.spans.begin("optimizer")
-
-    def _learn(self, batch: Batch, given: Tensor, truth: Tensor, gradient: Tensor) -> None:
+    def _correct_guess(self, batch: Batch) -> None:
+        if self.guesses is None:
+            return
+        assert batch.given is not None
+        assert batch.truth is not None
+        self.spans.begin("aux backward")
+        given, truth = batch.given.detach(), batch.truth.take()
+        # Nothing flows back out of a stage that begins with a detached tensor.
+        gradient = batch.given.grad if batch.given.grad is not None else torch.zeros_like(given)
         of_sample = gradient * (batch.size * self.accumulate)
         if batch.serial:
-            self._learner.begin_at(batch.x, truth, of_sample, batch.share)
-            return
-        guess = given, batch.multiplier
-        self._learner.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
+            self.guesses.begin_at(batch.x, truth, of_sample, batch.share)
+        else:
+            guess = given, batch.multiplier
+            self.guesses.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
 
     def _is_serial(self, x: Samples) -> bool:
         """Whether the stages wait for each other in this batch; every worker finds the same."""
@@ -264,6 +263,7 @@ class StageWorker:
         if not self._config.stored:
             return False
         self._misses = 0 if self._seen.intersection(x.names) else self._misses + 1
+        # A whole epoch without a known sample: every step would be serial.
         if self._misses > self.epoch_batches:
             raise ValueError(
                 f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than all "
@@ -276,8 +276,9 @@ class StageWorker:
     def _rate_share(self) -> float:
         """The learning rate as a share of the highest so far; asked once per batch, on every worker."""
         rate = self._rate()
+        # A schedule that ends at 0 leaves the share where it was: it must not let beta grow without bounds.
         if rate <= 0 < self._highest_rate:
-            return self._share  # a schedule that ends at 0
+            return self._share
         self._highest_rate = max(self._highest_rate, rate)
         self._share = rate / self._highest_rate if self._highest_rate else 1.0
         return self._share

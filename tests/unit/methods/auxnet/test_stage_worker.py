@@ -79,7 +79,7 @@ def one_batch(collective: ThreadCollective, problem: Problem, steps: int) -> Fou
     load_guess(worker, problem.x, guess, multiplier, steps)
     output = worker(problem.x)
     problem.loss(output).backward()
-    worker.count()
+    worker.end_step()
     found = Found(staged.stage_gradients, output.detach())
     if isinstance(worker.guesses, StoredGuesses):
         found.guess, found.multiplier = worker.guesses.make(Samples(problem.x))
@@ -146,7 +146,7 @@ def by_network(collective: ThreadCollective, problem: Problem) -> dict[str, Any]
     if isinstance(guesses, NetworkGuesses):
         before = [parameter.detach().clone() for parameter in guesses.network.parameters()]
     problem.loss(staged.worker(problem.x)).backward()
-    staged.worker.count()
+    staged.worker.end_step()
     if not isinstance(guesses, NetworkGuesses):
         return {}
     gradients = [p.grad for p in guesses.network.parameters()]
@@ -262,7 +262,7 @@ def test_a_stage_in_a_first_step_has_the_plain_gradients_bit_for_bit(workers: in
 def first_batch(collective: ThreadCollective, problem: Problem) -> dict[str, Tensor]:
     staged = make_staged(collective, problem.net, problem.config, problem.x)
     problem.loss(staged.worker(problem.x)).backward()
-    staged.worker.count()
+    staged.worker.end_step()
     return staged.stage_gradients
 
 

@@ -53,7 +53,7 @@ def test_parallel_stages_of_which_nothing_flows_back_have_the_gradients_of_the_l
 def serial_batch(collective: ThreadCollective, problem: Problem) -> tuple[dict[str, Tensor], list[Tensor]]:
     staged = make_staged(collective, problem.net, problem.config, problem.x)
     problem.loss(staged.worker(problem.x)).backward()
-    staged.worker.count()
+    staged.worker.end_step()
     guesses = staged.worker.guesses
     made = guesses.make(Samples(problem.x)) if isinstance(guesses, StoredGuesses) else ()
     return staged.stage_gradients, [tensor for tensor in made if tensor is not None]
@@ -136,7 +136,7 @@ def decaying(collective: ThreadCollective, problem: Problem) -> list[tuple[dict[
         guesses = staged.worker.guesses
         guess = guesses.make(Samples(problem.x))[0].clone() if guesses is not None else None
         problem.loss(staged.worker(problem.x)).backward()
-        staged.worker.count()
+        staged.worker.end_step()
         found.append((staged.stage_gradients, guess))
     return found
 
@@ -161,7 +161,7 @@ def resumed(collective: ThreadCollective, problem: Problem) -> float:
     one = make_staged(collective, problem.net, problem.config, problem.x, partial(next, iter(RATES))).worker
     for _ in range(3):
         problem.loss(one(problem.x)).backward()
-        one.count()
+        one.end_step()
     other = make_staged(collective, problem.net, problem.config, problem.x, lambda: 0.0).worker
     other.load_state_dict(one.state_dict())
     return other._rate_share()

@@ -75,7 +75,7 @@ def test_a_span_can_turn_out_to_have_been_another() -> None:
     spans = Spans(torch.device("cpu"))
     spans.begin("forward")
     spans.begin("optimizer")
-    spans.call_it("data")
+    spans.rename("data")
     spans.end_step()
 
     assert [name for name, _, _ in spans.recent[0]] == ["forward", "data"]

@@ -1,0 +1,86 @@
+"""Hooks a stage into the backward pass of the user's loss, by autograd functions on the network's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.methods.auxnet.step.messages import Expected
+from resist_lightning.methods.auxnet.step.store import Samples
+
+if TYPE_CHECKING:
+    from resist_lightning.methods.auxnet.step.worker import StageWorker
+
+
+@dataclass
+class Batch:
+    """The state of a worker's step on one batch.
+
+    Args:
+        size: samples.
+        serial: whether the stages wait for each other.
+        share: the learning rate as a share of the highest, when the batch came.
+        x: the network's input.
+        truth: the previous stage's output; None for the first stage.
+        reply: the next worker's target, or (serial) its gradient; None for the last stage.
+        output: the network's output; None on the last worker.
+        given: what the stage took instead of the image; None for the first stage.
+        multiplier: u, in units of the guess.
+        trained: whether there was a backward pass.
+    """
+
+    size: int
+    serial: bool
+    share: float
+    x: Samples
+    truth: Expected | None
+    reply: Expected | None
+    output: Expected | None
+    given: Tensor | None = None
+    multiplier: Tensor | None = None
+    trained: bool = False
+
+
+class ReplacedGradient(torch.autograd.Function):
+    """Forward, the network's output; backward, what the next worker wants takes the place of the loss's gradient.
+
+    ``anchor`` requires a gradient, so that there is a backward pass of a frozen stage too.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, made: Tensor, anchor: Tensor, output: Tensor, worker: StageWorker, batch: Batch) -> Tensor:
+        """The network's output, whose gradient goes to ``made``, the stage's own."""
+        ctx.made, ctx.worker, ctx.batch = made.detach(), worker, batch
+        return output.clone()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *_: Any) -> Any:
+        """The gradient at the stage's own output."""
+        ctx.worker.begin_backward(ctx.batch)
+        gradient = ctx.worker.reply_gradient(ctx.batch, ctx.made)
+        return gradient.to(ctx.made.dtype), None, None, None, None
+
+
+class NotedBackward(torch.autograd.Function):
+    """The identity on the last stage's output; it tells the worker when the backward pass begins."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, made: Tensor, anchor: Tensor, worker: StageWorker, batch: Batch) -> Tensor:
+        """The stage's output, which is the network's."""
+        ctx.worker, ctx.batch = worker, batch
+        # The user may change it in place, and `made` is being sent to the other workers.
+        return made.clone()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """The loss's own gradient."""
+        ctx.worker.begin_backward(ctx.batch)
+        return gradients[0], None, None, None
