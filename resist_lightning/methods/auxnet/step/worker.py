@@ -28,8 +28,8 @@ CHECKED_STEPS = 3
 class StageWorker:
     """Computes one stage in the place of the whole network.
 
-    Called with the network's input, it returns the network's output, on every worker. The gradient at that output trains
-    the last stage only; the others are trained by the distance of their own output from what the next worker wants.
+    Called with the network's input, it returns the network's output, on every worker. The gradient at that output
+    trains the last stage only; the others are trained by how far their output is from what the next worker wants.
 
     Args:
         stage: the worker's stage: one tensor in, one out.
