@@ -32,7 +32,7 @@ class DivergenceChecks:
 
     Attributes:
         left_out: workers that the last handshake left out of the means, under ``non_finite="drop"``.
-        frozen: the parameters that no average includes, until somebody writes them.
+        frozen: the parameters that no average includes, until the program writes them.
     """
 
     def __init__(self, layout: Layout, collective: Collective) -> None:
@@ -41,7 +41,8 @@ class DivergenceChecks:
         self._written: list[str] = []
         self._layout = layout
         self._collective = collective
-        self._hasher = Hasher({"sampled": SAMPLED_SHARE, "full": 1, "off": 0}[layout.config.check])
+        share = SAMPLED_SHARE if layout.config.check == "sampled" else 1
+        self._hasher = Hasher(share)
         self._hashes: dict[str, Tensor] = {}
         self._round = 0
         self._masks: set[str] = set()
@@ -65,7 +66,7 @@ class DivergenceChecks:
         self._round = round
 
     def numbers(self, purpose: Purpose) -> list[float]:
-        """Numbers to tell the others: of the hashes, the first tensor that is not finite, and frozen ones written."""
+        """Numbers for the others: of the replicas' hashes, the first non-finite tensor, and frozen ones written."""
         hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
         # Where nothing is averaged, neither could spread, and a search reads all tensors.
         mixing = purpose in MIXING

@@ -52,7 +52,7 @@ def shorten(items: Sequence[str]) -> str:
 
 
 def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) -> str:
-    """Which tensors differ between workers, and on whom.
+    """Which tensors differ between workers, and on which of them.
 
     Args:
         names: of the tensors.

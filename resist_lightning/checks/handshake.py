@@ -77,7 +77,7 @@ class Handshake:
             The extra numbers of every worker.
 
         Raises:
-            WorkersDisagree: if the workers differ in code, versions, settings, optimizers or models; it says how.
+            WorkersDisagree: naming how the workers differ in code, versions, settings, optimizers or models.
         """
         fingerprint = fingerprint_of(self._layout, states, self._host.settings())
         return self.run(Purpose.START, clock, extra, fingerprint=fingerprint)
@@ -144,7 +144,7 @@ class Handshake:
             )
 
     def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
-        """Raise if digests differ, and say how the workers do."""
+        """Raise if digests differ, naming what does."""
         if len(set(digests)) == 1:
             return
         # Only now: fingerprints are long, and on a healthy start nobody needs them.

@@ -22,7 +22,7 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """What a worker says of itself at the beginning of a sync.
+    """A worker's state at the beginning of a sync, compared before weights are mixed.
 
     Args:
         purpose: a :class:`Purpose`.

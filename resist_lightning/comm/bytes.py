@@ -20,6 +20,7 @@ crosses a ``boundary``, and the network's ``output``), observation (``evaluation
 
 def all_reduce_bytes(payload_bytes: int, workers: int) -> int:
     """Bytes that one worker sends in an all-reduce of ``payload_bytes``: 2 (S - 1) / S of them, rounded up."""
+    # A ring passes every part on to all but one worker, twice: to add it up, and to spread the sum.
     return _divided_up(2 * (workers - 1) * payload_bytes, workers)
 
 
@@ -68,6 +69,7 @@ class WireFormat:
     def share(self, entries: int, worker: int, workers: int) -> tuple[int, int]:
         """First group, and the one after the last, that ``worker`` averages for all."""
         groups = self.groups(entries)
+        # Neighbouring shares meet, whatever the remainder.
         return groups * worker // workers, groups * (worker + 1) // workers
 
     def mean_bytes(self, entries: int, worker: int, workers: int) -> int:

@@ -164,6 +164,7 @@ class Exchange:
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
         for block, tensors in received:
             copies[block].append(tensors)
+        # When all copies of a block have arrived: a mean of means would be another number.
         for block, others in copies.items():
             own = payload_of(block).tensors
             for tensor, values in zip(own, zip(*others, strict=True), strict=True):
@@ -226,6 +227,7 @@ class Exchange:
             # Compressed once per block, not per target: all targets must receive the same rounding.
             if block not in messages:
                 messages[block] = self._compressed(payloads[block])
+            # Counted by what it is for; the collective sees flat buffers only.
             kinds[kind] += packed_bytes([*payloads[block].block, messages[block]])
             kinds[state_kind] += packed_bytes(payloads[block].state)
 

@@ -74,9 +74,12 @@ def join_group(
         timeout: for the making of the group and for everything said in it.
         device: of this worker, where the backend should bind to it.
     """
+    # By process, as a forked one must not talk over its parent's connection.
     key = (os.getpid(), address, port)
     if key not in _stores:
+        # Where torch's rendezvous looks for them.
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+        # Not as the group's sockets: the store must outlive a cut, as heartbeats go through it.
         with recording(set()):
             _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]

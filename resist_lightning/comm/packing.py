@@ -29,8 +29,11 @@ def flatten(tensors: Iterable[Tensor], device: torch.device | None = None) -> Te
 
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cut a flat buffer into views with the shapes of ``like``."""
-    pieces = flat.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+    sizes = [tensor.numel() for tensor in like]
+    views = []
+    for piece, tensor in zip(flat.split(sizes), like, strict=True):
+        views.append(piece.view(tensor.shape))
+    return views
 
 
 def pack(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.dtype, Tensor]:
@@ -52,6 +55,7 @@ def unpack(flats: Mapping[torch.dtype, Tensor], like: Sequence[Tensor]) -> list[
     pieces = {}
     for dtype, group in by_dtype(like).items():
         pieces[dtype] = iter(split(flats[dtype], group))
+    # Each data type's pieces are in the order of `like`.
     return [next(pieces[tensor.dtype]) for tensor in like]
 
 

@@ -39,6 +39,7 @@ def is_continuous(dtype: torch.dtype) -> bool:
 def computable(tensor: Tensor) -> Tensor:
     """A tensor as real numbers that can be added and compared everywhere: itself, a view, or a wider copy."""
     if tensor.is_complex():
+        # A lazy conjugate has the bits of the original.
         return torch.view_as_real(tensor.resolve_conj())
     return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
 
@@ -121,7 +122,7 @@ class KnownTensors:
             if name in now:
                 self._put_back(name, known, now[name])
         known_ids = {id(tensor) for tensor in self._known.values()}
-        for name, tensor in named_tensors(self._module).items():
+        for name, tensor in now.items():
             if name not in self._known and id(tensor) not in known_ids:
                 self._check_new(name, tensor)
 
@@ -136,6 +137,7 @@ class KnownTensors:
                 f"{tuple(new.shape)} {new.dtype} now; workers average tensors of one shape and data type. Keep both, "
                 "or register it with persistent=False if it is a cache that each worker may have for itself."
             )
+        # That of an absent block has no memory, and its value comes with the block.
         if not known.is_meta:
             with torch.no_grad():
                 known.copy_(new)

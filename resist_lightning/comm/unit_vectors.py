@@ -27,6 +27,7 @@ def normalise(vectors: Iterable[Tensor]) -> None:
 def _names(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_modules():
         prefix = f"{name}." if name else ""
+        # The new spectral norm is a module of its own, the old one a hook.
         if isinstance(child, _SpectralNorm):
             yield from (f"{prefix}_u", f"{prefix}_v")
         for hook in child._forward_pre_hooks.values():

@@ -27,7 +27,7 @@ class StepWatch:
 
     Attributes:
         on_step: called after each step, for a host that counts local steps itself; without it the user's loop must call
-            ``engine.after_step()``, and is told if it forgets.
+            ``engine.after_step()``, and is warned if it forgets.
     """
 
     def __init__(self, module: nn.Module, states: OptimizerStates, local_steps: int) -> None:
@@ -117,7 +117,7 @@ class StepWatch:
         if id(optimizer) in self._ours:
             self._outermost = optimizer
             return
-        # Asked anew each time: a parameter that was replaced since may have left its id to one of another model.
+        # Looked up each time: a parameter that was replaced since may have left its id to one of another model.
         parameters = {id(parameter) for parameter in self._module.parameters()}
         members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if any(id(parameter) in parameters for parameter in members):

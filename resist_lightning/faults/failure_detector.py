@@ -227,7 +227,7 @@ class FailureDetector:
         return True
 
     def running(self) -> list[Heartbeat]:
-        """The last heartbeats of those that have not said that they end, and whose process is not gone."""
+        """The last heartbeats of workers that have not posted their end, and whose process is not gone."""
         return [each for each in self._sorted() if not each.end and each.worker not in self._gone_since]
 
     def _sorted(self) -> list[Heartbeat]:

@@ -167,7 +167,7 @@ class Watchdog:
                 self.verdict = self._detector.suspect(str(error), self._timeout, _SUSPICIOUS_BEATS)
         return self.error()
 
-    def tell(self, end: End, text: str = "") -> None:
+    def post_end(self, end: End, text: str = "") -> None:
         """Post how this worker ends, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
         self._ending = (end, text)
         must_be_heard = end != "done" and self._own.worker == 0

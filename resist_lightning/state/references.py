@@ -20,7 +20,7 @@ def who_holds(tensor: Tensor) -> str:
     weak = weakref.getweakrefs(tensor)
     if weak:
         return (
-            f"{_places(weak) or 'something'} has a weak reference to it, which would go on with memory that is gone. "
+            f"{_places(weak) or 'something'} has a weak reference to it, which would point to memory that is gone. "
             "Drop the reference before the round ends, or leave its block out of `blocks`."
         )
     views, graphs = _users(tensor)

@@ -82,7 +82,7 @@ class Guard:
         """Stop watching: from here on workers may end at any time."""
         if self._watchdog is not None:
             watchdog, self._watchdog = self._watchdog, None
-            watchdog.tell("done")
+            watchdog.post_end("done")
 
     @contextmanager
     def around(self, ends_together: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -101,14 +101,14 @@ class Guard:
             watchdog = self._watchdog
             lost = watchdog.explain(error)
             if lost is None:  # this worker's own error
-                watchdog.tell("failed", _one_line(error))
+                watchdog.post_end("failed", _one_line(error))
                 self._watchdog = None
                 raise
             verdict = watchdog.verdict
             # A frozen process cannot end by itself, and would outlive the run.
             if self.children is not None and verdict is not None and verdict.frozen:
                 self.children.kill(verdict.frozen)
-            watchdog.tell("gave up", verdict.text if verdict is not None else str(lost))
+            watchdog.post_end("gave up", verdict.text if verdict is not None else str(lost))
             self._watchdog = None
             if lost is error:
                 raise
