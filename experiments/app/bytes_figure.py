@@ -21,13 +21,13 @@ def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
     name, last = strategy_in_words(summary["strategy"]), summary["local_steps"]
     total = sum(summary["sent_bytes"].get(kind, [0])[0] for kind in TRAINING_KINDS)
     syncs = [step for step, _ in summary["sent_by_round"]]
-    ours = ([*syncs, last], [*(sent for _, sent in summary["sent_by_round"]), total])
-    averaged = [summary["local_sgd_bytes"] * (index + 1) / len(syncs) for index in range(len(syncs))]
-    dense = [max(1, last * part // 200) for part in range(201)]
+    measured = [sent for _, sent in summary["sent_by_round"]]
+    averages = [summary["local_sgd_bytes"] * (index + 1) / len(syncs) for index in range(len(syncs))]
+    dense = [max(1, last * part // 200) for part in range(201)]  # from 1: nothing has no logarithm
     lines = [
         (GREY, "DDP, by closed form", dense, [summary["ddp_bytes"] * step / last for step in dense]),
-        (ORANGE, "local SGD, by closed form", [*syncs, last], [*averaged, summary["local_sgd_bytes"]]),
-        (BLUE, f"{name}, measured", *ours),
+        (ORANGE, "local SGD, by closed form", [*syncs, last], [*averages, summary["local_sgd_bytes"]]),
+        (BLUE, f"{name}, measured", [*syncs, last], [*measured, total]),
     ]
     if summary["strategy"] in WITHOUT_AVERAGES:
         del lines[1]
@@ -51,9 +51,9 @@ def _savings(name: str, summary: Mapping[str, Any], total: float) -> str:
     if not total:
         return ""
     times = summary["ddp_bytes"] / total
-    words = f"{name} sends {times:.3g} times less than DDP" if times >= 1 else (
-        f"{name} sends {1 / times:.3g} times as much as DDP"
-    )  # fmt: skip
+    words = f"{name} sends {times:.3g} times less than DDP"
+    if times < 1:
+        words = f"{name} sends {1 / times:.3g} times as much as DDP"
     if summary["strategy"] in WITHOUT_AVERAGES:
         return words
     return f"{words} and {summary['local_sgd_bytes'] / total:.3g} times less than local SGD with the same rounds"

@@ -32,13 +32,21 @@ def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
     """
     blocks, workers = [name.removeprefix("net.") for name in summary["blocks"]], summary["workers"]
     shown = summary["partitions"][:SHOWN_ROUNDS]
-    one_map = workers <= 4 and all(sum(map(len, held)) <= len(blocks) for held in shown)
-    height = 1.9 + 0.26 * len(blocks) if one_map else 1.5 - (-workers // 2) * max(0.8, 0.075 * len(blocks))
     title = f"Who held which block: {len(blocks)} blocks, {workers} workers"
     said = f"{_rounds(len(shown), summary)}{_moved(summary['partitions'])}"
-    with drawn(path, 10 if one_map else 13, height, title, said) as figure:
-        (_draw_holders if one_map else _draw_workers)(figure, shown, blocks)
+    draw, width, height = _draw_holders, 10.0, 1.9 + 0.26 * len(blocks)
+    shared = any(sum(map(len, held)) > len(blocks) for held in shown)
+    if workers > 4 or shared:
+        draw, width = _draw_workers, 13.0
+        height = 1.5 + _pairs(workers) * max(0.8, 0.075 * len(blocks))
+    with drawn(path, width, height, title, said) as figure:
+        draw(figure, shown, blocks)
     return path
+
+
+def _pairs(workers: int) -> int:
+    """Rows of two maps each."""
+    return (workers + 1) // 2
 
 
 def _rounds(shown: int, summary: Mapping[str, Any]) -> str:
@@ -62,9 +70,9 @@ def _worker_legend(axes: Axes, workers: int) -> None:
 
 
 def _draw_workers(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
-    rows = -(-len(shown[0]) // 2)
-    for worker in range(len(shown[0])):
-        axes = figure.add_subplot(rows, 2, worker + 1)
+    workers = len(shown[0])
+    for worker in range(workers):
+        axes = figure.add_subplot(_pairs(workers), 2, worker + 1)
         axes.set_facecolor("#F1F1F1")
         _fill(axes, shown, worker, _colour(worker))
         axes.set_yticks([0, len(blocks) - 1], [blocks[0], blocks[-1]], fontsize=8)
@@ -74,7 +82,9 @@ def _draw_workers(figure: Figure, shown: Rounds, blocks: Sequence[str]) -> None:
 
 
 def _fill(axes: Axes, shown: Rounds, worker: int, colour: str) -> None:
-    cells = [Rectangle((index + 0.5, block - 0.5), 1, 1) for index, held in enumerate(shown) for block in held[worker]]
+    cells = []
+    for index, held in enumerate(shown):
+        cells += [Rectangle((index + 0.5, block - 0.5), 1, 1) for block in held[worker]]
     axes.add_collection(PatchCollection(cells, facecolor=colour, edgecolor="white", linewidth=0.6))
 
 
@@ -90,19 +100,19 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
     neurons, workers = summary["neurons"], summary["workers"]
     holders, shown = neurons["holders"], neurons["shown"]
     some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
-    changed = [old != new for before, after in pairwise(holders) for old, new in zip(before, after, strict=True)]
+    changed: list[bool] = []
+    for before, after in pairwise(holders):
+        changed += [old != new for old, new in zip(before, after, strict=True)]
     moved = f"; each round, {sum(changed) / len(changed):.0%} of the neurons change hands" if changed else ""
     title = f"Who held which neuron of {neurons['layer']}, the first hidden layer: {neurons['width']} neurons, {workers} workers"
     with drawn(path, 10, 5.2, title, f"{_rounds(len(holders), summary)}{some}{moved}") as figure:
         axes = figure.add_subplot()
         colours = ListedColormap([_colour(worker) for worker in range(workers)])
-        edges = [
-            [number + first for number in range(count + 1)]
-            for count, first in ((len(holders), 0.5), (len(shown), -0.5))
-        ]
+        rounds = [number + 0.5 for number in range(len(holders) + 1)]  # edges of cells: one more than cells
+        rows = [number - 0.5 for number in range(len(shown) + 1)]
         cells = list(zip(*holders, strict=True))
         style = {"vmin": -0.5, "vmax": workers - 0.5, "edgecolors": "white", "linewidth": 0.4}
-        axes.pcolormesh(*edges, cells, cmap=colours, **style)
+        axes.pcolormesh(rounds, rows, cells, cmap=colours, **style)
         axes.set_yticks([0, len(shown) - 1], [f"neuron {shown[0]}", f"neuron {shown[-1]}"], fontsize=9)
         _round_axis(axes, len(holders), len(shown))
         _worker_legend(axes, workers)
@@ -110,31 +120,33 @@ def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def _moved(partitions: Rounds) -> str:
-    new = [
-        block not in before[worker]
-        for before, after in pairwise(partitions)
-        for worker, own in enumerate(after)
-        for block in own
-    ]
+    new: list[bool] = []
+    for before, after in pairwise(partitions):
+        for old, own in zip(before, after, strict=True):
+            new += [block not in old for block in own]
     return f"; each round, {sum(new) / len(new):.0%} of a worker's blocks are new to it" if new else ""
 
 
 def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str, Any]) -> Path:
     """Loss and accuracy over local steps, with the steps where the learning rate fell."""
-    raw, tested = curves.get("train/loss", Curve()), results["test"]["accuracy"]
+
+    def curve(name: str) -> Curve:
+        return curves.get(name, Curve())
+
+    raw, tested = curve("train/loss"), results["test"]["accuracy"]
     title = f"{run_in_words(results)}: test accuracy {tested:.1%}"
     with drawn(path, 11, 4.6, title, _rounds_in_words(results)) as figure:
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         loss_axes.plot(raw.steps, raw.values, color=SKY, alpha=0.4, linewidth=0.9)
         smooth = smoothed(raw)
-        validation = curves.get("val/loss", Curve())
+        validation = curve("val/loss")
         _line(loss_axes, smooth, BLUE, _who_trained(results))
         _line(loss_axes, validation, ORANGE, "validation, full model", marker="o")
         top = max([*smooth.values[:1], *validation.values[:1]], default=1)
         loss_axes.set(ylabel="cross entropy", ylim=(0, top * 1.05))
 
-        _line(accuracy_axes, curves.get("train/acc", Curve()), BLUE, "")
-        _line(accuracy_axes, curves.get("val/acc", Curve()), ORANGE, "", marker="o")
+        _line(accuracy_axes, curve("train/acc"), BLUE, "")
+        _line(accuracy_axes, curve("val/acc"), ORANGE, "", marker="o")
         accuracy_axes.axhline(tested, color=BLACK, linewidth=1.2, linestyle=(0, (4, 2)), label="test, full model")
         accuracy_axes.set(ylabel="accuracy", ylim=(None, 1.01))
         accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

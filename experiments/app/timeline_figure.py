@@ -32,20 +32,14 @@ def shares(timeline: Sequence[Spans]) -> list[float]:
     """For each worker, the share of its own step in which it did not wait, 0 to 1."""
     found = []
     for spans in timeline:
-        waited = sum(to - since for name, since, to in spans if kind(name) == WAIT)
+        waits = [to - since for name, since, to in spans if kind(name) == WAIT]
         begin, end = _ends([spans])
-        found.append(1 - waited / (end - begin))
+        found.append(1 - sum(waits) / (end - begin))
     return found
 
 
 def draw_timeline(path: Path, timeline: Sequence[Spans], title: str = "One step") -> Path:
-    """A row for each worker, from the first begin to the last end.
-
-    Args:
-        path: the picture.
-        timeline: for each worker, its spans in a step.
-        title: in bold.
-    """
+    """A row for each worker with its spans in a step, from the first begin to the last end."""
     begin, end = _ends(timeline)
     busy = ", ".join(f"worker {worker} computes {share:.0%}" for worker, share in enumerate(shares(timeline)))
     said = f"{1000 * (end - begin):.3g} ms; of its own step, {busy}"
@@ -73,5 +67,5 @@ def _draw(axes: Axes, worker: int, name: str, since: float, to: float, whole: fl
 
 
 def _ends(timeline: Sequence[Spans]) -> tuple[float, float]:
-    found = [moment for spans in timeline for _, since, to in spans for moment in (since, to)]
-    return min(found), max(found)
+    spans = [span for of_worker in timeline for span in of_worker]
+    return min(since for _, since, _ in spans), max(to for _, _, to in spans)

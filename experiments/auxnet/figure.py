@@ -83,15 +83,13 @@ def _timing(axes: Axes, rows: Rows) -> None:
 def _links(axes: Axes, rows: Rows) -> None:
     places = [gbit for gbit, _ in by_link(rows)]
     for (method, schedule), own in methods_of(rows):
-        found = [
-            (places.index(gbit), 1000 * median(row["step_seconds"] for row in these)) for gbit, these in by_link(own)
-        ]
+        found = {places.index(gbit): 1000 * median(values(these, "step_seconds")) for gbit, these in by_link(own)}
         words, colour = title(method, schedule), COLOURS[method]
-        if method == "serial":
-            axes.axhline(found[0][1], color=colour, linewidth=1.2, label=words)
+        if method == "serial":  # it sends nothing
+            axes.axhline(*found.values(), color=colour, linewidth=1.2, label=words)
         else:
             style = "--" if schedule == "1f1b" else "-"
-            axes.plot(*zip(*found, strict=True), style, color=colour, marker="o", label=words)
+            axes.plot(list(found), list(found.values()), style, color=colour, marker="o", label=words)
     axes.set_xticks(range(len(places)), [bandwidth(gbit) for gbit in places])
     axes.set(xlabel="link", ylabel="milliseconds per step", ylim=(0, None))
     axes.grid(True, axis="y")

@@ -46,10 +46,12 @@ METRICS = """step,train/loss,val/loss,val/acc,lr-SGD
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write(tmp_path, RUN, SUMMARY)
-    return tmp_path
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """The folder of a run with rounds, its results, and what was shown."""
+    folder = tmp_path_factory.mktemp("report")
+    write(folder, RUN, SUMMARY)
+    return folder, *reported(folder)
 
 
 def write(folder: Path, run: Any, summary: Any = None) -> None:
@@ -67,8 +69,8 @@ def reported(folder: Path) -> tuple[dict[str, Any], str]:
     return results, screen.getvalue()
 
 
-def test_the_numbers_of_a_run_with_rounds(folder: Path) -> None:
-    results, _ = reported(folder)
+def test_the_numbers_of_a_run_with_rounds(usual: tuple[Path, dict[str, Any], str]) -> None:
+    results = usual[1]
     assert results["test"]["accuracy"] == 0.975
     assert results["validation"]["best_accuracy"] == 0.75
     assert results["parameters"] == {"full": 1000, "held_by_one_worker": 900, "held_share": 0.9}
@@ -82,8 +84,8 @@ def test_the_numbers_of_a_run_with_rounds(folder: Path) -> None:
     assert (results["local_steps"], results["rounds"], results["epochs"]) == (25, 3, 5)
 
 
-def test_the_table_shows_them_with_units(folder: Path) -> None:
-    _, text = reported(folder)
+def test_the_table_shows_them_with_units(usual: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, text = usual
     shown = " ".join(text.replace("│", " ").split())
     for expected in (
         "ResIST, 2 workers, 25 local steps in 3 rounds of 10",
@@ -113,10 +115,9 @@ def colours(path: Path) -> set[tuple[int, ...]]:
 BLUE, ORANGE, SKY = (0, 114, 178), (230, 159, 0), (86, 180, 233)
 
 
-def test_the_pictures_are_drawn_in_the_colours_of_their_lines(folder: Path) -> None:
-    reported(folder)
+def test_the_pictures_are_drawn_in_the_colours_of_their_lines(usual: tuple[Path, dict[str, Any], str]) -> None:
     for name in ("partition.png", "accuracy.png", "bytes.png"):
-        assert {BLUE, ORANGE} <= colours(folder / name), name
+        assert {BLUE, ORANGE} <= colours(usual[0] / name), name
 
 
 def test_a_partition_of_one_holder_has_one_colour(tmp_path: Path) -> None:
@@ -127,8 +128,8 @@ def test_a_partition_of_one_holder_has_one_colour(tmp_path: Path) -> None:
     assert counts[BLUE] > 20 * counts[ORANGE] > 0  # orange in the legend only
 
 
-@pytest.mark.parametrize("workers", [3, 8])
-def test_more_workers_and_overlap_are_drawn_too(tmp_path: Path, workers: int) -> None:
+def test_more_workers_and_overlap_are_drawn_too(tmp_path: Path) -> None:
+    workers = 8
     held = [[index % 3, (index + 1) % 3] for index in range(workers)]
     sent = {kind: [100] * workers for kind in SUMMARY["sent_bytes"]}  # type: ignore[attr-defined]
     write(
@@ -248,8 +249,8 @@ def test_another_folder_is_refused_in_one_line(
     assert "has no run.json" in refusal(main, tmp_path, capsys)
 
 
-def test_curves_skip_what_was_not_logged_in_a_step(folder: Path) -> None:
-    curves = read_curves(folder)
+def test_curves_skip_what_was_not_logged_in_a_step(usual: tuple[Path, dict[str, Any], str]) -> None:
+    curves = read_curves(usual[0])
     assert curves["train/loss"] == Curve([4, 9, 14, 24], [2.0, 1.0, 0.5, 0.25])
     assert curves["val/acc"] == Curve([9, 24], [0.5, 0.75])
 
