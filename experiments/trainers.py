@@ -137,12 +137,13 @@ class DataParallel:
         set_rate(self.optimizer, lr)
         self.module.train()
         self.optimizer.zero_grad()
-        for number in reversed(range(self.workers)):  # worker 0 last: its statistics stay
-            before = [buffer.clone() for buffer in self.module.buffers()] if number else []
+        for number in reversed(range(self.workers)):
+            before = [buffer.clone() for buffer in self.module.buffers()]
             x, y = batches[number]
             (nn.functional.cross_entropy(self.module(x), y) / self.workers).backward()
-            for buffer, value in zip(self.module.buffers(), before, strict=False):
-                buffer.copy_(value)
+            if number:  # worker 0 comes last, and its statistics stay
+                for buffer, value in zip(self.module.buffers(), before, strict=True):
+                    buffer.copy_(value)
         self.optimizer.step()
 
     def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
@@ -170,14 +171,15 @@ class Simulated:
 
     def policies(self, test: Batches) -> dict[str, float]:
         """Test accuracy of the same training by batch-norm policy and test-time scale."""
-        simulator = self.simulator
-        scales = {"held share": simulator.scale, "1/S": 1 / len(simulator.workers), "none": 1.0}
-        found = {
-            (norm, scale): accuracy(self.full_model(norm, scale=scale), test)
-            for norm in NORMS
-            for scale in set(scales.values())
-        }
-        return {f"{norm}, {label}": found[norm, scale] for norm in NORMS for label, scale in scales.items()}
+        scales = {"held share": self.simulator.scale, "1/S": 1 / len(self.simulator.workers), "none": 1.0}
+        found: dict[str, float] = {}
+        for norm in NORMS:
+            known: dict[float, float] = {}  # some scales are often equal
+            for label, scale in scales.items():
+                if scale not in known:
+                    known[scale] = accuracy(self.full_model(norm, scale=scale), test)
+                found[f"{norm}, {label}"] = known[scale]
+        return found
 
 
 Trainer = DataParallel | Simulated
@@ -207,7 +209,9 @@ def steps_of(samples: int, batch: int, workers: int) -> int:
 
 def rate(lr: float, step: int, steps: int) -> float:
     """A tenth from half of the steps on, a hundredth from three quarters on, as in the paper."""
-    return lr * (1 if step < steps / 2 else 0.1 if step < steps * 3 / 4 else 0.01)
+    if step < steps / 2:
+        return lr
+    return lr * (0.1 if step < steps * 3 / 4 else 0.01)
 
 
 def stops(steps: int, evaluations: int) -> frozenset[int]:

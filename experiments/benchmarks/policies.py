@@ -13,7 +13,7 @@ import torch
 from experiments.data.folder import ImageFolder
 from experiments.data.module import ImageData
 from experiments.data.sets import Digits
-from experiments.trainers import Batches, Prepared, Simulated, make_optimizer
+from experiments.trainers import Batches, Prepared, Simulated, make_optimizer, rate
 from resist_lightning import Config, Simulator
 from resist_lightning.models import PreActResNet
 
@@ -23,10 +23,9 @@ WORKERS, LOCAL_STEPS, BATCH, LR = 2, 20, 32, 0.05
 def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per policy and scale, with the accuracy of every seed."""
     loading = {"batch_size": BATCH, "limit": settings["limit"], "holdout": 0.02}
-    digits = settings["folder"] == "digits"
-    data: ImageData = (
-        Digits(**loading) if digits else ImageFolder(settings["folder"], cache_dir=settings["cache_dir"], **loading)
-    )
+    data: ImageData = Digits(**loading)
+    if settings["folder"] != "digits":
+        data = ImageFolder(settings["folder"], cache_dir=settings["cache_dir"], **loading)
     torch.set_num_threads(1)
     test, rows = Prepared.of(data).test, []
     for momentum in ("reset", "keep", "travel"):
@@ -48,9 +47,8 @@ def _train(data: ImageData, momentum: Any, seed: int, epochs: int) -> Simulated:
     config = Config(local_steps=LOCAL_STEPS, seed=seed, momentum=momentum)
     trainer = Simulated(Simulator(net, lambda copied: make_optimizer(copied, LR), config, WORKERS))
     for epoch in range(epochs):
-        rate = LR * (1 if epoch < epochs * 0.5 else 0.1 if epoch < epochs * 0.75 else 0.01)
         for batches in _batches(data, epoch, seed):
-            trainer.step(batches, rate)
+            trainer.step(batches, rate(LR, epoch, epochs))
     return trainer
 
 
@@ -58,6 +56,6 @@ def _batches(data: ImageData, epoch: int, seed: int) -> Iterator[Batches]:
     """A batch for each worker, from its shard of the epoch's order."""
     images = data.parts["train"]
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed * 10_000 + epoch))
-    for step in range(len(order) // (BATCH * WORKERS)):
-        parts = order[step * BATCH * WORKERS : (step + 1) * BATCH * WORKERS].view(WORKERS, BATCH)
-        yield [data.training_transform(images.take(part)) for part in parts]
+    for together in order.split(BATCH * WORKERS):
+        if len(together) == BATCH * WORKERS:  # the rest fills no step of all workers
+            yield [data.training_transform(images.take(part)) for part in together.split(BATCH)]

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -168,17 +169,23 @@ def snapshots(settings: dict[str, Any], files: Path) -> dict[str, Any]:
                             snapshot_every_n_rounds=every)  # fmt: skip
         starts = fit(strategy, settings, rounds * local_steps + 1).starts[1:]
         workers = gathered(strategy.written)
+        seconds: list[float] = []
+        for rows in workers:
+            seconds += [row["seconds"] for row in rows]
         found[str(every)] = {
             "bytes_by_worker": [rows[-1]["bytes"] for rows in workers],
-            "median_write_seconds": median(row["seconds"] for rows in workers for row in rows),
+            "median_write_seconds": median(seconds),
             "snapshots": len(strategy.written),
         }
-        if every == 1:  # a batch that begins a round syncs; the first one of all warms up
-            steps = [starts[i + 1] - starts[i] for i in range(1, len(starts) - 1) if i % local_steps]
-            found["median_step_seconds"] = mean(gathered(median(steps)))
+        if every == 1:
+            # A batch that begins a round syncs, and the first one of all warms up: neither is a plain step.
+            steps = [after - before for before, after in pairwise(starts)]
+            plain = [step for number, step in enumerate(steps) if number % local_steps]
+            found["median_step_seconds"] = mean(gathered(median(plain)))
     for every in settings["every"]:
-        row, step = found[str(every)], found["median_step_seconds"]
-        row["share_of_training"] = row["median_write_seconds"] / (every * PAPER_STEPS * step)
+        row = found[str(every)]
+        rounds_between = every * PAPER_STEPS * found["median_step_seconds"]
+        row["share_of_training"] = row["median_write_seconds"] / rounds_between
     return found
 
 
@@ -192,6 +199,7 @@ def checkpoints(settings: dict[str, Any], files: Path) -> dict[str, Any]:
         found[name] = {
             "bytes": saver.path.stat().st_size,
             "bytes_by_worker": [file.stat().st_size for file in own],
+            # All wait for the slowest.
             "median_seconds": median(map(max, zip(*gathered(saver.seconds), strict=True))),
         }
     return found
@@ -237,20 +245,27 @@ def added(settings: dict[str, Any]) -> dict[str, Any]:
     left_out = {"neither": ("watch", "notes"), "watch": ("notes",), "notes": ("watch",), "both": ()}
     seconds: dict[str, list[float]] = {name: [] for name in left_out}
     for turn in range(settings["turns"]):
-        for name, parts in list(left_out.items())[:: -1 if turn % 2 else 1]:
+        order = list(left_out.items())
+        if turn % 2:
+            order.reverse()  # so that a machine that becomes slower favours none
+        for name, parts in order:
             with without(*parts):
                 present = Present()
                 starts = fit(Measured(local_steps=10**6), TINY, settings["steps"], None, present).starts[1:]
             assert present.parts == {"watch", "notes"} - set(parts), (name, present.parts)
             first = len(starts) // 10  # those warm up
-            seconds[name].append(mean(gathered((starts[-1] - starts[first]) / (len(starts) - 1 - first))))
-    off = seconds["neither"]
+            steps = len(starts) - 1 - first
+            seconds[name].append(mean(gathered((starts[-1] - starts[first]) / steps)))
+    ratios, differences = {}, {}
+    for name, values in seconds.items():
+        # By turns: what slows the machine for a while slows both.
+        pairs = list(zip(values, seconds["neither"], strict=True))
+        ratios[name] = median(value / off for value, off in pairs)
+        differences[name] = median(value - off for value, off in pairs)
     return {
         "median_step_seconds": {name: median(values) for name, values in seconds.items()},
-        "median_ratio": {n: median(v / o for v, o in zip(values, off, strict=True)) for n, values in seconds.items()},
-        "median_added_seconds": {
-            n: median(v - o for v, o in zip(values, off, strict=True)) for n, values in seconds.items()
-        },
+        "median_ratio": ratios,
+        "median_added_seconds": differences,
         "seconds": seconds,
     }
 

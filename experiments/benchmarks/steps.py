@@ -52,9 +52,10 @@ def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     blocks = [sum(p.nbytes for p in block.module.parameters()) for block in engine.layout.blocks]
     engine.start()
     worst = {"held": 0, "bound": 0, "resident": 0}
-    for _ in range(settings["rounds"] * 2):
+    for _ in range(2 * settings["rounds"]):
         sgd_step(model, optimizer, torch.randn(2, 3, 32, 32), torch.zeros(2).long())
-        bound = 3 * (full - sum(blocks) + sum(blocks[block] for block in engine.partition.held[worker]))
+        own_blocks = sum(blocks[block] for block in engine.partition.held[worker])
+        bound = 3 * (full - sum(blocks) + own_blocks)  # parameters, gradients, momentum
         now = {"held": held_bytes(model, optimizer), "bound": bound, "resident": resident_bytes()}
         # Parameters that came in one message lie in its storage, and so do the running statistics.
         assert now["held"] <= bound + statistics, now
@@ -74,23 +75,27 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
         engines[check] = Engine(model, [optimizer], Config(local_steps=1, check=check))  # type: ignore[arg-type]
         engines[check].start()
 
-    def seconds_of(act: Callable[[], object]) -> float:
+    def seconds_of(act: Callable[..., object], *arguments: object) -> float:
         start = time.perf_counter()
-        act()
+        act(*arguments)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # a kernel is only queued when its call returns
         return time.perf_counter() - start
+
+    def hash_all(engine: Engine, equal: Any) -> None:
+        divergence = engine._handshake.divergence
+        divergence.note(equal, engine.clock.round)
+        divergence.numbers(Purpose.HOST)
 
     sync, hashes, search = defaultdict(list), defaultdict(list), []
     for _ in range(settings["turns"] + 2):  # the first two warm up
         for check, engine in engines.items():
-            watch, equal = engine._handshake.divergence, engine.sync.replicated_tensors(engine.clock.round)
-            dist.barrier()
+            equal = engine.sync.replicated_tensors(engine.clock.round)
+            dist.barrier()  # or one would wait for the other inside of what is timed
             sync[check].append(seconds_of(engine.after_step))
             if check != "off":
-                both = lambda: (watch.note(equal, engine.clock.round), watch.numbers(Purpose.HOST))  # noqa: B023, E731
-                hashes[check].append(seconds_of(both))
-            search.append(seconds_of(watch._first_not_finite))
+                hashes[check].append(seconds_of(hash_all, engine, equal))
+            search.append(seconds_of(engine._handshake.divergence._first_not_finite))
     return {
         "device": device.type,
         "median_sync_seconds": {check: median(found[2:]) for check, found in sync.items()},
@@ -110,6 +115,7 @@ def step_time(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
         seconds["resist"] += trained_seconds(strategy, net, loader)
         assert strategy.engine is not None
         held = strategy.engine.partition.held[worker]
+        # The same blocks in a network that never had the others: what the strategy costs is what is left.
         alone: Any = preact_resnet(settings["depth"], width_multiplier=0.25)
         section = alone.section3
         alone.section3 = nn.Sequential(section[0], *(section[1 + index] for index in held))

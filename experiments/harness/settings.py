@@ -132,4 +132,7 @@ def unknown_key(full_key: str, section: Mapping[str, Any], known: Iterable[str],
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """As it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -76,15 +76,16 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
     model.train()
     seen = []
     for number in range(FIRST[shares] + rounds):
-        began, stepping, blocks = time.perf_counter(), 0.0, len(engine.partition.held[worker])
+        blocks = len(engine.partition.held[worker])
+        began, stepping = time.perf_counter(), 0.0  # of the round with its sync, and of its local steps
         for _ in range(local_steps):
             started = time.perf_counter()
             sgd_step(model, optimizer, images, labels)
             stepping += time.perf_counter() - started
             engine.after_step()
         if number >= FIRST[shares]:
-            seconds = {"seconds": time.perf_counter() - began, "step_seconds": stepping / local_steps}
-            seen.append({**seconds, "blocks": blocks})
+            whole = time.perf_counter() - began
+            seen.append({"seconds": whole, "step_seconds": stepping / local_steps, "blocks": blocks})
     schedule = engine.layout.schedule
     engine.finish()
     costs = [{"shared": cost.shared, "block": cost.block} for cost in schedule.costs()]
@@ -104,10 +105,10 @@ def rows_of(settings: dict[str, Any], trainings: list[list[dict[str, Any]]]) -> 
     blocks = settings["sections"][2] - 1
     equal = blocks_per_worker(blocks, settings["workers"], settings["min_blocks"])
     rows = []
-    for turn, runs in enumerate(zip(*trainings, strict=True)):
+    for turn, runs in enumerate(zip(*trainings, strict=True)):  # each is one training, as every worker saw it
         rounds = list(zip(*(run["rounds"] for run in runs), strict=True))
         row = {
-            "turn": turn // 2,
+            "turn": turn // len(FIRST),
             "shares": runs[0]["shares"],
             "blocks": [worker["blocks"] for worker in rounds[-1]],
             "round_seconds": [max(worker["seconds"] for worker in round) for round in rounds],
@@ -115,9 +116,8 @@ def rows_of(settings: dict[str, Any], trainings: list[list[dict[str, Any]]]) -> 
             "table": runs[0]["table"],
         }
         costs = [Cost(**cost) for cost in runs[0]["costs"]]
-        if costs:
+        if costs:  # they are measured where shares follow speed
             before = slowest(costs, equal)
-            row["costs"] = runs[0]["costs"]
             row["predicted"] = before / slowest(costs, row["blocks"])
             row["bound"] = before / slowest(costs, [settings["min_blocks"]] * len(costs))
         rows.append(row)
