@@ -62,7 +62,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     strategy, data = build_strategy(cfg.strategy), build_data(cfg.data, check=False)
     with torch.device("meta"):
         module = build_module(cfg, data)
-    if strategy_name(cfg.strategy) == "auxnet" and "in_features" in _arguments(cfg.model._target_)[0]:
+    if strategy_name(cfg.strategy) == "auxnet" and _is_fully_connected(cfg):
         raise ConfigError(
             f"strategy=auxnet with {cfg.model._target_}: the auxiliary networks make images; take model=preact, or "
             "strategy=ist, which divides hidden neurons"
@@ -124,7 +124,7 @@ def build_data(section: DictConfig, *, check: bool = True) -> Any:
 def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
     """The network that fits the data, in a plain LightningModule."""
     wanted = [name for name in GIVEN if name in _arguments(cfg.model._target_)[0]]
-    for name in ["num_classes", *wanted]:
+    for name in ["num_classes", *wanted]:  # the accuracy needs the classes, whatever the network asks for
         if name == "in_channels" and not hasattr(data, name) and hasattr(data, "in_features"):
             raise ConfigError(
                 f"model._target_={cfg.model._target_}: is for images, and {type(data).__name__} gives rows of "
@@ -136,7 +136,8 @@ def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
             raise ConfigError(f"data: {error}") from error
         if missing:
             raise ConfigError(f"data._target_={cfg.data._target_}: has no {name}; give the data module this attribute")
-    net = make(cfg.model, "model", **{name: getattr(data, name) for name in wanted if name not in cfg.model})
+    given = {name: getattr(data, name) for name in wanted if name not in cfg.model}
+    net = make(cfg.model, "model", **given)
     return LitClassifier(net, data.num_classes, **cfg.optimizer)  # type: ignore[attr-defined]
 
 
@@ -157,11 +158,19 @@ def _check_layout(module: nn.Module, config: Any, cfg: DictConfig) -> None:
         make_layout(module, config, cfg.trainer.devices * cfg.trainer.num_nodes)
     except ValueError as error:
         name, model = strategy_name(cfg.strategy), cfg.model._target_.rpartition(".")[2]
-        flat = "in_features" in _arguments(cfg.model._target_)[0]
-        other = "; strategy=resist and auxnet divide residual networks, strategy=ist fully connected ones (model=mlp)"
+        way_out = ""
+        if _is_fully_connected(cfg) != (name == "ist"):
+            way_out = (
+                "; strategy=resist and auxnet divide residual networks, strategy=ist fully connected ones (model=mlp)"
+            )
         raise ConfigError(
-            f"strategy={name} with {model} and trainer.devices={cfg.trainer.devices}: {error}{other if flat != (name == 'ist') else ''}"
+            f"strategy={name} with {model} and trainer.devices={cfg.trainer.devices}: {error}{way_out}"
         ) from error
+
+
+def _is_fully_connected(cfg: DictConfig) -> bool:
+    """Whether the network asks for the entries of an example, and not for the channels of an image."""
+    return "in_features" in _arguments(cfg.model._target_)[0]
 
 
 def _check_workers(cfg: DictConfig) -> None:
@@ -238,12 +247,16 @@ def _arguments(target: str, prefix: str = "model") -> tuple[dict[str, Any], bool
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"{prefix}._target_={target}: cannot be imported ({error})") from error
     hints = _hints(made)
-    variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-    known = {name: hints.get(name, Any) for name in parameters if name not in variadic}
-    for name in variadic:
-        if name not in VARIADIC or not target.startswith(("experiments.", "resist_lightning.")):
+    ours = target.startswith(("experiments.", "resist_lightning."))
+    known: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            known[name] = hints.get(name, Any)
+        elif ours and name in VARIADIC:
+            of_those = _hints(VARIADIC[name])
+            known |= {key: hint for key, hint in of_those.items() if key not in ("return", "sections")}
+        else:
             return known, True
-        known |= {key: hint for key, hint in _hints(VARIADIC[name]).items() if key not in ("return", "sections")}
     return known, False
 
 
@@ -263,10 +276,18 @@ def _own(node: DictConfig, prefix: str) -> DictConfig:
         return node
     arguments, anything = _arguments(node._target_, prefix)
     raw: dict[str, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
-    foreign = {key for key in raw if key not in arguments and any(f.get(key, node) == raw[key] for f in files.values())}
-    kept = OmegaConf.create({key: value for key, value in raw.items() if anything or key not in foreign})
-    OmegaConf.resolve(kept) if node._get_parent() is None else kept._set_parent(node._get_parent())
-    return kept
+    kept = {}
+    for key, value in raw.items():
+        # What some file of the group says comes from there; what none says was given, and is refused if unknown.
+        default = any(key in section and section[key] == value for section in files.values())
+        if anything or key in arguments or not default:
+            kept[key] = value
+    made = OmegaConf.create(kept)
+    if node._get_parent() is None:
+        OmegaConf.resolve(made)
+    else:
+        made._set_parent(node._get_parent())  # for interpolations
+    return made
 
 
 @cache

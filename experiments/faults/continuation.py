@@ -52,7 +52,7 @@ def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
 
 def look(folder: Path, unbroken: Unbroken) -> Left:
     """Read every file that a training has left."""
-    readable: dict[int, str] = {}
+    readable: dict[int, str] = {}  # by local steps
     half_written, equal, belonging = [], True, set()
     found = {path for path in (folder / "checkpoints").rglob("*") if path.is_file()}
     for path in sorted(path for path in found if path.suffix == ".ckpt"):
@@ -67,8 +67,8 @@ def look(folder: Path, unbroken: Unbroken) -> Left:
         if path.stem in unbroken.checkpoints:
             equal = equal and same(content, unbroken.checkpoints[path.stem], PATHS)
     steps = max(readable, default=0)
-    temporary = len(found - belonging) + sum(path.is_file() for path in (folder / "tmp").rglob("*"))
-    return Left(readable.get(steps), half_written, temporary, equal, steps)
+    in_tmp = [path for path in (folder / "tmp").rglob("*") if path.is_file()]
+    return Left(readable.get(steps), half_written, len(found - belonging) + len(in_tmp), equal, steps)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -79,14 +79,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
 
 def goes_on(settings: Settings, folder: Path, left: Left, unbroken: Unbroken) -> str | None:
-    """Train on from the last checkpoint, in a new folder; what is wrong with it, or None.
-
-    Args:
-        settings: of the broken training.
-        folder: of the broken training.
-        left: what it left; there must be a last checkpoint.
-        unbroken: the same training, unbroken.
-    """
+    """Resume a broken training from its last checkpoint, in a new folder; what is wrong with it, or None."""
     assert left.last is not None
     resume = str(folder / "checkpoints" / f"{left.last}.ckpt")
     again = folder.with_name(folder.name + "-resumed")
@@ -111,18 +104,12 @@ PATHS = re.compile(r"ModelCheckpoint|callbacks|files$")
 
 
 def same(one: Any, other: Any, but: re.Pattern[str] | None = None) -> bool:
-    """Whether two contents are equal, tensors bit for bit.
-
-    Args:
-        one: tensors, numbers and strings in mappings and sequences.
-        other: the same.
-        but: keys to pass over.
-    """
+    """Whether two contents are equal, tensors bit for bit; keys that match ``but`` are passed over."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = [{key for key in mapping if but is None or not but.match(str(key))} for mapping in (one, other)]
-        return keys[0] == keys[1] and all(same(one[key], other[key], but) for key in keys[0])
+        wanted, there = ({key for key in mapping if but is None or not but.match(str(key))} for mapping in (one, other))
+        return wanted == there and all(same(one[key], other[key], but) for key in wanted)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(same(*pair, but) for pair in zip(one, other, strict=True))
     return type(one) is type(other) and bool(one == other)

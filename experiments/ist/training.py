@@ -46,7 +46,9 @@ def data_of(task: str, size: str) -> ArrayData[Any]:
     small = size == "smoke"
     if task == "digits":
         return Digits(limit=50 if small else None)
-    return SpeechShaped(train_size=400, test_size=100, features=32, classes=4) if small else SpeechShaped()
+    if small:
+        return SpeechShaped(train_size=400, test_size=100, features=32, classes=4)
+    return SpeechShaped()
 
 
 @lru_cache(maxsize=2)
@@ -154,7 +156,7 @@ def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
         return local_sgd_bytes(whole, case.workers, (steps - 1) // case.local_steps)
     layout = NeuronLayout(network, _config(case), case.workers)
     states = OptimizerStates([make_optimizer(network, case)])
-    rounds = (finish_at - 1) // case.local_steps
+    rounds = (finish_at - 1) // case.local_steps  # the last round is followed by no sync: the training is over
     sent = sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))
     if case.finish:  # everyone gets the full model, and averages it from then on
         cut = whole - sum(tensor.nbytes for tensor in layout.shared.values())

@@ -22,7 +22,7 @@ PARAMETER_SERVER = "parameter_server"
 def summarise(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row per bandwidth and method, and a computed one per bandwidth for the parameter server."""
     rows: list[Row] = []
-    for gbit in dict.fromkeys(run["bandwidth_gbit"] for run in runs):
+    for gbit in dict.fromkeys(run["bandwidth_gbit"] for run in runs):  # a link is compared with itself only
         here = [run for run in runs if run["bandwidth_gbit"] == gbit]
         made = [_row(settings, run) for run in here]
         made += _parameter_server(settings, gbit, here, made)
@@ -46,7 +46,8 @@ def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
     if run["method"] == "none":
         nothing = {"sync_seconds": 0.0, "parts": None, "ideal_sync_seconds": None, "bytes_per_sync": None}
         return row | nothing | {"local_steps": local_steps, "seconds_per_step": row["compute_seconds"]}
-    syncs = [worst_worker(found) for found in zip(*(worker["syncs"] for worker in workers), strict=True)]
+    by_sync = zip(*(worker["syncs"] for worker in workers), strict=True)
+    syncs = [worst_worker(found) for found in by_sync]
     sync = mean(moving(found) for found in syncs)
     whole = max(worker["window_seconds"] / len(worker["step_seconds"]) for worker in workers)
     return row | {
@@ -79,8 +80,10 @@ def _ideal(run: Mapping[str, Any]) -> float | None:
     """Seconds of a sync over a full-duplex link: of the worker that sends or receives the most."""
     if run["bandwidth_gbit"] is None:
         return None
-    syncs = zip(*(worker["closed_form"] for worker in run["workers"]), strict=True)
-    worst = [max(max(own["sent"], own["received"]) for own in sync) for sync in syncs]
+    worst = []
+    for sync in zip(*(worker["closed_form"] for worker in run["workers"]), strict=True):
+        # Both directions at once: the longer one counts.
+        worst.append(max(max(own["sent"], own["received"]) for own in sync))
     return mean(worst) * 8 / run["bandwidth_gbit"] / 1e9
 
 
@@ -122,16 +125,12 @@ def _parameter_server(
     subnet = [worker["subnet_bytes"] for run in runs if run["method"] == "none" for worker in run["workers"]]
     sync = 2 * sum(subnet) * 8 / gbit / 1e9
     return [
-        {
+        limit
+        | {
             "method": PARAMETER_SERVER,
-            "bandwidth_gbit": gbit,
             "measured": False,
-            "local_steps": settings["local_steps"],
-            "compute_seconds": limit["compute_seconds"],
             "sync_seconds": sync,
-            "parts": None,
             "seconds_per_step": limit["compute_seconds"] + sync / settings["local_steps"],
-            "ideal_sync_seconds": None,
             "bytes_per_sync": {"kernel": None, "counted": None, "closed_form": mean(subnet)},
             "peak_rss_bytes": None,
             "held_bytes": None,
@@ -141,16 +140,18 @@ def _parameter_server(
 
 def _compare(rows: Sequence[Row]) -> None:
     """Speed-ups, the share of the limit, and how near a sync is to what the link allows; in place."""
+    compared = {"speed_up_over_ddp": "ddp", "speed_up_over_local_sgd": "local_sgd", "share_of_limit": "none"}
     for row in rows:
-        for other in ("ddp", "local_sgd"):
-            base = _of(rows, other)
-            row[f"speed_up_over_{other}"] = base["seconds_per_step"] / row["seconds_per_step"] if base else None
-        limit = _of(rows, "none")
-        row["share_of_limit"] = limit["seconds_per_step"] / row["seconds_per_step"] if limit else None
+        for key, method in compared.items():
+            base = _of(rows, method)
+            row[key] = base["seconds_per_step"] / row["seconds_per_step"] if base else None
+        row["sync_over_ideal"] = row["step_over_ideal"] = None
         ideal = row["ideal_sync_seconds"]
-        row["sync_over_ideal"] = row["sync_seconds"] / ideal if ideal and row["method"] != "ddp" else None
-        allowed = row["compute_seconds"] + ideal / row["local_steps"] if ideal else None
-        row["step_over_ideal"] = row["seconds_per_step"] / allowed if allowed else None
+        if ideal:
+            allowed = row["compute_seconds"] + ideal / row["local_steps"]
+            row["step_over_ideal"] = row["seconds_per_step"] / allowed
+            if row["method"] != "ddp":  # what its backward pass hides is in no sync
+                row["sync_over_ideal"] = row["sync_seconds"] / ideal
 
 
 def _of(rows: Sequence[Row], method: str) -> Row | None:

@@ -141,7 +141,9 @@ def receives_first(content: Content) -> Grid:
 
 
 def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.4f}"
 
 
 def _number(value: float | None, unit: str = "", digits: int = 2) -> str:
@@ -149,7 +151,9 @@ def _number(value: float | None, unit: str = "", digits: int = 2) -> str:
 
 
 def _megabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e6:,.2f} MB" if value < 1e8 else f"{value / 1e6:,.0f} MB"
+    if value is None:
+        return "-"
+    return f"{value / 1e6:,.2f} MB" if value < 1e8 else f"{value / 1e6:,.0f} MB"
 
 
 STUDIES = {"links": (links_claim, links_summary, links_speed, links_bytes), "receives_first": (receives_first,)}
