@@ -23,8 +23,7 @@ from experiments.app.timeline_figure import draw_timeline
 from experiments.harness.cli import fail
 from experiments.harness.words import bytes_in_words, run_in_words, seconds_in_words
 
-Row = tuple[str, str, str]
-"""What, how much in this run, and what to compare it with."""
+Row = tuple[str, str, str]  # what, how much in this run, and what to compare it with
 KINDS = {
     "shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state", "boundary": "boundaries",
     "output": "outputs",

@@ -18,10 +18,9 @@ from resist_lightning import NeuronSimulator, Simulator
 from resist_lightning.methods.config import NormPolicy
 
 NORMS: tuple[NormPolicy, ...] = ("recalibrate", "running", "batch")
+# Samples are counted in steps of this many workers, so that all methods see exactly the same number.
 LARGEST_WORKERS = 8
-"""Samples are counted in steps of this many workers, so that all methods see exactly the same number."""
-EVALUATED = 256
-"""Examples of an evaluation step; matters to statistics of each batch."""
+EVALUATED = 256  # examples of an evaluation step; matters to statistics of each batch
 Batches = list[tuple[Tensor, Tensor]]
 
 

@@ -15,12 +15,11 @@ from resist_lightning import Config
 from resist_lightning.models import PreActResNet
 
 WIRES = ("fp32", "bf16", "int8", "int6", "int4")
-SHORT_ROUND = 10
-"""Local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number."""
+SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
+# `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
     "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": None, "none": [],
 }  # fmt: skip
-"""`Config.blocks` by name."""
 
 
 @dataclass(frozen=True)

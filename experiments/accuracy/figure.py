@@ -11,10 +11,10 @@ from experiments.accuracy.tables import SETS, TITLES
 from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, draw_spread, drawn, label_ends
 from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, seeds, values
 
+# What a picture is over: in its title, and at its axis.
 WORDS = {
     "workers": ("number of workers", "workers S"), "local_steps": ("local steps per round, S = 2", "local steps per round"),
 }  # fmt: skip
-"""What a picture is over: in its title, and at its axis."""
 COLOURS = {"resist": BLUE, "local_sgd": ORANGE, "ddp": GREEN, "single": GREY}
 
 

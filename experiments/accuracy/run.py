@@ -29,13 +29,12 @@ from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.trainers import LARGEST_WORKERS
 
-NAMES = ["main", "check", *list(STUDIES)[1:]]
-"""The dear one that only chooses a learning rate comes last."""
+NAMES = ["main", "check", *list(STUDIES)[1:]]  # the dear one that only chooses a learning rate comes last
+# What a result depends on, besides the case.
 RECORDED = (
     "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "width", "deep",
     "lr", "local_steps", "min_blocks", "check_samples",
 )  # fmt: skip
-"""What a result depends on, besides the case."""
 
 
 @dataclass(kw_only=True)

@@ -30,10 +30,9 @@ from resist_lightning.engine.registry import make_layout
 from resist_lightning.models import PreActResNet
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+# Whose arguments a ``**loading`` or ``**options`` of ours stands for.
 VARIADIC: dict[str, Any] = {"loading": Loading, "options": PreActResNet}
-"""Whose arguments a ``**loading`` or ``**options`` of ours stands for."""
-GIVEN = ("num_classes", "in_channels", "in_features")
-"""What a network is told of the data, if it asks for it."""
+GIVEN = ("num_classes", "in_channels", "in_features")  # what a network is told of the data, if it asks for it
 
 
 def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:

@@ -12,8 +12,7 @@ from experiments.harness.figures import BLUE, GREY, ORANGE, drawn, label_ends
 from experiments.harness.words import bytes_in_words, strategy_in_words
 from resist_lightning.comm.bytes import TRAINING_KINDS
 
-WITHOUT_AVERAGES = ("local_sgd", "auxnet")
-"""Beside these, local SGD with the same rounds is itself, or means nothing."""
+WITHOUT_AVERAGES = ("local_sgd", "auxnet")  # beside these, local SGD with the same rounds is itself, or means nothing
 
 
 def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:

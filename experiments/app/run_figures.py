@@ -19,8 +19,7 @@ from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
 from experiments.harness.words import run_in_words
 
 WORKER_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, BLACK)
-Rounds = Sequence[Sequence[Sequence[int]]]
-"""For each round and worker, the blocks it held."""
+Rounds = Sequence[Sequence[Sequence[int]]]  # for each round and worker, the blocks it held
 
 SHOWN_ROUNDS = 60
 

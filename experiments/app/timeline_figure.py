@@ -10,8 +10,7 @@ from matplotlib.patches import Patch
 
 from experiments.harness.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, SKY, YELLOW, drawn
 
-Spans = Sequence[tuple[str, float, float]]
-"""Name, begin and end in seconds, of all workers on the same clock."""
+Spans = Sequence[tuple[str, float, float]]  # name, begin and end in seconds, of all workers on the same clock
 
 WAIT = "wait"
 COLOURS: Mapping[str, str] = {
@@ -19,8 +18,7 @@ COLOURS: Mapping[str, str] = {
     "aux backward": ORANGE, WAIT: LIGHT,
 }  # fmt: skip
 WORDS = {"data": "batch", "aux forward": "guess", "aux backward": "learning to guess", WAIT: "waiting"}
-LABELLED = 0.04
-"""Least share of the picture's width that a name needs."""
+LABELLED = 0.04  # least share of the picture's width that a name needs
 
 
 def kind(name: str) -> str:

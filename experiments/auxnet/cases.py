@@ -11,19 +11,15 @@ from experiments.links.rig import gbit_of
 from resist_lightning.methods.auxnet.config import StageConfig
 
 AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
+# The penalty method in a warm-up that does not end: stages on workers that wait for each other, as back-propagation
+# must.
 SERIAL_STAGES = "serial-stages"
-"""The penalty method in a warm-up that does not end: stages on workers that wait for each other, as back-propagation
-must."""
-HYBRID = "hybrid"
-"""The penalty method with a step of back-propagation now and then."""
+HYBRID = "hybrid"  # the penalty method with a step of back-propagation now and then
 HYBRID_EVERY = 4
-WITH_THREE = ("penalty", "al-net", HYBRID)
-"""Methods that are trained on three workers too."""
-SWEEP_SEED = 1000
-"""Settings are judged on the hold-out, with a seed that no other table uses."""
+WITH_THREE = ("penalty", "al-net", HYBRID)  # methods that are trained on three workers too
+SWEEP_SEED = 1000  # settings are judged on the hold-out, with a seed that no other table uses
 SWEEP_WORKERS = 2
-STEP_WORKERS = 3
-"""Of the step of the guesses, which from three stages on is a question."""
+STEP_WORKERS = 3  # of the step of the guesses, which from three stages on is a question
 
 
 TITLES = {
@@ -102,12 +98,12 @@ TASKS = {
         "shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}, epochs=5, limit=500
     ),
 }  # fmt: skip
+# Networks whose steps are timed, and that are not trained to the end.
 TIMED = {
     "resnet_38": _timed(16, 6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
     "resnet_110": _timed(32, 18, 16, 32, {2: ("section2.1",), 3: ("section1.12", "section2.9")}),
     "wrn_16_4": _timed(16, 2, 64, 64, {2: ("section2.0",), 3: ("section1.1", "section2.1")}),
 }
-"""Networks whose steps are timed, and that are not trained to the end."""
 ALL = {**TASKS, **TIMED}
 
 

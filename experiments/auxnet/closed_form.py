@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ITEM = 4
-"""Bytes of a float32."""
+ITEM = 4  # bytes of a float32
 
 
 def sent_bytes(method: str, batch: int, elements: Sequence[int], classes: int) -> list[int]:

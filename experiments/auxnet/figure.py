@@ -18,8 +18,7 @@ COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION,
     "pipeline": GREEN, "serial-stages": BLACK,
 }  # fmt: skip
-BESIDE = 0.1
-"""Distance of the methods from each other, in workers."""
+BESIDE = 0.1  # distance of the methods from each other, in workers
 
 
 def draw_all(folder: Path) -> list[Path]:

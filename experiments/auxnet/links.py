@@ -25,11 +25,10 @@ from experiments.harness.workers import PATIENCE
 from experiments.links.rig import network
 
 WORKERS = 2
+# Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
+# sends half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms.
 LEAST_BURST_BYTES = 32 * 1024
-"""Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
-sends half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms."""
-TIMEOUT_SECONDS = 300
-"""For one training over one link."""
+TIMEOUT_SECONDS = 300  # for one training over one link
 
 
 @contextmanager
@@ -60,8 +59,8 @@ class Window:
 
     def __init__(self, place: Place, opens_at: int, closes_at: int) -> None:
         self.place, self.opens_at, self.closes_at = place, opens_at, closes_at
+        # Bytes that the kernel counted; None where its counters are not this worker's.
         self.sent_by_step: float | None = None
-        """Bytes that the kernel counted; None where its counters are not this worker's."""
         self._before: tuple[int, int] | None = None
 
     def __call__(self, steps: int) -> None:

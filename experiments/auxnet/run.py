@@ -36,10 +36,10 @@ from experiments.harness.tables import Row, show_and_write
 from experiments.links.rig import UNSHAPED, check_bandwidths
 
 METHODS = ("serial", "penalty", "al-net", "hybrid", "penalty-store", "al-store", "pipeline")
+# What the results of a study depend on, besides their cases.
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",), "links": ("link_steps",),
 }  # fmt: skip
-"""What the results of a study depend on, besides their cases."""
 
 
 @dataclass(kw_only=True)

@@ -26,11 +26,10 @@ from experiments.trainers import stops as stops_of
 from resist_lightning import NotFinite
 
 CLASSES = 10
+# What every worker tells of itself, and what worker 0 tells of all.
 EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "kernel_sent_by_step")
 OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "timeline")
-"""What every worker tells of itself, and what worker 0 tells of all."""
-ROUND = 50
-"""Steps between two looks of AuxNet's workers at each other, at most."""
+ROUND = 50  # steps between two looks of AuxNet's workers at each other, at most
 
 
 @lru_cache(maxsize=2)
@@ -93,8 +92,7 @@ class Job:
     uncounted: int
 
 
-Launch: TypeAlias = Callable[[Job], list[dict[str, Any]]]
-"""Has all workers of a job do `work`; what each of them told."""
+Launch: TypeAlias = Callable[[Job], list[dict[str, Any]]]  # has all workers of a job do `work`; what each of them told
 
 
 def alone_here(job: Job) -> list[dict[str, Any]]:

@@ -49,8 +49,7 @@ from resist_lightning.strategies.saving.data_position import Position
 
 PAPER_STEPS = 50
 TINY = {"sections": (1, 1, 3, 1), "width": 1 / 64, "batch": 1, "image": 16}
-SAVED_AT = 2
-"""Local steps of the first round after which checkpoints are written: in the middle of the round."""
+SAVED_AT = 2  # local steps of the first round after which checkpoints are written: in the middle of the round
 
 
 @dataclass(kw_only=True)

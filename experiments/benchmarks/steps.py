@@ -23,8 +23,7 @@ from resist_lightning import Config, Engine, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.checks.header import Purpose
 from resist_lightning.models import PreActResNet, preact_resnet
 
-NEVER = 10**6
-"""Local steps of a round that does not end."""
+NEVER = 10**6  # local steps of a round that does not end
 
 
 class Clock(L.Callback):

@@ -25,8 +25,7 @@ WORDS = (
 )  # fmt: skip
 SAMPLE_BYTES = 2
 CLIPS_AT_ONCE = 256
-MOST = 2**27 - 1
-"""The README of the data set takes a hash modulo 2**27."""
+MOST = 2**27 - 1  # the README of the data set takes a hash modulo 2**27
 
 
 class Archive(NamedTuple):
@@ -36,11 +35,11 @@ class Archive(NamedTuple):
     md5: str
 
 
+# Address and sum as torchaudio 0.9 published them.
 VERSION_2 = Archive(
     "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
     "6b74f3901214cb2c2934e98196829835",
 )
-"""Address and sum as torchaudio 0.9 published them."""
 
 
 def is_there(folder: Path) -> bool:

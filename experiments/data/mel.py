@@ -26,8 +26,8 @@ FEATURES = BANDS * FRAMES
 DYNAMIC_RANGE = 80.0
 LEAST_POWER = 1e-10
 
+# Hz. Slaney's scale is linear to here, 3 mel for 200 Hz, and logarithmic above, 27 mel for a factor of 6.4.
 LINEAR_UP_TO = 1000.0
-"""Hz. Slaney's scale is linear to here, 3 mel for 200 Hz, and logarithmic above, 27 mel for a factor of 6.4."""
 
 
 def decibels(clips: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from experiments.data.augment import BatchTransform
 
 Transform = Callable[[Examples], tuple[Tensor, Tensor]]
 
-HOLDOUT_SEED = 1
-"""The hold-out of the authors' code: 10 %, seed 1 (spec, section 4)."""
+HOLDOUT_SEED = 1  # the hold-out of the authors' code: 10 %, seed 1 (spec, section 4)
 
 
 @dataclass(frozen=True, kw_only=True)

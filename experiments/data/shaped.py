@@ -13,10 +13,8 @@ from experiments.data.module import FeatureData, check_least
 LATENT = 12
 HIDDEN = 32
 PROTOTYPES_PER_CLASS = 8
-SPREAD = 0.25
-"""Deviation of an example from its prototype, in each latent direction, in which prototypes deviate by 1."""
-NOISE = 0.5
-"""Deviation of the noise of a feature; without noise a feature deviates by about 0.7."""
+SPREAD = 0.25  # deviation of an example from its prototype, in each latent direction, in which prototypes deviate by 1
+NOISE = 0.5  # deviation of the noise of a feature; without noise a feature deviates by about 0.7
 
 
 class World(NamedTuple):

@@ -16,8 +16,7 @@ from experiments.data.clips import WORDS, download, features_of, is_there, list_
 from experiments.data.module import FeatureData
 
 TEST_PERCENT = 20.0
-FORMAT = 1
-"""To be raised when the same files give other features, so that old caches are not taken."""
+FORMAT = 1  # to be raised when the same files give other features, so that old caches are not taken
 
 
 class SpeechCommands(FeatureData):

@@ -13,16 +13,17 @@ from experiments.faults.training import BLOCKS, LOCAL_STEPS, MIN_BLOCKS, ROUNDS,
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.schedule.transfers import plan_sync
 
+# (round, local steps taken in it) of all checkpoints.
 SAVED = [
     ((steps - 1) // LOCAL_STEPS, (steps - 1) % LOCAL_STEPS + 1)
     for steps in range(SAVE_EVERY, ROUNDS * LOCAL_STEPS + 1, SAVE_EVERY)
 ]
-"""(round, local steps taken in it) of all checkpoints."""
 SYNC = ("handshake", "averaging", "hand_over")
 WORKERS = (2, 3, 4)
 FACES = ("resist", "resist", "local_sgd")
+# One in twenty is started by each of Lightning's and torch's launchers: they take ten seconds to start, which is long
+# for a soak.
 LAUNCHERS = ("forked",) * 18 + ("popen", "torchrun")
-"""One in twenty is started by each of Lightning's and torch's launchers: they take ten seconds to start, which is long for a soak."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Case:
     launcher: str = "forked"
 
 
+# Chosen to have every place, and every kind that ends a worker in its own way. For CI.
 SAMPLE = (
     Case(Fault("interrupt", 1, "averaging", round=1)),
     Case(Fault("kill", 1, "hand_over", round=1)),
@@ -49,7 +51,6 @@ SAMPLE = (
     Case(Fault("run_out_of_memory", 0, "local steps", round=0, step=1)),
     Case(Fault("fill_disk", 0, "saving", round=2)),
 )
-"""Chosen to have every place, and every kind that ends a worker in its own way. For CI."""
 
 
 def draw(number: int, seed: int) -> list[Case]:

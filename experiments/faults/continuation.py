@@ -99,8 +99,8 @@ def finals_of(folder: Path, workers: int) -> list[Any]:
     return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
 
 
+# Keys under which a checkpoint names the folder it is in, and the files beside it.
 PATHS = re.compile(r"ModelCheckpoint|callbacks|files$")
-"""Keys under which a checkpoint names the folder it is in, and the files beside it."""
 
 
 def same(one: Any, other: Any, but: re.Pattern[str] | None = None) -> bool:

@@ -23,12 +23,9 @@ from experiments.harness.links.namespaces import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
-START_SECONDS = 120.0
-"""For starting, and for training until the fault strikes."""
-LAUNCHER_SECONDS = 35.0
-"""torchrun gives a worker that does not answer to SIGTERM 30 s before it kills it."""
-AFTERWARDS_SECONDS = 3.0
-"""For processes that end by themselves when their launcher has ended."""
+START_SECONDS = 120.0  # for starting, and for training until the fault strikes
+LAUNCHER_SECONDS = 35.0  # torchrun gives a worker that does not answer to SIGTERM 30 s before it kills it
+AFTERWARDS_SECONDS = 3.0  # for processes that end by themselves when their launcher has ended
 POLL_SECONDS = 0.01
 
 

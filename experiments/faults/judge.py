@@ -12,6 +12,7 @@ from experiments.faults.continuation import Left, lost_steps
 from experiments.faults.crew import Ended
 from experiments.faults.training import SAVE_EVERY, on_save_error
 
+# How the struck worker ends, and what it raises: its own error must not be hidden by another one.
 OWN_END = {
     "kill": ("SIGKILL", ""),
     "segfault": ("SIGSEGV", ""),
@@ -22,15 +23,13 @@ OWN_END = {
     "terminate": ("exit code 143", "SIGTERMException"),
     "interrupt": ("exit code 1", "SystemExit"),
 }
-"""How the struck worker ends, and what it raises: its own error must not be hidden by another one."""
+# What all workers raise, having agreed to end before the same batch, or that a checkpoint could not be written.
 TOGETHER = {"fill_disk": "CheckpointNotWritten", "terminate": "SIGTERMException", "interrupt": "SystemExit"}
-"""What all workers raise, having agreed to end before the same batch, or that a checkpoint could not be written."""
+# What it was last heard to do; who is gone in a moment cannot have told of that moment.
 DOING = r"last doing: (starting\.|(starting|local steps|handshake|averaging|hand-over|evaluation|saving|finishing), round \d+, local step \d+)"
-"""What it was last heard to do; who is gone in a moment cannot have told of that moment."""
+# Faults that, struck in the middle of a file, may come out as the failure of the write that they break off.
 IN_A_FILE = ("raise_error", "run_out_of_memory")
-"""Faults that, struck in the middle of a file, may come out as the failure of the write that they break off."""
-HANG, WRONG = "hang", "wrong continuation"
-"""How the findings begin that no run may have."""
+HANG, WRONG = "hang", "wrong continuation"  # how the findings begin that no run may have
 
 
 def findings(case: Case, ended: Ended, left: Left, resumed: str | None) -> list[str]:

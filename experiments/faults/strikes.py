@@ -17,11 +17,10 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 Disarm = Callable[[], None]
 
+# The places in the middle of a message, and the function that sends it.
 SENDING = {"averaging": "all_reduce", "hand_over": "batch_isend_irecv"}
-"""The places in the middle of a message, and the function that sends it."""
 
-HALF_A_FILE_BYTES = 16_384
-"""Below the size of any checkpoint that is written here."""
+HALF_A_FILE_BYTES = 16_384  # below the size of any checkpoint that is written here
 
 
 class Injected(RuntimeError):

@@ -63,8 +63,7 @@ def line(row: Mapping[str, Any]) -> str:
     return "".join([head, *(f"\n    {finding}" for finding in row["findings"])])
 
 
-OF_EACH = ("seed", "number", "minutes", "output")
-"""Settings in which the records may differ."""
+OF_EACH = ("seed", "number", "minutes", "output")  # settings in which the records may differ
 
 
 def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:

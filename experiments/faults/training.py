@@ -44,15 +44,14 @@ from resist_lightning.strategies.base import SubnetStrategy
 
 CLASSES = 4
 SECTIONS = (1, 1, 5, 1)
-BLOCKS = 4
-"""Of the third section, all but the first are partitioned."""
+BLOCKS = 4  # of the third section, all but the first are partitioned
 BATCH = 4
 LOCAL_STEPS = 3
 ROUNDS = 4
 EPOCHS = 3
 EPOCH_STEPS = ROUNDS * LOCAL_STEPS // EPOCHS
+# Local steps from one checkpoint to the next, and from one evaluation to the next. Rounds end elsewhere, epochs too.
 SAVE_EVERY = 2
-"""Local steps from one checkpoint to the next, and from one evaluation to the next. Rounds end elsewhere, epochs too."""
 MIN_BLOCKS = 1
 
 

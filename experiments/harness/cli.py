@@ -15,8 +15,7 @@ from yaml import YAMLError
 
 from experiments.harness.settings import ConfigError, Failure, check_keys, option
 
-BAD_CONFIG, INTERRUPTED = 2, 130
-"""Exit codes."""
+BAD_CONFIG, INTERRUPTED = 2, 130  # exit codes
 
 
 @dataclass(kw_only=True)

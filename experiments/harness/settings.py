@@ -34,8 +34,7 @@ class Limit:
     bounds: Mapping[str, float]
     choices: tuple[Any, ...] = ()
     hint: str = ""
-    empty: bool = False
-    """Whether a list may have no entries."""
+    empty: bool = False  # whether a list may have no entries
 
     def allows(self, value: Any) -> bool:
         if self.choices and value not in self.choices:

@@ -30,8 +30,7 @@ FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.p
 PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", *(folder / "README.md" for folder in FOLDERS))
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NOT_YET = "Not measured yet.\n"
-WIDE = 190
-"""Characters in a line of a file or pipe, which has no width of its own."""
+WIDE = 190  # characters in a line of a file or pipe, which has no width of its own
 
 Content = dict[str, Any]
 Row = dict[str, Any]
@@ -64,8 +63,7 @@ class Grid:
 
 
 Make = Callable[[Content], "Grid | str"]
-Studies = Mapping[str, Sequence[Make]]
-"""For each result file, what is made of it: tables, and lines of text."""
+Studies = Mapping[str, Sequence[Make]]  # for each result file, what is made of it: tables, and lines of text
 
 
 def read(folder: Path, name: str) -> Content | None:

@@ -8,14 +8,11 @@ from typing import Any
 
 from experiments.harness.study import Case as AnyCase
 
-LOCAL_STEPS = 20
-"""The authors' code; its curves show 20, 40 and 60."""
+LOCAL_STEPS = 20  # the authors' code; its curves show 20, 40 and 60
 LENGTHS = (5, 10, 20, 40, 80)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
-ABLATED = 4
-"""Workers of the ablations."""
-RATES_SEED = 1000
-"""Learning rates are judged on the hold-out, with a seed that no other table uses."""
+ABLATED = 4  # workers of the ablations
+RATES_SEED = 1000  # learning rates are judged on the hold-out, with a seed that no other table uses
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from experiments.trainers import sgd_step
 from resist_lightning import Engine, NeuronConfig
 from resist_lightning.methods.ist.layout import NeuronLayout
 
-DEPTH, CLASSES, BATCH = 4, 35, 16
-"""Three hidden layers, so that two matrices have hidden neurons on both sides."""
+DEPTH, CLASSES, BATCH = 4, 35, 16  # three hidden layers, so that two matrices have hidden neurons on both sides
 ROUNDS, LOCAL_STEPS = 2, 2
 
 

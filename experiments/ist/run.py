@@ -34,8 +34,7 @@ from experiments.ist.memory import Group, measure_group
 from experiments.ist.shapes import Shape, measure_shape
 from experiments.ist.training import measure
 
-STUDIES = ("memory", "shapes", "accuracy")
-"""In this order: memory forks, so that it must be first."""
+STUDIES = ("memory", "shapes", "accuracy")  # in this order: memory forks, so that it must be first
 
 
 @dataclass(kw_only=True)

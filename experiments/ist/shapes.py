@@ -22,8 +22,7 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 CLASSES, BATCH = 35, 128
 WORKERS = (2, 4, 8)
 GBITS = (0.1, 1.0, 10.0)
-DEPTHS = {4096: 2, 8192: 3}
-"""The paper's: hidden width to linear layers. Other widths, of samples, get three."""
+DEPTHS = {4096: 2, 8192: 3}  # the paper's: hidden width to linear layers. Other widths, of samples, get three.
 
 
 @dataclass(frozen=True)

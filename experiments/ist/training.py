@@ -37,8 +37,7 @@ from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 EVALUATIONS = 8
-FINISH = 0.1
-"""Share of the steps that a finish takes."""
+FINISH = 0.1  # share of the steps that a finish takes
 
 
 def data_of(task: str, size: str) -> ArrayData[Any]:

@@ -33,8 +33,7 @@ WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
 METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ist|ddp|none")
 METHODS_IN_WORDS = f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
 LEAST_GBIT, MOST_GBIT = 0.001, 100
-NEVER = 10**9
-"""Local steps of a round that does not end: no communication."""
+NEVER = 10**9  # local steps of a round that does not end: no communication
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,8 @@ from experiments.trainers import Module, quiet_trainer
 from resist_lightning.comm.collective import Collective
 from resist_lightning.engine.engine import Engine
 
+# Shape and classes of the examples: CIFAR's, and those of Speech Commands, as IST's paper has it.
 CIFAR, SPEECH = ((3, 32, 32), 10), ((4096,), 35)
-"""Shape and classes of the examples: CIFAR's, and those of Speech Commands, as IST's paper has it."""
 PHASES = ("waiting", "averaging", "hand_over")
 
 

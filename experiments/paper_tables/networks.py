@@ -24,11 +24,10 @@ from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.models import preact_resnet
 
 WORKERS = (2, 4, 8)
-SLOTS = 1
-"""Tensors of optimizer state per parameter (m): SGD with momentum."""
+SLOTS = 1  # tensors of optimizer state per parameter (m): SGD with momentum
 
+# Blocks per worker that the volumes of the paper's Table 1 imply (section 2.9 of the specification).
 TABLE_1_BLOCKS = {2: 11, 4: 6, 8: 4}
-"""Blocks per worker that the volumes of the paper's Table 1 imply (section 2.9 of the specification)."""
 
 TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",

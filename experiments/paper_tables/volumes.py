@@ -19,11 +19,11 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 
 GB = 1e9
 
+# Table 1 of the paper, GB per round.
 PRINTED = {
     "local_sgd": {2: 0.662, 4: 1.325, 8: 2.649},
     "resist": {2: 0.454, 4: 0.720, 8: 1.289},
 }
-"""Table 1 of the paper, GB per round."""
 
 
 def table_1(workers: int) -> dict[str, Any]:

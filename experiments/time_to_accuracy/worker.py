@@ -18,8 +18,8 @@ from experiments.links.rig import make_strategy
 from experiments.networks import described
 from experiments.trainers import quiet_trainer
 
+# What stands for a folder, and needs none.
 MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
-"""What stands for a folder, and needs none."""
 
 
 class Stopwatch(L.Callback):

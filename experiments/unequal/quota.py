@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PERIOD_US = 50_000
-"""Shorter than a round by far, so that a throttled worker is slow in every round alike."""
+PERIOD_US = 50_000  # shorter than a round by far, so that a throttled worker is slow in every round alike
 
+# Times as much of a busy core as any other process gets, up to the quota: others disturb the measurement less.
 WEIGHT = 50
-"""Times as much of a busy core as any other process gets, up to the quota: others disturb the measurement less."""
 
 
 def why_no_quota() -> str:

@@ -37,8 +37,8 @@ from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, slowes
 from resist_lightning.models import PreActResNet
 from resist_lightning.schedule.partition import blocks_per_worker
 
+# The first round that counts: the caches are warm, and the shares are what they stay.
 FIRST = {"equal": 1, "auto": 1 + MEASURED_ROUNDS + 1}
-"""The first round that counts: the caches are warm, and the shares are what they stay."""
 
 
 @dataclass(kw_only=True)

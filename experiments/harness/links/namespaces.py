@@ -28,19 +28,17 @@ from typing import Any
 
 from experiments.harness.settings import Failure
 
+# Of the workers' TCP. Every Linux has it and lets a namespace choose it; with bbr, the exchange of `receives_first.py`
+# took 1.05 to 1.10 of bytes / bandwidth from run to run, with reno 1.05 each time.
 CONGESTION_CONTROL = "reno"
-"""Of the workers' TCP. Every Linux has it and lets a namespace choose it; with bbr, the exchange of `receives_first.py`
-took 1.05 to 1.10 of bytes / bandwidth from run to run, with reno 1.05 each time."""
 
-INTERFACE = "resist0"
-"""The worker's end of its link, by the same name in every namespace."""
+INTERFACE = "resist0"  # the worker's end of its link, by the same name in every namespace
 
 ADDRESS = "10.77.0.{}"
 LARGEST_WORKERS = 200
 
 LEAST_BURST_BYTES, BURST_SECONDS = 128 * 1024, 1e-3
-QUEUE_BYTES = 16 * 2**20
-"""Of a shaper: more than TCP has under way, so that nothing is dropped."""
+QUEUE_BYTES = 16 * 2**20  # of a shaper: more than TCP has under way, so that nothing is dropped
 
 
 class LinksError(Failure):
@@ -71,8 +69,7 @@ class Loopback:
     """The substitute where there are no namespaces: all workers on the host's loopback, never shaped."""
 
     interface = "lo"
-    counts = False
-    """Whether the interface's counters are those of one worker."""
+    counts = False  # whether the interface's counters are those of one worker
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
