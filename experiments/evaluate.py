@@ -74,19 +74,15 @@ def evaluate(
     strategy: DictConfig | None = None,
     split: str = "test",
 ) -> dict[str, float]:
-    """Loss and accuracy of the full model.
+    """``accuracy`` (0 to 1) and ``loss`` of the full model.
 
     Args:
         module: the plain module.
         data: where the examples come from.
         cfg: the configuration of the training; accelerator, devices and limits are taken from it.
         checkpoint: a file whose weights are loaded; None takes the module as it is.
-        strategy: the strategy to evaluate under; None for one plain process, which needs no more than
-            Lightning.
+        strategy: the strategy to evaluate under; None for one plain process, which needs no more than Lightning.
         split: ``test`` or ``val``.
-
-    Returns:
-        ``accuracy`` (0 to 1) and ``loss``.
     """
     if strategy is None and checkpoint is not None:
         module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])

@@ -31,15 +31,7 @@ KINDS = {
 
 
 def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
-    """Write ``results.json``, ``report.txt`` and the PNGs of a finished run, and print the table.
-
-    Args:
-        folder: the run folder.
-        console: where the table is printed; by default standard output.
-
-    Returns:
-        The results, as in ``results.json``.
-    """
+    """Write ``results.json``, ``report.txt`` and the PNGs of a finished run, and print the table; returns the results."""
     results = collect(folder)
     write_results(folder, results)
     curves, summary = read_curves(folder), read_json(folder, SUMMARY_FILE)

@@ -93,8 +93,7 @@ class Options(cli.Command):
 
 def opened(name: str, options: Options) -> Study:
     """What was measured of a study so far."""
-    recorded = {key: getattr(options, key) for key in RECORDED}
-    return Study.at(Path(options.out) / f"{name}.jsonl", recorded, fresh=options.fresh)
+    return Study.at(Path(options.out) / f"{name}.jsonl", options.take(*RECORDED), fresh=options.fresh)
 
 
 def run(names: Sequence[str], options: Options) -> None:

@@ -36,12 +36,7 @@ GIVEN = ("num_classes", "in_channels", "in_features")  # what a network is told 
 
 
 def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
-    """Build everything that ``train.py`` will use, and refuse what is impossible.
-
-    Args:
-        cfg: the composed configuration.
-        sweep: whether it is one job of a sweep.
-    """
+    """Build everything that ``train.py`` (or one job of a sweep) will use, and refuse what is impossible."""
     cfg = _with_folder(cfg)
     check_keys(cfg, schema.Train, "")
     check_keys(cfg.trainer, schema.Trainer, "trainer")

@@ -31,13 +31,7 @@ class Check(Protocol):
 def check_command_line(config_name: str, check: Check, arguments: Sequence[str] | None = None) -> None:
     """Compose and check every job that the command line asks for, before Hydra starts the first.
 
-    Other flags than ``--multirun`` (``--cfg job``, ``--help``) are left to Hydra, and so is the check to the
-    job.
-
-    Args:
-        config_name: the root configuration in ``conf/``.
-        check: raises ConfigError.
-        arguments: the command line without the program; by default the process's own.
+    Other flags than ``--multirun`` (``--cfg job``, ``--help``) are left to Hydra, and so is the check to the job.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags = {argument for argument in given if argument.startswith("-")}

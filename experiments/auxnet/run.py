@@ -92,8 +92,7 @@ def run(names: Sequence[str], options: Options) -> None:
     torch.set_num_threads(1)
     out = Path(options.out)
     for name in names:
-        recorded = {key: getattr(options, key) for key in ("size", *RECORDED[name])}
-        study = Study.at(out / f"{name}.jsonl", recorded, fresh=options.fresh)
+        study = Study.at(out / f"{name}.jsonl", options.take("size", *RECORDED[name]), fresh=options.fresh)
         wanted = STUDIES[name](options)
         if name == "links" and study.missing(wanted):
             with over_links(options) as (work, possible):

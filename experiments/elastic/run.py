@@ -174,7 +174,7 @@ def lose_and_return(options: Options) -> dict[str, Any]:
 def run(_: Sequence[str], options: Options) -> None:
     """Lose a host, take it in again, write what it cost."""
     record = lose_and_return(options)
-    settings = {key: getattr(options, key) for key in ("hosts", "steps", "seconds", "away")}
+    settings = options.take("hosts", "steps", "seconds", "away")
     write_record(Path(options.out) / "elastic.jsonl", {"settings": settings, "rendezvous": QUICKLY, **record})
     show(Path(options.out), tables.STUDIES, ["elastic"])
 

@@ -25,25 +25,25 @@ class Command:
     size: str = option("full", "smoke runs in seconds")
     out: str = option(hint="folder of the result files")
 
+    def take(self, *names: str) -> dict[str, Any]:
+        """Some options, for a record."""
+        return {name: getattr(self, name) for name in names}
+
 
 Options = TypeVar("Options", bound=Command)
 
 
 def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str] = ()) -> tuple[list[str], Options]:
-    """Names of studies (all of them if none is given), and the options.
-
-    Args:
-        arguments: of the command line.
-        schema: the options.
-        studies: all that there are.
-    """
+    """Names of studies (all of them if none is given), and the options."""
     words = [argument for argument in arguments if "=" not in argument]
     for word in words:
         if word not in studies:
             known = f"there is no such study; choose from {', '.join(studies)}, or" if studies else "is no option;"
             raise ConfigError(f"{word}: {known} write key=value, for example size=smoke")
     items = [item for item in fields(schema) if item.name != "size"]
-    sizes = ["full", *dict.fromkeys(size for item in items for size in item.metadata["sizes"])]
+    sizes = {"full": None}
+    for item in items:
+        sizes |= dict.fromkeys(item.metadata["sizes"])
     try:
         given = OmegaConf.from_dotlist([argument for argument in arguments if "=" in argument])
         size = str(given.get("size", "full"))

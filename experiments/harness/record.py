@@ -21,13 +21,7 @@ import torch
 
 
 def write_record(path: Path, content: Mapping[str, Any], **machine: str | None) -> Path:
-    """Write a result file, with hardware and versions.
-
-    Args:
-        path: the file.
-        content: what was measured; of a list of dictionaries, each becomes a line.
-        machine: more about the machine.
-    """
+    """Write what was measured into a result file, with hardware and versions; ``machine`` is more about the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stamp = {
         "processor": platform.machine(),

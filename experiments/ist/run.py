@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -64,19 +65,14 @@ def run(names: Sequence[str], options: Options) -> None:
     out = Path(options.out)
     torch.set_num_threads(1)
     if "memory" in names:
-        groups = [
-            measure_group(Group(workers, width, options.inputs))
-            for width in options.widths
-            for workers in options.memory_workers
-        ]
-        write_record(out / "memory.jsonl", {"settings": {"inputs": options.inputs}, "groups": groups})
+        shapes = product(options.widths, options.memory_workers)
+        groups = [measure_group(Group(workers, width, options.inputs)) for width, workers in shapes]
+        write_record(out / "memory.jsonl", {"settings": options.take("inputs"), "groups": groups})
     if "shapes" in names:
         rows = [measure_shape(Shape(options.inputs, width), options.rounds, options.steps) for width in options.widths]
-        settings = {key: getattr(options, key) for key in ("inputs", "rounds", "steps")}
-        write_record(out / "shapes.jsonl", {"settings": settings, "rows": rows})
+        write_record(out / "shapes.jsonl", {"settings": options.take("inputs", "rounds", "steps"), "rows": rows})
     if "accuracy" in names:
-        recorded = {"size": options.size, "passes": options.passes}
-        study = Study.at(out / "accuracy.jsonl", recorded, fresh=options.fresh)
+        study = Study.at(out / "accuracy.jsonl", options.take("size", "passes"), fresh=options.fresh)
         work = partial(measure, size=options.size, passes=options.passes)
         study.fill(cases(options), work, lambda row: f"{row['last']:.2f} % in {row['seconds']:.0f} s", options.jobs)
     show_and_write(out, tables.RESULTS, tables.STUDIES, names, draw_all(out))

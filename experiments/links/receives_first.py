@@ -97,18 +97,16 @@ def main(place: Place, settings: dict[str, Any]) -> None:
 def run(_: Sequence[str], options: Options) -> None:
     if missing := why_no_namespaces():
         raise ConfigError(f"{missing}: the exchange needs a shaped link, so root and iproute2")
-    settings = {key: getattr(options, key) for key in ("megabytes", "repeats", "bandwidth_gbit")}
+    settings = options.take("megabytes", "repeats", "bandwidth_gbit")
     with namespaces(2) as network, crew(network, "experiments.links.receives_first") as workers:
         told = workers.run(settings, gbit=options.bandwidth_gbit, timeout=options.timeout_seconds)["workers"]
     payload = told[0]["payload_bytes"]
-    content = {
-        "settings": settings,
-        "payload_bytes": payload,
-        "ideal_seconds": payload * 8 / options.bandwidth_gbit / 1e9,
-        "seconds": {
-            name: [max(pair) for pair in zip(*(one["seconds"][name] for one in told), strict=True)] for name in WAYS
-        },
-    }
+    seconds = {}
+    for name in WAYS:
+        both = zip(*(one["seconds"][name] for one in told), strict=True)
+        seconds[name] = [max(pair) for pair in both]
+    ideal = payload * 8 / options.bandwidth_gbit / 1e9
+    content = {"settings": settings, "payload_bytes": payload, "ideal_seconds": ideal, "seconds": seconds}
     write_record(Path(options.out) / "receives_first.jsonl", content, **kernel())
     show(Path(options.out), {"receives_first": (tables.receives_first,)}, ["receives_first"])
 

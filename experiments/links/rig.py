@@ -120,12 +120,7 @@ def network(
 ) -> Iterator[tuple[Loopback, list[float | None]]]:
     """The workers' network, and which of the bandwidths it can have (None: unshaped); says what is missing.
 
-    Args:
-        workers: how many there are.
-        bandwidths: that are wanted.
-        name: of the namespaces; None draws one.
-        mtu: largest packet of the links, in bytes.
-        least_burst: bytes of a shaper's bucket, at least; small against what is sent at once.
+    See `namespaces`; the least bucket of a shaper must be small against what is sent at once.
     """
     missing = why_no_namespaces()
     if missing:
@@ -145,12 +140,9 @@ def gbit_of(entry: Any) -> float | None:
 
 
 def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> Strategy:
-    """The strategy of a method.
+    """The strategy of a method that `METHOD` knows, with the settings of a `Rig`.
 
-    Args:
-        method: a name that `METHOD` knows; ``none`` is a sub-network without communication.
-        settings: those of a `Rig`.
-        local_steps: local steps per round; DDP has no rounds.
+    ``none`` is a sub-network without communication. DDP has no rounds.
     """
     found = METHOD.fullmatch(method)
     assert found is not None

@@ -53,7 +53,7 @@ def run(_: Sequence[str], options: Options) -> None:
     width = WIDTHS[options.size]
     measured = [measure_group(Group(workers, width)) for workers in options.processes]  # forks: it must be first
     content = {
-        "settings": {key: getattr(options, key) for key in ("size", "rounds", "processes")},
+        "settings": options.take("size", "rounds", "processes"),
         "workers": list(WORKERS),
         "optimizer_slots": SLOTS,
         "volumes": all_volumes(options.rounds),

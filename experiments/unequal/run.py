@@ -59,8 +59,8 @@ class Options(cli.Command):
         """What the workers are told, and the record says."""
         cores = [self.cores or 1.2 / self.workers] * self.workers
         cores[-1] /= self.slowdown
-        same = ("workers", "width", "batch", "local_steps", "min_blocks", "rounds", "turns")
-        return {"cores": cores, "sections": [1, 1, self.blocks + 1, 1], **{key: getattr(self, key) for key in same}}
+        same = self.take("workers", "width", "batch", "local_steps", "min_blocks", "rounds", "turns")
+        return {"cores": cores, "sections": [1, 1, self.blocks + 1, 1], **same}
 
 
 def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> dict[str, Any]:

@@ -69,13 +69,7 @@ class Place:
 
 
 class Crew:
-    """The workers of a network; make it with `crew`.
-
-    Args:
-        network: where they are.
-        folder: for what they write.
-        threads: of each worker.
-    """
+    """The workers of a network; make it with `crew`."""
 
     def __init__(self, network: Loopback, folder: Path, threads: int) -> None:
         self.network = network
@@ -104,10 +98,8 @@ class Crew:
     def run(self, settings: dict[str, Any], *, gbit: float | None, timeout: float) -> dict[str, Any]:
         """Have all workers measure once, over links of this bandwidth; return what they and the shapers report.
 
-        Args:
-            settings: for the workers' program, which calls ``ready``, ``measured`` and ``report`` of its place.
-            gbit: bandwidth while it measures; None for unshaped links.
-            timeout: seconds after which all are killed.
+        The settings are for the workers' program, which calls ``ready``, ``measured`` and ``report`` of its place. After
+        ``timeout`` seconds all are killed.
         """
         folder = self.folder / f"run.{self._runs}"
         folder.mkdir()
@@ -164,10 +156,7 @@ class Crew:
 def crew(network: Loopback, module: str, threads: int = 1) -> Iterator[Crew]:
     """The workers, for as long as the context lasts: then all are dead, also after an error, Ctrl-C or a SIGTERM.
 
-    Args:
-        network: where the workers are.
-        module: their program; its ``main(place, settings)`` is called for every measurement.
-        threads: of each worker.
+    ``main(place, settings)`` of the module is called for every measurement.
     """
     with terminable(), tempfile.TemporaryDirectory(prefix="links_") as folder:
         made = Crew(network, Path(folder), threads)

@@ -92,11 +92,8 @@ class Loopback:
 class Namespaces(Loopback):
     """The network of one run; make it with `namespaces`.
 
-    Args:
-        workers: number of workers.
-        name: what the namespaces' names begin with; empty draws one.
-        mtu: largest packet of the links, in bytes.
-        least_burst: bytes of a shaper's bucket, at least.
+    An empty name, with which those of the namespaces begin, draws one; the largest packet and the least bucket of a
+    shaper are in bytes.
     """
 
     interface = INTERFACE
