@@ -216,7 +216,7 @@ def sweep(options: Any) -> list[Case]:
 
 
 def timing(options: Any) -> list[Case]:
-    """The same networks by every method, turn and turn about; the seed is the number of the turn."""
+    """The same networks by every method, interleaved; the seed is the number of the turn."""
     found = []
     for turn in range(options.repeats):
         for network in options.networks:
@@ -229,7 +229,7 @@ def timing(options: Any) -> list[Case]:
 
 
 def links(options: Any) -> list[LinkCase]:
-    """One process, and two workers over every link, turn and turn about; the seed is the number of the turn."""
+    """One process, and two workers over every link, interleaved; the seed is the number of the turn."""
     found = []
     for turn in range(options.repeats):
         for network in options.link_networks:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from experiments.auxnet.cases import Case, LinkCase
 from experiments.auxnet.training import Job, measure, prepared, work
-from experiments.harness.links.crew import Crew, Place, crew
+from experiments.harness.links.workers import LinkedWorkers, Place, linked_workers
 from experiments.harness.workers import PATIENCE
 from experiments.links.rig import network
 
@@ -36,12 +36,12 @@ def over_links(options: Any) -> Iterator[tuple[Callable[[LinkCase], dict[str, An
     """What measures a case, and the bandwidths that links can have here: without namespaces, unshaped ones only."""
     with (
         network(WORKERS, options.bandwidths_gbit, least_burst=LEAST_BURST_BYTES) as (made, possible),
-        crew(made, "experiments.auxnet.links") as workers,
+        linked_workers(made, "experiments.auxnet.links") as workers,
     ):
         yield partial(_measured, options=options, workers=workers), possible
 
 
-def _measured(case: LinkCase, options: Any, workers: Crew) -> dict[str, Any]:
+def _measured(case: LinkCase, options: Any, workers: LinkedWorkers) -> dict[str, Any]:
     """One process alone has no link."""
     trained = Case(**{item.name: getattr(case, item.name) for item in fields(Case)})
     if case.workers == 1:

@@ -58,7 +58,7 @@ class Method(ABC):
 
     @abstractmethod
     def full_model(self) -> AbstractContextManager[nn.Module]:
-        """The whole network as it is now, to be evaluated by worker 0; training goes on behind it."""
+        """The whole network as it is now, to be evaluated by worker 0; training continues behind it."""
 
     @abstractmethod
     def held_bytes(self) -> int:

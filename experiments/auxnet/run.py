@@ -65,7 +65,7 @@ class Options(cli.Command):
     lambda_steps: list[float] = option([0.1, 0.3, 1.0], "steps of the guesses", above=0, most=1, smoke=[0.5])
     networks: list[str] = option(list(TIMED), choices=TIMED, smoke=["resnet_38"])
     steps: int = option(30, "steps of a training that is only timed; the first third is not counted", least=4, smoke=6)
-    repeats: int = option(3, "trainings of each kind that are timed, turn and turn about", least=1, smoke=1)
+    repeats: int = option(3, "trainings of each kind that are timed, interleaved", least=1, smoke=1)
     link_networks: list[str] = option(["resnet_38", "wrn_16_4"], choices=TIMED, smoke=["resnet_38"])
     link_steps: int = option(12, "steps of a training over a link; the first third is not counted", least=4, smoke=9)
     bandwidths_gbit: list[Any] = option([0.1, 1, UNSHAPED], smoke=[0.001, UNSHAPED])

@@ -167,7 +167,7 @@ def timing_conditions(content: Content) -> str:
     """What the steps were timed with."""
     rows, steps = content["rows"], content["settings"]["steps"]
     return (
-        f"K = 2; median of the last two thirds of {steps} steps, mean over n = {seeds(rows)} trainings, turn and turn about; "
+        f"K = 2; median of the last two thirds of {steps} steps, mean over n = {seeds(rows)} interleaved trainings; "
         f"{len(distinct(rows, 'task'))} networks. {on(content)}.\n"
     )
 
@@ -181,7 +181,7 @@ def link_conditions(content: Content) -> str:
         networks.append(f"{name} behind {', '.join(scale.cuts[2])}, batch {scale.batch}")
     return (
         f"K = 2, cut at {'; '.join(networks)}. Median of the steps behind the first third of {settings['link_steps']}, "
-        f"median over n = {seeds(rows)} trainings, turn and turn about. {on(content)}.\n"
+        f"median over n = {seeds(rows)} interleaved trainings. {on(content)}.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What does it cost to lose little when workers die: snapshots, checkpoints in mid-round, going on, and the watch?
+"""What does it cost to lose little when workers die: snapshots, checkpoints in mid-round, resuming, and the watchdog?
 
 python experiments/benchmarks/recovery.py
 python experiments/benchmarks/recovery.py size=smoke out=FOLDER files=FOLDER
@@ -6,7 +6,7 @@ python experiments/benchmarks/recovery.py size=smoke out=FOLDER files=FOLDER
 The paper's network of 41 million parameters, SGD with momentum, real processes over loopback, one thread each; Lightning's
 DDP trains the same network in the same run. Files are flushed to the disk by this package and not by Lightning, and are
 in the page cache when they are read. The added time of a local step is measured on a tiny network: stretches with and
-without the watch and the notes, turn and turn about; each turn's means over all steps and workers (the median step hides
+without the watch and the notes, interleaved; each turn's means over all steps and workers (the median step hides
 what happens once a second). Prints tables and writes experiments/benchmarks/results/recovery.jsonl.
 """
 
@@ -70,7 +70,7 @@ class Options(cli.Command):
 
 
 class Measured(ResISTStrategy):
-    """Notes seconds and bytes of each snapshot, keeps the newest file, and notes whether a run goes on exactly."""
+    """Notes seconds and bytes of each snapshot, keeps the newest file, and notes whether a run resumes exactly."""
 
     def __init__(self, kept: Path | None = None, **options: Any) -> None:
         super().__init__(min_blocks=1, data="copy", **options)
@@ -205,7 +205,7 @@ def checkpoints(settings: dict[str, Any], files: Path) -> dict[str, Any]:
 
 
 def resumes(settings: dict[str, Any], files: Path) -> dict[str, Any]:
-    """Seconds from the call of ``fit`` to the first batch, of the slowest worker; turn and turn about."""
+    """Seconds from the call of ``fit`` to the first batch, of the slowest worker; interleaved."""
     name = f"save={settings['saves'] - 1}.ckpt"
     taken = settings["rounds"] * settings["local_steps"]
     ways: dict[str, tuple[Callable[[], Strategy], int, Path | None]] = {
@@ -220,7 +220,7 @@ def resumes(settings: dict[str, Any], files: Path) -> dict[str, Any]:
         for way, (make, steps, path) in ways.items():
             strategy = make()
             starts = fit(strategy, settings, steps, path).starts
-            assert len(starts) == 2, (way, len(starts))  # it went on where it was: one step was left
+            assert len(starts) == 2, (way, len(starts))  # it resumed where it was: one step was left
             assert path is None or getattr(strategy, "exact", True), way
             seconds[way].append(max(gathered(starts[1] - starts[0])))
     return {"median_seconds": {way: median(values) for way, values in seconds.items()}, "seconds": seconds}

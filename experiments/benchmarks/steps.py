@@ -64,7 +64,7 @@ def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a sync for each setting of `check`, turn and turn about; and of the hashes and the search for NaN alone."""
+    """Seconds of a sync for each setting of `check`, interleaved; and of the hashes and the search for NaN alone."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     engines = {}
     for check in ("off", "sampled", "full"):
@@ -104,7 +104,7 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_time(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """A local step under the strategy, and in a plain loop over a network of the held blocks only; turn and turn about."""
+    """A local step under the strategy, and in a plain loop over a network of the held blocks only; interleaved."""
     quiet()
     loader = images(settings["steps"], 32)
     seconds: dict[str, list[float]] = {"plain loop": [], "resist": []}

@@ -133,7 +133,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
             collate_fn=self.evaluation_transform,
             num_workers=self.loading.num_workers,
             # A loader draws a seed when it starts: from a generator of its own, validating does not move the
-            # global one, and training goes on as if nobody had looked.
+            # global one, and the training is the same as without it.
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
         )

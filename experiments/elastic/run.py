@@ -1,4 +1,4 @@
-"""A host is lost, the others go on without it, and it comes back: ``python experiments/elastic/run.py``.
+"""A host is lost, the others train on without it, and it comes back: ``python experiments/elastic/run.py``.
 
 Three torchruns stand for three hosts. One is killed with its worker, and started again later.
 """
@@ -110,13 +110,13 @@ def wait_until(said: Callable[[], bool], what: str, limit: float) -> None:
 
 
 def trains(folder: Path, workers: int, after: float) -> bool:
-    """Whether a crew of so many workers trains that began after a time."""
+    """Whether so many workers train that began after a time."""
     entries = [rows for rows in diaries(folder).values() if rows[0]["at"] > after and rows[0]["workers"] == workers]
     return len(entries) == workers
 
 
 def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
-    """What a change of the crew has cost, from the diaries."""
+    """What a change of the workers has cost, from the diaries."""
     rows = list(diaries(folder).values())
     before = [entry for entries in rows for entry in entries if entries[0]["at"] < at]
     after = [entries[0] for entries in rows if entries[0]["at"] > at and entries[0]["workers"] == workers]
@@ -136,22 +136,22 @@ def lose_and_return(options: Options) -> dict[str, Any]:
     hosts, seconds, limit = options.hosts, options.seconds, options.limit
     with tempfile.TemporaryDirectory(prefix="elastic_") as name:
         folder = Path(name)
-        crew = Hosts(folder, hosts, options.steps, seconds)
+        torchruns = Hosts(folder, hosts, options.steps, seconds)
         try:
             for host in range(hosts):
-                crew.start(host)
+                torchruns.start(host)
             wait_until(lambda: trains(folder, hosts, 0), "the beginning", limit)
             time.sleep(3 * LOCAL_STEPS * seconds)
             lost_at = time.time()
-            crew.lose(LOST_HOST)
-            wait_until(lambda: trains(folder, hosts - 1, lost_at), "going on without the lost host", limit)
+            torchruns.lose(LOST_HOST)
+            wait_until(lambda: trains(folder, hosts - 1, lost_at), "resuming without the lost host", limit)
             lost = change(folder, lost_at, hosts - 1)
             time.sleep(options.away)
             back_at = time.time()
-            crew.start(LOST_HOST)
+            torchruns.start(LOST_HOST)
             wait_until(lambda: trains(folder, hosts, back_at), "taking the host in again", limit)
             back = change(folder, back_at, hosts)
-            crew.wait(limit)
+            torchruns.wait(limit)
             finals = [torch.load(path, weights_only=True) for path in sorted(folder.glob("final-*.pt"))]
             return {
                 "hosts": hosts,
@@ -168,7 +168,7 @@ def lose_and_return(options: Options) -> dict[str, Any]:
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
             raise
         finally:
-            crew.end()
+            torchruns.end()
 
 
 def run(_: Sequence[str], options: Options) -> None:

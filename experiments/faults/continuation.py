@@ -1,4 +1,4 @@
-"""What a broken training left on the disk, and whether a training that goes on from it is the unbroken one."""
+"""What a broken training left on the disk, and whether resuming from it gives the unbroken one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.faults import crew
 from experiments.faults.training import Settings
+from experiments.faults.workers import run_training
 from resist_lightning.checkpoint.files import read_sealed
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
@@ -40,7 +40,7 @@ class Left:
 
 def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
     """Train as a reference."""
-    ended = crew.run(settings, folder)
+    ended = run_training(settings, folder)
     if ended.ends != ["exit code 0"] * settings.workers:
         raise RuntimeError(f"a training without a fault ended with {ended.ends}: {ended.errors}\n{ended.output}")
     files = {path.stem: read(path)[0] for path in (folder / "checkpoints").glob("*.ckpt")}
@@ -78,12 +78,12 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     return {**content, "own": [read_sealed(file) for file in beside]}, beside
 
 
-def goes_on(settings: Settings, folder: Path, left: Left, unbroken: Unbroken) -> str | None:
+def check_resuming(settings: Settings, folder: Path, left: Left, unbroken: Unbroken) -> str | None:
     """Resume a broken training from its last checkpoint, in a new folder; what is wrong with it, or None."""
     assert left.last is not None
     resume = str(folder / "checkpoints" / f"{left.last}.ckpt")
     again = folder.with_name(folder.name + "-resumed")
-    ended = crew.run(replace(settings, fault=None, resume=resume), again)
+    ended = run_training(replace(settings, fault=None, resume=resume), again)
     if ended.ends != ["exit code 0"] * settings.workers:
         errors = [f"{error['type']}: {error['text']}" for error in ended.errors if error]
         return f"cannot resume: from {left.last}: {errors[0] if errors else ended.ends}"

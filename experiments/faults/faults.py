@@ -22,7 +22,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from experiments.faults import strikes
+from experiments.faults import injections
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.base import SubnetStrategy
 
@@ -104,9 +104,9 @@ class Injector(L.Callback):
         self._activity, self._clock = strategy.engine.activity, strategy.engine.clock
         self._activity.listeners.append(self._hear)
         if self.fault.place == "saving":
-            self._disarm = strikes.while_saving(strategy, self._is_now, self._strike, self.fault.kind)
+            self._disarm = injections.while_saving(strategy, self._is_now, self._strike, self.fault.kind)
         elif self.fault.kind == "raise_in_loader":
-            self._disarm = strikes.in_loader(trainer, self._is_now, self._strike)
+            self._disarm = injections.in_loader(trainer, self._is_now, self._strike)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
@@ -140,13 +140,13 @@ class Injector(L.Callback):
 
     def _hear(self, activity: Activity) -> None:
         place = self.fault.place
-        if place in strikes.SENDING:
+        if place in injections.SENDING:
             self._disarm()
             self._disarm = _nothing
         if activity.what != place or self.struck or activity.round != self.fault.round:
             return
-        if place in strikes.SENDING:
-            self._disarm = strikes.after_next_message(place, self._strike)
+        if place in injections.SENDING:
+            self._disarm = injections.after_next_message(place, self._strike)
         elif place in ("handshake", "evaluation"):
             self._strike()
 
@@ -155,7 +155,7 @@ class Injector(L.Callback):
         if self._note is not None:
             moment = {"at": time.monotonic(), "what": self._activity.what, "steps": self._clock.total_steps}
             self._note.write_text(json.dumps(moment))
-        strikes.BLOWS[self.fault.kind](str(self.fault))
+        injections.INJECTIONS[self.fault.kind](str(self.fault))
 
 
 def thaw(pid: int) -> None:

@@ -1,4 +1,4 @@
-"""The soak: random faults over small trainings of real processes. Nobody may hang, and nothing may go on wrongly.
+"""The soak: random faults over small trainings of real processes. No worker may hang, and none may resume wrongly.
 
 python experiments/faults/run.py                            (200 faults)
 python experiments/faults/run.py size=sample out=runs/faults
@@ -27,11 +27,12 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the workers are forks of this process, which must have one thread
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.faults import crew, tables
+from experiments.faults import tables
 from experiments.faults.cases import SAMPLE, Case, draw
-from experiments.faults.continuation import Unbroken, goes_on, look, lost_steps, train_unbroken
-from experiments.faults.judge import findings, went_on
+from experiments.faults.continuation import Unbroken, check_resuming, look, lost_steps, train_unbroken
 from experiments.faults.training import Settings
+from experiments.faults.verdict import findings, survived
+from experiments.faults.workers import ROOT, run_training
 from experiments.harness import cli
 from experiments.harness.record import read_record, write_record
 from experiments.harness.settings import option
@@ -70,19 +71,19 @@ class Soak:
         self._unbroken: dict[tuple[str, int], Unbroken] = {}
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Strike, look, go on; the row of the record."""
+        """Inject the fault, look at what is left, resume; the row of the record."""
         unbroken, settings = self.unbroken(case), self.settings(case)
         folder = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
         limit = self.cfg.limit_seconds + self.cfg.launch_seconds * (case.launcher != "forked")
-        ended = crew.run(settings, folder, case.launcher, limit=limit)
+        ended = run_training(settings, folder, case.launcher, limit=limit)
         left = look(folder, unbroken)
-        resumed = goes_on(settings, folder, left, unbroken) if left.last is not None else None
+        resumed = check_resuming(settings, folder, left, unbroken) if left.last is not None else None
         hide = _hiding(folder)
         found = [hide(finding) for finding in findings(case, ended, left, resumed)]
         errors = [error and {"type": error["type"], "text": hide(error["text"])} for error in ended.errors]
         shutil.rmtree(folder.parent)
         seconds = None
-        if ended.struck is not None and ended.survived_until is not None and not went_on(case, ended):
+        if ended.struck is not None and ended.survived_until is not None and not survived(case, ended):
             seconds = round(max(ended.survived_until - ended.struck["at"], 0.0), 3)
         return {
             **asdict(case.fault),
@@ -117,7 +118,7 @@ class Soak:
 
 def _hiding(folder: Path) -> Callable[[str], str]:
     """Take out of a text what is of this machine only."""
-    known = {str(folder): "FOLDER", str(crew.ROOT): "ROOT", socket.gethostname(): "HOST"}
+    known = {str(folder): "FOLDER", str(ROOT): "ROOT", socket.gethostname(): "HOST"}
 
     def hide(text: str) -> str:
         for value, name in known.items():

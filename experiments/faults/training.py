@@ -64,7 +64,7 @@ class Settings:
     timeout: float  # of the strategy, in seconds
     silence: float  # of the strategy, in seconds: how long a worker may say nothing
     fault: Fault | None = None  # what goes wrong, if anything does
-    resume: str | None = None  # a checkpoint to go on from
+    resume: str | None = None  # a checkpoint to resume from
 
     def write(self, folder: Path) -> None:
         """For processes that are started by a launcher."""

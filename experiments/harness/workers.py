@@ -51,7 +51,7 @@ def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -
 def each(cases: Sequence[Any], work: Callable[[Any], Any], jobs: int) -> Iterator[tuple[Any, Any]]:
     """Do some work for every case, ``jobs`` at a time; gives each result as soon as it is there.
 
-    Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error goes on.
+    Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error is raised.
     """
     if min(jobs, len(cases)) < 2:
         torch.set_num_threads(1)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.harness import cli
-from experiments.harness.links.crew import Place, crew
 from experiments.harness.links.namespaces import kernel, namespaces, why_no_namespaces
+from experiments.harness.links.workers import Place, linked_workers
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.tables import show
@@ -38,7 +38,7 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file")
     megabytes: float = option(37.8, "each way; 37.8 is a hand-over of the paper's network", above=0, most=4000)
     bandwidth_gbit: float = option(0.1, "0.1 is a link of 100 Mbit/s", least=LEAST_GBIT, most=MOST_GBIT)
-    repeats: int = option(3, "of every way, turn and turn about", least=1)
+    repeats: int = option(3, "of every way, interleaved", least=1)
     timeout_seconds: float = option(300.0, "for all of it", above=0)
 
 
@@ -98,7 +98,7 @@ def run(_: Sequence[str], options: Options) -> None:
     if missing := why_no_namespaces():
         raise ConfigError(f"{missing}: the exchange needs a shaped link, so root and iproute2")
     settings = options.take("megabytes", "repeats", "bandwidth_gbit")
-    with namespaces(2) as network, crew(network, "experiments.links.receives_first") as workers:
+    with namespaces(2) as network, linked_workers(network, "experiments.links.receives_first") as workers:
         told = workers.run(settings, gbit=options.bandwidth_gbit, timeout=options.timeout_seconds)["workers"]
     payload = told[0]["payload_bytes"]
     seconds = {}

@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.harness import cli
-from experiments.harness.links.crew import crew
 from experiments.harness.links.namespaces import kernel
+from experiments.harness.links.workers import linked_workers
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.tables import show
@@ -76,7 +76,7 @@ def run(_: Sequence[str], options: Options) -> None:
     settings, runs, out = options.recorded(), [], Path(options.out)
     with (
         network(options.workers, options.bandwidths_gbit, name=options.name, mtu=options.mtu) as (links, bandwidths),
-        crew(links, "experiments.links.worker", options.threads) as workers,
+        linked_workers(links, "experiments.links.worker", options.threads) as workers,
     ):
         for gbit, method in product(bandwidths, options.methods):
             found = workers.run({**settings, "method": method}, gbit=gbit, timeout=options.timeout_seconds)

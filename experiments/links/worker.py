@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.app.quiet import hush
-from experiments.harness.links.crew import Place
+from experiments.harness.links.workers import Place
 from experiments.links.closed_form import closed_form
 from experiments.links.rig import make_strategy
 from experiments.networks import described, fully_connected

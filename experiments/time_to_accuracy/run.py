@@ -24,8 +24,8 @@ from matplotlib.ticker import PercentFormatter
 
 from experiments.harness import cli
 from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, panels
-from experiments.harness.links.crew import crew
 from experiments.harness.links.namespaces import kernel
+from experiments.harness.links.workers import linked_workers
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.tables import Content, Row, show
@@ -143,7 +143,7 @@ def run(_: Sequence[str], options: Options) -> None:
     out, rows = Path(options.out), []
     with (
         network(options.workers, options.bandwidths_gbit, name=options.name, mtu=options.mtu) as (links, bandwidths),
-        crew(links, "experiments.time_to_accuracy.worker", options.threads) as workers,
+        linked_workers(links, "experiments.time_to_accuracy.worker", options.threads) as workers,
     ):
         for gbit, method in product(bandwidths, options.methods):
             found = workers.run({**asdict(options), "method": method}, gbit=gbit, timeout=options.timeout_seconds)

@@ -13,7 +13,7 @@ from experiments.data.folder import ImageFolder
 from experiments.data.module import ArrayData, ImageData
 from experiments.data.sets import Digits
 from experiments.data.shaped import SpeechShaped
-from experiments.harness.links.crew import Place
+from experiments.harness.links.workers import Place
 from experiments.links.rig import make_strategy
 from experiments.networks import described
 from experiments.trainers import quiet_trainer

@@ -5,7 +5,7 @@ python experiments/unequal/run.py workers=4
 python experiments/unequal/run.py size=smoke out=runs/unequal
 
 Every worker is a process with a part of a core (a quota of its cgroup); the last one has a third of the others'. Both
-settings train turn and turn about in one run. Prints a table, and writes unequal_N.jsonl and unequal.png.
+settings train interleaved in one run. Prints a table, and writes unequal_N.jsonl and unequal.png.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
 
 
 def work(worker: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A worker: joins its cgroup, then trains with both settings, turn and turn about."""
+    """A worker: joins its cgroup, then trains with both settings, interleaved."""
     train(worker, settings, "equal", 1)  # at full speed: nothing is measured cold
     dist.barrier()
     Path(settings["groups"][worker]).write_text(str(os.getpid()))

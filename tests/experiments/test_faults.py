@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.faults import cases, crew, tables
+from experiments.faults import cases, tables, workers
 from experiments.faults.cases import SAMPLE, Case
 from experiments.faults.continuation import Left, Unbroken, look, same
-from experiments.faults.crew import Ended
 from experiments.faults.faults import KINDS, PLACES, Fault
-from experiments.faults.judge import findings
 from experiments.faults.training import ROUNDS, Settings
+from experiments.faults.verdict import findings
+from experiments.faults.workers import Ended
 from experiments.harness.record import read_record
 from resist_lightning.checkpoint.files import write_sealed
 from tests.helpers.processes import run_workers
@@ -215,24 +215,24 @@ def test_the_same_means_bit_for_bit() -> None:
 
 
 def test_stopped_processes_and_grandchildren_are_seen() -> None:
-    before = set(crew.descendants())
+    before = set(workers.descendants())
     shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
     try:
-        while len(started := set(crew.descendants()) - before) < 2:
+        while len(started := set(workers.descendants()) - before) < 2:
             assert shell.poll() is None
         assert shell.pid in started
         os.kill(shell.pid, signal.SIGSTOP)
         os.waitpid(shell.pid, os.WUNTRACED)
-        assert crew.state(shell.pid) == "T"
+        assert workers.state(shell.pid) == "T"
     finally:
-        for pid in set(crew.descendants()) - before:
+        for pid in set(workers.descendants()) - before:
             os.kill(pid, signal.SIGKILL)
         shell.wait()
-    assert crew.state(shell.pid) == ""
+    assert workers.state(shell.pid) == ""
 
 
 def run_beside_threads(_: int, folder: str) -> None:
-    crew.run(Settings("resist", 2, 1, 1), Path(folder, "run"), limit=1)
+    workers.run_training(Settings("resist", 2, 1, 1), Path(folder, "run"), limit=1)
 
 
 def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:

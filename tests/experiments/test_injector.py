@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from experiments.faults import faults, strikes
+from experiments.faults import faults, injections
 from experiments.faults.faults import PLACES, Fault, Injector
 from resist_lightning.schedule.progress import Activity
 from tests.helpers.plain import Classifier, held_out, stream
@@ -79,7 +79,7 @@ def strike_a_child(_: int, kind: str) -> str:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        strikes.BLOWS[kind]("a sentence")
+        injections.INJECTIONS[kind]("a sentence")
         os._exit(7)
     _, status = os.waitpid(child, os.WUNTRACED)
     if os.WIFSTOPPED(status):
@@ -137,7 +137,7 @@ def test_a_worker_that_is_killed_while_it_writes_leaves_half_a_file_on_the_disk(
     outcomes = run_trainers_to_the_end(fit, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
 
     assert outcomes[0].end == "SIGKILL"
-    assert strikes.HALF_A_FILE_BYTES in [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert injections.HALF_A_FILE_BYTES in [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # Where, once, and in one worker only.
@@ -169,8 +169,8 @@ class Begun(L.Callback):
 def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, int]]:
     """Instead of the blow, note where the worker is, and how many such messages it has begun to send there."""
     found: list[tuple[str, int]] = []
-    begun = Begun(strikes.SENDING.get(fault.place))
-    strikes.BLOWS[fault.kind] = lambda _: found.append(("".join(traceback.format_stack()), begun.times))
+    begun = Begun(injections.SENDING.get(fault.place))
+    injections.INJECTIONS[fault.kind] = lambda _: found.append(("".join(traceback.format_stack()), begun.times))
     injector = fit(worker, folder, fault, begun)
     assert injector.struck == bool(found)
     return found
@@ -197,7 +197,7 @@ def test_it_strikes_there_once_in_one_worker(
     stack, begun = stacks[1][0]
     assert inside in stack
     assert not_inside not in stack
-    assert begun == (1 if place in strikes.SENDING else 0)
+    assert begun == (1 if place in injections.SENDING else 0)
     assert [path.name for path in tmp_path.glob("note-*")] == ["note-1"]
     note = json.loads((tmp_path / "note-1").read_text())
     assert note["what"] == (what or note["what"])

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.links.crew import Place
+from experiments.harness.links.workers import Place
 
 PR_SET_PDEATHSIG = 1
 

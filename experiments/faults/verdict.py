@@ -9,8 +9,8 @@ from typing import Any
 
 from experiments.faults.cases import Case
 from experiments.faults.continuation import Left, lost_steps
-from experiments.faults.crew import Ended
 from experiments.faults.training import SAVE_EVERY, on_save_error
+from experiments.faults.workers import Ended
 
 # How the struck worker ends, and what it raises: its own error must not be hidden by another one.
 OWN_END = {
@@ -44,7 +44,7 @@ def findings(case: Case, ended: Ended, left: Left, resumed: str | None) -> list[
     ]
 
 
-def went_on(case: Case, ended: Ended) -> bool:
+def survived(case: Case, ended: Ended) -> bool:
     """Whether the fault was one that a training may survive, and it did."""
     came_to_the_end = not any(ended.errors) and all(end in ("exit code 0", "ended") for end in ended.ends)
     return on_save_error(case.fault) == "warn" and came_to_the_end
@@ -59,13 +59,13 @@ def _of_ends(case: Case, ended: Ended) -> Iterator[str]:
         yield f"{HANG}: worker {case.fault.worker} still ran after it was thawed"
     if ended.thawed == "exit code 0":
         yield f"{WRONG}: worker {case.fault.worker} went on to the end when it was thawed"
-    if ended.returncode == 0 and not went_on(case, ended):
+    if ended.returncode == 0 and not survived(case, ended):
         yield f"{WRONG}: the launcher ended with exit code 0"
 
 
 def _of_the_struck(case: Case, ended: Ended) -> Iterator[str]:
     struck, kind = case.fault.worker, case.fault.kind
-    if kind not in OWN_END or went_on(case, ended):
+    if kind not in OWN_END or survived(case, ended):
         return
     end, error = ended.ends[struck], ended.errors[struck]
     found = (end if case.launcher == "forked" else OWN_END[kind][0], error["type"] if error else "")
@@ -74,7 +74,7 @@ def _of_the_struck(case: Case, ended: Ended) -> Iterator[str]:
 
 
 def _of_errors(case: Case, ended: Ended, left: Left) -> Iterator[str]:
-    if went_on(case, ended):
+    if survived(case, ended):
         return
     struck = case.fault.worker
     for worker, (end, error) in enumerate(zip(ended.ends, ended.errors, strict=True)):

@@ -47,7 +47,7 @@ class Ended:
     output: str = ""  # of all
 
 
-def run(settings: Settings, folder: Path, launcher: str = "forked", *, limit: float = START_SECONDS) -> Ended:
+def run_training(settings: Settings, folder: Path, launcher: str = "forked", *, limit: float = START_SECONDS) -> Ended:
     """Train in a new folder, and watch.
 
     The launcher is ``forked``, ``popen`` or ``torchrun``; the limit is in seconds from the strike to the end of the last
@@ -59,7 +59,7 @@ def run(settings: Settings, folder: Path, launcher: str = "forked", *, limit: fl
     try:
         return (_Forked if launcher == "forked" else _Launched)(settings, folder, launcher, limit).run()
     finally:
-        bury()
+        kill_all()
 
 
 class _Watch:
@@ -252,7 +252,7 @@ def descendants() -> list[int]:
     return found
 
 
-def bury() -> None:
+def kill_all() -> None:
     """Kill all that comes from this process, and wait for it."""
     for pid in descendants():
         with suppress(ProcessLookupError):

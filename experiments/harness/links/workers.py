@@ -32,11 +32,11 @@ class WorkersFailed(Failure):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker finds itself: a worker's side of `Crew.run`."""
+    """Where a worker finds itself: a worker's side of `LinkedWorkers.run`."""
 
     worker: int  # its number
     workers: int  # how many there are
-    folder: str  # where workers and crew leave word for each other
+    folder: str  # where workers and those who started them leave word for each other
     interface: str  # what its bytes travel through
     counts: bool  # whether the interface's counters are its own
 
@@ -68,8 +68,8 @@ class Place:
             time.sleep(POLL_SECONDS)
 
 
-class Crew:
-    """The workers of a network; make it with `crew`."""
+class LinkedWorkers:
+    """The workers of a network; make it with `linked_workers`."""
 
     def __init__(self, network: Loopback, folder: Path, threads: int) -> None:
         self.network = network
@@ -153,13 +153,13 @@ class Crew:
 
 
 @contextmanager
-def crew(network: Loopback, module: str, threads: int = 1) -> Iterator[Crew]:
+def linked_workers(network: Loopback, module: str, threads: int = 1) -> Iterator[LinkedWorkers]:
     """The workers, for as long as the context lasts: then all are dead, also after an error, Ctrl-C or a SIGTERM.
 
     ``main(place, settings)`` of the module is called for every measurement.
     """
     with terminable(), tempfile.TemporaryDirectory(prefix="links_") as folder:
-        made = Crew(network, Path(folder), threads)
+        made = LinkedWorkers(network, Path(folder), threads)
         try:
             made.start(module)
             yield made

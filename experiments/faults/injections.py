@@ -1,4 +1,4 @@
-"""How a fault is made to happen in this process: the blow itself, and the moments that no listener hears."""
+"""How a fault is made to happen in this process: the injection itself, and the moments that no listener hears."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _nothing_more(_: str) -> None:
     """The disk is full already when this is called."""
 
 
-BLOWS: dict[str, Callable[[str], None]] = {
+INJECTIONS: dict[str, Callable[[str], None]] = {
     "kill": partial(_signal, signal.SIGKILL),
     "terminate": partial(_signal, signal.SIGTERM),
     "segfault": partial(_signal, signal.SIGSEGV),
