@@ -47,6 +47,7 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
         drawn.append(draw_bytes(folder / "bytes.png", summary))
     table = make_table(results)
     (console or Console()).print(table)
+    # A file has no width of its own, and a terminal's would break its lines.
     with (folder / "report.txt").open("w") as file:
         Console(file=file, width=110).print(table)
     written = ", ".join(["results.json", "report.txt", *(path.name for path in drawn)])

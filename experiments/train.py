@@ -58,6 +58,7 @@ def run(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision("high")
     data = build_data(cfg.data)
     module = build_module(cfg, data)
+    # Before the strategy takes blocks away.
     full_parameters = sum(p.numel() for p in module.parameters())
     trainer = build_trainer(cfg)
     if trainer.local_rank == 0:

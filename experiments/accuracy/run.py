@@ -117,7 +117,7 @@ def run(names: Sequence[str], options: Options) -> None:
 
 def _copy_known(studies: dict[str, Study], name: str, wanted: Sequence[Case], options: Options) -> None:
     """A case that several studies have is trained once."""
-    for other in STUDIES:
+    for other in STUDIES:  # their files too, which may be of an earlier call
         try:
             source = studies.get(other) or (None if options.fresh else opened(other, options))
         except ConfigError:

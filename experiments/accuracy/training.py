@@ -47,7 +47,7 @@ def prepared(options: Any) -> Prepared:
             f"limit={options.limit} with batch={options.batch} leaves {len(pixels)} training images; "
             f"one step of {LARGEST_WORKERS} workers needs {least}: raise limit or lower batch"
         )
-    padding = max(1, pixels.shape[-1] // 8)
+    padding = max(1, pixels.shape[-1] // 8)  # as much of an image as the usual 4 of 32
     augmented = BatchTransform(module.mean, module.std, crop_padding=padding, flip=options.data != "digits")
     return Prepared.made(parts, augmented, BatchTransform(module.mean, module.std), options.eval_batch)
 
@@ -70,7 +70,7 @@ def _shrunk(images: Images, factor: int) -> Images:
         return images
     parts = [
         torch.nn.functional.avg_pool2d(part.float(), factor).round().to(torch.uint8)
-        for part in images.pixels.split(4096)
+        for part in images.pixels.split(4096)  # floats of all images at once would be four times the memory
     ]
     return Images(torch.cat(parts), images.labels.clone())
 

@@ -112,7 +112,7 @@ class Pipelined(Method):
         self.stage = parts[self.worker]
         for part in parts:
             if part is not self.stage:
-                part.to("meta")
+                part.to("meta")  # its shapes stay, its memory goes: what a worker holds is measured
         self.optimizer = make_optimizer(self.stage, lr)
         stage = PipelineStage(self.stage, self.worker, self.workers, torch.device("cpu"))
         self.schedule = SCHEDULES[schedule](stage, micro_batches, loss_fn=functional.cross_entropy)
@@ -121,6 +121,7 @@ class Pipelined(Method):
         """The first stage is given the images, the last one the labels."""
         self.stage.train()
         self.optimizer.zero_grad()
+        # Every worker has the whole batch, as the data are the same; torch wants it at the two ends only.
         images = (x,) if self.worker == 0 else ()
         target = y if self.worker == self.workers - 1 else None
         self.schedule.step(*images, target=target, return_outputs=False)
@@ -157,7 +158,7 @@ class Layered(Method):
         self.optimizer = make_optimizer(network, case.lr)
         config = StageConfig(cuts=cuts or None, local_steps=round_steps, seed=case.seed, **settings_of(case))
         self.engine = Engine(network, [self.optimizer], config)
-        self.first_round = -(-uncounted // round_steps)
+        self.first_round = -(-uncounted // round_steps)  # rounded up: a round with an uncounted step does not count
         self.engine.prepare(example)
         self.engine.start()
 
@@ -182,6 +183,7 @@ class Layered(Method):
         found = {"running": self._with_running_statistics(data), "aux_fed": self._fed_by_guesses(data)}
         told: list[Any] = [None] * self.engine.collective.workers
         dist.all_gather_object(told, found)
+        # Each is known to one worker: the first with the whole network, or the last with the auxiliary one.
         return {key: next((one[key] for one in told if one[key] is not None), None) for key in found}
 
     def told(self) -> dict[str, Any]:
@@ -212,9 +214,9 @@ class Layered(Method):
         told: list[Any] | None = [None] * self.engine.collective.workers if worker == 0 else None
         dist.gather_object(own, told)
         with self.full_model() as model:
-            if told is None:
+            if told is None:  # all workers assemble the model, and worker 0 looks at it
                 return None
-            whole = copy.deepcopy(model)
+            whole = copy.deepcopy(model)  # the engine's own must keep its statistics
             whole.load_state_dict({name: tensor for buffers in told for name, tensor in buffers.items()}, strict=False)
             return accuracy(whole, data.test)
 

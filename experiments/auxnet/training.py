@@ -144,7 +144,7 @@ def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launc
     try:
         workers = launch(job)
     except ProcessRaisedException as error:
-        if NotFinite.__name__ not in str(error):
+        if NotFinite.__name__ not in str(error):  # the worker's exception comes as text
             raise
         return {"diverged": True, "seconds": round(time.perf_counter() - started, 1)}
     curve = workers[0]["curve"]
@@ -234,7 +234,8 @@ def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None
         ended = time.perf_counter()
         clock.data.append(made - began)
         clock.whole.append(ended - began)
-        held = max(held, method.held_bytes()) if step < 2 else held
+        if step < 2:  # momentum is there after the first step; to look in each would be part of its time
+            held = max(held, method.held_bytes())
         if step + 1 in job.stops:
             with method.full_model() as model:
                 if worker == 0:

@@ -138,7 +138,7 @@ def decode(files: Sequence[Path], image_size: int) -> torch.Tensor:
         ValueError: a file that is not an image.
     """
     pixels = np.empty((len(files), image_size, image_size, 3), dtype=np.uint8)
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads:  # PIL decodes outside of the interpreter's lock
         for index, image in enumerate(threads.map(_decode_one, files, repeat(image_size))):
             pixels[index] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -70,6 +70,7 @@ class Hosts:
 
     def lose(self, host: int) -> None:
         """The host goes down: its agent and its worker are killed."""
+        # The newest of the host's workers: earlier ones have ended, and their diaries are still there.
         worker = max(pid for pid, entries in diaries(self._folder).items() if entries[-1]["host"] == str(host))
         process = self._running.pop(host)
         process.kill()
@@ -141,7 +142,7 @@ def lose_and_return(options: Options) -> dict[str, Any]:
             for host in range(hosts):
                 torchruns.start(host)
             wait_until(lambda: trains(folder, hosts, 0), "the beginning", limit)
-            time.sleep(3 * LOCAL_STEPS * seconds)
+            time.sleep(3 * LOCAL_STEPS * seconds)  # some rounds, so that there are snapshots
             lost_at = time.time()
             torchruns.lose(LOST_HOST)
             wait_until(lambda: trains(folder, hosts - 1, lost_at), "resuming without the lost host", limit)

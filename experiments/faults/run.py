@@ -81,7 +81,7 @@ class Soak:
         hide = _hiding(folder)
         found = [hide(finding) for finding in findings(case, ended, left, resumed)]
         errors = [error and {"type": error["type"], "text": hide(error["text"])} for error in ended.errors]
-        shutil.rmtree(folder.parent)
+        shutil.rmtree(folder.parent)  # a soak of hundreds would fill the disk
         seconds = None
         if ended.struck is not None and ended.survived_until is not None and not survived(case, ended):
             seconds = round(max(ended.survived_until - ended.struck["at"], 0.0), 3)

@@ -139,7 +139,7 @@ def train(folder: Path) -> None:
     (folder / f"pid-{worker}").write_text(str(os.getpid()))
     torch.set_num_threads(1)
     hush()
-    _seed(worker)
+    _seed(worker)  # workers differ, so that resuming must bring back each one's own generators
     module = Small()
     with _errors_noted(folder / f"error-{worker}.json"):
         saving = ModelCheckpoint(

@@ -57,6 +57,7 @@ def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str]
         if OmegaConf.is_missing(cfg, item.name):
             raise ConfigError(f"{item.name} is missing: {item.metadata['limit'].hint}")
     check_keys(cfg, schema, "")
+    # Types and limits hold now, so that `__post_init__` can compare the options with each other.
     options = schema(**OmegaConf.to_container(cfg))
     _check_out(options)
     return [name for name in studies if name in words or not words], options
@@ -83,6 +84,7 @@ def run(
         return 0
     with readable_errors():
         names, options = read(given, schema, studies)
+        # A ConfigError that only the work can find, such as a folder without images, is one line too.
         try:
             return int(program(names, options) or 0)  # type: ignore[call-overload]
         except Failure as failure:

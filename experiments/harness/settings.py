@@ -85,7 +85,7 @@ def check_value(full_key: str, section: Mapping[str, Any], key: str, hint: Any, 
     except OmegaConfBaseException as error:
         raise ConfigError(f"{full_key}: cannot be resolved ({error})") from error
     if isinstance(value, DictConfig):
-        return
+        return  # a section: its own schema checks it
     shown = f"{full_key}={_shown(value)}"
     if get_origin(hint) is list:
         _check_list(shown, value, get_args(hint)[0], limit)
@@ -102,6 +102,7 @@ def _check_list(shown: str, value: Any, hint: Any, limit: Limit) -> None:
         raise ConfigError(f"{shown}: an entry stands there twice; name each once")
     for entry in value:
         problem = f"{shown}: {entry!r} {limit.in_words(hint)}"
+        # Hydra takes true for the number 1.
         if isinstance(entry, bool) or not limit.allows(_typed(entry, hint, problem)):
             raise ConfigError(problem)
 

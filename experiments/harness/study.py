@@ -65,8 +65,9 @@ class Study:
         return [case for case in wanted if self.row_of(case) is None]
 
     def add(self, case: Case, found: Mapping[str, Any]) -> None:
-        """Add a row and write the file; whoever reads it sees it whole."""
+        """Add a row and write the file."""
         self.rows.append({"case": case.key, **found})
+        # Written beside and renamed: who reads, or is killed here, never meets half a file.
         draft = self.path.with_suffix(".draft")
         try:
             with redirect_stdout(io.StringIO()):

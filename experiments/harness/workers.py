@@ -43,7 +43,7 @@ def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -
     dist.init_process_group("gloo", init_method=place, rank=worker, world_size=workers, timeout=PATIENCE)
     try:
         (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
-        dist.barrier()
+        dist.barrier()  # who leaves early closes connections that others still need
     finally:
         dist.destroy_process_group()
 
@@ -53,12 +53,12 @@ def each(cases: Sequence[Any], work: Callable[[Any], Any], jobs: int) -> Iterato
 
     Stopped in the middle (an exception, Ctrl-C, SIGTERM), the processes are ended before the error is raised.
     """
-    if min(jobs, len(cases)) < 2:
+    if min(jobs, len(cases)) < 2:  # in this process: a second one would import torch anew
         torch.set_num_threads(1)
         yield from ((case, work(case)) for case in cases)
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # this process may have computed, and have threads
     executor = ProcessPoolExecutor(min(jobs, len(cases)), mp_context=context, initializer=_begin)
     known = set(multiprocessing.active_children())
     finished = False

@@ -103,7 +103,7 @@ def speed_up(row: dict[str, Any], volume: dict[str, Any], gbit: float) -> dict[s
 
     ist = subnet + on_the_link(volume["ist_round_most"]) / LOCAL_STEPS
     local_sgd = full + on_the_link(volume["local_sgd_round"]) / LOCAL_STEPS
-    ddp = max(full, on_the_link(volume["ddp_step"]))
+    ddp = max(full, on_the_link(volume["ddp_step"]))  # the longer one hides the other
     seconds = {"ist": ist, "local_sgd": local_sgd, "ddp": ddp}
     return {**seconds, "over_local_sgd": local_sgd / ist, "over_ddp": ddp / ist}
 

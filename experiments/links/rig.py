@@ -154,6 +154,7 @@ def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> St
         options["wire"] = found["wire"]
     if found["base"] == "local_sgd":
         return LocalSGDStrategy(local_steps=local_steps, **options)
+    # Without communication is a round that does not end.
     options |= {"local_steps": NEVER if method == "none" else local_steps, "seed": settings["seed"]}
     if networks.fully_connected(settings["network"]):
         return ISTStrategy(**options)

@@ -59,7 +59,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
         steps.append({"blocks": blocks, "held_bytes": held_bytes(model, optimizer), "bound_bytes": bound})
         before = engine.partition
         engine.after_step()
-        if engine.clock.step == 0:
+        if engine.clock.step == 0:  # a round has ended: its sync is done
             plan = plan_sync(before, engine.partition)
             by_formula += sum(sync_bytes(plan, engine.layout.sizes(engine.states), group.workers)[worker].values())
     sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)

@@ -56,7 +56,7 @@ class Stopwatch(L.Callback):
         """Called before the strategy's own, which assembles the full model."""
         engine = getattr(trainer.strategy, "engine", None)
         if engine is not None:
-            engine.sync_if_due()
+            engine.sync_if_due()  # it makes the model that is evaluated: its seconds count
         if self._resumed is not None:
             self._seconds += time.perf_counter() - self._resumed
             now = self.place.bytes()

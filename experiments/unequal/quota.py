@@ -42,7 +42,7 @@ def quotas(cores: Sequence[float]) -> Iterator[list[Path]]:
 
 
 def _limit(group: Path, quota_us: int) -> None:
-    if _version_1():
+    if _version_1():  # two versions of one interface, under other names
         (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
         (group / "cpu.shares").write_text(str(1024 * WEIGHT))

@@ -136,7 +136,7 @@ class Namespaces(Loopback):
     def remove(self) -> None:
         """Remove all that is there of it."""
         for name in [self.bridge, *map(self.namespace, range(self.workers))]:
-            with suppress(LinksError):
+            with suppress(LinksError):  # one that was not made yet; the others must go all the same
                 _ip("netns", "del", name)
 
     def shape(self, gbit: float | None) -> None:
@@ -235,6 +235,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _run(*command: str) -> str:
+    # A session of its own: Ctrl-C must not end a command in its middle, as what it made would not be known.
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         raise LinksError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or done.returncode}")

@@ -59,7 +59,7 @@ class Place:
         """Leave the worker's result, last of all."""
         made = Path(self.folder) / f"making.{self.worker}"
         made.write_text(json.dumps(result))
-        made.rename(Path(self.folder) / f"result.{self.worker}")
+        made.rename(Path(self.folder) / f"result.{self.worker}")  # it appears whole
 
     def _say(self, sign: str) -> None:
         (Path(self.folder) / f"{sign}.{self.worker}").touch()
@@ -84,6 +84,7 @@ class LinkedWorkers:
             command = [sys.executable, "-m", "experiments.harness.links.server", module, str(os.getpid())]
             with (self.folder / f"output.{worker}").open("wb") as output, undisturbed():
                 self.processes.append(
+                    # Not interrupted here: a process that is started and not yet in the list would be left behind.
                     subprocess.Popen(
                         [*self.network.command(worker), *command],
                         env=_environment(self.network, worker, self.threads),
@@ -117,9 +118,9 @@ class LinkedWorkers:
         self.network.shape(gbit)
         (folder / "ready").touch()
         self._await("measured", folder, deadline)
-        shapers = self.network.shapers()
+        shapers = self.network.shapers()  # while nobody sends: before the workers are told that all have measured
         (folder / "measured").touch()
-        self._await("counted", folder, deadline)
+        self._await("counted", folder, deadline)  # what is sent from now on is in no count
         self.network.shape(None)
         (folder / "counted").touch()
         self._await("result", folder, deadline)
