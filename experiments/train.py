@@ -93,7 +93,8 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return
-    usual, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    usual = torch.get_num_threads()
+    told = os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:

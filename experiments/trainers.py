@@ -51,7 +51,8 @@ class Stream(Generic[Examples]):
         number, place = divmod(start, self.pass_length)
         if number != self._pass:
             generator = torch.Generator().manual_seed(self.seed * 10_000 + number)
-            self._pass, self._order = number, torch.randperm(len(self.examples.labels), generator=generator)
+            self._pass = number
+            self._order = torch.randperm(len(self.examples.labels), generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.seed * 1_000_003 + step) * LARGEST_WORKERS + worker)
             return self.transform(self.examples.take(self._order[place : place + self.batch_size]))

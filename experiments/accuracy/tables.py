@@ -25,7 +25,9 @@ PAPER_WIRE = {"int8": "92.14", "int6": "91.91", "int4": "76.33", "fp32": "92.35 
 
 def conditions(content: Content) -> str:
     """Hardware, versions, data, network and n."""
-    machine, settings, rows = content["machine"], content["settings"], content["rows"]
+    machine = content["machine"]
+    settings = content["settings"]
+    rows = content["rows"]
     size = (8 if settings["data"] == "digits" else 32) // settings["shrink"]
     test, train = ("all" if settings[key] is None else settings[key] for key in ("limit_test", "limit"))
     done = max(row["samples"] for row in rows)

@@ -53,7 +53,8 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
         )
     if cfg.trainer.max_epochs is None and cfg.trainer.max_steps == -1:
         raise ConfigError("trainer.max_epochs=null with trainer.max_steps=-1: would never end; set one of the two")
-    strategy, data = build_strategy(cfg.strategy), build_data(cfg.data, check=False)
+    strategy = build_strategy(cfg.strategy)
+    data = build_data(cfg.data, check=False)
     with torch.device("meta"):
         module = build_module(cfg, data)
     if strategy_name(cfg.strategy) == "auxnet" and _is_fully_connected(cfg):
@@ -151,7 +152,8 @@ def _check_layout(module: nn.Module, config: Any, cfg: DictConfig) -> None:
     try:
         make_layout(module, config, cfg.trainer.devices * cfg.trainer.num_nodes)
     except ValueError as error:
-        name, model = strategy_name(cfg.strategy), cfg.model._target_.rpartition(".")[2]
+        name = strategy_name(cfg.strategy)
+        model = cfg.model._target_.rpartition(".")[2]
         way_out = ""
         if _is_fully_connected(cfg) != (name == "ist"):
             way_out = (

@@ -17,7 +17,8 @@ WITHOUT_AVERAGES = ("local_sgd", "auxnet")  # beside these, local SGD with the s
 
 def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
     """Bytes that worker 0 has sent by each step, beside what DDP and local SGD would have sent."""
-    name, last = strategy_in_words(summary["strategy"]), summary["local_steps"]
+    name = strategy_in_words(summary["strategy"])
+    last = summary["local_steps"]
     total = sum(summary["sent_bytes"].get(kind, [0])[0] for kind in TRAINING_KINDS)
     syncs = [step for step, _ in summary["sent_by_round"]]
     measured = [sent for _, sent in summary["sent_by_round"]]

@@ -70,7 +70,8 @@ def collect(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {RUN_FILE}: it is not the folder of a finished run of experiments/train.py")
     summary = read_json(folder, SUMMARY_FILE)
     clock = read_json(folder, CLOCK_FILE) or {}
-    validation, rounds = read_curves(folder).get("val/acc", Curve()), _rounds(summary)
+    validation = read_curves(folder).get("val/acc", Curve())
+    rounds = _rounds(summary)
     return {
         **{key: run[key] for key in ("strategy", "workers", "seed", "test", "checkpoint")},
         "validation": {"best_accuracy": max(validation.values, default=None)},

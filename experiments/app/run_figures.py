@@ -29,7 +29,8 @@ def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
 
     Few workers that share no block: one map of blocks over rounds, coloured by holder. Otherwise: a map per worker.
     """
-    blocks, workers = [name.removeprefix("net.") for name in summary["blocks"]], summary["workers"]
+    blocks = [name.removeprefix("net.") for name in summary["blocks"]]
+    workers = summary["workers"]
     shown = summary["partitions"][:SHOWN_ROUNDS]
     title = f"Who held which block: {len(blocks)} blocks, {workers} workers"
     said = f"{_rounds(len(shown), summary)}{_moved(summary['partitions'])}"

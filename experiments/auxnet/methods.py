@@ -188,7 +188,9 @@ class Layered(Method):
 
     def told(self) -> dict[str, Any]:
         """Of the rounds behind the warm-up, and of a typical step. Collective: every worker must call this."""
-        guesses, counted, summary = self._guesses, self.engine.collective.sent_bytes, self.engine.sync.summary()
+        guesses = self._guesses
+        counted = self.engine.collective.sent_bytes
+        summary = self.engine.sync.summary()
         network = guesses.network if isinstance(guesses, NetworkGuesses) else nn.Identity()
         rounds = [metrics for number, metrics in summary.get("rounds", []) if number >= self.first_round]
         speed_up = "auxnet/speedup_predicted"

@@ -39,7 +39,8 @@ def of_a_linear_classifier(train: Features, test: Features) -> float:
     """Accuracy on the test, in [0, 1]: of the best penalty."""
     directions = PCA(n_components=64, svd_solver="randomized", random_state=0).fit(train.values.numpy())
     scale = directions.explained_variance_[0] ** 0.5
-    inputs, targets = directions.transform(train.values.numpy()) / scale, train.labels.numpy()
+    inputs = directions.transform(train.values.numpy()) / scale
+    targets = train.labels.numpy()
     held = directions.transform(test.values.numpy()) / scale
     models = [LogisticRegression(C=1 / penalty, max_iter=500).fit(inputs, targets) for penalty in PENALTIES]
     return max(float(model.score(held, test.labels.numpy())) for model in models)
@@ -48,7 +49,8 @@ def of_a_linear_classifier(train: Features, test: Features) -> float:
 def measure(seed: int, examples: int) -> dict[str, float]:
     """One row: accuracies of a task with so many training examples, in [0, 1]."""
     torch.set_num_threads(1)
-    data, start = SpeechShaped(seed=seed, train_size=examples, test_size=examples // 4), time.perf_counter()
+    data = SpeechShaped(seed=seed, train_size=examples, test_size=examples // 4)
+    start = time.perf_counter()
     train, test = data.read(train=True), data.read(train=False)
     row = {"seed": seed, "seconds_to_make": time.perf_counter() - start, "linear": of_a_linear_classifier(train, test)}
     return row | {f"width_{width}": of_a_network(train, test, width, data.num_classes) for width in WIDTHS}

@@ -26,7 +26,9 @@ def runs(prefix: str) -> str:
         if not path.exists():
             continue
         run = read_record(path)
-        sent, parameters, seconds = run["sent_bytes"], run["parameters"], run["seconds"]
+        sent = run["sent_bytes"]
+        parameters = run["parameters"]
+        seconds = run["seconds"]
         rows.append(
             [
                 f"{title}, {run['workers']} worker{'s' if run['workers'] > 1 else ''}",
@@ -46,7 +48,8 @@ def held_memory() -> str:
     rows = []
     for content in (read(RESULTS, f"held_memory_{workers}") for workers in (2, 4)):
         measured = content["worst_bytes_by_worker"] if content else []
-        held, bound = mean(row["held"] for row in measured), mean(row["bound"] for row in measured)
+        held = mean(row["held"] for row in measured)
+        bound = mean(row["bound"] for row in measured)
         full = content["full_bytes"] if content else 0
         rows.append([str(len(measured)), megabytes(held), megabytes(bound), megabytes(full), f"{held / full:.3f}"])
     return Grid("", ["workers", "held (mean)", "bound 3 (Q + k b)", "full model", "share"], rows).markdown()
@@ -83,7 +86,8 @@ def recovery_snapshots(content: Content) -> Grid:
     """What it costs to lose little when workers die."""
     rows = []
     for every in map(str, content["settings"]["every"]):
-        row, each = content["snapshots"][every], "round" if every == "1" else f"{every} rounds"
+        row = content["snapshots"][every]
+        each = "round" if every == "1" else f"{every} rounds"
         seconds, share = row["median_write_seconds"], row["share_of_training"]
         size = megabytes(mean(row["bytes_by_worker"]))
         rows.append([each, size, f"{1e3 * seconds:.0f} ms", f"{100 * share:.2f} %"])
@@ -92,14 +96,17 @@ def recovery_snapshots(content: Content) -> Grid:
 
 
 def recovery_checkpoints(content: Content) -> Grid:
-    rows, saved, median_seconds = [], content["checkpoints"], content["resumes"]["median_seconds"]
+    rows = []
+    saved = content["checkpoints"]
+    median_seconds = content["resumes"]["median_seconds"]
     for title, name, way, plain in (
         ("checkpoint in mid-round", "resist", "workers' files", "from the beginning"),
         ("Lightning's DDP", "ddp", "DDP's checkpoint", "DDP from the beginning"),
     ):
         row = saved[name]
         own = megabytes(mean(row["bytes_by_worker"])) if row["bytes_by_worker"] else ""
-        seconds, ratio = row["median_seconds"], row["median_seconds"] / saved["ddp"]["median_seconds"]
+        seconds = row["median_seconds"]
+        ratio = row["median_seconds"] / saved["ddp"]["median_seconds"]
         ways = [f"{median_seconds[way]:.2f} s", f"{median_seconds[plain]:.2f} s"]
         rows.append([title, megabytes(row["bytes"]), own, f"{seconds:.2f} s", f"{ratio:.2f}", *ways])
     rows.append(["snapshots", *[""] * 4, f"{median_seconds['snapshots']:.2f} s", rows[0][-1]])

@@ -125,7 +125,9 @@ def read_clip(path: Path) -> np.ndarray | None:
     """
     try:
         with wave.open(str(path), "rb") as file:
-            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            rate = file.getframerate()
+            channels = file.getnchannels()
+            width = file.getsampwidth()
             content = file.readframes(SAMPLES + 1)
     except (wave.Error, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a wav file ({error}); mend or remove it") from error

@@ -121,7 +121,8 @@ def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
     rows = list(diaries(folder).values())
     before = [entry for entries in rows for entry in entries if entries[0]["at"] < at]
     after = [entries[0] for entries in rows if entries[0]["at"] > at and entries[0]["workers"] == workers]
-    first, last = min(entry["at"] for entry in after), max(entry["at"] for entry in before)
+    first = min(entry["at"] for entry in after)
+    last = max(entry["at"] for entry in before)
     return {
         "workers": workers,
         "seconds_until_training": max(entry["at"] for entry in after) - at,

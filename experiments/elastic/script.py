@@ -51,7 +51,8 @@ def main(folder: Path, steps: int, seconds: float) -> None:
     strategy = ResISTStrategy(
         local_steps=LOCAL_STEPS, min_blocks=2, snapshots=folder / "snapshots", on_worker_loss="shrink"
     )
-    images, labels = torch.randn(8 * 2 * steps, 3, 16, 16), torch.randint(0, 4, (8 * 2 * steps,))
+    images = torch.randn(8 * 2 * steps, 3, 16, 16)
+    labels = torch.randint(0, 4, (8 * 2 * steps,))
     hosts = int(os.environ["GROUP_WORLD_SIZE"])
     diary = Diary(folder, seconds)
     trainer = quiet_trainer(strategy, num_nodes=hosts, max_steps=steps, max_epochs=-1, callbacks=[diary])

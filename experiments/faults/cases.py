@@ -71,12 +71,14 @@ def possible() -> Iterator[tuple[str, str]]:
 
 
 def _draw_one(generator: random.Random, kind: str, place: str) -> Case:
-    workers, launcher = generator.choice(WORKERS), generator.choice(LAUNCHERS)
+    workers = generator.choice(WORKERS)
+    launcher = generator.choice(LAUNCHERS)
     face = "resist" if place == "hand_over" else generator.choice(FACES)
     if place == "hand_over":
         round, worker = generator.choice(sending(workers))
     else:
-        round, worker = generator.randrange(ROUNDS - (place in SYNC)), generator.randrange(workers)
+        round = generator.randrange(ROUNDS - (place in SYNC))
+        worker = generator.randrange(workers)
     step = generator.randrange(LOCAL_STEPS) if place == "local steps" else 0
     if place == "saving":
         round, step = generator.choice(SAVED)

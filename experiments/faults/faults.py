@@ -101,7 +101,8 @@ class Injector(L.Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, SubnetStrategy)
         assert strategy.engine is not None
-        self._activity, self._clock = strategy.engine.activity, strategy.engine.clock
+        self._activity = strategy.engine.activity
+        self._clock = strategy.engine.clock
         self._activity.listeners.append(self._hear)
         if self.fault.place == "saving":
             self._disarm = injections.while_saving(strategy, self._is_now, self._strike, self.fault.kind)

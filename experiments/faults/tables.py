@@ -93,7 +93,9 @@ def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def faults_claim(content: Content) -> str:
     """What was run, on what."""
-    stamp, settings, rows = content["machine"], content["settings"], content["rows"]
+    stamp = content["machine"]
+    settings = content["settings"]
+    rows = content["rows"]
     launchers = Counter(row["launcher"] for row in rows)
     launched = ", ".join(f"{many} {name}" for name, many in launchers.items())
     seeds, at_a_time = settings["seed"], content.get("at_a_time", 1)

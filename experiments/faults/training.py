@@ -124,7 +124,8 @@ def make_strategy(settings: Settings) -> SubnetStrategy:
     kind: Any = LocalSGDStrategy
     if settings.face == "resist":
         # The batches on which batch norm would be re-estimated are those of before the fault.
-        kind, options = ResISTStrategy, {**options, "min_blocks": MIN_BLOCKS, "batch_norm": "running"}
+        kind = ResISTStrategy
+        options = {**options, "min_blocks": MIN_BLOCKS, "batch_norm": "running"}
     return kind(**options, silence=timedelta(seconds=settings.silence), on_save_error=on_save_error(settings.fault))
 
 
@@ -135,7 +136,8 @@ def on_save_error(fault: Fault | None) -> str:
 
 def train(folder: Path) -> None:
     """The life of a worker."""
-    settings, worker = Settings.read(folder), int(os.environ.get("LOCAL_RANK", "0"))
+    settings = Settings.read(folder)
+    worker = int(os.environ.get("LOCAL_RANK", "0"))
     (folder / f"pid-{worker}").write_text(str(os.getpid()))
     torch.set_num_threads(1)
     hush()

@@ -124,7 +124,8 @@ def _is_told(case: Case, ended: Ended) -> bool:
 
 def _of_files(case: Case, ended: Ended, left: Left, resumed: str | None) -> Iterator[str]:
     assert ended.struck is not None
-    lost, most = lost_steps(ended.struck["steps"], left), SAVE_EVERY - (case.fault.place != "saving")
+    lost = lost_steps(ended.struck["steps"], left)
+    most = SAVE_EVERY - (case.fault.place != "saving")
     if lost > most:
         yield f"lost work: {lost} local steps; the checkpoint of at most {most} before should be there"
     if left.half_written:

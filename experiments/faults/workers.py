@@ -66,7 +66,10 @@ class _Watch:
     """What all ways to start have in common."""
 
     def __init__(self, settings: Settings, folder: Path, launcher: str, limit: float) -> None:
-        self.settings, self.folder, self.launcher, self.limit = settings, folder, launcher, limit
+        self.settings = settings
+        self.folder = folder
+        self.launcher = launcher
+        self.limit = limit
         self.workers = range(settings.workers)
         frozen = settings.fault is not None and settings.fault.kind == "freeze"
         self.frozen = settings.fault.worker if settings.fault is not None and frozen else None

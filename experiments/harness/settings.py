@@ -67,7 +67,8 @@ def option(
 
 def check_keys(section: Mapping[str, Any], expected: type, prefix: str) -> None:
     """Check the keys, types and limits of one section against a dataclass whose fields are :func:`option`."""
-    known, hints = {item.name: item for item in fields(expected)}, get_type_hints(expected)
+    known = {item.name: item for item in fields(expected)}
+    hints = get_type_hints(expected)
     for key in map(str, section):
         full_key = f"{prefix}.{key}" if prefix else key
         if key not in known:

@@ -16,7 +16,8 @@ def strategy_in_words(name: str) -> str:
 
 def run_in_words(results: Mapping[str, Any]) -> str:
     """What trained: ``ResIST, 2 workers``."""
-    name, workers = strategy_in_words(results["strategy"]), results["workers"]
+    name = strategy_in_words(results["strategy"])
+    workers = results["workers"]
     return name if workers == 1 else f"{name}, {workers} workers"
 
 

@@ -57,7 +57,8 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
 
 def sizes(layout: NeuronLayout) -> dict[str, int]:
     """Bytes of the full model's parameters: those with hidden neurons on both sides, on one side, and shared by all."""
-    parameters, inner = dict(layout.module.named_parameters()), layout.inner()
+    parameters = dict(layout.module.named_parameters())
+    inner = layout.inner()
     shared = _bytes(p for name, p in parameters.items() if name in layout.shared)
     two_sided = _bytes(p for name, p in parameters.items() if name in inner)
     return {"inner": two_sided, "outer": _bytes(parameters.values()) - two_sided - shared, "shared": shared}

@@ -82,7 +82,8 @@ def step_seconds(shape: Shape, workers: int, steps: int) -> float:
     torch.manual_seed(0)
     network = shape.make(workers)
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
-    inputs, labels = torch.randn(BATCH, shape.inputs), torch.randint(CLASSES, (BATCH,))
+    inputs = torch.randn(BATCH, shape.inputs)
+    labels = torch.randint(CLASSES, (BATCH,))
     found = []
     for _ in range(steps + 1):
         started = time.perf_counter()
@@ -96,7 +97,8 @@ def speed_up(row: dict[str, Any], volume: dict[str, Any], gbit: float) -> dict[s
 
     Of DDP as if all of its communication that can be were hidden behind its compute: less than it takes.
     """
-    full, subnet = row["seconds"]["1"], row["seconds"][str(volume["workers"])]
+    full = row["seconds"]["1"]
+    subnet = row["seconds"][str(volume["workers"])]
 
     def on_the_link(sent: float) -> float:
         return sent * 8 / gbit / 1e9

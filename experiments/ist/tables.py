@@ -152,7 +152,8 @@ def batch_norm(content: Content) -> Grid:
 
 
 def rates(content: Content) -> Grid:
-    rows, lines = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED], []
+    rows = [row for row in content["rows"] if row["case"]["seed"] == RATES_SEED]
+    lines = []
     found = distinct(rows, "lr")
     for (task, method, workers), own in grouped(rows, "task", "method", "workers", titles=TITLES):
         cells = [mean_of(chosen(own, lr=lr), "last_holdout") for lr in found]
@@ -167,7 +168,8 @@ def memory(content: Content) -> Grid:
     for group in content["groups"]:
         steps = [step for worker in group["by_worker"] for step in worker["steps"]]
         parts = {key: max(step[key] for step in steps) for key in steps[0]}
-        held, expected = sum(parts[key] for key in ("parameters", "gradients", "momentum")), closed_form(group)
+        held = sum(parts[key] for key in ("parameters", "gradients", "momentum"))
+        expected = closed_form(group)
         whole = 3 * (group["inner"] + group["outer"] + group["shared"])
         bare, peak = (max(worker[key] for worker in group["by_worker"]) for key in ("bare_resident", "peak_resident"))
         lines.append([
@@ -197,7 +199,9 @@ def _network(row: Row) -> str:
 def shapes(content: Content) -> Grid:
     lines = []
     for row, volume in _volumes(content):
-        weights, seconds, workers = volume["weights"], row["seconds"], str(volume["workers"])
+        weights = volume["weights"]
+        seconds = row["seconds"]
+        workers = str(volume["workers"])
         sent = [bytes_in_words(volume[key]) for key in ("ist_round", "local_sgd_round", "ddp_step")]
         less = f"{volume['local_sgd_round'] / volume['ist_round']:.1f}x"
         less_than_ddp = f"{volume['ddp_step'] * LOCAL_STEPS / volume['ist_round']:.0f}x"

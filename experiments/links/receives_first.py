@@ -74,7 +74,8 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     numbers = round(settings["megabytes"] * 1e6 / 4)
-    out, into = torch.full((numbers,), float(place.worker)), torch.empty(numbers)
+    out = torch.full((numbers,), float(place.worker))
+    into = torch.empty(numbers)
     peer = 1 - place.worker
     for way in WAYS.values():  # connections are made, pages are touched
         way(out[:1000], into[:1000], peer)

@@ -202,7 +202,8 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     trainer = quiet_trainer(strategy, num_nodes=place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
     shape, classes = SPEECH if fully_connected(network) else CIFAR
     module = Module(described(network, num_classes=classes, in_features=shape[0]))
-    generator, count = torch.Generator().manual_seed(settings["seed"]), (closes + 1) * settings["batch"] * place.workers
+    generator = torch.Generator().manual_seed(settings["seed"])
+    count = (closes + 1) * settings["batch"] * place.workers
     values = torch.randn(count, *shape, generator=generator)
     labels = torch.randint(classes, (count,), generator=generator)
     trainer.fit(module, DataLoader(TensorDataset(values, labels), settings["batch"]))

@@ -13,7 +13,8 @@ BAR = 0.2
 
 def draw(path: Path, content: Content) -> Path:
     """Grouped bars, the number on each."""
-    paper, ours = content["volumes"]["table_1"], content["volumes"]["peer_to_peer"]
+    paper = content["volumes"]["table_1"]
+    ours = content["volumes"]["peer_to_peer"]
     bars = [
         (GREY, "local SGD, printed in the paper", [row["printed_gb"]["local_sgd"] for row in paper]),
         (ORANGE, "local SGD, our all-reduce", [row["local_sgd"]["sent_bytes"] / GB for row in ours]),

@@ -141,7 +141,8 @@ class _Cost:
 def _subnets(found: dict[str, Any], cost: _Cost, least: int | None, workers: int) -> dict[str, Any]:
     partition = cost.partition(least, workers)
     counts = sorted(map(len, partition), reverse=True)
-    parameters, (block,) = found["parameters"], found["parameters"]["by_block"]
+    parameters = found["parameters"]
+    (block,) = found["parameters"]["by_block"]
     memory = memory_bytes(parameters["shared"], block, mean(counts))
     mean_macs = mean(cost.of(held) for held in partition)
     return {

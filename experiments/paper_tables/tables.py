@@ -61,7 +61,8 @@ def parameters(content: Content) -> Grid:
 
 def macs_of_101(content: Content) -> Grid:
     network = content["networks"][0]
-    full, even = network["macs"]["all"], [one for one in network["subnets"] if len(set(one["held"])) == 1]
+    full = network["macs"]["all"]
+    even = [one for one in network["subnets"] if len(set(one["held"])) == 1]
     measured = {network["blocks"]: full} | {subnet["held"][0]: subnet["macs"] for subnet in even}
     return Grid.of(f"Multiply-adds of a sub-network of the paper's {network['network']}", BY_HAND_GMACS.items(), {
         "blocks of the worker": lambda item: item[0],

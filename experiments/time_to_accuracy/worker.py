@@ -50,7 +50,8 @@ class Stopwatch(L.Callback):
             self._began = True
             self.place.ready()
         if self._resumed is None:
-            self._resumed, self._bytes_before = time.perf_counter(), self.place.bytes()
+            self._resumed = time.perf_counter()
+            self._bytes_before = self.place.bytes()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called before the strategy's own, which assembles the full model."""

@@ -71,7 +71,8 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
     local_steps = settings["local_steps"]
     config = Config(local_steps=local_steps, min_blocks=settings["min_blocks"], blocks_per_worker=shares)
     engine = Engine(model, [optimizer], config)
-    images, labels = torch.randn(settings["batch"], 3, 32, 32), torch.zeros(settings["batch"], dtype=torch.long)
+    images = torch.randn(settings["batch"], 3, 32, 32)
+    labels = torch.zeros(settings["batch"], dtype=torch.long)
     engine.start()
     model.train()
     seen = []
