@@ -123,22 +123,19 @@ def without_folder(cfg: Any) -> Any:
     return fake if cfg.data._target_.endswith(("ImageFolder", "SpeechCommands")) else cfg.data
 
 
-@pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "single"])
-def test_the_demo_runs_with_every_strategy(strategy: str, composed: Compose) -> None:
+STRATEGIES = {
+    "demo": ["resist", "local_sgd", "ddp", "single"],
+    "auxnet_digits": ["auxnet", "resist", "local_sgd", "ddp", "single"],
+    "ist_digits": ["ist", "local_sgd", "ddp", "single"],
+}
+
+
+@pytest.mark.parametrize(("experiment", "strategy"), [(name, one) for name in STRATEGIES for one in STRATEGIES[name]])
+def test_an_experiment_on_digits_runs_with_every_strategy_that_can_divide_its_network(
+    experiment: str, strategy: str, composed: Compose
+) -> None:
     devices = 1 if strategy == "single" else 2
-    check_train(composed("experiment=demo", f"strategy={strategy}", f"trainer.devices={devices}"))
-
-
-@pytest.mark.parametrize("strategy", ["auxnet", "resist", "local_sgd", "ddp", "single"])
-def test_the_digits_of_auxnet_run_with_every_strategy_but_that_of_neurons(strategy: str, composed: Compose) -> None:
-    devices = 1 if strategy == "single" else 2
-    check_train(composed("experiment=auxnet_digits", f"strategy={strategy}", f"trainer.devices={devices}"))
-
-
-@pytest.mark.parametrize("strategy", ["ist", "local_sgd", "ddp", "single"])
-def test_the_digits_of_ist_run_with_every_strategy_but_that_of_blocks(strategy: str, composed: Compose) -> None:
-    devices = 1 if strategy == "single" else 2
-    check_train(composed("experiment=ist_digits", f"strategy={strategy}", f"trainer.devices={devices}"))
+    check_train(composed(f"experiment={experiment}", f"strategy={strategy}", f"trainer.devices={devices}"))
 
 
 @pytest.mark.parametrize("option", options("debug"))

@@ -100,36 +100,26 @@ def test_grey_images_and_other_shapes_become_colour_of_one_size(tmp_path: Path) 
     assert data._cached(data.listings["all"]).pixels.shape == (3, 3, 8, 8)
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"images' is not a folder; give one with train/<class>"):
-        _ = opened(tmp_path).num_classes
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="no sub-folders"):
-        _ = opened(tmp_path).num_classes
-
-
-def test_a_class_without_images_is_refused(write: Write, tmp_path: Path) -> None:
-    write("red", 2)
-    (tmp_path / "images" / "void").mkdir()
-    (tmp_path / "images" / "void" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"no images in .*void; .*\.jpg"):
-        _ = opened(tmp_path).num_classes
-
-
-def test_classes_that_differ_between_train_and_test_are_named(write: Write, tmp_path: Path) -> None:
-    all_three(write, "train", 2)
-    write("test/red", 2)
-    write("test/violet", 2)
-    with pytest.raises(ValueError, match=r"different classes; in one of them only: blue, green, violet"):
-        _ = opened(tmp_path).num_classes
-
-
-def test_train_without_test_is_refused(write: Write, tmp_path: Path) -> None:
-    all_three(write, "train", 2)
-    with pytest.raises(ValueError, match=r"has train/ only; .* to have it split"):
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({}, r"images' is not a folder; give one with train/<class>"),
+        ({"": 0}, "no sub-folders"),
+        ({"red": 2, "void": 0}, r"no images in .*void; .*\.jpg"),
+        (
+            {"train/blue": 2, "train/green": 2, "train/red": 2, "test/red": 2, "test/violet": 2},
+            r"different classes; in one of them only: blue, green, violet",
+        ),
+        ({"train/red": 2}, r"has train/ only; .* to have it split"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_refused(
+    images: dict[str, int], message: str, write: Write, tmp_path: Path
+) -> None:
+    for name, count in images.items():
+        write(name, count)
+        (tmp_path / "images" / name / "notes.txt").touch()  # which is no image
+    with pytest.raises(ValueError, match=message):
         _ = opened(tmp_path).num_classes
 
 
