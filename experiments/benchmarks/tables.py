@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 from experiments.harness.record import read_record
-from experiments.harness.tables import Content, Grid, page_tables, read
+from experiments.harness.tables import Content, Grid, page_tables
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)", "single": "one process"}
@@ -46,12 +46,13 @@ def runs(prefix: str) -> str:
 def held_memory() -> str:
     """Parameters, gradients and momentum that workers held."""
     rows = []
-    for content in (read(RESULTS, f"held_memory_{workers}") for workers in (2, 4)):
-        measured = content["worst_bytes_by_worker"] if content else []
-        held = mean(row["held"] for row in measured)
-        bound = mean(row["bound"] for row in measured)
-        full = content["full_bytes"] if content else 0
-        rows.append([str(len(measured)), megabytes(held), megabytes(bound), megabytes(full), f"{held / full:.3f}"])
+    for many in (2, 4):
+        content = read_record(RESULTS / f"held_memory_{many}.jsonl")
+        workers = content["worst_bytes_by_worker"]
+        full = content["full_bytes"]
+        held = mean(worker["held"] for worker in workers)
+        bound = mean(worker["bound"] for worker in workers)
+        rows.append([many, megabytes(held), megabytes(bound), megabytes(full), f"{held / full:.3f}"])
     return Grid("", ["workers", "held (mean)", "bound 3 (Q + k b)", "full model", "share"], rows).markdown()
 
 

@@ -153,6 +153,7 @@ def run(_: Sequence[str], options: Options) -> int:
     machine = content.pop("machine", {})  # of joined records
     write_record(out / "faults.jsonl", content, **machine)
     show(out, {"faults": (tables.faults_by_kind,)}, ["faults"])
+    # Only now: the workers of the soak are forks of this process, and have no use for matplotlib.
     from experiments.faults.figure import draw_seconds
 
     print(f"wrote {draw_seconds(out / 'faults.png', content)}")

@@ -136,10 +136,5 @@ def faults_findings(content: Content) -> Grid | str:
     return Grid("Findings", ["fault", "found"], found) if found else "Nothing was found.\n"
 
 
-def faults_picture(content: Content) -> str:
-    """The picture, where there is one."""
-    return "![seconds from the fault to the end of the last survivor, by kind and place](results/faults.png)\n"
-
-
-STUDIES = {"faults": (faults_claim, faults_by_kind, faults_by_place, faults_findings, faults_picture)}
+STUDIES = {"faults": (faults_claim, faults_by_kind, faults_by_place, faults_findings)}
 TABLES = page_tables(RESULTS, STUDIES)

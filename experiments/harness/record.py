@@ -55,10 +55,5 @@ def read_record(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_if_made(path: Path) -> dict[str, Any] | None:
-    """What a result file says; None if it has not been made."""
-    return read_record(path) if path.exists() else None
-
-
 def _is_list_of_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 from rich.table import Table
 
-from experiments.harness.record import read_if_made
+from experiments.harness.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py") if path.parent.name != "harness")
@@ -68,7 +68,8 @@ Studies = Mapping[str, Sequence[Make]]  # for each result file, what is made of 
 
 def read(folder: Path, name: str) -> Content | None:
     """A result file; None if there is none, or no row in it."""
-    content = read_if_made(folder / f"{name}.jsonl")
+    path = folder / f"{name}.jsonl"
+    content = read_record(path) if path.exists() else {}
     return content if content and content.get("rows", True) else None
 
 
