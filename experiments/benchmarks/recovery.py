@@ -77,14 +77,17 @@ class Measured(ResISTStrategy):
         self.kept = kept
         self.written: list[dict[str, float]] = []
         self.exact = False
+        self._write = self.resumer.write_snapshot
+        self.resumer.write_snapshot = self._write_and_note  # type: ignore[method-assign]
 
-    def _write_snapshot(self, engine: Any) -> None:
+    def _write_and_note(self, engine: Any, *state: Any, **ending: Any) -> None:
         start = time.perf_counter()
-        super()._write_snapshot(engine)
+        self._write(engine, *state, **ending)
         seconds = time.perf_counter() - start
-        if self._restarts is None or not self._restarts.due(engine.clock.round):
+        snapshots = self.resumer._snapshots
+        if snapshots is None or not snapshots.due(engine.clock.round):
             return
-        folder = self._restarts.folder.path / f"round={engine.clock.round:08d}"
+        folder = snapshots.folder.path / f"round={engine.clock.round:08d}"
         (file,) = folder.glob(f"worker-{self.global_rank}-of-*.pt")
         self.written.append({"seconds": seconds, "bytes": file.stat().st_size})
         if self.kept is not None:  # the end of the training removes the snapshots, and this link stays
@@ -95,14 +98,14 @@ class Measured(ResISTStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self._trainer_state is not None
-        restore = self._trainer_state.load_state_dict
+        assert self.session is not None
+        restore = self.session.trainer_state.load_state_dict
 
         def note_and_restore(state: dict[str, Any]) -> None:
             self.exact = True
             restore(state)
 
-        self._trainer_state.load_state_dict = note_and_restore  # type: ignore[method-assign]
+        self.session.trainer_state.load_state_dict = note_and_restore  # type: ignore[method-assign]
 
 
 class Saver(L.Callback):
@@ -133,7 +136,7 @@ class Present(L.Callback):
         self.parts: set[str] = set()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        position: Any = trainer.strategy._trainer_state.position  # type: ignore[attr-defined]
+        position: Any = trainer.strategy.session.trainer_state.position  # type: ignore[attr-defined]
         watched = any(thread.name == "resist_lightning watchdog" for thread in threading.enumerate())
         self.parts = {part for part, there in (("watch", watched), ("notes", position._before_fetch)) if there}
         self.on_train_batch_end = nothing  # type: ignore[method-assign]

@@ -117,7 +117,10 @@ def _swap(name: str, tensor: Tensor, new: Tensor) -> None:
 
 
 def present_to_cpu(module: nn.Module) -> None:
-    """Move present tensors to the CPU; absent ones, as an error leaves them, stay so."""
+    """Move a module to the CPU; absent tensors, as an error leaves them, stay so."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.cpu()  # a module may move more than tensors
+        return
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             if not tensor.is_meta:

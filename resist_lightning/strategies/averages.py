@@ -16,9 +16,8 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.state.companion import Companion
+from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
-
-_REPLACED = ("_swap_models", "_copy_average_to_current", "on_save_checkpoint", "on_load_checkpoint")
 
 
 def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
@@ -60,27 +59,27 @@ class Averages:
 
     Args:
         trainer: whose callbacks are looked at.
-        engine: gives the engine of this worker, or None.
+        engine: gives the engine of this worker while it trains.
+        patches: give the callback its own methods back.
     """
 
-    def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None]) -> None:
+    def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], patches: Patches) -> None:
         self._engine = engine
+        self._patches = patches
         self._callback: Any = next(iter(_averaging_callbacks(trainer)), None)
         self._begins_as_module = True  # the module is worker 0's, and the average must be too
         self._resumed = False
-        if self._callback is not None:
-            for name in _REPLACED:
-                usual = getattr(self._callback, name)
-                vars(self._callback)[name] = partial(getattr(self, f"_{name.strip('_')}"), usual)
-
-    def remove(self) -> None:
-        """Give the callback its own methods back."""
         if self._callback is None:
             return
-        for name in _REPLACED:
-            del vars(self._callback)[name]
-        if self._callback._average_model is not None:
-            vars(self._callback._average_model).pop("update_parameters", None)
+        replacements = {
+            "_swap_models": self._swap_models,
+            "_copy_average_to_current": self._copy_average_to_current,
+            "on_save_checkpoint": self._on_save_checkpoint,
+            "on_load_checkpoint": self._on_load_checkpoint,
+        }
+        for name, replacement in replacements.items():
+            usual = getattr(self._callback, name)
+            patches.replace(self._callback, name, partial(replacement, usual))
 
     def follow(self, engine: Engine) -> None:
         """Move parts of the average along with those of the module of a new engine.
@@ -91,12 +90,13 @@ class Averages:
         if self._callback is None:
             return
         average = self._callback._average_model
-        devices = {tensor.device for module in (engine.module, average.module) for tensor in module.parameters()}
+        tensors = [*engine.module.parameters(), *average.module.parameters()]
+        devices = {tensor.device for tensor in tensors}
         if len(devices) > 1 and engine.layout.partial:
             name = type(self._callback).__name__
             raise ValueError(f"{name}(device=...) keeps the average apart from the module it moves with: leave it out.")
         engine.layout.companion = Companion(engine.module, average.module)
-        vars(average)["update_parameters"] = partial(self._update_parameters, average)
+        self._patches.replace(average, "update_parameters", partial(self._update_parameters, average))
 
     def begin(self) -> None:
         """Initialise the average; the engine must have started."""
@@ -125,7 +125,7 @@ class Averages:
     def _companion(self) -> Companion | None:
         """The average beside the module, while the training runs."""
         engine = self._engine()
-        return engine.layout.companion if engine is not None and engine.running else None
+        return engine.layout.companion if engine is not None else None
 
     def _update_parameters(self, average: AveragedModel, model: nn.Module) -> None:
         companion = self._companion()

@@ -9,10 +9,13 @@ import lightning.pytorch as pl
 
 from resist_lightning.engine.engine import Engine
 from resist_lightning.strategies.averages import Averages
+from resist_lightning.strategies.patches import Patches, after
 
 
-class ValidationOrder:
-    """Ends the full model before ``on_validation_end`` where weights were swapped before it was assembled.
+def order_validation(
+    trainer: pl.Trainer, engine: Callable[[], Engine | None], averages: Averages, patches: Patches
+) -> None:
+    """End the full model before ``on_validation_end`` where weights were swapped before it was assembled.
 
     Callbacks and the module are called before the strategy at the start of a validation, and at its end. One that
     puts other weights into the module in ``on_validation_start`` (averages, or a schedule-free optimizer) puts the old
@@ -21,34 +24,21 @@ class ValidationOrder:
 
     Args:
         trainer: whose validation loop is patched.
-        engine: of this worker.
+        engine: gives the engine of this worker while it trains.
         averages: shown instead of the weights, before any callback swaps them.
+        patches: put the loop's own methods back.
     """
 
-    def __init__(self, trainer: pl.Trainer, engine: Engine, averages: Averages) -> None:
-        self._loop: Any = trainer.fit_loop.epoch_loop.val_loop
-        self._engine = engine
-        self._averages = averages
-        patched = vars(self._loop)
-        patched["on_run_start"] = self._after(self._note, self._loop.on_run_start)
-        patched["_on_evaluation_end"] = self._after(self._end_if_swapped, self._loop._on_evaluation_end)
+    def note_weights() -> None:
+        if (training := engine()) is not None:
+            averages.show()
+            training.observation.note_weights()
 
-    def remove(self) -> None:
-        """Put the loop's own methods back."""
-        del self._loop.on_run_start, self._loop._on_evaluation_end
+    def end_if_swapped() -> None:
+        training = engine()
+        if training is not None and training.observing and training.observation.swapped:
+            training.end_observation()
 
-    def _note(self) -> None:
-        if self._engine.running:
-            self._averages.show()
-            self._engine.observation.note_weights()
-
-    def _end_if_swapped(self) -> None:
-        if self._engine.observing and self._engine.observation.swapped:
-            self._engine.end_observation()
-
-    def _after(self, first: Callable[[], None], usual: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            first()
-            return usual(*args, **kwargs)
-
-        return called
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    patches.replace(loop, "on_run_start", after(note_weights, loop.on_run_start))
+    patches.replace(loop, "_on_evaluation_end", after(end_if_swapped, loop._on_evaluation_end))

@@ -274,5 +274,5 @@ def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, tmp
         assert steps in (12, 15)
         assert len(warned) == (workers == 2 and worker == 0)
         assert len(held) < len(names) or workers == 1
-        expected = f"The {workers} worker(s) here go on from its full model, with a new partition, in round 3"
+        expected = f"The {workers} worker(s) here resume from its full model, with a new partition, in round 3"
         assert any(expected in line for line in said) == (workers != 2 and worker == 0)

@@ -293,11 +293,11 @@ def fit_twice(worker: int) -> tuple[int, bool, list[str]]:
     return trainer.global_step, is_sound(module), said
 
 
-def test_a_second_fit_goes_on_and_names_what_it_goes_on_from() -> None:
+def test_a_second_fit_resumes_and_names_what_it_resumes_from() -> None:
     (steps, sound, said), (other_steps, _, _) = run_trainers(fit_twice, 2)
     assert steps == other_steps == 15
     assert sound
-    how = [text for text in said if "goes on" in text]
+    how = [text for text in said if "resumes" in text]
     assert how
     assert all("the training before" in text for text in how)
     assert not any("  " in text or ": has" in text or "of the full" in text for text in how)

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 
+from resist_lightning.engine.engine import Engine
 from resist_lightning.faults.heartbeats import Heartbeats
 from resist_lightning.faults.watchdog import Surroundings, Watchdog
 from resist_lightning.schedule.progress import Activity
@@ -41,17 +42,24 @@ class Guard:
             return "failed" if self._failed else "stopped"
         return "watched" if self._watchdog is not None else "unwatched"
 
-    def begin(self, trainer: pl.Trainer, activity: Callable[[], Activity | None], timeout: timedelta) -> None:
-        """Start the watchdog; the process group must exist.
+    def begin(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], timeout: timedelta) -> None:
+        """Start the watchdog, unless this worker is alone; the process group must exist.
 
         Args:
             trainer: of this worker.
-            activity: gives what this worker is doing.
+            engine: gives the engine of this worker, which knows what it is doing.
             timeout: of collectives.
         """
+        if trainer.world_size == 1:
+            return
         environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         where = f"{environment.main_address}:{environment.main_port}"
         children = self.children
+
+        def activity() -> Activity | None:
+            running = engine()
+            return running.activity if running is not None else None
+
         self._failed = self._stopped = False
         self._watchdog = Watchdog(
             Heartbeats(trainer.global_rank, trainer.world_size),
@@ -118,11 +126,11 @@ class Guard:
 def how_to_resume(trainer: pl.Trainer) -> str:
     """Tells the user how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
     strategy: Any = trainer.strategy
-    snapshots = strategy.snapshot_folder
+    snapshots = strategy.resumer.snapshot_folder
     if snapshots is not None:
         again = "torchrun resumes from there by itself if it may start the workers again; otherwise resume"
         return f"Snapshots are in {str(snapshots)!r}: {again} with Trainer.fit(..., ckpt_path={str(snapshots)!r})."
-    known = [strategy.last_written] + [
+    known = [strategy.saver.last_written] + [
         getattr(callback, name, "")
         for callback in trainer.checkpoint_callbacks
         for name in ("last_model_path", "best_model_path")

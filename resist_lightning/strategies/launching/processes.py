@@ -182,8 +182,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         strategy: Any = trainer.strategy
         return {
             **super().get_extra_results(trainer),
-            "resume_state": strategy.resume_state,
-            "last_written": strategy.last_written,
+            "resume_state": strategy.resumer.state_of(trainer.lightning_module),
+            "last_written": strategy.saver.last_written,
             "checkpoints": [
                 {name: getattr(callback, name) for name in _CHECKPOINT_FACTS if hasattr(callback, name)}
                 for callback in trainer.checkpoint_callbacks
@@ -196,8 +196,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
         strategy: Any = trainer.strategy
         if trainer.state.fn == TrainerFn.FITTING:  # other loops leave this process's module as it is
-            strategy.resume_state = extra["resume_state"]
-        strategy.last_written = extra["last_written"]
+            strategy.resumer.set_state(extra["resume_state"], trainer.lightning_module)
+        strategy.saver.last_written = extra["last_written"]
         for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
             vars(callback).update(facts)
 

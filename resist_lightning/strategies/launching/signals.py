@@ -34,6 +34,7 @@ class Signals:
 
     Attributes:
         acting: whether all workers are ending together, so that they may still talk and save.
+        handled: the signals that are noted.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -42,7 +43,11 @@ class Signals:
         self._noted = self._agreed = 0
         self._first_at = 0.0
         self._originals: dict[int, Any] = {}
-        self._bits = requests_by_signal(getattr(trainer.strategy, "cluster_environment", None))
+        self._bits = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._bits[environment.requeue_signal] = _REQUEUE
+        self.handled = tuple(self._bits)
         self._announced = 0
 
     @property
@@ -133,15 +138,3 @@ class Signals:
         name = signal.Signals(number).name
         # Not print(), which fails where the signal has interrupted another print().
         os.write(2, f"worker {worker}: {name}: all workers {what} when this round ends.{again}\n".encode())
-
-
-def requests_by_signal(environment: Any) -> dict[signal.Signals, int]:
-    """The signals that a worker handles, each with the bit that stands for it.
-
-    Args:
-        environment: Lightning's cluster environment.
-    """
-    requests = {signal.SIGTERM: _TERMINATE, signal.SIGINT: _INTERRUPT}
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-        requests[environment.requeue_signal] = _REQUEUE
-    return requests

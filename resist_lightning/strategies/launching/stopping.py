@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from resist_lightning.strategies.launching.signals import SAME_SECONDS
+from resist_lightning.strategies.patches import Patches
 
 _EXIT_CODES = {128 + signal.SIGTERM: signal.SIGTERM, 128 + signal.SIGINT: signal.SIGINT}
 
@@ -128,17 +129,16 @@ def _exception_of(number: int) -> BaseException:
 
 def _save_nothing_more(trainer: pl.Trainer) -> None:
     """The main process has the model as it was before the training: its callbacks must not write that."""
-    for callback in trainer.checkpoint_callbacks:
-        vars(callback)["on_exception"] = _do_nothing
+    patches = Patches()
     usual = trainer.strategy.on_exception
 
     def then(exception: BaseException) -> None:  # called right after the callbacks
-        for callback in trainer.checkpoint_callbacks:
-            vars(callback).pop("on_exception", None)
-        vars(trainer.strategy).pop("on_exception", None)
+        patches.remove()
         usual(exception)
 
-    vars(trainer.strategy)["on_exception"] = then
+    for callback in trainer.checkpoint_callbacks:
+        patches.replace(callback, "on_exception", _do_nothing)
+    patches.replace(trainer.strategy, "on_exception", then)
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from resist_lightning.errors import CheckpointNotWritten
+from resist_lightning.strategies.patches import Patches
 
 
 class Refused(CheckpointNotWritten):
@@ -18,7 +19,7 @@ class Refused(CheckpointNotWritten):
 
 
 class CheckpointCallbacks:
-    """Replaces methods of a trainer's ``ModelCheckpoint`` callbacks, and puts them back.
+    """Patches a trainer's ``ModelCheckpoint`` callbacks.
 
     * ``_monitor_candidates``: file names and the best checkpoints follow worker 0's metrics on all workers. A metric
       without ``sync_dist`` would give every worker names, and an order, of its own.
@@ -27,29 +28,19 @@ class CheckpointCallbacks:
 
     Args:
         trainer: the trainer of this worker.
+        patches: put the original methods back.
 
     Attributes:
         saving: whether such a callback is saving, which learns of a failure by :class:`Refused`.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, patches: Patches) -> None:
         self.saving = False
-        self._undo: list[tuple[Any, str]] = []
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                self._replace(callback, "_monitor_candidates", self._alike)
-                self._replace(callback, "_save_checkpoint", self._unless_refused)
-                self._replace(callback, "on_exception", self._unannounced)
-
-    def remove(self) -> None:
-        """Put the original methods back."""
-        for callback, name in self._undo:
-            delattr(callback, name)
-        self._undo = []
-
-    def _replace(self, callback: ModelCheckpoint, name: str, wrap: Callable[..., Callable[..., Any]]) -> None:
-        setattr(callback, name, wrap(getattr(callback, name)))
-        self._undo.append((callback, name))
+                patches.replace(callback, "_monitor_candidates", self._alike(callback._monitor_candidates))
+                patches.replace(callback, "_save_checkpoint", self._unless_refused(callback._save_checkpoint))
+                patches.replace(callback, "on_exception", self._unannounced(callback.on_exception))
 
     def _alike(self, candidates: Callable[[pl.Trainer], dict[str, Any]]) -> Callable[[pl.Trainer], dict[str, Any]]:
         """Collective: every worker asks for its metrics where a checkpoint may be due."""

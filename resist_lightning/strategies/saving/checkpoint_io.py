@@ -70,6 +70,15 @@ class AtomicIO(TorchCheckpointIO):
         return found
 
 
+def or_atomic(plugin: CheckpointIO | None) -> CheckpointIO:
+    """The plugin of a Trainer, or :class:`AtomicIO` where it has none, or one that wraps none yet."""
+    if plugin is None:
+        return AtomicIO()
+    if isinstance(plugin, _WrappingCheckpointIO):
+        plugin.checkpoint_io = AtomicIO()  # has no effect where it wraps another one
+    return plugin
+
+
 def base_of(plugin: CheckpointIO) -> CheckpointIO:
     """The innermost plugin: plugins such as ``AsyncCheckpointIO`` wrap another one."""
     while isinstance(plugin, _WrappingCheckpointIO) and plugin.checkpoint_io is not None:

@@ -15,7 +15,6 @@ from resist_lightning.checkpoint.snapshots import Snapshot, SnapshotFolder, need
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.group import groups_joined
 from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
-from resist_lightning.engine.engine import Engine
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten
 from resist_lightning.strategies.options import StrategyOptions
 
@@ -219,38 +218,6 @@ class Restarts:
 
     def _gather(self, number: float) -> list[list[float]]:
         return self._collective.gather_numbers([number])
-
-
-def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: bool, files: bool) -> None:
-    """Tell the user how much of a checkpoint the training resumes from.
-
-    Args:
-        name: of the strategy.
-        source: the checkpoint.
-        engine: that was started from it.
-        same: whether the workers and settings are those of the checkpoint.
-        exact: whether every worker has its own state.
-        files: whether the checkpoint names files of the workers.
-    """
-    workers, where = engine.collective.workers, f"round {engine.clock.round} after {engine.clock.step} local steps"
-    if exact:
-        rank_zero_info(f"{name}: goes on exactly where the checkpoint was written, in {where}.")
-    elif not same:
-        rank_zero_info(
-            f"{name}: {source} was written with other workers or settings. The {workers} worker(s) here go on from its "
-            f"full model, with a new partition, in {where}."
-        )
-    elif not files:
-        rank_zero_info(
-            f"{name}: {source} has the full model only, as after the end of a training. The training goes on from it "
-            f"in {where}."
-        )
-    else:
-        rank_zero_warn(
-            f"{name}: the workers' own files beside {source} are not all there. The training goes on from the full "
-            f"model in {where}; optimizer state, random numbers and the place in the data begin anew. Keep the folder "
-            "`.workers` with its checkpoint to go on exactly."
-        )
 
 
 def _reason(number: int) -> str:

@@ -26,8 +26,12 @@ class TrainerState:
         self.dumping = False
         self._trainer = trainer
 
+    def of_worker(self, engine: Engine) -> dict[str, Any]:
+        """What this worker alone has, for its own file: of the engine, and of the trainer."""
+        return {**engine.resumption.state_dict(), "host": self.state_dict(engine)}
+
     def state_dict(self, engine: Engine) -> dict[str, Any]:
-        """For this worker's own file."""
+        """What this worker's trainer has."""
         trainer = self._trainer
         # Gradients are state only while they are being added up over batches.
         accumulating = trainer.fit_loop._should_accumulate() or not trainer.lightning_module.automatic_optimization

@@ -12,11 +12,14 @@ import torch
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.loop_patches import LoopPatches
+from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.data_position import Position
 
 
-def patched(trainer: L.Trainer) -> LoopPatches:
-    return LoopPatches(trainer, Position(trainer), Signals(trainer), SoloCollective())
+def patched(trainer: L.Trainer) -> Patches:
+    patches = Patches()
+    LoopPatches(trainer, Position(trainer), Signals(trainer), SoloCollective(), patches)
+    return patches
 
 
 def draw() -> tuple[float, float, float]:

@@ -123,8 +123,9 @@ def test_after_a_test_of_a_checkpoint_a_fit_goes_on_from_its_full_model(tmp_path
     trainer, module = make_trainer(make_strategy(), **options), Noting()
     trainer.fit(module, stream(0, 3))
     trainer.test(module, stream(0, 2), ckpt_path=tmp_path / "middle.ckpt", verbose=False)
-    assert trainer.strategy.resume_state["step"] == 2
-    assert "files" not in trainer.strategy.resume_state
+    state = trainer.strategy.resumer.state_of(module)
+    assert state["step"] == 2
+    assert "files" not in state
     assert torch.load(tmp_path / "middle.ckpt", weights_only=True)["resist_lightning"]["files"]
 
 

@@ -26,11 +26,11 @@ def test_the_newest_checkpoint_that_still_exists_is_named(tmp_path: Path):
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
     callback = SimpleNamespace(last_model_path=str(old), best_model_path=str(tmp_path / "removed.ckpt"))
-    strategy = SimpleNamespace(snapshot_folder=None, last_written="")
+    strategy = SimpleNamespace(resumer=SimpleNamespace(snapshot_folder=None), saver=SimpleNamespace(last_written=""))
     callbacks = [callback, SimpleNamespace(best_model_path=str(new))]
     trainer: Any = SimpleNamespace(checkpoint_callbacks=callbacks, strategy=strategy)
     assert how_to_resume(trainer) == f"Resume with Trainer.fit(..., ckpt_path='{new}')."
     trainer.checkpoint_callbacks = []
     assert "save_last=True" in how_to_resume(trainer)
-    strategy.snapshot_folder = "snapshots"
+    strategy.resumer.snapshot_folder = "snapshots"
     assert "ckpt_path='snapshots'" in how_to_resume(trainer)

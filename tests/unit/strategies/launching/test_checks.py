@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.strategies.launching.launchers import check_callbacks, refuse_launch, warn_of_one_round
+from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, warn_of_one_round
 from tests.helpers.plain import Classifier, stream
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -121,7 +121,7 @@ def test_averages_that_cannot_be_served_are_refused(name: str, start_method: Any
 def warnings_of(callbacks: list[Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_callbacks(SimpleNamespace(callbacks=callbacks))  # type: ignore[arg-type]
+        check_callbacks(SimpleNamespace(callbacks=callbacks), LocalSGDStrategy().config)  # type: ignore[arg-type]
     return [str(warning.message) for warning in caught]
 
 

@@ -1,0 +1,106 @@
+"""Refuses runs that cannot work, before any process starts, and warns of slow ones."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parameter import is_lazy
+
+from resist_lightning.engine.registry import make_layout
+from resist_lightning.methods.config import CommonConfig
+from resist_lightning.schedule.progress import one_round
+from resist_lightning.strategies.averages import check_averages
+from resist_lightning.strategies.options import StartMethod, StrategyOptions
+from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
+from resist_lightning.strategies.saving.restarts import check_shrinking
+
+
+def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOptions, workers: int) -> None:
+    """Check trainer, callbacks and module in the main process.
+
+    Raises:
+        ValueError: for what cannot work.
+    """
+    resolve_file_urls(trainer)
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    check_callbacks(trainer, config)
+    check_shrinking(options)
+    module = trainer.strategy.lightning_module
+    if module is None or is_overridden("configure_model", module):
+        return  # the workers make the model, after the launch
+    completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())
+    if not completed_in_setup:
+        make_layout(module, config, workers)
+
+
+def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:
+    """Refuse ways to start workers that are known to fail.
+
+    Raises:
+        ValueError: for MPS, for a start method that ignores the processes that exist already, and for ``popen`` in a
+            Hydra sweep.
+    """
+    if isinstance(accelerator, MPSAccelerator):
+        raise ValueError("several workers cannot share an MPS device; use accelerator='cpu'.")
+    if start_method != "popen" and environment.creates_processes_externally:
+        raise ValueError(
+            f"start_method={start_method!r} would start workers a second time: {type(environment).__name__} has "
+            "started them already. Use start_method='popen' (strategy='resist' or 'local_sgd') there."
+        )
+    if start_method == "popen" and _in_hydra_sweep() and not environment.creates_processes_externally:
+        raise ValueError(
+            "start_method='popen' re-runs the command line in every worker, and in a Hydra sweep (--multirun) each "
+            "worker would run the whole sweep. Use start_method='spawn' (strategy='resist_spawn' or 'local_sgd_spawn')."
+        )
+
+
+def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
+    """Refuse callbacks that read all parameters while a worker holds a part, and warn of those that send messages.
+
+    Raises:
+        ValueError: for stochastic weight averaging, and for other averages that the method cannot serve.
+    """
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} adds an epoch without steps, and saves worker 0's average alone. Use "
+                "WeightAveraging (of Lightning 2.6), whose should_update() can choose the ends of epochs, or average "
+                "checkpoints after the training."
+            )
+        if isinstance(callback, Timer) or getattr(callback, "_train_time_interval", None) is not None:
+            rank_zero_warn(
+                f"{type(callback).__name__} sends a message after every batch, so the workers wait for each other in "
+                "every step. Limit the training by steps or epochs instead."
+            )
+    check_averages(trainer, config)
+
+
+def warn_of_one_round(trainer: pl.Trainer, local_steps: int) -> None:
+    """Warn of a training that will end before its first round does."""
+    if trainer.world_size == 1 or getattr(trainer, "fast_dev_run", False):
+        return
+    try:
+        steps = trainer.estimated_stepping_batches - trainer.global_step
+    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
+        return
+    if 0 < steps < local_steps:
+        rank_zero_warn(one_round(int(steps), local_steps))
+
+
+def _in_hydra_sweep() -> bool:
+    """Asks the Hydra that the user's program has loaded, if any: this package does not import it."""
+    module: Any = sys.modules.get("hydra.core.hydra_config")
+    if module is None or not module.HydraConfig.initialized():
+        return False
+    return str(module.HydraConfig.get().mode).endswith("MULTIRUN")

@@ -1,0 +1,169 @@
+"""Writes a strategy's checkpoints: the full model in one file, and beside it what each worker needs to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from resist_lightning.checkpoint.files import check_loadable
+from resist_lightning.comm.collective import SoloCollective
+from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.engine.engine import Engine
+from resist_lightning.errors import CheckpointNotWritten
+from resist_lightning.strategies.saving import checkpoint_files
+from resist_lightning.strategies.saving.checkpoint_callbacks import report_not_written
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
+from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, write_model
+from resist_lightning.strategies.saving.trainer_state import TrainerState
+from resist_lightning.strategies.session import FitSession
+
+
+class Saver:
+    """Takes the state for a checkpoint, writes it, and removes it.
+
+    Lightning asks for the state dict first, and then has it written. What only this package reads is kept here between
+    the two calls.
+
+    Args:
+        forgiving: whether the training continues when a checkpoint cannot be written.
+
+    Attributes:
+        last_written: the newest checkpoint that exists; callbacks name theirs before it is written.
+    """
+
+    def __init__(self, *, forgiving: bool) -> None:
+        self.last_written = ""
+        self._forgiving = forgiving
+        self._failed = False  # the newest checkpoint could not be written
+        self._written_as: dict[str, str] = {}  # worker 0's names of checkpoints, by this worker's
+        self._session: FitSession | None = None
+        self._saved: dict[str, Any] = {}
+        self._own: dict[str, Any] | None = None
+
+    def take(
+        self, module: pl.LightningModule, session: FitSession | None, resume_state: dict[str, Any], *, interrupted: bool
+    ) -> dict[str, Any]:
+        """The full model's state dict; empty where there is none. Collective while the engine runs.
+
+        Args:
+            module: the user's.
+            session: the newest ``fit`` of this process, if there is one.
+            resume_state: the state of the training that made the weights of a module that is complete.
+            interrupted: whether an error has ended the run.
+        """
+        self._session = session
+        self._own, self._saved = None, resume_state
+        if session is None:
+            return module.state_dict()
+        engine = session.engine
+        if engine is None or not engine.running:
+            self._saved = session.trainer_state.with_modes(resume_state)
+            return module.state_dict()
+        if interrupted or session.trainer_state.dumping:
+            return {}
+        if engine.observing:
+            return self._copy_full_model(engine, session.trainer_state)
+        with engine.layout.showing_companion(), engine.full_model("checkpoint"):
+            return self._copy_full_model(engine, session.trainer_state)
+
+    def _copy_full_model(self, engine: Engine, trainer_state: TrainerState) -> dict[str, Any]:
+        self._saved = trainer_state.with_modes(engine.checkpoint_state())
+        self._own = trainer_state.of_worker(engine)
+        copies = {}
+        for name, value in engine.module.state_dict().items():
+            # When the file is written, the module is this worker's part again.
+            copies[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        return copies
+
+    def save(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: _PATH,
+        write: Callable[[], None],
+        plugin: CheckpointIO,
+        worker: int,
+        *,
+        interrupted: bool,
+    ) -> None:
+        """Write the full model, and beside it what each worker has taken.
+
+        Collective: every worker must call this, in the same order; all files go where worker 0 says.
+
+        Args:
+            checkpoint: Lightning's, of the state dict that was just taken.
+            filepath: this worker's name for it.
+            write: writes it by ``plugin``; called in one worker.
+            plugin: the Trainer's, or :class:`AtomicIO`.
+            worker: this one.
+            interrupted: whether an error has ended the run.
+
+        Raises:
+            CheckpointNotWritten: on all workers, if a disk refused it, unless the saver is forgiving.
+        """
+        own, saved = self._own, self._saved
+        self._own, self._saved = None, {}
+        if interrupted and self._engine_runs():
+            self._report(f"{filepath} is not written: after an error no worker can assemble the full model.")
+            return
+        collective = SoloCollective() if interrupted else default_collective()
+        if worker > 0 and collective.workers == 1:
+            return  # the workers have parted, or one has failed before the training: worker 0 alone writes the model
+        if "optimizer_states" not in checkpoint:
+            own = None  # weights only
+        if saved:
+            checkpoint[CHECKPOINT_KEY] = saved
+        if own is not None:
+            check_loadable(own["host"])
+        path = checkpoint_files.agree_on_path(filepath, collective)
+        self._written_as[str(filepath)] = path
+        try:
+            with self._activity(own):
+                write = partial(write_model, write, checkpoint, path, plugin, self._forgiving)
+                checkpoint_files.save_together(checkpoint, own, path, write, collective)
+        except CheckpointNotWritten as error:
+            if not self._forgiving:
+                raise
+            self._failed = True
+            self._report(f"{error} The training continues.")
+            return
+        self._failed = False
+        if own is not None:
+            self.last_written = path
+
+    def _engine_runs(self) -> bool:
+        engine = self._session.engine if self._session is not None else None
+        return engine is not None and engine.running
+
+    def _activity(self, own: dict[str, Any] | None) -> AbstractContextManager[Any]:
+        """Tells the other workers that this one is busy, where it writes a file of its own."""
+        engine = self._session.engine if self._session is not None else None
+        return engine.activity.during("saving") if engine is not None and own is not None else nullcontext()
+
+    def _report(self, text: str) -> None:
+        report_not_written(text, self._session.checkpoint_callbacks if self._session is not None else None)
+
+    def remove(self, filepath: _PATH, plugin: CheckpointIO, worker: int) -> None:
+        """Remove what this worker has written of a checkpoint, if what takes its place is there."""
+        if self._failed:
+            rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
+            return
+        if worker == 0:
+            plugin.remove_checkpoint(filepath)
+        checkpoint_files.remove(self._written_as.pop(str(filepath), filepath), worker)
+
+    def find(self, path: _PATH) -> _PATH:
+        """Where the checkpoint is that this worker knows as ``path``."""
+        return path if checkpoint_files.exists(path) else self._written_as.get(str(path), path)
+
+    def end(self, plugin: CheckpointIO) -> None:
+        """Wait for a plugin that writes in a thread, and forgive it; called at the end of a run."""
+        if self._forgiving:
+            forgive_thread(plugin, wait=True)

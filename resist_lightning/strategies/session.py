@@ -1,0 +1,164 @@
+"""One ``fit`` of a worker: installs what it needs around Lightning's loops, and runs the engine between batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.config import CommonConfig
+from resist_lightning.strategies.averages import Averages
+from resist_lightning.strategies.data.loader_processes import LoaderShield
+from resist_lightning.strategies.host import LightningHost
+from resist_lightning.strategies.launching.checks import warn_of_one_round
+from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.strategies.launching.signals import Signals
+from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
+from resist_lightning.strategies.loop_patches import LoopPatches
+from resist_lightning.strategies.patches import Patches
+from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks
+from resist_lightning.strategies.saving.data_position import Position
+from resist_lightning.strategies.saving.resumer import Resumer
+from resist_lightning.strategies.saving.trainer_state import TrainerState
+from resist_lightning.strategies.validation import order_validation
+
+
+class FitSession:
+    """A worker's part in one ``fit``. It is made before any hook of the user's, and its state can be read after it.
+
+    Args:
+        trainer: the trainer of this worker.
+        config: of the method.
+        data: the strategy's data policy.
+        guard: watches the other workers.
+        resumer: has loaded what the run resumes from.
+        steps: counts local steps.
+
+    Attributes:
+        engine: of this worker; None until the module is complete.
+        patches: undone by :meth:`remove`.
+        signals: the signal handlers of this worker.
+        trainer_state: what the trainer must get back to resume exactly.
+        checkpoint_callbacks: learn of a failure to save.
+        loops: the patched loops.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, config: CommonConfig, data: str, guard: Guard, resumer: Resumer, steps: LocalSteps
+    ) -> None:
+        self.engine: Engine | None = None
+        self._trainer = trainer
+        self._config = config
+        self._data = data
+        self._guard = guard
+        self._resumer = resumer
+        self._steps = steps
+        self._has_trained = False
+        self.patches = Patches()
+        self.signals = Signals(trainer)
+        # A hook of the user's may make the training loaders and start their processes, long before the first batch.
+        self._shield = LoaderShield(self.signals.handled)
+        self._shield.install()
+        position = Position(trainer, keep_loaders=self._sync_is_due)
+        self.trainer_state = TrainerState(trainer, position)
+        self._averages = Averages(trainer, self._running, self.patches)
+        self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches)
+        self.loops = LoopPatches(trainer, position, self.signals, default_collective(), self.patches)
+        order_validation(trainer, self._running, self._averages, self.patches)
+
+    def make_engine(self) -> Engine:
+        """Make the engine, when the module is complete and its optimizers are made."""
+        trainer, strategy = self._trainer, self._trainer.strategy
+        self.engine = engine = Engine(
+            trainer.lightning_module,
+            [unwrapped(optimizer) for optimizer in strategy.optimizers],
+            self._config,
+            forward_context=trainer.precision_plugin.forward_context,
+            host=LightningHost(trainer, self.signals, self._data),
+        )
+        engine.steps.on_step = self.count_step
+        self._averages.follow(engine)
+        rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}")
+        return engine
+
+    def begin_training(self, prepare: Callable[[Engine], None]) -> None:
+        """Called before the first batch: from here on this worker holds its part of the module only.
+
+        Collective: every worker must call this.
+
+        Args:
+            prepare: called when the state to resume from is known, before the engine starts.
+        """
+        trainer, engine = self._trainer, self.engine
+        assert engine is not None
+        self._guard.look_up()
+        if self._has_trained:  # LearningRateFinder has trained in this `fit`, and has put everything back
+            engine = self.make_engine()
+        self._has_trained = True
+        engine.swaps.add(trainer.strategy._lightning_optimizers)
+        self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
+        self._averages.begin()
+        if self._config.trains_alone:
+            warn_of_one_round(trainer, self._config.local_steps)
+        engine.sync.guard.stepping = False
+
+    def before_batch(self, batch_idx: int) -> None:
+        """Called before each batch: the only place where training syncs, and where signals take effect."""
+        engine = self.engine
+        assert engine is not None
+        engine.steps.check_batch(self._trainer.accumulate_grad_batches)
+        self._guard.check()
+        # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
+        if engine.sync_if_due():
+            self._resumer.write_snapshot(engine, self.trainer_state, ending=self.signals.ending)
+        self.signals.act()
+        if batch_idx == 1:  # the first batch has logged its metrics
+            warn_of_metrics(self._trainer)
+        self._steps.begin_batch()
+
+    def count_step(self) -> None:
+        """Called after every step of every optimizer, a raw one too."""
+        if (engine := self._running()) is not None:
+            self._steps.count(engine)
+
+    def end_training(self) -> None:
+        """Called after the training, unless it was interrupted: the module becomes the full model."""
+        if (engine := self._running()) is not None:
+            engine.finish()
+            self._resumer.finish(engine)
+            self.signals.act()
+
+    def begin_validation(self) -> None:
+        """Called after the callbacks' and the module's own hooks: assemble the full model."""
+        if (engine := self._running()) is not None:
+            engine.begin_observation()
+
+    def end_validation(self) -> None:
+        """Called after ModelCheckpoint has saved: return to this worker's part."""
+        if self.engine is None:
+            return
+        if self.engine.observing:
+            self.engine.end_observation()
+        self._averages.hide()
+        self.engine.observation.forget_notes()
+
+    def remove(self) -> None:
+        """Undo all but the signal handlers, which must note signals until this worker has left the group."""
+        self.patches.remove()
+        self._shield.remove()
+
+    def end(self) -> None:
+        """Called last, after an error too. Signals that came too late for all workers to agree on are raised here."""
+        if self.engine is not None:
+            self.engine.abandon()
+        self.signals.remove()
+
+    def _running(self) -> Engine | None:
+        """The engine while it trains."""
+        return self.engine if self.engine is not None and self.engine.running else None
+
+    def _sync_is_due(self) -> bool:
+        return self.engine is not None and self.engine.clock.due
