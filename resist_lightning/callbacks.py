@@ -53,14 +53,17 @@ class RoundMonitor(Callback):
         self._sent_by_round: list[list[int]] = []
         self._first: Clock | None = None
         self._seen_round = 0
-        self._partitions: dict[int, str] = {}  # by round, who held what, as JSON, which takes a tenth of the memory
+        self._partitions: dict[int, str] = {}  # by round; as JSON, which takes a tenth of the memory
         self._held_parameters_max = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the counters; warn if the trainer has another strategy."""
-        self._training_seconds, self._sent_by_round, self._first = 0.0, [], None
-        self._partitions, self._held_parameters_max = {}, 0
+        self._training_seconds = 0.0
+        self._sent_by_round = []
+        self._first = None
+        self._partitions = {}
+        self._held_parameters_max = 0
         if _engine(trainer) is None:
             rank_zero_warn(f"RoundMonitor has nothing to report under {type(trainer.strategy).__name__}.")
 
@@ -69,10 +72,12 @@ class RoundMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Called just before the strategy syncs."""
-        self._batch_start = time.perf_counter()
+        self._batch_start = time.perf_counter()  # the time of a sync is a part of the batch's
         engine = _engine(trainer)
-        if self._first is None and engine is not None:  # a resumed run begins in a later round
-            self._first, self._seen_round = copy.copy(engine.clock), engine.clock.round
+        if self._first is None and engine is not None:
+            # Not in `on_train_start`, which comes before the engine's: a resumed run begins in a later round.
+            self._first = copy.copy(engine.clock)
+            self._seen_round = engine.clock.round
             self._note_partition(engine)
 
     @override
@@ -86,8 +91,10 @@ class RoundMonitor(Callback):
             return
         self._seen_round = engine.clock.round
         self._note_partition(engine)
+        # Evaluations and checkpoints are the user's choice, so their bytes are not the method's.
         sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)
-        self._sent_by_round.append([engine.clock.round * engine.config.local_steps, sent])
+        steps = engine.clock.round * engine.config.local_steps
+        self._sent_by_round.append([steps, sent])
         if len(self._sent_by_round) % self._every_n_rounds == 0:
             self._log(trainer, engine, sent)
 
@@ -99,10 +106,10 @@ class RoundMonitor(Callback):
         if engine is None or not engine.sent_bytes_by_worker:
             return
         text = json.dumps(self.summary(trainer.strategy, engine), indent=1) + "\n"
-        folder = trainer.default_root_dir  # which may be a URL
+        folder = trainer.default_root_dir
         path = os.path.join(folder, SUMMARY_FILE)
         try:
-            system = get_filesystem(folder)
+            system = get_filesystem(folder)  # the folder may be a URL
             system.makedirs(folder, exist_ok=True)
             with system.open(path, "w") as file:
                 file.write(text)
@@ -117,12 +124,15 @@ class RoundMonitor(Callback):
         """
         layout, workers, clock = engine.layout, engine.collective.workers, engine.clock
         first = self._first or Clock(clock.local_steps)
-        rounds = clock.round + (clock.step > 0)
+        rounds = clock.round + (clock.step > 0)  # the end of a training may cut the last one short
         partitions = [self._partition(layout, round) for round in range(rounds)]
         held = layout.held_parameters(rounds - 1) if rounds else []
-        full = sum(p.numel() for p in layout.module.parameters())
-        averaged = sum(tensor.nbytes for tensor in [*layout.module.parameters(), *layout.module.buffers()])
-        gradients = sum(p.nbytes for p in layout.module.parameters() if p.requires_grad)
+        parameters, buffers = list(layout.module.parameters()), list(layout.module.buffers())
+        full = sum(parameter.numel() for parameter in parameters)
+        shared = [tensor for tensor in layout.shared.values() if isinstance(tensor, nn.Parameter)]
+        # What the others would have sent in the same steps: local SGD averages buffers too, DDP gradients only.
+        averaged = sum(tensor.nbytes for tensor in [*parameters, *buffers])
+        gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
         return {
             "strategy": strategy.strategy_name,
             "workers": workers,
@@ -130,7 +140,7 @@ class RoundMonitor(Callback):
             "local_steps": clock.total_steps,
             "local_steps_per_round": clock.local_steps,
             "blocks": layout.parts(),
-            "shared_parameters": sum(p.numel() for p in layout.shared.values() if isinstance(p, nn.Parameter)),
+            "shared_parameters": sum(parameter.numel() for parameter in shared),
             "full_parameters": full,
             "held_parameters": held,
             "held_parameters_max": max(self._held_parameters_max, *held) if held else full,
@@ -151,17 +161,20 @@ class RoundMonitor(Callback):
 
     def _note_partition(self, engine: Engine) -> None:
         """Keep the partition of this round, which was just drawn: to draw all of them at the end takes minutes."""
-        if engine.collective.worker == 0:
-            layout, round = engine.layout, engine.clock.round
-            self._partitions[round] = json.dumps(layout.held(round))
-            self._held_parameters_max = max(self._held_parameters_max, *layout.held_parameters(round))
+        if engine.collective.worker != 0:
+            return  # worker 0 writes the summary
+        layout, round = engine.layout, engine.clock.round
+        self._partitions[round] = json.dumps(layout.held(round))
+        self._held_parameters_max = max(self._held_parameters_max, *layout.held_parameters(round))
 
     def _partition(self, layout: Layout, round: int) -> list[Any]:
         """The partition of a round; the first rounds before the run was resumed are drawn again."""
         if round in self._partitions:
             found: list[Any] = json.loads(self._partitions[round])
             return found
-        return layout.held(round) if round < DRAWN_AGAIN_ROUNDS else [[] for _ in range(layout.workers)]
+        if round < DRAWN_AGAIN_ROUNDS:
+            return layout.held(round)
+        return [[] for _ in range(layout.workers)]
 
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:
         metrics = {
@@ -208,6 +221,7 @@ class SeedPerWorker(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seed this worker's generators."""
+        # A hash: seeds of workers and of runs that are close together give unrelated numbers.
         digest = hashlib.sha256(repr((self._seed, trainer.global_rank)).encode()).digest()
         seed_generators(int.from_bytes(digest[:8], "big"))
 

@@ -46,8 +46,10 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
 def _averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
     """Lightning's ``WeightAveraging``, and classes derived from it; it came with Lightning 2.6."""
     kind = getattr(pl.callbacks, "WeightAveraging", None)
+    if kind is None:
+        return []
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return [callback for callback in callbacks if kind is not None and isinstance(callback, kind)]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 class Averages:
@@ -66,7 +68,8 @@ class Averages:
     def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], patches: Patches) -> None:
         self._engine = engine
         self._patches = patches
-        self._callback: Any = next(iter(_averaging_callbacks(trainer)), None)
+        callbacks = _averaging_callbacks(trainer)  # one at most: `check_averages` refuses several
+        self._callback: Any = callbacks[0] if callbacks else None
         self._begins_as_module = True  # the module is worker 0's, and the average must be too
         self._resumed = False
         if self._callback is None:
@@ -102,12 +105,13 @@ class Averages:
         """Initialise the average; the engine must have started."""
         companion = self._companion()
         if companion is None or companion.loaded or not self._begins_as_module:
-            return
+            return  # there is none, or a checkpoint has given it
+        # Lightning made it of this worker's own initial weights, and the module has worker 0's now.
         companion.copy_module()
         if self._resumed:
             rank_zero_warn(
                 "the checkpoint holds the averages, and each worker's own file the weights that are averaged. Without "
-                "these files the training goes on from the averages."
+                "these files the training resumes from the averages."
             )
 
     def show(self) -> None:
@@ -133,9 +137,12 @@ class Averages:
             AveragedModel.update_parameters(average, model)
             return
         pairs = companion.present()
-        whole, average.module = average.module, _Part({name: copy for name, (_, copy) in pairs.items()})
+        held = _Part({name: own for name, (own, _) in pairs.items()})
+        whole = average.module
+        # torch pairs the tensors of the two modules by their place, so both must lack the same.
+        average.module = _Part({name: copy for name, (_, copy) in pairs.items()})
         try:
-            AveragedModel.update_parameters(average, _Part({name: own for name, (own, _) in pairs.items()}))
+            AveragedModel.update_parameters(average, held)
         finally:
             average.module = whole
 
@@ -151,20 +158,24 @@ class Averages:
         self.show()
 
     def _on_save_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
-        """In training, ``state_dict`` is the average's already, and the weights are in the workers' own files."""
         if self._companion() is None:
             usual(*args)
-        else:
-            args[-1]["averaging_state"] = {name: buffer.clone() for name, buffer in self._counters().items()}
+            return
+        # In training, `state_dict` is the average's already, and the weights are in the workers' own files.
+        checkpoint = args[-1]
+        checkpoint["averaging_state"] = {name: buffer.clone() for name, buffer in self._counters().items()}
 
     def _on_load_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
         checkpoint: Mapping[str, Any] = args[-1]
         ours = CHECKPOINT_KEY in checkpoint and "averaging_state" in checkpoint
+        # Lightning writes this where the weights stand beside their average.
+        has_weights = "current_model_state" in checkpoint
         if self._callback._average_model is None or not ours:
-            self._begins_as_module = "current_model_state" not in checkpoint
+            self._begins_as_module = not has_weights
             usual(*args)
             return
-        self._resumed = "current_model_state" not in checkpoint  # which is there after a training: the average again
+        # After a training of ours it is there too, and is the average again.
+        self._resumed = not has_weights
         with torch.no_grad():
             for name, buffer in self._counters().items():
                 buffer.copy_(checkpoint["averaging_state"][name])

@@ -38,7 +38,9 @@ _NOTHING, _DISK, _OTHER = range(3)  # kinds of failures
 def local_path(path: _PATH) -> Path | None:
     """The local path of ``path``, which may be a ``file://`` URL; None on any other file system."""
     system = get_filesystem(path)
-    return Path(system._strip_protocol(str(path))) if isinstance(system, LocalFileSystem) else None
+    if not isinstance(system, LocalFileSystem):
+        return None
+    return Path(system._strip_protocol(str(path)))
 
 
 def exists(path: _PATH) -> bool:
@@ -56,10 +58,11 @@ def agree_on_path(path: _PATH, collective: Collective) -> str:
     local = local_path(path)
     mine = str(path if local is None else local)
     theirs = [text.decode() for text in collective.gather_bytes(mine.encode())]
-    if len(set(theirs)) > 1:
+    different = sorted(set(theirs))
+    if len(different) > 1:
         rank_zero_warn(
-            f"the workers name this checkpoint differently ({', '.join(sorted(set(theirs)))}): all files go to worker "
-            f"0's, {theirs[0]}. Name it alike, e.g. by a metric that is logged with sync_dist=True."
+            f"the workers name this checkpoint differently ({', '.join(different)}): all files go to worker 0's, "
+            f"{theirs[0]}. Name it alike, e.g. by a metric that is logged with sync_dist=True."
         )
     return theirs[0]
 
@@ -84,27 +87,16 @@ def save_together(
         CheckpointNotWritten: on all workers, if the disk of one refused; the checkpoint before it stays as it was.
         Exception: of any other kind on the worker where it happened; on the others a RuntimeError with its text.
     """
-    local, mine = local_path(path), None
-    folder = folder_of(local) if local is not None else None
-    if own is not None and folder is None:
+    local = local_path(path)
+    new = _New()
+    if own is not None and local is None:
         rank_zero_warn(
             f"{path} is no local path: the checkpoint carries the full model only, not what each worker has."
         )
-    if own is not None and folder is not None:
-        number, failure = 0, None
-        there = {file.name for file in folder.glob("*.pt")}
-        try:
-            # The name has the checksum in it, so no two checkpoints share a file unless it is the same.
-            mine = write_sealed(own, folder, _stem(checkpoint, collective))
-            number = int(_seal(mine), 16)
-            mine = None if mine.name in there else mine  # of the checkpoint before, which stays if this one fails
-        except Exception as error:  # noqa: BLE001 - the others wait
-            failure = error
-        numbers = _share(number, failure, str(folder), _New(folder, mine), collective)
-        checkpoint[CHECKPOINT_KEY]["files"] = [
-            f"{_stem(checkpoint, collective, worker)}.{number:08x}.pt" for worker, number in enumerate(numbers)
-        ]
-    failure = None
+    elif own is not None and local is not None:
+        # First, so that the model's file never names files that are not there.
+        checkpoint[CHECKPOINT_KEY]["files"] = _write_own(checkpoint, own, folder_of(local), new, collective)
+    failure: Exception | None = None
     if collective.worker == 0:
         try:
             write()
@@ -112,9 +104,35 @@ def save_together(
             failure = PartialModelError(f"{_pickled_network(checkpoint)} {error}")
         except Exception as error:  # noqa: BLE001 - the others wait
             failure = error
-    _share(0, failure, str(path), _New(folder, mine), collective)
-    if local is not None and collective.worker > 0 and not local.exists():  # on a disk of its own; else worker 0 does
+    _share(0, failure, str(path), new, collective)
+    if local is not None and collective.worker > 0 and not local.exists():
+        # This worker has a disk of its own; elsewhere worker 0 has removed what no checkpoint names any more.
         remove_files(local, files_named_in(checkpoint), collective.worker)
+
+
+def _write_own(
+    checkpoint: dict[str, Any], own: dict[str, Any], folder: Path, new: _New, collective: Collective
+) -> list[str]:
+    """Write this worker's file; returns the names of all workers' files. Collective."""
+    state = checkpoint[CHECKPOINT_KEY]
+    stems = [
+        f"round={state['round']}-step={state['step']}-{worker}-of-{collective.workers}"
+        for worker in range(collective.workers)
+    ]
+    checksum = 0
+    failure: Exception | None = None
+    already_there = {file.name for file in folder.glob("*.pt")}
+    new.folder = folder
+    try:
+        file = write_sealed(own, folder, stems[collective.worker])
+        checksum = int(_checksum(file), 16)
+        # The name has the checksum in it, so a file that was there is the same, and belongs to the checkpoint before.
+        if file.name not in already_there:
+            new.file = file
+    except Exception as error:  # noqa: BLE001 - the others wait
+        failure = error
+    checksums = _share(checksum, failure, str(folder), new, collective)
+    return [f"{stem}.{checksum:08x}.pt" for stem, checksum in zip(stems, checksums, strict=True)]
 
 
 def _pickled_network(checkpoint: Mapping[str, Any]) -> str:
@@ -145,8 +163,9 @@ def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = No
     with suppress(FileNotFoundError, NotADirectoryError):  # not there, or another worker has just removed it
         names = os.listdir(folder)
     for name in names:
-        if name.endswith((".pt", ".part")) and name not in keep and (worker is None or f"-{worker}-of-" in name):
-            (folder / name).unlink(missing_ok=True)
+        ours = name.endswith((".pt", ".part")) and (worker is None or f"-{worker}-of-" in name)
+        if ours and name not in keep:
+            (folder / name).unlink(missing_ok=True)  # another worker may have removed it
     with suppress(OSError):  # something else is still there
         folder.rmdir()
 
@@ -168,21 +187,23 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
     Raises:
         CheckpointError: if the file is damaged.
     """
-    files, local = files_named_in({CHECKPOINT_KEY: state}), local_path(path)
+    files = files_named_in({CHECKPOINT_KEY: state})
+    local = local_path(path)
     if worker >= len(files) or local is None:
         return None
-    for folder in (folder_of(local), folder_of(Path(os.path.realpath(local)))):
-        file = folder / files[worker]
-        if file.exists():
-            try:
-                found: dict[str, Any] = read_sealed(file)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error} Remove the folder {folder} to resume from the full model alone, in which the workers' "
-                    "steps since the last sync are averaged."
-                ) from error
-            return found
-    return None
+    # `last.ckpt` may be a link, and the files stand beside the checkpoint that it points to.
+    folders = [folder_of(local), folder_of(Path(os.path.realpath(local)))]
+    found = [folder / files[worker] for folder in folders if (folder / files[worker]).exists()]
+    if not found:
+        return None
+    try:
+        own: dict[str, Any] = read_sealed(found[0])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Remove the folder {found[0].parent} to resume from the full model alone, in which the workers' "
+            "steps since the last sync are averaged."
+        ) from error
+    return own
 
 
 def folder_of(path: Path) -> Path:
@@ -190,12 +211,12 @@ def folder_of(path: Path) -> Path:
     return Path(f"{path}.workers")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _New:
     """What a save has created so far, to be removed if it fails."""
 
-    folder: Path | None
-    file: Path | None
+    folder: Path | None = None
+    file: Path | None = None
 
     def remove(self) -> None:
         with suppress(OSError):
@@ -215,22 +236,24 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
         CheckpointNotWritten: on all workers, if a disk refused; what is new is removed.
         Exception: as :func:`save_together`.
     """
-    kind = _NOTHING if failure is None else _DISK if isinstance(failure, OSError) else _OTHER
+    kind = _NOTHING
+    if failure is not None:
+        kind = _DISK if isinstance(failure, OSError) else _OTHER
     rows = collective.gather_numbers([kind, number])
     kinds = [int(row[0]) for row in rows]
     if not any(kinds):
         return [int(row[1]) for row in rows]
     texts = [text.decode() for text in collective.gather_bytes(_reason(failure).encode())]
     new.remove()
-    said = "; ".join(f"worker {worker}: {text}" for worker, text in enumerate(texts) if kinds[worker])
+    reasons = "; ".join(f"worker {worker}: {texts[worker]}" for worker, kind in enumerate(kinds) if kind)
     if _OTHER not in kinds:
         raise CheckpointNotWritten(
-            f"{path} could not be written ({said}). What stood there before is unchanged. Make room, or choose another "
-            "folder; with on_save_error='warn' the training goes on without it."
+            f"{path} could not be written ({reasons}). What stood there before is unchanged. Make room, or choose "
+            "another folder; with on_save_error='warn' the training continues without it."
         ) from failure
     if failure is not None:
-        raise failure
-    raise RuntimeError(f"{path} could not be written ({said}).")
+        raise failure  # with its own traceback, where it happened
+    raise RuntimeError(f"{path} could not be written ({reasons}).")
 
 
 def _reason(failure: Exception | None) -> str:
@@ -239,11 +262,6 @@ def _reason(failure: Exception | None) -> str:
     return f"{type(failure).__name__}: {failure}"[:1000]
 
 
-def _stem(checkpoint: dict[str, Any], collective: Collective, worker: int | None = None) -> str:
-    state = checkpoint[CHECKPOINT_KEY]
-    number = collective.worker if worker is None else worker
-    return f"round={state['round']}-step={state['step']}-{number}-of-{collective.workers}"
-
-
-def _seal(path: Path) -> str:
+def _checksum(path: Path) -> str:
+    """The checksum in the name of a sealed file."""
     return path.name.split(".")[-2]

@@ -119,7 +119,7 @@ def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
     error: BaseException | None = getattr(plugin, "_error", None)
     if isinstance(error, OSError):
         vars(plugin)["_error"] = None
-        rank_zero_warn(f"A checkpoint could not be written ({error}). The training goes on.")
+        rank_zero_warn(f"A checkpoint could not be written ({error}). The training continues.")
 
 
 def snapshots_at(path: _PATH, plugin: CheckpointIO) -> Path | None:

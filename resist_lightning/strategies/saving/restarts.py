@@ -18,7 +18,9 @@ from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten
 from resist_lightning.strategies.options import StrategyOptions
 
-_ROUNDS_COMPARED = 4
+_ROUNDS_COMPARED = 4  # a worker is at most one round ahead of another, and a folder keeps few
+
+_NO_NUMBER = -1
 
 
 def check_shrinking(options: StrategyOptions) -> None:
@@ -64,14 +66,19 @@ class Restarts:
 
         Collective: every worker must call this, in the same order.
         """
-        mine, snapshots = agent(groups_joined()), self.folder.newest_first()
-        known = bool(mine) and mine in self.folder.agents()
-        here = any(needed(snapshot, self._collective.worker, self._collective.workers) for snapshot in snapshots)
+        mine = agent(groups_joined())
+        started_again = bool(mine) and mine in self.folder.agents()
+        snapshots = self.folder.newest_first()
+        has_own = any(needed(snapshot, self._collective.worker, self._collective.workers) for snapshot in snapshots)
+        rounds = len({snapshot.round for snapshot in snapshots})
         # Hosts may have folders of their own, so that workers see different files.
-        rows = self._collective.gather_numbers([known, here, len({snapshot.round for snapshot in snapshots})])
+        rows = self._collective.gather_numbers([started_again, has_own, rounds])
         if not any(row[0] for row in rows):
             return False
-        if all(row[1] for row in rows) or max(row[2] for row in rows) > 1:
+        every_worker_has_own = all(row[1] for row in rows)
+        # Without its newest file a worker has an older one: nobody begins a second round before all have the first.
+        second_round = max(row[2] for row in rows) > 1
+        if every_worker_has_own or second_round:
             return True
         rank_zero_info("Started again by torchrun, before all workers had written a snapshot: the run begins anew.")
         self.end()
@@ -90,25 +97,32 @@ class Restarts:
         """
         worker, workers = self._collective.worker, self._collective.workers
         snapshots = self.folder.newest_first()
-        rounds = usable(snapshots, worker, workers)[:_ROUNDS_COMPARED]
-        rows = self._collective.gather_numbers([*rounds, *[-1] * (_ROUNDS_COMPARED - len(rounds))])
-        readable = [{int(number) for number in row if number >= 0} for row in rows]
+        readable = self._readable_by_worker(usable(snapshots, worker, workers))
         common = set.intersection(*readable)
         if not common:
+            by_worker = [f"{worker}: {sorted(rounds) or 'none'}" for worker, rounds in enumerate(readable)]
             raise CheckpointError(
                 f"{self.folder.path} has no snapshot that all workers can read; rounds by worker: "
-                + "; ".join(f"{worker}: {sorted(rounds) or 'none'}" for worker, rounds in enumerate(readable))
-                + ". All workers must see the same folder. Resume from a checkpoint instead: ckpt_path=PATH."
+                f"{'; '.join(by_worker)}. All workers must see the same folder. Resume from a checkpoint instead: "
+                "ckpt_path=PATH."
             )
-        newest = max(snapshot.round for snapshot in snapshots)
-        if max(common) < newest:
+        round, newest = max(common), max(snapshot.round for snapshot in snapshots)
+        if round < newest:
             rank_zero_warn(
-                f"the snapshot of round {newest} in {self.folder.path} is not whole; resuming from round {max(common)}."
+                f"the snapshot of round {newest} in {self.folder.path} is not whole; resuming from round {round}."
             )
-        found = [s for s in snapshots if s.round == max(common) and needed(s, worker, workers)]
-        self.chosen = found[0]
-        first: dict[str, Any] = read_sealed(needed(self.chosen, worker, workers)[0])
+        # There may be several of a round, of different numbers of workers.
+        self.chosen = next(s for s in snapshots if s.round == round and needed(s, worker, workers))
+        files = needed(self.chosen, worker, workers)
+        first: dict[str, Any] = read_sealed(files[0])
         return first
+
+    def _readable_by_worker(self, mine: list[int]) -> list[set[int]]:
+        """The newest rounds that each worker can read."""
+        mine = mine[:_ROUNDS_COMPARED]
+        padding = [-1] * (_ROUNDS_COMPARED - len(mine))  # all workers send equally many numbers
+        rows = self._collective.gather_numbers([*mine, *padding])
+        return [{int(number) for number in row if number >= 0} for row in rows]
 
     def states(self) -> Iterator[dict[str, Any]]:
         """The chosen snapshot of each worker, by rank; only one is in memory at a time.
@@ -117,7 +131,8 @@ class Restarts:
             CheckpointError: if this worker cannot read all files of it.
         """
         assert self.chosen is not None
-        missing = sorted(set(range(self.chosen.workers)) - set(self.chosen.files))
+        everyone = set(range(self.chosen.workers))
+        missing = sorted(everyone - set(self.chosen.files))
         if missing:
             raise CheckpointError(
                 f"the snapshot of round {self.chosen.round} in {self.folder.path} lacks the files of worker(s) "
@@ -134,19 +149,22 @@ class Restarts:
             CheckpointNotWritten: on all workers, if it cannot be written to and the settings say
                 ``on_save_error="raise"``.
         """
-        if self.chosen is None and any(number for (number,) in self._gather(len(self.folder.newest_first()))):
+        path = str(self.folder.path)
+        # Resuming or not is the same on all workers, so this message pairs.
+        if self.chosen is None and any(self._gather(len(self.folder.newest_first()))):
             raise ValueError(
-                f"snapshots={str(self.folder.path)!r} has snapshots of a run that did not come to its end. To go on "
-                f"with it: Trainer.fit(..., ckpt_path={str(self.folder.path)!r}). To begin anew: remove the folder, "
-                "or name another one."
+                f"snapshots={path!r} has snapshots of a run that did not come to its end. To resume it: "
+                f"Trainer.fit(..., ckpt_path={path!r}). To begin anew: remove the folder, or name another one."
             )
-        agents = [int(number) for (number,) in self._gather(agent(groups_joined()))]
+        agents = self._gather(agent(groups_joined()))
         failure = self._take_over({number for number in agents if number})
+        number = 0 if failure is None else failure.errno or _NO_NUMBER
         # Also a barrier: nobody may write a snapshot before all have claimed the folder.
-        numbers = [int(number) for (number,) in self._gather((failure.errno or -1) if failure is not None else 0)]
+        numbers = self._gather(number)
         failed = [f"worker {worker}: {_reason(number)}" for worker, number in enumerate(numbers) if number]
+        # All workers raise, and one is enough to warn.
         if failed and (self._options.on_save_error == "raise" or self._collective.worker == 0):
-            self._not_written(f"snapshots={str(self.folder.path)!r} cannot be written ({'; '.join(failed)}).", failure)
+            self._not_written(f"snapshots={path!r} cannot be written ({'; '.join(failed)}).", failure)
 
     def write(self, state: dict[str, Any], round: int) -> None:
         """Write this worker's file of a round. Sends nothing.
@@ -154,12 +172,12 @@ class Restarts:
         Raises:
             CheckpointNotWritten: if it cannot be written and the settings say ``on_save_error="raise"``.
         """
+        worker, workers = self._collective.worker, self._collective.workers
         try:
-            self.folder.write(state, round, self._collective.worker, self._collective.workers)
+            self.folder.write(state, round, worker, workers)
         except OSError as error:
-            known, self._failing = self._failing, True
-            if not known:  # once, not in every round that finds the disk full
-                worker = self._collective.worker
+            already_told, self._failing = self._failing, True
+            if not already_told:  # once, not in every round that finds the disk full
                 self._not_written(f"worker {worker} could not write the snapshot of round {round}: {error}.", error)
         else:
             self._failing = False
@@ -198,12 +216,13 @@ class Restarts:
     def _take_over(self, agents: set[int]) -> OSError | None:
         """Make the folder this run's; returns the error of a disk that refuses."""
         try:
-            if self.chosen is not None:  # each host may have a folder of its own
+            if self.chosen is not None:
+                # By every worker: each host may have a folder of its own.
                 self.folder.forget_later(self.chosen.round)
             if self._collective.worker == 0:
                 self.folder.set_agents(agents)
             else:
-                self.folder.make()
+                self.folder.make()  # here a disk refuses, rather than at the first snapshot
         except OSError as error:
             return error
         return None
@@ -212,13 +231,14 @@ class Restarts:
         """Raise, or warn that the training continues without this snapshot; earlier ones stay."""
         if self._options.on_save_error == "raise":
             raise CheckpointNotWritten(
-                f"{text} Make room, or name another folder; with on_save_error='warn' the training goes on without it."
+                f"{text} Make room, or name another folder; with on_save_error='warn' the training continues without."
             ) from failure
-        warnings.warn(f"{text} The training goes on without it.", stacklevel=2)
+        # By any worker, so not rank_zero_warn.
+        warnings.warn(f"{text} The training continues without it.", stacklevel=2)
 
-    def _gather(self, number: float) -> list[list[float]]:
-        return self._collective.gather_numbers([number])
+    def _gather(self, number: int) -> list[int]:
+        return [int(row[0]) for row in self._collective.gather_numbers([number])]
 
 
 def _reason(number: int) -> str:
-    return os.strerror(number) if number > 0 else "an error without a number"
+    return "an error without a number" if number == _NO_NUMBER else os.strerror(number)
