@@ -36,6 +36,7 @@ class Position:
 
     Attributes:
         modes: of the module's parameters and layers, which the program may switch.
+        pending: the state of :meth:`state` from which the next epoch resumes, or nothing.
     """
 
     def __init__(self, trainer: pl.Trainer, keep_loaders: Callable[[], bool] = lambda: False) -> None:
@@ -48,32 +49,28 @@ class Position:
         self._before_fetch: dict[int, Randomness] = {}
         self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
         self._order: list[object] | None = []  # from what the iterator took the order of samples when it was made
-        self._pending: dict[str, Any] = {}
+        self.pending: dict[str, Any] = {}
         self._fetched_again: dict[int, Randomness] = {}
         self._loaders: list[dict[str, Any]] = []
 
-    @property
-    def pending(self) -> bool:
-        """Whether the next epoch resumes from a state of :meth:`state`."""
-        return bool(self._pending)
-
     def state(self) -> dict[str, Any]:
         """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
-        now = {
+        state: dict[str, Any] = {
             "random": self._before_validation or self.random_state(),
             "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch,
         }
         progress: Any = self._epoch_loop.batch_progress.current
-        if progress.processed == progress.ready and self._epoch_loop._num_ready_batches_reached():
-            return {**now, "ended_epoch": self._epochs_processed()}
-        first = progress.processed
-        begun_again = {loader: _newest(states, before=first) for loader, states in self._begun_again.items()}
+        trained, fetched = progress.processed, progress.ready
+        if trained == fetched and self._epoch_loop._num_ready_batches_reached():
+            return {**state, "ended_epoch": self._epochs_processed()}
+        # Where the next batch has been fetched and not trained, the loaders are one batch ahead of the position.
+        loaders = self._loaders if trained + 1 == fetched else self._loader_states()
         return {
-            **now,
+            **state,
             "iterator_made": self._iterator_made,
-            "before_fetch": self._kept(first),
-            "begun_again": begun_again,
-            "loaders": self._loaders if first + 1 == progress.ready else self._loader_states(),
+            "before_fetch": self._kept(trained),
+            "begun_again": {loader: _newest(states, before=trained) for loader, states in self._begun_again.items()},
+            "loaders": loaders,
         }
 
     @contextmanager
@@ -90,18 +87,15 @@ class Position:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from ``state``; call it when the loaders are made, before the first epoch begins."""
-        self._pending = state
-        self._fit_loop._last_train_dl_reload_epoch = state.get(
-            "loaders_made_in", self._fit_loop._last_train_dl_reload_epoch
-        )
+        self.pending = state
+        if "loaders_made_in" in state:  # which files of older versions lack
+            self._fit_loop._last_train_dl_reload_epoch = state["loaders_made_in"]
         self._set_random_state(state["random"])
 
     def random_state(self) -> Randomness:
         """State of the global generators, and of those that the user gave to loaders and samplers."""
-        return {
-            **random_state(),
-            "loaders": [generator.get_state() for generator in generators(self._fit_loop._combined_loader)],
-        }
+        own = [generator.get_state() for generator in generators(self._fit_loop._combined_loader)]
+        return {**random_state(), "loaders": own}
 
     @contextmanager
     def outside_validation(self) -> Iterator[None]:
@@ -123,7 +117,7 @@ class Position:
 
     def note_made(self) -> None:
         """Called when there are loaders, whether or not they and their iterator have just been made."""
-        if self._order is None:
+        if self._order is None:  # new ones
             self._order = order(self._iterator())
             self._watch_loaders()
 
@@ -133,11 +127,10 @@ class Position:
         assert fetcher is not None
         if fetcher.fetched in self._fetched_again:
             self._set_random_state(self._fetched_again[fetcher.fetched])
-        progress: Any = self._epoch_loop.batch_progress.current
-        trained = progress.processed
         if self._keep_loaders():
             self._loaders = self._loader_states()
-        self._before_fetch = {**self._kept(trained), fetcher.fetched: self.random_state()}
+        # What no checkpoint can need any more goes, or an epoch would keep a state per batch.
+        self._before_fetch = {**self._kept(self._trained()), fetcher.fetched: self.random_state()}
 
     def note_epoch(self) -> None:
         """Called just before an epoch begins, with its hooks.
@@ -151,7 +144,9 @@ class Position:
     def begin_epoch(self, begin: Callable[[Any], None], fetcher: Any) -> None:
         """Called in place of Lightning's beginning of an epoch's batches, ``begin``, which may make an iterator."""
         self._before_fetch, self._begun_again = {}, {}
-        if "iterator_made" in self._pending:  # the last batch may have been fetched, but it was not trained
+        in_mid_epoch = "iterator_made" in self.pending
+        if in_mid_epoch:
+            # The last batch may have been fetched when the checkpoint was written, but it was not trained.
             self._epoch_loop.batch_progress.is_last_batch = False
         if self._begins_next_epoch():
             self._begin_with_batch_0()
@@ -160,21 +155,22 @@ class Position:
         made = self._iterator() is not iterator
         if made:
             self._iterator_made = before
-        if self._epoch_loop._num_ready_batches_reached():
-            pass  # a resumed run ends an epoch here: all of its batches are trained
-        elif "iterator_made" in self._pending:
-            self._skip_trained(fetcher)
-        elif not made and (self._pending or order(self._iterator()) != self._order):
-            # A resumed run begins an epoch; or a hook has iterated a loader whose processes persist, and has moved it.
-            fetcher.combined_loader.reset()
-            self._iterator_made = self.random_state()
-            iter(fetcher)
+        # A resumed run may end an epoch here: all of its batches are trained, and none is fetched.
+        if not self._epoch_loop._num_ready_batches_reached():
+            moved = order(self._iterator()) != self._order  # by a hook that iterated a loader with persistent processes
+            if in_mid_epoch:
+                self._skip_trained(fetcher)
+            elif not made and (self.pending or moved):
+                # The iterator was made before the random state of a resumed run was put back, or has been used.
+                fetcher.combined_loader.reset()
+                self._iterator_made = self.random_state()
+                iter(fetcher)
         self._watch_loaders()
-        self._pending = {}
+        self.pending = {}
 
     def _begins_next_epoch(self) -> bool:
         """Whether the run was stopped after the last batch of an epoch, which Lightning takes for ended."""
-        ended: int = self._pending.get("ended_epoch", self._epochs_processed())
+        ended: int = self.pending.get("ended_epoch", self._epochs_processed())
         return ended < self._epochs_processed()
 
     def _begin_with_batch_0(self) -> None:
@@ -195,31 +191,41 @@ class Position:
         loader = self._fit_loop._combined_loader
         return loader._iterator if loader is not None else None
 
+    def _trained(self) -> int:
+        """How many batches of the epoch are trained."""
+        progress: Any = self._epoch_loop.batch_progress.current
+        return int(progress.processed)
+
     def _set_random_state(self, state: Randomness) -> None:
         set_random_state(state)
-        for generator, own in zip(generators(self._fit_loop._combined_loader), state.get("loaders", []), strict=False):
-            generator.set_state(own)
+        # Not strict: the resumed run's loaders may have other generators, and files of older versions name none.
+        own = generators(self._fit_loop._combined_loader)
+        for generator, its_state in zip(own, state.get("loaders", []), strict=False):
+            generator.set_state(its_state)
 
     def _watch_loaders(self) -> None:
         """Wrap combined loaders, to note the random state when a shorter one is begun again."""
         iterator: Any = self._iterator()
         loaders = getattr(iterator, "iterables", [])
-        if len(loaders) > 1 and not any(isinstance(each, Watched) for each in loaders):
-            watched = [Watched(each, partial(self._begin_again, number)) for number, each in enumerate(loaders)]
-            iterator.iterables = watched
+        already = any(isinstance(each, Watched) for each in loaders)
+        if len(loaders) > 1 and not already:
+            iterator.iterables = [
+                Watched(each, partial(self._begin_again, number)) for number, each in enumerate(loaders)
+            ]
 
     def _begin_again(self, loader: int) -> None:
         """Called just before a loader is begun again, within a fetch."""
         fetcher = self._fit_loop._data_fetcher
         assert fetcher is not None
-        state = self._pending.get("begun_again", {}).get(loader, {}).get(fetcher.fetched)
+        state = self.pending.get("begun_again", {}).get(loader, {}).get(fetcher.fetched)
         if state is not None:
             self._set_random_state(state)
-        progress: Any = self._epoch_loop.batch_progress.current
-        trained = progress.processed
+        trained = self._trained()
         states = self._begun_again.get(loader, {})
-        needed = _newest(states, before=trained) | {fetch: old for fetch, old in states.items() if fetch >= trained}
-        self._begun_again[loader] = {**needed, fetcher.fetched: self.random_state()}
+        # Where trained batches are fetched again, the newest beginning sets all that follows it.
+        needed = _newest(states, before=trained)
+        later = {fetch: old for fetch, old in states.items() if fetch >= trained}
+        self._begun_again[loader] = {**needed, **later, fetcher.fetched: self.random_state()}
 
     def _kept(self, first: int) -> dict[int, Randomness]:
         """The random states needed to fetch again the batches before ``first``, and to continue there."""
@@ -228,18 +234,18 @@ class Position:
     def _loader_states(self) -> list[dict[str, Any]]:
         """State of loaders that have a ``state_dict``; none where Lightning fetches ahead of them."""
         fetcher, loader = self._fit_loop._data_fetcher, self._fit_loop._combined_loader
-        return (
-            loader._state_dicts() if fetcher is not None and fetcher.length is not None and loader is not None else []
-        )
+        fetches_ahead = fetcher is None or fetcher.length is None  # to know which batch is the last
+        return [] if fetches_ahead or loader is None else loader._state_dicts()
 
     def _skip_trained(self, fetcher: Any) -> None:
         """Make the iterator of the epoch again, positioned after the batches that were trained."""
-        pending, trained = self._pending, self._epoch_loop.batch_progress.current.ready
+        pending, trained = self.pending, self._epoch_loop.batch_progress.current.ready
         loader = fetcher.combined_loader
-        if self._epochs_processed() and any(getattr(each, "persistent_workers", False) for each in loader.flattened):
+        persistent = any(getattr(each, "persistent_workers", False) for each in loader.flattened)
+        if persistent and self._epochs_processed():
             rank_zero_warn(
                 "the training loader has persistent_workers=True, whose processes carried random numbers on from epoch "
-                "to epoch and are gone: random augmentation goes on with other ones, all else exactly. Leave "
+                "to epoch and are gone: random augmentation continues with other ones, all else exactly. Leave "
                 "persistent_workers out for runs that must resume exactly in mid-epoch."
             )
         loader.reset()  # persistent processes would keep the random state that they were started with
@@ -247,7 +253,7 @@ class Position:
             _set_sampler_epoch(each, self._epochs_processed())
         self._iterator_made = pending["iterator_made"]
         self._set_random_state(self._iterator_made)
-        if pending["loaders"]:
+        if pending["loaders"]:  # they can be set to a position
             loader._load_state_dicts(pending["loaders"])
             iter(fetcher)
             fetcher.fetched += trained
@@ -255,18 +261,21 @@ class Position:
             self._fetched_again = pending["before_fetch"]
             self._fetch_again(fetcher, trained)
             self._fetched_again = {}
+        # Of a batch that had been fetched, the state before the fetch; else that of the checkpoint.
         self._set_random_state(pending["before_fetch"].get(fetcher.fetched, pending["random"]))
 
     def _fetch_again(self, fetcher: Any, batches: int) -> None:
         if batches:
             rank_zero_info(
-                f"Fetching the {batches} batches of this epoch that have been trained, to go on behind them."
+                f"Fetching the {batches} batches of this epoch that have been trained, to resume after them."
             )
         iter(fetcher)
         self._watch_loaders()
         draws = False
         for batch in range(batches):
-            known, before = fetcher.fetched in self._fetched_again, self.random_state()["torch"]
+            # `note_fetch` sets the state of a batch that is known, which says nothing of what its fetch draws.
+            known = fetcher.fetched in self._fetched_again
+            before = self.random_state()["torch"]
             try:
                 next(fetcher)
             except StopIteration:
@@ -274,11 +283,13 @@ class Position:
                     f"the training loader gave {batch} batches, and the checkpoint was written after {batches} of this "
                     "epoch. Resume with the loader that the checkpoint was written with, or from the end of an epoch."
                 ) from None
-            draws |= not known and not before.equal(self.random_state()["torch"])
-        if draws and any(map(draws_beside_training, fetcher.combined_loader.flattened)):
+            drew = not before.equal(self.random_state()["torch"])
+            draws |= drew and not known
+        beside_training = any(draws_beside_training(loader) for loader in fetcher.combined_loader.flattened)
+        if draws and beside_training:
             rank_zero_warn(
                 "the iterable data set draws from torch's global generator in the process that trains, where dropout "
-                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run goes on "
+                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run continues "
                 "with other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
                 "or the loader processes or a state_dict."
             )
