@@ -55,10 +55,8 @@ class Position:
 
     def state(self) -> dict[str, Any]:
         """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
-        state: dict[str, Any] = {
-            "random": self._before_validation or self.random_state(),
-            "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch,
-        }
+        random = self._before_validation or self.random_state()
+        state = {"random": random, "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch}
         progress: Any = self._epoch_loop.batch_progress.current
         trained, fetched = progress.processed, progress.ready
         if trained == fetched and self._epoch_loop._num_ready_batches_reached():
@@ -109,8 +107,7 @@ class Position:
 
     def note_iterator(self) -> None:
         """Called just before an iterator is made of new loaders: by the fit loop, or by a hook that asks for them."""
-        loader = self._fit_loop._combined_loader
-        assert loader is not None
+        loader: Any = self._fit_loop._combined_loader
         if any(is_running(each) for each in loader.flattened):
             loader.reset()  # its processes have served another iterator, so their random state is unknown
         self._iterator_made, self._order = self.random_state(), None
@@ -289,8 +286,8 @@ class Position:
         if draws and beside_training:
             rank_zero_warn(
                 "the iterable data set draws from torch's global generator in the process that trains, where dropout "
-                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run continues "
-                "with other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
+                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run gets other "
+                "batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
                 "or the loader processes or a state_dict."
             )
 

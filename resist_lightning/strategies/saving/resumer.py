@@ -180,7 +180,7 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
         name: of the strategy.
         source: the checkpoint.
         engine: that was started from it.
-        same: whether the workers and settings are those of the checkpoint.
+        same: whether workers and settings are those of the checkpoint.
         exact: whether every worker has its own state.
         files: whether the checkpoint names files of the workers.
     """
