@@ -132,6 +132,7 @@ class AuxNetStrategy(SubnetStrategy):
         if worker is None or self.engine is None:
             return
         trainer = self._trainer()
+        # Both may change between epochs: a callback schedules the one, and loaders are made again.
         worker.accumulate = trainer.accumulate_grad_batches
         worker.epoch_batches = _batches_of_all_data(trainer)
         if batch_idx < CHECKED_STEPS:
@@ -142,10 +143,10 @@ class AuxNetStrategy(SubnetStrategy):
         """Called at the end, after an error too: gives combined loaders back to the user as they were."""
         self._loaders = 0
         module = self.lightning_module
-        attached = module is not None and module._trainer is not None  # not where a launch was refused
-        combined = self._trainer().fit_loop._combined_loader if attached else None
-        if combined is not None:
-            combined.flattened = [unseed_loader(loader) for loader in combined.flattened]
+        if module is not None and module._trainer is not None:  # which it is not where a launch was refused
+            combined = self._trainer().fit_loop._combined_loader
+            if combined is not None:
+                combined.flattened = [unseed_loader(loader) for loader in combined.flattened]
         super().teardown()
 
     @property
@@ -176,7 +177,8 @@ def _batches_of_all_data(trainer: pl.Trainer) -> int:
     """The length of an epoch without limit_train_batches; a huge number for data of unknown length."""
     combined = trainer.fit_loop._combined_loader
     lengths = [sized_len(loader) for loader in combined.flattened] if combined is not None else []
-    return max((sys.maxsize if length is None else length for length in lengths), default=sys.maxsize)
+    known = [sys.maxsize if length is None else length for length in lengths]
+    return max(known, default=sys.maxsize)
 
 
 def _epoch(trainer: pl.Trainer) -> int:

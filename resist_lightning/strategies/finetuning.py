@@ -45,7 +45,8 @@ class ModuleModes:
 
     def apply(self, changes: Mapping[str, bool]) -> None:
         """Switch what :meth:`changes` returned in the run that is resumed."""
-        owners: dict[str, Any] = {**dict(self._module.named_modules()), **dict(self._module.named_parameters())}
+        owners: dict[str, Any] = dict(self._module.named_modules())
+        owners.update(self._module.named_parameters())  # no parameter has the name of a module
         for name, value in changes.items():
             owner, _, attribute = name.rpartition(".")
             if owner in owners:
@@ -69,6 +70,8 @@ def not_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list
 def _modes(module: nn.Module) -> dict[str, bool]:
     found = {f"{name}.requires_grad": parameter.requires_grad for name, parameter in module.named_parameters()}
     for name, child in module.named_modules():
-        has = vars(child)
-        found |= {f"{name}.{attribute}": bool(has[attribute]) for attribute in _OF_MODULES if attribute in has}
+        attributes = vars(child)
+        for attribute in _OF_MODULES:
+            if attribute in attributes:  # only batch norm tracks statistics
+                found[f"{name}.{attribute}"] = bool(attributes[attribute])
     return found

@@ -32,7 +32,8 @@ class LightningHost(Host):
         trainer = self._trainer
         names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
         found = {name: str(getattr(trainer, name)) for name in names}
-        if self._data == "shard" and trainer._accelerator_connector.use_distributed_sampler:  # else shards overlap
+        if self._data == "shard" and trainer._accelerator_connector.use_distributed_sampler:
+            # Lightning's sampler shuffles by this seed: with another one on each worker, shards would overlap.
             found["seed_everything"] = os.environ.get("PL_GLOBAL_SEED", "not called")
         return {**found, "data": self._data}
 
@@ -45,7 +46,8 @@ class LightningHost(Host):
     def report(self) -> list[float]:
         """The loss scale, or 0 without one, and the requests of signals."""
         scaler = self._scaler()
-        return [float(scaler.get_scale()) if scaler is not None else 0.0, float(self._signals.requests)]
+        scale = scaler.get_scale() if scaler is not None else 0.0
+        return [float(scale), float(self._signals.requests)]
 
     @override
     def on_reports(self, reports: list[list[float]]) -> None:

@@ -20,9 +20,9 @@ def end_epochs_together(loader: CombinedLoader, collective: Collective) -> None:
         collective: the workers.
     """
     batches = [int(row[0]) for row in collective.gather_numbers([_batches(loader)])]
-    if len(set(batches)) == 1 or min(batches) < 0:
-        return
     shortest = min(batches)
+    if len(set(batches)) == 1 or shortest < 0:
+        return  # alike, or unknown
     rank_zero_warn(
         f"the workers' training epochs have {batches} batches; every epoch ends after {shortest} for all of them. "
         "Shard the data evenly to use all of it."
@@ -35,8 +35,8 @@ def _batches(loader: CombinedLoader) -> int:
     """Number of batches in an epoch; -1 if unknown. Lightning knows it once an iterator is made."""
     lengths = [sized_len(each) for each in loader.flattened]
     limits = loader.limits or [float("inf")] * len(lengths)
-    known = [
-        min(float("inf") if length is None else length, limit) for length, limit in zip(lengths, limits, strict=True)
-    ]
+    known = []
+    for length, limit in zip(lengths, limits, strict=True):
+        known.append(limit if length is None else min(length, limit))
     batches = min(known) if loader._mode == "min_size" else max(known)
     return -1 if batches == float("inf") else int(batches)

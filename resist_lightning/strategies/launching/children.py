@@ -40,8 +40,11 @@ class Children:
 
     def how_ended(self, pid: int) -> str | None:
         """How a child ended, in words; None if it runs, or is none of these."""
-        codes = [process.poll() for process in self._processes if process.pid == pid]
-        return name_of_exit(codes[0]) if codes and codes[0] is not None else None
+        for process in self._processes:
+            code = process.poll()
+            if process.pid == pid and code is not None:
+                return name_of_exit(code)
+        return None
 
     def kill(self, pid: int | None = None) -> None:
         """Kill one child, or all that still run. A child stopped by SIGSTOP cannot be ended otherwise."""
@@ -54,7 +57,10 @@ class Children:
 
         Once all have agreed to stop, each process ends by itself.
         """
-        while not any(failed := [process for process in self._processes if process.poll()]):
+        while True:
+            failed = [process for process in self._processes if process.poll()]
+            if failed:
+                break
             if all(process.poll() == 0 for process in self._processes):
                 return
             if self._leaving.wait(BEAT_SECONDS):
@@ -74,8 +80,8 @@ class Children:
 
     def _leave_none(self) -> None:
         """At the exit of worker 0 after an error or a signal: wait for the children, then kill those that still run."""
-        if os.getpid() != self._pid:  # a fork of worker 0
-            return
+        if os.getpid() != self._pid:
+            return  # a fork of worker 0, whose children these are not
         if self._state() in ("failed", "stopped"):
             deadline = time.monotonic() + self._grace
             for process in self._processes:

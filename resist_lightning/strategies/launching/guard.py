@@ -21,6 +21,8 @@ from resist_lightning.strategies.launching.children import Children, State
 PARENT = "RESIST_LIGHTNING_PARENT"
 """Environment variable with the id of the process that started this worker by running the script again."""
 
+_LONGEST = 500  # letters of an error that the others are told
+
 
 class Guard:
     """Watches the other workers on behalf of a strategy.
@@ -102,11 +104,13 @@ class Guard:
         try:
             yield
         except BaseException as error:
-            self._stopped = isinstance(error, (KeyboardInterrupt, SIGTERMException)) and ends_together()
+            by_signal = isinstance(error, (KeyboardInterrupt, SIGTERMException))
+            self._stopped = by_signal and ends_together()
             if self._watchdog is None or self._stopped or isinstance(error, _TunerExitException):
-                raise
+                raise  # the last one is how Lightning ends a search for a learning rate
             self._failed = True
             watchdog = self._watchdog
+            # It waits for the heartbeats that tell which worker's loss has broken a connection.
             lost = watchdog.explain(error)
             if lost is None:  # this worker's own error
                 watchdog.post_end("failed", _one_line(error))
@@ -130,11 +134,10 @@ def how_to_resume(trainer: pl.Trainer) -> str:
     if snapshots is not None:
         again = "torchrun resumes from there by itself if it may start the workers again; otherwise resume"
         return f"Snapshots are in {str(snapshots)!r}: {again} with Trainer.fit(..., ckpt_path={str(snapshots)!r})."
-    known = [strategy.saver.last_written] + [
-        getattr(callback, name, "")
-        for callback in trainer.checkpoint_callbacks
-        for name in ("last_model_path", "best_model_path")
-    ]
+    # Callbacks name a checkpoint before it is written, and other callbacks may remove it.
+    known = [strategy.saver.last_written]
+    for callback in trainer.checkpoint_callbacks:
+        known += [getattr(callback, "last_model_path", ""), getattr(callback, "best_model_path", "")]
     paths = [path for path in known if path and os.path.exists(path)]
     if paths:
         return f"Resume with Trainer.fit(..., ckpt_path={max(paths, key=os.path.getmtime)!r})."
@@ -147,7 +150,7 @@ def how_to_resume(trainer: pl.Trainer) -> str:
 def _one_line(error: BaseException) -> str:
     """An error of this worker in one line, for the others."""
     text = f"{type(error).__name__}: {error}".strip().rstrip(".")
-    return f"{text[:500]}{'...' if len(text) > 500 else ''}."
+    return f"{text}." if len(text) <= _LONGEST else f"{text[:_LONGEST]}...."
 
 
 def _parent_watcher() -> Callable[[], str]:

@@ -180,14 +180,15 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Called in worker 0 at the end: what the main process needs to save or resume, beside the weights."""
         strategy: Any = trainer.strategy
+        facts = []
+        for callback in trainer.checkpoint_callbacks:
+            known = [name for name in _CHECKPOINT_FACTS if hasattr(callback, name)]
+            facts.append({name: getattr(callback, name) for name in known})
         return {
             **super().get_extra_results(trainer),
             "resume_state": strategy.resumer.state_of(trainer.lightning_module),
             "last_written": strategy.saver.last_written,
-            "checkpoints": [
-                {name: getattr(callback, name) for name in _CHECKPOINT_FACTS if hasattr(callback, name)}
-                for callback in trainer.checkpoint_callbacks
-            ],
+            "checkpoints": facts,
         }
 
     @override

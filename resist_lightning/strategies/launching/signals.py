@@ -66,19 +66,24 @@ class Signals:
             return
         for number, bit in self._bits.items():
             original = signal.getsignal(number)
-            ignored = original in (signal.SIG_IGN, None)
-            if not ignored and not (bit == _REQUEUE and not callable(original)):
-                self._originals[number] = original
-                signal.signal(number, self._note)
+            if original in (signal.SIG_IGN, None):
+                continue  # whoever started this process wants it to live on
+            if bit == _REQUEUE and not callable(original):
+                continue  # Lightning has installed no handler that could requeue the job
+            self._originals[number] = original
+            signal.signal(number, self._note)
 
     def remove(self) -> None:
         """Put the original handlers back, and raise again for them what came too late for all workers to agree on."""
         for number, original in self._originals.items():
-            if signal.getsignal(number) == self._note:
+            if signal.getsignal(number) == self._note:  # else the user has installed another one since
                 signal.signal(number, original)
-        left, self._originals = [] if self._trainer.interrupted else [*self._originals], {}
-        noted, self._noted, self.acting = self._noted, 0, False
-        for number in left:
+        replaced, self._originals = [*self._originals], {}
+        noted, self._noted = self._noted, 0
+        self.acting = False
+        if self._trainer.interrupted:
+            return  # the signal has done what it was sent for
+        for number in replaced:
             if noted & self._bits[signal.Signals(number)]:
                 signal.raise_signal(number)
 
@@ -99,6 +104,7 @@ class Signals:
         """
         agreed, self._agreed = self._agreed, 0
         if agreed & _REQUEUE:
+            # Noted no more, so that the next one counts: a job may be requeued several times.
             self._noted &= ~_REQUEUE
             self._announced &= ~_REQUEUE
             number = next(number for number, bit in self._bits.items() if bit == _REQUEUE)
@@ -114,27 +120,30 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         """The handler. It may run between any two instructions: it takes no lock and calls no collective."""
         bit = self._bits[signal.Signals(number)]
-        ending = self._noted & (_TERMINATE | _INTERRUPT)
-        if bit != _REQUEUE and ending and time.monotonic() - self._first_at > SAME_SECONDS:
-            self.acting = False
+        already_ending = self._noted & (_TERMINATE | _INTERRUPT)
+        if bit != _REQUEUE and already_ending and time.monotonic() - self._first_at > SAME_SECONDS:
+            self.acting = False  # the others may be elsewhere: nothing may be sent, so nothing is saved
             if bit == _INTERRUPT:
                 raise KeyboardInterrupt
             raise SIGTERMException(_EXIT_CODE)
-        if not self._noted & bit and not ending:
-            self._announce(self._trainer.global_rank, number)
-        if bit != _REQUEUE and not ending:
-            self._first_at = time.monotonic()
+        if not already_ending:
+            if not self._noted & bit:
+                self._announce(self._trainer.global_rank, number)
+            if bit != _REQUEUE:
+                self._first_at = time.monotonic()
         self._noted |= bit
 
     def _announce(self, worker: int, number: int) -> None:
         """Print a signal once for all workers: worker 0 does it, for those of others when a handshake brings them."""
         bit = self._bits[signal.Signals(number)]
-        stopping = self._announced & (_TERMINATE | _INTERRUPT)
-        if self._trainer.global_rank != 0 or self._announced & bit or (stopping and bit != _REQUEUE):
+        if self._trainer.global_rank != 0 or self._announced & bit:
             return
+        if bit == _REQUEUE:
+            text = "all workers save a checkpoint when this round ends."
+        elif self._announced & (_TERMINATE | _INTERRUPT):
+            return  # one of the two stops the workers already
+        else:
+            text = "all workers stop when this round ends. A second signal stops at once, without a checkpoint."
         self._announced |= bit
-        what = "save a checkpoint" if bit == _REQUEUE else "stop"
-        again = "" if bit == _REQUEUE else " A second signal stops at once, without a checkpoint."
-        name = signal.Signals(number).name
         # Not print(), which fails where the signal has interrupted another print().
-        os.write(2, f"worker {worker}: {name}: all workers {what} when this round ends.{again}\n".encode())
+        os.write(2, f"worker {worker}: {signal.Signals(number).name}: {text}\n".encode())

@@ -286,8 +286,8 @@ class Position:
         if draws and beside_training:
             rank_zero_warn(
                 "the iterable data set draws from torch's global generator in the process that trains, where dropout "
-                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run gets other "
-                "batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
+                "draws in between. If a draw for one batch reaches into later ones (a shuffle buffer), the run gets "
+                "other batches than the unbroken one, all else exactly. Give the data set a generator of its own, "
                 "or the loader processes or a state_dict."
             )
 
