@@ -58,11 +58,6 @@ class Averages:
     Its average is a copy of the module, of which a worker holds the parts that it holds of the module. It is updated
     from those, and shown in the place of the module before a full model is assembled to be evaluated or saved, and at
     the end. So scales and batch-norm statistics of that full model are made for the average.
-
-    Args:
-        trainer: whose callbacks are looked at.
-        engine: gives the engine of this worker while it trains.
-        patches: give the callback its own methods back.
     """
 
     def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], patches: Patches) -> None:

@@ -13,13 +13,7 @@ from resist_lightning.strategies.launching.signals import Signals
 
 
 class LightningHost(Host):
-    """Compares stop requests between workers; agrees on signals and on the loss scale of mixed precision.
-
-    Args:
-        trainer: the trainer of this worker.
-        signals: its signal handlers.
-        data: the strategy's data policy.
-    """
+    """Compares stop requests between workers; agrees on signals and on the loss scale of mixed precision."""
 
     def __init__(self, trainer: pl.Trainer, signals: Signals, data: str = "shard") -> None:
         self._trainer = trainer

@@ -23,13 +23,6 @@ from resist_lightning.strategies.saving.data_position import Position
 class LoopPatches:
     """Patches the loops of a trainer that fits.
 
-    Args:
-        trainer: the trainer of this worker.
-        position: told of iterators, batches and validations.
-        signals: installed when Lightning has installed its own.
-        collective: the workers whose epochs end together.
-        patches: put the original methods back.
-
     Attributes:
         making_loaders: whether the loaders that Lightning makes now are those of the training.
     """

@@ -29,14 +29,6 @@ from resist_lightning.strategies.validation import order_validation
 class FitSession:
     """A worker's part in one ``fit``. It is made before any hook of the user's, and its state can be read after it.
 
-    Args:
-        trainer: the trainer of this worker.
-        config: of the method.
-        data: the strategy's data policy.
-        guard: watches the other workers.
-        resumer: has loaded what the run resumes from.
-        steps: counts local steps.
-
     Attributes:
         engine: of this worker; None until the module is complete.
         patches: undone by :meth:`remove`.

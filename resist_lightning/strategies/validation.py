@@ -21,12 +21,6 @@ def order_validation(
     puts other weights into the module in ``on_validation_start`` (averages, or a schedule-free optimizer) puts the old
     ones back in ``on_validation_end``, and must find there the weights that it left. Otherwise the full model stays
     until the strategy's turn, so that ``on_validation_end`` can save and export it.
-
-    Args:
-        trainer: whose validation loop is patched.
-        engine: gives the engine of this worker while it trains.
-        averages: shown instead of the weights, before any callback swaps them.
-        patches: put the loop's own methods back.
     """
 
     def note_weights() -> None:

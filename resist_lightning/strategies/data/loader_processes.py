@@ -29,9 +29,6 @@ class LoaderShield:
     along, before the place where all workers stop together. So each daemonic process that this one
     starts by :mod:`multiprocessing`, in whatever way, does nothing on these signals, dies at once when this process
     does, and leaves the worker's connections alone. ``Process.terminate()`` kills it.
-
-    Args:
-        signals: their numbers.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:

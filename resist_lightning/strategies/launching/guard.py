@@ -45,13 +45,7 @@ class Guard:
         return "watched" if self._watchdog is not None else "unwatched"
 
     def begin(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], timeout: timedelta) -> None:
-        """Start the watchdog, unless this worker is alone; the process group must exist.
-
-        Args:
-            trainer: of this worker.
-            engine: gives the engine of this worker, which knows what it is doing.
-            timeout: of collectives.
-        """
+        """Start the watchdog, unless this worker is alone; the process group must exist."""
         if trainer.world_size == 1:
             return
         environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]

@@ -204,11 +204,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
 
 class Results:
-    """A queue for the results of worker 0, in a file: they may be of any size. Replaces Lightning's queue.
-
-    Args:
-        path: of the file; its folder must exist.
-    """
+    """A queue for the results of worker 0, in a file: they may be of any size. Replaces Lightning's queue."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -29,9 +29,6 @@ class Signals:
     worker in another step. Here a worker notes the signal, tells the others at the next handshake, and all act upon it
     before the same batch. A second signal ends the worker at once.
 
-    Args:
-        trainer: the trainer of this worker.
-
     Attributes:
         acting: whether all workers are ending together, so that they may still talk and save.
         handled: the signals that are noted.

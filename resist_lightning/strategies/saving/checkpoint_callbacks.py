@@ -26,10 +26,6 @@ class CheckpointCallbacks:
     * ``_save_checkpoint`` and ``on_exception``: a file that was not written is neither announced, nor linked to, nor
       uploaded.
 
-    Args:
-        trainer: the trainer of this worker.
-        patches: put the original methods back.
-
     Attributes:
         saving: whether such a callback is saving, which learns of a failure by :class:`Refused`.
     """

@@ -89,15 +89,7 @@ def base_of(plugin: CheckpointIO) -> CheckpointIO:
 def write_model(
     save: Callable[[], None], checkpoint: Mapping[str, Any], path: _PATH, plugin: CheckpointIO, forgiving: bool
 ) -> None:
-    """Write the model's file, in worker 0, and remove workers' files that no checkpoint names any more.
-
-    Args:
-        save: writes it by ``plugin``.
-        checkpoint: what it writes.
-        path: where to.
-        plugin: the Trainer's, or :class:`AtomicIO`.
-        forgiving: whether to continue when the plugin's thread could not write an earlier file.
-    """
+    """Write the model's file, in worker 0, and remove workers' files that no checkpoint names any more."""
     if forgiving:
         forgive_thread(plugin)
     save()
@@ -107,12 +99,7 @@ def write_model(
 
 
 def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
-    """Turn the stored OSError of an ``AsyncCheckpointIO``'s thread, raised at each later save, into a warning.
-
-    Args:
-        plugin: the Trainer's.
-        wait: whether to wait until its thread has written all.
-    """
+    """Turn the stored OSError of an ``AsyncCheckpointIO``'s thread, raised at each later save, into a warning."""
     if wait:
         with suppress(OSError):
             plugin.teardown()

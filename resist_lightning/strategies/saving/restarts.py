@@ -44,13 +44,7 @@ def check_shrinking(options: StrategyOptions) -> None:
 
 
 class Restarts:
-    """The snapshots of one ``fit``.
-
-    Args:
-        folder: of the snapshots.
-        options: of the strategy.
-        collective: the workers.
-    """
+    """The snapshots of one ``fit``."""
 
     def __init__(self, folder: Path, options: StrategyOptions, collective: Collective) -> None:
         self.folder = SnapshotFolder(folder)

@@ -27,11 +27,7 @@ from resist_lightning.strategies.saving.trainer_state import TrainerState
 
 
 class Resumer:
-    """Loads what a run resumes from, starts the engine with it, and writes snapshots of the run.
-
-    Args:
-        options: of the strategy.
-    """
+    """Loads what a run resumes from, starts the engine with it, and writes snapshots of the run."""
 
     def __init__(self, options: StrategyOptions) -> None:
         self._options = options

@@ -53,11 +53,7 @@ class Saver:
     ) -> dict[str, Any]:
         """The full model's state dict; empty where there is none. Collective while the engine runs.
 
-        Args:
-            module: the user's.
-            session: the newest ``fit`` of this process, if there is one.
-            resume_state: the state of the training that made the weights of a module that is complete.
-            interrupted: whether an error has ended the run.
+        ``resume_state`` is saved with a module that is complete: the state of the training that made its weights.
         """
         self._session = session
         self._own, self._saved = None, resume_state
@@ -102,7 +98,7 @@ class Saver:
             filepath: this worker's name for it.
             write: writes it by ``plugin``; called in one worker.
             plugin: the Trainer's, or :class:`AtomicIO`.
-            worker: this one.
+            worker: the rank of this one.
             interrupted: whether an error has ended the run.
 
         Raises:

@@ -13,10 +13,6 @@ from resist_lightning.strategies.saving.data_position import Position
 class TrainerState:
     """What a worker's trainer must get back to resume exactly.
 
-    Args:
-        trainer: the trainer of this worker.
-        position: of this worker in its data.
-
     Attributes:
         dumping: whether Lightning is making a checkpoint that must not have the model.
     """
