@@ -74,18 +74,24 @@ def session_processes() -> dict[int, str]:
 
     Empty where there is no /proc. Left out: the servers of multiprocessing, which last as long as it does.
     """
+    pids = {int(name) for name in os.listdir("/proc") if name.isdecimal()} if os.path.isdir("/proc") else set()
+    # Reading all of a machine's processes before and after each test takes longer than most of the tests.
+    _foreign.intersection_update(pids)  # a number that is free may become that of one of ours
     found = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if name.isdecimal():
-            with suppress(OSError):  # it may end at any moment
-                found[int(name)] = _read(f"/proc/{name}")
+    for pid in pids - _foreign:
+        with suppress(OSError):  # it may end at any moment
+            found[pid] = _read(f"/proc/{pid}")
     mark = f"{MARK}={os.environ.get(MARK, '')}".encode()
     parents = {pid: process.parent for pid, process in found.items()}
-    running = {pid: process.command for pid, process in found.items() if process.state != b"Z"}
-    ours = {pid for pid in running if mark in found[pid].variables or os.getpid() in _ancestors(pid, parents)}
-    ours -= {os.getpid(), forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
-    excused = {pid for pid in ours if any(name in running[pid] for name in EXCUSED_COMMANDS)}
-    return {pid: running[pid] for pid in ours - excused}
+    ours = {pid for pid in found if mark in found[pid].variables or os.getpid() in _ancestors(pid, parents)}
+    _foreign.update(pid for pid in found.keys() - ours - {os.getpid()} if found[pid].settled)
+    servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    running = {pid: found[pid].command for pid in ours - servers - {os.getpid()} if found[pid].state != b"Z"}
+    return {pid: cmd for pid, cmd in running.items() if not any(name in cmd for name in EXCUSED_COMMANDS)}
+
+
+_foreign: set[int] = set()
+"""Processes that are not of this session, and never will be."""
 
 
 class _Process(NamedTuple):
@@ -93,6 +99,8 @@ class _Process(NamedTuple):
     parent: int
     command: str
     variables: list[bytes]
+    settled: bool
+    """Whether it was not seen amid an exec."""
 
 
 def _read(folder: str) -> _Process:
@@ -100,12 +108,13 @@ def _read(folder: str) -> _Process:
     for _ in range(100):
         state, parent, *fields = _bytes(f"{folder}/stat").rpartition(b")")[2].split()
         command = _bytes(f"{folder}/cmdline")
-        if command or state == b"Z" or int(fields[4]) & KERNEL_THREAD:
+        settled = bool(command) or state == b"Z" or bool(int(fields[4]) & KERNEL_THREAD)
+        if settled:
             break
         time.sleep(0.001)
     variables = _bytes(f"{folder}/environ") if command else b""
     text = command.replace(b"\0", b" ").decode(errors="replace").strip()
-    return _Process(state, int(parent), text, variables.split(b"\0"))
+    return _Process(state, int(parent), text, variables.split(b"\0"), settled)
 
 
 def _bytes(path: str) -> bytes:
