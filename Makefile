@@ -36,9 +36,9 @@ $(MADE):
 demo: env ## the main job: ResIST on the digits with two worker processes on the CPU
 	$(BIN)/python experiments/train.py experiment=demo $(ARGS)
 
-# Workers wait a good part of the time, so more jobs than two cores.
+# Workers wait a good part of the time, so more jobs than two cores. Each worker imports its test anew: compiled once.
 test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
-	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
 mutants: env ## break the code on purpose in some twenty places, and see the tests go red; ARGS="scale" for some (half an hour)
 	$(BIN)/python tests/mutants.py $(ARGS)
