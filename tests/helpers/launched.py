@@ -1,12 +1,15 @@
-"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched START_METHOD FOLDER``.
+"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched FOLDER [METHOD:NETWORK ...]``.
 
-Every process that comes to the end writes what it has to FOLDER.
+After its own small network it trains those of ordinary size, as an interpreter takes five seconds to start. Every
+process that comes to the end writes what it has to FOLDER.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from resist_lightning import ResISTStrategy
+from tests.helpers import ordinary
 from tests.helpers.plain import Classifier, held_out, stream
 
 STEPS = 8
@@ -56,7 +60,7 @@ def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
         "group left": torch.distributed.is_initialized(),
         "training": trainer.training,
     }
-    if start_method == "popen":  # the others would start workers again
+    if start_method == "popen":  # fork would start workers again
         tested = trainer.test(module, datamodule=Data(), ckpt_path="best", verbose=False)[0]
         found["tested"] = {key.replace("test/", "val/"): value for key, value in tested.items()}
     return found
@@ -64,6 +68,13 @@ def train(start_method: Any, folder: str, module: Classifier) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given, path = sys.argv[1:]
-    result = train(given, path, Classifier())
-    torch.save(result, os.path.join(path, f"{given}-worker{os.environ.get('LOCAL_RANK', '0')}.pt"))
+    folder = Path(sys.argv[1])
+    result = train("popen", str(folder), Classifier())
+    worker = os.environ.get("LOCAL_RANK", "0")
+    torch.save(result, folder / f"worker{worker}.pt")
+    warnings.filterwarnings("ignore")
+    for name in sys.argv[2:]:
+        method, network = name.split(":")
+        found = ordinary.run(method, network, "popen", str(folder / method))
+        if worker == "0":
+            torch.save(found, folder / method / "found.pt")

@@ -1,13 +1,11 @@
-"""A user's script that cuts its network: ``python -m tests.helpers.launched_stages START_METHOD FOLDER [HARM_AFTER]``.
+"""A user's program that cuts its network.
 
-Every process that comes to the end writes what it has to FOLDER. With HARM_AFTER, worker 1 is killed after so many
-steps, once in the life of FOLDER, and snapshots are written.
+With ``harm_after``, worker 1 is killed after so many steps, once in the life of its folder, and snapshots are written.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +42,7 @@ def train(start_method: Any, folder: str, harm_after: int = 0) -> dict[str, Any]
     return {"state": state, "metrics": metrics, "steps": seen.steps, "left": torch.distributed.is_initialized()}
 
 
-if __name__ == "__main__":
+def main(folder: str, harm_after: int) -> None:
+    """A worker of torchrun; what came of it is in FOLDER."""
     torch.set_num_threads(1)
-    given, path, *after = sys.argv[1:]
-    result = train(given, path, int(after[0]) if after else 0)
-    torch.save(result, os.path.join(path, f"{given}-worker{os.environ.get('LOCAL_RANK', '0')}.pt"))
+    torch.save(train("popen", folder, harm_after), Path(folder, f"worker{os.environ['LOCAL_RANK']}.pt"))

@@ -1,13 +1,12 @@
 """A user's script with a network of ordinary size.
 
 ``python -m tests.helpers.ordinary METHOD NETWORK START_METHOD FOLDER`` fits, validates, tests and predicts, and
-resumes in a second run from a checkpoint of the first. Worker 0, or under spawn and fork the main process, writes what
-it saw to FOLDER/found.pt.
+resumes in a second run from a checkpoint of the first; with a CHECKPOINT as fifth argument it only resumes from that.
+What came of it is in FOLDER/found.pt.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -86,38 +85,46 @@ def images(count: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*data), BATCH)
 
 
+def make_trainer(method: str, network: str, start_method: str, folder: str, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        strategy=make_strategy(method, network, start_method), accelerator="cpu", devices=2, max_steps=STEPS,
+        callbacks=list(callbacks), enable_checkpointing=bool(callbacks), logger=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+    )  # fmt: skip
+
+
+def metrics_of(trainer: L.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 def run(method: str, network: str, start_method: str, folder: str) -> dict[str, Any]:
     """All that a user does with a Trainer, and what came of it."""
-
-    def make_trainer(callbacks: list[L.Callback]) -> L.Trainer:
-        return L.Trainer(
-            strategy=make_strategy(method, network, start_method), accelerator="cpu", devices=2, max_steps=STEPS,
-            callbacks=callbacks, enable_checkpointing=bool(callbacks), logger=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
-        )  # fmt: skip
-
-    module = Module(network)
-    trainer = make_trainer([ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)])
-    trainer.fit(module, images(2 * BATCH * STEPS), images(2 * BATCH))
+    module, held_out = Module(network), images(2 * BATCH)
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(method, network, start_method, folder, saving)
+    trainer.fit(module, images(2 * BATCH * STEPS), held_out)
     found: dict[str, Any] = {
         "state": {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        "metrics": metrics_of(trainer),
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "tested": trainer.test(module, held_out, ckpt_path=f"{folder}/step={STEPS}.ckpt", verbose=False)[0]["loss"],
+        "validated": trainer.validate(module, held_out, verbose=False)[0]["loss"],
     }
-    held_out = images(2 * BATCH)
-    found["tested"] = trainer.test(module, held_out, ckpt_path=f"{folder}/step={STEPS}.ckpt", verbose=False)[0]["loss"]
-    if start_method != "spawn":  # whose every call starts interpreters anew
-        found["validated"] = trainer.validate(module, held_out, verbose=False)[0]["loss"]
-        predicted = trainer.predict(module, held_out)  # None from forked processes
-        found["predicted"] = torch.cat(predicted) if predicted is not None else None
-    resumed = Module(network)
-    make_trainer([]).fit(resumed, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=f"{folder}/step=1.ckpt")
-    found["resumed"] = resumed.state_dict()
+    predicted = trainer.predict(module, held_out)  # None from forked processes
+    found["predicted"] = torch.cat(predicted) if predicted is not None else None
+    found["resumed"] = resume(method, network, start_method, folder, f"{folder}/step=1.ckpt")["state"]
     return found
+
+
+def resume(method: str, network: str, start_method: str, folder: str, checkpoint: str) -> dict[str, Any]:
+    """The rest of a run."""
+    module, trainer = Module(network), make_trainer(method, network, start_method, folder)
+    trainer.fit(module, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=checkpoint)
+    return {"state": module.state_dict(), "metrics": metrics_of(trainer)}
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    made = run(*sys.argv[1:])
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        torch.save(made, Path(sys.argv[4], "found.pt"))
+    given = sys.argv[1:]
+    torch.save(resume(*given) if len(given) == 5 else run(*given), Path(given[3], "found.pt"))

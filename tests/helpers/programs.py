@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.helpers.processes import run_workers_to_the_end
 
@@ -60,13 +63,34 @@ def run_module(name: str, *arguments: str, timeout: float = 200, path: Path = RO
     Raises:
         AssertionError: it did not come to its end; with its output.
     """
-    with tempfile.TemporaryDirectory(prefix="run_module_") as folder:
+    return _run(be_program, name, arguments, environment, str(path), timeout=timeout)
+
+
+def run_torchrun(target: Callable[..., None], *args: Any, max_restarts: int, timeout: float = 200) -> str:
+    """``target(*args)`` in two workers of torchrun's agent, which forks them; returns what was printed.
+
+    As ``torchrun --nproc-per-node=2 --max-restarts=...``, without an interpreter for each worker of each attempt.
+
+    Raises:
+        AssertionError: they did not come to their end; with their output.
+    """
+    return _run(_be_agent, target, args, max_restarts, timeout=timeout)
+
+
+def _run(be_main: Callable[..., None], *args: Any, timeout: float) -> str:
+    """Run a main process to its end and return what it printed."""
+    with tempfile.TemporaryDirectory(prefix="run_main_") as folder:
         output = Path(folder, "output")
-        call = name, arguments, str(output), str(path), environment
-        (outcome,) = run_workers_to_the_end(_as_main, 1, *call, timeout=timeout)
+        (outcome,) = run_workers_to_the_end(_redirected, 1, be_main, str(output), args, timeout=timeout)
         printed = output.read_text()
     assert outcome.end == "exit code 0", f"{outcome.end}:\n{printed}\n{outcome.traceback}"
     return printed
+
+
+def _redirected(_: int, be_main: Callable[..., None], output: str, args: tuple[Any, ...]) -> None:
+    as_a_main_process()
+    write_to(output)
+    be_main(*args)
 
 
 def as_a_main_process() -> None:
@@ -76,16 +100,18 @@ def as_a_main_process() -> None:
         os.environ.pop(variable, None)
 
 
-def _as_main(
-    _: int, name: str, arguments: tuple[str, ...], output: str, path: str, environment: dict[str, str]
-) -> None:
-    as_a_main_process()
-    os.environ.update(OMP_NUM_THREADS="1", **environment)
-    os.chdir(ROOT)
-    sys.path.append(path)
+def write_to(output: str) -> None:
+    """Let this process and its children write to a file what they print."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def be_program(name: str, arguments: Sequence[str], environment: dict[str, str], path: str = str(ROOT)) -> None:
+    """Become ``python -m name arguments``, with modules of another folder too; for a main process."""
+    os.environ.update(OMP_NUM_THREADS="1", **environment)
+    os.chdir(ROOT)
+    sys.path.append(path)
     tempfile.tempdir = None  # TMPDIR may be another one now
     sys.argv = [name, *arguments]
     try:
@@ -93,6 +119,19 @@ def _as_main(
     except SystemExit as ended:
         if ended.code:
             raise
+
+
+def _be_agent(target: Callable[..., None], args: tuple[Any, ...], max_restarts: int) -> None:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=max_restarts, start_method="fork", run_id="none",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(config, _be_worker)(target, args)
+
+
+def _be_worker(target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    rank_zero_only.rank = int(os.environ["RANK"])  # as if Lightning had been imported with this variable
+    target(*args)
 
 
 def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,13 +1,12 @@
-"""A user's script for torchrun that starts its workers again: ``python -m tests.helpers.restarted FOLDER STEP``.
+"""A user's program for torchrun that starts its workers again.
 
-Worker 1 is killed after its local step STEP, once. Every process that comes to the end writes what it has to FOLDER.
+Worker 1 is killed after a local step, once. Every process that comes to the end writes what it has to a folder.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,3 @@ def main(folder: Path, harm_after: int) -> None:
     trainer.fit(module, stream(trainer.global_rank, STEPS))
     result = {"state": module.state_dict(), "steps": seen.steps}
     torch.save(result, folder / f"result-{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,6 +1,6 @@
 """The launchers that train a network in stages bit for bit alike; a run that torchrun starts again resumes by itself.
 
-Spawned and started processes: ``test_ordinary_size.py``.
+Other launchers: ``test_launchers.py``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ import pytest
 import torch
 
 from tests.helpers.auxnet import Metered, fit_stages
-from tests.helpers.launched_stages import STEPS, train
+from tests.helpers.launched_stages import STEPS, main, train
 from tests.helpers.processes import run_workers
-from tests.helpers.programs import as_a_main_process, run_module
+from tests.helpers.programs import as_a_main_process, run_torchrun
 from tests.helpers.trainers import run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_launchers import PATIENCE_SECONDS, TORCHRUN
 
 KILLED_AFTER = 7
 """Behind the second handshake."""
-
-pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 
 
 def expect(worker: int) -> dict[str, Any]:
@@ -43,12 +40,11 @@ def expected() -> dict[str, Any]:
 
 
 def test_torchrun_trains_the_same_where_a_worker_is_killed(expected: Any, tmp_path: Path) -> None:
-    script = "-m", "tests.helpers.launched_stages", "popen", str(tmp_path), str(KILLED_AFTER)
-    output = run_module("torch.distributed.run", *TORCHRUN, "--max-restarts=1", *script)
+    output = run_torchrun(main, str(tmp_path), KILLED_AFTER, max_restarts=1)
 
     assert (tmp_path / "harmed").exists()
     for worker in range(2):
-        found = torch.load(tmp_path / f"popen-worker{worker}.pt", weights_only=False)
+        found = torch.load(tmp_path / f"worker{worker}.pt", weights_only=False)
         assert_equal_states(found["state"], expected["state"], exactly=True)
         assert not found["left"]
         assert found["steps"] == list(range(KILLED_AFTER, STEPS + 1)), output

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ from resist_lightning.faults.watchdog import EXIT_CODE
 from tests.helpers import dying
 from tests.helpers.plain import Classifier
 from tests.helpers.processes import run_workers, run_workers_to_the_end
-from tests.helpers.programs import as_a_main_process
+from tests.helpers.programs import as_a_main_process, be_program, write_to
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
 
@@ -88,26 +85,29 @@ def running(folder: Path) -> list[int]:
     return found
 
 
-def run_script(root: Path, folder: Path, what: str, doomed: int) -> str:
-    """Run the script until none of its workers is left; returns what it wrote to stderr."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "tests.helpers.dying", what, str(doomed), str(folder)]
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True, stderr=stderr)
-    try:
-        process.wait(PATIENCE_SECONDS)
-        deadline = time.monotonic() + PATIENCE_SECONDS / 4
-        while running(folder) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(list(folder.glob("pid*"))) == 2
-        assert running(folder) == []
-        return (folder / "stderr").read_text()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def run_script(folder: Path, what: str, doomed: int) -> str:
+    """Run the script until none of its workers is left; returns what it printed."""
+    outcomes = run_workers_to_the_end(be_script, 2, str(folder), what, str(doomed), timeout=PATIENCE_SECONDS)
+    assert outcomes[1].value == [], outcomes
+    return (folder / "output").read_text()
+
+
+def be_script(number: int, folder: str, *harm: str) -> list[int]:
+    as_a_main_process()
+    if number == 1:
+        return witness(Path(folder))
+    write_to(f"{folder}/output")
+    be_program("tests.helpers.dying", [*harm, folder], {})
+    return []
+
+
+def witness(folder: Path) -> list[int]:
+    """The workers of a main process that do not end; ``run_workers_to_the_end`` kills all of them at its own end."""
+    deadline = time.monotonic() + PATIENCE_SECONDS / 2
+    while (len(list(folder.glob("pid*"))) < 2 or running(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(list(folder.glob("pid*"))) == 2
+    return running(folder)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def run_script(root: Path, folder: Path, what: str, doomed: int) -> str:
         ("kill", 0, r"ended without a word"),
     ],
 )
-def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, root: Path, tmp_path: Path) -> None:
-    stderr = run_script(root, tmp_path, what, doomed)
+def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, tmp_path: Path) -> None:
+    stderr = run_script(tmp_path, what, doomed)
 
     error = (tmp_path / f"error{1 - doomed}").read_text()
     assert re.match("WorkerLost: " + NAME.format(doomed) + how, error), stderr
@@ -126,8 +126,8 @@ def test_of_a_script_nobody_is_left_behind(what: str, doomed: int, how: str, roo
     assert (what == "raise") == ("raise KeyError" in stderr)  # the worker's own traceback
 
 
-def test_after_ctrl_c_a_script_goes_on_in_all_workers_and_has_a_checkpoint(root: Path, tmp_path: Path) -> None:
-    run_script(root, tmp_path, "SIGINT", 1)
+def test_after_ctrl_c_a_script_goes_on_in_all_workers_and_has_a_checkpoint(tmp_path: Path) -> None:
+    run_script(tmp_path, "SIGINT", 1)
 
     for worker in range(2):
         assert (tmp_path / f"error{worker}").read_text() == "SystemExit: 1"
@@ -174,17 +174,17 @@ def test_of_forked_workers_the_one_that_came_to_harm_is_named(harm: str, how: st
     assert running(tmp_path) == []
 
 
-def fork_and_be_killed(_: int, folder: str) -> Any:
+def fork_and_be_killed(number: int, folder: str) -> list[int]:
     as_a_main_process()
+    if number == 1:
+        return witness(Path(folder))
     dying.HARMS["kill"] = lambda: os.kill(os.getppid(), signal.SIGKILL)
     dying.train("kill", 1, folder, "fork")
+    return []
 
 
 def test_forked_workers_end_when_their_main_process_does(tmp_path: Path) -> None:
-    (outcome,) = run_workers_to_the_end(fork_and_be_killed, 1, str(tmp_path), timeout=PATIENCE_SECONDS)
+    main, seen = run_workers_to_the_end(fork_and_be_killed, 2, str(tmp_path), timeout=PATIENCE_SECONDS)
 
-    assert outcome.end == "SIGKILL"
-    deadline = time.monotonic() + PATIENCE_SECONDS / 4
-    while running(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert running(tmp_path) == []
+    assert main.end == "SIGKILL"
+    assert seen.value == [], seen
