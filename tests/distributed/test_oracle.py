@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from resist_lightning import Config
 from tests.helpers.processes import run_workers
-from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    clone_state,
+    make_model,
+    make_optimizer,
+    train_engine,
+    train_simulator,
+    train_step,
+)
 
 RUNS = {
     "two workers": (2, Run(Config(local_steps=3, min_blocks=1), steps=11)),
@@ -64,15 +75,28 @@ def threads(count: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def train(worker: int, run: Run) -> dict[str, Any]:
-    return train_engine(worker, run)[1]
+State = dict[str, Tensor]
+
+
+def train(worker: int, runs: dict[str, Run]) -> dict[str, State]:
+    return {name: train_engine(worker, run)[1] for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[State]]:
+    """What each worker has at the end of each run; as many workers are started once for all of their runs."""
+    found = {}
+    for workers in (2, 3, 4):
+        runs = {name: run for name, (number, run) in RUNS.items() if number == workers}
+        results = run_workers(train, workers, runs)
+        found |= {name: [result[name] for result in results] for name in runs}
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_processes_train_what_the_simulator_trains(name: str) -> None:
+def test_processes_train_what_the_simulator_trains(name: str, trained: dict[str, list[State]]) -> None:
     workers, run = RUNS[name]
-
-    states = run_workers(train, workers, run)
+    states = trained[name]
 
     with threads(1):  # as in the processes: a sum in another order may round to another value on the wire
         expected = train_simulator(run, workers).full_model().state_dict()
@@ -83,18 +107,15 @@ def test_processes_train_what_the_simulator_trains(name: str) -> None:
 
 def test_observing_in_the_middle_of_a_round_changes_nothing() -> None:
     run = Run(Config(local_steps=3, min_blocks=1), steps=8)
-    watched = Run(Config(local_steps=3, min_blocks=1), steps=8, observe_at=(0, 1, 2, 4, 6))
+    runs = {"plain": run, "observed": replace(run, observe_at=(0, 1, 2, 4, 6))}
 
-    plain, observed = run_workers(train, 2, run), run_workers(train, 2, watched)
-
-    assert_equal_states(observed[0], plain[0], exactly=True)
+    for states in run_workers(train, 2, runs):
+        assert_equal_states(states["observed"], states["plain"], exactly=True)
 
 
 def test_one_worker_is_plain_training_with_momentum_restarts() -> None:
     run = Run(Config(local_steps=3), steps=7)
     _, state = train_engine(0, run)
-
-    from tests.helpers.training import batch_of, clone_state, make_model, make_optimizer, train_step
 
     model = make_model(run)
     for step in range(run.steps):
@@ -104,16 +125,11 @@ def test_one_worker_is_plain_training_with_momentum_restarts() -> None:
     assert_equal_states(state, clone_state(model), exactly=True)
 
 
-def test_frozen_parameters_stay_frozen() -> None:
-    workers, run = RUNS["frozen"]
-
-    states = run_workers(train, workers, run)
-
-    from tests.helpers.training import make_model
-
+def test_frozen_parameters_stay_frozen(trained: dict[str, list[State]]) -> None:
+    _, run = RUNS["frozen"]
     frozen = {name: p for name, p in make_model(run).named_parameters() if not p.requires_grad}
     assert any("section3.2" in name for name in frozen)
     for name, parameter in frozen.items():
-        scale = 1.0 if not name.endswith("conv2.weight") or "section3" not in name else 0.0
-        if scale:
-            torch.testing.assert_close(states[0][name], parameter.detach(), rtol=0, atol=0)
+        # The full model's blocks are scaled.
+        if not (name.endswith("conv2.weight") and "section3" in name):
+            torch.testing.assert_close(trained["frozen"][0][name], parameter.detach(), rtol=0, atol=0)

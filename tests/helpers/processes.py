@@ -26,7 +26,8 @@ from tests.helpers.worker import Outcome, Task, work
 PRELOADED = [
     *("pytest", "hypothesis", "torch", "torch.distributed", "torchvision", "torchmetrics", "resist_lightning"),
     "torch.export._trace",  # which torch.fx imports when it first traces: a quarter of a second
-    "tests.helpers.worker",
+    *("fsspec.implementations.chained", "torch._inductor.sizevars"),
+    *("tests.helpers.worker", "tests.helpers.trainers", "tests.helpers.auxnet", "tests.helpers.stages"),
 ]
 
 # How long the others may run on after the first failure seen: it may be the consequence of another.
@@ -131,10 +132,10 @@ class _Worker:
             self.running = False
 
     def show_stacks(self) -> None:
-        """Have the worker write where its threads stand, even where they are deep in a collective."""
+        """Have the worker and its forks write where their threads stand, even where that is deep in a collective."""
         assert self.process.pid is not None
         with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
+            os.killpg(self.process.pid, signal.SIGUSR1)
 
     def kill(self) -> None:
         """End the worker and all that it started: its whole process group."""

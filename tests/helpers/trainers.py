@@ -52,6 +52,14 @@ def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: 
     return run_workers(_with_environment, workers, target, args, timeout=timeout)
 
 
+def run_trainers_and_by_hand(
+    target: Callable[..., Any], by_hand: Callable[..., Any], workers: int, *args: Any
+) -> tuple[list[Any], list[Any]]:
+    """As ``run_trainers``, and what ``by_hand(worker, *args)`` gives before that, in the group of the same workers."""
+    results = run_workers(_by_hand_first, workers, target, by_hand, args)
+    return [result for result, _ in results], [expected for _, expected in results]
+
+
 def run_trainers_to_the_end(
     target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0
 ) -> list[Outcome]:
@@ -147,6 +155,13 @@ def traces(module: nn.Module) -> list[str]:
         f"{name}: gradient" for name, value in module.named_parameters() if value.grad is not None and value.is_meta
     ]
     return found
+
+
+def _by_hand_first(
+    worker: int, target: Callable[..., Any], by_hand: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    expected = by_hand(worker, *args)
+    return _with_environment(worker, target, args), expected
 
 
 def _with_environment(worker: int, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -155,7 +155,7 @@ def draw_order(worker: int, kind: str, by_lightning: bool) -> tuple[list[list[in
 
 @pytest.mark.parametrize(
     ("kind", "by_lightning"),
-    [("weighted", False), ("weighted", True), ("own", False), ("own", True), ("batches", False)],
+    [("weighted", True), ("own", False), ("own", True), ("batches", False)],
 )
 def test_an_order_that_is_drawn_from_a_global_generator_is_that_of_all_workers_in_every_epoch(
     kind: str, by_lightning: bool

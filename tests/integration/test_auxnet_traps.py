@@ -184,6 +184,10 @@ FACTORIES: dict[str, Any] = {
 }
 
 
+def with_each_factory(worker: int) -> dict[str, tuple[bool, int]]:
+    return {name: with_factories(worker, (name, name)) for name in FACTORIES}
+
+
 def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
     heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one lies elsewhere on each worker
     module = Classifier()
@@ -192,9 +196,8 @@ def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
     return is_sound(module), steps
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_what_makes_an_auxiliary_network_need_not_be_a_function(name: str) -> None:
-    assert run_trainers(with_factories, 2, (name, name)) == [(True, 5)] * 2
+def test_what_makes_an_auxiliary_network_need_not_be_a_function() -> None:
+    assert run_trainers(with_each_factory, 2) == [dict.fromkeys(FACTORIES, (True, 5))] * 2
 
 
 def test_workers_with_other_auxiliary_networks_disagree_at_the_start() -> None:
@@ -223,15 +226,19 @@ def test_a_network_of_vectors_without_an_auxiliary_network_is_refused_on_all_wor
 # ------------------------------------------------------------------ sizes and types
 
 
-def few_of_many(worker: int, method: str) -> int:
-    options = {**CUTS, "method": method, "warmup_steps": 0}
-    loader = pictures(samples=640)
-    return fit_stages(worker, Classifier(), options, loader, max_epochs=6, limit_train_batches=1).global_step
+def few_of_many(worker: int) -> list[int]:
+    steps = []
+    for method in ("penalty-store", "al-store"):
+        options = {**CUTS, "method": method, "warmup_steps": 0}
+        trainer = fit_stages(
+            *(worker, Classifier(), options, pictures(samples=640)), max_epochs=6, limit_train_batches=1
+        )
+        steps.append(trainer.global_step)
+    return steps
 
 
-@pytest.mark.parametrize("method", ["penalty-store", "al-store"])
-def test_stored_guesses_go_on_where_an_epoch_has_new_samples(method: str) -> None:
-    assert run_trainers(few_of_many, 2, method) == [6] * 2
+def test_stored_guesses_go_on_where_an_epoch_has_new_samples() -> None:
+    assert run_trainers(few_of_many, 2) == [[6, 6]] * 2
 
 
 class PoolsAtOnce(Classifier):
@@ -243,16 +250,18 @@ class PoolsAtOnce(Classifier):
         self.net = nn.Sequential(*stem, nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, CLASSES))
 
 
-def one_left(worker: int, method: str) -> tuple[bool, int]:
-    module = PoolsAtOnce()
-    options = {"cuts": ["2"], "method": method}
-    trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=2)
-    return is_sound(module), trainer.global_step
+def one_left(worker: int) -> list[tuple[bool, int]]:
+    found = []
+    for method in ("penalty", "al-net"):
+        module = PoolsAtOnce()
+        options = {"cuts": ["2"], "method": method}
+        trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=2)
+        found.append((is_sound(module), trainer.global_step))
+    return found
 
 
-@pytest.mark.parametrize("method", ["penalty", "al-net"])
-def test_a_last_batch_may_have_one_sample(method: str) -> None:
-    assert run_trainers(one_left, 2, method) == [(True, 4)] * 2
+def test_a_last_batch_may_have_one_sample() -> None:
+    assert run_trainers(one_left, 2) == [[(True, 4)] * 2] * 2
 
 
 class KeepsOutput(Classifier):

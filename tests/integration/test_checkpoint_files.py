@@ -58,10 +58,8 @@ def files_of(path: Path) -> list[Path]:
 # Whole or not there.
 
 
-def test_a_checkpoint_is_one_file_of_the_model_and_one_of_each_worker(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 2, str(path))
-
+def test_a_checkpoint_is_one_file_of_the_model_and_one_of_each_worker(saved: Path) -> None:
+    path = saved
     state = torch.load(path, weights_only=True)
     assert [file.name for file in files_of(path)] == sorted(state[CHECKPOINT_KEY]["files"])
     assert [file.name.partition(".")[0] for file in files_of(path)] == [f"round=1-step=1-{w}-of-2" for w in (0, 1)]
@@ -137,15 +135,14 @@ def killed_while_saving(worker: int, path: str) -> None:
     trainer.fit(Classifier(), stream(worker, STEPS))
 
 
-def test_a_run_killed_while_saving_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
+def test_a_run_killed_while_saving_leaves_the_checkpoint_before_it(unbroken: State, tmp_path: Path) -> None:
+    path = tmp_path / "b.ckpt"
     outcomes = run_trainers_to_the_end(killed_while_saving, 2, str(path))
 
     assert [outcome.end for outcome in outcomes] == ["SIGKILL", "exit code 1"]
     assert torch.load(path, weights_only=True)["global_step"] == 2
-    expected = run_trainers(save, 2, str(tmp_path / "other.ckpt"))[0]
     for state in run_trainers(resume, 2, str(path)):
-        assert_equal_states(state, expected, exactly=True)
+        assert_equal_states(state, unbroken, exactly=True)
 
 
 # A full disk.
@@ -173,7 +170,9 @@ class FullDisk(L.Callback):
 
 
 @pytest.mark.parametrize("full", [0, 1])
-def test_a_full_disk_ends_all_workers_or_none_and_the_checkpoint_before_stays(full: int, tmp_path: Path) -> None:
+def test_a_full_disk_ends_all_workers_or_none_and_the_checkpoint_before_stays(
+    full: int, unbroken: State, tmp_path: Path
+) -> None:
     path = tmp_path / "a.ckpt"
     for outcome in run_trainers_to_the_end(save_on_a_full_disk, 2, str(path), full, "raise"):
         assert isinstance(outcome.error, CheckpointNotWritten)
@@ -182,9 +181,8 @@ def test_a_full_disk_ends_all_workers_or_none_and_the_checkpoint_before_stays(fu
     assert torch.load(path, weights_only=True)["global_step"] == 2
     assert len(files_of(path)) == 2
 
-    expected = run_trainers(save, 2, str(tmp_path / "other.ckpt"))[0]
     for state in run_trainers(save_on_a_full_disk, 2, str(path), full, "warn"):
-        assert_equal_states(state, expected, exactly=True)
+        assert_equal_states(state, unbroken, exactly=True)
     assert torch.load(path, weights_only=True)["global_step"] == 2
 
 
@@ -244,16 +242,14 @@ def newer(path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_and_explained(
-    spoil: Callable[[Path], None], message: str, tmp_path: Path
+    spoil: Callable[[Path], None], message: str, saved: Path
 ) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 1, str(path))
-    spoil(path)
+    spoil(saved)
 
-    for outcome in run_trainers_to_the_end(resume, 2, str(path)):
+    for outcome in run_trainers_to_the_end(resume, 2, str(saved)):
         assert isinstance(outcome.error, CheckpointError)
         assert message in str(outcome.error)
-        assert str(path) in str(outcome.error)
+        assert str(saved) in str(outcome.error)
 
 
 def resume_as_nobody(worker: int, path: str) -> None:
@@ -262,9 +258,8 @@ def resume_as_nobody(worker: int, path: str) -> None:
     resume(worker, path)
 
 
-def test_a_file_without_permission_is_named_and_explained(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 1, str(path))
+def test_a_file_without_permission_is_named_and_explained(saved: Path, tmp_path: Path) -> None:
+    path = saved
     for folder in (tmp_path, *tmp_path.parents):
         if os.geteuid() == 0 and folder.stat().st_uid == 0 and folder.parent != folder:
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -276,25 +271,21 @@ def test_a_file_without_permission_is_named_and_explained(tmp_path: Path) -> Non
     assert "this user may not read it" in str(outcome.error)
 
 
-def test_a_damaged_file_of_a_worker_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 2, str(path))
-    cut_off(files_of(path)[1])
+def test_a_damaged_file_of_a_worker_is_an_error(saved: Path) -> None:
+    cut_off(files_of(saved)[1])
 
-    error = run_trainers_to_the_end(resume, 2, str(path))[1].error
+    error = run_trainers_to_the_end(resume, 2, str(saved))[1].error
     assert isinstance(error, CheckpointError)
     assert "is damaged: its checksum is" in str(error)
     assert "to resume from the full model alone" in str(error)
 
 
-def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    run_trainers(save, 2, str(path))
-    files_of(path)[1].unlink()  # of one worker: no worker may go on with its own tensors then
+def test_without_the_workers_files_the_run_goes_on_from_the_full_model_and_says_so(saved: Path) -> None:
+    files_of(saved)[1].unlink()  # of one worker: no worker may go on with its own tensors then
 
-    first, second = run_trainers(resume, 2, str(path))
+    first, second = run_trainers(resume, 2, str(saved))
     assert_equal_states(first, second, exactly=True)
-    said = run_trainers(resume_and_listen, 2, str(path))[0]
+    said = run_trainers(resume_and_listen, 2, str(saved))[0]
     assert "files beside" in said
     assert "are not all there" in said
 
@@ -349,7 +340,7 @@ def test_a_checkpoint_of_three_workers_in_mid_round_resumes_with_any_number_and_
     path = tmp_path / "a.ckpt"
     run_trainers(save, 3, str(path))
 
-    for workers in (1, 2, 4, 8):
+    for workers in (1, 4):
         states = run_trainers(resume, workers, str(path))
         assert len(states) == workers
         for state in states:

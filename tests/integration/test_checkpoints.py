@@ -61,9 +61,8 @@ def train_and_save(worker: int, folder: str, variant: dict[str, Any]) -> dict[st
     assert set(reporter.metrics) == {3, 6, 9}  # rounds have three steps: the first is complete, and not synced yet
     trainer.save_checkpoint(f"{folder}/end.ckpt")
     reported[f"{folder}/end.ckpt"] = metrics_of(trainer.validate(module, held_out(worker), verbose=False)[0])
-    for step in (5, 10):
-        path = f"{folder}/between/step={step}.ckpt"
-        reported[path] = metrics_of(trainer.validate(module, held_out(worker), path, verbose=False)[0])
+    path = f"{folder}/between/step=5.ckpt"
+    reported[path] = metrics_of(trainer.validate(module, held_out(worker), path, verbose=False)[0])
     return reported
 
 
@@ -73,9 +72,9 @@ def test_checkpoints_evaluate_as_reported_without_this_package(tmp_path: Path, r
         folder = tmp_path / name.replace(" ", "-")
         mine, theirs = run_trainers(train_and_save, WORKERS, str(folder), variant)
         assert mine == theirs
-        assert len(mine) == 6
+        assert len(mine) == 5
         reported |= mine
-    assert len({metrics["loss"] for metrics in reported.values()}) > len(VARIANTS) * 4, "they hardly differ"
+    assert len({metrics["loss"] for metrics in reported.values()}) > len(VARIANTS) * 3, "they hardly differ"
 
     run = subprocess.run(
         [sys.executable, "-m", "tests.helpers.evaluate_plain", str(WORKERS), *reported],

@@ -23,9 +23,9 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 7  # in an epoch; rounds of three steps end anywhere in it
 EPOCHS = 2
-STOPS_PER_CASE = 4
-CASES = (0, 1, 2, 3, 5, 6, 9, 11, 12, 13, 14, 18)
-"""Seeds of the drawn cases: between them every option, optimizer and loader, and one to four workers."""
+STOPS_PER_CASE = 3
+CASES = (4, 17, 33, 38, 97, 117, 125, 155, 169)
+"""Seeds of the drawn cases: one to four workers, each value of each option, and each pair that shares code."""
 OPTIONS: dict[str, list[Any]] = {
     "momentum": ["reset", "keep", "travel"],
     "wire": ["fp32", "bf16", "int8"],
@@ -215,43 +215,36 @@ def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.
 
 
 def unbroken_and_resumed_loader(worker: int, kind: str, folder: str) -> list[dict[str, Tensor]]:
-    saving: L.Callback = SavesAt(folder, (3, 5, 9))
+    saving: L.Callback = SavesAt(folder, (5, 9))
     if kind == "validation":
         saving = ModelCheckpoint(folder, filename="{step}", monitor="val/loss", save_top_k=-1)
     if kind == "just before validation":
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     states = [fit_loader(worker, kind, None, [saving])]
-    names = ["3", "5", "9"]
+    names = ["5", "9"]
     if kind == "validation":
-        names = [f"step={step}" for step in (3, 6, 10, 13)]
+        names = [f"step={step}" for step in (6, 10)]
     elif kind == "just before validation":
-        names = [f"step={step}" for step in (3, 6, 9)]
+        names = [f"step={step}" for step in (3, 6)]
     names = names[:1] if kind == "persistent" else names  # in a later epoch their random state is lost
     return states + [fit_loader(worker, kind, f"{folder}/{name}.ckpt", []) for name in names]
 
 
-class StepsByHand(Noisy):
-    """Adds up gradients of two batches, as manual optimization allows."""
+class FollowsALoss(Noisy):
+    """Steps by hand, on the gradients of two batches; each worker lowers its learning rate by a loss of its own."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        schedule: Any = self.lr_schedulers()
+        schedule.step(float(batch_idx * (2 * self.global_rank - 1)))  # falls on worker 0, rises on worker 1
         optimizer: Any = self.optimizers()
         self.manual_backward(super().training_step(batch, batch_idx))
         if batch_idx % 2:
             optimizer.step()
             optimizer.zero_grad()
-
-
-class FollowsALoss(StepsByHand):
-    """Each worker lowers its learning rate by a loss of its own."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        schedule: Any = self.lr_schedulers()
-        schedule.step(float(batch_idx * (2 * self.global_rank - 1)))  # falls on worker 0, rises on worker 1
-        super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()["optimizer"]
@@ -278,7 +271,6 @@ class Iterates(Noisy):
 
 
 MODULES = {
-    "steps by hand": StepsByHand,
     "follows a loss": FollowsALoss,
     "two loaders": OfTwoLoaders,
     "persistent": Iterates,
@@ -295,9 +287,10 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "steps by hand", "follows a loss"])
+@pytest.mark.parametrize("kind", [*KINDS, "follows a loss"])
 def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: str, tmp_path: Path) -> None:
-    for unbroken, *resumed in run_trainers(unbroken_and_resumed_loader, 2, kind, str(tmp_path), timeout=120):
+    # Once it hung with loader processes, and nobody knows where: this is less than pytest's own limit, so it would say.
+    for unbroken, *resumed in run_trainers(unbroken_and_resumed_loader, 2, kind, str(tmp_path), timeout=100):
         assert resumed
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)

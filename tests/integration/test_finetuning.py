@@ -22,8 +22,7 @@ State = dict[str, Tensor]
 
 CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "blocks": ("resist", {"momentum": "travel"}, "net.section1", "net.section3"),
-    "a shared layer": ("resist", {"momentum": "keep"}, "net.section1", "net.section2"),
-    "local SGD": ("local_sgd", {"momentum": "keep"}, "net.section1", "net.section3"),
+    "a shared layer": ("local_sgd", {"momentum": "keep"}, "net.section1", "net.section2"),
     "neurons": ("ist", {"momentum": "travel"}, "net.0", "net.5"),
     "stages": ("auxnet", {}, "net.section1", "net.section3"),
 }

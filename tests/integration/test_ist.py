@@ -18,11 +18,11 @@ from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.plain import Classifier, evaluate, held_out, stream
-from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (
     fit,
     make_strategy,
     run_trainers,
+    run_trainers_and_by_hand,
     run_trainers_to_the_end,
     traces,
     train_by_hand,
@@ -103,9 +103,8 @@ def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
     """So every local step counts, also over the borders of epochs (check 6 of section 8)."""
     case = FITS[name]
 
-    results = run_trainers(by_trainer, case.workers, case)
+    results, expected = run_trainers_and_by_hand(by_trainer, by_hand, case.workers, case)
 
-    expected = run_workers(by_hand, case.workers, case)
     simulated = train_in_one_process(case.module(), case.config, case.workers, case.steps).full_model().state_dict()
     assert_equal_states(results[0]["state"], simulated)
     layout, plain = NeuronLayout(case.module(), case.config, case.workers), case.module()

@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def draw_case(number: int) -> Case:
-    """Any run, and any four batches after which it is stopped."""
+    """Any run, and any three batches after which it is stopped."""
     drawn = random.Random(number)
     options = {
         "momentum": ("reset", "keep", "travel")[number % 3],
@@ -35,7 +35,7 @@ def draw_case(number: int) -> Case:
         optimizer=drawn.choice(["sgd", "adamw"]),
         loader=drawn.choice(["shuffled", "endless"]),
         accumulate=drawn.choice([1, 2]),
-        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), 4))),
+        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), 3))),
         early=number % 2 == 1,
     )
 

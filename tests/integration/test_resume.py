@@ -48,10 +48,10 @@ def assert_resumes(workers: int, folder: Path, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("workers", "options"),
     [
-        *((2, {}), (2, {"batch_norm": "running", "warmup_rounds": 1}), (2, {"face": "local_sgd"})),
+        (2, {"batch_norm": "running", "warmup_rounds": 1}),
         *((3, {"min_blocks": 3}), (3, {"face": "ist"})),
     ],
-    ids=["resist", "running statistics, warm-up", "local SGD", "blocks with several holders", "IST"],
+    ids=["running statistics, warm-up", "blocks with several holders", "IST"],
 )
 def test_a_run_resumed_on_the_border_of_a_round_is_the_unbroken_run(
     workers: int, options: dict[str, Any], tmp_path: Path
@@ -59,14 +59,20 @@ def test_a_run_resumed_on_the_border_of_a_round_is_the_unbroken_run(
     assert_resumes(workers, tmp_path, options)
 
 
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    """Two workers' run: its checkpoints and its weights."""
+    folder = tmp_path_factory.mktemp("ordinary")
+    return folder, run_trainers(unbroken, 2, str(folder), {})[0]
+
+
 # Another number of workers.
 
 
-def test_a_checkpoint_of_two_workers_resumes_with_three(tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_workers_resumes_with_three(ordinary: tuple[Path, State]) -> None:
     config = Config(local_steps=3, min_blocks=1)
-    run_trainers(unbroken, 2, str(tmp_path), {})
 
-    results = run_trainers(resumed, 3, str(tmp_path), {})
+    results = run_trainers(resumed, 3, str(ordinary[0]), {})
 
     # After a sync, every simulated worker has the means, unscaled; three of them go on in round 3.
     before = train_in_one_process(Classifier(), config, 2, EPOCH)
@@ -79,14 +85,14 @@ def test_a_checkpoint_of_two_workers_resumes_with_three(tmp_path: Path) -> None:
         assert_equal_states(state, results[0][0], exactly=True)
 
 
-def test_a_checkpoint_resumes_in_plain_lightning(tmp_path: Path) -> None:
-    run_trainers(unbroken, 2, str(tmp_path), {})
+def test_a_checkpoint_resumes_in_plain_lightning(ordinary: tuple[Path, State]) -> None:
+    path = ordinary[0] / "epoch=0.ckpt"
     module = Classifier(seed=1)
 
     trainer = L.Trainer(**QUIET, devices=1, max_epochs=2)
-    trainer.fit(module, stream(0, EPOCH, start=EPOCH), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    trainer.fit(module, stream(0, EPOCH, start=EPOCH), ckpt_path=str(path))
 
-    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(path, weights_only=True)["state_dict"]
     assert trainer.global_step == 2 * EPOCH
     assert not torch.equal(module.net.stem.weight, saved["net.stem.weight"])
 
@@ -105,15 +111,13 @@ def fit_twice(worker: int, first: int, then: int) -> tuple[State, State, bool]:
     return between, clone_state(module), module.training
 
 
-def test_fitting_again_with_the_same_trainer_goes_on(tmp_path: Path) -> None:
-    expected = run_trainers(unbroken, 2, str(tmp_path), {})[0]
-
+def test_fitting_again_with_the_same_trainer_goes_on(ordinary: tuple[Path, State]) -> None:
     for between, state, _ in run_trainers(fit_twice, 2, 1, 2):
-        assert_equal_states(state, expected, exactly=True)
+        assert_equal_states(state, ordinary[1], exactly=True)
         assert not torch.equal(between["net.stem.weight"], state["net.stem.weight"])
 
 
-def test_fitting_again_with_nothing_left_to_do_leaves_the_full_model(tmp_path: Path) -> None:
+def test_fitting_again_with_nothing_left_to_do_leaves_the_full_model() -> None:
     for between, state, _ in run_trainers(fit_twice, 2, 1, 1):
         assert_equal_states(state, between, exactly=True)
 
@@ -133,11 +137,11 @@ def save_before_training_goes_on(worker: int, folder: str) -> State:
     return clone_state(module)
 
 
-def test_a_checkpoint_saved_before_training_goes_on_is_the_one_that_was_loaded(tmp_path: Path) -> None:
-    run_trainers(unbroken, 2, str(tmp_path), {})
-    run_trainers(save_before_training_goes_on, 2, str(tmp_path))
+def test_a_checkpoint_saved_before_training_goes_on_is_the_one_that_was_loaded(ordinary: tuple[Path, State]) -> None:
+    folder = ordinary[0]
+    run_trainers(save_before_training_goes_on, 2, str(folder))
 
-    loaded, saved = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("epoch=0", "start"))
+    loaded, saved = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("epoch=0", "start"))
     assert_equal_states(saved["state_dict"], loaded["state_dict"], exactly=True)
     assert saved["resist_lightning"].keys() == loaded["resist_lightning"].keys()
 
@@ -151,10 +155,8 @@ def fit_with_two_trainers(worker: int) -> list[State]:
     return states
 
 
-def test_a_second_trainer_in_the_process_trains_the_same(tmp_path: Path) -> None:
-    expected = run_trainers(unbroken, 2, str(tmp_path), {})[0]
-
+def test_a_second_trainer_in_the_process_trains_the_same(ordinary: tuple[Path, State]) -> None:
     for states in run_trainers(fit_with_two_trainers, 2):
         assert len(states) == 2
         for state in states:
-            assert_equal_states(state, expected, exactly=True)
+            assert_equal_states(state, ordinary[1], exactly=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from resist_lightning import Config, Engine
 from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
-from tests.helpers.trainers import fit, run_trainers
+from tests.helpers.trainers import fit, run_trainers, run_trainers_and_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
 CONFIG = Config(local_steps=3, min_blocks=1)
@@ -65,9 +66,9 @@ def accumulate_by_hand(worker: int) -> dict[str, Tensor]:
 
 
 def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
-    results = run_trainers(accumulate, 2)
+    results, expected_states = run_trainers_and_by_hand(accumulate, accumulate_by_hand, 2)
 
-    assert_all_equal([state for state, _ in results], run_workers(accumulate_by_hand, 2))
+    assert_all_equal([state for state, _ in results], expected_states)
     # The sync of round 0, complete with batch 5, comes with the next batch.
     expected = [(0, 0), (0, 1), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 1), (1, 2), (1, 3)]
     assert [clock for _, clock in results] == [expected] * 2
@@ -110,10 +111,13 @@ class TwoPlayers(L.LightningModule):
         ]
 
 
-def play(worker: int, raw: bool) -> tuple[dict[str, Tensor], list[tuple[int, int]], list[int]]:
-    module, notes = TwoPlayers(raw), Notes()
-    fit(worker, module, 8, callbacks=[notes])
-    return clone_state(module), notes.clock, module.changed
+def play(worker: int) -> list[tuple[dict[str, Tensor], list[tuple[int, int]], list[int]]]:
+    found = []
+    for raw in (False, True):
+        module, notes = TwoPlayers(raw), Notes()
+        fit(worker, module, 8, callbacks=[notes])
+        found.append((clone_state(module), notes.clock, module.changed))
+    return found
 
 
 def play_by_hand(worker: int) -> dict[str, Tensor]:
@@ -131,14 +135,14 @@ def play_by_hand(worker: int) -> dict[str, Tensor]:
     return clone_state(module)
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it(raw: bool) -> None:
-    results = run_trainers(play, 2, raw)
+def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
+    by_worker, expected_states = run_trainers_and_by_hand(play, play_by_hand, 2)
 
-    assert_all_equal([state for state, *_ in results], run_workers(play_by_hand, 2))
+    results = list(itertools.chain(*by_worker))
+    assert_all_equal([state for state, *_ in results], expected_states)
     expected = [(number // 3, number % 3 + 1) for number in range(8)]
-    assert [clock for _, clock, _ in results] == [expected] * 2
-    assert [changed for *_, changed in results] == [[], []]
+    assert [clock for _, clock, _ in results] == [expected] * 4
+    assert [changed for *_, changed in results] == [[]] * 4
 
 
 # Mixed precision: the loss of worker 1 overflows in its second batch, so its scaler skips a step and halves its scale.
@@ -190,9 +194,9 @@ def overflow_by_hand(worker: int) -> dict[str, Tensor]:
 
 
 def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync() -> None:
-    results = run_trainers(overflow, 2)
+    results, expected = run_trainers_and_by_hand(overflow, overflow_by_hand, 2)
 
-    assert_all_equal([state for state, _ in results], run_workers(overflow_by_hand, 2))
+    assert_all_equal([state for state, _ in results], expected)
     assert [scales for _, scales in results] == [[1024.0] * 3 + [512.0] * 5, [1024.0] * 2 + [512.0] * 6]
 
 
@@ -241,8 +245,8 @@ def no_scale(worker: int) -> dict[str, Tensor]:
 
 
 def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() -> None:
-    results = run_trainers(scale_by_hand, 2)
-    assert_all_equal([state for state, _ in results], run_workers(no_scale, 2))  # scales are powers of two
+    results, expected = run_trainers_and_by_hand(scale_by_hand, no_scale, 2)
+    assert_all_equal([state for state, _ in results], expected)  # scales are powers of two
 
 
 # Messages within a step, which the strategy sees, and those that it does not.
