@@ -122,3 +122,19 @@ def groups_joined() -> int:
 def destroy_group() -> None:
     """Leave torch.distributed's default group. Collective: every worker must call this."""
     dist.destroy_process_group()
+
+
+# The store of the group, which is an object of its own, and keeps no connection of the group alive.
+_abandoned: list[Store] = []
+
+
+def abandon_group() -> None:
+    """Leave the default group to :func:`destroy_abandoned_group`, as an error may have broken it. Waits for nobody."""
+    _abandoned[:] = [_get_default_store()]
+
+
+def destroy_abandoned_group() -> None:
+    """Destroy the default group if it was abandoned: its connections may have been cut."""
+    if group_exists() and any(_get_default_store() is store for store in _abandoned):
+        dist.destroy_process_group()
+    _abandoned.clear()

@@ -8,7 +8,13 @@ from datetime import timedelta
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 
-from resist_lightning.comm.group import destroy_group, group_exists, join_group
+from resist_lightning.comm.group import (
+    abandon_group,
+    destroy_abandoned_group,
+    destroy_group,
+    group_exists,
+    join_group,
+)
 from resist_lightning.strategies.launching.guard import Guard
 
 
@@ -23,6 +29,7 @@ class ProcessGroup:
 
         Lightning's own way would let the next group of a process use the last one's names in the store.
         """
+        destroy_abandoned_group()  # of a fit that ended with an error, in this process
         self._owned = not group_exists()
         if self._owned:
             join_group(
@@ -43,7 +50,10 @@ class ProcessGroup:
             barrier: of the strategy. Collective.
             interrupted: whether an error has ended the run. Then nobody waits: the others may be gone.
         """
-        leaving = self._owned and group_exists() and not interrupted
+        owned = self._owned and group_exists()
+        leaving = owned and not interrupted
+        if owned:
+            abandon_group()  # also where the barrier below fails
         if leaving:
             with guard.around():
                 barrier()

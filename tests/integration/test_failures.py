@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from resist_lightning import PartialModelError, WorkerLost, WorkersDisagree
+from resist_lightning.comm.sockets import cut_connections
 from resist_lightning.strategies.launching.signals import SAME_SECONDS
 from tests.helpers.plain import Classifier, held_out, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
@@ -275,12 +276,15 @@ def fit_after_an_error(worker: int) -> list[str]:
     trainer = make_trainer(make_strategy(), max_epochs=1)
     with pytest.raises(KeyError, match="on all workers"):
         trainer.fit(broken, stream(worker, 8))
+    cut_connections()  # as the watchdog does that hears of another worker's error before it comes to its own
     left = [key for key in ("_broadcast_sigterm_tensor",) if key in vars(trainer.fit_loop.epoch_loop)]
     left += [key for key in ("run",) if key in vars(trainer.fit_loop.epoch_loop.val_loop)]
     module = Classifier()
     fit(worker, module, 8)
+    left += ["group"] if dist.is_initialized() else []
     return left + [name for name, parameter in module.named_parameters() if parameter.is_meta]
 
 
 def test_after_an_error_on_all_workers_another_trainer_works() -> None:
+    """In a group of its own: up to version 0.1 in the one that the error had left, whose connections may be cut."""
     assert run_trainers(fit_after_an_error, 2) == [[], []]
