@@ -107,12 +107,9 @@ def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
     for boundary, mismatch in enumerate(found["mismatch"], start=1):
         rows.append((f"guess {boundary} minus truth", f"{mismatch:.1%}", "of the truth, in norm, at the end"))
     if found["speedup_measured"] is not None:
-        rows.append(("speed-up of steps that are not serial", f"{found['speedup_measured']:.2f}x", _predicted(found)))
+        predicted = f"predicted {found['speedup_predicted']:.2f}x, from the seconds of this run"
+        rows.append(("speed-up of steps that are not serial", f"{found['speedup_measured']:.2f}x", predicted))
     return rows
-
-
-def _predicted(found: Mapping[str, Any]) -> str:
-    return f"predicted {found['speedup_predicted']:.2f}x, from the seconds of this run"
 
 
 def _byte_rows(results: Mapping[str, Any]) -> list[Row]:

@@ -193,13 +193,14 @@ class Layered(Method):
         summary = self.engine.sync.summary()
         network = guesses.network if isinstance(guesses, NetworkGuesses) else nn.Identity()
         rounds = [metrics for number, metrics in summary.get("rounds", []) if number >= self.first_round]
+        last = rounds[-1] if rounds else {}
         speed_up = "auxnet/speedup_predicted"
         predicted = [metrics[speed_up] for metrics in rounds if speed_up in metrics]
         return {
             "aux_parameters": sum(parameter.numel() for parameter in network.parameters()),
             "stored_bytes": guesses.held_bytes if isinstance(guesses, StoredGuesses) else 0,
             "sent_by_step": (counted["boundary"] + counted["output"]) / self.engine.clock.total_steps,
-            "mismatch": _mismatches(rounds[-1]) if rounds else [],
+            "mismatch": [value for name, value in sorted(last.items()) if name.startswith("auxnet/mismatch_")],
             "predicted": median(predicted) if predicted else None,
             "timeline": summary.get("timeline", []),
         }
@@ -231,10 +232,6 @@ class Layered(Method):
         found = accuracy(fed, data.test)
         fed.train()
         return found
-
-
-def _mismatches(metrics: dict[str, float]) -> list[float]:
-    return [value for name, value in sorted(metrics.items()) if name.startswith("auxnet/mismatch_")]
 
 
 class _Fed(nn.Module):

@@ -48,7 +48,9 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
     steps = []
     for _ in range(ROUNDS * LOCAL_STEPS):
         sgd_step(model, optimizer, torch.randn(BATCH, group.inputs), torch.zeros(BATCH).long())
-        steps.append({**_held(model, optimizer, inner), "store": _stored(engine), "resident": resident_bytes()})
+        # On the host, entries that nobody trains.
+        stored = storage_bytes(engine.resumption.state_dict()["store"].values())
+        steps.append({**_held(model, optimizer, inner), "store": stored, "resident": resident_bytes()})
         engine.after_step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     engine.abandon()
@@ -85,11 +87,6 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[st
             if name in inner:
                 found["inner"].append(tensor)
     return {kind: storage_bytes(tensors) for kind, tensors in found.items()}
-
-
-def _stored(engine: Engine) -> int:
-    """Bytes that this worker keeps on the host for entries that nobody trains."""
-    return storage_bytes(engine.resumption.state_dict()["store"].values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

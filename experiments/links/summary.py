@@ -47,33 +47,26 @@ def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         nothing = {"sync_seconds": 0.0, "parts": None, "ideal_sync_seconds": None, "bytes_per_sync": None}
         return row | nothing | {"local_steps": local_steps, "seconds_per_step": row["compute_seconds"]}
     by_sync = zip(*(worker["syncs"] for worker in workers), strict=True)
-    syncs = [worst_worker(found) for found in by_sync]
+    syncs = [max(found, key=moving) for found in by_sync]  # of each sync, as the worker saw it that took the longest
     sync = mean(moving(found) for found in syncs)
     whole = max(worker["window_seconds"] / len(worker["step_seconds"]) for worker in workers)
+    seconds = row["compute_seconds"] + sync / local_steps
+    if settings["steps_per_round"] == local_steps:  # rounds were really run as long as the table says
+        seconds = whole
     return row | {
         "local_steps": local_steps,
         "sync_seconds": sync,
         "parts": {part: mean(found[part] for found in syncs) for part in PARTS},
-        "seconds_per_step": whole if really_run(settings) else row["compute_seconds"] + sync / local_steps,
+        "seconds_per_step": seconds,
         "window_seconds_per_step": whole,
         "ideal_sync_seconds": _ideal(run),
         "bytes_per_sync": _bytes(run),
     }
 
 
-def really_run(settings: Mapping[str, Any]) -> bool:
-    """Whether the rounds that were measured are as long as those of the table."""
-    return bool(settings["steps_per_round"] == settings["local_steps"])
-
-
 def moving(sync: Mapping[str, float]) -> float:
     """Seconds of a sync after all workers have come."""
     return sync["seconds"] - sync["waiting"]
-
-
-def worst_worker(found: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Of one sync as each worker saw it, the longest."""
-    return max(found, key=moving)
 
 
 def _ideal(run: Mapping[str, Any]) -> float | None:
