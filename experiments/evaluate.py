@@ -36,6 +36,7 @@ def main(cfg: DictConfig) -> None:
         if not checkpoint.is_file():
             raise ConfigError(f"ckpt_path={checkpoint}: no such file; name one of RUN_DIR/checkpoints/*.ckpt")
         trained = run_config(checkpoint, cfg.run_dir)
+        # The machine may be another one than that of the training.
         trained.trainer.accelerator = cfg.accelerator
         trained.trainer.devices = cfg.devices
         strategy = None if is_plain(cfg.strategy) else own_strategy(cfg.strategy, trained.strategy)
@@ -103,6 +104,7 @@ def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:
     if wanted._target_ != trained._target_:
         asked, own = map(strategy_name, (wanted, trained))
         raise ConfigError(f"strategy={asked}: this run was trained with {own}; set strategy={own} or single")
+    # Only what this command line names: the rest of its section is the defaults, not the training's.
     merged = trained.copy()
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0].lstrip("+")

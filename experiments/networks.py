@@ -42,7 +42,7 @@ def torchvision_resnet(
     width = net.conv1.out_channels
     if small_images:
         net.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
+        net.maxpool = nn.Identity()  # with it, 32 x 32 pixels would be 16 x 16 before the first block
     elif in_channels != net.conv1.in_channels:
         net.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
     return net
@@ -82,7 +82,7 @@ def mlp(
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1; 0 is the paper's")
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (in_features, *[width] * (depth - 2)):
-        layers.append(nn.Linear(inputs, width, bias=norm == "none"))
+        layers.append(nn.Linear(inputs, width, bias=norm == "none"))  # a norm has a shift of its own
         if norm != "none":
             layers.append(nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width))
         layers.append(nn.ReLU())

@@ -50,10 +50,12 @@ class Stream(Generic[Examples]):
         start = (step * workers + worker) * self.batch_size
         number, place = divmod(start, self.pass_length)
         if number != self._pass:
+            # No two passes, of one seed or of neighbours, share an order.
             generator = torch.Generator().manual_seed(self.seed * 10_000 + number)
             self._pass = number
             self._order = torch.randperm(len(self.examples.labels), generator=generator)
         with torch.random.fork_rng(devices=[]):
+            # One stream of random numbers for each seed, step and worker, whoever asks first.
             torch.manual_seed((self.seed * 1_000_003 + step) * LARGEST_WORKERS + worker)
             return self.transform(self.examples.take(self._order[place : place + self.batch_size]))
 
@@ -94,7 +96,7 @@ class Prepared:
 
     def accuracies(self, model: nn.Module) -> dict[str, float]:
         """On the hold-out and on the test examples, in per cent."""
-        training = model.training
+        training = model.training  # the model may go on being trained
         found = {"holdout": accuracy(model, self.holdout), "test": accuracy(model, self.test)}
         model.train(training)
         return found

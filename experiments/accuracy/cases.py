@@ -80,6 +80,7 @@ def design(options: Any) -> list[Case]:
     cases: list[Case] = []
     for seed in range(options.ablation_seeds):
         two, eight = (base("resist", workers, seed, options) for workers in (2, 8))
+        # The paper's first steps are of networks with activations behind the sum.
         post = replace(two, network="open_post", min_blocks=0)
         cases += [replace(post, blocks="naive"), replace(post, blocks="strided_shared"), post]
         cases += [replace(post, network="open_pre")]

@@ -38,6 +38,7 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
             real = torch.load(place, weights_only=True)
         rates = [rate(case.lr, step, steps) for step in range(steps)]
         stream = data.stream(options.batch, case.seed)
+        # The same examples once more, as the stream of the workers' processes has not moved this one.
         simulated = train(make_trainer(case, options), stream, WORKERS, rates).full_model()
         start.load_state_dict(real)
         ours = {name: value for name, value in simulated.state_dict().items() if value.is_floating_point()}

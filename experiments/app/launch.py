@@ -45,6 +45,7 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
 
 def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:
     parsed = _parse(overrides)
+    # Whether it is a sweep may be said in a file, such as hparams_search, so Hydra's own part is composed first.
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     hydra_node = _composed(config_name, single, hydra=True).hydra
     sweep = multirun or hydra_node.mode == RunMode.MULTIRUN
@@ -96,7 +97,7 @@ def _values(override: Override, *, grid: bool) -> list[str]:
 def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
     """Compose; a key that Hydra does not know is let through: the check names it with its neighbours."""
     wanted = list(overrides)
-    for _ in range(len(wanted) + 1):
+    for _ in range(len(wanted) + 1):  # Hydra names one unknown key at a time
         try:
             return compose(config_name, wanted, return_hydra_config=hydra)
         except (HydraException, OmegaConfBaseException) as error:

@@ -104,7 +104,7 @@ def _stages(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if summary is None or summary["strategy"] != "auxnet":
         return None
     method = summary["method"]
-    last = method["rounds"][-1][1] if method.get("rounds") else {}
+    last = method["rounds"][-1][1] if method.get("rounds") else {}  # a short run ends in its first round
     return {
         "names": summary["blocks"],
         "guess_bytes": max(method.get("guess_bytes", [0])),
@@ -124,7 +124,7 @@ def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapp
     """Bytes sent by one worker in training, mean over workers, beside what DDP and local SGD would send."""
     if summary is None:
         by_closed_form = ddp_bytes(BYTES_PER_PARAMETER * run["full_parameters"], run["workers"], clock.get("steps", 0))
-        sent = by_closed_form if run["strategy"] == "ddp" else 0
+        sent = by_closed_form if run["strategy"] == "ddp" else 0  # one process sends nothing
         return {"measured": False, "training": sent, "ddp": by_closed_form, "local_sgd": None, "by_kind": {}}
     by_kind = {kind: sum(sent) / len(sent) for kind, sent in summary["sent_bytes"].items()}
     training = sum(by_kind.get(kind, 0) for kind in TRAINING_KINDS)

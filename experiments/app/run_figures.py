@@ -142,6 +142,7 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
         validation = curve("val/loss")
         _line(loss_axes, smooth, BLUE, _who_trained(results))
         _line(loss_axes, validation, ORANGE, "validation, full model", marker="o")
+        # From the first values down: a single bad batch later would flatten all the rest.
         top = max([*smooth.values[:1], *validation.values[:1]], default=1)
         loss_axes.set(ylabel="cross entropy", ylim=(0, top * 1.05))
 

@@ -207,6 +207,7 @@ def sweep(options: Any) -> list[Case]:
         found += [replace(usual, warmup_steps=steps) for steps in options.warmups]
         found += [replace(usual, method=HYBRID, serial_every=every) for every in options.serial_every]
         found += [replace(usual, workers=STEP_WORKERS, lambda_step=step) for step in options.lambda_steps]
+    # Settings may meet: what several lines of a table need is trained once.
     return [
         replace(case, multiplier_every=base(case.task, "al-store", 1, 0).multiplier_every)
         if case.method == "al-store"

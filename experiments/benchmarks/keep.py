@@ -31,7 +31,7 @@ class Options(cli.Command):
 
 def run(_: Sequence[str], options: Options) -> None:
     results = json.loads((Path(options.run) / "results.json").read_text())
-    results.pop("checkpoint", None)
+    results.pop("checkpoint", None)  # a path of this machine
     results["overrides"] = [override for override in results.get("overrides", []) if os.sep not in override]
     results["cores"] = os.cpu_count()
     (Path(options.out) / f"{options.name}.jsonl").write_text(as_lines(results))

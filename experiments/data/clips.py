@@ -128,7 +128,7 @@ def read_clip(path: Path) -> np.ndarray | None:
             rate = file.getframerate()
             channels = file.getnchannels()
             width = file.getsampwidth()
-            content = file.readframes(SAMPLES + 1)
+            content = file.readframes(SAMPLES + 1)  # one more, to see that the clip is longer
     except (wave.Error, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a wav file ({error}); mend or remove it") from error
     if rate != SAMPLE_RATE:

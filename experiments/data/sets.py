@@ -33,6 +33,7 @@ class Digits(ImageData):
 
     def read(self, *, train: bool) -> Images:
         bunch = load_digits()
+        # Grey values are 0 to 16; as bytes they are images like any others.
         pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
         images = Images(pixels, torch.from_numpy(bunch.target).long())
         trained, tested = holdout(len(images.labels), DIGITS_TEST_SHARE, DIGITS_TEST_SEED)

@@ -112,6 +112,7 @@ def standardised(listing: Listing) -> dict[str, Any]:
             f"{listing.folder}: {len(found)} of {len(listing.files)} clips have {mel.SAMPLES} samples, and "
             f"{int(tested.sum())} of them are of the test's speakers; neither training nor test can be empty"
         )
+    # By clips first: `table[~tested]` would be a copy of most of it.
     variance, mean = torch.var_mean(table, dim=1, correction=0)
     average = mean[~tested].double().mean()
     deviation = (variance + (mean - average) ** 2)[~tested].double().mean().sqrt()

@@ -73,8 +73,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
     An end has a place, a value, a name and a colour.
     """
     figure = axes.figure
-    figure.draw_without_rendering()
-    above = float("inf")
+    figure.draw_without_rendering()  # the layout is known only then, and places in points with it
+    above = float("inf")  # where the name above stands; from the top down each is pushed below it
     for place, value, name, colour in sorted(ends, key=lambda end: -end[1]):
         own = axes.transData.transform((place, value))[1] * 72 / figure.dpi
         above = min(own, above - gap)

@@ -115,6 +115,7 @@ def chosen(rows: Rows, **wanted: Any) -> Rows:
 def distinct(rows: Rows, key: str) -> list[Any]:
     """Values of ``key`` in the cases, in the order of their first appearance, numbers sorted."""
     found = list(dict.fromkeys(row["case"][key] for row in rows))
+    # True and false are numbers to Python, and have no order that a reader would expect.
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in found)
     return sorted(found) if numbers else found
 

@@ -77,7 +77,7 @@ def cases(options: Any) -> list[Case]:
         for seed in range(options.ablation_seeds):
             found += _ablations(base(task, "ist", ABLATED, seed))
         found += [replace(base(task, *which, RATES_SEED), lr=lr) for which in _methods([ABLATED]) for lr in RATES]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found))  # the main table's cases are those of an ablation too
 
 
 def _methods(workers: list[int]) -> list[tuple[str, int]]:

@@ -141,7 +141,7 @@ class Window(L.Callback):
     def _close(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         window = time.perf_counter() - self._opened
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        holds = held(module, trainer)
+        holds = held(module, trainer)  # before the full model is assembled, which holds everything
         after = self.place.measured()
         if self._bytes is not None and after is not None:
             self.result["kernel"] = {"sent": after[0] - self._bytes[0], "received": after[1] - self._bytes[1]}

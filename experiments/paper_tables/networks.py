@@ -128,7 +128,7 @@ class _Cost:
         self._known: dict[int, int] = {}
 
     def of(self, held: tuple[int, ...]) -> int:
-        if len(held) not in self._known:
+        if len(held) not in self._known:  # blocks of one section cost the same, whichever they are
             self._subnet.hold(held)
             self._known[len(held)] = macs(self.module, self.image)
         return self._known[len(held)]

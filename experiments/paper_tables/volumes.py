@@ -62,6 +62,7 @@ def peer_to_peer(workers: int, rounds: int) -> dict[str, Any]:
 def sent(layout: BlockLayout, rounds: int) -> dict[str, Any]:
     """Bytes per round, all workers together and by kind, and of the worker that sends most in its round."""
     workers = layout.schedule.workers
+    # Without momentum to travel, an optimizer has no state that is sent.
     sizes = layout.sizes(OptimizerStates([torch.optim.SGD(layout.module.parameters(), lr=1.0)]))
     kinds: Counter[str] = Counter()
     most = []

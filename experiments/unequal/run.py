@@ -95,7 +95,7 @@ def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> di
 
 def work(worker: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """A worker: joins its cgroup, then trains with both settings, interleaved."""
-    train(worker, settings, "equal", 1)  # at full speed: nothing is measured cold
+    train(worker, settings, "equal", 1)  # before the quota, at full speed: nothing is measured cold
     dist.barrier()
     Path(settings["groups"][worker]).write_text(str(os.getpid()))
     return [train(worker, settings, shares, settings["rounds"]) for _ in range(settings["turns"]) for shares in FIRST]
