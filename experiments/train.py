@@ -111,7 +111,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     name = strategy_name(cfg.strategy)
     chosen = {key: node for key, node in (cfg.callbacks or {}).items() if node is not None}
     if name not in ROUND_STRATEGIES:
-        chosen.pop("round_monitor", None)  # it refuses strategies that have no rounds
+        chosen.pop("round_monitor", None)  # it would warn that there is nothing to report
     callbacks = [make(node, f"callbacks.{key}") for key, node in chosen.items()]
     loggers = [make(node, f"logger.{key}") for key, node in (cfg.logger or {}).items() if node is not None]
     return make(
