@@ -15,10 +15,9 @@ from experiments.harness import cli
 from experiments.harness.links import namespaces as rig
 from experiments.harness.record import read_record
 from experiments.harness.tables import chosen
+from tests.helpers.namespaces import needs_namespaces
 from tests.helpers.programs import run_module
 
-MISSING = rig.why_no_namespaces()
-needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 PROGRAM = "experiments.auxnet.run"
 GBIT, BOUNDARY, OUTPUT = 0.001, 8 * 8 * 8 * 8 * 4, 8 * 10 * 4
 """Of the smoke run: batches of 8, cut where there are 8 channels of 8 x 8; 10 classes."""

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from experiments.harness import cli
-from experiments.harness.links.namespaces import why_no_namespaces
 from experiments.harness.record import read_record
 from experiments.ist import tables
 from experiments.ist.cases import TASKS, Case, base, cases
@@ -23,10 +22,9 @@ from experiments.links.closed_form import _of_neurons, neuron_bytes
 from resist_lightning import NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
+from tests.helpers.namespaces import needs_namespaces
 from tests.helpers.programs import refusal, run_module
 
-MISSING = why_no_namespaces()
-needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 CHOSEN = ["tasks=[digits]", "workers=[2,4]", "passes=4"]
 
 

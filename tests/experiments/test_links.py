@@ -22,10 +22,9 @@ from experiments.harness.settings import ConfigError
 from experiments.links import rig as options
 from experiments.links import summary
 from experiments.links.run import Options
+from tests.helpers.namespaces import MISSING, needs_namespaces
 from tests.helpers.programs import ROOT, run_module
 
-MISSING = rig.why_no_namespaces()
-needs_namespaces = pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
 RUN = "experiments/links/run.py"
 
 

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 
 from experiments.harness import cli
-from experiments.harness.links.namespaces import namespaces_in_use, why_no_namespaces
+from experiments.harness.links.namespaces import namespaces_in_use
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
 from experiments.time_to_accuracy import worker
 from experiments.time_to_accuracy.run import Options
+from tests.helpers.namespaces import needs_namespaces
 from tests.helpers.programs import run_module
 
-MISSING = why_no_namespaces()
 
-
-@pytest.mark.skipif(bool(MISSING), reason=f"no network namespaces: {MISSING}")
+@needs_namespaces
 def test_both_methods_train_on_equal_samples(tmp_path: Path) -> None:
     before = namespaces_in_use()
     output = run_module("experiments.time_to_accuracy.run", "size=smoke", f"out={tmp_path}")
