@@ -1,4 +1,4 @@
-"""What is trained: a case is one training, a study is a list of cases and makes one table."""
+"""The cases of each study: a case is one training, and a study makes one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes against the simulator: two gloo workers over TCP, the same images, the same weights at the end?"""
+"""Compares the weights of two gloo workers over TCP with those of the simulator, on the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to strategy, data and module. All of it is built before anything starts: what they refuse is one line.
+"""Builds strategy, data and module of a configuration, all of it before anything starts; a value they refuse is one line.
 
 A section is checked against the arguments of its own ``_target_``, which may be anyone's: a network or a data module of the
 user's own needs no entry here.

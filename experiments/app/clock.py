@@ -1,4 +1,4 @@
-"""Measures a run in the worker that trains: what stays in a spawned process would be lost."""
+"""A callback that measures a run in the worker that trains, and writes a file: a spawned process takes its memory with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command line to a checked configuration: what is wrong is one line, and nothing has started yet."""
+"""Turns a command line into a checked configuration; a mistake is one line, and nothing has started yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Lightning says that a reader of these runs need not see; also in spawned workers."""
+"""Silences advertisements and deprecations of Lightning that users cannot mend, also in spawned workers."""
 
 from __future__ import annotations
 

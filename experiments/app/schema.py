@@ -1,4 +1,4 @@
-"""What the parts of a configuration may say that no class of ours checks: the root, Lightning's trainer, the optimizer.
+"""Limits of the configuration where no class of ours checks it: the root, Lightning's trainer, the optimizer.
 
 Fields have no defaults: those stand in ``conf/``, once. All other sections are checked against what they build.
 """

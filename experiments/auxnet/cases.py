@@ -1,4 +1,4 @@
-"""What is trained: a case is one training of a task, small enough for two cores; the tables choose among all of them."""
+"""Tasks and cases: a case is one training of a task, small enough for two cores; the tables choose among all of them."""
 
 from __future__ import annotations
 

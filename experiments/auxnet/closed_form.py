@@ -1,4 +1,4 @@
-"""What a worker sends in a step and holds while it trains, by formula; and what speed a pipeline may have."""
+"""Closed forms: bytes that a worker sends in a step and holds while it trains, and the speed-up of a pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of links: two workers in network namespaces, joined by links of chosen bandwidth; see experiments/links.
+"""Times steps over links: two workers in network namespaces, joined by links of chosen bandwidth; see experiments/links.
 
 ::
 

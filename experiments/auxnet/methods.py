@@ -1,4 +1,4 @@
-"""The methods, each as a worker's side of one and the same loop; and a network in stages, as they see it."""
+"""The methods as steps of one common loop, a worker's side of each; and a network cut into stages."""
 
 from __future__ import annotations
 

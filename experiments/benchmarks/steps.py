@@ -1,4 +1,4 @@
-"""Programs of workers that measure: what they hold, what a sync with its checks takes, and a step beside a plain loop."""
+"""Measures, in the workers, held memory, a sync with its checks, and a step beside a plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of examples: which there are, in a folder for each class; and what is decoded of them once and then mapped."""
+"""Lists the files of a folder with a sub-folder per class, and caches what is decoded of them in a mapped file."""
 
 from __future__ import annotations
 

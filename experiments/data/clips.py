@@ -1,4 +1,4 @@
-"""The files of Speech Commands: where they come from, which there are, who spoke them, what is in them."""
+"""Downloads, lists and reads the clips of Speech Commands, and tells their speakers apart."""
 
 from __future__ import annotations
 

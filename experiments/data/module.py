@@ -1,4 +1,4 @@
-"""What all data modules share: the splits and the loaders."""
+"""The base of all data modules: splits and loaders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets that come from a library or from nowhere: digits, CIFAR, random images."""
+"""Data modules without files of one's own: digits, CIFAR, random images."""
 
 from __future__ import annotations
 

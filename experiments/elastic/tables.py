@@ -1,4 +1,4 @@
-"""The table of the experiment."""
+"""The table of the elastic training: what losing a host and taking it back costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which faults strike which trainings. Nothing runs here."""
+"""Draws the faults of a soak and the trainings that they strike. Nothing runs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a broken training left on the disk, and whether resuming from it gives the unbroken one."""
+"""Reads the files that a broken training left, and compares a training resumed from them with the unbroken one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a fault is made to happen in this process: the injection itself, and the moments that no listener hears."""
+"""Makes a fault happen in this process, also in the middle of a message or a file, of which no listener hears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a broken training must be like, and what was wrong with one. Reads nothing, starts nothing."""
+"""Compares how a broken training ended with how it must end. Reads nothing, starts nothing."""
 
 from __future__ import annotations
 

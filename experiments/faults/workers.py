@@ -1,4 +1,4 @@
-"""Runs the workers of a training until they have ended or the time is up, and says what became of each."""
+"""Runs the workers of a training until they have ended or the time is up, and tells how each ended."""
 
 from __future__ import annotations
 

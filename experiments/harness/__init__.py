@@ -1,1 +1,1 @@
-"""What the experiments have in common: command line, studies, workers, links, tables, figures, records."""
+"""The harness of all experiments: command line, studies, workers, links, tables, figures, records."""

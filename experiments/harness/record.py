@@ -1,4 +1,4 @@
-"""Result files, as JSON Lines: what was measured, on what.
+"""Writes and reads result files: JSON Lines with the measurements, the settings and the machine.
 
 The first line has the machine, the settings and all single values; every other line is one row::
 

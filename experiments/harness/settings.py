@@ -1,4 +1,4 @@
-"""Options of the experiments: what a value may be, and one line that says what is wrong with one."""
+"""Types and limits of options, and the one-line message for a value outside them."""
 
 from __future__ import annotations
 

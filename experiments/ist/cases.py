@@ -1,4 +1,4 @@
-"""What is trained in the accuracy study: a case is one training of a task; the tables choose among all of them."""
+"""Tasks and cases of the accuracy study: a case is one training of a task; the tables choose among all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker of IST holds while it trains: real processes, counted from their live tensors, against the closed form."""
+"""Measures the memory of IST's workers while they train, from their live tensors, and has the closed form of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's networks: exact bytes of a round, measured seconds of a local step, and what follows for a link."""
+"""The paper's networks: exact bytes of a round, measured seconds of a local step, and the speed-up over a link by formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all experiments over links have in common: their options, the network of the workers, the methods by name."""
+"""Shared by all experiments over links: their options, the network of the workers, the methods by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the workers measured to the rows of the table.
+"""Turns the measurements of the workers into the rows of the table.
 
 Seconds per local step, of a method with rounds: the slowest worker's median step + a sync / local steps of a round; or,
 where as many steps were really run between two syncs, the wall clock of the whole window over its steps.

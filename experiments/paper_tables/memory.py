@@ -1,4 +1,4 @@
-"""What real workers hold and send: processes of their own, over TCP, that train a few rounds and count."""
+"""Counts the bytes that real workers hold and send while they train a few rounds over TCP."""
 
 from __future__ import annotations
 
