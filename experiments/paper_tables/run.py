@@ -26,7 +26,7 @@ from experiments.harness.tables import show_and_write
 from experiments.paper_tables import tables
 from experiments.paper_tables.figure import draw
 from experiments.paper_tables.memory import Group, measure_group
-from experiments.paper_tables.networks import SLOTS, WORKERS, measure, networks
+from experiments.paper_tables.networks import WORKERS, measure, networks
 from experiments.paper_tables.volumes import all_volumes
 
 WIDTHS = {"full": 1.0, "smoke": 1 / 16}
@@ -55,7 +55,6 @@ def run(_: Sequence[str], options: Options) -> None:
     content = {
         "settings": options.take("size", "rounds", "processes"),
         "workers": list(WORKERS),
-        "optimizer_slots": SLOTS,
         "volumes": all_volumes(options.rounds),
         "networks": [measure(network) for network in networks(options.size)],
         "measured": measured,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -60,22 +59,19 @@ def peer_to_peer(workers: int, rounds: int) -> dict[str, Any]:
 
 
 def sent(layout: BlockLayout, rounds: int) -> dict[str, Any]:
-    """Bytes per round, all workers together and by kind, and of the worker that sends most in its round."""
+    """Bytes per round, of all workers together and of the worker that sends most in its round."""
     workers = layout.schedule.workers
     # Without momentum to travel, an optimizer has no state that is sent.
     sizes = layout.sizes(OptimizerStates([torch.optim.SGD(layout.module.parameters(), lr=1.0)]))
-    kinds: Counter[str] = Counter()
-    most = []
+    total, most = 0, []
     for round in range(rounds):
         plan = plan_sync(layout.schedule.partition(round), layout.schedule.partition(round + 1))
-        by_worker = sync_bytes(plan, sizes, workers)
-        for own in by_worker:
-            kinds.update(own)
-        most.append(max(sum(own.values()) for own in by_worker))
+        by_worker = [sum(own.values()) for own in sync_bytes(plan, sizes, workers)]
+        total += sum(by_worker)
+        most.append(max(by_worker))
     return {
         "held": [len(mine) for mine in layout.schedule.partition(0).held],
-        "sent_bytes": sum(kinds.values()) / rounds,
-        "sent_bytes_by_kind": {kind: total / rounds for kind, total in kinds.items()},
+        "sent_bytes": total / rounds,
         "most_by_a_worker_bytes": mean(most),
     }
 
