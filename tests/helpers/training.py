@@ -125,3 +125,23 @@ def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any], *, exa
     tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-4, "atol": 1e-5}
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def engine_for(config=None, run=None):
+    """The engine of one worker alone, its model and optimizer."""
+    run = run or Run(config or Config(local_steps=3), steps=0)
+    model = make_model(run)
+    optimizer = make_optimizer(run, model)
+    return Engine(model, [optimizer], run.config), model, optimizer
+
+
+def trained_engine(run, steps, *, finish=True):
+    """An engine after some steps, its model and optimizer."""
+    engine, model, optimizer = engine_for(run=run)
+    engine.start()
+    for step in range(steps):
+        train_step(model, optimizer, batch_of(0, step))
+        engine.after_step()
+    if finish:
+        engine.finish()
+    return engine, model, optimizer

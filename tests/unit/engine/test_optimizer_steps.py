@@ -13,6 +13,7 @@ from torch.optim import optimizer as global_hooks
 
 from resist_lightning import Config, Engine
 from resist_lightning.engine.optimizer_steps import StepWatch
+from tests.helpers.threads import ThreadCollective, run_threads
 
 
 class Outer(torch.optim.SGD):
@@ -142,3 +143,26 @@ def test_a_parameter_that_was_replaced_is_no_longer_the_engine_s():
     with pytest.raises(RuntimeError, match="is not known"):
         torch.optim.SGD([engine.module.weight], lr=0.1).step()
     engine.abandon()
+
+
+def short_training(collective: ThreadCollective, steps: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(model, [optimizer], Config(local_steps=3, blocks=[]), collective=collective)
+    engine.start()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        engine.after_step()
+    engine.finish()
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, 1), (3, 0)])
+def test_a_plain_loop_that_is_shorter_than_a_round_is_told_at_its_end(steps: int, told: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_threads(short_training, 2, steps)
+    messages = {str(w.message) for w in caught if "a round has local_steps=3" in str(w.message)}
+    assert len(messages) == told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from functools import partial
 
 import pytest
@@ -144,38 +143,6 @@ def test_optimizer_schedulers_and_clipping_stay_valid_over_many_cycles():
             optimizer.state.pop(parameter, None)
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == parameters
     assert [id(p) for p in net.parameters()] == parameters
-
-
-class Keeper:
-    """Where a user keeps something."""
-
-
-def keep_loss(block, keeper):
-    keeper.losses = [block(torch.ones(1, 8, 6, 6)).sum()]
-
-
-def keep_view(block, keeper):
-    keeper.flat = block.conv1.weight.view(-1)
-
-
-def keep_reference(block, keeper):
-    keeper.reference = weakref.ref(block.conv1.weight)
-
-
-@pytest.mark.parametrize(
-    ("keep", "said"),
-    [
-        (keep_loss, "an autograd graph that a tensor in attribute 'losses' of a Keeper keeps: detach losses"),
-        (keep_view, "a view of it, which keeps its memory, is still in use in attribute 'flat' of a Keeper"),
-        (keep_reference, "attribute 'reference' of a Keeper has a weak reference to it"),
-    ],
-)
-def test_a_tensor_that_is_still_in_use_says_which_and_what_has_it(keep, said):
-    block, _ = residual_block("preact")
-    keeper = Keeper()
-    keep(block.train(), keeper)
-    with pytest.raises(RuntimeError, match=rf"^block\..* cannot be handed over: .*{said}"):
-        absent(block)
 
 
 def test_a_graph_in_a_reference_cycle_is_collected():

@@ -4,46 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.optim import Adan, Lamb, Lookahead
-from torch import nn
 
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import small_preact
-from tests.helpers.optimizers import of_block, stepped
-from tests.helpers.processes import run_workers
-
-
-class Own(torch.optim.Optimizer):
-    """Keeps what others keep where they keep it: an attribute, a list of its parameters, numbers in state and groups.
-
-    A schedule-free optimizer has a mode and a copy of the weights; Prodigy follows the gradients in its groups.
-    """
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr, "count": 0, "d": 1.0})
-        self.factor, self.calls, self.mode, self.log = 0.5, 0, "eval", []
-        self.all_parameters = [p for group in self.param_groups for p in group["params"]]
-
-    def train(self):
-        self.mode = "train"
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        assert self.mode == "train", "not in train mode"
-        assert set(self.all_parameters) == set(self.param_groups[0]["params"])
-        self.calls += 1
-        for group in self.param_groups:
-            group["count"] += 1
-            group["late"] = group.get("late", 0) + 1
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, z=p.detach().clone(), wide=torch.zeros_like(p, dtype=torch.float64))
-                state["step"] += 1
-                group["d"] += float(p.grad.abs().sum())
-                p.sub_(p.grad, alpha=group["lr"] * self.factor)
+from tests.helpers.optimizers import Own, of_block, stepped
 
 
 class Sharp(torch.optim.Optimizer):
@@ -62,27 +26,6 @@ class Sharp(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.state[p]["old"] = p.detach().clone()
         self.base.step()
-
-
-class NeedsGraph(torch.optim.SGD):
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                torch.autograd.grad(p.grad.sum(), p)
-
-
-def test_what_an_optimizer_has_of_its_own_is_there_in_a_trial_and_untouched_by_it():
-    module = small_preact()
-    optimizer = Own(module.parameters())
-    states = OptimizerStates([optimizer])
-    assert (optimizer.calls, optimizer.mode, optimizer.param_groups[0]["count"]) == (0, "eval", 0)
-    assert not optimizer.state
-    slots = states._tracked[0].findings.slots[0, 4]
-    assert {name: (slot.shaped, slot.dtype, slot.number, slot.copies_weights) for name, slot in slots.items()} == {
-        "step": (False, torch.float64, int, False),
-        "z": (True, torch.float32, None, True),
-        "wide": (True, torch.float64, None, False),
-    }
 
 
 def test_reset_begins_anew_all_that_steps_have_changed_but_the_schedule():
@@ -157,19 +100,6 @@ def test_state_inside_of_an_optimizer_is_treated_like_its_own():
     assert all(optimizer.base.state[parameter]["momentum_buffer"].any() for parameter in block)
 
 
-def test_parameters_of_every_number_of_dimensions_are_tried():
-    """Muon steps matrices otherwise than vectors."""
-
-    class Either(torch.optim.SGD):
-        def step(self, closure=None):
-            for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
-                self.state[p]["matrix" if p.dim() > 1 else "vector"] = torch.zeros_like(p)
-
-    module = small_preact()
-    states = OptimizerStates([Either(module.parameters(), lr=0.1)])
-    assert [tensor.dim() for tensor in states.tensors(module.parameters())] == [p.dim() for p in module.parameters()]
-
-
 def test_what_a_trial_has_not_shown_is_not_sent():
     module = small_preact()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -178,52 +108,3 @@ def test_what_a_trial_has_not_shown_is_not_sent():
     optimizer.state[of_block(module)[0]]["rows"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"SGD keeps 'rows' of a parameter of shape .*use momentum='reset'"):
         states.tensors(of_block(module))
-
-
-def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
-    module = small_preact()
-    optimizer = NeedsGraph(module.parameters(), lr=0.1)
-    states = OptimizerStates([optimizer])
-    optimizer.state[of_block(module)[0]]["hessian"] = torch.ones(3)
-    with pytest.warns(UserWarning, match=r"what NeedsGraph keeps is not known.*trial step.*RuntimeError"):
-        states.warn_about_settings("reset", 3)
-    with pytest.raises(ValueError, match=r"'travel' cannot move the state of NeedsGraph.*'keep' or 'reset'"):
-        states.check_travel()
-    states.reset()
-    assert not optimizer.state
-
-
-@pytest.mark.parametrize(
-    ("momentum", "said"),
-    [("reset", "Own estimates d from the gradients, and momentum='reset' begins anew in every round of 3 local steps")]
-    + [(m, f"Own estimates d.*momentum='{m}' lets every worker go by its own") for m in ("keep", "travel")],
-)
-def test_estimates_in_parameter_groups_are_named(momentum, said):
-    with pytest.warns(UserWarning, match=said):
-        OptimizerStates([Own(small_preact().parameters())]).warn_about_settings(momentum, 3)
-
-
-def test_optimizers_of_a_library_are_tried_like_torch_s(recwarn):
-    module = small_preact()
-    made = [Lamb(module.parameters()), Adan(module.parameters()), Lookahead(torch.optim.AdamW(module.parameters()))]
-    states = OptimizerStates(made)
-    states.warn_about_settings("reset", 3)
-    assert not recwarn.list
-    parameter = of_block(module)[0]
-    assert [len(kept.slots(0, parameter.dim())) for kept in states._tracked] == [2, 4, 0, 3]
-    assert states.optimizers[2:] == [made[2], made[2]._base_optimizer]
-
-
-class Talking(torch.optim.SGD):
-    def step(self, closure=None):
-        torch.distributed.all_reduce(torch.zeros(1))
-
-
-def try_talking(worker):
-    with pytest.raises(ValueError, match=r"Talking talks to other workers in its step"):
-        OptimizerStates([Talking([nn.Parameter(torch.ones(2))], lr=0.1)])
-    return True
-
-
-def test_an_optimizer_that_communicates_is_refused():
-    assert run_workers(try_talking, 2) == [True, True]

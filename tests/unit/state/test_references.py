@@ -1,0 +1,44 @@
+"""The error for a block that cannot be handed over names what still uses it, and where that is kept."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from resist_lightning.methods.residual import recognise
+from resist_lightning.methods.resist.subnet import SubnetBlock
+from tests.helpers.nets import residual_block
+
+
+class Keeper:
+    """Where a user keeps something."""
+
+
+def keep_loss(block, keeper):
+    keeper.losses = [block(torch.ones(1, 8, 6, 6)).sum()]
+
+
+def keep_view(block, keeper):
+    keeper.flat = block.conv1.weight.view(-1)
+
+
+def keep_reference(block, keeper):
+    keeper.reference = weakref.ref(block.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        (keep_loss, "an autograd graph that a tensor in attribute 'losses' of a Keeper keeps: detach losses"),
+        (keep_view, "a view of it, which keeps its memory, is still in use in attribute 'flat' of a Keeper"),
+        (keep_reference, "attribute 'reference' of a Keeper has a weak reference to it"),
+    ],
+)
+def test_a_tensor_that_is_still_in_use_says_which_and_what_has_it(keep, said):
+    block, _ = residual_block("preact")
+    keeper = Keeper()
+    keep(block.train(), keeper)
+    with pytest.raises(RuntimeError, match=rf"^block\..* cannot be handed over: .*{said}"):
+        SubnetBlock(recognise("block", block)).free()
