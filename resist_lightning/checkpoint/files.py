@@ -131,9 +131,13 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(explain(path, error)) from error
 
 
-def refused(parts: Mapping[str, Any]) -> list[str]:
-    """The names of those parts that :func:`read_file` would refuse, with the kind of object that it stumbles over."""
-    found = []
+def check_loadable(parts: Mapping[str, Any]) -> None:
+    """Find out when the first file is written, not when a run resumes from it, that :func:`read_file` would refuse it.
+
+    Raises:
+        ValueError: if one of the parts cannot be loaded; the message names them, and what each stumbles over.
+    """
+    refused = []
     for name, part in parts.items():
         buffer = io.BytesIO()
         torch.save(part, buffer)
@@ -144,20 +148,10 @@ def refused(parts: Mapping[str, Any]) -> list[str]:
             # Torch names the class that it refuses in this way.
             match = re.search(r"GLOBAL ([\w.]+)", str(error))
             kind = match[1] if match else type(error).__name__
-            found.append(f"{name!r} ({kind})")
-    return found
-
-
-def check_loadable(parts: Mapping[str, Any]) -> None:
-    """Find out when the first file is written, not when a run resumes from it, that it cannot be loaded.
-
-    Raises:
-        ValueError: if one of the parts cannot; the message names them.
-    """
-    names = refused(parts)
-    if names:
+            refused.append(f"{name!r} ({kind})")
+    if refused:
         raise ValueError(
-            f"what a run resumes from is loaded with weights_only=True, which refuses {', '.join(names)}. Keep "
+            f"what a run resumes from is loaded with weights_only=True, which refuses {', '.join(refused)}. Keep "
             "numbers, strings, lists, dicts and tensors in the state of callbacks, schedulers and loaders and in "
             "`on_save_checkpoint`."
         )

@@ -49,7 +49,8 @@ class DivergenceChecks:
 
     def begin(self) -> None:
         """Note which buffers are not finite when training starts, such as masks of -inf: they are never checked."""
-        self._masks = {name for name, buffer in self._layout.module.named_buffers() if not _finite(buffer)}
+        buffers = dict(self._layout.module.named_buffers())
+        self._masks = {name for name, buffer in buffers.items() if not _finite(buffer)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
         """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing.

@@ -71,5 +71,5 @@ class FrozenTensors:
 
 
 def _hashes(hasher: Hasher, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    numbers = as_numbers(hasher.hashes(tensors.values(), 0))
+    numbers = as_numbers(hasher.hashes(tensors.values()))
     return dict(zip(tensors, numbers, strict=True))

@@ -31,7 +31,7 @@ class Hasher:
         self._share = share
         self._multipliers: dict[torch.device, Tensor] = {}
 
-    def hashes(self, tensors: Iterable[Tensor], turn: int) -> list[Tensor]:
+    def hashes(self, tensors: Iterable[Tensor], turn: int = 0) -> list[Tensor]:
         """For each tensor a scalar int64 on its device; nothing waits for a GPU.
 
         Args:

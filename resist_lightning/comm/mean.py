@@ -138,8 +138,9 @@ class CompressedMean:
 
         # First the others' shares to them, and their parts of the own share here.
         own_part = message[shares[me]].view(-1)
+        sends = {peer: message[shares[peer]].view(-1) for peer in peers}
         parts = {peer: torch.empty_like(own_part) for peer in peers}
-        self._exchange({peer: message[shares[peer]].view(-1) for peer in peers}, parts, kind)
+        self._exchange(sends, parts, kind)
         parts[me] = own_part
         # In the order of workers, so that the sum does not depend on whose share it is.
         total = self._decode(parts[0])

@@ -43,7 +43,8 @@ class Quantizer:
             return _to_bfloat16(values, noise).view(torch.uint8)
         # The last group is filled up with zeros, which change no scale.
         padding = self.format.groups(len(values)) * self.format.group - len(values)
-        grouped = torch.nn.functional.pad(values, (0, padding)).view(-1, self.format.group)
+        padded = torch.nn.functional.pad(values, (0, padding))
+        grouped = padded.view(-1, self.format.group)
         largest = self._largest_code
         scale = grouped.abs().amax(1, keepdim=True) / largest
         # A group of zeros has no scale: its entries would become NaN.
@@ -119,7 +120,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     places = torch.arange(_PACKED_ENTRIES, device=codes.device) * bits
-    words = (codes.view(len(codes), -1, _PACKED_ENTRIES).long() << places).sum(2)
+    eights = codes.view(len(codes), -1, _PACKED_ENTRIES)
+    words = (eights.long() << places).sum(2)
     byte_places = torch.arange(bits, device=codes.device) * 8
     packed = (words.unsqueeze(2) >> byte_places) & 255
     return packed.byte().flatten(1)
@@ -130,7 +132,8 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     byte_places = torch.arange(bits, device=packed.device) * 8
-    words = (packed.view(len(packed), -1, bits).long() << byte_places).sum(2)
+    grouped = packed.view(len(packed), -1, bits)
+    words = (grouped.long() << byte_places).sum(2)
     places = torch.arange(_PACKED_ENTRIES, device=packed.device) * bits
     codes: Tensor = (words.unsqueeze(2) >> places) & (2**bits - 1)
     return codes.flatten(1)

@@ -20,6 +20,8 @@ from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
 from resist_lightning.state.own_tensors import OwnTensors, versions
 
+_HASHER = Hasher(share=1)  # one for all, as it keeps tables
+
 
 class Observation:
     """Turns a worker's part into the full model, and back.
@@ -148,11 +150,12 @@ class Observation:
         # Estimates are averaged over the workers, so that each needs inputs of its own.
         all_recorded = all(recorded for recorded, _ in reports)
         # Before they are estimated, for resuming from a checkpoint of this full model.
-        self._statistics = {name: buffer.detach().clone() for name, buffer in self._norm_buffers().items()}
+        buffers = self._norm_buffers()
+        self._statistics = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._originals = self._layout.scaling.apply()
         # Statistics are estimated last, as they depend on the scale.
         self._set_batch_norm(calls if all_recorded else [], still, kind, plan.left_out)
-        self._own.watch(self._layout.scaling.tensors().keys() | self._norm_buffers().keys())
+        self._own.watch(self._layout.scaling.tensors().keys() | buffers.keys())
         self.active = True
 
     def put_back(self, round: int) -> None:
@@ -268,5 +271,5 @@ def _mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
     dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
     # In one memory format, as a hash is of the order of memory.
     converted = tensor.detach().to(dtype).contiguous()
-    (number,) = as_numbers(Hasher(1).hashes([converted], 0))
+    (number,) = as_numbers(_HASHER.hashes([converted]))
     return [str(dtype).removeprefix("torch."), int(number)]

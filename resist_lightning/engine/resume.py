@@ -64,8 +64,9 @@ class Resumption:
         if companion is not None:
             # While the copy is shown, the worker's own weights are hidden, but for those that were written meanwhile.
             written = self._observation.written()
-            hidden = {name: weight.cpu() for name, weight in companion.weights.items() if name not in written}
-            own["tensors"] = {**own["tensors"], **hidden}
+            for name, weight in companion.weights.items():
+                if name not in written:
+                    own["tensors"][name] = weight.cpu()
             own["companion"] = companion.state()
         return own
 
@@ -78,7 +79,8 @@ class Resumption:
         self._clock.round = int(state["round"])
         self._clock.step = int(state["step"])
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
-        self._layout.written = {name for name in state.get("written", ()) if name in self._layout.shared}
+        # The module may have changed since: a name that is gone has nothing to average.
+        self._layout.written = self._layout.shared.keys() & state.get("written", ())
         same_layout = state.get("identity") == self._layout.identity()
         same = same_layout and state.get("held") == self._layout.held(self._clock.round)
         self._own = own if same else None

@@ -35,7 +35,9 @@ class Activity:
     def begin(self, what: ActivityName) -> None:
         """From now on the worker does ``what``."""
         self.what: ActivityName = what
-        self.round, self.step, self.since = self._clock.round, self._clock.step, time.monotonic()
+        self.round = self._clock.round
+        self.step = self._clock.step
+        self.since = time.monotonic()
         for listener in self.listeners:
             listener(self)
 

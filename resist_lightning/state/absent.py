@@ -98,9 +98,10 @@ def present_class(tensor: Tensor) -> type[Any]:
 
 def _made_like(func: Any, absent: Any, args: Sequence[Any], kwargs: Any) -> Tensor:
     """A new tensor of the shape of an absent one; absent too, unless it is made on another device."""
-    empty = torch.empty_strided(absent.size(), absent.stride(), dtype=absent.dtype, device="meta")
-    made: Tensor = func(empty, *args, **kwargs)
-    return absent_like(made, f"what was made like {absent.absent_name}", absent.absence) if made.is_meta else made
+    made: Tensor = func(_empty_like(absent), *args, **kwargs)
+    if not made.is_meta:
+        return made
+    return absent_like(made, f"what was made like {absent.absent_name}", absent.absence)
 
 
 @cache
@@ -116,7 +117,14 @@ def absent_like(tensor: Tensor, name: str, absence: Absence) -> Tensor:
         name: its name in messages.
         absence: why it has no values.
     """
-    empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-    made: Any = Tensor._make_subclass(_absent_class(type(tensor)), empty, tensor.requires_grad and tensor.is_leaf)
-    made.absent_name, made.absence = name, absence
+    kind = _absent_class(type(tensor))
+    # A result of a forward requires a gradient, but is nothing to be trained.
+    trains = tensor.requires_grad and tensor.is_leaf
+    made: Any = Tensor._make_subclass(kind, _empty_like(tensor), trains)
+    made.absent_name = name
+    made.absence = absence
     return made  # type: ignore[no-any-return]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")

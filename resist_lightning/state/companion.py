@@ -37,8 +37,10 @@ class Companion:
         for rnn in self._recurrent:
             # Weak references, with which torch frees no memory.
             rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)
-        # One for each tensor, so that blocks come and go by themselves. The name is for errors.
-        self._memory = {name: Memory({f"the average of {name}": copy}, {}) for name, copy in self._copies.items()}
+        # One for each tensor, so that blocks come and go by themselves.
+        self._memory: dict[str, Memory] = {}
+        for name, tensor in self._copies.items():
+            self._memory[name] = Memory({f"the average of {name}": tensor}, {})
 
     @property
     def shown(self) -> bool:
@@ -65,10 +67,10 @@ class Companion:
     def hold(self, names: Collection[str]) -> None:
         """Free all tensors of the copy but these, and allocate missing ones for the caller to fill."""
         for name, memory in self._memory.items():
-            absent = self._copies[name].is_meta
-            if absent and name in names:
+            absent, wanted = self._copies[name].is_meta, name in names
+            if absent and wanted:
                 memory.allocate()
-            elif not absent and name not in names:
+            elif not absent and not wanted:
                 memory.free()
 
     def show(self) -> None:
@@ -103,8 +105,10 @@ class Companion:
 
     def keep(self, written: Collection[str]) -> None:
         """Keep, in the copy and in the hidden weights, what the user's code has written while the copy was shown."""
+        if not self.shown:
+            return
         for name, (own, copy) in self.present().items():
-            if self.shown and name in written:
+            if name in written:
                 self.weights[name] = own.data.clone()
                 copy.data.copy_(own.data)
 
@@ -118,7 +122,10 @@ class Companion:
 
     def state(self) -> dict[str, Tensor]:
         """This worker's part of the copy, for :meth:`load`; the tensors may be the live ones."""
-        return {name: copy.detach().cpu() for name, (_, copy) in self.present().items()}
+        state = {}
+        for name, (_, copy) in self.present().items():
+            state[name] = copy.detach().cpu()
+        return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Load what :meth:`state` returned, when the module holds the same parts again."""

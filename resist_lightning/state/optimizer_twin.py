@@ -75,7 +75,10 @@ class Trial:
         twin: Any = self.optimizers[0]
         # Not `twin.step`, which a scheduler has replaced by one that is bound to the original.
         step: Any = type(twin).step
-        step(twin) if closure is None else step(twin, closure)
+        if closure is None:
+            step(twin)
+        else:
+            step(twin, closure)
 
     def set_gradients(self) -> Tensor:
         """Set all gradients; also a closure for the step."""
@@ -146,8 +149,10 @@ def _fill(optimizer: Optimizer, twin: Optimizer, memo: dict[int, Any]) -> None:
     """Copy all attributes but hooks, and the ``step`` of a scheduler."""
     hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     for name, value in vars(optimizer).items():
-        if name != "step":
-            vars(twin)[name] = OrderedDict() if name in hooks else _copy(value, memo)
+        if name in hooks:
+            vars(twin)[name] = OrderedDict()
+        elif name != "step":
+            vars(twin)[name] = _copy(value, memo)
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
@@ -161,8 +166,10 @@ def _numbers(optimizer: Optimizer) -> Numbers:
     """Copies of what steps may change besides state: the values of each group, and last the optimizer's own numbers."""
     found: Numbers = []
     for group in optimizer.param_groups:
-        found.append({name: _copy(value, {}) for name, value in group.items() if name not in _SCHEDULED})
-    found.append({name: value for name, value in vars(optimizer).items() if is_number(value)})
+        names = [name for name in group if name not in _SCHEDULED]
+        found.append({name: _copy(group[name], {}) for name in names})
+    attributes = vars(optimizer)
+    found.append({name: value for name, value in attributes.items() if is_number(value)})
     return found
 
 

@@ -82,6 +82,7 @@ class TrackedOptimizer:
         index: dict[int, int] = {}
         groups = []
         for group in self.optimizer.param_groups:
+            # By place, as a file knows no objects; a parameter in two groups has one.
             places = [index.setdefault(id(parameter), len(index)) for parameter in group["params"]]
             groups.append({**group, "params": places})
         # State of the whole optimizer stands under a name.
