@@ -41,8 +41,7 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
                 total.mul_(collective.workers / (collective.workers - len(left_out)))
         if total is not numbers:
             numbers.copy_(total)
-        if not _shares_memory(numbers, flat):
-            flat.copy_(numbers)
+        _write_back(numbers, flat)
 
     return finish_mean
 
@@ -59,13 +58,13 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     else:
         for other in received:
             numbers.copy_(torch.maximum(numbers, other))
-    if not _shares_memory(numbers, own):
-        own.copy_(numbers)
+    _write_back(numbers, own)
 
 
-def _shares_memory(numbers: Tensor, tensor: Tensor) -> bool:
-    """Whether the :func:`computable` numbers of a tensor are itself or a view, not a wider copy."""
-    return numbers.dtype == tensor.dtype or tensor.is_complex()
+def _write_back(numbers: Tensor, tensor: Tensor) -> None:
+    """Write the :func:`computable` numbers of a tensor into it, where they are a wider copy and no view."""
+    if numbers.dtype != tensor.dtype and not tensor.is_complex():
+        tensor.copy_(numbers)
 
 
 def _neutral(dtype: torch.dtype) -> int:
