@@ -63,7 +63,6 @@ class Hasher:
     def _multipliers_on(self, device: torch.device) -> Tensor:
         if device not in self._multipliers:
             places = torch.arange(1, _CHUNK + 1, device=device)
-            # Odd: times an even number, the highest bits of an entry would be lost.
             self._multipliers[device] = _mix(places) | 1
         return self._multipliers[device]
 

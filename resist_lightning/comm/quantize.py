@@ -89,7 +89,6 @@ def make_quantizer(name: str) -> Quantizer | None:
 def noise_for(seed: int, round: int, block: int, worker: int, device: torch.device) -> torch.Generator:
     """The random numbers with which a worker rounds a block that it sends. No other generator is read or moved."""
     digest = hashlib.sha256(f"wire {seed} {round} {block} {worker}".encode()).digest()
-    # 63 bits: torch refuses seeds above the largest signed number.
     noise_seed = int.from_bytes(digest[:8], "big") >> 1
     return torch.Generator(device).manual_seed(noise_seed)
 
@@ -111,7 +110,7 @@ def _to_bfloat16(values: Tensor, noise: torch.Generator | None) -> Tensor:
     bits = values.view(torch.int32)
     more = torch.randint(0, 2**16, bits.shape, generator=noise, device=bits.device, dtype=torch.int32)
     rounded = ((bits + more) & -(2**16)).view(torch.float32)
-    # The carry would turn infinity into NaN.
+    # The carry could turn NaN into a number.
     return torch.where(values.isfinite(), rounded, values).bfloat16()
 
 

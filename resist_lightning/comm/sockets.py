@@ -47,7 +47,7 @@ def close_inherited() -> None:
     with suppress(OSError):
         nothing = os.open(os.devnull, os.O_RDWR)
         for name in _recorded & set(found):
-            # Not closed: an object that still has the descriptor's number would later close another file of it.
+            # Not closed: an object that still has the descriptor's number would later close whatever has it then.
             os.dup2(nothing, found[name])
         os.close(nothing)
 

@@ -33,7 +33,7 @@ class GroupCollective(Collective):
             device = torch.device("cpu" if backends.get("cpu") == "gloo" else "cuda")
         backend = backends.get(device.type, backends.get("cpu"))
         check_backend(backend, device, backends)
-        # Gloo sends from the CPU only.
+        # Gloo serves GPUs in some operations only, so with it everything goes through the CPU.
         self._stage = backend == "gloo"
         self._device = torch.device("cpu") if self._stage else device
 

@@ -238,7 +238,7 @@ class FailureDetector:
         self._gone_since = {worker: self._gone_since.get(worker, now) for worker in gone}
         confirmed = []
         for worker, since in self._gone_since.items():
-            # Longer for the parent, which goes because of a worker that is the better answer.
+            # Longer for the parent: it often ends because of a lost worker, which is the better answer.
             beats = 3.0 if worker == _PARENT else 1.5
             if now - since >= beats * BEAT_SECONDS:
                 confirmed.append(worker)
