@@ -19,10 +19,19 @@ SECONDS = 20.0
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """Hooks of all optimizers of the process: one thread may register some while another one steps."""
+    """Hooks of all optimizers of a worker: outside of tests it is a process, so a thread runs only those of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads: dict[int, int] = {}
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        self._threads[key] = threading.get_ident()
+        super().__setitem__(key, hook)
 
     def values(self) -> Any:
-        return list(super().values())
+        mine = threading.get_ident()
+        return [hook for key, hook in list(self.items()) if self._threads[key] == mine]
 
 
 torch_optimizer._global_optimizer_pre_hooks = _Hooks()
