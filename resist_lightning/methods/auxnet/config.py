@@ -1,4 +1,4 @@
-"""The settings of a run whose network is cut into stages."""
+"""The settings of an AuxNet run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AuxFactory: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(CommonConfig):
-    """How a run trains whose network is cut by depth into stages that all train at the same time (AuxNet).
+    """Settings of a run that cuts the network by depth into stages, which all train at the same time (AuxNet).
 
     Args:
         method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty``; ``al-net``
@@ -98,8 +98,10 @@ class StageConfig(CommonConfig):
 
     def serial(self, step: int) -> bool:
         """Whether the stages wait for each other in this step; ``step`` counts from 0."""
-        behind = step - self.warmup_steps
-        return behind < 0 or (self.serial_every > 0 and behind % self.serial_every == 0)
+        after_warmup = step - self.warmup_steps
+        if after_warmup < 0:
+            return True
+        return self.serial_every > 0 and after_warmup % self.serial_every == 0
 
     @property
     def multipliers(self) -> bool:

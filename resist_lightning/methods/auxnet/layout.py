@@ -26,7 +26,7 @@ from resist_lightning.schedule.partition import Partition
 
 
 class StageLayout(Layout):
-    """The stages of a model; worker k trains stage k in every round.
+    """The stages of a model; worker k holds stage k in every round.
 
     The cuts are known after :meth:`prepare`, or at once where the settings name them.
 
@@ -53,6 +53,7 @@ class StageLayout(Layout):
         self.chain: Chain | None = None
         self.cuts: tuple[int, ...] = ()
         self.measured: Measured | None = None
+        # Cuts that must not be balanced anew: those of the settings, or of a resumed run.
         self._wanted: tuple[int, ...] | None = None
         inside: set[str] = set()
         if workers > 1:
@@ -60,15 +61,11 @@ class StageLayout(Layout):
             check_stages(self.chain, workers)
             inside = set(self.chain.names(0, len(self.chain.units)))
             _refuse_tied(module, self.chain.network)
-            names = scripted(self.chain.network)
-            if names:
-                raise StageSelectionError(
-                    f"{names[0] or 'the network'!r} is TorchScript: its compiled forward goes on with memory that a "
-                    "worker gives away. Build the network without torch.jit, and script it after the training."
-                )
+            _refuse_scripted(self.chain.network)
             if config.cuts is not None:
                 self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
-        self.shared = {name: tensor for name, tensor in named_tensors(module).items() if name not in inside}
+        tensors = named_tensors(module)
+        self.shared = {name: tensor for name, tensor in tensors.items() if name not in inside}
 
     @override
     def prepare(self, example: Tensor, collective: Collective) -> None:
@@ -81,14 +78,20 @@ class StageLayout(Layout):
         entries = measure_entries(self.config, self.measured, example)
         # All workers must cut alike, so they balance by the mean of what they have measured.
         rows = collective.gather_numbers([*self._unit_seconds(), *entries])
-        seconds = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         units = len(self.chain.units)
-        self.cuts = balance(seconds[:units], self.workers, seconds[units:])
-        for boundary, (cut, nonnegative) in enumerate(zip(self.cuts, self.nonnegative, strict=True), start=1):
-            if seconds[units + cut] == math.inf:
+        unit_seconds, entry_seconds = means[:units], means[units:]
+        self.cuts = balance(unit_seconds, self.workers, entry_seconds)
+        for number, cut in enumerate(self.cuts):
+            if entry_seconds[cut] == math.inf:
                 # No auxiliary network could be made for any place: making this one raises the error that says why.
-                shapes = self.measured.input_shape, self.measured.shapes[cut - 1]
-                make_aux_network(self.config, *shapes, nonnegative=nonnegative, boundary=boundary)
+                make_aux_network(
+                    self.config,
+                    self.measured.input_shape,
+                    self.measured.shapes[cut - 1],
+                    nonnegative=self.nonnegative[number],
+                    boundary=number + 1,
+                )
 
     @property
     def boundary_shapes(self) -> Shapes:
@@ -115,11 +118,13 @@ class StageLayout(Layout):
         if self.chain is None:
             return {}
         named = named_tensors(self.module)
-        return {name: named[name] for name in self.chain.names(*self.units(worker)) if name in named}
+        names = self.chain.names(*self.units(worker))
+        return {name: named[name] for name in names if name in named}
 
     @override
     def partition(self, round: int) -> Partition:
-        return Partition(blocks=self.workers, held=tuple((worker,) for worker in range(self.workers)))
+        held = tuple((worker,) for worker in range(self.workers))
+        return Partition(held, self.workers)
 
     @override
     def held_parameters(self, round: int) -> list[int]:
@@ -137,10 +142,11 @@ class StageLayout(Layout):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
-        cuts = tuple(map(int, state.get("cuts", ())))
         if self.chain is None or state.get("workers") != self.workers or self.config.cuts is not None:
             return
-        ascending = list(cuts) == sorted({*cuts})
+        cuts = tuple(map(int, state.get("cuts", ())))
+        # The state may be of another network; its cuts are taken where they are possible here.
+        ascending = list(cuts) == sorted(set(cuts))
         if cuts and ascending and cuts[0] > 0 and cuts[-1] < len(self.chain.units):
             self._wanted = self.cuts = cuts
 
@@ -166,14 +172,15 @@ class StageLayout(Layout):
             return f"{network} will be cut into {self.workers} stages, at some of {len(self.chain.units) - 1} places."
         units = self._unit_seconds()
         total = sum(units)
+        sizes = self.held_parameters(0)
         lines = [f"{network} is cut into {self.workers} stages:"]
         for worker, name in enumerate(self.parts()):
             first, end = self.units(worker)
             share = sum(units[first:end]) / total
-            size = self.held_parameters(0)[worker]
-            lines.append(f"  stage {worker}: {name}; {size:,} parameters, {share:.0%} of the time")
-        shapes = ", ".join(" x ".join(map(str, shape)) for shape in self.boundary_shapes.boundaries)
-        return "\n".join([*lines, f"  what crosses the boundaries, per sample: {shapes}"])
+            lines.append(f"  stage {worker}: {name}; {sizes[worker]:,} parameters, {share:.0%} of the time")
+        shapes = [" x ".join(map(str, shape)) for shape in self.boundary_shapes.boundaries]
+        lines.append(f"  what crosses the boundaries, per sample: {', '.join(shapes)}")
+        return "\n".join(lines)
 
     @override
     def warn_about_settings(self) -> None:
@@ -188,7 +195,8 @@ class StageLayout(Layout):
     def _unit_seconds(self) -> list[float]:
         """Seconds of each unit, forward and backward, for the example batch."""
         assert self.measured is not None
-        return [f + b for f, b in zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)]
+        both = zip(self.measured.forward_seconds, self.measured.backward_seconds, strict=True)
+        return [forward + backward for forward, backward in both]
 
     def _name_stage(self, worker: int) -> str:
         assert self.chain is not None
@@ -200,6 +208,15 @@ class StageLayout(Layout):
 
 def _count_parameters(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, nn.Parameter))
+
+
+def _refuse_scripted(network: nn.Module) -> None:
+    names = scripted(network)
+    if names:
+        raise StageSelectionError(
+            f"{names[0] or 'the network'!r} is TorchScript: its compiled forward goes on with memory that a worker "
+            "gives away. Build the network without torch.jit, and script it after the training."
+        )
 
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A boundary between two simulated stages: where its guesses and multipliers come from."""
+"""Makes the guesses and multipliers of a boundary between two stages of the reference simulator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Boundary(ABC):
-    """What makes the guess λ and the multiplier κ of one boundary."""
+    """Makes the guess λ and the multiplier κ of one boundary."""
 
     @abstractmethod
     def knows(self, x: Tensor) -> bool:
@@ -29,7 +29,7 @@ class Boundary(ABC):
 
     @abstractmethod
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
-        """Move to λ and κ for a batch; after :meth:`guess`, from what that gave.
+        """Move to λ and κ for a batch; after :meth:`guess`, from those that it gave.
 
         Args:
             x: the batch.
@@ -43,7 +43,7 @@ class NetworkBoundary(Boundary):
     """An auxiliary network, trained by SGD with momentum 0.9, one step per batch.
 
     Args:
-        network: what gives λ and κ / β of a batch, with the β that the training begins with.
+        network: gives λ and κ / β of a batch, with the β that the training begins with.
         beta: that β, per element.
         learning_rate: the highest rate.
     """
@@ -62,16 +62,21 @@ class NetworkBoundary(Boundary):
     @override
     def guess(self, x: Tensor) -> Pair:
         guess, multiplier = self.network(x)
-        self._made = (guess, torch.zeros_like(guess) if multiplier is None else multiplier)
-        return guess, self._made[1] * self._beta
+        if multiplier is None:
+            multiplier = torch.zeros_like(guess)
+        self._made = guess, multiplier
+        return guess, multiplier * self._beta
 
     @override
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
+        # After a serial step nothing was guessed yet.
         if self._made is None:
             self.guess(x)
         assert self._made is not None
-        (made, made_multiplier), self._made = self._made, None
-        loss = (made - guess).square().mean() / 2 + (made_multiplier - multiplier / self._beta).square().mean() / 2
+        made, made_multiplier = self._made
+        self._made = None
+        loss = (made - guess).square().mean() / 2
+        loss = loss + (made_multiplier - multiplier / self._beta).square().mean() / 2
         self._optimizer.param_groups[0]["lr"] = share * self._learning_rate
         self._optimizer.zero_grad()
         loss.backward()
@@ -91,12 +96,13 @@ class StoredBoundary(Boundary):
     @override
     def guess(self, x: Tensor) -> Pair:
         pairs = [self.table[_name(sample)] for sample in x]
-        return torch.stack([guess for guess, _ in pairs]), torch.stack([multiplier for _, multiplier in pairs])
+        guesses, multipliers = zip(*pairs, strict=True)
+        return torch.stack(guesses), torch.stack(multipliers)
 
     @override
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
-        for sample, *pair in zip(x, guess, multiplier, strict=True):
-            self.table[_name(sample)] = (pair[0].clone(), pair[1].clone())
+        for sample, its_guess, its_multiplier in zip(x, guess, multiplier, strict=True):
+            self.table[_name(sample)] = its_guess.clone(), its_multiplier.clone()
 
 
 def _name(sample: Tensor) -> bytes:

@@ -1,8 +1,8 @@
-"""A reference of AuxNet: all stages in one process, by the equations of the specification and without messages.
+"""Reference simulator of AuxNet: all stages in one process, without messages, to test the engine against.
 
-Written as section 2.2 has it: of a sample and not of a batch mean, with multipliers κ in their own units; the engine
-computes in units of the guess. With the engine it shares where the network is cut, how auxiliary networks are made and
-how β grows, and recalibration; what is not shared is tested against it.
+Written as section 2.2 of the specification has it: of a sample and not of a batch mean, with multipliers κ in their own
+units; the engine computes in units of the guess. With the engine it shares where the network is cut, how auxiliary
+networks are made, how β grows, and recalibration, and nothing else.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class StageSimulator:
         layout.prepare(example, SoloCollective())
         self._stages, self.boundaries = _divide(layout, config)
         self._network = layout.chain.name if layout.chain else config.network or ""
+        # One worker's stage is the whole network.
         self._stages = self._stages or [self.module.get_submodule(self._network)]
         self._step_size = config.lambda_step or (0.1 if config.stored and workers > 2 else 1.0)
         self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
         self._still: list[str] = []
-        self._highest_rate, self._share = 0.0, 1.0
+        self._highest_rate = 0.0
+        self._share = 1.0
 
     def step(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor]) -> Tensor:
         """One step of all stages, and of their auxiliary networks; in the mode in which :attr:`module` is.
@@ -89,7 +91,10 @@ class StageSimulator:
             The loss.
         """
         self._inputs.append(x)
-        self._still = [n for n, norm in norms_with_statistics(self.module).items() if not norm.training]
+        self._still = []
+        for name, norm in norms_with_statistics(self.module).items():
+            if not norm.training:
+                self._still.append(name)
         share = self._rate_share()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -133,19 +138,21 @@ class StageSimulator:
         In lists, index k belongs to boundary k; boundary 0 is the image, boundary K the network's output.
         """
         last, size = len(self._stages), len(x)
-        pairs = [(x, x), *(boundary.guess(x) for boundary in self.boundaries)]
-        lam = [x, *(guess.detach().requires_grad_() for guess, _ in pairs[1:])]
-        kappa = [multiplier.detach() for _, multiplier in pairs]
+        lam, kappa = [x], [x]
+        for boundary in self.boundaries:
+            guess, multiplier = boundary.guess(x)
+            lam.append(guess.detach().requires_grad_())
+            kappa.append(multiplier.detach())
         made = [x, *(stage(lam[k]) for k, stage in enumerate(self._stages))]
 
-        losses = [x.new_zeros(())]  # of the stage that ends at boundary k, summed over the batch
         for k in range(1, last):
+            # Of the stage that ends at boundary k, summed over the batch.
             beta = self._beta(share, lam[k])
             distance = (lam[k].detach() - made[k]).square().sum()
-            losses.append(beta / 2 * distance - (kappa[k] * made[k]).sum())
+            summed = beta / 2 * distance - (kappa[k] * made[k]).sum()
+            if summed.requires_grad:  # not of a frozen stage
+                (summed / size).backward()
         loss = loss_of_output(made[last])
-        for summed in [summed for summed in losses if summed.requires_grad]:
-            (summed / size).backward()
         loss.backward()
 
         wanted = []
@@ -155,11 +162,12 @@ class StageSimulator:
             violation = lam[k].detach() - made[k].detach()
             gradient = beta * violation + kappa[k] + size * _gradient(lam[k])
             next_lam = lam[k].detach() - self._step_size / beta * gradient
-            wanted.append((next_lam, kappa[k] + beta * violation if update else kappa[k]))
+            next_kappa = kappa[k] + beta * violation if update else kappa[k]
+            wanted.append((next_lam, next_kappa))
         return loss, wanted
 
     def _serial(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float) -> tuple[Tensor, list[Pair]]:
-        """Plain back-propagation; the boundaries learn what makes the next parallel step go on from here."""
+        """Plain back-propagation; the boundaries learn values from which the next parallel step continues."""
         made = [x]
         for stage in self._stages[:-1]:
             made.append(stage(made[-1]).requires_grad_())  # also behind a frozen stage
@@ -170,13 +178,12 @@ class StageSimulator:
         wanted = []
         for truth in made[1:]:
             after = len(x) * _gradient(truth)
+            lam, kappa = truth.detach(), torch.zeros_like(truth)
             if self.config.multipliers:
-                wanted.append((truth.detach(), -after))  # a stationary point of the augmented Lagrangian
+                kappa = -after  # a stationary point of the augmented Lagrangian
             elif self.config.stored:
-                settled = truth.detach() - after / self._beta(share, truth)  # one of the penalty
-                wanted.append((settled, torch.zeros_like(truth)))
-            else:
-                wanted.append((truth.detach(), torch.zeros_like(truth)))
+                lam = lam - after / self._beta(share, truth)  # a stationary point of the penalty
+            wanted.append((lam, kappa))
         return loss, wanted
 
     def _beta(self, share: float, boundary: Tensor) -> float:
@@ -187,7 +194,8 @@ class StageSimulator:
         """The learning rate as a share of the highest so far."""
         rate = self.optimizers[0].param_groups[0]["lr"]
         self._highest_rate = max(self._highest_rate, rate)
-        if rate > 0:  # else a schedule has ended at 0, and the share stays where it was
+        # A schedule that has ended at 0 leaves the share where it was.
+        if rate > 0:
             self._share = rate / self._highest_rate
         return self._share
 
@@ -211,5 +219,5 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    """Zero where nothing flows back, as out of a stage that begins with a detached tensor."""
+    """Its gradient; zero where nothing flows back, as out of a stage that begins with a detached tensor."""
     return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

@@ -1,4 +1,4 @@
-"""The sync of AuxNet: a worker holds its stage during training, and gets the others' to assemble the full model."""
+"""The sync of AuxNet: a worker holds its stage in all rounds, and receives the others for the full model only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resist_lightning.state.timing import Seconds
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):
-    """A worker's side of the syncs of a run whose network is cut into stages.
+    """A worker's side of the syncs of an AuxNet run; see :class:`Sync`.
 
     Attributes:
         stage_worker: computes this worker's stage; None with one worker, and before the training.
@@ -42,10 +42,10 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self._collective = collective
         self._device = device
         self._absent: dict[int, Memory] = {}  # the other workers' stages
-        self._reports: list[list[float]] = []
+        self._reports: list[list[float]] = []  # of the last round: for each worker its mismatch, then its seconds
         self._history: list[Any] = []
-        self._holding = False
-        self._forward: Any = None
+        self._holding = False  # whether the module is this worker's stage alone
+        self._forward: Any = None  # the user's, if it stood on the object
         self._guards: list[RemovableHandle] = []
         self.stage_worker: StageWorker | None = None
 
@@ -55,9 +55,11 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         layout, chain = self._layout, self._layout.chain
         if chain is None:
             return
+        first, last = layout.units(self._worker)
         self.stage_worker = StageWorker(
-            chain.stage(*layout.units(self._worker)),
+            chain.stage(first, last),
             layout.boundary_shapes,
+            # Worker 0 has no boundary before its stage.
             layout.nonnegative[self._worker - 1] if self._worker else False,
             layout.config,
             collective=self._collective,
@@ -68,7 +70,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     @override
     def end(self) -> None:
         super().end()
-        self._give_forward_back()
+        self._restore_forward()
         for memory in self._absent.values():
             memory.absence.end_early()
 
@@ -90,7 +92,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
-        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
+        before, after = self._layout.partition(round), self._layout.partition(round + 1)
+        return plan_sync(before, after, left_out)
 
     @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
@@ -110,11 +113,13 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         if self.stage_worker is not None:
-            self.stage_worker.finish()  # waits for messages that were posted early
+            # Messages of the last batch may still be under way.
+            self.stage_worker.finish()
             self.stage_worker.spans.pause()
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
-            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
+            replicas = list(self._averaged(plan).values())
+            self.exchange.average(replicas, kind, plan.left_out)
         self.exchange.hand_over(plan, self._payload, Kinds.all(kind), self._hold_all)
 
     @override
@@ -131,17 +136,13 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             absent.update(tensors)
             if worker not in self._absent:
                 self._absent[worker] = self._memory_of(worker, tensors)
+        # Other workers train these: optimizer state of them would only take room.
         self._states.drop([tensor for tensor in absent.values() if isinstance(tensor, nn.Parameter)])
         for memory in self._absent.values():
             memory.free()
         if layout.companion is not None:
             layout.companion.hold([*layout.shared, *layout.stage_tensors(self._worker)])
-        self._forward = vars(chain.network).get("forward")
-        chain.network.forward = torch.compiler.disable(self._train_stage)
-        owners = {name.rpartition(".")[0] for name in absent}
-        # The network itself may own tensors, and must be called: it computes this worker's stage.
-        parts = {layout.module.get_submodule(owner) for owner in owners} - {chain.network}
-        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
+        self._replace_forward(chain.network, absent)
         self._holding = True
 
     @override
@@ -149,12 +150,14 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         """Mismatch of each boundary, and speed-up over one process, predicted and measured, in the round that ended."""
         if not self._reports:
             return {}
-        found = {f"auxnet/mismatch_{worker}": row[0] for worker, row in enumerate(self._reports) if worker}
-        steps: list[dict[str, float]] = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
-        seconds = step_seconds(steps)
+        found = {}
+        for boundary in range(1, self._layout.workers):
+            found[f"auxnet/mismatch_{boundary}"] = self._reports[boundary][0]
+        spans = self._span_seconds()
+        seconds = step_seconds(spans)
         if seconds is not None:
             found["auxnet/speedup_predicted"] = seconds.predicted(self._layout.workers)
-            found["auxnet/speedup_measured"] = measured_speedup(steps)
+            found["auxnet/speedup_measured"] = measured_speedup(spans)
         return found
 
     @override
@@ -165,8 +168,6 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             return {}
         recent = json.dumps(list(self.stage_worker.spans.recent)).encode()
         rows = self._collective.gather_bytes(recent)
-        # The first number of a report is the mismatch.
-        seconds = [dict(zip(NAMES, row[1:], strict=True)) for row in self._reports]
         guesses = self.stage_worker.guesses
         held = self._collective.gather_numbers([guesses.held_bytes if guesses is not None else 0])
         return {
@@ -175,16 +176,25 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             "method": layout.config.method,
             "guess_bytes": [int(row[0]) for row in held],
             "rounds": self._history,
-            "seconds": seconds,
+            "seconds": self._span_seconds(),
             "timeline": typical_step([json.loads(row) for row in rows]),
         }
+
+    def _span_seconds(self) -> list[dict[str, float]]:
+        """For each worker the mean seconds of its spans in a step of the round that ended."""
+        seconds: list[dict[str, float]] = []
+        for _, *spans in self._reports:
+            named: dict[str, float] = dict(zip(NAMES, spans, strict=True))
+            seconds.append(named)
+        return seconds
 
     def _payload(self, stage: int) -> Payload:
         return Payload(list(self._layout.stage_tensors(stage).values()))
 
     def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
         owners = {name.rpartition(".")[0] for name in tensors}
-        memory = Memory(tensors, {owner: self._layout.module.get_submodule(owner) for owner in owners})
+        modules = {owner: self._layout.module.get_submodule(owner) for owner in owners}
+        memory = Memory(tensors, modules)
         memory.absence.reason = f"it belongs to the stage of worker {worker}, and this is worker {self._worker}"
         return memory
 
@@ -192,15 +202,24 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if self._holding:
             for memory in self._absent.values():
                 memory.allocate()
-            self._give_forward_back()
+            self._restore_forward()
 
-    def _give_forward_back(self) -> None:
-        """Restore the network's own forward."""
+    def _replace_forward(self, network: nn.Module, absent: dict[str, Tensor]) -> None:
+        """Have a call of the network compute this worker's stage, and refuse calls of the absent parts."""
+        self._forward = vars(network).get("forward")
+        network.forward = torch.compiler.disable(self._train_stage)
+        owners = {name.rpartition(".")[0] for name in absent}
+        # The network itself may own tensors, and must be called: it computes this worker's stage.
+        parts = {self._layout.module.get_submodule(owner) for owner in owners} - {network}
+        self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
+
+    def _restore_forward(self) -> None:
         if not self._holding or self._layout.chain is None:
             return
         network = self._layout.chain.network
         for guard in self._guards:
             guard.remove()
+        # Deleted from the object, the class's forward shows again.
         if self._forward is None:
             del network.forward
         else:
@@ -217,7 +236,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
                 "it: it is in eval mode, or no gradients are recorded. Evaluate through the Trainer, or inside "
                 "`engine.full_model()`; to train with frozen batch norms, set those to eval mode, not the network."
             )
-        if others or any(value is not None for value in options.values()):
+        given = [value for value in options.values() if value is not None]
+        if others or given:
             raise PartialModelError("the network is cut with one input; call it with the image alone.")
         return self.stage_worker(x)
 

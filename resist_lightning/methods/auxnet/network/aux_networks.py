@@ -1,4 +1,4 @@
-"""Auxiliary networks: from an image to a guess of what a stage is given, and of its multiplier (section 2.3)."""
+"""Builds auxiliary networks, which guess the input of a stage, and its multiplier, from the image (section 2.3)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from operator import truediv
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ from resist_lightning.methods.auxnet.config import StageConfig
 
 
 class AuxNetwork(nn.Module):
-    """An auxiliary network with its heads told apart.
+    """An auxiliary network whose output is divided into guess and multiplier.
 
     Args:
         body: maps images (batch, *input_shape) to (batch, *boundary_shape), with twice the channels if there are
             multipliers.
         multipliers: whether there are.
-        nonnegative: whether the guess goes through a ReLU, as what it stands for does.
+        nonnegative: whether the guess goes through a ReLU, as the tensor that it stands for does.
     """
 
     def __init__(self, body: nn.Module, *, multipliers: bool, nonnegative: bool) -> None:
@@ -39,7 +40,9 @@ class AuxNetwork(nn.Module):
         multiplier = None
         if self.multipliers:
             guess, multiplier = guess.chunk(2, dim=1)
-        return (functional.relu(guess) if self.nonnegative else guess), multiplier
+        if self.nonnegative:
+            guess = functional.relu(guess)
+        return guess, multiplier
 
 
 class ResizeTo(nn.Module):
@@ -56,7 +59,10 @@ class ResizeTo(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) to (batch, channels, *size)."""
-        return x if x.shape[-2:] == self.size else functional.adaptive_avg_pool2d(x, (self.size[0], self.size[1]))
+        if x.shape[-2:] == self.size:
+            return x
+        height, width = self.size
+        return functional.adaptive_avg_pool2d(x, (height, width))
 
 
 def convolutions(input_shape: Sequence[int], boundary_shape: Sequence[int], width: int) -> nn.Sequential:
@@ -78,10 +84,12 @@ def convolutions(input_shape: Sequence[int], boundary_shape: Sequence[int], widt
             f"{tuple(boundary_shape)} of {tuple(input_shape)}. Give `aux_network`: a function from these two shapes to "
             "a module."
         )
-    wanted = min(map(_ratio, input_shape[1:], boundary_shape[1:]))
-    possible = min(input_shape[1:]) / 2  # down to 2 x 2: of one pixel a batch norm makes nothing, where a batch has one
-    halvings = max(0, int(math.log2(max(1.0, min(wanted, possible)))))
-    widths = [min(width * 2**i, max(width, boundary_shape[0])) for i in range(halvings + 1)]
+    wanted = min(map(truediv, input_shape[1:], boundary_shape[1:]))
+    # Down to 2 x 2 pixels: of one, a batch norm makes nothing where a batch has one image.
+    possible = min(input_shape[1:]) / 2
+    halvings = int(math.log2(max(1.0, min(wanted, possible))))
+    widest = max(width, boundary_shape[0])
+    widths = [min(width * 2**halving, widest) for halving in range(halvings + 1)]
     layers: list[nn.Module] = [*_layer(input_shape[0], widths[0], stride=1)]
     for before, after in itertools.pairwise(widths):
         layers += _layer(before, after, stride=2)
@@ -112,6 +120,7 @@ def make_aux_network(
         else:
             body = config.aux_network(tuple(input_shape), asked)
             _check_shape(body, tuple(input_shape), asked)
+    # A network of the user's ends as the user wants.
     nonnegative = nonnegative and config.aux_network is None
     return AuxNetwork(body, multipliers=config.multipliers, nonnegative=nonnegative)
 
@@ -120,11 +129,8 @@ def _layer(before: int, after: int, *, stride: int) -> list[nn.Module]:
     return [nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 
 
-def _ratio(size: int, smaller: int) -> float:
-    return size / smaller
-
-
 def _check_shape(body: nn.Module, input_shape: tuple[int, ...], asked: tuple[int, ...]) -> None:
+    # In eval mode, so that the statistics of batch norms stay as they are.
     training = body.training
     with torch.no_grad():
         made = body.eval()(torch.zeros(2, *input_shape))

@@ -1,7 +1,7 @@
-"""A user's network as a chain of units, of which stages are made.
+"""Divides a user's network into a chain of units, and builds stages from runs of them.
 
-A stage is a run of units: a module of its own, whose submodules, parameters and buffers are the network's. The network
-itself is not changed.
+A stage is a module of its own, whose submodules, parameters and buffers are the network's. The network itself is not
+changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resist_lightning.methods.tracing import names_of_tensors
 
 
 class Stage(nn.Module):
-    """Some neighbouring units of a network: one tensor in, one tensor out. Only for training.
+    """A run of units of a network, as a module: one tensor in, one tensor out. Only for training.
 
     It reads the network's submodules, parameters and buffers where the network has them, so that it is up to date
     after they were moved or replaced. It never changes its input, not even where a block works in place. Hooks of
@@ -29,7 +29,7 @@ class Stage(nn.Module):
 
     Args:
         network: the network.
-        parts: what is computed, with the network's own submodules.
+        parts: the computation, with the network's own submodules.
     """
 
     def __init__(self, network: nn.Module, parts: fx.GraphModule) -> None:
@@ -52,7 +52,7 @@ class Chain:
         name: qualified name of the network in the user's module; empty for the module itself.
         network: the network.
         units: names in the user's module of the modules that the units end with, in order of computation; the last
-            unit goes on to the end of the network. A cut can be behind each unit but the last.
+            unit reaches to the end of the network. A cut can be behind each unit but the last.
     """
 
     name: str
@@ -95,11 +95,15 @@ class Chain:
 
     def _position(self, cut: str) -> int:
         for name in (cut, f"{self.name}.{cut}"):
-            inside = [number for number, end in enumerate(self.units, 1) if f"{end}.".startswith(f"{name}.")]
-            if inside and inside[-1] < len(self.units):
-                return inside[-1]
-            if inside:
+            # A container is cut behind its last unit.
+            last = 0
+            for number, end in enumerate(self.units, 1):
+                if f"{end}.".startswith(f"{name}."):
+                    last = number
+            if last == len(self.units):
                 raise StageSelectionError(f"cuts: behind {cut!r} the network ends. {cut_points(self)}")
+            if last:
+                return last
         raise StageSelectionError(f"cuts: the network cannot be cut behind {cut!r}. {cut_points(self)}")
 
     def _check_range(self, first: int, last: int) -> None:
@@ -157,10 +161,14 @@ def cut_points(chain: Chain) -> str:
 
 
 def _names_by_unit(module: nn.Module, network: nn.Module, pieces: Sequence[Unit]) -> tuple[tuple[str, ...], ...]:
-    """Each tensor once, by its first name in the user's module."""
-    names = {tensor: aliases[0] for tensor, aliases in names_of_tensors(module).items()}
-    unit_of = {tensor: number for number, piece in enumerate(pieces) for tensor in piece.tensors}
+    """The tensors of each unit, once, by their first names in the user's module."""
+    names = names_of_tensors(module)
+    unit_of: dict[int, int] = {}
+    for number, piece in enumerate(pieces):
+        unit_of.update(dict.fromkeys(piece.tensors, number))
     found: list[list[str]] = [[] for _ in pieces]
     for tensor in names_of_tensors(network):
-        found[unit_of.get(tensor, len(pieces) - 1)].append(names[tensor])
-    return tuple(tuple(names) for names in found)
+        # Some worker must have a tensor that no unit uses: the last one.
+        number = unit_of.get(tensor, len(pieces) - 1)
+        found[number].append(names[tensor][0])
+    return tuple(map(tuple, found))

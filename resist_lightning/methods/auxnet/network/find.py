@@ -1,4 +1,4 @@
-"""Which part of a user's module is the network that is cut into stages."""
+"""Finds the network that is cut into stages within a user's module."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ def find_network(module: nn.Module) -> str:
     Raises:
         StageSelectionError: if there is nothing that trains, or several networks.
     """
-    blocks = find_blocks(module)
-    still = untrained(module, blocks)
-    trained = [block.name for block in blocks if block not in still]  # a teacher is no part of the network
-    found = trained or [block.name for block in blocks] or [name for name, _ in module.named_parameters()]
-    if not found:
-        raise StageSelectionError("there is nothing to cut into stages: the module has no parameters.")
-    name = _common([owner.rpartition(".")[0] for owner in found])
+    name = _common([_parent(content) for content in _contents(module)])
     while name and _is_part(module, name):
         name = _parent(name)
+    # Outward as far as something is trained before: the gradient of a guess would not reach it.
     outer = name
     while outer:
         outer = _parent(outer)
@@ -42,6 +37,19 @@ def find_network(module: nn.Module) -> str:
             f"{networks or 'there is none'}."
         )
     return name
+
+
+def _contents(module: nn.Module) -> list[str]:
+    """Names of what the network must contain: residual blocks, or else parameters."""
+    blocks = find_blocks(module)
+    still = untrained(module, blocks)
+    # A teacher is no part of the network, unless nothing else has blocks.
+    names = [block.name for block in blocks if block not in still] or [block.name for block in blocks]
+    if not names:
+        names = [name for name, _ in module.named_parameters()]
+    if not names:
+        raise StageSelectionError("there is nothing to cut into stages: the module has no parameters.")
+    return names
 
 
 def check_network(module: nn.Module, name: str) -> None:
@@ -65,6 +73,7 @@ def _common(names: list[str]) -> str:
     """The longest name that all begin with, up to a dot."""
     parts = [name.split(".") if name else [] for name in names]
     same = []
+    # The shortest name ends the comparison.
     for atoms in zip(*parts, strict=False):
         if len(set(atoms)) > 1:
             break
@@ -78,7 +87,8 @@ def _parent(name: str) -> str:
 
 def _is_part(module: nn.Module, name: str) -> bool:
     """Whether a module is only a container, or one layer, of the network that it is in."""
-    here, parent = module.get_submodule(name), module.get_submodule(_parent(name))
+    here = module.get_submodule(name)
+    parent = module.get_submodule(_parent(name))
     if not has_forward(here):
         return True
     is_network = not isinstance(here, nn.Sequential) and not is_leaf(here)
@@ -94,11 +104,13 @@ def _trains_before(outer: nn.Module, path: str) -> bool:
     if not has_forward(outer):
         return False
     inner = outer.get_submodule(path)
-    tracer = ChainTracer(lambda module: module is inner or all(child is not inner for child in module.modules()))
+    # Only what contains the submodule is looked into.
+    tracer = ChainTracer(lambda module: module is inner or inner not in module.modules())
     try:
         graph = follow(tracer, outer, "")
     except CannotTrace:
         return False
+    # Backward from the submodule through everything that it depends on.
     pending = [node for node in graph.nodes if node.op == "call_module" and node.target == path]
     seen = set(pending)
     while pending:
@@ -111,7 +123,8 @@ def _trains_before(outer: nn.Module, path: str) -> bool:
 
 def _trains(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return any(parameter.requires_grad for parameter in module.get_submodule(str(node.target)).parameters())
+        called = module.get_submodule(str(node.target))
+        return any(parameter.requires_grad for parameter in called.parameters())
     if node.op == "get_attr":
         return bool(getattr(attrgetter(str(node.target))(module), "requires_grad", False))
     return False

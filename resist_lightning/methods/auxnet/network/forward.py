@@ -1,4 +1,4 @@
-"""The forward of a network as a graph; one that a graph would not repeat is refused."""
+"""Traces the forward of a network into a graph, and refuses one that a graph would not repeat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from resist_lightning.methods.tracing import (
 )
 from resist_lightning.state.random_state import random_state, set_random_state
 
-_COMPILED = "_orig_mod"  # where torch.compile keeps what it wraps
+_COMPILED = "_orig_mod"  # torch.compile keeps the module that it wraps here
 
 
 @contextmanager
@@ -40,7 +40,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, fx.Node]:
-    """The forward of the network: what traced it, its input and its output. To be called inside :func:`unchanged`.
+    """Trace the forward of the network. To be called inside :func:`unchanged`.
+
+    Returns:
+        The tracer, and the nodes of the network's input and output.
 
     Raises:
         StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
@@ -55,15 +58,15 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
             f"{describe(name)} cannot be cut into stages: its forward was replaced on the object. Put the new forward "
             "into its class."
         )
-    random, attributes = random_state(), _attributes(network)
+    random, before = random_state(), _attributes(network)
     tracer = _trace(network, name)
-    changed = [path for path, value in _attributes(network).items() if attributes.get(path, value) != value]
+    changed = [path for path, value in _attributes(network).items() if before.get(path, value) != value]
     _refuse_state(network, tracer, name, changed, drew=not _equal(random, random_state()))
     return tracer, _input(network, tracer.graph, name), _output(tracer.graph, name)
 
 
 def _trace(network: nn.Module, name: str) -> ChainTracer:
-    """Without residual blocks, a submodule that cannot be traced is not looked into."""
+    """Trace the network; without residual blocks, submodules that cannot be traced become single nodes."""
     blocks = set(network_blocks(network).values())
     opaque: set[nn.Module] = set()
     while True:
@@ -74,8 +77,9 @@ def _trace(network: nn.Module, name: str) -> ChainTracer:
             return tracer
         except CannotTrace as error:
             path = error.path
+            # A leaf fails where it is called with values that torch.fx cannot write down: then its caller is opaque.
             while path and tracer.is_leaf_module(network.get_submodule(path), path):
-                path = path.rpartition(".")[0]  # called with what torch.fx cannot write down
+                path = path.rpartition(".")[0]
             if blocks or not path:
                 raise StageSelectionError(
                     f"the forward of {error.where} cannot be traced, so it cannot be cut into stages. torch.fx says"
@@ -83,11 +87,15 @@ def _trace(network: nn.Module, name: str) -> ChainTracer:
                     "submodules without residual blocks, or into the blocks: those are not looked into."
                 ) from error
             opaque.add(network.get_submodule(path))
+            # The next try must draw nothing but what it draws itself.
             set_random_state(random)
 
 
 class _Leaves:
-    """Only what contains residual blocks is looked into; without any, everything but torch's own modules."""
+    """Tells the tracer which modules are single nodes.
+
+    Only modules that contain residual blocks are looked into; without any, all but torch's own.
+    """
 
     def __init__(self, blocks: set[nn.Module], opaque: set[nn.Module]) -> None:
         self._blocks, self._opaque = blocks, opaque
@@ -99,10 +107,15 @@ class _Leaves:
 
 
 def _input(network: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
+    """The one input of the network; arguments that may be left out do not count."""
     fixed = defaults(network)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    free = [node for node in inputs if not _is_fixed(node, fixed)]
-    wanted = [node for node in free if node.users or not (_is_variadic(node) or node.args)]
+    wanted = []
+    for node in graph.nodes:
+        if node.op != "placeholder" or _is_fixed(node, fixed):
+            continue
+        optional = _is_variadic(node) or node.args  # a placeholder's argument is its default
+        if node.users or not optional:
+            wanted.append(node)
     if len(wanted) != 1 or _is_variadic(wanted[0]):
         names = ", ".join(str(node.target) for node in wanted)
         raise StageSelectionError(
@@ -118,7 +131,7 @@ def _is_variadic(node: fx.Node) -> bool:
 
 
 def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
-    """What torch.fx numbers: arguments that it was given a value for: ``mask_1``."""
+    """Whether torch.fx was given a value for an argument: those it numbers, as ``mask_1``."""
     stem, _, number = str(node.target).rpartition("_")
     return stem in fixed and number.isdecimal()
 
@@ -126,9 +139,12 @@ def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
 def _output(graph: fx.Graph, name: str) -> fx.Node:
     returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     what = None
-    if not isinstance(returned, fx.Node):
-        kinds = (kind.__name__ for kind in (dict, list, tuple) if isinstance(returned, kind))  # fx has its own
-        what = "None" if returned is None else f"a {next(kinds, type(returned).__name__)}"
+    if returned is None:
+        what = "None"
+    elif not isinstance(returned, fx.Node):
+        # torch.fx has classes of its own for dicts and lists.
+        kinds = [kind.__name__ for kind in (dict, list, tuple) if isinstance(returned, kind)]
+        what = f"a {kinds[0] if kinds else type(returned).__name__}"
     elif isinstance(returned.target, type):
         what = f"a {returned.target.__name__}"
     elif returned.op in ("placeholder", "get_attr"):
@@ -143,12 +159,11 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: list[str], *, drew: bool) -> None:
-    """What a forward does besides computing its output would be lost, or be what it was when it was traced."""
+    """Refuse a forward with side effects: they would be lost, or be those of the tracing for ever."""
     problem = None
     left = left_behind(network, tracer.graph)
-    constants = [
-        node for node in tracer.graph.nodes if node.op == "get_attr" and str(node.target).startswith("_tensor_const")
-    ]
+    read = [node for node in tracer.graph.nodes if node.op == "get_attr"]
+    constants = [node for node in read if str(node.target).startswith("_tensor_const")]
     if left:
         problem = f"leaves a value in an attribute{user_line(left[0])}; return it, or let a block keep it"
     elif constants:
@@ -169,18 +184,21 @@ def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: l
 
 
 def _attributes(network: nn.Module) -> dict[str, object]:
-    """The numbers and switches that modules keep as attributes, by name."""
-    return {
-        f"{name}.{key}".lstrip("."): value
-        for name, module in network.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, bool | int | float | str)
-    }
+    """The numbers, strings and switches that modules keep as attributes, by name."""
+    found: dict[str, object] = {}
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
 
 
 def _equal(one: object, other: object) -> bool:
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+    for mine, theirs in zip(tree_leaves(one), tree_leaves(other), strict=False):
+        same = torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+        if not same:
+            return False
+    return True
 
 
 def network_blocks(network: nn.Module) -> dict[str, nn.Module]:
@@ -192,9 +210,9 @@ def network_blocks(network: nn.Module) -> dict[str, nn.Module]:
 def unreached(network: nn.Module, graph: fx.Graph) -> str:
     """The residual blocks that the forward of the network never calls; empty if it calls all."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    missed = (name for name in network_blocks(network) if not any(_within(name, leaf) for leaf in called))
-    return summary(list(missed))
-
-
-def _within(name: str, outer: str) -> bool:
-    return f"{name}.".startswith(f"{outer}.")
+    missed = []
+    for name in network_blocks(network):
+        # A block is reached by itself, or within a module that is a single node.
+        if not any(f"{name}.".startswith(f"{outer}.") for outer in called):
+            missed.append(name)
+    return summary(missed)

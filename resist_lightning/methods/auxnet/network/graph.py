@@ -1,4 +1,4 @@
-"""The forward of a network as a chain of units, each with one tensor in and one tensor out, by torch.fx.
+"""Cuts the torch.fx graph of a network into a chain of units, each with one tensor in and one tensor out.
 
     x -> stem -> block -> | -> block -> | -> block -> pool -> head -> y
          -------- unit 0    - unit 1      ------------------ unit 2
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.tracing import ChainTracer, user_line
 
 _SHOWN = 3
@@ -23,11 +24,11 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Unit:
-    """What lies between two neighbouring cut points.
+    """The nodes between two neighbouring cut points.
 
     Args:
         end: name in the network of the module that it ends with.
-        nodes: what it computes, in order; parameters and buffers that a forward reads itself are not among them.
+        nodes: its computation, in order; without parameters and buffers that a forward reads itself.
         entry: the value that comes in.
         exit: the value that goes out.
         tensors: ids of the parameters and buffers that it uses.
@@ -41,11 +42,11 @@ class Unit:
 
 
 class Cuts:
-    """Where a graph can be cut.
+    """Finds where a graph can be cut.
 
     Args:
         network: the traced module.
-        tracer: what traced it.
+        tracer: has traced it.
         entry: the network's input.
         exit: the network's output.
         blocks: names of the residual blocks in the network; empty: a cut may be behind any module.
@@ -60,10 +61,16 @@ class Cuts:
         self._blocks = blocks
         self._nodes = computing(entry)
         self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._ends = {node: name for node, name in tracer.ends.items() if node in self._place and self._may_end(node)}
-        self._last_use = {node: max(map(self._place_of_user, node.users), default=-1) for node in [entry, *self._nodes]}
+        self._ends: dict[fx.Node, str] = {}
+        for node, name in tracer.ends.items():
+            if node in self._place and self._may_end(node):
+                self._ends[node] = name
+        self._last_use: dict[fx.Node, int] = {}
+        for node in [entry, *self._nodes]:
+            self._last_use[node] = max(map(self._place_of_user, node.users), default=-1)
         self._tensors = [_tensors(network, node) for node in self._nodes]
-        self._span: dict[int, range] = {}  # of each tensor: from the first node that uses it to the last
+        # Of each tensor: from the first node that uses it to before the last one.
+        self._span: dict[int, range] = {}
         for place, tensors in enumerate(self._tensors):
             for tensor in tensors:
                 first = self._span[tensor].start if tensor in self._span else place
@@ -72,12 +79,14 @@ class Cuts:
 
     def units(self) -> list[Unit]:
         """The smallest units, in order of computation."""
-        places = [place for node, place in self._place.items() if node in self._ends and not self._crossing(place)]
+        starts = [0]
+        for place, node in enumerate(self._nodes[:-1]):
+            if node in self._ends and not self._crossing(place):
+                starts.append(place + 1)
         parts: list[range] = []
-        for start, stop in pairwise(
-            [0, *(place + 1 for place in places if place + 1 < len(self._nodes)), len(self._nodes)]
-        ):
+        for start, stop in pairwise([*starts, len(self._nodes)]):
             part = range(start, stop)
+            # What would be no stage's worth is joined to its neighbour.
             if parts and not (self._stands_alone(parts[-1]) and self._stands_alone(part)):
                 parts[-1] = range(parts[-1].start, stop)
             else:
@@ -86,31 +95,40 @@ class Cuts:
 
     def why_none(self) -> str:
         """Why there is no place to cut at, as a sentence."""
-        what = "residual block" if self._blocks else "module"
-        if len(self._ends) < 2:
-            return f"it has only one {what}" if self._ends else f"its forward calls no {what}"
-        crossings = [(node, self._crossing(self._place[node])) for node in self._ends]
-        reasons = [f"behind {self._ends[node]!r}, {', '.join(what)}" for node, what in crossings if what]
+        kind = "residual block" if self._blocks else "module"
+        if not self._ends:
+            return f"its forward calls no {kind}"
+        if len(self._ends) == 1:
+            return f"it has only one {kind}"
+        reasons = []
+        for node, name in self._ends.items():
+            crossing = self._crossing(self._place[node])
+            if crossing:
+                reasons.append(f"behind {name!r}, {', '.join(crossing)}")
         if not reasons:
-            return f"only one {what} of it has parameters"
-        return f"more than the output of one {what} would cross the cut: {_few(reasons)}"
+            return f"only one {kind} of it has parameters"
+        return f"more than the output of one {kind} would cross the cut: {_few(reasons)}"
 
     def _may_end(self, node: fx.Node) -> bool:
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
 
     def _crossing(self, place: int) -> list[str]:
-        """What else than the value at ``place`` is used behind it."""
+        """Everything besides the value at ``place`` that is used behind it, in words."""
         before = [self._entry, *self._nodes[:place]]
-        values = [_describe(node) for node in before if self._last_use[node] > place]
+        crossing = [_describe(node) for node in before if self._last_use[node] > place]
         tied = {tensor for tensor, span in self._span.items() if place in span}
-        names = _names(self._network, tied)
-        return values + ([f"{_few(names)} (used on both sides)"] if names else [])
+        if tied:
+            names = [name for name, tensor in named_tensors(self._network).items() if id(tensor) in tied]
+            crossing.append(f"{_few(names)} (used on both sides)")
+        return crossing
 
     def _place_of_user(self, user: fx.Node) -> int:
-        return len(self._nodes) if user.op == "output" else self._place.get(user, -1)
+        if user.op == "output":
+            return len(self._nodes)
+        return self._place.get(user, -1)
 
     def _stands_alone(self, part: range) -> bool:
-        """Whether it is a stage's worth: it has a block, or, in a network without blocks, something to train."""
+        """Whether it is worth a stage: it has a block, or, in a network without blocks, something to train."""
         if self._blocks:
             return any(self._nodes[place] in self._ends for place in part)
         return any(self._tensors[place] & self._parameters for place in part)
@@ -118,6 +136,7 @@ class Cuts:
     def _unit(self, start: int, stop: int) -> Unit:
         nodes = self._nodes[start:stop]
         ends = [self._ends[node] for node in nodes if node in self._ends]
+        # A module that is called several times names no place; a cut is named by one that is called once, if possible.
         once = [end for end in ends if self._calls[end] == 1]
         last = stop == len(self._nodes)
         return Unit(
@@ -130,7 +149,7 @@ class Cuts:
 
 
 def computing(entry: fx.Node) -> list[fx.Node]:
-    """What a graph computes: without inputs, tensors that are read, and checks of optional arguments."""
+    """The nodes of a graph that compute: no inputs, tensors that are read, or checks of optional arguments."""
     checks = {node for node in entry.graph.nodes if node.op == "placeholder" and node is not entry}
     nodes = []
     for node in entry.graph.nodes:
@@ -146,10 +165,13 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
     graph = fx.Graph()
     entry = graph.placeholder("x")
     made = {units[0].entry: graph.call_method("clone", (entry,)) if copies_input else entry}
-    for node in (node for unit in units for node in unit.nodes):
-        for read in (value for value in node.all_input_nodes if value.op == "get_attr" and value not in made):
-            made[read] = graph.node_copy(read)
-        made[node] = graph.node_copy(node, made.__getitem__)
+    for unit in units:
+        for node in unit.nodes:
+            # Tensors that the forward reads itself are no nodes of a unit, and come in where they are used first.
+            for value in node.all_input_nodes:
+                if value.op == "get_attr" and value not in made:
+                    made[value] = graph.node_copy(value)
+            made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(made[units[-1].exit])
     return fx.GraphModule(network, graph, "Stage")
 
@@ -158,20 +180,20 @@ def _tensors(network: nn.Module, node: fx.Node) -> set[int]:
     """Ids of the parameters and buffers that a node uses."""
     if node.op == "call_module":
         called = network.get_submodule(str(node.target))
-        return {id(tensor) for tensor in (*called.parameters(), *called.buffers())}
-    own = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
-    read = (value for value in node.all_input_nodes if value.op == "get_attr")
-    return {id(attrgetter(str(value.target))(network)) for value in read} & own
-
-
-def _names(network: nn.Module, ids: set[int]) -> list[str]:
-    named: list[tuple[str, Tensor]] = [*network.named_parameters(), *network.named_buffers()] if ids else []
-    return [name for name, tensor in named if id(tensor) in ids]
+        return set(map(id, named_tensors(called).values()))
+    read = set()
+    for value in node.all_input_nodes:
+        if value.op == "get_attr":
+            read.add(id(attrgetter(str(value.target))(network)))
+    # A forward may read other attributes, too.
+    return read.intersection(map(id, named_tensors(network).values()))
 
 
 def _few(parts: Sequence[str]) -> str:
-    more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
-    return "; ".join([*parts[:_SHOWN], *more])
+    shown = list(parts[:_SHOWN])
+    if len(parts) > _SHOWN:
+        shown.append(f"and {len(parts) - _SHOWN} more")
+    return "; ".join(shown)
 
 
 def _describe(node: fx.Node) -> str:

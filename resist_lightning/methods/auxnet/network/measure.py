@@ -1,4 +1,4 @@
-"""What each unit of a network takes, and what comes out of it, from an example batch."""
+"""Measures the time and the output shape of each unit of a network, on an example batch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from resist_lightning.methods.auxnet.network.find import describe
 from resist_lightning.methods.auxnet.network.forward import unchanged
 from resist_lightning.state.timing import now
 
+_REPEATS = 3
+
 
 @dataclass(frozen=True)
 class Measured:
-    """The units of a network, measured. Shapes are without the batch.
+    """Times and shapes of the units of a network. Shapes are without the batch.
 
     Args:
         forward_seconds: of each unit, for the whole batch.
         backward_seconds: of each unit, for the whole batch; that of the first ends at its parameters.
-        shapes: of what comes out of each unit; the last is the network's output.
+        shapes: of each unit's output; the last is the network's output.
         input_shape: of the network's input.
-        nonnegative: whether nothing in what came out of each unit was below 0, as behind a ReLU.
-        dtype: of what comes out of the units.
+        nonnegative: whether no entry of each unit's output was below 0, as behind a ReLU.
+        dtype: of the units' outputs.
     """
 
     forward_seconds: tuple[float, ...]
@@ -43,7 +45,7 @@ class Measured:
     dtype: torch.dtype
 
 
-def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
+def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measured:
     """Run a network unit by unit, in training mode, once to warm up and then ``repeats`` times.
 
     Buffers, gradients, random generators and modes are afterwards what they were.
@@ -54,21 +56,23 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
         repeats: runs whose median is taken, at least 1.
 
     Raises:
-        StageSelectionError: if what comes out of a unit is not a tensor of floats with the batch as first dimension, or
-            units differ in dtype.
+        StageSelectionError: if a unit's output is not a tensor of floats with the batch as first dimension, or units
+            differ in dtype.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1.")
     stages = [chain.stage(number, number + 1) for number in range(len(chain.units))]
-    times: list[list[tuple[float, float]]] = []
+    # By unit, the seconds of each run.
+    forward: list[list[float]] = [[] for _ in stages]
+    backward: list[list[float]] = [[] for _ in stages]
     with unchanged(chain.network), _buffers_kept(chain.network):
         for _ in range(1 + repeats):
-            times.append([])
             outputs: list[Tensor] = []
             x = example.detach()
             for number, stage in enumerate(stages):
                 try:
-                    output, *seconds = _run(stage, x.requires_grad_(number > 0))
+                    # Nobody needs the gradient of the network's input.
+                    output, forward_time, backward_time = _run(stage, x.requires_grad_(number > 0))
                 except (ValueError, TypeError, RuntimeError) as error:
                     raise StageSelectionError(
                         f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, on an "
@@ -78,11 +82,12 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
                 _check(chain, number, output, [example, *outputs])
                 x = output.detach()
                 outputs.append(x)
-                times[-1].append((seconds[0], seconds[1]))
-    forward, backward = ([median(run[unit][i] for run in times[1:]) for unit in range(len(stages))] for i in (0, 1))
+                forward[number].append(forward_time)
+                backward[number].append(backward_time)
+    # The first run is left out: it warms caches up.
     return Measured(
-        forward_seconds=tuple(forward),
-        backward_seconds=tuple(backward),
+        forward_seconds=tuple(median(times[1:]) for times in forward),
+        backward_seconds=tuple(median(times[1:]) for times in backward),
         shapes=tuple(tuple(output.shape[1:]) for output in outputs),
         input_shape=tuple(example.shape[1:]),
         nonnegative=tuple(bool((output >= 0).all()) for output in outputs),
@@ -90,21 +95,21 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = 3) -> Measured:
     )
 
 
-def measure_entries(config: StageConfig, measured: Measured, example: Tensor, *, repeats: int = 3) -> tuple[float, ...]:
-    """What the auxiliary network of a stage that begins with a unit takes, forward and backward; of the first unit 0.
+def measure_entries(config: StageConfig, measured: Measured, example: Tensor) -> tuple[float, ...]:
+    """Time the auxiliary network of a stage that would begin with each unit, forward and backward.
 
     Args:
         config: the settings.
         measured: of the units.
         example: (batch, ...), an input of the network, on its device.
-        repeats: runs whose median is taken, at least 1.
 
     Returns:
-        Seconds for each unit; infinity where there can be no auxiliary network.
+        Seconds for each unit, of the first 0; infinity where there can be no auxiliary network.
     """
-    boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
     if config.stored:
         return (0.0,) * len(measured.shapes)
+    boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
+    # Most boundaries look like others, whose times are theirs too.
     seconds: dict[tuple[tuple[int, ...], bool], float] = {}
     for shape, nonnegative in set(boundaries):
         try:
@@ -113,8 +118,11 @@ def measure_entries(config: StageConfig, measured: Measured, example: Tensor, *,
             seconds[shape, nonnegative] = math.inf
             continue
         network.to(example.device, measured.dtype)
-        times = [_run(_Guess(network), example)[1:] for _ in range(1 + repeats)]
-        seconds[shape, nonnegative] = median(sum(each) for each in times[1:])
+        times = []
+        for _ in range(1 + _REPEATS):
+            _, forward, backward = _run(_Guess(network), example)
+            times.append(forward + backward)
+        seconds[shape, nonnegative] = median(times[1:])
     return (0.0, *(seconds[boundary] for boundary in boundaries))
 
 
@@ -137,6 +145,7 @@ def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:
     start = now(x.device)
     output: Any = stage(x)
     middle = now(x.device)
+    # `grad`, not `backward`: the user's parameters keep the gradients that they have.
     if isinstance(output, Tensor) and output.requires_grad:
         wanted = [tensor for tensor in (x, *stage.parameters()) if tensor.requires_grad]
         torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
@@ -144,6 +153,7 @@ def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:
 
 
 def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> None:
+    """Refuse a unit's output that cannot cross a boundary; ``before`` are the example and the outputs so far."""
     batch, dtype = len(before[0]), before[-1].dtype
     if not isinstance(output, Tensor):
         problem = f"a {type(output).__name__}, not a tensor"
@@ -163,8 +173,12 @@ def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> N
 
 @contextmanager
 def _buffers_kept(network: nn.Module) -> Iterator[None]:
-    before = [(module, name, buffer, None if buffer is None else buffer.clone()) for module in network.modules()
-              for name, buffer in module._buffers.items()]  # fmt: skip
+    # By assignment and by value: a forward may replace a buffer, or write into it.
+    before: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            values = None if buffer is None else buffer.clone()
+            before.append((module, name, buffer, values))
     try:
         yield
     finally:

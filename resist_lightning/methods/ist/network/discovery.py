@@ -1,4 +1,4 @@
-"""Finds the hidden neurons of a user's network, as it is written, without example inputs.
+"""Finds the hidden neurons of a user's network from its code alone, without example inputs.
 
 A hidden layer is a Linear or Conv whose neurons reach another one through operations that treat each neuron alone
 (activations, dropout, norms over exactly its neurons, pooling, flattening). Tensors are assumed to have the batch as
@@ -29,13 +29,10 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
 
     Args:
         module: the user's module, a LightningModule or any other; nothing in it is changed. One without a forward of
-            its own is looked at child by child, and what goes into and comes out of a child is whole.
+            its own is looked at child by child, and inputs and outputs of a child are whole.
         choice: None for all hidden layers, a glob or a list of globs that match the last parts of their names
             (``"encoder.*"``), or a predicate of (name, module), which is asked for each hidden layer. Layers that
             are not chosen stay whole, and are shared.
-
-    Returns:
-        What is divided among workers.
 
     Raises:
         LayerSelectionError: if the module cannot be traced, has no hidden layer, a glob or predicate chooses none, or
@@ -52,17 +49,23 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
             f"Seen: {_seen(module)}. A LightningModule without a forward of its own is looked at child "
             "by child; what torch.compile has made is not looked into."
         )
-    accessed = {tensor: line for flow in flows for tensor, line in flow.accessed.items()}
+    accessed: dict[int, str] = {}
+    for flow in flows:
+        accessed.update(flow.accessed)
     _add_problems_of_tensors(module, layers, accessed)
     chosen = _choose(module, layers, choice)
+    # Only now: layers that are not chosen may have problems, and stay whole.
     _refuse(chosen, layers)
-    switches = ((traced.prefix.rstrip("."), _switches(traced.defaults)) for traced in traces)
-    assumed = ((name, values) for name, values in switches if values)
+    assumed = []
+    for traced in traces:
+        switches = _switches(traced.defaults)
+        if switches:
+            assumed.append((traced.prefix.rstrip("."), switches))
     return replace(_assemble(chosen), assumed=tuple(assumed))
 
 
 def describe(neurons: Neurons) -> str:
-    """What is coupled, one line for each hidden layer.
+    """The modules that share each hidden layer's neurons, one line a layer.
 
     ``net.0 (512 neurons): rows of net.0, net.1; columns of net.4``
     """
@@ -70,25 +73,28 @@ def describe(neurons: Neurons) -> str:
 
 
 def _line(neurons: Neurons, index: int) -> str:
-    rows = {name.rpartition(".")[0]: None for name, cut in neurons.cuts.items() if cut.rows == index}
-    columns = {
-        name.rpartition(".")[0] + (f" ({cut.repeat} each)" if cut.repeat > 1 else ""): None
-        for name, cut in neurons.cuts.items()
-        if cut.columns == index
-    }
+    # A module's weight and bias are listed once: the dicts are ordered sets.
+    rows: dict[str, None] = {}
+    columns: dict[str, None] = {}
+    for name, cut in neurons.cuts.items():
+        owner = name.rpartition(".")[0]
+        if cut.rows == index:
+            rows[owner] = None
+        if cut.columns == index:
+            columns[f"{owner} ({cut.repeat} each)" if cut.repeat > 1 else owner] = None
     layer = neurons.layers[index]
     return f"{layer.name} ({layer.width} neurons): rows of {', '.join(rows)}; columns of {', '.join(columns)}"
 
 
 def _refuse_twins(traces: Iterable[Traced]) -> None:
-    """Each layer is dealt by itself: weights that are copied from one network to another would meet other neurons."""
+    """Refuse networks of equal shapes: each is dealt by itself, and weights copied over would meet other neurons."""
     seen: dict[object, str] = {}
     for traced in traces:
-        shapes = tuple(
-            (name, None if isinstance(parameter, UninitializedParameter) else parameter.shape)
-            for name, parameter in traced.module.named_parameters()
-        )
-        first, second = seen.setdefault(shapes, traced.prefix), traced.prefix
+        shapes = []
+        for name, parameter in traced.module.named_parameters():
+            shape = None if isinstance(parameter, UninitializedParameter) else parameter.shape
+            shapes.append((name, shape))
+        first, second = seen.setdefault(tuple(shapes), traced.prefix), traced.prefix
         if first != second:
             raise LayerSelectionError(
                 f"the networks {first[:-1]!r} and {second[:-1]!r} have the same tensors. If weights are copied from "
@@ -99,10 +105,10 @@ def _refuse_twins(traces: Iterable[Traced]) -> None:
 
 
 def _chooser(choice: LayerChoice) -> Callable[[str, nn.Module], bool]:
-    """Whether a layer is chosen, by its name and module."""
+    """A predicate of a layer's name and module: whether it is chosen."""
     if choice is None:
         return lambda *_: True
-    if callable(choice) and not isinstance(choice, str):
+    if callable(choice):
         return choice
     patterns = [choice] if isinstance(choice, str) else list(choice)
     return lambda name, _: any(matches(pattern, name) for pattern in patterns)
@@ -111,7 +117,7 @@ def _chooser(choice: LayerChoice) -> Callable[[str, nn.Module], bool]:
 def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> list[Layer]:
     chooses = _chooser(choice)
     chosen = [layer for layer in layers if chooses(layer.name, module.get_submodule(layer.name))]
-    if callable(choice) and not isinstance(choice, str):
+    if callable(choice):
         if not chosen:
             raise LayerSelectionError(f"the predicate given as `layers` chose nothing. {_candidates(layers)}")
         return chosen
@@ -130,18 +136,19 @@ def _candidates(layers: Iterable[Layer]) -> str:
 
 
 def _add_problems_of_tensors(module: nn.Module, layers: Iterable[Layer], accessed: dict[int, str]) -> None:
-    """A tensor that something else uses too cannot be cut."""
+    """Note which layers divide a tensor that something else uses too."""
     names = names_of_tensors(module)
-    by_name = {name: tensor for tensor, aliases in names.items() for name in aliases}
+    by_name: dict[str, int] = {}
+    for tensor, aliases in names.items():
+        by_name.update(dict.fromkeys(aliases, tensor))
     for layer in layers:
         for name in [*layer.rows, *layer.columns]:
-            tensor = by_name.get(name)
-            if tensor is None:
+            if name not in by_name:
                 continue
-            if len(names[tensor]) > 1:
-                layer.problems.append(
-                    f"divide a tensor that has several names: {', '.join(names[tensor])} (tied weights)"
-                )
+            tensor = by_name[name]
+            aliases = names[tensor]
+            if len(aliases) > 1:
+                layer.problems.append(f"divide a tensor that has several names: {', '.join(aliases)} (tied weights)")
             if tensor in accessed:
                 layer.problems.append(f"divide {name!r}, which a forward reads itself{accessed[tensor]}")
 
@@ -150,41 +157,48 @@ def _refuse(chosen: Sequence[Layer], layers: Sequence[Layer]) -> None:
     bad = [layer for layer in chosen if layer.problems]
     if not bad:
         return
-    lines = [
-        f"hidden layer {layer.name!r} cannot be dealt out: its neurons {layer.problems[0]}." for layer in bad[:_SHOWN]
-    ]
+    lines = []
+    for layer in bad[:_SHOWN]:
+        lines.append(f"hidden layer {layer.name!r} cannot be dealt out: its neurons {layer.problems[0]}.")
     if len(bad) > _SHOWN:
         lines.append(f"And {len(bad) - _SHOWN} more hidden layers cannot.")
     good = [layer.name for layer in layers if not layer.problems]
-    way_out = (
-        f"Leave it whole by naming the others: layers={good}." if good else "No other hidden layer can be dealt out."
-    )
-    raise LayerSelectionError("\n".join([*lines, way_out]))
+    if good:
+        lines.append(f"Leave it whole by naming the others: layers={good}.")
+    else:
+        lines.append("No other hidden layer can be dealt out.")
+    raise LayerSelectionError("\n".join(lines))
 
 
 def _assemble(layers: Sequence[Layer]) -> Neurons:
-    rows = {name: index for index, layer in enumerate(layers) for name in layer.rows}
-    columns = {name: (index, repeat) for index, layer in enumerate(layers) for name, repeat in layer.columns.items()}
+    rows: dict[str, int] = {}
+    columns: dict[str, tuple[int, int]] = {}
+    sizes: list[Size] = []
+    rescaled: list[tuple[str, int]] = []
+    for index, layer in enumerate(layers):
+        rows.update(dict.fromkeys(layer.rows, index))
+        for name, repeat in layer.columns.items():
+            columns[name] = index, repeat
+        for name, attribute, repeat in layer.sizes:
+            sizes.append(Size(name, attribute, index, repeat))
+        rescaled += [(name, index) for name in layer.rescaled]
+    # A weight between two hidden layers is in both.
     cuts = {}
     for name in {**rows, **columns}:
         column, repeat = columns.get(name, (None, 1))
         cuts[name] = Cut(rows.get(name), column, repeat)
-    return Neurons(
-        layers=tuple(HiddenLayer(layer.name, layer.width) for layer in layers),
-        cuts=cuts,
-        sizes=tuple(
-            Size(name, what, i, repeat) for i, layer in enumerate(layers) for name, what, repeat in layer.sizes
-        ),
-        rescaled=tuple((name, index) for index, layer in enumerate(layers) for name in layer.rescaled),
-    )
+    hidden = tuple(HiddenLayer(layer.name, layer.width) for layer in layers)
+    return Neurons(hidden, cuts, tuple(sizes), tuple(rescaled))
 
 
 def _switches(defaults: dict[str, object]) -> dict[str, object]:
-    """Those that a forward may branch on; a float is seldom one."""
+    """The optional arguments that a forward may branch on; a float is seldom one."""
     return {name: value for name, value in defaults.items() if not isinstance(value, float)}
 
 
 def _seen(module: nn.Module) -> str:
-    seen = [f"{name or 'the module itself'} ({type(child).__name__})" for name, child in module.named_modules()
-            if isinstance(child, Weighted)]  # fmt: skip
+    seen = []
+    for name, child in module.named_modules():
+        if isinstance(child, Weighted):
+            seen.append(f"{name or 'the module itself'} ({type(child).__name__})")
     return ", ".join(seen) or "no Linear or Conv at all"

@@ -1,4 +1,4 @@
-"""Which tensors and layers the neurons of each Linear and Conv reach: an abstract interpretation of a traced module."""
+"""Follows the neurons of each Linear and Conv through a traced module, by abstract interpretation of its graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.network.modules import (
     NORMS,
     TRANSPARENT,
@@ -44,7 +45,7 @@ _KINDS = ("device", "dtype", "ndim")
 
 @dataclass
 class Layer:
-    """What was found of the neurons of one Linear or Conv.
+    """Everything that the neurons of one Linear or Conv reach.
 
     Args:
         name: its qualified name.
@@ -52,9 +53,9 @@ class Layer:
         hidden: whether they reach another layer with weights, in whatever way.
         rows: tensors whose dimension 0 they are.
         columns: tensors whose dimension 1 they are, with the entries per neuron.
-        sizes: module, attribute and entries per neuron of the numbers that follow.
+        sizes: module, attribute and entries per neuron of the attributes that change with the subnet.
         rescaled: layers that read them, with no norm straight behind.
-        problems: why they cannot be divided; each goes on after "its neurons".
+        problems: why they cannot be divided; each continues "its neurons".
     """
 
     name: str
@@ -74,7 +75,7 @@ class Flow:
         traced: the module.
 
     Attributes:
-        layers: what was found of each Linear and Conv, by qualified name, in the order of the computation.
+        layers: each Linear and Conv, by qualified name, in the order of the computation.
         accessed: tensors that a forward reads itself, by id, with the line of code.
     """
 
@@ -84,33 +85,44 @@ class Flow:
         self._traced = traced
         self._calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
         self._values: dict[fx.Node, Value] = {}
+        # By node, the layers whose neurons it depends on, with no other layer in between.
         self._reaching: dict[fx.Node, frozenset[str]] = {}
         for node in traced.graph.nodes:
-            self._reaching[node] = frozenset().union(*(self._reaching[source] for source in node.all_input_nodes))
+            sources = [self._reaching[source] for source in node.all_input_nodes]
+            self._reaching[node] = frozenset().union(*sources)
             self._values[node] = self._follow(node)
         for node in traced.stored:
-            if (owner := _owner(self._values[node])) is not None:
+            owner = _owner(self._values[node])
+            if owner is not None:
                 self._refuse(owner.layer, "are left in an attribute of a module, where any loss may read them", node)
 
     def _follow(self, node: fx.Node) -> Value:
+        """The value of a node; where neurons cannot be followed, their layers get a problem, and it is None."""
         values = [self._values[source] for source in node.all_input_nodes]
         try:
-            if node.op == "get_attr":
-                return self._attribute(node)
-            read = self._read_of_shape(node)
-            if read is not None:
-                return read
-            if any(isinstance(value, Width) or (isinstance(value, Shape) and value.of) for value in values):
-                raise NotPerNeuron("are counted (size, shape), and there are fewer in a subnet")
-            if node.op == "call_module":
-                return self._module(node, next((value for value in values if isinstance(value, Divided)), None))
-            if node.op == "output" and any(isinstance(value, Divided) for value in values):
-                raise NotPerNeuron("reach the output of the module")
-            return self._call(node, values)
+            return self._interpret(node, values)
         except NotPerNeuron as problem:
-            for layer in sorted({owner.layer for owner in map(_owner, values) if owner}):
+            owners = [_owner(value) for value in values]
+            layers = {owner.layer for owner in owners if owner is not None}
+            for layer in sorted(layers):
                 self._refuse(layer, str(problem), node)
         return None
+
+    def _interpret(self, node: fx.Node, values: list[Value]) -> Value:
+        if node.op == "get_attr":
+            return self._attribute(node)
+        # Before widths are refused: `x.size(0)` is the batch, which is the same in a subnet.
+        read = self._read_of_shape(node)
+        if read is not None:
+            return read
+        if any(isinstance(value, Shape | Width) and value.of is not None for value in values):
+            raise NotPerNeuron("are counted (size, shape), and there are fewer in a subnet")
+        divided = [value for value in values if isinstance(value, Divided)]
+        if node.op == "call_module":
+            return self._module(node, divided[0] if divided else None)
+        if node.op == "output" and divided:
+            raise NotPerNeuron("reach the output of the module")
+        return self._call(node, values)
 
     def _refuse(self, layer: str, problem: str, node: fx.Node) -> None:
         self.layers[layer].problems.append(problem + user_line(node))
@@ -119,25 +131,31 @@ class Flow:
         tensor = self._traced.attributes[str(node.target)]
         if not isinstance(tensor, Tensor):
             return None
+        # Its device or data type may be read: they are the same in a subnet.
         if not node.users or not all(map(_reads_kind, node.users)):
             self.accessed[id(tensor)] = user_line(node)
         return Number() if tensor.numel() == 1 else None
 
     def _call(self, node: fx.Node, values: list[Value]) -> Value:
+        # A product with a matrix that the forward reads itself is a layer, too.
         if any(source.op == "get_attr" and self._is_matrix(source) for source in node.all_input_nodes):
             self._mark_hidden(node)
         for index, value in enumerate(values):
             if isinstance(value, Divided):
-                return operate(node, value, values[:index] + values[index + 1 :])
-        numbers = bool(values) and all(isinstance(value, Number) for value in values)
-        return Number() if numbers and getattr(node.target, "__module__", "") == "_operator" else None
+                others = values[:index] + values[index + 1 :]
+                return operate(node, value, others)
+        # Arithmetic on sizes, as in `x.size(0) * 2`.
+        arithmetic = getattr(node.target, "__module__", "") == "_operator"
+        if arithmetic and values and all(isinstance(value, Number) for value in values):
+            return Number()
+        return None
 
     def _is_matrix(self, node: fx.Node) -> bool:
         tensor = self._traced.attributes[str(node.target)]
         return isinstance(tensor, Tensor) and tensor.dim() > 1
 
     def _read_of_shape(self, node: fx.Node) -> Value:
-        """What ``x.shape``, ``x.size()``, ``x.size(i)``, ``x.shape[i]``, ``x.dtype`` are; None for anything else."""
+        """The value of ``x.shape``, ``x.size()``, ``x.size(i)``, ``x.shape[i]`` or ``x.dtype``; None for others."""
         source = node.args[0] if node.args else None
         if node.op not in ("call_function", "call_method") or not isinstance(source, fx.Node):
             return None
@@ -147,7 +165,8 @@ class Flow:
         if name == "getitem" and isinstance(value, Shape):
             return shape_entry(value, node.args[1])
         is_shape = name == "size" or (name == "getattr" and node.args[1] == "shape")
-        if not is_shape or source.op == "get_attr":  # dimension 0 of a parameter is not the batch
+        # Dimension 0 of a parameter is not the batch.
+        if not is_shape or source.op == "get_attr":
             return None
         shape = Shape(value if isinstance(value, Divided) else None)
         index = argument(node, 1, "dim", None) if name == "size" else None
@@ -176,13 +195,14 @@ class Flow:
             self.layers[layer].hidden = True
 
     def _leave(self, node: fx.Node, module: nn.Module) -> None:
-        """A module with weights of its own ends the way of the neurons."""
+        """Stop following neurons at a module with weights of its own."""
         if any(True for _ in module.parameters()):
             self._mark_hidden(node)
             self._reaching[node] = frozenset()
 
     def _weighted(self, node: fx.Node, name: str, module: Weighted, value: Divided | None) -> Divided:
         self._mark_hidden(node)
+        # What comes out are this layer's neurons only.
         self._reaching[node] = frozenset({name})
         attribute, width = outputs_of(module)
         made = self.layers.setdefault(name, Layer(name, width))
@@ -192,6 +212,7 @@ class Flow:
         if problem:
             self._refuse(name, f"are made by {problem}", node)
         if value:
+            # Caught here: the problem is that of the layer before, and this layer's own neurons can be followed.
             try:
                 self._read(node, name, module, value, problem)
             except NotPerNeuron as reason:
@@ -200,7 +221,7 @@ class Flow:
         return Divided(name, width, "channels" if positions else "features", positions)
 
     def _read(self, node: fx.Node, name: str, module: Weighted, value: Divided, problem: str) -> None:
-        """A Linear or Conv whose input neurons are divided."""
+        """Note that a Linear or Conv reads divided neurons."""
         if problem:
             raise NotPerNeuron(f"reach {problem}")
         if positions_of(module) != value.positions:
@@ -214,15 +235,18 @@ class Flow:
             layer.rescaled.append(name)
 
     def _goes_into_norm(self, node: fx.Node) -> bool:
-        """Whether all that reads a node is a norm, but for identities and dropout in between."""
-
-        def is_norm(user: fx.Node) -> bool:
+        """Whether only norms read a node, perhaps behind identities and dropout."""
+        for user in node.users:
             if user.op == "call_module":
-                module = self._traced.called(user)[1]
-                return isinstance(module, NORMS) or (isinstance(module, TRANSPARENT) and self._goes_into_norm(user))
-            return operation_name(user) in DROPOUTS and self._goes_into_norm(user)
-
-        return bool(node.users) and all(map(is_norm, node.users))
+                _, module = self._traced.called(user)
+                if isinstance(module, NORMS):
+                    continue
+                transparent = isinstance(module, TRANSPARENT)
+            else:
+                transparent = operation_name(user) in DROPOUTS
+            if not transparent or not self._goes_into_norm(user):
+                return False
+        return bool(node.users)
 
     def _norm(self, node: fx.Node, name: str, module: nn.Module, value: Divided) -> Divided:
         attribute = norm_size(name, module, value)
@@ -240,20 +264,21 @@ class Flow:
         return value
 
     def _cut_vectors(self, node: fx.Node, name: str, module: nn.Module, value: Divided, attribute: str) -> None:
-        """A module with a size, and with vectors of one entry per neuron."""
+        """Note a module with a size, and with vectors of one entry per neuron."""
         vectors = {"weight", "bias", "running_mean", "running_var"}
         problem = cannot_cut(name, module, {*vectors, "num_batches_tracked"}, self._calls[node.target])
         if problem:
             raise NotPerNeuron(f"reach {problem}")
         layer = self.layers[value.layer]
-        own = [key for key, _ in [*module.named_parameters(), *module.named_buffers()] if key in vectors]
-        layer.rows += [f"{name}.{vector}" for vector in own]
+        layer.rows += [f"{name}.{tensor}" for tensor in named_tensors(module) if tensor in vectors]
         layer.sizes.append((name, attribute, 1))
 
 
 def _owner(value: Value) -> Divided | None:
-    """The neurons that a value has to do with."""
-    return value.of if isinstance(value, Shape | Width) else value if isinstance(value, Divided) else None
+    """The divided tensor that a value is, or was read from."""
+    if isinstance(value, Shape | Width):
+        return value.of
+    return value if isinstance(value, Divided) else None
 
 
 def _reads_kind(node: fx.Node) -> bool:

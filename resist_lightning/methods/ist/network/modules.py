@@ -1,10 +1,11 @@
-"""What the modules of torch.nn do with a tensor whose neurons are divided."""
+"""Tells how the modules of torch.nn treat a tensor whose neurons are divided."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules import batchnorm, conv, dropout, instancenorm, lazy, padding, pooling
 
+from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.network.operations import Divided, NotPerNeuron
 from resist_lightning.methods.ist.network.tracing import Weighted
 
@@ -33,24 +34,26 @@ def position_module(module: nn.Module) -> bool:
 
 
 def inputs_of(module: Weighted) -> tuple[str, int]:
-    """Where a layer keeps how many features or channels it reads, and the number."""
-    return ("in_features", module.in_features) if isinstance(module, nn.Linear) else ("in_channels", module.in_channels)
+    """The attribute in which a layer keeps its number of input features or channels, and its value."""
+    if isinstance(module, nn.Linear):
+        return "in_features", module.in_features
+    return "in_channels", module.in_channels
 
 
 def outputs_of(module: Weighted) -> tuple[str, int]:
-    """Where a layer keeps how many neurons it has, and the number."""
+    """The attribute in which a layer keeps its number of neurons, and its value."""
     if isinstance(module, nn.Linear):
         return "out_features", module.out_features
     return "out_channels", module.out_channels
 
 
 def positions_of(module: Weighted) -> int:
-    """Number of dimensions that stand behind the neurons."""
+    """Number of dimensions behind the neurons in a layer's output."""
     return 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
 
 
 def norm_size(name: str, module: nn.Module, value: Divided) -> str:
-    """Where a norm keeps how many neurons it has.
+    """The attribute in which a norm keeps its number of neurons.
 
     Raises:
         NotPerNeuron: if it is not a norm of exactly the neurons in ``value``.
@@ -60,7 +63,9 @@ def norm_size(name: str, module: nn.Module, value: Divided) -> str:
     elif isinstance(module, nn.GroupNorm):
         attribute, fits = "num_channels", module.num_groups == 1
     else:
-        attribute, fits = "num_features", isinstance(module, batchnorm._BatchNorm) or value.form == "channels"
+        attribute = "num_features"
+        # An instance norm of features would take neurons for positions.
+        fits = isinstance(module, batchnorm._BatchNorm) or value.form == "channels"
     if not fits or getattr(module, attribute) not in (value.width, (value.width,)):
         raise NotPerNeuron(
             f"reach {titled(name, module)}, which is not a norm of exactly these {value.width} neurons in one group "
@@ -95,10 +100,10 @@ def cannot_cut(name: str, module: nn.Module, tensors: set[str], calls: int) -> s
         return f"{what}, a grouped or depthwise convolution (groups={module.groups})"
     if calls > 1:
         return f"{what}, which is called {calls} times"
-    found = {key for key, _ in [*module.named_parameters(), *module.named_buffers()]}
-    if found - tensors:
+    others = set(named_tensors(module)) - tensors
+    if others:
         return (
-            f"{what}, which has other tensors than its class ({', '.join(sorted(found - tensors))}): a weight norm, a "
+            f"{what}, which has other tensors than its class ({', '.join(sorted(others))}): a weight norm, a "
             "parametrization or a mask"
         )
     return ""

@@ -1,4 +1,4 @@
-"""The hidden neurons of a network, and which part of which tensor belongs to them. Standard library only.
+"""Describes hidden neurons, and which parts of which tensors belong to them. Standard library only.
 
 ::
 
@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Size:
-    """A number that a module keeps of its own width, and that must follow the cut.
+    """An attribute in which a module keeps its own width, and which must change with the subnet.
 
     Args:
         module: its qualified name.
@@ -60,12 +60,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Neurons:
-    """What of a module is dealt out to workers.
+    """The hidden neurons of a module, and everything that is divided with them.
 
     Args:
         layers: the hidden layers, in the order of the network.
         cuts: by qualified name of a parameter or buffer; a tensor that is not here is shared by all workers.
-        sizes: the numbers that follow.
+        sizes: the attributes that change with the subnet.
         rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm follows it straight, so
             that the sum over fewer neurons must be scaled in a subnet.
         assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With

@@ -1,4 +1,4 @@
-"""What an operation makes of a tensor whose neurons are divided: per neuron, or not.
+"""Tells how functions and methods treat a tensor whose neurons are divided: each neuron alone, or not.
 
 Three forms of a tensor with neurons in it, for a batch of N and a layer of H neurons::
 
@@ -61,7 +61,7 @@ Value: TypeAlias = Divided | Number | Shape | Width | None
 
 
 class NotPerNeuron(Exception):
-    """The neurons of a layer cannot be divided; the message goes on after "its neurons"."""
+    """The neurons of a layer cannot be divided; the message continues "its neurons"."""
 
 
 DROPOUTS = frozenset(
@@ -90,7 +90,7 @@ _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 
 def over_positions(value: Divided, what: str, kind: str) -> Divided:
-    """What pooling and padding leave of a tensor; ``kind`` may end with the number of their dimensions (``MaxPool2d``).
+    """A tensor after pooling or padding; ``kind`` may end with the number of their dimensions (``MaxPool2d``).
 
     torch takes a tensor with one dimension less for one without a batch, and the neurons for positions.
     """
@@ -103,7 +103,7 @@ def over_positions(value: Divided, what: str, kind: str) -> Divided:
 
 
 def flatten(value: Divided, start: int, end: int) -> Divided:
-    """What flattening from one dimension to another leaves."""
+    """A tensor after flattening from one dimension to another."""
     last = value.positions + 1
     if value.form == "channels" and end in (-1, last):
         if start == 1:
@@ -111,18 +111,21 @@ def flatten(value: Divided, start: int, end: int) -> Divided:
         if 2 <= start <= last:
             return replace(value, positions=start - 1)
     if value.form != "channels" and start == 1 and end == -1:
-        return value  # of a features tensor with more dimensions it is not; the next layer's size then tells
+        # Wrong for features with more dimensions, whose number is not known; the next layer's size then tells.
+        return value
     raise NotPerNeuron(f"are flattened from dimension {start} to {end}, which mixes them with another dimension")
 
 
 def operation_name(node: fx.Node) -> str:
     """Name of a function or method, without the underscore of in-place ones."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    name = node.target
+    if not isinstance(name, str):
+        name = getattr(name, "__name__", str(name))
     return str(name).rstrip("_")
 
 
 def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
-    """What a function or method makes of a tensor with divided neurons.
+    """The value of a call of a function or method on a tensor with divided neurons.
 
     Args:
         node: the call.
@@ -133,17 +136,20 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         NotPerNeuron: if it is not per neuron.
     """
     name = operation_name(node)
+    # Built-in functions of torch tell no module.
     home = getattr(node.target, "__module__", None) or "torch"
     if node.op == "call_function" and home.partition(".")[0] not in ("torch", "_operator", "math", "builtins"):
         raise NotPerNeuron(f"reach {name}(), a function of {home} that is not looked into")
+    # A tensor may be combined with itself, as in `x * sigmoid(x)`: the same neurons meet.
     others = [other for other in others if other != value]
+    only_numbers = all(isinstance(other, Number) for other in others)
     if name in _ELEMENTWISE:
-        if all(isinstance(other, Number) for other in others):
-            return value
-        raise NotPerNeuron(_combined(name))
+        if not only_numbers:
+            raise NotPerNeuron(_combined(name))
+        return value
     if name in ("view", "reshape"):
         return _view(node, value, others)
-    if name in _JOINS or any(not isinstance(other, Number) for other in others):
+    if name in _JOINS or not only_numbers:
         raise NotPerNeuron(_combined(name))
     if name in _POOLING | _RESIZING:
         return over_positions(value, f"{name}()", name)
@@ -175,7 +181,9 @@ def _combined(name: str) -> str:
 
 def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     """An argument of a call, by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
 
 
 def _flatten(node: fx.Node, value: Divided) -> Divided:
@@ -187,8 +195,9 @@ def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
     sizes = list(node.args[1:]) or [node.kwargs.get("shape", node.kwargs.get("size"))]
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = list(sizes[0])
-    batch = others == [Number(batch=True)]
-    if batch and len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1:
+    only_batch = others == [Number(batch=True)]
+    flattens = len(sizes) == 2 and isinstance(sizes[0], fx.Node) and sizes[1] == -1
+    if only_batch and flattens:
         return flatten(value, 1, -1)
     raise NotPerNeuron(
         f"reach {operation_name(node)}() to a shape that is not (x.size(0), -1): a width that is written as a number, "
@@ -208,7 +217,9 @@ def _reduce(node: fx.Node, value: Divided) -> Divided:
     dims = [dims] if isinstance(dims, int) else list(dims or ())
     rank = value.positions + 2
     reduced = {dim % rank for dim in dims if isinstance(dim, int) and -rank <= dim < rank}
-    if value.form != "channels" or not reduced or min(reduced) < 2 or len(reduced) != len(dims):
+    # Each dimension that is named must be one of the positions.
+    over_them = len(reduced) == len(dims) and reduced and min(reduced) >= 2
+    if value.form != "channels" or not over_them:
         raise NotPerNeuron(f"reach {operation_name(node)}() over them, which is not per neuron")
     if argument(node, 2, "keepdim", False):
         return value
@@ -217,17 +228,19 @@ def _reduce(node: fx.Node, value: Divided) -> Divided:
 
 
 def shape_entry(shape: Shape, index: Any) -> Value:
-    """What ``x.shape[index]`` or ``x.size(index)`` is."""
-    if shape.of is None:
+    """The value of ``x.shape[index]`` or ``x.size(index)``."""
+    of = shape.of
+    if of is None:
         return Number(batch=index == 0) if isinstance(index, int) else Shape(None)
     if index == 0:
         return Number(batch=True)
-    own = shape.of.form == "channels" and isinstance(index, int) and (index >= 2 or -shape.of.positions <= index < 0)
-    return Number() if own else Width(shape.of)
+    if of.form == "channels" and isinstance(index, int) and (index >= 2 or -of.positions <= index < 0):
+        return Number()  # the size of a position
+    return Width(of)
 
 
 def entries_per_neuron(value: Divided, size: int, consumer: str) -> int:
-    """How many neighbouring entries each neuron has, where ``size`` entries come in."""
+    """How many neighbouring entries each neuron has among the ``size`` inputs of a layer."""
     if value.form == "flat" and size % value.width == 0:
         return size // value.width
     if value.form != "flat" and size == value.width:

@@ -1,4 +1,4 @@
-"""The computation of a user's module as a graph, without running it on an example."""
+"""Traces the networks inside a user's module into graphs, without running them on an example."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 @dataclass(frozen=True)
 class Traced:
-    """A module of the user's that has a forward of its own, as a graph.
+    """The graph of a module of the user's that has a forward of its own.
 
     Args:
         module: the module.
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
-        prefix: what its names begin with in the user's module, with the dot at the end.
-        attributes: what its forward reads itself: parameters, buffers, constants, by name.
+        prefix: of its names in the user's module, with the dot at the end.
+        attributes: parameters, buffers and constants that its forward reads itself, by name.
         stored: values that its forward leaves in attributes of modules.
         defaults: optional arguments of its forward, with the values that they had.
     """
@@ -65,29 +65,31 @@ def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *
         LayerSelectionError: if torch.fx cannot trace it.
     """
     random = random_state()
+    found = []
     try:
         with in_training(module):
-            found = [_trace_if_wanted(root, prefix, wanted) for prefix, root in _roots(module, "")]
+            for prefix, root in _roots(module, ""):
+                try:
+                    found.append(_trace(root, prefix))
+                except LayerSelectionError:
+                    # A child of which nothing is wanted may compute as it likes.
+                    if _any_wanted(root, prefix, wanted):
+                        raise
     finally:
+        # A forward that is traced may draw random numbers.
         set_random_state(random)
-    return [traced for traced in found if traced is not None]
-
-
-def _trace_if_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> Traced | None:
-    try:
-        return _trace(root, prefix)
-    except LayerSelectionError:
-        if _any_wanted(root, prefix, wanted):
-            raise
-        return None
+    return found
 
 
 def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module], bool]) -> bool:
-    weighted = [(f"{prefix}{name}", child) for name, child in root.named_modules() if isinstance(child, Weighted)]
-    return any(wanted(name.rstrip("."), child) for name, child in weighted)
+    for name, child in root.named_modules():
+        if isinstance(child, Weighted) and wanted(f"{prefix}{name}".rstrip("."), child):
+            return True
+    return False
 
 
 def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules with a forward of their own, as far as they have layers that train."""
     if has_forward(module):
         if not is_leaf(module) and _has_weights(module) and _trains(module):
             yield prefix, module
@@ -111,10 +113,13 @@ def _trace(root: nn.Module, prefix: str) -> Traced:
     except CannotTrace as error:
         raise LayerSelectionError(
             f"the forward of {error.where} cannot be traced, so its hidden neurons cannot be found. torch.fx says"
-            f"{error.said}. The way out: put the layers whose neurons are to "
-            "be dealt out into a module whose forward has no branch or loop that depends on a value or a shape, and "
-            "call what remains around it from the steps of a LightningModule without a forward of its own."
+            f"{error.said}. The way out: put the layers whose neurons are to be dealt out into a module whose forward "
+            "has no branch or loop that depends on a value or a shape, and call what remains around it from the steps "
+            "of a LightningModule without a forward of its own."
         ) from error
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    attributes = {name: attrgetter(name)(root) for name in read}
+    attributes = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            attributes[name] = attrgetter(name)(root)
     return Traced(root, graph, prefix, attributes, left_behind(root, graph), defaults(root))
