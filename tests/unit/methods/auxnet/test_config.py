@@ -1,10 +1,12 @@
-"""What the settings of AuxNet may be, and which steps are serial."""
+"""The limits of the settings of AuxNet, their names for comparison between workers, and which steps are serial."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+from torch import nn
 
 from resist_lightning import StageConfig
 
@@ -55,3 +57,43 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
 def test_an_impossible_value_is_named_with_its_limit(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         StageConfig(**options)
+
+
+def two_layers(image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, boundary[0]))
+
+
+class Factory:
+    """Makes auxiliary networks, and has no name of its own."""
+
+    def __init__(self, width: int = 5) -> None:
+        self.width = width
+
+    def __call__(self, image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
+        return two_layers(image, boundary, between)
+
+
+FACTORIES: dict[str, Any] = {
+    "a function": lambda: two_layers,
+    "a lambda": lambda: lambda *shapes: two_layers(*shapes, 1),
+    "an object": Factory,
+    "a method": lambda: Factory().__call__,
+    "a part of an object": lambda: partial(Factory(), between=3),
+    "a function as an argument": lambda: partial(two_layers, between=lambda: 3),
+    "an object as an argument": lambda: partial(two_layers, between=[Factory()]),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
+    one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
+    names = [StageConfig(aux_network=each).in_words() for each in (one, other)]
+
+    assert names[0] == names[1]
+    assert "0x" not in names[0]["aux_network"]
+
+
+def test_factories_with_other_arguments_have_other_names() -> None:
+    made = [partial(two_layers, between=3), partial(two_layers, between=4), two_layers, Factory(), None]
+    names = {StageConfig(aux_network=each).in_words()["aux_network"] for each in made}
+    assert len(names) == len(made)

@@ -1,4 +1,4 @@
-"""Where a network is cut and where it is not: tied weights, auxiliary networks of the user's, tables of other runs."""
+"""Where a network is cut and where it is not: tied weights, auxiliary networks of the user's, cuts of other runs."""
 
 from __future__ import annotations
 
@@ -91,60 +91,6 @@ def test_where_the_users_auxiliary_network_fails_the_network_is_cut_elsewhere(
 def test_a_users_auxiliary_network_that_always_fails_is_told() -> None:
     with pytest.raises(KeyError, match="nothing is known of"):
         make_layout(Outside(make_net(), nn.Identity()), aux_network=partial(needs, 5, KeyError))
-
-
-def two_layers(image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, boundary[0]))
-
-
-class Factory:
-    """Makes auxiliary networks, and has no name of its own."""
-
-    def __init__(self, width: int = 5) -> None:
-        self.width = width
-
-    def __call__(self, image: tuple[int, ...], boundary: tuple[int, ...], between: Any = None) -> nn.Module:
-        return two_layers(image, boundary, between)
-
-
-FACTORIES: dict[str, Any] = {
-    "a function": lambda: two_layers,
-    "a lambda": lambda: lambda *shapes: two_layers(*shapes, 1),
-    "an object": Factory,
-    "a method": lambda: Factory().__call__,
-    "a part of an object": lambda: partial(Factory(), between=3),
-    "a function as an argument": lambda: partial(two_layers, between=lambda: 3),
-    "an object as an argument": lambda: partial(two_layers, between=[Factory()]),
-}
-
-
-@pytest.mark.parametrize("name", FACTORIES)
-def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
-    one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
-    names = [
-        make_layout(Outside(mlp(MlpBlock), nn.Identity()), aux_network=each).config.in_words() for each in (one, other)
-    ]
-
-    assert names[0] == names[1]
-    assert "0x" not in names[0]["aux_network"]
-
-
-def test_factories_with_other_arguments_have_other_names() -> None:
-    made = [partial(two_layers, between=3), partial(two_layers, between=4), two_layers, Factory(), None]
-    names = {
-        StageLayout(mlp(MlpBlock), StageConfig(aux_network=each), 2).config.in_words()["aux_network"] for each in made
-    }
-    assert len(names) == len(made)
-
-
-@pytest.mark.parametrize("size", [2, 3, 5, 8, 9, 32])
-@pytest.mark.parametrize("smaller", [1, 2])
-def test_the_default_auxiliary_network_trains_on_one_sample(size: int, smaller: int) -> None:
-    network = convolutions((3, size, size), (4, smaller, smaller), width=2).train()
-
-    network(torch.randn(1, 3, size, size)).sum().backward()
-
-    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 # ------------------------------------------------------------------ tables of other runs
