@@ -33,7 +33,10 @@ def balance(seconds: Sequence[float], stages: int, entry: Sequence[float] | None
     time: list[list[float]] = []
     for first in range(units):
         # fsum rounds once, so that equal stages compare as equal, however their units are added up.
-        time.append([math.fsum([entry[first], *seconds[first:last]]) for last in range(units + 1)])
+        row = []
+        for last in range(units + 1):
+            row.append(math.fsum([entry[first], *seconds[first:last]]))
+        time.append(row)
     # slowest[n][first]: the slowest of n stages that divide the units from `first` on, at best.
     slowest = [[math.inf] * (units + 1) for _ in range(stages + 1)]
     slowest[0][units] = 0.0

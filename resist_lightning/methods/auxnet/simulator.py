@@ -11,6 +11,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from resist_lightning.methods.auxnet.simulated_boundary import Boundary, Network
 from resist_lightning.methods.auxnet.step.equations import growth
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.state.batch_norm import BatchStatistics, Call, norms_with_statistics, recalibrate
+
+LossOfOutput: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class StageSimulator:
@@ -80,7 +83,7 @@ class StageSimulator:
         self._highest_rate = 0.0
         self._share = 1.0
 
-    def step(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor]) -> Tensor:
+    def step(self, x: Tensor, loss_of_output: LossOfOutput) -> Tensor:
         """One step of all stages, and of their auxiliary networks; in the mode in which :attr:`module` is.
 
         Args:
@@ -118,27 +121,24 @@ class StageSimulator:
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
         elif batch_norm == "recalibrate" and self.boundaries and self._inputs:
-            calls: list[Call] = [(full.get_submodule(self._network), (x,), {}) for x in self._inputs]
+            network = full.get_submodule(self._network)
+            calls: list[Call] = [(network, (x,), {}) for x in self._inputs]
             recalibrate(full, calls, torch.no_grad, self._still)
         return full
 
-    def _compute(
-        self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float
-    ) -> tuple[Tensor, list[Pair]]:
+    def _compute(self, x: Tensor, loss_of_output: LossOfOutput, share: float) -> tuple[Tensor, list[Pair]]:
         known = all(boundary.knows(x) for boundary in self.boundaries)
         if self.config.serial(self.steps) or not known:
             return self._serial(x, loss_of_output, share)
         return self._parallel(x, loss_of_output, share)
 
-    def _parallel(
-        self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float
-    ) -> tuple[Tensor, list[Pair]]:
+    def _parallel(self, x: Tensor, loss_of_output: LossOfOutput, share: float) -> tuple[Tensor, list[Pair]]:
         """The Jacobi schedule of section 2.4: everything from the values at the start of the step.
 
         In lists, index k belongs to boundary k; boundary 0 is the image, boundary K the network's output.
         """
         last, size = len(self._stages), len(x)
-        lam, kappa = [x], [x]
+        lam, kappa = [x], [x]  # κ of boundary 0 is not used
         for boundary in self.boundaries:
             guess, multiplier = boundary.guess(x)
             lam.append(guess.detach().requires_grad_())
@@ -146,11 +146,12 @@ class StageSimulator:
         made = [x, *(stage(lam[k]) for k, stage in enumerate(self._stages))]
 
         for k in range(1, last):
-            # Of the stage that ends at boundary k, summed over the batch.
+            # The loss of the stage that ends at boundary k, summed over the batch.
             beta = self._beta(share, lam[k])
             distance = (lam[k].detach() - made[k]).square().sum()
             summed = beta / 2 * distance - (kappa[k] * made[k]).sum()
-            if summed.requires_grad:  # not of a frozen stage
+            # The loss of a frozen first stage has nothing to train.
+            if summed.requires_grad:
                 (summed / size).backward()
         loss = loss_of_output(made[last])
         loss.backward()
@@ -166,11 +167,12 @@ class StageSimulator:
             wanted.append((next_lam, next_kappa))
         return loss, wanted
 
-    def _serial(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor], share: float) -> tuple[Tensor, list[Pair]]:
+    def _serial(self, x: Tensor, loss_of_output: LossOfOutput, share: float) -> tuple[Tensor, list[Pair]]:
         """Plain back-propagation; the boundaries learn values from which the next parallel step continues."""
         made = [x]
         for stage in self._stages[:-1]:
-            made.append(stage(made[-1]).requires_grad_())  # also behind a frozen stage
+            # Behind a frozen stage too, whose output requires no gradient by itself.
+            made.append(stage(made[-1]).requires_grad_())
             made[-1].retain_grad()
         loss = loss_of_output(self._stages[-1](made[-1]))
         loss.backward()
@@ -188,7 +190,8 @@ class StageSimulator:
 
     def _beta(self, share: float, boundary: Tensor) -> float:
         """β of the formulas: that of the settings weighs a mean over the boundary's elements (decision 2)."""
-        return self.config.beta * growth(self.config.beta_growth, share) / math.prod(boundary.shape[1:])
+        beta = self.config.beta * growth(self.config.beta_growth, share)
+        return beta / math.prod(boundary.shape[1:])
 
     def _rate_share(self) -> float:
         """The learning rate as a share of the highest so far."""
@@ -204,17 +207,22 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
     """Stages and boundaries; none with one worker."""
     if layout.chain is None:
         return [], []
-    stages: list[nn.Module] = [layout.chain.stage(*layout.units(worker)) for worker in range(layout.workers)]
+    stages: list[nn.Module] = []
+    for worker in range(layout.workers):
+        first, last = layout.units(worker)
+        stages.append(layout.chain.stage(first, last))
     boundaries: list[Boundary] = []
     shapes = layout.boundary_shapes
-    for number, (shape, nonnegative) in enumerate(zip(shapes.boundaries, layout.nonnegative, strict=True), 1):
+    device = next(layout.module.parameters()).device
+    for number, shape in enumerate(shapes.boundaries):
         if config.stored:
             boundaries.append(StoredBoundary())
             continue
-        network = make_aux_network(config, shapes.input, shape, nonnegative=nonnegative, boundary=number)
-        device = next(layout.module.parameters()).device
+        nonnegative = layout.nonnegative[number]
+        network = make_aux_network(config, shapes.input, shape, nonnegative=nonnegative, boundary=number + 1)
+        network.to(device, shapes.dtype)
         beta = config.beta / math.prod(shape)
-        boundaries.append(NetworkBoundary(network.to(device, shapes.dtype), beta, config.aux_learning_rate))
+        boundaries.append(NetworkBoundary(network, beta, config.aux_learning_rate))
     return stages, boundaries
 
 

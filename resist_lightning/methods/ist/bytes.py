@@ -37,13 +37,15 @@ def _inner_entries(row_layer: int, column_layer: int, plan: NeuronPlan) -> list[
         # From the slice: the columns that the next holder of the row trains too go to it, the others to the keeper.
         for row in rows.held[worker]:
             (target,) = next_rows.holders(row)
+            going_along = moving[worker][target]
             if target != worker:
-                entries += moving[worker][target]
+                entries += going_along
             if row not in kept:
-                entries += len(columns.held[worker]) - moving[worker][target]
+                entries += len(columns.held[worker]) - going_along
         # From the store: columns that the next holder begins to train and the last holder did not have.
         for row in kept:
-            (source,), (target,) = rows.holders(row), next_rows.holders(row)
+            (source,) = rows.holders(row)
+            (target,) = next_rows.holders(row)
             if target != worker:
                 entries += len(next_columns.held[target]) - moving[source][target]
         sent.append(entries)
@@ -54,6 +56,7 @@ def _overlaps(before: Partition, after: Partition) -> list[list[int]]:
     """By old and new worker, how many neurons go from one to the other."""
     counts = [[0] * after.workers for _ in range(before.workers)]
     for neuron in range(before.blocks):
-        (source,), (target,) = before.holders(neuron), after.holders(neuron)
+        (source,) = before.holders(neuron)
+        (target,) = after.holders(neuron)
         counts[source][target] += 1
     return counts

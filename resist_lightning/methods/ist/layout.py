@@ -61,8 +61,10 @@ class NeuronLayout(Layout):
                 )
         self._refuse_single_neurons()
         tensors = named_tensors(module)
-        self.shared = {name: tensor for name, tensor in tensors.items() if name not in self.neurons.cuts}
-        self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in self.neurons.cuts}
+        cuts = self.neurons.cuts
+        self.shared = {name: tensor for name, tensor in tensors.items() if name not in cuts}
+        # Kept, as the tensors themselves shrink to slices in training.
+        self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in cuts}
         self._widths = tuple(layer.width for layer in self.neurons.layers)
         self._shares = [blocks_per_worker(width, workers, 0) for width in self._widths]
         # A sync asks again and again for the partitions of two rounds.
@@ -122,6 +124,7 @@ class NeuronLayout(Layout):
 
     @override
     def identity(self) -> dict[str, Any]:
+        # All that the partition of a round follows from, and so which neurons a slice is of.
         return {
             "neurons": [[layer.name, layer.width] for layer in self.neurons.layers],
             "workers": self.workers,
@@ -147,11 +150,11 @@ class NeuronLayout(Layout):
                     tensors[name] = tensor
             for name, cut in self.neurons.cuts.items():
                 shape = tuple(self.shapes[name])
-                part = Part(cut, shape, own["tensors"][name], own["store"].get(name))
+                part = Part(cut, shape, worker, own["tensors"][name], own["store"].get(name))
                 tensors.setdefault(name, torch.empty(shape, dtype=part.tensor.dtype))
-                full = Part(cut, shape, tensors[name])
+                full = Part(cut, shape, worker, tensors[name])
                 for piece in full_pieces(cut, held, worker):
-                    full.put(piece, held, worker, part.take(piece, held, worker))
+                    full.put(piece, held, part.take(piece, held))
         return tensors
 
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> NeuronPlan:
@@ -195,6 +198,7 @@ class NeuronLayout(Layout):
         holders = []
         for round in range(min(rounds, SHOWN_ROUNDS)):
             partition = self.partition(round)[0]
+            # A neuron has one holder.
             holders.append([partition.holders(neuron)[0] for neuron in shown])
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 

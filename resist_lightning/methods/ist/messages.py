@@ -54,11 +54,12 @@ class Messages:
         expected: dict[int, list[KeyedPiece]] = defaultdict(list)
         stays: list[Arrived] = []
         kinds: Counter[str] = Counter()
+        # In the order of the list, which is how the other end unpacks them.
         for key, piece in pieces:
             if piece.source != self._worker:
                 expected[piece.source].append((key, piece))
                 continue
-            values = parts[key].take(piece, held, self._worker)
+            values = parts[key].take(piece, held)
             if piece.target == self._worker:
                 stays.append(((key, piece), values))
             else:
@@ -82,13 +83,15 @@ class Messages:
         """
         mine: list[Arrived] = []
         for key, piece in _all_pieces(parts, held, self._worker):
-            mine.append(((key, piece), parts[key].take(piece, held, self._worker)))
+            values = parts[key].take(piece, held)
+            mine.append(((key, piece), values))
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
         expected = {peer: _all_pieces(parts, held, peer) for peer in peers}
         # All peers get the same buffers, so they are packed once.
         flats = self._pack([values for _, values in mine]) if peers else []
-        sent = sum(flat.nbytes for flat in flats) * len(peers)
-        return mine + self._exchange(dict.fromkeys(peers, flats), expected, parts, Counter({kind: sent}))
+        sends = dict.fromkeys(peers, flats)
+        sent = len(peers) * sum(flat.nbytes for flat in flats)
+        return mine + self._exchange(sends, expected, parts, Counter({kind: sent}))
 
     def _exchange(
         self,
@@ -101,8 +104,9 @@ class Messages:
         likes: dict[int, list[Tensor]] = defaultdict(list)
         for peer, pieces in expected.items():
             for key, piece in pieces:
-                part = parts[key]
-                likes[peer].append(torch.empty(part.entries(piece), dtype=part.tensor.dtype, device="meta"))
+                entries, dtype = parts[key].entries(piece), parts[key].tensor.dtype
+                like = torch.empty(entries, dtype=dtype, device="meta")
+                likes[peer].append(like)
         receives = {peer: empty_like_packed(likes[peer], self._device) for peer in expected}
         buffers = {peer: flats.values() for peer, flats in receives.items()}
         self._collective.exchange(all_sendable(sends), all_sendable(buffers), kinds)

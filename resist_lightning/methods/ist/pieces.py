@@ -23,6 +23,7 @@ class Part:
     Args:
         cut: how it is divided.
         whole: its shape in the full model.
+        worker: the worker.
         tensor: the slice, or the full tensor.
         store: the rows that this worker keeps, with all columns, on the CPU; None if it keeps none.
         kind: how its bytes are counted.
@@ -30,21 +31,23 @@ class Part:
 
     cut: Cut
     whole: tuple[int, ...]
+    worker: int
     tensor: Tensor
     store: Tensor | None = None
     kind: str = "hand_over"
 
-    def take(self, piece: Piece, held: Sequence[Partition], worker: int) -> Tensor:
+    def take(self, piece: Piece, held: Sequence[Partition]) -> Tensor:
         """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
-        view, dimension, index = self._place(piece, piece.leaves, held, worker)
+        view, dimension, index = self._place(piece, piece.leaves, held)
         return view.index_select(dimension, index).flatten().to(self.tensor.device)
 
-    def put(self, piece: Piece, held: Sequence[Partition], worker: int, flat: Tensor) -> None:
+    def put(self, piece: Piece, held: Sequence[Partition], flat: Tensor) -> None:
         """Write the entries of a piece that arrives."""
-        view, dimension, index = self._place(piece, piece.enters, held, worker)
+        view, dimension, index = self._place(piece, piece.enters, held)
         shape = list(view.shape)
         shape[dimension] = len(index)
-        view.index_copy_(dimension, index, flat.view(shape).to(view.device))
+        values = flat.view(shape)
+        view.index_copy_(dimension, index, values.to(view.device))
         tensor = self._in(piece.enters)
         # `reshape` copies where an optimizer keeps state in another memory format.
         if view.data_ptr() != tensor.data_ptr():
@@ -64,21 +67,22 @@ class Part:
         assert tensor is not None
         return tensor.detach()
 
-    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition], worker: int) -> tuple[Tensor, int, Tensor]:
+    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition]) -> tuple[Tensor, int, Tensor]:
         """Where a piece is: a view of the tensor, a dimension of the view, and the places along it."""
         tensor = self._in(frame)
         rows, columns, rest = _folded(tensor.shape, self.cut)
-        along_rows = self._along_rows(piece.rows, frame, held, worker)
-        along_columns = self._along_columns(piece.columns, frame, held, worker)
+        along_rows = self._along_rows(piece.rows, frame, held)
+        along_columns = self._along_columns(piece.columns, frame, held)
         if along_rows is None:
             assert along_columns is not None
             return tensor.reshape(rows, columns, rest), 1, along_columns.to(tensor.device)
         if along_columns is None:
             return tensor.reshape(rows, columns * rest), 0, along_rows.to(tensor.device)
+        # Every row with every column: the places in a matrix of rows that stand one behind the other.
         both = along_rows.unsqueeze(1) * columns + along_columns
         return tensor.reshape(rows * columns, rest), 0, both.flatten().to(tensor.device)
 
-    def _along_rows(self, rows: Indices | None, frame: Frame, held: Sequence[Partition], worker: int) -> Tensor | None:
+    def _along_rows(self, rows: Indices | None, frame: Frame, held: Sequence[Partition]) -> Tensor | None:
         if rows is None:
             return None
         if frame == "full":
@@ -86,26 +90,25 @@ class Part:
         assert self.cut.rows is not None
         layer = held[self.cut.rows]
         if frame == "store":
-            return _positions(rows, kept_rows(layer.blocks, layer.workers, worker))
-        return _positions(rows, layer.held[worker])
+            return _positions(rows, kept_rows(layer.blocks, layer.workers, self.worker))
+        return _positions(rows, layer.held[self.worker])
 
-    def _along_columns(
-        self, columns: Indices | None, frame: Frame, held: Sequence[Partition], worker: int
-    ) -> Tensor | None:
+    def _along_columns(self, columns: Indices | None, frame: Frame, held: Sequence[Partition]) -> Tensor | None:
         if columns is None:
             return None
         # A store has all columns of its rows, as the full tensor has.
         if frame != "slice":
             return _index(columns)
         assert self.cut.columns is not None
-        return _positions(columns, held[self.cut.columns].held[worker])
+        return _positions(columns, held[self.cut.columns].held[self.worker])
 
 
 def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:
     """Rows, columns, and entries for each row and column."""
     if cut.columns is None:
         return shape[0], 1, prod(shape[1:])
-    return shape[0], shape[1] // cut.repeat, cut.repeat * prod(shape[2:])
+    columns = shape[1] // cut.repeat
+    return shape[0], columns, cut.repeat * prod(shape[2:])
 
 
 def _positions(neurons: Indices, known: Sequence[int]) -> Tensor:

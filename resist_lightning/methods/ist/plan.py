@@ -76,8 +76,11 @@ def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piec
         before: the partitions of the hidden layers in this round.
         worker: the sender.
     """
-    rows = before[cut.rows].held[worker] if cut.rows is not None else None
-    columns = before[cut.columns].held[worker] if cut.columns is not None else None
+    rows = columns = None
+    if cut.rows is not None:
+        rows = before[cut.rows].held[worker]
+    if cut.columns is not None:
+        columns = before[cut.columns].held[worker]
     found = [Piece(worker, 0, rows, columns, enters="full")]
     if cut.rows is not None and cut.columns is not None:
         row_layer, column_layer = before[cut.rows], before[cut.columns]
@@ -102,7 +105,8 @@ def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
             moved = _common(before.held[source], set(after.held[target]))
             if not moved:
                 continue
-            rows, columns = (moved, None) if cut.rows is not None else (None, moved)
+            rows = moved if cut.rows is not None else None
+            columns = moved if cut.columns is not None else None
             yield Piece(source, target, rows, columns)
 
 
@@ -118,6 +122,7 @@ def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: in
             if not rows:
                 continue
             old, new = columns_before.held[holder], columns_after.held[next_holder]
+            # The columns of these rows: trained before and after, before only, after only.
             both = _common(old, set(new))
             gone, begun = _without(old, both), _without(new, both)
             if both:

@@ -55,7 +55,7 @@ class NeuronSimulator:
         self.clock = Clock(config.local_steps)
         self.neurons = find_neurons(module, config.layers)
         self._template = copy.deepcopy(module)
-        self.full = {}
+        self.full: dict[str, Tensor] = {}
         for name, tensor in named_tensors(module).items():
             self.full[name] = tensor.detach().clone()
         self.workers = []
@@ -81,6 +81,7 @@ class NeuronSimulator:
             batch_norm: another policy than that of the settings, to compare on one training.
         """
         batch_norm = batch_norm or self.config.batch_norm
+        # As if the round ended here; the workers are not touched.
         full, state = copy.deepcopy(self._template), self._written_back()
         with torch.no_grad():
             for name, tensor in named_tensors(full).items():
@@ -108,8 +109,10 @@ class NeuronSimulator:
         self._hooks = []
         for index, worker in enumerate(self.workers):
             for name, tensor in worker.tensors().items():
+                # Before the data: torch refuses a gradient of another shape.
                 tensor.grad = None
-                tensor.data = self.full[name][self._index(name, index)].clone()
+                index_in_full = self._index(name, index)
+                tensor.data = self.full[name][index_in_full].clone()
             for size in self.neurons.sizes:
                 held = self.partitions()[size.layer].held[index]
                 width = len(held) * size.repeat
@@ -173,7 +176,9 @@ class NeuronSimulator:
             for number, optimizer in enumerate(worker.optimizers):
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor) and value.dim():
-                        whole = state.setdefault((number, name, key), torch.zeros_like(self.full[name]))
+                        # Zeros where nobody has trained yet.
+                        zeros = torch.zeros_like(self.full[name])
+                        whole = state.setdefault((number, name, key), zeros)
                         whole[self._index(name, index)] = value
         return state
 

@@ -73,9 +73,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         counters = self._counters(known)
         slices: list[tuple[str, Piece, Tensor]] = []
         # Slices and stores are copied out first: to make room, the full tensors are given up.
-        for key, part in {**self._parts(), **self._parts_of_state(known)}.items():
+        whole = {**self._parts(), **self._parts_of_state(known)}
+        for key, part in whole.items():
             piece = self._own_slice(part, held)
-            slices.append((key, piece, part.take(piece, held, self._worker)))
+            slices.append((key, piece, part.take(piece, held)))
             if self._needs_store(part):
                 mine = kept_rows(part.whole[0], self._layout.workers, self._worker)
                 rows = part.tensor.detach()[mine.start : mine.stop]
@@ -84,7 +85,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         # The tensors have the shapes of slices now; the optimizers' state of them must follow before it is filled.
         parts = {**self._parts(), **self._new_state(counters)}
         for key, piece, values in slices:
-            parts[key].put(piece, held, self._worker, values)
+            parts[key].put(piece, held, values)
         self._states.take_numbers()
 
     @override
@@ -147,7 +148,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         parts = {}
         for name, cut in self._layout.neurons.cuts.items():
             shape = tuple(self._layout.shapes[name])
-            parts[name] = Part(cut, shape, self._subnet.tensors[name], self._store.get(name))
+            tensor, store = self._subnet.tensors[name], self._store.get(name)
+            parts[name] = Part(cut, shape, self._worker, tensor, store)
         return parts
 
     def _own_slice(self, part: Part, held: Sequence[Partition]) -> Piece:
@@ -161,8 +163,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _needs_store(self, part: Part) -> bool:
         """Whether some entries of a tensor are in nobody's slice in some round, so that a keeper must store them."""
-        if self._layout.workers == 1 or part.cut.rows is None or part.cut.columns is None:
+        inner = part.cut.rows is not None and part.cut.columns is not None
+        if self._layout.workers == 1 or not inner:
             return False
+        # Under "keep", only state of entries that stay in a slice is kept.
         return part.kind != "state" or self._layout.config.momentum == "travel"
 
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
@@ -173,7 +177,9 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             # Many tensors are cut alike, and planning takes time that grows with the square of the workers.
             if part.cut not in planned:
                 planned[part.cut] = pieces(part.cut, plan, self._worker)
-            moving += [(key, piece) for piece in planned[part.cut] if self._moves(part, piece)]
+            for piece in planned[part.cut]:
+                if self._moves(part, piece):
+                    moving.append((key, piece))
         return moving
 
     def _moves(self, part: Part, piece: Piece) -> bool:
@@ -212,7 +218,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             cut = self._layout.neurons.cuts[name]
             shape = tuple(self._layout.shapes[name])
             for key, slot in self._slots(name).items():
-                parts[key] = Part(cut, shape, slot, self._store.get(key), "state")
+                store = self._store.get(key)
+                parts[key] = Part(cut, shape, self._worker, slot, store, "state")
         return parts
 
     def _slots(self, name: str) -> dict[str, Tensor]:
@@ -240,7 +247,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def _put(self, parts: dict[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
-            parts[key].put(piece, plan.after, self._worker, values)
+            parts[key].put(piece, plan.after, values)
 
 
 def _parameter_of(key: str) -> str:

@@ -90,11 +90,14 @@ def convolutions(input_shape: Sequence[int], boundary_shape: Sequence[int], widt
     halvings = int(math.log2(max(1.0, min(wanted, possible))))
     widest = max(width, boundary_shape[0])
     widths = [min(width * 2**halving, widest) for halving in range(halvings + 1)]
-    layers: list[nn.Module] = [*_layer(input_shape[0], widths[0], stride=1)]
+    layers = _layer(input_shape[0], widths[0], stride=1)
     for before, after in itertools.pairwise(widths):
         layers += _layer(before, after, stride=2)
     layers += _layer(widths[-1], widths[-1], stride=1)
-    return nn.Sequential(*layers, ResizeTo(boundary_shape[1:]), nn.Conv2d(widths[-1], boundary_shape[0], 1))
+    # Halvings come close to the boundary's size only.
+    resize = ResizeTo(boundary_shape[1:])
+    project = nn.Conv2d(widths[-1], boundary_shape[0], kernel_size=1)
+    return nn.Sequential(*layers, resize, project)
 
 
 def make_aux_network(
@@ -112,7 +115,9 @@ def make_aux_network(
     Raises:
         StageSelectionError: if the user's network gives another shape, or there is no default one for these shapes.
     """
-    asked = (boundary_shape[0] * (2 if config.multipliers else 1), *boundary_shape[1:])
+    heads = 2 if config.multipliers else 1
+    asked = (heads * boundary_shape[0], *boundary_shape[1:])
+    # As in the simulator, whatever was drawn before; the user's generators stay where they are.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(config.seed, boundary))
         if config.aux_network is None:
@@ -126,7 +131,8 @@ def make_aux_network(
 
 
 def _layer(before: int, after: int, *, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def _check_shape(body: nn.Module, input_shape: tuple[int, ...], asked: tuple[int, ...]) -> None:

@@ -35,7 +35,9 @@ def contents(x: Tensor) -> list[bytes]:
     rows = x.detach().cpu().contiguous().flatten(1)
     names = []
     for row in rows.view(torch.uint8).numpy():
-        names.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
+        # Short, as a store has one for each sample; 16 bytes do not collide.
+        digest = hashlib.blake2b(row.tobytes(), digest_size=16)
+        names.append(digest.digest())
     return names
 
 
@@ -57,13 +59,17 @@ class SampleStore:
 
     def get(self, names: Sequence[bytes], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Guesses and multipliers of known samples, (batch, ...) each."""
-        rows = torch.stack([self._rows[name] for name in names], dim=1).to(device)
-        return rows[0], rows[1] if self._multipliers else None
+        rows = [self._rows[name] for name in names]
+        # The guesses first, then the multipliers.
+        values = torch.stack(rows, dim=1).to(device)
+        return values[0], values[1] if self._multipliers else None
 
     def put(self, names: Sequence[bytes], guess: Tensor, multiplier: Tensor | None) -> None:
         """Keep those of some samples; of one that stands in the batch twice, the last."""
-        parts = [guess] if multiplier is None else [guess, multiplier]
-        rows = torch.stack([part.detach().cpu() for part in parts], dim=1)
+        parts = [guess.detach().cpu()]
+        if multiplier is not None:
+            parts.append(multiplier.detach().cpu())
+        rows = torch.stack(parts, dim=1)
         for name, row in zip(names, rows, strict=True):
             # A view would keep the rows of the whole batch.
             self._rows[name] = row.clone()

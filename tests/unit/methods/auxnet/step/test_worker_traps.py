@@ -16,7 +16,7 @@ from resist_lightning.methods.auxnet.step.store import Samples
 from tests.helpers.lagrangian import gradients_of_lagrangian
 from tests.helpers.stages import TanhBlock, load_guess, make_staged, two_layers
 from tests.helpers.threads import ThreadCollective, run_threads
-from tests.unit.methods.auxnet.test_stage_worker import CUTS, Problem, assert_parallel_gradients, make_problem
+from tests.unit.methods.auxnet.step.test_worker import CUTS, Problem, assert_parallel_gradients, make_problem
 
 METHODS = ["penalty", "al-net", "penalty-store", "al-store"]
 
