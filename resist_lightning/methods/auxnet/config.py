@@ -53,7 +53,7 @@ class StageConfig(CommonConfig):
 
     trains_alone: ClassVar[bool] = False
 
-    momentum: MomentumPolicy = "keep"
+    momentum: MomentumPolicy = "keep"  # a stage never moves, so its state has nowhere to travel
     method: AuxMethod = "penalty"
     beta: float = 1.0
     beta_growth: float = 1.0
@@ -84,6 +84,7 @@ class StageConfig(CommonConfig):
             raise ValueError(f"beta_growth={self.beta_growth!r} must be at least 1 (1 leaves beta as it is).")
         if self.lambda_step is not None and not 0 < self.lambda_step <= 1:
             raise ValueError(f"lambda_step={self.lambda_step!r} must lie in (0, 1]; None takes the default.")
+        # A string is a sequence of strings, too.
         if isinstance(self.cuts, str):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names, e.g. ['layer2'].")
 

@@ -71,6 +71,7 @@ class StageLayout(Layout):
     def prepare(self, example: Tensor, collective: Collective) -> None:
         if self.chain is None:
             return
+        # Also where the cuts are known: the shapes of what crosses them are not.
         self.measured = measure(self.chain, example)
         if self._wanted is not None:
             self.cuts = self._wanted
@@ -123,6 +124,7 @@ class StageLayout(Layout):
 
     @override
     def partition(self, round: int) -> Partition:
+        # Stages never move.
         held = tuple((worker,) for worker in range(self.workers))
         return Partition(held, self.workers)
 
@@ -133,6 +135,7 @@ class StageLayout(Layout):
 
     @override
     def identity(self) -> dict[str, Any]:
+        # A worker's own tensors are its stage, and its auxiliary network or store.
         return {"stages": self.parts(), "method": self.config.method, "aux_width": self.config.aux_width}
 
     @override
@@ -142,6 +145,7 @@ class StageLayout(Layout):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
+        # Cuts that the settings name come first.
         if self.chain is None or state.get("workers") != self.workers or self.config.cuts is not None:
             return
         cuts = tuple(map(int, state.get("cuts", ())))
@@ -221,6 +225,7 @@ def _refuse_scripted(network: nn.Module) -> None:
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:
     inside = set(network.modules())
+    # A module may have several names: what counts is whose tensor it is.
     for names in names_of_tensors(module).values():
         owners = {module.get_submodule(name.rpartition(".")[0]) for name in names}
         if owners & inside and owners - inside:

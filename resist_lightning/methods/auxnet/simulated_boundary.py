@@ -102,6 +102,7 @@ class StoredBoundary(Boundary):
     @override
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
         for sample, its_guess, its_multiplier in zip(x, guess, multiplier, strict=True):
+            # Views would keep the whole batch.
             self.table[_name(sample)] = its_guess.clone(), its_multiplier.clone()
 
 

@@ -70,6 +70,7 @@ class NeuronSimulator:
         self.clock.tick()
         if self.clock.due:
             self.full = self._written_back()
+            # Read before the partition changes with the round.
             states = [self._state_of(index) for index in range(len(self.workers))]
             self.clock.next_round()
             self._begin_round(states)
@@ -86,6 +87,7 @@ class NeuronSimulator:
         with torch.no_grad():
             for name, tensor in named_tensors(full).items():
                 tensor.copy_(state[name])
+        # Before the first step there are no inputs to estimate statistics on.
         recorded = all(worker.recorder.calls for worker in self.workers)
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())

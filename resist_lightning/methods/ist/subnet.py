@@ -61,6 +61,7 @@ class Subnet:
             self.tensors[name].grad = gradient
         self.gradients = {}
         self._hooks = []
+        # Also after an evaluation, in which the full model computes without them.
         for name, layer in layout.neurons.rescaled:
             self._hook(name, _Scaled(layers[layer].width / widths[layer]))
         for name, values in layout.neurons.assumed:
@@ -78,6 +79,7 @@ class Subnet:
 
     def leave(self) -> None:
         """After an error in training: make what is left of the subnet raise where it is read."""
+        # A module that is whole can be used as it is.
         if self._hooks is None or self._layout.workers == 1:
             return
         self._unhook()

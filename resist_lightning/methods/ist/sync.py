@@ -107,6 +107,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
         self._leave_out(plan)
+        # Between two syncs only: right after one, replicas are equal.
         if unequal:
             replicas = list(self._averaged(plan).values())
             self.exchange.average(replicas, kind, plan.left_out)

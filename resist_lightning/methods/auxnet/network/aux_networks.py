@@ -59,6 +59,7 @@ class ResizeTo(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) to (batch, channels, *size)."""
+        # The usual case; pooling would copy.
         if x.shape[-2:] == self.size:
             return x
         height, width = self.size
@@ -150,4 +151,5 @@ def _check_shape(body: nn.Module, input_shape: tuple[int, ...], asked: tuple[int
 
 def _seed(seed: int, boundary: int) -> int:
     digest = hashlib.sha256(f"auxiliary network {seed} {boundary}".encode()).digest()
+    # torch takes seeds of 63 bits everywhere.
     return int.from_bytes(digest[:8], "big") % 2**63

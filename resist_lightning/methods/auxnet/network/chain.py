@@ -40,6 +40,7 @@ class Stage(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last unit for ``x``, an input of the first."""
+        # With the network as `self`, the generated code finds what the network has now.
         output: Tensor = type(self.parts).forward(self._network[0], x)
         return output
 
@@ -132,6 +133,7 @@ def find_chain(module: nn.Module, network: str | None = None) -> Chain:
         root = module.get_submodule(name)
         tracer, entry, exit = trace_network(root, name)
         missed = unreached(root, entry.graph)
+        # The user may mean another network than the one with all blocks, but must name it.
         if network is None and missed:
             raise StageSelectionError(
                 f"the forward of {describe(name)} does not call the residual blocks {missed}. If they are of another "

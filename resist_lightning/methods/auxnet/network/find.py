@@ -58,6 +58,7 @@ def check_network(module: nn.Module, name: str) -> None:
     if name not in names:
         known = [child for child, _ in module.named_children()]
         raise StageSelectionError(f"network={name!r} is not found in the module; it has {', '.join(known)}.")
+    # A forward that was replaced on the object is refused later, with its own reason.
     if not has_forward(names[name]) and "forward" not in vars(names[name]):
         raise StageSelectionError(
             f"network={name!r} has no forward of its own, so there is nothing to cut; name a module that is called."

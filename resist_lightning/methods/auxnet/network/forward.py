@@ -53,6 +53,7 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
             f"{describe(name)} is compiled as a whole (torch.compile), and cannot be cut any more. Compile its blocks "
             "instead, each by block.compile()."
         )
+    # The tracer follows the class's forward.
     if "forward" in vars(network):
         raise StageSelectionError(
             f"{describe(name)} cannot be cut into stages: its forward was replaced on the object. Put the new forward "

@@ -56,7 +56,7 @@ class Cuts:
         self, network: nn.Module, tracer: ChainTracer, entry: fx.Node, exit: fx.Node, blocks: Collection[str]
     ) -> None:
         self._network = network
-        self._calls = tracer.calls
+        self._calls = tracer.calls  # how often each module was called
         self._entry, self._exit = entry, exit
         self._blocks = blocks
         self._nodes = computing(entry)
@@ -150,6 +150,7 @@ class Cuts:
 
 def computing(entry: fx.Node) -> list[fx.Node]:
     """The nodes of a graph that compute: no inputs, tensors that are read, or checks of optional arguments."""
+    # Optional arguments have their defaults: what depends on them alone is settled.
     checks = {node for node in entry.graph.nodes if node.op == "placeholder" and node is not entry}
     nodes = []
     for node in entry.graph.nodes:
@@ -164,6 +165,7 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
     """Neighbouring units as one module with the network's own submodules, parameters and buffers."""
     graph = fx.Graph()
     entry = graph.placeholder("x")
+    # A block may write into its input, which belongs to the worker.
     made = {units[0].entry: graph.call_method("clone", (entry,)) if copies_input else entry}
     for unit in units:
         for node in unit.nodes:

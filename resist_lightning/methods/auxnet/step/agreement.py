@@ -45,6 +45,7 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
     """
     mine = {name: _summary(tensor) for name, tensor in named.items()}
     text = json.dumps(mine).encode()
+    # In the usual case these two numbers are all that is sent.
     rows = collective.gather_numbers([len(text), zlib.crc32(text)])
     if all(row == rows[0] for row in rows):
         return

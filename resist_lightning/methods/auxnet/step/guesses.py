@@ -69,6 +69,7 @@ class Guesses(ABC):
         given, multiplier = guess
         penalty = self._penalty(share)
         after = penalty.next_guess(given, truth, multiplier, penalty.in_units_of_guess(gradient))
+        # Seldom, as the guess must settle first: with every step the two may diverge.
         if multiplier is not None and step % self._config.multiplier_every == 0:
             multiplier = next_multiplier(given, truth, multiplier)
         self._mismatch += mismatch(given, truth)
@@ -94,6 +95,7 @@ class Guesses(ABC):
         return mean
 
     def _learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, share: float) -> None:
+        # In units of the first beta: a store then needs no pass when beta grows.
         if multiplier is not None:
             multiplier = multiplier * self._growth(share)
         self.learn(x, guess, multiplier, share)
@@ -191,6 +193,7 @@ class NetworkGuesses(Guesses):
             multiplier = multiplier.detach()
         return guess.detach(), multiplier
 
+    # The last batch may be finished inside an evaluation, where no gradients are recorded.
     @override
     @torch.inference_mode(mode=False)
     @torch.enable_grad()
@@ -209,6 +212,7 @@ class NetworkGuesses(Guesses):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        # On the CPU, so that a checkpoint loads on any device.
         network = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
         return {"network": network, "optimizer": self.optimizer.state_dict()}
 

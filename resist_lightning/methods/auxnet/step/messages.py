@@ -15,6 +15,7 @@ from resist_lightning.comm.collective import Collective, Finish
 class Tag(IntEnum):
     """The content of a message."""
 
+    # Several may be under way between two workers; a receive takes the one of its tag.
     TARGET = 1
     """λ + u, to the worker before."""
     TRUTH = 2
@@ -103,6 +104,7 @@ class Messages:
 
     def send_output(self, output: Tensor) -> None:
         """To all other workers; call it on the last one."""
+        # Not a broadcast: the others post their receives early, and take the output when they need it.
         for worker in range(self._collective.workers - 1):
             self._send(Tag.OUTPUT, worker, output, "output")
 
@@ -121,5 +123,6 @@ class Messages:
         return Expected(buffer, self._collective.start_receive(buffer, source, tag))
 
     def _send(self, tag: Tag, target: int, tensor: Tensor, kind: str) -> None:
+        # Under autocast, a stage computes in another data type than the receiver expects.
         message = tensor.detach().to(self._shapes.dtype)
         self._under_way.append(self._collective.start_send(message, target, tag, kind))

@@ -27,7 +27,7 @@ Name: TypeAlias = Literal[
 """The parts of a step, in this order; ``data`` is all that is outside of steps. ``loss`` is what the user's step does
 with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
 
-KEPT_STEPS = 15
+KEPT_STEPS = 15  # enough for a median
 
 NAMES: tuple[Name, ...] = get_args(Name)
 
@@ -151,6 +151,7 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
     Args:
         workers: for each, the mean seconds of each of :data:`NAMES` in a step.
     """
+    # In a round of serial steps only, nothing was recorded.
     if not workers or not all(row["forward"] for row in workers):
         return None
     waits = [sum(row[name] for name in _WAITS) for row in workers]
@@ -166,6 +167,7 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
 
 def measured_speedup(workers: Sequence[Mapping[str, float]]) -> float:
     """Seconds of a step of one process that trains all stages, over those of a step here."""
+    # One process would compute all stages, one behind the other.
     stages = sum(row["forward"] + row["backward"] for row in workers)
     alone = _done_by_all(workers) + stages
     return alone / max(sum(row.values()) for row in workers)

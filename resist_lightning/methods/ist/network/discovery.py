@@ -39,6 +39,7 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
             a chosen layer cannot be divided.
     """
     traces = trace(module, _chooser(choice))
+    # Who names the layers has decided which of two equal networks is meant.
     if choice is None:
         _refuse_twins(traces)
     flows = [Flow(traced) for traced in traces]
@@ -157,6 +158,7 @@ def _refuse(chosen: Sequence[Layer], layers: Sequence[Layer]) -> None:
     bad = [layer for layer in chosen if layer.problems]
     if not bad:
         return
+    # One reason a layer: the first, which is the nearest in the forward.
     lines = []
     for layer in bad[:_SHOWN]:
         lines.append(f"hidden layer {layer.name!r} cannot be dealt out: its neurons {layer.problems[0]}.")

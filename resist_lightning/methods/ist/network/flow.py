@@ -176,6 +176,7 @@ class Flow:
         name, module = self._traced.called(node)
         if isinstance(module, Weighted):
             return self._weighted(node, name, module, value)
+        # Of whole values, a norm's vectors are whole, too.
         if isinstance(module, NORMS):
             return self._norm(node, name, module, value) if value else None
         if isinstance(module, nn.PReLU):
@@ -231,6 +232,7 @@ class Flow:
         layer = self.layers[value.layer]
         layer.columns[f"{name}.weight"] = repeat
         layer.sizes.append((name, attribute, repeat))
+        # A norm makes up for the smaller sum.
         if not self._goes_into_norm(node):
             layer.rescaled.append(name)
 
@@ -254,6 +256,7 @@ class Flow:
         return value
 
     def _prelu(self, node: fx.Node, name: str, module: nn.PReLU, value: Divided) -> Divided:
+        # One slope for all neurons is whole on every worker.
         if module.num_parameters == 1:
             return value
         if module.num_parameters != value.width:

@@ -11,6 +11,7 @@ from resist_lightning.methods.ist.network.tracing import Weighted
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TRANSPARENT = (nn.Identity, dropout._DropoutNd)
+# Not Softmax and the like, which sum over all neurons, nor PReLU, which may have parameters per neuron.
 _ELEMENTWISE_MODULES = (
     nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
@@ -81,6 +82,7 @@ def titled(name: str, module: nn.Module) -> str:
 
 def torch_class(module: nn.Module) -> str:
     """Name of the class in torch.nn that a module is of, or descends from."""
+    # A user's class has a name of its own, which tells nothing of its dimensions.
     return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
 
 

@@ -68,6 +68,7 @@ DROPOUTS = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 )
 
+# Functions, methods and operators by one name each: in-place ones are asked for without their underscore.
 _ELEMENTWISE_NAMES = """
     relu relu6 leaky_relu rrelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink softplus
     softshrink softsign tanhshrink threshold logsigmoid sigmoid tanh sin cos tan asin acos atan sinh cosh asinh acosh
@@ -153,6 +154,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         raise NotPerNeuron(_combined(name))
     if name in _POOLING | _RESIZING:
         return over_positions(value, f"{name}()", name)
+    # What is not known is refused: a wrong guess would train another network in silence.
     special: dict[str, Callable[[fx.Node, Divided], Divided]] = {"flatten": _flatten, "pad": _pad}
     special.update(dict.fromkeys(_REDUCTIONS, _reduce))
     if name not in special:
@@ -241,6 +243,7 @@ def shape_entry(shape: Shape, index: Any) -> Value:
 
 def entries_per_neuron(value: Divided, size: int, consumer: str) -> int:
     """How many neighbouring entries each neuron has among the ``size`` inputs of a layer."""
+    # Flattened positions; features and channels have one entry.
     if value.form == "flat" and size % value.width == 0:
         return size // value.width
     if value.form != "flat" and size == value.width:

@@ -90,6 +90,7 @@ def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module],
 
 def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules with a forward of their own, as far as they have layers that train."""
+    # What is inside a module with a forward is traced with it.
     if has_forward(module):
         if not is_leaf(module) and _has_weights(module) and _trains(module):
             yield prefix, module
