@@ -113,7 +113,9 @@ class StageConfig(CommonConfig):
 def _name_of(factory: object) -> str:
     """The name of a factory without its address, which differs between workers."""
     name = getattr(factory, "__qualname__", None)
-    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
+    if isinstance(name, str):
+        return name
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(factory))
 
 
 def _check_above(name: str, value: object, limit: float) -> None:

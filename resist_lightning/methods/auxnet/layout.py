@@ -63,7 +63,8 @@ class StageLayout(Layout):
             _refuse_tied(module, self.chain.network)
             _refuse_scripted(self.chain.network)
             if config.cuts is not None:
-                self._wanted = self.cuts = _check_number(self.chain.positions(config.cuts), config, workers)
+                cuts = self.chain.positions(config.cuts)
+                self._wanted = self.cuts = _check_number(cuts, config, workers)
         tensors = named_tensors(module)
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in inside}
 
@@ -79,7 +80,8 @@ class StageLayout(Layout):
         entries = measure_entries(self.config, self.measured, example)
         # All workers must cut alike, so they balance by the mean of what they have measured.
         rows = collective.gather_numbers([*self._unit_seconds(), *entries])
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        columns = zip(*rows, strict=True)
+        means = [sum(column) / len(rows) for column in columns]
         units = len(self.chain.units)
         unit_seconds, entry_seconds = means[:units], means[units:]
         self.cuts = balance(unit_seconds, self.workers, entry_seconds)
@@ -151,7 +153,8 @@ class StageLayout(Layout):
         cuts = tuple(map(int, state.get("cuts", ())))
         # The state may be of another network; its cuts are taken where they are possible here.
         ascending = list(cuts) == sorted(set(cuts))
-        if cuts and ascending and cuts[0] > 0 and cuts[-1] < len(self.chain.units):
+        inside = cuts and cuts[0] > 0 and cuts[-1] < len(self.chain.units)
+        if ascending and inside:
             self._wanted = self.cuts = cuts
 
     @override
@@ -206,7 +209,7 @@ class StageLayout(Layout):
         assert self.chain is not None
         first, last = self.units(worker)
         begin = "the input" if first == 0 else f"behind {self.chain.units[first - 1]}"
-        end = "the output" if last == len(self.chain.units) else self.chain.units[last - 1]
+        end = self.chain.units[last - 1] if last < len(self.chain.units) else "the output"
         return f"from {begin} to {end}"
 
 

@@ -137,7 +137,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             if worker not in self._absent:
                 self._absent[worker] = self._memory_of(worker, tensors)
         # Other workers train these: optimizer state of them would only take room.
-        self._states.drop([tensor for tensor in absent.values() if isinstance(tensor, nn.Parameter)])
+        parameters = [tensor for tensor in absent.values() if isinstance(tensor, nn.Parameter)]
+        self._states.drop(parameters)
         for memory in self._absent.values():
             memory.free()
         if layout.companion is not None:

@@ -80,7 +80,8 @@ class NeuronLayout(Layout):
         for worker in range(self.workers):
             held = [partition.held[worker] for partition in partitions]
             # Hashed, as a checkpoint would otherwise list every neuron of every worker.
-            hashes.append(hashlib.sha256(repr(held).encode()).hexdigest()[:16])
+            digest = hashlib.sha256(repr(held).encode())
+            hashes.append(digest.hexdigest()[:16])
         return hashes
 
     @override
@@ -108,8 +109,11 @@ class NeuronLayout(Layout):
 
     def inner(self) -> dict[str, Cut]:
         """The tensors with hidden neurons on both sides, by name; their slices together are only a part of them."""
-        cuts = self.neurons.cuts.items()
-        return {name: cut for name, cut in cuts if cut.rows is not None and cut.columns is not None}
+        inner = {}
+        for name, cut in self.neurons.cuts.items():
+            if cut.rows is not None and cut.columns is not None:
+                inner[name] = cut
+        return inner
 
     def rest(self, name: str) -> int:
         """Number of a tensor's entries per neuron, or, where it has neurons on both sides, per pair of neurons."""

@@ -86,7 +86,8 @@ class Subnet:
         absence = Absence()
         absence.end_early()
         for name, tensor in self.tensors.items():
-            empty = torch.empty(self._layout.shapes[name], dtype=tensor.dtype, device="meta")
+            shape = self._layout.shapes[name]
+            empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
             # The autograd graph of the batch that failed may still use it; then it stays readable.
             with suppress(RuntimeError):
                 replace_memory(name, tensor, empty)

@@ -69,7 +69,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def begin(self, round: int) -> None:
         held = self._layout.partition(round)
         self._states.forget_odd()  # state of another shape than its parameter's cannot be divided
-        known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
+        known = []
+        for name, parameter in self._parameters.items():
+            if self._states.known(parameter):
+                known.append(name)
         counters = self._counters(known)
         slices: list[tuple[str, Piece, Tensor]] = []
         # Slices and stores are copied out first: to make room, the full tensors are given up.

@@ -65,7 +65,8 @@ class Chain:
     def stage(self, first: int, last: int) -> Stage:
         """The units ``first`` to ``last`` - 1 as one module; its submodules and parameters are the network's own."""
         self._check_range(first, last)
-        return Stage(self.network, build(self.network, self._pieces[first:last], copies_input=first > 0))
+        parts = build(self.network, self._pieces[first:last], copies_input=first > 0)
+        return Stage(self.network, parts)
 
     def names(self, first: int, last: int) -> list[str]:
         """Names in the user's module of the parameters and buffers of the units ``first`` to ``last`` - 1.

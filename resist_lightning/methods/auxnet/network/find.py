@@ -44,7 +44,9 @@ def _contents(module: nn.Module) -> list[str]:
     blocks = find_blocks(module)
     still = untrained(module, blocks)
     # A teacher is no part of the network, unless nothing else has blocks.
-    names = [block.name for block in blocks if block not in still] or [block.name for block in blocks]
+    names = [block.name for block in blocks if block not in still]
+    if not names:
+        names = [block.name for block in blocks]
     if not names:
         names = [name for name, _ in module.named_parameters()]
     if not names:
@@ -127,7 +129,8 @@ def _trains(module: nn.Module, node: fx.Node) -> bool:
         called = module.get_submodule(str(node.target))
         return any(parameter.requires_grad for parameter in called.parameters())
     if node.op == "get_attr":
-        return bool(getattr(attrgetter(str(node.target))(module), "requires_grad", False))
+        value = attrgetter(str(node.target))(module)
+        return bool(getattr(value, "requires_grad", False))
     return False
 
 

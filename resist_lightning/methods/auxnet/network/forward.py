@@ -48,7 +48,9 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     Raises:
         StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
     """
-    if network._compiled_call_impl is not None or hasattr(network, _COMPILED) or _COMPILED in name.split("."):
+    # By `compile()` in place, or wrapped by `torch.compile`, or what it has wrapped.
+    wrapped = hasattr(network, _COMPILED) or _COMPILED in name.split(".")
+    if wrapped or network._compiled_call_impl is not None:
         raise StageSelectionError(
             f"{describe(name)} is compiled as a whole (torch.compile), and cannot be cut any more. Compile its blocks "
             "instead, each by block.compile()."
@@ -61,7 +63,10 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
         )
     random, before = random_state(), _attributes(network)
     tracer = _trace(network, name)
-    changed = [path for path, value in _attributes(network).items() if before.get(path, value) != value]
+    changed = []
+    for path, value in _attributes(network).items():
+        if before.get(path, value) != value:
+            changed.append(path)
     _refuse_state(network, tracer, name, changed, drew=not _equal(random, random_state()))
     return tracer, _input(network, tracer.graph, name), _output(tracer.graph, name)
 
@@ -104,7 +109,8 @@ class _Leaves:
     def __call__(self, module: nn.Module) -> bool:
         if not self._blocks:
             return module in self._opaque or is_leaf(module)
-        return module in self._blocks or not any(child in self._blocks for child in module.modules())
+        contains_blocks = any(child in self._blocks for child in module.modules())
+        return module in self._blocks or not contains_blocks
 
 
 def _input(network: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
@@ -138,7 +144,8 @@ def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
 
 
 def _output(graph: fx.Graph, name: str) -> fx.Node:
-    returned = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    returned = output.args[0]
     what = None
     if returned is None:
         what = "None"

@@ -67,7 +67,8 @@ class Cuts:
                 self._ends[node] = name
         self._last_use: dict[fx.Node, int] = {}
         for node in [entry, *self._nodes]:
-            self._last_use[node] = max(map(self._place_of_user, node.users), default=-1)
+            uses = [self._place_of_user(user) for user in node.users]
+            self._last_use[node] = max(uses, default=-1)
         self._tensors = [_tensors(network, node) for node in self._nodes]
         # Of each tensor: from the first node that uses it to before the last one.
         self._span: dict[int, range] = {}
@@ -166,7 +167,9 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
     graph = fx.Graph()
     entry = graph.placeholder("x")
     # A block may write into its input, which belongs to the worker.
-    made = {units[0].entry: graph.call_method("clone", (entry,)) if copies_input else entry}
+    made = {units[0].entry: entry}
+    if copies_input:
+        made[units[0].entry] = graph.call_method("clone", (entry,))
     for unit in units:
         for node in unit.nodes:
             # Tensors that the forward reads itself are no nodes of a unit, and come in where they are used first.

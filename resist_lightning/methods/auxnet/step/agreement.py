@@ -49,7 +49,8 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
     rows = collective.gather_numbers([len(text), zlib.crc32(text)])
     if all(row == rows[0] for row in rows):
         return
-    summaries: list[Summary] = [json.loads(text) for text in collective.gather_bytes(text)]
+    gathered = collective.gather_bytes(text)
+    summaries: list[Summary] = [json.loads(text) for text in gathered]
     differences = "; ".join(_differences(summaries))
     raise WorkersDisagree(f"{where}: the workers do not see the same batch: {differences}. {WAYS_OUT}")
 
@@ -105,7 +106,8 @@ def _differences(summaries: list[Summary]) -> list[str]:
 def _samples(tensors: list[dict[str, Any]]) -> str:
     """In which samples, and between which workers."""
     sums = [tuple(tensor["sums"]) for tensor in tensors]
-    between = " and ".join(_workers(group) for group in _groups(sums).values())
+    groups = _groups(sums).values()
+    between = " and ".join(map(_workers, groups))
     if not tensors[0]["shape"]:
         return f"between {between}"
     differing = []

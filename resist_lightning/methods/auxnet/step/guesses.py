@@ -213,7 +213,9 @@ class NetworkGuesses(Guesses):
     @override
     def state_dict(self) -> dict[str, Any]:
         # On the CPU, so that a checkpoint loads on any device.
-        network = {name: tensor.cpu() for name, tensor in self.network.state_dict().items()}
+        network = {}
+        for name, tensor in self.network.state_dict().items():
+            network[name] = tensor.cpu()
         return {"network": network, "optimizer": self.optimizer.state_dict()}
 
     @override

@@ -43,7 +43,9 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
     if choice is None:
         _refuse_twins(traces)
     flows = [Flow(traced) for traced in traces]
-    layers = [layer for flow in flows for layer in flow.layers.values() if layer.hidden]
+    layers: list[Layer] = []
+    for flow in flows:
+        layers += [layer for layer in flow.layers.values() if layer.hidden]
     if not layers:
         raise LayerSelectionError(
             "nothing to deal out: there is no Linear or Conv whose neurons reach another one in the same forward. "
@@ -117,7 +119,10 @@ def _chooser(choice: LayerChoice) -> Callable[[str, nn.Module], bool]:
 
 def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> list[Layer]:
     chooses = _chooser(choice)
-    chosen = [layer for layer in layers if chooses(layer.name, module.get_submodule(layer.name))]
+    chosen = []
+    for layer in layers:
+        if chooses(layer.name, module.get_submodule(layer.name)):
+            chosen.append(layer)
     if callable(choice):
         if not chosen:
             raise LayerSelectionError(f"the predicate given as `layers` chose nothing. {_candidates(layers)}")

@@ -67,7 +67,9 @@ def norm_size(name: str, module: nn.Module, value: Divided) -> str:
         attribute = "num_features"
         # An instance norm of features would take neurons for positions.
         fits = isinstance(module, batchnorm._BatchNorm) or value.form == "channels"
-    if not fits or getattr(module, attribute) not in (value.width, (value.width,)):
+    # A normalized shape is a tuple.
+    size = getattr(module, attribute)
+    if not fits or size not in (value.width, (value.width,)):
         raise NotPerNeuron(
             f"reach {titled(name, module)}, which is not a norm of exactly these {value.width} neurons in one group "
             f"({module.extra_repr()}); after a convolution it must stand before the flattening"
@@ -83,7 +85,8 @@ def titled(name: str, module: nn.Module) -> str:
 def torch_class(module: nn.Module) -> str:
     """Name of the class in torch.nn that a module is of, or descends from."""
     # A user's class has a name of its own, which tells nothing of its dimensions.
-    return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
+    bases = type(module).__mro__
+    return next(base.__name__ for base in bases if base.__module__.startswith("torch.nn."))
 
 
 def cannot_cut(name: str, module: nn.Module, tensors: set[str], calls: int) -> str:

@@ -79,6 +79,7 @@ _ELEMENTWISE_NAMES = """
     double half bfloat16 to cpu cuda type
 """
 _ELEMENTWISE = DROPOUTS | frozenset(_ELEMENTWISE_NAMES.split())
+_KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
 _ADDITIONS = frozenset({"add", "iadd", "sub", "subtract", "isub"})
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
 _POOLING = frozenset(
@@ -95,7 +96,9 @@ def over_positions(value: Divided, what: str, kind: str) -> Divided:
 
     torch takes a tensor with one dimension less for one without a batch, and the neurons for positions.
     """
-    dimensions = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else value.positions
+    dimensions = value.positions
+    if kind[-2:] in ("1d", "2d", "3d"):
+        dimensions = int(kind[-2])
     if value.form != "channels" or dimensions != value.positions:
         raise NotPerNeuron(
             f"reach {what}, which is per neuron only before flattening and after a convolution of as many dimensions"
@@ -139,7 +142,8 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     name = operation_name(node)
     # Built-in functions of torch tell no module.
     home = getattr(node.target, "__module__", None) or "torch"
-    if node.op == "call_function" and home.partition(".")[0] not in ("torch", "_operator", "math", "builtins"):
+    package = home.partition(".")[0]
+    if node.op == "call_function" and package not in _KNOWN_PACKAGES:
         raise NotPerNeuron(f"reach {name}(), a function of {home} that is not looked into")
     # A tensor may be combined with itself, as in `x * sigmoid(x)`: the same neurons meet.
     others = [other for other in others if other != value]
@@ -189,12 +193,17 @@ def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 
 def _flatten(node: fx.Node, value: Divided) -> Divided:
-    return flatten(value, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
+    start = argument(node, 1, "start_dim", 0)
+    end = argument(node, 2, "end_dim", -1)
+    return flatten(value, start, end)
 
 
 def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
     """Flattening in the form of ``view(batch, -1)``; ``others`` are the values of the sizes."""
-    sizes = list(node.args[1:]) or [node.kwargs.get("shape", node.kwargs.get("size"))]
+    sizes = list(node.args[1:])
+    if not sizes:
+        # `view` and `reshape` name them differently.
+        sizes = [node.kwargs.get("shape", node.kwargs.get("size"))]
     if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
         sizes = list(sizes[0])
     only_batch = others == [Number(batch=True)]
@@ -209,7 +218,9 @@ def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
 
 def _pad(node: fx.Node, value: Divided) -> Divided:
     sides = argument(node, 1, "pad", ())
-    if value.form == "channels" and isinstance(sides, list | tuple) and len(sides) <= 2 * value.positions:
+    # Two numbers for each dimension, from the last one on.
+    positions_only = isinstance(sides, list | tuple) and len(sides) <= 2 * value.positions
+    if value.form == "channels" and positions_only:
         return value
     raise NotPerNeuron("reach pad() in their own dimension")
 
@@ -236,8 +247,10 @@ def shape_entry(shape: Shape, index: Any) -> Value:
         return Number(batch=index == 0) if isinstance(index, int) else Shape(None)
     if index == 0:
         return Number(batch=True)
-    if of.form == "channels" and isinstance(index, int) and (index >= 2 or -of.positions <= index < 0):
-        return Number()  # the size of a position
+    if of.form == "channels" and isinstance(index, int):
+        is_position = index >= 2 or -of.positions <= index < 0
+        if is_position:
+            return Number()
     return Width(of)
 
 
