@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -192,10 +193,13 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def _payload(self, stage: int) -> Payload:
         return Payload(list(self._layout.stage_tensors(stage).values()))
 
-    def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
+    def _owners(self, tensors: Iterable[str]) -> dict[str, nn.Module]:
+        """The modules that own some tensors, by name."""
         owners = {name.rpartition(".")[0] for name in tensors}
-        modules = {owner: self._layout.module.get_submodule(owner) for owner in owners}
-        memory = Memory(tensors, modules)
+        return {owner: self._layout.module.get_submodule(owner) for owner in owners}
+
+    def _memory_of(self, worker: int, tensors: dict[str, Tensor]) -> Memory:
+        memory = Memory(tensors, self._owners(tensors))
         memory.absence.reason = f"it belongs to the stage of worker {worker}, and this is worker {self._worker}"
         return memory
 
@@ -209,9 +213,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         """Have a call of the network compute this worker's stage, and refuse calls of the absent parts."""
         self._forward = vars(network).get("forward")
         network.forward = torch.compiler.disable(self._train_stage)
-        owners = {name.rpartition(".")[0] for name in absent}
         # The network itself may own tensors, and must be called: it computes this worker's stage.
-        parts = {self._layout.module.get_submodule(owner) for owner in owners} - {network}
+        parts = set(self._owners(absent).values()) - {network}
         self._guards = [part.register_forward_pre_hook(self._refuse_part) for part in parts]
 
     def _restore_forward(self) -> None:
