@@ -1,10 +1,9 @@
-"""Which network is found in a module, where it can be cut, and what belongs to which unit."""
+"""Where a network can be cut, and what belongs to which unit."""
 
 from __future__ import annotations
 
 import random
 
-import lightning
 import numpy as np
 import pytest
 import timm
@@ -16,7 +15,7 @@ from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.network.chain import check_stages, find_chain
 from resist_lightning.models import preact_resnet
 from tests.helpers.chains import Blocks, in_turn
-from tests.helpers.nets import MlpBlock, Undeclared, mlp, narrow_resnet, on_meta, small_preact
+from tests.helpers.nets import MlpBlock, Undeclared, mlp, narrow_resnet, on_meta
 
 
 def resnet_units(*counts: int) -> tuple[str, ...]:
@@ -135,73 +134,6 @@ def test_a_module_that_is_called_often_names_no_unit_if_another_can():
     relu = nn.ReLU()
     net = nn.Sequential(nn.Linear(3, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
     assert find_chain(net).units == ("0", "2", "4")
-
-
-class Whole(lightning.LightningModule):
-    """The blocks are in its own forward, behind a stem that trains."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 4)
-        self.body = nn.Sequential(MlpBlock(), MlpBlock())
-
-    def forward(self, x):
-        return self.head(self.body(self.stem(x)))
-
-
-class Calls(lightning.LightningModule):
-    """Its forward calls its modules in turn."""
-
-    def __init__(self, **modules):
-        super().__init__()
-        self.names = list(modules)
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        for name in self.names:
-            x = getattr(self, name)(x)
-        return x
-
-
-class OnlySteps(lightning.LightningModule):
-    def __init__(self, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (Whole, ""),
-        (lambda: Calls(net=narrow_resnet()), "net"),
-        (lambda: OnlySteps(net=narrow_resnet()), "net"),
-        (lambda: OnlySteps(net=small_preact(), loss=nn.CrossEntropyLoss()), "net"),
-        (lambda: Calls(backbone=narrow_resnet(), head=nn.Linear(4, 2)), "backbone"),
-        (lambda: OnlySteps(backbone=narrow_resnet(), head=nn.Linear(4, 2)), "backbone"),
-        (lambda: Calls(net=mlp(MlpBlock)), "net"),
-        (lambda: OnlySteps(net=nn.Sequential(nn.Linear(3, 6), MlpBlock(), MlpBlock())), "net"),
-        (lambda: Calls(stem=nn.Linear(3, 6), body=nn.Sequential(MlpBlock(), MlpBlock())), ""),
-        (lambda: Calls(scale=nn.Tanh(), body=nn.Sequential(MlpBlock(), MlpBlock())), "body"),
-        (lambda: OnlySteps(parts=nn.ModuleDict({"net": Blocks()})), "parts.net"),
-        (lambda: nn.ModuleDict({"net": nn.Sequential(Blocks(in_turn))}), "net.0"),
-        (lambda: OnlySteps(net=nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))), "net"),
-        (lambda: Calls(net=torchvision.models.vgg11()), "net"),
-    ],
-)
-def test_the_network_is_the_deepest_that_has_all_blocks_and_what_is_trained_before_them(make, name):
-    module = on_meta(make)
-    assert find_chain(module).name == name
-
-
-def test_a_network_may_be_named():
-    module = nn.ModuleDict({"student": Blocks(), "teacher": Blocks()})
-    chain = find_chain(module, "teacher")
-    assert chain.network is module["teacher"]
-    assert chain.units == ("teacher.a", "teacher.b", "teacher.c")
-    assert {name.split(".")[0] for name in chain.names(0, 3)} == {"teacher"}
-    assert find_chain(Blocks(), "").units == ("a", "b", "c")
 
 
 def test_optional_arguments_keep_their_defaults():
@@ -323,10 +255,3 @@ def test_units_outside_the_network_are_refused(first, last):
     for ask in (chain.stage, chain.names):
         with pytest.raises(ValueError, match=r"not a run of the network's 3 units"):
             ask(first, last)
-
-
-@pytest.mark.parametrize("first", ["teacher", "student"])
-def test_a_teacher_is_no_part_of_the_network(first):
-    networks = {"student": mlp(MlpBlock), "teacher": mlp(MlpBlock).requires_grad_(False)}
-    module = nn.ModuleDict({name: networks[name] for name in sorted(networks, key=lambda name: name != first)})
-    assert find_chain(module).name == "student"
