@@ -49,11 +49,7 @@ class Snapshot:
 
 
 class SnapshotFolder:
-    """A folder of snapshots.
-
-    Args:
-        path: of the folder; all workers should see the same one.
-    """
+    """A folder of snapshots; all workers should see the same one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,13 +142,7 @@ class SnapshotFolder:
 
 
 def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
-    """The rounds that this worker could resume from, newest first: its own file, or else all files, are whole.
-
-    Args:
-        snapshots: of :meth:`SnapshotFolder.newest_first`.
-        worker: this worker.
-        workers: how many there are now.
-    """
+    """The rounds that this worker could resume from, newest first: its own file, or else all files, are whole."""
     return [snapshot.round for snapshot in snapshots if _whole(needed(snapshot, worker, workers))]
 
 

@@ -26,10 +26,6 @@ MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 class DivergenceChecks:
     """Finds non-finite values and replicas that differ. What it finds travels in headers.
 
-    Args:
-        layout: the model's parts and the settings.
-        collective: the workers.
-
     Attributes:
         left_out: workers that the last handshake left out of the means, under ``non_finite="drop"``.
         frozen: the parameters that no average includes, until the program writes them.
@@ -53,12 +49,7 @@ class DivergenceChecks:
         self._masks = {name for name, buffer in buffers.items() if not _finite(buffer)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
-        """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing.
-
-        Args:
-            tensors: by name, the same on all workers.
-            round: the round that begins.
-        """
+        """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing."""
         if self._layout.config.check == "off" or self._collective.workers == 1:
             return
         # By the round, so that the sample takes other entries each time.
@@ -76,14 +67,10 @@ class DivergenceChecks:
         return [*hashed, not_finite, _number_of(self._written)]
 
     def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
-        """Compare the numbers of all workers.
+        """Compare the :meth:`numbers` of all workers, in order.
 
         Collective: every worker must call this, in the same order; it sends something only if hashes differ, or if
         workers have written different frozen tensors.
-
-        Args:
-            numbers: of all workers, in order; see :meth:`numbers`.
-            clock: where the workers are.
 
         Raises:
             WorkersDisagree: naming tensors that the last sync left unequal.

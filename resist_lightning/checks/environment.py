@@ -20,13 +20,7 @@ _LIBRARIES = ("torch", "lightning", "torchvision", "timm", "numpy")
 
 
 def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mapping[str, str]) -> Fingerprint:
-    """All that workers must have in common.
-
-    Args:
-        layout: the model's parts and the settings.
-        states: the optimizers.
-        surroundings: what the host adds, by name.
-    """
+    """All that workers must have in common; ``surroundings`` is what the host adds."""
     named = named_tensors(layout.module)
     order = [*named, *layout.parts()]
     return {

@@ -34,11 +34,7 @@ def from_bytes(text: bytes) -> Fingerprint:
 
 
 def differences(fingerprints: Sequence[Fingerprint]) -> list[str]:
-    """How workers differ, with every worker's value; empty if they do not.
-
-    Args:
-        fingerprints: of all workers, in order.
-    """
+    """How workers differ, with every worker's value; empty if they do not."""
     lines = []
     for topic in _union(fingerprints):
         lines += _differences(topic, [each.get(topic, {}) for each in fingerprints])

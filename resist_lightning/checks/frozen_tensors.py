@@ -22,11 +22,7 @@ class _Mark:
 
 
 class FrozenTensors:
-    """The parameters that all workers hold and no average includes, because they do not train.
-
-    Args:
-        layout: the model's parts.
-    """
+    """The parameters that all workers hold and no average includes, because they do not train."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout

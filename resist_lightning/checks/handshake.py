@@ -41,13 +41,7 @@ class Host:
 
 
 class Handshake:
-    """Compares headers before any weight is sent.
-
-    Args:
-        layout: the model's parts; workers with different ones must not mix.
-        collective: the workers.
-        host: what surrounds the engine.
-        rate: the learning rate of this worker now.
+    """Compares headers before any weight is sent; ``rate`` gives this worker's learning rate now.
 
     Attributes:
         divergence: the checks whose numbers travel with the headers.
@@ -64,14 +58,9 @@ class Handshake:
         self.divergence = DivergenceChecks(layout, collective)
 
     def start(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
-        """Run the first handshake, before anything is trained.
+        """Run the first handshake, before anything is trained; ``extra`` are at most two numbers for the others.
 
         Collective: every worker must call this, in the same order.
-
-        Args:
-            clock: where this worker is.
-            states: its optimizers.
-            extra: at most two numbers to tell the others.
 
         Returns:
             The extra numbers of every worker.

@@ -11,11 +11,7 @@ from resist_lightning.comm.packing import by_dtype
 
 
 class Bucket:
-    """Tensors of one data type and device, moved into one flat buffer. They stay the same Python objects.
-
-    Args:
-        tensors: dense ones, present; not empty.
-    """
+    """Dense tensors of one data type and device, moved into one flat buffer. They stay the same Python objects."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)

@@ -176,14 +176,8 @@ class Exchange:
     ) -> None:
         """Send every block from its owner to its next holders, and put what arrives in place.
 
-        Collective: every worker must call this, in the same order; only pairs with a transfer talk.
-
-        Args:
-            plan: the plan of the sync.
-            payload_of: the payload of a block.
-            kinds: how to count the bytes.
-            make_room: called when all has been sent and received, to free blocks that leave and allocate those that
-                arrive.
+        ``make_room`` is called when all has been sent and received, to free blocks that leave and allocate those that
+        arrive. Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
         received, sent = self._transfer(plan.hand_over, payload_of, kinds.hand_over, kinds.state)
         make_room()

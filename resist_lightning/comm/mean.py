@@ -80,10 +80,6 @@ class CompressedMean:
     Every worker averages an equal share of the entries for all: first each sends the others their shares of its
     change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
     with the same, bit for bit.
-
-    Args:
-        collective: the workers.
-        wire: how the changes are sent.
     """
 
     def __init__(self, collective: Collective, wire: Quantizer) -> None:
@@ -105,14 +101,9 @@ class CompressedMean:
         return id(tensor) in self._before
 
     def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
-        """Replace tensors by what they were plus the mean change.
+        """Replace tensors that :meth:`begin` was given by what they were plus the mean change.
 
         Collective: every worker must call this, in the same order, with the same tensors.
-
-        Args:
-            tensors: those that :meth:`begin` was given, or some of them.
-            kind: how the bytes are counted.
-            left_out: workers that take part, but whose changes do not count.
         """
         tensors = arrange(tensors)
         workers = self._collective.workers

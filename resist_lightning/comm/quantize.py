@@ -20,11 +20,7 @@ _PACKED_ENTRIES = 8  # eight entries of b bits are b bytes
 
 
 class Quantizer:
-    """Encodes and decodes flat tensors.
-
-    Args:
-        format: bits and groups.
-    """
+    """Encodes and decodes flat tensors."""
 
     def __init__(self, format: WireFormat) -> None:
         self.format = format

@@ -88,11 +88,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class KnownTensors:
-    """The tensors that a module has now: optimizers, buffers and averages keep referring to these objects.
-
-    Args:
-        module: the user's.
-    """
+    """The tensors that a module has now: optimizers, buffers and averages keep referring to these objects."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

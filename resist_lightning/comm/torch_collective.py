@@ -154,11 +154,7 @@ class GroupCollective(Collective):
 
 
 def default_collective(device: torch.device | None = None) -> Collective:
-    """The workers of torch.distributed's default group, or one alone where there is none or it has one member.
-
-    Args:
-        device: of the tensors that will be sent; see :class:`GroupCollective`.
-    """
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
     if group_exists() and dist.get_world_size() > 1:
         return GroupCollective(device)
     return SoloCollective()

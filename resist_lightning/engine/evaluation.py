@@ -28,13 +28,6 @@ class Observation:
 
     The full model differs from the mean of the workers' weights in its test-time scale and batch-norm statistics.
 
-    Args:
-        layout: the model's parts.
-        sync: this worker's side of the syncs.
-        handshake: checks that the workers agree.
-        device: where present tensors live.
-        forward_context: a context in which recorded inputs are replayed.
-
     Attributes:
         active: whether the module is the full model now.
     """

@@ -20,11 +20,6 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 class StepWatch:
     """Watches the optimizers of a run while it trains.
 
-    Args:
-        module: the user's module.
-        states: the optimizers that belong to the run.
-        local_steps: of a round.
-
     Attributes:
         on_step: called after each step, for a host that counts local steps itself; without it the user's loop must call
             ``engine.after_step()``, and is warned if it forgets.

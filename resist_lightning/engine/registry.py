@@ -45,13 +45,7 @@ _METHODS: dict[type[CommonConfig], tuple[type[Layout], type[Sync[Any, Any]]]] = 
 
 
 def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = ()) -> Layout:
-    """Divide a module.
-
-    Args:
-        module: the user's.
-        config: the settings.
-        workers: how many there are.
-        optimizers: the user's; none if they are not known yet.
+    """Divide a module; ``optimizers`` is empty if they are not known yet.
 
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.

@@ -21,15 +21,7 @@ STATE_VERSION = 2
 
 
 class Resumption:
-    """Collects what a worker needs to resume, and takes it back.
-
-    Args:
-        layout: the model's parts.
-        clock: where the worker is.
-        states: its optimizers' state.
-        sync: its side of the syncs.
-        observation: its part in observations.
-    """
+    """Collects what a worker needs to resume, and takes it back."""
 
     def __init__(
         self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any, Any], observation: Observation

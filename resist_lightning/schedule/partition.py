@@ -73,13 +73,6 @@ def blocks_per_worker(blocks: int, workers: int, min_blocks: int) -> tuple[int, 
 def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round: int) -> Partition:
     """Draw the partition of a round with equal shares; see :func:`deal`.
 
-    Args:
-        blocks: number of partitionable blocks, 0 or more.
-        workers: number of workers, at least 1.
-        min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
-        seed: seed of the whole run; 0 is a seed.
-        round: number of the round, counted from 0.
-
     Raises:
         ValueError: if an argument is outside its limits (see :func:`blocks_per_worker`).
     """

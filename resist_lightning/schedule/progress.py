@@ -16,9 +16,6 @@ ActivityName: TypeAlias = Literal[
 class Activity:
     """What a worker is doing, and where in the run; other threads may read it.
 
-    Args:
-        clock: the worker's.
-
     Attributes:
         what: the name of the activity.
         round: the round in which it began; for a sync, the round that ends.
@@ -62,9 +59,6 @@ class StepTimer:
 
         sync | step step | evaluation, saving | step | sync
               ├─ counts ─┤                    ├counts┤
-
-    Args:
-        activity: of the worker.
     """
 
     def __init__(self, activity: Activity) -> None:

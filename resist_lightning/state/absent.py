@@ -110,13 +110,7 @@ def _absent_class(present: Any) -> Any:
 
 
 def absent_like(tensor: Tensor, name: str, absence: Absence) -> Tensor:
-    """A tensor without memory, of a subclass of the class of ``tensor``, with its shape, strides and data type.
-
-    Args:
-        tensor: a present one.
-        name: its name in messages.
-        absence: why it has no values.
-    """
+    """A tensor without memory, of a subclass of the class of ``tensor``, with its shape, strides and data type."""
     kind = _absent_class(type(tensor))
     # A result of a forward requires a gradient, but is nothing to be trained.
     trains = tensor.requires_grad and tensor.is_leaf

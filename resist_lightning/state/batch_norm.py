@@ -197,11 +197,7 @@ _CANNOT_REPLAY = (
 
 
 class BatchStatistics:
-    """Lets batch norm normalise each batch by its own statistics, in evaluation too, without changing its buffers.
-
-    Args:
-        norms: the layers.
-    """
+    """Lets batch norm normalise each batch by its own statistics, in evaluation too, without changing its buffers."""
 
     def __init__(self, norms: Iterable[_BatchNorm]) -> None:
         self._norms = list(norms)

@@ -14,14 +14,10 @@ from resist_lightning.state.memory import Memory
 
 
 class Companion:
-    """A copy of the module of which a worker holds the same parts.
+    """A copy of the module, with tensors of the same names, of which a worker holds the same parts.
 
     A block's part of the copy moves with the block. The workers' copies of shared tensors differ, until the copy is
     shown in the place of the module: the full model that is assembled then is the mean of the copies.
-
-    Args:
-        module: the user's.
-        copy: a module with tensors of the same names.
 
     Attributes:
         weights: by name, the module's own values while the copy is shown; otherwise none.

@@ -23,9 +23,6 @@ class _Before:
 class OwnTensors:
     """Copies of a worker's tensors, to put back bit for bit; what the user's code has written meanwhile stays.
 
-    Args:
-        module: the user's module.
-
     Attributes:
         swapped: whether parameters were exchanged between :meth:`note` and the last :meth:`keep`.
     """

@@ -15,12 +15,7 @@ _ABSENT: Any = ...  # survives deepcopy as the same object
 
 
 class TrackedOptimizer:
-    """An optimizer, with the state that it keeps outside of ``state`` too.
-
-    Args:
-        optimizer: the user's, or one inside of it.
-        findings: what a trial step has shown of it.
-    """
+    """An optimizer, with the state that it keeps outside of ``state`` too."""
 
     def __init__(self, optimizer: Optimizer, findings: Findings) -> None:
         self.optimizer = optimizer
@@ -128,14 +123,7 @@ class TrackedOptimizer:
 
 
 class StateNumber:
-    """A Python number in a parameter's optimizer state, and the tensor that travels in its place.
-
-    Args:
-        optimizer: the optimizer.
-        parameter: the parameter.
-        name: the number's key in the state.
-        slot: its type, as a trial step has shown it.
-    """
+    """A Python number in a parameter's optimizer state, and the tensor that travels in its place."""
 
     def __init__(self, optimizer: Optimizer, parameter: nn.Parameter, name: str, slot: Slot) -> None:
         self.optimizer = optimizer
