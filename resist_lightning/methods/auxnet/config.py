@@ -32,7 +32,7 @@ class StageConfig(CommonConfig):
             three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
-            the auxiliary networks learn to make what really comes.
+            the auxiliary networks learn the true inputs of the stages.
         serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
             price of speed. 4 makes every fourth step wait; 0 is never, 1 always: back-propagation.
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None

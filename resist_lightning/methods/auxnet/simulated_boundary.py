@@ -64,6 +64,7 @@ class NetworkBoundary(Boundary):
         guess, multiplier = self.network(x)
         if multiplier is None:
             multiplier = torch.zeros_like(guess)
+        # With their graph, which `learn` goes back through.
         self._made = guess, multiplier
         return guess, multiplier * self._beta
 

@@ -51,7 +51,7 @@ class StageSimulator:
     Attributes:
         module: the copy, all of whose stages train.
         optimizers: those of the copy.
-        boundaries: for each boundary, from the first, what makes its guesses.
+        boundaries: make the guesses of each boundary, from the first.
         steps: how many were taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many entries of a tensor each worker sends at a sync, in closed form. Standard library only."""
+"""Counts the entries of a tensor that each worker sends at a sync, in closed form. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
     """For each worker, how many (row, column) pairs of a tensor it sends at a sync, or rows where it has no columns.
 
     With neurons on one side, a worker sends those that it does not keep. With neurons on both sides it sends, of its
-    slice, what the next holder or the keeper of the row gets, and of its store, what others begin to train.
+    slice, the entries of the next holder or the keeper of the row, and of its store, those that others begin to train.
     """
     if cut.rows is not None and cut.columns is not None:
         return _inner_entries(cut.rows, cut.columns, plan)

@@ -120,7 +120,7 @@ class Messages:
 
 
 def _all_pieces(parts: Mapping[str, Part], held: Sequence[Partition], worker: int) -> list[KeyedPiece]:
-    """What a worker sends of every tensor, in an order that all workers agree upon."""
+    """All pieces that make a worker's parts, in an order that all workers agree upon."""
     found = []
     for key, part in parts.items():
         for piece in full_pieces(part.cut, held, worker):

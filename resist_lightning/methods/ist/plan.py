@@ -103,6 +103,7 @@ def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
             if worker not in (source, target):
                 continue
             moved = _common(before.held[source], set(after.held[target]))
+            # An empty piece would be an empty message.
             if not moved:
                 continue
             rows = moved if cut.rows is not None else None
@@ -111,7 +112,7 @@ def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
 
 
 def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
-    """A tensor with hidden neurons on both sides: what leaves a slice may go to a store, and the other way round."""
+    """A tensor with hidden neurons on both sides: its entries move between slices and stores."""
     rows_before, rows_after = plan.before[row_layer], plan.after[row_layer]
     columns_before, columns_after = plan.before[column_layer], plan.after[column_layer]
     workers = range(rows_before.workers)

@@ -28,7 +28,7 @@ from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, norms_with_statistics
 
 Slot: TypeAlias = tuple[int, str, str]
-"""Number of an optimizer, name of a parameter, name of what the optimizer keeps for it."""
+"""Number of an optimizer, name of a parameter, key of the state that the optimizer has of it."""
 
 
 class NeuronSimulator:

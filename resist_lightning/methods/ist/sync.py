@@ -123,6 +123,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def end(self) -> None:
         super().end()
+        # After an error, the module is still the subnet.
         self._subnet.leave()
         self._store = {}
         self._subnet.gradients = {}
@@ -132,6 +133,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def gradients(self) -> dict[str, Tensor]:
+        # While the module is the full one, those of the subnet are kept beside it.
         return {**super().gradients(), **self._subnet.gradients}
 
     @override

@@ -109,7 +109,7 @@ def make_aux_network(
     Args:
         config: the settings.
         input_shape: of an image, without the batch.
-        boundary_shape: of what the stage is given, without the batch.
+        boundary_shape: of the stage's input, without the batch.
         nonnegative: whether that is the output of a ReLU.
         boundary: its number, from 1.
 

@@ -13,7 +13,7 @@ from resist_lightning.methods.tracing import CannotTrace, ChainTracer, follow, h
 
 
 def find_network(module: nn.Module) -> str:
-    """Name of the network: the deepest submodule that contains all residual blocks, and what feeds them.
+    """Name of the network: the deepest submodule that contains all residual blocks, and all trained before them.
 
     Without residual blocks, all parameters take their place. A container (nn.Sequential, nn.ModuleList) belongs to the
     network that it is in. Where trained parameters come before the submodule, it is the next one that has those too.
@@ -94,6 +94,7 @@ def _is_part(module: nn.Module, name: str) -> bool:
     parent = module.get_submodule(_parent(name))
     if not has_forward(here):
         return True
+    # A LightningModule that calls one layer or a Sequential is no network around it.
     is_network = not isinstance(here, nn.Sequential) and not is_leaf(here)
     return not is_network and has_forward(parent) and not _is_lightning(parent)
 

@@ -111,6 +111,7 @@ class Cuts:
         return f"more than the output of one {kind} would cross the cut: {_few(reasons)}"
 
     def _may_end(self, node: fx.Node) -> bool:
+        """Whether a unit may end with a node: that of a block, or, in a network without blocks, of any module."""
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
 
     def _crossing(self, place: int) -> list[str]:

@@ -162,6 +162,7 @@ def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> N
     elif output.dim() < 1 or len(output) != batch:
         problem = f"a tensor of shape {tuple(output.shape)}, whose first dimension is not the batch of {batch}"
     elif len(before) > 1 and output.dtype != dtype:
+        # All messages between stages have one data type.
         problem = f"a tensor of {output.dtype}, and the unit before it one of {dtype}"
     else:
         return

@@ -28,7 +28,7 @@ class Batch:
         truth: the previous stage's output; None for the first stage.
         reply: the next worker's target, or (serial) its gradient; None for the last stage.
         output: the network's output; None on the last worker.
-        given: what the stage took instead of the image; None for the first stage.
+        given: the input that the stage took instead of the image; None for the first stage.
         multiplier: u, in units of the guess.
         trained: whether there was a backward pass.
     """
@@ -56,6 +56,7 @@ class ReplacedGradient(torch.autograd.Function):
     def forward(ctx: Any, made: Tensor, anchor: Tensor, output: Tensor, worker: StageWorker, batch: Batch) -> Tensor:
         """The network's output, whose gradient goes to ``made``, the stage's own."""
         ctx.made, ctx.worker, ctx.batch = made.detach(), worker, batch
+        # autograd wants a tensor that is none of the inputs.
         return output.clone()
 
     @staticmethod

@@ -17,7 +17,7 @@ from resist_lightning.methods.auxnet.config import StageConfig
 
 @dataclass(frozen=True)
 class Penalty:
-    """How strongly a guess is drawn to the truth, and how far it moves in a step.
+    """The weight of the distance between guess and truth, and the step size of the guess.
 
     Args:
         beta: weight of half the mean square of guess minus truth, above 0.
@@ -88,7 +88,7 @@ def mismatch(guess: Tensor, truth: Tensor) -> Tensor:
 def default_step(stages: int, *, stored: bool) -> float:
     """c: the closed form; of stored guesses of three stages or more a tenth, as it diverges there (section 2.2, 4).
 
-    An auxiliary network takes but a small step to what the closed form says, so it may be told all of it.
+    An auxiliary network itself takes a small step only towards the closed form, so all of it may be its target.
     """
     return 0.1 if stored and stages > 2 else 1.0
 

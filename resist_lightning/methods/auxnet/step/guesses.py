@@ -1,4 +1,4 @@
-"""A worker's guesses of what its stage is given, from an auxiliary network or a store, and how they learn."""
+"""A worker's guesses of its stage's input, from an auxiliary network or a store, and how they learn."""
 
 from __future__ import annotations
 
@@ -143,11 +143,11 @@ def make_guesses(
     collective: Collective,
     device: torch.device,
 ) -> Guesses | None:
-    """What makes a worker's guesses, by the settings; None on worker 0, which has the image.
+    """Choose a worker's source of guesses by the settings; None on worker 0, which has the image.
 
     Args:
         config: the settings.
-        shapes: of what crosses the boundaries.
+        shapes: of the tensors that cross the boundaries.
         nonnegative: whether the input of this worker's stage comes out of a ReLU.
         collective: the workers.
         device: of the stage.

@@ -32,7 +32,7 @@ class Shapes:
 
     Args:
         input: of the network's input.
-        boundaries: of what crosses each boundary, from the first.
+        boundaries: of the tensor that crosses each boundary, from the first.
         output: of the network's output.
         dtype: of all of them.
     """
@@ -79,7 +79,7 @@ class Messages:
         return self._expect(Tag.TRUTH, worker - 1, batch, self._shapes.boundaries[worker - 1])
 
     def expect_target(self, batch: int) -> Expected:
-        """From the worker behind: what it wants this stage's output to be."""
+        """From the worker behind: the output that it wants of this stage."""
         return self._expect_from_next(Tag.TARGET, batch)
 
     def expect_gradient(self, batch: int) -> Expected:

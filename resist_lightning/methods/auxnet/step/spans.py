@@ -144,7 +144,7 @@ stages."""
 
 
 def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
-    """The six numbers of section 2.6 from what each worker measured; None where a worker measured nothing.
+    """The six numbers of section 2.6 from the spans of all workers; None where a worker has none.
 
     Of the waits, those of the worker that waits least: the others wait for it, which is no cost of the exchange.
 

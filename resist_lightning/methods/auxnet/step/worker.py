@@ -33,7 +33,7 @@ class StageWorker:
 
     Args:
         stage: the worker's stage: one tensor in, one out.
-        shapes: of what crosses the boundaries.
+        shapes: of the tensors that cross the boundaries.
         nonnegative: whether the input of this stage comes out of a ReLU.
         config: the settings.
         collective: the workers; at least two.

@@ -26,7 +26,7 @@ class HiddenLayer:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tensor of the module is divided among neurons.
+    """The division of a tensor of the module among neurons.
 
     Args:
         rows: index of the hidden layer whose neurons its dimension 0 is; None if dimension 0 is whole.

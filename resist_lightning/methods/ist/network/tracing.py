@@ -27,7 +27,7 @@ Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 @dataclass(frozen=True)
 class Traced:
-    """The graph of a module of the user's that has a forward of its own.
+    """A traced part of the user's module that has a forward of its own.
 
     Args:
         module: the module.
