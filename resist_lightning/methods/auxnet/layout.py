@@ -28,12 +28,7 @@ from resist_lightning.schedule.partition import Partition
 class StageLayout(Layout):
     """The stages of a model; worker k holds stage k in every round.
 
-    The cuts are known after :meth:`prepare`, or at once where the settings name them.
-
-    Args:
-        module: the user's module, complete.
-        config: the settings of the run.
-        workers: number of workers; with one, nothing is cut.
+    The cuts are known after :meth:`prepare`, or at once where the settings name them. With one worker nothing is cut.
 
     Attributes:
         chain: the units that stages consist of; None with one worker.

@@ -32,11 +32,6 @@ SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
 class NeuronLayout(Layout):
     """The hidden neurons of a model, and which worker trains which of them in each round.
 
-    Args:
-        module: the user's module, complete.
-        config: the settings of the run.
-        workers: number of workers.
-
     Attributes:
         neurons: the hidden layers, and how tensors are divided among their neurons.
         shapes: by name, the shapes of divided tensors in the full model.

@@ -23,12 +23,7 @@ Arrived: TypeAlias = tuple[KeyedPiece, Tensor]
 
 
 class Messages:
-    """A worker's side of the messages.
-
-    Args:
-        collective: the workers.
-        device: where slices live.
-    """
+    """A worker's side of the messages."""
 
     def __init__(self, collective: Collective, device: torch.device) -> None:
         self._collective = collective
@@ -38,14 +33,9 @@ class Messages:
     def transfer(
         self, parts: Mapping[str, Part], pieces: Iterable[KeyedPiece], held: Sequence[Partition]
     ) -> list[Arrived]:
-        """Send and receive pieces at once.
+        """Send and receive the pieces that leave or reach this worker, in an order that both ends agree upon.
 
         Collective: every worker must call this, in the same order; only pairs with a piece talk.
-
-        Args:
-            parts: this worker's parts of tensors, by key.
-            pieces: those that leave or reach this worker, in an order that both ends agree upon.
-            held: the partitions of the round that ends.
 
         Returns:
             The pieces to write here; those that stay on this worker are copies, too.
@@ -75,11 +65,6 @@ class Messages:
         """Send all parts of this worker to all others, and receive theirs.
 
         Collective: every worker must call this, in the same order.
-
-        Args:
-            parts: this worker's parts of tensors, by key.
-            held: the partitions of the round.
-            kind: how the bytes are counted.
         """
         mine: list[Arrived] = []
         for key, piece in _all_pieces(parts, held, self._worker):

@@ -69,13 +69,7 @@ def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piece]:
-    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is always 0.
-
-    Args:
-        cut: how it is divided.
-        before: the partitions of the hidden layers in this round.
-        worker: the sender.
-    """
+    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is always 0."""
     rows = columns = None
     if cut.rows is not None:
         rows = before[cut.rows].held[worker]

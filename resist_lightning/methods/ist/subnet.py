@@ -24,10 +24,6 @@ from resist_lightning.state.memory import make_absent, replace_memory
 class Subnet:
     """Switches a worker's module between its subnet and the full model.
 
-    Args:
-        layout: the model's neurons.
-        worker: this worker.
-
     Attributes:
         tensors: by name, the divided tensors of the module.
         gradients: by name, the subnet's gradients, while the module is the full one.

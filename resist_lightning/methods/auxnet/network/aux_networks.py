@@ -46,11 +46,7 @@ class AuxNetwork(nn.Module):
 
 
 class ResizeTo(nn.Module):
-    """Averages an image down to a size, or repeats its pixels up to it.
-
-    Args:
-        size: height and width.
-    """
+    """Averages an image down to a height and width, or repeats its pixels up to them."""
 
     def __init__(self, size: Sequence[int]) -> None:
         super().__init__()

@@ -26,10 +26,6 @@ class Stage(nn.Module):
     It reads the network's submodules, parameters and buffers where the network has them, so that it is up to date
     after they were moved or replaced. It never changes its input, not even where a block works in place. Hooks of
     blocks run; those of the containers around them do not.
-
-    Args:
-        network: the network.
-        parts: the computation, with the network's own submodules.
     """
 
     def __init__(self, network: nn.Module, parts: fx.GraphModule) -> None:

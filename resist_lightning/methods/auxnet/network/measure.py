@@ -98,11 +98,6 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
 def measure_entries(config: StageConfig, measured: Measured, example: Tensor) -> tuple[float, ...]:
     """Time the auxiliary network of a stage that would begin with each unit, forward and backward.
 
-    Args:
-        config: the settings.
-        measured: of the units.
-        example: (batch, ...), an input of the network, on its device.
-
     Returns:
         Seconds for each unit, of the first 0; infinity where there can be no auxiliary network.
     """

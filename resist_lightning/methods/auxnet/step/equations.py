@@ -29,13 +29,7 @@ class Penalty:
 
     @classmethod
     def of(cls, config: StageConfig, stages: int, share: float) -> Penalty:
-        """The penalty of a step, by the settings.
-
-        Args:
-            config: the settings.
-            stages: how many there are.
-            share: the learning rate as a share of the highest so far: beta grows as it falls.
-        """
+        """The penalty of a step; ``share`` is the learning rate as a share of the highest so far."""
         step = config.lambda_step
         if step is None:
             step = default_step(stages, stored=config.stored)

@@ -25,11 +25,6 @@ class Guesses(ABC):
 
     ``share`` is the learning rate of a batch as a share of the highest so far: beta grows as it falls. Multipliers are
     stored in units of the first beta, and used in units of the present one.
-
-    Args:
-        config: the settings.
-        stages: how many there are.
-        device: of the stage.
     """
 
     def __init__(self, config: StageConfig, stages: int, device: torch.device) -> None:
@@ -143,15 +138,7 @@ def make_guesses(
     collective: Collective,
     device: torch.device,
 ) -> Guesses | None:
-    """Choose a worker's source of guesses by the settings; None on worker 0, which has the image.
-
-    Args:
-        config: the settings.
-        shapes: of the tensors that cross the boundaries.
-        nonnegative: whether the input of this worker's stage comes out of a ReLU.
-        collective: the workers.
-        device: of the stage.
-    """
+    """Choose a worker's source of guesses by the settings; None on worker 0, which has the image."""
     boundary, stages = collective.worker, collective.workers
     if boundary == 0:
         return None
@@ -163,14 +150,7 @@ def make_guesses(
 
 
 class NetworkGuesses(Guesses):
-    """Guesses of an auxiliary network, which takes one step of SGD with momentum per batch.
-
-    Args:
-        network: the auxiliary network, on its device.
-        config: the settings.
-        stages: how many there are.
-        device: of the stage.
-    """
+    """Guesses of an auxiliary network, which takes one step of SGD with momentum per batch."""
 
     def __init__(self, network: AuxNetwork, config: StageConfig, stages: int, device: torch.device) -> None:
         super().__init__(config, stages, device)

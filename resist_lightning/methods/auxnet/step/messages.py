@@ -59,13 +59,7 @@ class Expected:
 
 
 class Messages:
-    """One worker's messages; see :class:`Tag`.
-
-    Args:
-        collective: the workers.
-        shapes: of all messages.
-        device: where they are put.
-    """
+    """One worker's messages; see :class:`Tag`."""
 
     def __init__(self, collective: Collective, shapes: Shapes, device: torch.device) -> None:
         self._collective = collective

@@ -15,11 +15,7 @@ from torch import Tensor
 
 
 class Samples:
-    """A batch of images whose names are made once, and only where they are asked for.
-
-    Args:
-        images: (batch, ...).
-    """
+    """A batch of images whose names are made once, and only where they are asked for."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.detach()
@@ -42,11 +38,7 @@ def contents(x: Tensor) -> list[bytes]:
 
 
 class SampleStore:
-    """The last guess, and multiplier, of each sample; on the CPU.
-
-    Args:
-        multipliers: whether multipliers are kept too.
-    """
+    """The last guess, and multiplier if there are any, of each sample; on the CPU."""
 
     def __init__(self, *, multipliers: bool) -> None:
         self._multipliers = multipliers

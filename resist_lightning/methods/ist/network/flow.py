@@ -71,9 +71,6 @@ class Layer:
 class Flow:
     """Follows the neurons through one traced module.
 
-    Args:
-        traced: the module.
-
     Attributes:
         layers: each Linear and Conv, by qualified name, in the order of the computation.
         accessed: tensors that a forward reads itself, by id, with the line of code.

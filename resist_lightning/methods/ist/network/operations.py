@@ -129,12 +129,7 @@ def operation_name(node: fx.Node) -> str:
 
 
 def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
-    """The value of a call of a function or method on a tensor with divided neurons.
-
-    Args:
-        node: the call.
-        value: the tensor.
-        others: the values of the other nodes among the arguments.
+    """The value of a call of a function or method on a tensor with divided neurons, and on other values.
 
     Raises:
         NotPerNeuron: if it is not per neuron.
