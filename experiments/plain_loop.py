@@ -49,24 +49,24 @@ def main() -> None:
     model = preact_resnet(26, num_classes=10, width_multiplier=0.25, in_channels=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     engine = Engine(model, [optimizer], Config(local_steps=args.local_steps, min_blocks=1))
-    engine.start()
+    engine.start()  # all workers have the weights of worker 0, and each keeps its blocks
     epoch = 0
     while engine.clock.total_steps < args.steps:
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)  # or every epoch would have the same order
         for x, y in loader:
             model.train()
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-            engine.after_step()
+            engine.after_step()  # at the end of a round the workers average, and exchange blocks
             if engine.clock.total_steps == args.steps:
                 break
-        with engine.full_model():
+        with engine.full_model():  # whole inside, and as before behind it
             found = accuracy(model, data)
         if dist.get_rank() == 0:
             print(f"epoch {epoch}: round {engine.clock.round}, test accuracy of the full model {100 * found:.1f} %")
         epoch += 1
-    engine.finish()
+    engine.finish()  # every worker has the full model
     if dist.get_rank() == 0:
         print(f"after {args.steps} local steps: test accuracy {100 * accuracy(model, data):.1f} %")
         print(

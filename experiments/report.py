@@ -123,6 +123,7 @@ def _byte_rows(results: Mapping[str, Any]) -> list[Row]:
         return [(*own, "no round was completed")]
     parts = [f"{word} {bytes_in_words(sent['by_kind'][k])}" for k, word in KINDS.items() if sent["by_kind"].get(k)]
     rows = [(*own, ", ".join(parts))]
+    # Stages average nothing, so local SGD is no measure for them.
     averaging = [("local_sgd", "local SGD")] if results["rounds"] is not None else []
     for key, name in (*averaging, ("ddp", "DDP")):
         ratio = f"{sent[f'{key}_ratio']:.3g} times as much"

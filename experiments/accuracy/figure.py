@@ -47,6 +47,7 @@ def _draw(path: Path, content: Content, key: str) -> Path:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(True, axis="y")
+        # Room at the right for the names at the ends of lines.
         axes.set(xlabel=axis, ylabel="test accuracy, last evaluation, %", xlim=(ticks[0] / 1.1, ticks[-1] * 1.45))
         label_ends(axes, ends, gap=15)
     return path

@@ -91,7 +91,7 @@ def measure(case: Case, options: Any) -> dict[str, Any]:
     stream = data.stream(options.batch, case.seed)
     rates = [rate(case.lr, step, steps) for step in range(steps)]
     trainer = train(make_trainer(case, options), stream, case.workers, rates, curve)
-    best = max(curve.points, key=lambda point: (point["holdout"], point["step"]))
+    best = max(curve.points, key=lambda point: (point["holdout"], point["step"]))  # of equal ones the later
     return {
         **curve.row(),
         "selected": best["test"],

@@ -94,6 +94,7 @@ class LitClassifier(L.LightningModule):
                 "optimizer.schedule=multistep needs to know the number of steps: set trainer.max_epochs or "
                 "trainer.max_steps, or optimizer.schedule=constant"
             )
+        # Not before the first step, however short the training is.
         milestones = [max(1, int(steps * share)) for share in (0.5, 0.75)]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -36,6 +36,7 @@ class Clock(Callback):
         self._validation_seconds += time.perf_counter() - self._validation_started
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Validation, and the checkpoint that it saves, are inside of the training's hooks.
         self._training_seconds = time.perf_counter() - self._started - self._validation_seconds
 
     @rank_zero_only

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -37,7 +38,7 @@ class Clock(L.Callback):
 
     def seconds(self) -> list[float]:
         """From the start of each batch to the start of the next; the first one warms up."""
-        return [after - before for before, after in zip(self.starts[1:], self.starts[2:], strict=False)]
+        return [after - before for before, after in pairwise(self.starts[1:])]
 
 
 def held_memory(worker: int, settings: dict[str, Any]) -> dict[str, Any]:

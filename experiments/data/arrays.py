@@ -73,7 +73,7 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     if count < 2:
         raise ValueError(f"{count} example(s) cannot be split in two; at least 2 are needed")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = min(max(round(count * fraction), 1), count - 1)
+    held = min(max(round(count * fraction), 1), count - 1)  # neither part may be empty
     return order[held:].sort().values, order[:held].sort().values
 
 

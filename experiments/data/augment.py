@@ -26,6 +26,7 @@ class BatchRandomCrop(nn.Module):
         count, channels, height, width = pixels.shape
         padded = nn.functional.pad(pixels, [self.padding] * 4)
         top, left = torch.randint(2 * self.padding + 1, (2, count, 1), device=pixels.device)
+        # Indices that broadcast to (images, channels, height, width): one gather for the whole batch.
         rows = (top + torch.arange(height, device=pixels.device))[:, None, :, None]
         columns = (left + torch.arange(width, device=pixels.device))[:, None, None, :]
         image = torch.arange(count, device=pixels.device)[:, None, None, None]

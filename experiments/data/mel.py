@@ -42,7 +42,7 @@ def decibels(clips: Tensor) -> Tensor:
     window = torch.hann_window(WINDOW, dtype=torch.float64)
     waves = torch.stft(clips.double(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
     power = (filter_bank() @ waves.abs().square()).flatten(1)
-    level = 10 * power.clamp_min(LEAST_POWER).log10()
+    level = 10 * power.clamp_min(LEAST_POWER).log10()  # silence has no logarithm
     loudest = level.amax(dim=1, keepdim=True)
     return (level - loudest).clamp_min(-DYNAMIC_RANGE).float()
 

@@ -100,6 +100,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
         """Read what the stage needs; Lightning calls it in every worker."""
         if stage in ("fit", "validate") and "train" not in self.parts:
             pool = self.read(train=True)
+            # The limit comes first: the hold-out is a share of what is used.
             pool = pool.take(first_per_class(pool.labels, self.loading.limit))
             trained, held = holdout(len(pool.labels), self.loading.holdout, HOLDOUT_SEED)
             self.parts |= {"train": pool.take(trained), "val": pool.take(held)}
@@ -115,7 +116,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
             drop_last=self.loading.drop_last,
             collate_fn=self.training_transform,
             num_workers=self.loading.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait then
         )
 
     def val_dataloader(self) -> DataLoader[Examples]:

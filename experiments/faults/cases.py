@@ -58,7 +58,7 @@ def draw(number: int, seed: int) -> list[Case]:
     generator, pairs = random.Random(seed), list(possible())
     cases: list[Case] = []
     while len(cases) < number:
-        generator.shuffle(pairs)
+        generator.shuffle(pairs)  # so that a soak that is stopped early has no kind more than another
         cases += [_draw_one(generator, kind, place) for kind, place in pairs]
     return cases[:number]
 
@@ -73,6 +73,7 @@ def possible() -> Iterator[tuple[str, str]]:
 def _draw_one(generator: random.Random, kind: str, place: str) -> Case:
     workers = generator.choice(WORKERS)
     launcher = generator.choice(LAUNCHERS)
+    # Local SGD hands nothing over.
     face = "resist" if place == "hand_over" else generator.choice(FACES)
     if place == "hand_over":
         round, worker = generator.choice(sending(workers))

@@ -46,6 +46,7 @@ def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
     files = {path.stem: read(path)[0] for path in (folder / "checkpoints").glob("*.ckpt")}
     finals = finals_of(folder, settings.workers)
     if not files or not all(same(finals[0], final) for final in finals):
+        # What is compared with it would prove nothing.
         raise RuntimeError("a training without a fault saved nothing, or left different weights on its workers.")
     return Unbroken(files, finals[0])
 

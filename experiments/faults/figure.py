@@ -26,6 +26,7 @@ def draw_seconds(path: Path, content: Content) -> Path:
     with drawn(path, 11, 2.0 + 0.72 * len(kinds), title) as figure:
         axes = figure.add_subplot()
         for row in rows:
+            # Marks of one kind lie in rows by place; an end at once has no place on a logarithmic axis.
             offset = (PLACES.index(row["place"]) - (len(PLACES) - 1) / 2) * 0.12
             axes.plot(
                 max(row["seconds"], 0.01), kinds.index(row["kind"]) + offset, MARKERS[row["launcher"]],

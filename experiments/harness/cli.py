@@ -66,6 +66,7 @@ def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str]
 def _check_out(options: Command) -> None:
     """Results can be written to `out`, which is not the record of the full size for another one."""
     out = Path(options.out)
+    # The folder need not exist yet; the nearest one above it that does must be a folder.
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"out={out}: {existing} is a file, and a folder is needed; choose another, out=FOLDER")

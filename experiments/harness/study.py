@@ -47,6 +47,7 @@ class Study:
             content = read_record(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read ({error}); remove it, or take fresh=true") from error
+        # Rows of other settings would stand in one table with ours.
         theirs = content["settings"]
         for key in ours:
             if theirs.get(key) != ours[key]:
@@ -70,7 +71,7 @@ class Study:
         # Written beside and renamed: who reads, or is killed here, never meets half a file.
         draft = self.path.with_suffix(".draft")
         try:
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.StringIO()):  # it names the file, which is a draft
                 write_record(draft, {"settings": dict(self.settings), "rows": self.rows})
             draft.replace(self.path)
         except OSError as error:

@@ -57,6 +57,7 @@ def each(cases: Sequence[Any], work: Callable[[Any], Any], jobs: int) -> Iterato
         torch.set_num_threads(1)
         yield from ((case, work(case)) for case in cases)
         return
+    # An exception, so that the processes below are ended before this one.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     context = multiprocessing.get_context("spawn")  # this process may have computed, and have threads
     executor = ProcessPoolExecutor(min(jobs, len(cases)), mp_context=context, initializer=_begin)

@@ -83,7 +83,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(settings["repeats"]):
         for name, way in WAYS.items():
-            into.fill_(-1)
+            into.fill_(-1)  # what arrived before must not look like what arrives now
             dist.barrier()
             start = time.perf_counter()
             way(out, into, peer)

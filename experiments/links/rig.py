@@ -100,7 +100,7 @@ def check_name(name: str | None) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,31}", name):
         raise ConfigError(f"name={name!r} must be up to 32 letters, digits and dashes; null draws one")
     if why_no_namespaces():
-        return
+        return  # none can be in use
     taken = sorted(other for other in namespaces_in_use() if re.fullmatch(rf"{re.escape(name)}-(\d+|b)", other))
     if taken:
         raise ConfigError(

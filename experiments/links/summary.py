@@ -99,7 +99,7 @@ def _ddp(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
     kernel = mean(worker["kernel"]["sent"] for worker in workers) / steps if "kernel" in workers[0] else None
     return {
         "local_steps": 1,
-        "compute_seconds": min(compute, whole),
+        "compute_seconds": min(compute, whole),  # noise can make the step without communication the longer one
         "sync_seconds": max(0.0, whole - compute),
         "parts": None,
         "seconds_per_step": whole,

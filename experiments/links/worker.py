@@ -106,6 +106,7 @@ class Window(L.Callback):
             trainer.strategy.model.require_backward_grad_sync = batch_idx >= self.silent_steps  # type: ignore[union-attr]
         if batch_idx == self.opens_at:
             self._open(trainer)
+        # A sync that is due happens in the strategy's hook, behind this one: it is taken out of the step's seconds.
         self._sync_before = self._sync_seconds()
         self._began = time.perf_counter()
 
@@ -204,6 +205,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     module = Module(described(network, num_classes=classes, in_features=shape[0]))
     generator = torch.Generator().manual_seed(settings["seed"])
     count = (closes + 1) * settings["batch"] * place.workers
+    # More than one epoch would start the loader anew in the window.
     values = torch.randn(count, *shape, generator=generator)
     labels = torch.randint(classes, (count,), generator=generator)
     trainer.fit(module, DataLoader(TensorDataset(values, labels), settings["batch"]))

@@ -87,6 +87,7 @@ class Options(Rig):
             raise ConfigError(
                 f"steps={self.steps} must be a multiple of evaluate_every={self.evaluate_every}, so that the last model is seen"
             )
+        # Before any worker starts: a wrong folder, or one with too few images, is one line.
         try:
             data = make_data(asdict(self))
             data.setup("fit")

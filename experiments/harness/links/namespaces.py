@@ -125,6 +125,7 @@ class Namespaces(Loopback):
         for worker in range(self.workers):
             own, port = self.namespace(worker), f"port{worker}"
             _ip("netns", "add", own)
+            # Both ends are made where they belong: nothing appears in the host's own network.
             peer = ["peer", "name", port, "netns", self.bridge]
             _ip("-n", own, "link", "add", INTERFACE, "mtu", str(self.mtu), "type", "veth", *peer)
             _ip("-n", self.bridge, "link", "set", port, "mtu", str(self.mtu), "master", "bridge", "up")
@@ -149,6 +150,7 @@ class Namespaces(Loopback):
             rate = round(gbit * 1e9)
             burst = str(burst_bytes(rate, self.least_burst))
             limits = ["rate", f"{rate}bit", "burst", burst, "limit", str(QUEUE_BYTES)]
+            # In place of the shaper before, if there is one.
             _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *limits)
         self._shaped = gbit is not None
 

@@ -50,7 +50,7 @@ def main() -> None:
         if child == 0:
             code = work(program, line.strip(), server)
             sys.stdout.flush()
-            os._exit(code)
+            os._exit(code)  # nothing of the server may run in the fork, its handlers at exit neither
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(abs(os.waitstatus_to_exitcode(status)))
