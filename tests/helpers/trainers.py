@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from resist_lightning import (
     Config,
@@ -31,6 +33,7 @@ from resist_lightning import (
 from resist_lightning.strategies.base import SubnetStrategy
 from tests.helpers.plain import Classifier, batch_of, stream
 from tests.helpers.processes import run_workers, run_workers_to_the_end
+from tests.helpers.training import clone_state
 from tests.helpers.worker import Outcome
 
 DEVICES = "RESIST_LIGHTNING_TEST_DEVICES"  # not WORLD_SIZE, which Lightning deletes when a Trainer has done its work
@@ -115,6 +118,24 @@ def train_by_hand(
             each_step(engine, step)
     engine.finish()
     return engine
+
+
+def loop_by_hand(
+    module: nn.Module,
+    optimizers: list[Optimizer],
+    steps: Iterable[Any],
+    train_step: Callable[[Any], None],
+    forward_context: Callable[[], Any] = nullcontext,
+) -> dict[str, Tensor]:
+    """A plain loop with the engine, in rounds of three of ``steps``; the full model that it gives. In a group."""
+    engine = Engine(module, optimizers, Config(local_steps=3, min_blocks=1), forward_context=forward_context)
+    engine.start()
+    module.train()
+    for step in steps:
+        train_step(step)
+        engine.after_step()
+    engine.finish()
+    return clone_state(module)
 
 
 def train_in_one_process(

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from resist_lightning import Config, WorkersDisagree
 from tests.helpers.plain import Classifier, batch_of, held_out, stream
-from tests.helpers.processes import run_workers
 from tests.helpers.trainers import (
     fit,
     make_strategy,
     make_trainer,
     run_trainers,
+    run_trainers_and_by_hand,
     run_trainers_to_the_end,
     train_by_hand,
 )
@@ -34,7 +34,7 @@ LENGTHS = (7, 5)
 # Loaders of known length: all workers end with the shortest.
 
 
-def fit_uneven(worker: int, options: dict[str, Any]) -> tuple[int, list[str], dict[str, Tensor]]:
+def fit_uneven(worker: int, options: dict[str, Any], _: int) -> tuple[int, list[str], dict[str, Tensor]]:
     module = Classifier()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -43,7 +43,7 @@ def fit_uneven(worker: int, options: dict[str, Any]) -> tuple[int, list[str], di
     return trainer.global_step, told, clone_state(module)
 
 
-def cut_by_hand(worker: int, steps: int) -> dict[str, Tensor]:
+def cut_by_hand(worker: int, _: dict[str, Any], steps: int) -> dict[str, Tensor]:
     module = Classifier()
     train_by_hand(worker, module, Config(local_steps=3, min_blocks=1), steps)
     return clone_state(module)
@@ -55,12 +55,11 @@ def cut_by_hand(worker: int, steps: int) -> dict[str, Tensor]:
     ids=str,
 )
 def test_epochs_end_for_all_workers_with_the_shortest_loader(options: dict[str, Any], batches: int, told: str) -> None:
-    results = run_trainers(fit_uneven, 2, options)
+    results, expected = run_trainers_and_by_hand(fit_uneven, cut_by_hand, 2, options, 2 * batches)
 
-    expected = run_workers(cut_by_hand, 2, 2 * batches)[0]
     for steps, _, state in results:
         assert steps == 2 * batches
-        assert_equal_states(state, expected, exactly=True)
+        assert_equal_states(state, expected[0], exactly=True)
     mine, theirs = results[0][1], results[1][1]
     assert theirs == []
     assert len(mine) == bool(told)  # not where the limit of the Trainer is the shortest

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from resist_lightning import Config, Engine
+from resist_lightning import Config
 from tests.helpers.auxnet import make_stages
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.trainers import (
     fit,
     kind_for,
+    loop_by_hand,
     make_strategy,
     make_trainer,
     run_trainers,
@@ -105,19 +106,16 @@ def by_hand_in(worker: int, precision: str) -> State:
     mixed = partial(torch.autocast, "cpu", dtype=torch.bfloat16, cache_enabled=False)
     context = mixed if precision == "bf16-mixed" else nullcontext
     optimizer = module.configure_optimizers()
-    engine = Engine(module, [optimizer], CONFIG, forward_context=context)
-    engine.start()
-    module.train()
-    for step in range(8):
+
+    def train_step(step: int) -> None:
         images, labels = batch_of(worker, step)
         optimizer.zero_grad()
         with context():
             loss = module.training_step((images.bfloat16() if precision == "bf16-true" else images, labels), step)
         loss.backward()
         optimizer.step()
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, [optimizer], range(8), train_step, context)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)])
@@ -186,20 +184,18 @@ def fine_tune(worker: int) -> list[State]:
 
 
 def fine_tune_by_hand(worker: int) -> State:
-    module = FineTuned().train()
+    module = FineTuned()
     freeze(module)
     optimizer = module.configure_optimizers()
-    engine = Engine(module, [optimizer], CONFIG)
-    engine.start()
-    for step in range(8):
+
+    def train_step(step: int) -> None:
         if step == 4:
             unfreeze(module, optimizer)
         optimizer.zero_grad()
         module.training_step(batch_of(worker, step), step).backward()
         optimizer.step()
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, [optimizer], range(8), train_step)
 
 
 def test_frozen_parts_stay_and_may_be_unfrozen_in_the_middle_of_a_round() -> None:

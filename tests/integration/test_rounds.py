@@ -13,14 +13,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resist_lightning import Config, Engine
 from resist_lightning.methods.resist.network import select_blocks
 from tests.helpers.plain import Classifier, batch_of, held_out, make_net
 from tests.helpers.processes import run_workers
-from tests.helpers.trainers import fit, run_trainers, run_trainers_and_by_hand
+from tests.helpers.trainers import fit, loop_by_hand, run_trainers, run_trainers_and_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
-
-CONFIG = Config(local_steps=3, min_blocks=1)
 
 
 class Notes(L.Callback):
@@ -49,20 +46,17 @@ def accumulate(worker: int) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
 
 
 def accumulate_by_hand(worker: int) -> dict[str, Tensor]:
-    module = Classifier().train()
+    module = Classifier()
     optimizer = module.configure_optimizers()
-    engine = Engine(module, [optimizer], CONFIG)
-    engine.start()
-    for epoch in range(2):
-        for group in ((0, 1), (2, 3), (4,)):
-            optimizer.zero_grad()
-            for number in group:
-                (module.training_step(batch_of(worker, 5 * epoch + number), 0) / 2).backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 0.5)
-            optimizer.step()
-            engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    def train_step(numbers: tuple[int, ...]) -> None:
+        optimizer.zero_grad()
+        for number in numbers:
+            (module.training_step(batch_of(worker, number), 0) / 2).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+
+    return loop_by_hand(module, [optimizer], [(0, 1), (2, 3), (4,), (5, 6), (7, 8), (9,)], train_step)
 
 
 def test_with_gradient_accumulation_a_round_counts_optimizer_steps() -> None:
@@ -121,18 +115,16 @@ def play(worker: int) -> list[tuple[dict[str, Tensor], list[tuple[int, int]], li
 
 
 def play_by_hand(worker: int) -> dict[str, Tensor]:
-    module = TwoPlayers().train()
+    module = TwoPlayers()
     first, second = module.configure_optimizers()
-    engine = Engine(module, [first, second], CONFIG)
-    engine.start()
-    for step in range(8):
+
+    def train_step(step: int) -> None:
         for optimizer, number in ((first, 0), (second, 1), (second, 1)):
             optimizer.zero_grad()
             module.losses(batch_of(worker, step))[number].backward()
             optimizer.step()
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, [first, second], range(8), train_step)
 
 
 def test_with_two_optimizers_a_batch_is_one_local_step_and_nothing_changes_within_it() -> None:
@@ -179,18 +171,16 @@ def overflow(worker: int) -> tuple[dict[str, Tensor], list[float]]:
 
 
 def overflow_by_hand(worker: int) -> dict[str, Tensor]:
-    module = Overflowing().train()
+    module = Overflowing()
     optimizer, scales = module.configure_optimizers(), scaler()
-    engine = Engine(module, [optimizer], CONFIG)
-    engine.start()
-    for step in range(8):
+
+    def train_step(step: int) -> None:
         optimizer.zero_grad()
         scales.scale(module.training_step(batch_of(worker, step), (worker, step))).backward()
         scales.step(optimizer)
         scales.update(512.0 if step == 2 else None)  # agreed upon at the first sync
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, [optimizer], range(8), train_step)
 
 
 def test_a_step_that_a_grad_scaler_skips_counts_and_the_scales_are_agreed_at_the_sync() -> None:
@@ -230,18 +220,16 @@ def scale_by_hand(worker: int) -> tuple[dict[str, Tensor], bool]:
 
 
 def no_scale(worker: int) -> dict[str, Tensor]:
-    module = OneForABlock().train()
+    module = OneForABlock()
     optimizers = module.configure_optimizers()
-    engine = Engine(module, optimizers, CONFIG)
-    engine.start()
-    for step in range(8):
+
+    def train_step(step: int) -> None:
         Classifier.training_step(module, batch_of(worker, step), step).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, optimizers, range(8), train_step)
 
 
 def test_a_grad_scaler_passes_over_an_optimizer_whose_parameters_are_absent() -> None:
@@ -320,18 +308,16 @@ def schedule(worker: int, scheduler: str) -> tuple[dict[str, Tensor], list[float
 
 
 def schedule_by_hand(worker: int, rates: list[float]) -> dict[str, Tensor]:
-    module = Classifier().train()
-    optimizer = Classifier.configure_optimizers(module)
-    engine = Engine(module, [optimizer], CONFIG)
-    engine.start()
-    for step, rate in enumerate(rates):
-        optimizer.param_groups[0]["lr"] = rate
+    module = Classifier()
+    optimizer = module.configure_optimizers()
+
+    def train_step(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = rates[step]
         optimizer.zero_grad()
         module.training_step(batch_of(worker, step), step).backward()
         optimizer.step()
-        engine.after_step()
-    engine.finish()
-    return clone_state(module)
+
+    return loop_by_hand(module, [optimizer], range(len(rates)), train_step)
 
 
 @pytest.mark.parametrize("scheduler", RATES)
