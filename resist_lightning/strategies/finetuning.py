@@ -55,7 +55,7 @@ class ModuleModes:
 
 def not_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Replaces ``BaseFinetuning.filter_on_optimizer``, which compares values: an absent block has none."""
-    parameters = list(parameters)
+    parameters = list(parameters)  # it may be a generator, and is needed twice
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     new = [parameter for parameter in parameters if id(parameter) not in known]
     if len(new) < len(parameters):

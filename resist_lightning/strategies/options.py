@@ -137,6 +137,7 @@ def takes(
             init(self, options(*args, **kwargs))
 
         made_by: Any = options
+        # Signature and texts are set by hand: functools.wraps would show those of the function that takes an object.
         made_by.__init__.__qualname__ = init.__qualname__  # a TypeError shall name the class that the user called
         construct.__doc__ = _describe(made_by)
         # Types as objects: whoever asks for them would look their names up in this module, not in the config's.
@@ -147,7 +148,7 @@ def takes(
         ]
         vars(construct)["__signature__"] = signature.replace(parameters=parameters)
         construct.__annotations__ = {each.name: each.annotation for each in parameters if each.name in hints}
-        del vars(construct)["__wrapped__"]
+        del vars(construct)["__wrapped__"]  # inspect would follow it
         return construct
 
     return decorate
@@ -156,9 +157,10 @@ def takes(
 def _describe(options: type) -> str:
     """The docstring of a constructor that takes ``options``: the text of a class goes before that of its bases."""
     texts: dict[str, str] = {}
-    for cls in reversed(options.__mro__):
-        _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
-        entries = re.findall(r"^    (\w+)(:.*(?:\n     .*)*)", section.partition("\n\n")[0], re.MULTILINE)
+    for cls in reversed(options.__mro__):  # so that a derived class has the last word
+        _, _, after = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+        section, _, _ = after.partition("\n\n")
+        entries = re.findall(r"^    (\w+)(:.*(?:\n     .*)*)", section, re.MULTILINE)
         texts.update(entries)
     taken = [f"    {name}{texts[name]}" for name in inspect.signature(options).parameters]
     return "\n".join(["Args:", *taken, "", "Raises:", "    ValueError: if a value is outside its limits."])

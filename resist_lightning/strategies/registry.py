@@ -32,7 +32,7 @@ def register_strategies() -> None:
 
 def _refuse_pytorch_lightning() -> None:
     """Register names that raise in `pytorch_lightning`, whose classes differ from those of `lightning`."""
-    other: Any = sys.modules.get("pytorch_lightning.strategies")
+    other: Any = sys.modules.get("pytorch_lightning.strategies")  # not imported where the user has not
     if other is None:
         return
 

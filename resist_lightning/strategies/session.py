@@ -71,7 +71,7 @@ class FitSession:
             forward_context=trainer.precision_plugin.forward_context,
             host=LightningHost(trainer, self.signals, self._data),
         )
-        engine.steps.on_step = self.count_step
+        engine.steps.on_step = self.count_step  # for steps that Lightning does not see
         self._averages.follow(engine)
         rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}")
         return engine
@@ -95,7 +95,7 @@ class FitSession:
         self._averages.begin()
         if self._config.trains_alone:
             warn_of_one_round(trainer, self._config.local_steps)
-        engine.sync.guard.stepping = False
+        engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:
         """Called before each batch: the only place where training syncs, and where signals take effect."""
@@ -132,7 +132,7 @@ class FitSession:
         """Called after ModelCheckpoint has saved: return to this worker's part."""
         if self.engine is None:
             return
-        if self.engine.observing:
+        if self.engine.observing:  # unless weights were swapped: see `order_validation`
             self.engine.end_observation()
         self._averages.hide()
         self.engine.observation.forget_notes()

@@ -44,6 +44,7 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
         loader = trainer.fit_loop._combined_loader
         assert loader is not None, "the training loaders are not made yet"
         try:
+            # As an iterator of the combined loader would give it, without one.
             batch = tree_unflatten([_first_batch(each) for each in loader.flattened], loader._spec)
         except ValueError:
             if not isinstance(example, Tensor):
@@ -58,9 +59,9 @@ def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
     """An ``example_input_array`` made fit for measuring: it is often a single sample, of zeros."""
     found = _checked(example, "example_input_array is")
     if len(found) == 1:
-        found = found.expand(2, *found.shape[1:])
+        found = found.expand(2, *found.shape[1:])  # batch norm in training needs two
     if bool((found == found.flatten()[0]).all()):
-        found = torch.randn_like(found)
+        found = torch.randn_like(found)  # of constants, features have no variance
     converted: Tensor = trainer.precision_plugin.convert_input(found)
     return converted.to(trainer.strategy.root_device)
 
@@ -125,7 +126,7 @@ def _first_items(source: object, number: int, kind: str) -> list[Any]:
     """The first items of what can be iterated again: an iterator would lose them."""
     assert isinstance(source, Iterable)
     original: Any = source.unseeded if isinstance(source, SeededIterable) else source
-    if iter(original) is original:
+    if iter(original) is original:  # an iterator, or a file: it cannot begin again
         raise ValueError(
             f"the training {kind}, {type(original).__name__}, can be iterated only once, and the items that would show "
             f"what the network gets would be lost to the training. {_OTHERWISE}"
@@ -137,7 +138,8 @@ def _first_items(source: object, number: int, kind: str) -> list[Any]:
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:
-    size = loader.batch_size or getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
+    sampler = loader.batch_sampler or loader.sampler
+    size = loader.batch_size or getattr(sampler, "batch_size", None)  # only the user's own sampler may have none
     return min(size, SAMPLES) if isinstance(size, int) else SAMPLES
 
 

@@ -27,14 +27,17 @@ class Watched:
 
 def generators(loader: CombinedLoader | None) -> list[Generator]:
     """The generators that the user gave to loaders or their samplers."""
-    found: list[Generator] = []
-    for each in loader.flattened if loader is not None else []:
+    found: dict[int, Generator] = {}  # by identity: a loader and its sampler often share one
+    loaders = loader.flattened if loader is not None else []
+    for each in loaders:
         batches = getattr(each, "batch_sampler", None)
-        for owner in (each, getattr(each, "sampler", None), batches, getattr(batches, "sampler", None)):
+        sampler = getattr(each, "sampler", None)
+        inner = getattr(batches, "sampler", None)  # where the user gave a batch sampler
+        for owner in (each, sampler, batches, inner):
             generator = getattr(owner, "generator", None)
-            if isinstance(generator, Generator) and not any(generator is known for known in found):
-                found.append(generator)
-    return found
+            if isinstance(generator, Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def order(iterator: Any) -> list[object]:
@@ -44,9 +47,11 @@ def order(iterator: Any) -> list[object]:
 
 def is_running(loader: object) -> bool:
     """Whether a loader has started processes that outlive its iterators."""
-    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "_iterator", None) is not None
+    persistent = getattr(loader, "persistent_workers", False)
+    return bool(persistent) and getattr(loader, "_iterator", None) is not None
 
 
 def draws_beside_training(loader: object) -> bool:
     """Whether a loader has an iterable data set, which may draw random numbers in the process that trains."""
-    return isinstance(getattr(loader, "dataset", None), IterableDataset) and not getattr(loader, "num_workers", 0)
+    iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    return iterable and not getattr(loader, "num_workers", 0)

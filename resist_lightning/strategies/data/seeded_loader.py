@@ -29,12 +29,9 @@ def seed_loader(
 ) -> object:
     """A loader like ``dataloader`` whose data set and collate function draw the same random numbers on all workers.
 
-    These are the numbers of torch's, NumPy's and Python's global generators, in loader processes too. A sampler of
-    samples or batches that draws its order from them draws the same one on all workers. A generator that the data set
-    or a sampler made for itself is not seen. A data set with ``__getitems__`` is asked for one sample at a time, as its
-    random numbers belong to one sample; if that does not give a list of one, they are the whole batch's. An iterable
-    data set's depend on the number of the item and on the loader process. A loader that Lightning begins again within
-    an epoch, because another one is longer, repeats its augmentation as it repeats its order.
+    These are the numbers of torch's, NumPy's and Python's global generators, in loader processes too; a generator that
+    the data set or a sampler made for itself is not seen. A loader that Lightning begins again within an epoch, because
+    another one is longer, repeats its augmentation as it repeats its order.
 
     Args:
         dataloader: a training loader as ``Strategy.process_dataloader`` gets it; itself and its data set stay as they
@@ -50,6 +47,7 @@ def seed_loader(
     if not isinstance(dataloader, DataLoader):
         return dataloader
     dataset, collate = dataloader.dataset, dataloader.collate_fn
+    # One that is seeded already is seeded anew, not twice.
     if isinstance(dataset, SeededDataset | SeededIterable):
         dataset = dataset.unseeded
     if isinstance(collate, SeededCollate):
@@ -63,9 +61,10 @@ def seed_loader(
     if dataloader.num_workers > 0:
         seeder.share()
     seeded = SeededIterable if isinstance(dataset, IterableDataset) else SeededDataset
-    twin = copy.copy(dataloader)
+    twin = copy.copy(dataloader)  # the user's own stays as it is
     # Its attributes may not be set, and to make it again from arguments would guess those of a subclass.
     vars(twin).update(dataset=seeded(dataset, seeder), collate_fn=SeededCollate(collate, seeder))
+    # The order follows the epoch although the augmentation may be frozen.
     vars(twin).update(_iterator=None, _unseeded=dataloader, _order_seeder=Seeder((seed, stream), epoch))
     cls = type(dataloader)
     if not issubclass(cls, _TellsEpoch):
@@ -97,6 +96,7 @@ class Seeder:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
+        # For loader processes, which read the shared number: the function has the trainer in it.
         return {**vars(self), "_current": None}
 
     def share(self) -> None:
@@ -151,9 +151,9 @@ class SeededDataset(_Forwarding, Dataset[Any]):
     def __getitems__(self, indices: list[Any]) -> Any:
         """Called by torch for a batch."""
         self._seeder.fetched = ("batch", _plain(indices))
+        several = getattr(self.unseeded, "__getitems__", None)
         with random_numbers_apart():
-            several = getattr(self.unseeded, "__getitems__", None)
-            return self._one_by_one(indices) if not several else self._several(several, indices)
+            return self._several(several, indices) if several else self._one_by_one(indices)
 
     def _one_by_one(self, indices: list[Any]) -> list[Any]:
         samples = []
@@ -165,9 +165,11 @@ class SeededDataset(_Forwarding, Dataset[Any]):
     def _several(self, several: Callable[[list[Any]], Any], indices: list[Any]) -> Any:
         samples = []
         for index in indices:
+            # One at a time: a sample's random numbers are its own, whatever batch it is in.
             self._seeder.seed("sample", _plain(index))
             one = several([index])
             if not (isinstance(one, list) and len(one) == 1):
+                # The data set makes a batch of its own kind, so the numbers are the whole batch's.
                 self._seeder.seed("samples", _plain(indices))
                 return several(indices)
             samples += one
@@ -182,6 +184,7 @@ class SeededIterable(_Forwarding, IterableDataset[Any]):
         info = get_worker_info()
         process = info.id if info is not None else 0
         with random_numbers_apart():
+            # Before the first item: an iterable often draws its order here.
             self._seeder.seed("iteration", process)
             items = iter(self.unseeded)
         for number in count():

@@ -146,6 +146,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             for worker in workers:
                 with suppress(ProcessLookupError):
                     assert worker.pid is not None
+                    # In a terminal they have had the SIGINT already, and take a second one for the same.
                     os.kill(worker.pid, signal.SIGINT if interrupted else signal.SIGTERM)
             deadline = time.monotonic() + ENDING_SECONDS
             for worker in workers:
@@ -196,6 +197,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         """Called in the main process with worker 0's extra results."""
         super().update_main_process_results(trainer, extra)
         strategy: Any = trainer.strategy
+        # The strategy of the workers was another object: this one saves and resumes in the main process.
         if trainer.state.fn == TrainerFn.FITTING:  # other loops leave this process's module as it is
             strategy.resumer.set_state(extra["resume_state"], trainer.lightning_module)
         strategy.saver.last_written = extra["last_written"]

@@ -59,6 +59,7 @@ class Forwarder:
         except BaseException as error:
             if trainer is not None:
                 _save_nothing_more(trainer)
+            # A signal may have reached the workers alone; their exit code says so.
             stopped = isinstance(error, ProcessExitedException) and (self._received or _EXIT_CODES.get(error.exit_code))
             if stopped:
                 raise _exception_of(stopped) from None
@@ -77,6 +78,7 @@ class Forwarder:
         """
         if not self._received or time.monotonic() - self._first_at < self._limit:
             return
+        # They may hang in a collective whose partner has ended.
         late = [f"worker {number} (pid {worker.pid})" for number, worker in enumerate(workers) if worker.is_alive()]
         sys.stderr.write(
             f"{', '.join(late)}: still running {self._limit:g} s (timeout=) after "
@@ -87,7 +89,8 @@ class Forwarder:
     def _forward(self, number: int, _: FrameType | None) -> None:
         if self._received and time.monotonic() - self._first_at < SAME_SECONDS:
             return  # a terminal and its shell both send it
-        again, self._received, self._first_at = self._received, number, time.monotonic()
+        again = bool(self._received)
+        self._received, self._first_at = number, time.monotonic()
         self._kill(number)
         if again:
             raise _exception_of(number)

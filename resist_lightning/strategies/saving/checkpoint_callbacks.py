@@ -52,6 +52,7 @@ class CheckpointCallbacks:
 
     def _unless_refused(self, save: Callable[..., None]) -> Callable[..., None]:
         def save_or_warn(*args: Any) -> None:
+            # `on_exception` saves by this method, and announces what it has saved.
             announcing, self.saving = self.saving, True
             try:
                 save(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,8 @@ class Saver:
         """
         own, saved = self._own, self._saved
         self._own, self._saved = None, {}
-        if interrupted and self._engine_runs():
+        engine = self._session.engine if self._session is not None else None
+        if interrupted and engine is not None and engine.running:
             self._report(f"{filepath} is not written: after an error no worker can assemble the full model.")
             return
         collective = SoloCollective() if interrupted else default_collective()
@@ -120,8 +121,10 @@ class Saver:
             check_loadable(own["host"])
         path = checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
+        # Who writes a file of its own tells the others that it is busy.
+        busy = engine.activity.during("saving") if engine is not None and own is not None else nullcontext()
         try:
-            with self._activity(own):
+            with busy:
                 write = partial(write_model, write, checkpoint, path, plugin, self._forgiving)
                 checkpoint_files.save_together(checkpoint, own, path, write, collective)
         except CheckpointNotWritten as error:
@@ -133,15 +136,6 @@ class Saver:
         self._failed = False
         if own is not None:
             self.last_written = path
-
-    def _engine_runs(self) -> bool:
-        engine = self._session.engine if self._session is not None else None
-        return engine is not None and engine.running
-
-    def _activity(self, own: dict[str, Any] | None) -> AbstractContextManager[Any]:
-        """Tells the other workers that this one is busy, where it writes a file of its own."""
-        engine = self._session.engine if self._session is not None else None
-        return engine.activity.during("saving") if engine is not None and own is not None else nullcontext()
 
     def _report(self, text: str) -> None:
         report_not_written(text, self._session.checkpoint_callbacks if self._session is not None else None)
