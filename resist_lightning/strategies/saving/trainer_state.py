@@ -30,7 +30,8 @@ class TrainerState:
         """What this worker's trainer has."""
         trainer = self._trainer
         # Gradients are state only while they are being added up over batches.
-        accumulating = trainer.fit_loop._should_accumulate() or not trainer.lightning_module.automatic_optimization
+        manual = not trainer.lightning_module.automatic_optimization  # where only the module knows
+        accumulating = manual or trainer.fit_loop._should_accumulate()
         gradients = engine.sync.gradients() if accumulating else {}
         return {
             "position": self.position.state(),

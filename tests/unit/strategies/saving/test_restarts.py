@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from resist_lightning import CheckpointError
 from resist_lightning.strategies.options import StrategyOptions
-from resist_lightning.strategies.saving.restarts import check_shrinking
+from resist_lightning.strategies.saving.restarts import Restarts, check_shrinking
+from tests.helpers.threads import run_threads
 
 
 def test_shrinking_is_refused_where_the_workers_could_not_meet_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +26,42 @@ def test_without_torchrun_a_warning_says_that_nobody_starts_the_workers_again(mo
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with pytest.warns(UserWarning, match="needs `torchrun --nnodes=MIN:MAX`"):
         check_shrinking(StrategyOptions(snapshots="folder", on_worker_loss="shrink"))
+
+
+def written(folder: Path, rounds: list[list[int]]) -> None:
+    """Snapshots of the rounds of each worker."""
+    for worker, numbers in enumerate(rounds):
+        restarts = Restarts(folder, StrategyOptions(), SimpleNamespace(worker=worker, workers=2))  # type: ignore[arg-type]
+        for number in numbers:
+            restarts.write({"from": [worker, number]}, number)
+
+
+def test_the_newest_round_that_all_can_read_is_chosen(tmp_path: Path) -> None:
+    written(tmp_path, [[1, 2, 3], [1, 2]])
+
+    def choose(collective: Any) -> Any:
+        return Restarts(tmp_path, StrategyOptions(), collective).choose()
+
+    with pytest.warns(UserWarning, match="round 3 .* is not whole; resuming from round 2"):
+        assert run_threads(choose, 2)[0] == [{"from": [0, 2]}, {"from": [1, 2]}]
+
+
+def test_without_a_common_round_the_error_names_those_of_each_worker(tmp_path: Path) -> None:
+    written(tmp_path, [[1], []])
+
+    def choose(collective: Any) -> None:
+        with pytest.raises(CheckpointError, match=r"rounds by worker: 0: \[1\]; 1: none"):
+            Restarts(tmp_path, StrategyOptions(), collective).choose()
+
+    run_threads(choose, 2)
+
+
+def test_snapshots_of_another_run_are_left_alone(tmp_path: Path) -> None:
+    written(tmp_path, [[1], [1]])
+
+    def begin(collective: Any) -> None:
+        with pytest.raises(ValueError, match="a run that did not come to its end"):
+            Restarts(tmp_path, StrategyOptions(), collective).begin()
+
+    run_threads(begin, 2)
+    assert len(list(tmp_path.glob("round=*/*.pt"))) == 2

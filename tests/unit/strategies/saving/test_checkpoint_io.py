@@ -1,0 +1,76 @@
+"""The model's file: written by this package, by a plugin, or by a plugin's thread."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from resist_lightning.checkpoint.files import write_sealed
+from resist_lightning.checkpoint.snapshots import SnapshotFolder
+from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
+from resist_lightning.strategies.saving.checkpoint_io import (
+    AtomicIO,
+    base_of,
+    forgive_thread,
+    or_atomic,
+    snapshots_at,
+)
+
+
+def test_a_trainer_without_a_plugin_writes_atomically() -> None:
+    own = AsyncCheckpointIO(AtomicIO())
+    assert isinstance(or_atomic(None), AtomicIO)
+    assert isinstance(base_of(or_atomic(AsyncCheckpointIO())), AtomicIO)
+    assert or_atomic(own) is own
+
+
+def test_the_files_before_stay_until_a_thread_has_written_the_model(tmp_path: Path) -> None:
+    before = write_sealed({}, tmp_path / "a.ckpt.workers", "round=1-step=0-0-of-1")
+    after = write_sealed({"new": 1}, tmp_path / "a.ckpt.workers", "round=2-step=0-0-of-1")
+    plugin = AsyncCheckpointIO(AtomicIO())
+
+    assert before.exists()
+    plugin.save_checkpoint({CHECKPOINT_KEY: {"files": [after.name]}}, tmp_path / "a.ckpt")
+    plugin.teardown()
+
+    assert isinstance(base_of(plugin), AtomicIO)
+    assert not before.exists()
+    assert after.exists()
+
+
+def test_where_a_thread_cannot_write_the_model_no_files_of_workers_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    own = write_sealed({}, tmp_path / "a.ckpt.workers", "round=1-step=0-0-of-1")
+    (tmp_path / ".a.ckpt.part").mkdir()  # where the model's file would be written
+
+    with pytest.raises(IsADirectoryError):
+        AtomicIO().save_checkpoint({CHECKPOINT_KEY: {"files": [own.name]}}, path)
+
+    assert not own.parent.exists()
+
+
+def test_a_thread_that_could_not_write_is_forgiven_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    plugin = AsyncCheckpointIO(AtomicIO())
+    with suppress(OSError):  # raised where the thread is quick
+        plugin.save_checkpoint({}, tmp_path / "file" / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"could not be written \(.*File exists"):
+        forgive_thread(plugin, wait=True)
+    plugin.save_checkpoint({}, tmp_path / "a.ckpt")
+    plugin.teardown()
+    assert (tmp_path / "a.ckpt").exists()
+
+
+def test_a_folder_is_one_of_snapshots_unless_a_plugin_writes_folders(tmp_path: Path) -> None:
+    class Foreign(CheckpointIO):
+        save_checkpoint = load_checkpoint = remove_checkpoint = None  # type: ignore[assignment]
+
+    assert snapshots_at(f"file://{tmp_path}", AtomicIO()) == tmp_path
+    assert snapshots_at(tmp_path, Foreign()) is None
+    SnapshotFolder(tmp_path).write({}, 3, 0, 1)
+    assert snapshots_at(tmp_path, Foreign()) == tmp_path
+    assert snapshots_at("memory://folder", AtomicIO()) is None
