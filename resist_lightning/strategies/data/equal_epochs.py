@@ -33,10 +33,11 @@ def end_epochs_together(loader: CombinedLoader, collective: Collective) -> None:
 
 def _batches(loader: CombinedLoader) -> int:
     """Number of batches in an epoch; -1 if unknown. Lightning knows it once an iterator is made."""
-    lengths = [sized_len(each) for each in loader.flattened]
-    limits = loader.limits or [float("inf")] * len(lengths)
-    known = []
-    for length, limit in zip(lengths, limits, strict=True):
-        known.append(limit if length is None else min(length, limit))
-    batches = min(known) if loader._mode == "min_size" else max(known)
+    limits = loader.limits or [float("inf")] * len(loader.flattened)
+    lengths = []
+    for each, limit in zip(loader.flattened, limits, strict=True):
+        length = sized_len(each)
+        lengths.append(limit if length is None else min(length, limit))
+    # In the other modes that Lightning trains with, an epoch lasts as long as the longest.
+    batches = min(lengths) if loader._mode == "min_size" else max(lengths)
     return -1 if batches == float("inf") else int(batches)

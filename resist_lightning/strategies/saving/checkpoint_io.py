@@ -101,7 +101,7 @@ def write_model(
 def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:
     """Turn the stored OSError of an ``AsyncCheckpointIO``'s thread, raised at each later save, into a warning."""
     if wait:
-        with suppress(OSError):
+        with suppress(OSError):  # the one that it has stored
             plugin.teardown()
     error: BaseException | None = getattr(plugin, "_error", None)
     if isinstance(error, OSError):
@@ -140,8 +140,14 @@ def load_checkpoint(load: Callable[[], Any], path: _PATH, by: CheckpointIO) -> d
         raise
     except Exception as error:
         if local is None or not isinstance(base_of(by), TorchCheckpointIO):
-            raise
+            raise  # a format of its own, of which this package can say nothing
         raise CheckpointError(explain(local, error)) from error
+    _check_content(checkpoint, path)
+    found: dict[str, Any] = checkpoint
+    return found
+
+
+def _check_content(checkpoint: Any, path: _PATH) -> None:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         what = "a bare state_dict" if _is_state_dict(checkpoint) else f"a {type(checkpoint).__name__}"
         raise CheckpointError(
@@ -154,7 +160,6 @@ def load_checkpoint(load: Callable[[], Any], path: _PATH, by: CheckpointIO) -> d
             f"{path} was written by a newer resist-lightning (format {version}; this one reads up to {STATE_VERSION}). "
             f"Update the package, or remove the key {CHECKPOINT_KEY!r} to use the weights alone."
         )
-    return checkpoint
 
 
 def _is_state_dict(found: object) -> bool:

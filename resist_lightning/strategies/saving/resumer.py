@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,20 +123,22 @@ class Resumer:
             strategy: its name, for messages.
         """
         state = self.state_of(engine.module)
-        loaded, self._loaded = self._loaded, None
-        read = partial(read_own, state, self._loaded_from, engine.collective.worker)
-        own = loaded["own"] if loaded is not None else read()
+        if self._loaded is not None:
+            own = self._loaded["own"]
+        else:
+            own = read_own(state, self._loaded_from, engine.collective.worker)
         same = engine.restore(state, own)
         if self._source is not None and not same:
+            # Snapshots have no full model, and the parts of these workers are none of those that were written.
             engine.resumption.put(engine.layout.full_tensors(self._source.states()))
-        self._source = None
+        self._source = self._loaded = None
         if self._snapshots is not None:
             self._snapshots.begin()
         prepare(engine)
         modes = trainer_state.position.modes
         # The engine starts with the modes that the run began with: what was switched later is a change of these.
         modes.begin(engine.layout.module)
-        exact = engine.start()
+        exact = engine.start()  # where one worker lacks its own file, nobody uses its own
         modes.apply(state.get("modes", {}))
         if own is not None and exact:
             trainer_state.load_state_dict(own["host"])
@@ -180,7 +181,8 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
         exact: whether every worker has its own state.
         files: whether the checkpoint names files of the workers.
     """
-    workers, where = engine.collective.workers, f"round {engine.clock.round} after {engine.clock.step} local steps"
+    workers = engine.collective.workers
+    where = f"round {engine.clock.round} after {engine.clock.step} local steps"
     if exact:
         rank_zero_info(f"{name}: resumes exactly where the checkpoint was written, in {where}.")
     elif not same:
