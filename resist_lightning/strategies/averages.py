@@ -61,7 +61,7 @@ class Averages:
     """
 
     def __init__(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], patches: Patches) -> None:
-        self._engine = engine
+        self._engine = engine  # of this worker, while it trains
         self._patches = patches
         callbacks = _averaging_callbacks(trainer)  # one at most: `check_averages` refuses several
         self._callback: Any = callbacks[0] if callbacks else None
