@@ -138,8 +138,9 @@ def _first_items(source: object, number: int, kind: str) -> list[Any]:
 
 
 def _batch_size(loader: DataLoader[Any]) -> int:
-    sampler = loader.batch_sampler or loader.sampler
-    size = loader.batch_size or getattr(sampler, "batch_size", None)  # only the user's own sampler may have none
+    size = loader.batch_size
+    if not size:  # the user's own sampler makes the batches
+        size = getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
     return min(size, SAMPLES) if isinstance(size, int) else SAMPLES
 
 
