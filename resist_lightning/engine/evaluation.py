@@ -192,7 +192,7 @@ class Observation:
         buffers = self._norm_buffers()
         untouched: set[str] | None = None  # checkpoints without marks: treat all tensors
         if "left" in state:
-            untouched = self._untouched(state["left"], {**self._layout.scaling.tensors(), **buffers})
+            untouched = self._untouched(state["left"], {**self._layout.scaling.tensors_of(state), **buffers})
         self._layout.scaling.undo(state, untouched)
         with torch.no_grad():
             for name, statistic in state["norm_statistics"].items():
@@ -234,7 +234,7 @@ class Observation:
     def _not_as_trained(self) -> dict[str, Tensor]:
         """By name, the tensors that in the full model are not what they are in training."""
         scaling, buffers = self._layout.scaling, self._norm_buffers()
-        found = scaling.tensors() if scaling.scale != 1 else {}
+        found = dict(scaling.tensors())
         for name, statistic in self._statistics.items():
             if not torch.equal(buffers[name], statistic):
                 found[name] = buffers[name]

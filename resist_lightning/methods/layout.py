@@ -39,7 +39,11 @@ class Scaling:
         """Remove the hooks of :meth:`apply`; the caller restores the weights."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that :meth:`apply` multiplies, by name."""
+        """The tensors that the last :meth:`apply` has multiplied, by name."""
+        return {}
+
+    def tensors_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors that were multiplied in a full model that was saved, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,36 @@ _KNOWN_BLOCKS = ("BasicBlock", "Bottleneck")
 
 
 @dataclass(frozen=True)
+class BranchEnd:
+    """Where a residual branch of a block ends, verified by running it.
+
+    Args:
+        tensors: names, within the block, of tensors of one submodule that the branch is proportional to.
+        module: name, within the block, of the submodule whose output is proportional to them; None if none is called.
+    """
+
+    tensors: tuple[str, ...]
+    module: str | None
+
+
+@dataclass
+class Seen:
+    """What the first forward of a block has shown.
+
+    Attributes:
+        ends: of its residual branches; None before the first forward, empty if they could not be verified.
+        output: how its output is made of its arguments where it is absent; None if the output is the input.
+    """
+
+    ends: tuple[BranchEnd, ...] | None = None
+    output: Any = None
+
+    def take(self, other: Seen) -> None:
+        """Take over what was seen of a copy of the block."""
+        self.ends, self.output = other.ends, other.output
+
+
+@dataclass(frozen=True)
 class Block:
     """A residual block.
 
@@ -26,12 +57,14 @@ class Block:
         branch_end: name of the submodule whose output is the residual branch, so that scaling its weight and bias
             scales the branch; None if unknown.
         keeps_shape: whether input and output seem to have the same shape; a guess until its first forward.
+        seen: what its first forward has shown.
     """
 
     name: str
     module: nn.Module
     branch_end: str | None
     keeps_shape: bool
+    seen: Seen = field(default_factory=Seen, compare=False)
 
     @property
     def section(self) -> str:

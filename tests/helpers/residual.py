@@ -96,5 +96,5 @@ class Odd(nn.Module):
         if self.odd == "a list":
             return x[0] + self.inside(x[0])
         y = x + self.inside(x)
-        made = {"returns a tuple": lambda: (y, None), "data type": y.double, "shape": lambda: y[:, ::2]}
+        made = {"returns a tuple": lambda: (y, y.mean()), "data type": y.double, "shape": lambda: y[:, ::2]}
         return made.get(self.odd, lambda: y)()

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers.plain import Classifier, batch_of, evaluate, held_out, stream
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers
@@ -160,20 +160,21 @@ def test_validate_and_test_without_fit() -> None:
         assert_equal_states(state, clone_state(module), exactly=True)
 
 
-# A block that nobody knows.
+# A block whose branch is no linear function of any tensor.
 
 
-class Wrapped(Classifier):
-    """Its blocks are of an unknown kind, so their scale folds into no weight."""
+class Bent(Classifier):
+    """The branches of its blocks end in an activation, so their scale folds into no weight."""
 
     def __init__(self) -> None:
         super().__init__()
         for block in self.net.section3:
             block.residual_branch_end = None
+            block.conv2 = nn.Sequential(block.conv2, nn.Tanh())
 
 
 def save_unknown_blocks(worker: int, folder: str) -> None:
-    module = Wrapped()
+    module = Bent()
     trainer = make_trainer(make_strategy(blocks=["section3.1", "section3.2", "section3.3"]), max_epochs=1)
     trainer.fit(module, stream(worker, 4))
     trainer.save_checkpoint(f"{folder}/unknown.ckpt")

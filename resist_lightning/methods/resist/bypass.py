@@ -1,15 +1,18 @@
-"""The forward of an absent block: it returns its input, by whatever name that is passed."""
+"""The forward of an absent block: it returns its input, by whatever name it is passed, in the form of its output."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from resist_lightning.errors import BlockSelectionError
+from resist_lightning.methods.residual import Seen
 
 
 def first_argument(module: nn.Module) -> str:
@@ -19,8 +22,68 @@ def first_argument(module: nn.Module) -> str:
     return first.name if first is not None and first.kind in named else ""
 
 
+@dataclass(frozen=True)
+class OutputForm:
+    """How the output of a block, a tuple for example, is made where the block is absent.
+
+    Its first tensor is the input. Each other value is one of the arguments, passed on (the position bias of T5), or
+    the same in every call.
+
+    Args:
+        structure: of the output.
+        arguments: for each value after the first, where among the arguments it is; None if it is a constant.
+        constants: for each value after the first, itself, where it is a constant.
+    """
+
+    structure: TreeSpec
+    arguments: tuple[str | None, ...]
+    constants: tuple[Any, ...]
+
+    def make(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output for an input; a value whose argument is not passed is None."""
+        given = _by_path(args, kwargs)
+        values = [
+            constant if path is None else given.get(path)
+            for path, constant in zip(self.arguments, self.constants, strict=True)
+        ]
+        return tree_unflatten([x, *values], self.structure)
+
+
+def output_form(outputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> OutputForm | None:
+    """The form of a block's output; None if a value of it is computed by the block.
+
+    Args:
+        outputs: of two calls with other inputs but the same other arguments; not a tensor alone.
+        args: the arguments of the first call by position.
+        kwargs: the arguments of the first call by name.
+    """
+    leaves, structure = tree_flatten(outputs[0])
+    others = tree_flatten(outputs[1])[0]
+    if len(others) != len(leaves) or not leaves or not isinstance(leaves[0], Tensor):
+        return None
+    paths = {id(value): path for path, value in _by_path(args, kwargs).items() if isinstance(value, Tensor)}
+    arguments: list[str | None] = []
+    constants: list[Any] = []
+    for value, other in zip(leaves[1:], others[1:], strict=True):
+        path = paths.get(id(value))
+        if path is None and (isinstance(value, Tensor) or not _equal(value, other)):
+            return None
+        arguments.append(path)
+        constants.append(None if path is not None else value)
+    return OutputForm(structure, tuple(arguments), tuple(constants))
+
+
+def _by_path(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All values in the arguments by where they are."""
+    return {keystr(path): value for path, value in tree_flatten_with_path((tuple(args), dict(kwargs)))[0]}
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return isinstance(value, bool | int | float | str | type(None)) and type(value) is type(other) and value == other
+
+
 class Bypass:
-    """Stands in for the forward of an absent block, and returns its input.
+    """Stands in for the forward of an absent block, and returns its input, in the form of the block's output.
 
     A present block returns a new tensor. A network that writes into it in place would, where the block is absent,
     overwrite the block's input, which a long skip may still need: such a network gets a copy of the input.
@@ -28,25 +91,32 @@ class Bypass:
     Args:
         name: the block's, for messages.
         module: the block, with its own forward.
+        seen: what its first forward has shown.
         written: whether the network writes into the block's output; None if the first local step shall tell.
 
     Attributes:
         written: the same, and what the first local step told.
     """
 
-    def __init__(self, name: str, module: nn.Module, written: bool | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, seen: Seen, written: bool | None = None) -> None:
         self.written = written
+        self._seen = seen
         self._name = name
         self._argument = first_argument(module)
         self._copies: list[Tensor] = []  # what was returned until it is known
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the input, or a copy of it.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the input, or a copy of it, and what else the block returns.
 
         Raises:
-            BlockSelectionError: if it is not a tensor.
+            BlockSelectionError: if the input is not a tensor.
         """
-        x = input_of(self._name, self._argument, args, kwargs)
+        x = self._safe(input_of(self._name, self._argument, args, kwargs))
+        form: OutputForm | None = self._seen.output
+        return x if form is None else form.make(x, args, kwargs)
+
+    def _safe(self, x: Tensor) -> Tensor:
+        """The input, or a copy where the network may write into it."""
         if torch.compiler.is_compiling():
             return x.clone()  # versions are not seen there; the compiler leaves out copies that nobody writes into
         if self.written is False:

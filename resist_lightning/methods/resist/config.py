@@ -14,8 +14,8 @@ from resist_lightning.methods.config import CommonConfig, WireName, check_choice
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
-PAPER_MIN_BLOCKS = 5
-"""Section 4 of the paper: a minimum of five blocks per worker works best."""
+PAPER_MIN_BLOCKS, PAPER_BLOCKS = 5, 22
+"""Section 4 of the paper: a minimum of five blocks per worker works best, of the 22 of its network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,13 @@ class Config(CommonConfig):
     """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).
 
     Args:
-        min_blocks: least number of partitionable blocks per worker; None means 5, or all where there are fewer, or
-            the least number that ``blocks_per_worker`` lists.
+        min_blocks: least number of partitionable blocks per worker; None means 5, or 5/22 of all where there are
+            fewer than 22, as in the paper, or the least number that ``blocks_per_worker`` lists.
         blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
             to the speed that each shows in the first rounds), or a list with a count for each worker.
-        blocks: which residual blocks are partitioned: None (the paper's rule: section 3 without its first block), a
-            glob or several over module names, a predicate of (name, module), or an empty list (none: local SGD).
+        blocks: which residual blocks are partitioned: None (section 3 of a ResNet without its first block, as in the
+            paper, or the blocks of all sections where those are less than half of the parameters), a glob or several
+            over module names, a predicate of (name, module), or an empty list (none: local SGD).
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.

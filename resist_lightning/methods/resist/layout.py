@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.quantize import compressible
 from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
-from resist_lightning.methods.residual import Block, untrained
+from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bytes import Sizes
-from resist_lightning.methods.resist.config import PAPER_MIN_BLOCKS, Config
+from resist_lightning.methods.resist.config import PAPER_BLOCKS, PAPER_MIN_BLOCKS, Config
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage, foldable
@@ -51,6 +53,8 @@ class BlockLayout(Layout):
         self.scaling = BranchScaling(
             self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
         )
+        # Whether all workers know where the branches end: at once where the classes tell.
+        self._agreed = workers == 1 or all(map(foldable, self.blocks))
         in_blocks: set[int] = set()
         for block in self.blocks:
             in_blocks.update(map(id, block.tensors().values()))
@@ -94,6 +98,26 @@ class BlockLayout(Layout):
         schedule = self.schedule
         # Counts that were measured for other workers or blocks do not fit, and are measured again.
         self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
+
+    def agree(self, collective: Collective) -> None:
+        """Tell all workers where the branches of blocks end that only their holders have seen.
+
+        Collective: every worker must call this, in the same order.
+        """
+        if self._agreed:
+            return
+        seen: dict[str, Any] = {}
+        for block in self.blocks:
+            if block.seen.ends is not None:
+                seen[block.name] = [[end.tensors, end.module] for end in block.seen.ends]
+        told = [json.loads(text) for text in collective.gather_bytes(json.dumps(seen).encode())]
+        for block in self.blocks:
+            known = [ends[block.name] for ends in told if block.name in ends]
+            if known:
+                # Of workers that have seen different things, one could not run the block.
+                best: list[Any] = next((ends for ends in known if ends), [])
+                block.seen.ends = tuple(BranchEnd(tuple(tensors), module) for tensors, module in best)
+        self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
 
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
@@ -187,9 +211,8 @@ class BlockLayout(Layout):
             return
         if not self.partial and self.config.min_blocks is None:
             warnings.warn(
-                f"nothing is partitioned: the default min_blocks={PAPER_MIN_BLOCKS} gives every worker all "
-                f"{len(self.blocks)} blocks. Set a lower min_blocks (0 to {len(self.blocks) - 1}), choose more "
-                "`blocks`, or use strategy='local_sgd'.",
+                f"nothing is partitioned: the default min_blocks={self.schedule.min_blocks} gives every worker all "
+                f"{len(self.blocks)} block(s). Set min_blocks=0, choose more `blocks`, or use strategy='local_sgd'.",
                 stacklevel=3,
             )
         if any(not held for held in self._usual_partition().held):
@@ -216,13 +239,19 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     given, least = config.blocks_per_worker, config.min_blocks
     listed = None if isinstance(given, str) else tuple(given)
     if least is None:
-        least = min(listed) if listed is not None else min(PAPER_MIN_BLOCKS, blocks)
+        least = min(listed) if listed is not None else _default_min_blocks(blocks)
     schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
     if listed is not None:
         check_counts(listed, blocks, workers, least)
         return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
+
+
+def _default_min_blocks(blocks: int) -> int:
+    """The paper's least number of blocks per worker, or its share of them where there are fewer blocks."""
+    share = -(-blocks * PAPER_MIN_BLOCKS // PAPER_BLOCKS)  # rounded up
+    return min(PAPER_MIN_BLOCKS, share)
 
 
 def _bytes(tensor: Tensor) -> int:

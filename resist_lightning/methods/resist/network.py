@@ -1,4 +1,4 @@
-"""Chooses which residual blocks of a network are partitioned: by the paper's rule, by names or by a predicate."""
+"""Chooses which residual blocks of a network are partitioned: by default, by names or by a predicate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from resist_lightning.methods.residual import (
     why_not,
 )
 from resist_lightning.methods.resist.config import BlockChoice
+from resist_lightning.methods.resist.structure import repeated_blocks, sections
 from resist_lightning.methods.tracing import names_of_tensors
+
+_PARTITIONED = 0.5
+"""Share of the parameters in partitioned blocks from which on two workers hold at most three quarters each."""
+
+_CLOSE = 0.05
+"""A later choice is not worth it if it partitions only so much more."""
 
 
 def select_blocks(
@@ -32,10 +39,9 @@ def select_blocks(
 
     Args:
         module: the user's module.
-        choice: None for the paper's rule (section 3.1: the third section without its first block), a glob or a list
-            of globs that match the last parts of a module's name (``"layer3.*"``), a predicate of (name, module), or
-            an empty list for none. Of what a glob with a wildcard matches, blocks that seem to change the shape, single
-            layers and chains of them stay shared.
+        choice: None for the default (:func:`_default_choice`), a glob or a list of globs that match the last parts of
+            a module's name (``"layer3.*"``), a predicate of (name, module), or an empty list for none. Of what a glob
+            with a wildcard matches, blocks that seem to change the shape, single layers and chains of them stay shared.
         trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Returns:
@@ -46,7 +52,7 @@ def select_blocks(
             layer is asked for, a block lies in another one, or its parameters are used elsewhere too.
     """
     if choice is None:
-        blocks = _paper_rule(module, trained)
+        blocks = _default_choice(module, trained)
     elif callable(choice) and not isinstance(choice, str):
         blocks = [block_at(name, child) for name, child in module.named_modules() if name and choice(name, child)]
         if not blocks:
@@ -78,7 +84,32 @@ def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | 
     return tuple(name for name in dict.fromkeys(matched) if name not in chosen)
 
 
-def _paper_rule(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
+def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
+    """The first of three choices with which two workers hold at most three quarters of the parameters each.
+
+    The paper's (section 3.1: the third section of a ResNet without its first block, as first blocks change the shape);
+    the blocks of all sections without the first of each; all blocks that keep the shape. If none of them reaches that,
+    the first that comes close to the best.
+    """
+    paper = _paper_rule(module)
+    repeated = repeated_blocks(module)
+    without_first = [block for section in sections(repeated, module).values() for block in section]
+    choices = []
+    for blocks in (paper, without_first, list(repeated)):
+        still = untrained(module, blocks, trained)
+        choices.append([block for block in blocks if block not in still])
+    if not any(choices):
+        _refuse_untrained(module, [*paper, *repeated], trained)
+        raise BlockSelectionError(
+            "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
+            f"{candidates(module)}"
+        )
+    shares = [_share(module, blocks) for blocks in choices]
+    enough = min(_PARTITIONED, max(shares) - _CLOSE)
+    return next(blocks for blocks, share in zip(choices, shares, strict=True) if blocks and share >= enough)
+
+
+def _paper_rule(module: nn.Module) -> list[Block]:
     sections: dict[str, dict[str, list[Block]]] = defaultdict(lambda: defaultdict(list))
     for block in find_blocks(module):
         sections[block.network][block.section].append(block)
@@ -87,21 +118,24 @@ def _paper_rule(module: nn.Module, trained: Collection[int] | None) -> list[Bloc
         if len(network) < 3:
             continue
         third = list(network.values())[2]
-        # The first block of a section changes the shape.
         chosen.extend(block for block in third[1:] if block.keeps_shape)
-    still = untrained(module, chosen, trained)
-    if still and len(still) == len(chosen):
+    return chosen
+
+
+def _refuse_untrained(module: nn.Module, blocks: Sequence[Block], trained: Collection[int] | None) -> None:
+    still = untrained(module, blocks, trained)
+    if still:
         raise BlockSelectionError(
             f"nothing trains in the network of {summary([block.name for block in still])}, so its blocks stay shared, "
-            "and no others qualify by the paper's rule. If it will be trained later, say so by naming them: "
+            "and no others qualify by default. If it will be trained later, say so by naming them: "
             f"blocks={[block.name for block in still][:1]}."
         )
-    if not chosen:
-        raise BlockSelectionError(
-            "no block qualifies by the paper's rule (the third section without its first block); choose with "
-            f"`blocks=`. {candidates(module)}"
-        )
-    return [block for block in chosen if block not in still]
+
+
+def _share(module: nn.Module, blocks: Iterable[Block]) -> float:
+    """The share of a module's parameters that lies in some blocks."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for block in blocks for parameter in block.module.parameters()) / max(total, 1)
 
 
 def _patterns(choice: str | Sequence[str]) -> list[str]:

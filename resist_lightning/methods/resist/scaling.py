@@ -1,8 +1,9 @@
 """Scales the residual branches of partitioned blocks in the full model (section 3.2 of the paper).
 
 In the full model all blocks are active at once, so each branch is multiplied by the probability that a block was held
-in training. The factor is folded into the weight and bias of the branch's last layer, so that a checkpoint is a plain
-model. A block whose branch has no such layer is scaled by a hook instead: x + s (block(x) - x).
+in training. The factor is folded into the weights that end each branch, so that a checkpoint is a plain model: where
+they are is known of some classes, and found by running any other block (:mod:`.branches`). A block whose branches could
+not be verified is scaled by a hook instead: x + s (block(x) - x).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -38,19 +40,19 @@ def coverage(schedule: Schedule) -> float:
 
 
 def foldable(block: Block) -> bool:
-    """Whether the scale folds into the weight and bias of the block's last layer."""
-    return bool(_last_layer(block))
+    """Whether the scale folds into weights of the block."""
+    return bool(folded([block]))
 
 
-def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
-    """Multiply the residual branches of present blocks by ``scale``, in their weights.
+def fold(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Multiply the tensors of :func:`folded` by ``scale``.
 
     Returns:
         Copies, by name, of the tensors that dividing by ``scale`` would not restore bit for bit.
     """
     originals: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, tensor in folded(blocks).items():
+        for name, tensor in tensors.items():
             original = tensor.detach().clone()
             tensor.mul_(scale)
             if not torch.equal(tensor / scale, original):
@@ -59,19 +61,23 @@ def fold(blocks: Iterable[Block], scale: float) -> dict[str, Tensor]:
 
 
 def folded(blocks: Iterable[Block]) -> dict[str, Tensor]:
-    """The tensors that :func:`fold` multiplies, by name."""
+    """The tensors, by name, that the residual branches of present blocks are proportional to."""
     found: dict[str, Tensor] = {}
     for block in blocks:
-        found.update(_last_layer(block))
+        if block.seen.ends:
+            tensors = block.tensors()
+            for end in block.seen.ends:
+                for name in end.tensors:
+                    found[f"{block.name}.{name}"] = tensors[f"{block.name}.{name}"]
+        else:
+            found.update(_last_layer(block))
     return found
 
 
-def unfold(blocks: Iterable[Block], scale: float, originals: dict[str, Tensor], only: Collection[str] | None) -> None:
-    """Undo :func:`fold`, exactly, for all its tensors (None) or those that are named."""
+def unfold(tensors: Mapping[str, Tensor], scale: float, originals: Mapping[str, Tensor]) -> None:
+    """Undo :func:`fold`, exactly."""
     with torch.no_grad():
-        for name, tensor in folded(blocks).items():
-            if only is not None and name not in only:
-                continue
+        for name, tensor in tensors.items():
             if name in originals:
                 tensor.copy_(originals[name])
             else:
@@ -95,10 +101,14 @@ class ScaleHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Called by torch after the forward of the block, or of its last submodule."""
+        # Blocks may return a tuple, of which the first tensor is what the next block gets.
+        (value, *others), structure = tree_flatten(output)
         if self.argument is None:
-            return output * self.scale
-        x = args[0] if args else kwargs[self.argument]
-        return x + self.scale * (output - x)
+            scaled = value * self.scale
+        else:
+            x = args[0] if args else kwargs[self.argument]
+            scaled = x + self.scale * (value - x)
+        return tree_unflatten([scaled, *others], structure)
 
 
 class ScaleHooks:
@@ -109,16 +119,44 @@ class ScaleHooks:
     Args:
         blocks: the blocks to scale.
         scale: the factor.
+        wait: whether blocks that have not been seen are hooked in their first forward, which shows their branches.
     """
 
-    def __init__(self, blocks: Sequence[Block], scale: float) -> None:
-        self._handles: list[RemovableHandle] = [_attach(block, scale) for block in blocks] if scale != 1 else []
+    def __init__(self, blocks: Sequence[Block], scale: float, *, wait: bool = False) -> None:
+        self._scale = scale
+        self._handles: list[RemovableHandle] = []
+        for block in blocks if scale != 1 else ():
+            if wait and block.seen.ends is None and not foldable(block):
+                self._attach_when_seen(block)
+            else:
+                self._attach(block)
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _attach_when_seen(self, block: Block) -> None:
+        def attach(*_: Any) -> None:
+            handle.remove()
+            self._attach(block)
+
+        # It is called after the hook that looks at the first forward, which was registered earlier.
+        handle = block.module.register_forward_pre_hook(attach)
+        self._handles.append(handle)
+
+    def _attach(self, block: Block) -> None:
+        ends = [end.module for end in block.seen.ends or ()]
+        names = ends or [block.branch_end]
+        if None in names:
+            hook = ScaleHook(self._scale, first_argument(block.module))
+            self._handles.append(block.module.register_forward_hook(hook, with_kwargs=True))
+            return
+        # A branch itself can be scaled, without its input.
+        for name in filter(None, names):
+            branch = block.module.get_submodule(name)
+            self._handles.append(branch.register_forward_hook(ScaleHook(self._scale, None), with_kwargs=True))
 
 
 class BranchScaling(Scaling):
@@ -133,13 +171,17 @@ class BranchScaling(Scaling):
         self.scale = scale
         self._blocks = blocks
         self._hooks = ScaleHooks([], 1.0)
+        # As of the last `apply`: a block may show where its branches end in the very evaluation that hooks it.
+        self._folded: dict[str, Tensor] = {}
+        self._hooked: list[Block] = []
 
     @override
     def apply(self) -> dict[str, Tensor]:
-        originals = fold(self._blocks, self.scale) if self.scale != 1 else {}
+        self._folded = folded(self._blocks) if self.scale != 1 else {}
+        self._hooked = [block for block in self._blocks if not foldable(block)]
         self._hooks.remove()
-        self._hooks = ScaleHooks([block for block in self._blocks if not foldable(block)], self.scale)
-        return originals
+        self._hooks = ScaleHooks(self._hooked, self.scale)
+        return fold(self._folded, self.scale)
 
     @override
     def take_off(self) -> None:
@@ -147,22 +189,33 @@ class BranchScaling(Scaling):
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return folded(self._blocks)
+        return self._folded
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "scale": self.scale,
             "blocks": [block.name for block in self._blocks],
-            "hooked": [block.name for block in self._blocks if not foldable(block)],
+            "hooked": [block.name for block in self._hooked],
+            "folded": list(self._folded),
         }
 
     @override
-    def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
+    def tensors_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        if state["scale"] == 1:
+            return {}
         # The saved model may have partitioned other blocks: those are left as they are.
-        if state["scale"] != 1:
-            blocks = [block for block in self._blocks if block.name in state["blocks"]]
-            unfold(blocks, state["scale"], state["originals"], only)
+        blocks = [block for block in self._blocks if block.name in state["blocks"]]
+        if "folded" not in state:  # of a version that folded the ends of known classes only
+            return {name: tensor for block in blocks for name, tensor in _last_layer(block).items()}
+        tensors = {name: tensor for block in blocks for name, tensor in block.tensors().items()}
+        return {name: tensors[name] for name in state["folded"] if name in tensors}
+
+    @override
+    def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
+        tensors = self.tensors_of(state)
+        chosen = {name: tensor for name, tensor in tensors.items() if only is None or name in only}
+        unfold(chosen, state["scale"], state["originals"])
 
 
 def remove_scale_hooks(module: nn.Module) -> None:
@@ -171,14 +224,6 @@ def remove_scale_hooks(module: nn.Module) -> None:
         for key in [key for key, hook in child._forward_hooks.items() if isinstance(hook, ScaleHook)]:
             del child._forward_hooks[key]
             child._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _attach(block: Block, scale: float) -> RemovableHandle:
-    if block.branch_end is not None:  # the branch itself can be scaled, without its input
-        branch = block.module.get_submodule(block.branch_end)
-        return branch.register_forward_hook(ScaleHook(scale, None), with_kwargs=True)
-    hook = ScaleHook(scale, first_argument(block.module))
-    return block.module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _last_layer(block: Block) -> dict[str, Tensor]:

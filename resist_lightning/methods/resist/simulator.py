@@ -24,7 +24,7 @@ from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
-from resist_lightning.methods.resist.scaling import ScaleHooks, fold, foldable
+from resist_lightning.methods.resist.scaling import ScaleHooks, fold, foldable, folded
 from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import SyncPlan, plan_sync
@@ -101,8 +101,10 @@ class Simulator:
         with torch.no_grad():
             for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
                 tensor.copy_(state[name])
+        for block, known in zip(blocks, self.workers[0].blocks, strict=True):
+            block.seen.take(known.seen)
         if scale != 1:
-            fold(blocks, scale)
+            fold(folded(blocks), scale)
             ScaleHooks([block for block in blocks if not foldable(block)], scale)
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
@@ -246,14 +248,16 @@ class Simulator:
         for hooks in self._warmup_hooks:
             hooks.remove()
         warmup = self.schedule.is_warmup(self.clock.round)
-        self._warmup_hooks = [ScaleHooks(worker.blocks, self.scale) for worker in self.workers] if warmup else []
+        self._warmup_hooks = (
+            [ScaleHooks(worker.blocks, self.scale, wait=True) for worker in self.workers] if warmup else []
+        )
         for worker, held in zip(self.workers, partition.held, strict=True):
             for number, block in enumerate(worker.blocks):
                 for parameter in block.module.parameters():
                     parameter.grad = None  # an absent block has none, so optimizers leave it alone
                 vars(block.module).pop("forward", None)
                 if number not in held:
-                    block.module.forward = Bypass(block.name, block.module, written=True)
+                    block.module.forward = Bypass(block.name, block.module, block.seen, written=True)
 
 
 def _mean(values: list[Any]) -> Any:

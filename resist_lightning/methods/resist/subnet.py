@@ -28,7 +28,7 @@ class SubnetBlock:
         self._memory = Memory(block.tensors(), modules)
         self.absence = self._memory.absence
         self._forward = block.module.__dict__.get("forward")
-        self.bypass = Bypass(block.name, block.module)
+        self.bypass = Bypass(block.name, block.module, block.seen)
 
     def free(self) -> None:
         """Free the block's parameters, gradients and buffers, and bypass it.

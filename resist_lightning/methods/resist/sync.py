@@ -40,6 +40,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if layout.config.momentum == "travel":
             states.check_travel()
         self._device = device
+        self._collective = collective
         self._subnet = Subnet(layout.blocks)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
         self._warmup_hooks = ScaleHooks([], 1.0)
@@ -119,6 +120,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         self._warmup_hooks.remove()
+        self._layout.agree(self._collective)
         plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
         self._leave_out(plan)
         if unequal:
@@ -141,7 +143,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self.guard.watch({block.name: block.module for block in absent})
         self._warmup_hooks.remove()
         if self._layout.schedule.is_warmup(round):
-            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scaling.scale)
+            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scaling.scale, wait=True)
 
     def _where_is(self, block: int, round: int) -> str:
         holders = ", ".join(map(str, self._layout.partition(round).holders(block)))

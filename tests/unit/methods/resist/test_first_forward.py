@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.first_forward import FirstForward
-from resist_lightning.methods.resist.scaling import fold
+from resist_lightning.methods.resist.scaling import fold, folded
 from resist_lightning.methods.resist.subnet import SubnetBlock
 from tests.helpers.nets import Undeclared
 from tests.helpers.residual import TOKENS, WIDTH, Add, Gate, Mixer, Odd, Scaled, Wrapper
@@ -107,14 +107,20 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
-@pytest.mark.parametrize("absent", [False, True])
-def test_a_block_that_overwrites_its_input_is_refused_as_a_hook_could_not_scale_it(absent, mode):
-    block = block_at("layer.0", InPlace())
-    FirstForward([block])
-    if absent:
-        SubnetBlock(block).free()
-    with mode(), pytest.raises(BlockSelectionError, match=r"block 'layer\.0' \(InPlace\) writes into its input"):
-        block.module(torch.randn(TOKEN_INPUT))
+def test_a_block_that_overwrites_its_input_is_scaled_in_its_last_layer_or_refused(mode):
+    class Bent(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.inside(x.relu()).tanh()
+            return x
+
+    linear, bent = block_at("layer.0", InPlace()), block_at("layer.0", Bent())
+    FirstForward([linear, bent])
+    x = torch.randn(TOKEN_INPUT)
+    with mode():
+        linear.module(x.clone())
+        assert set(folded([linear])) == {"layer.0.inside.weight", "layer.0.inside.bias"}
+        with pytest.raises(BlockSelectionError, match=r"block 'layer\.0' \(Bent\) writes into its input"):
+            bent.module(x)
 
 
 def test_a_block_that_overwrites_its_input_is_scaled_in_the_layer_that_it_declares():
@@ -126,7 +132,7 @@ def test_a_block_that_overwrites_its_input_is_scaled_in_the_layer_that_it_declar
     branch = block.module.inside(x.relu())
     FirstForward([block])
     assert torch.equal(block.module(x.clone()), x + branch)
-    fold([block], 0.5)
+    fold(folded([block]), 0.5)
     assert torch.allclose(block.module(x.clone()), x + 0.5 * branch)
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from resist_lightning import Config
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
+from resist_lightning.models import PreActResNet
 from resist_lightning.state.optimizer_state import OptimizerStates
-from tests.helpers.nets import Undeclared, mlp, narrow_resnet, small_preact
+from tests.helpers.nets import Undeclared, mlp, small_preact
 
 
 def test_what_is_not_in_a_block_is_shared_buffers_included():
@@ -28,17 +29,18 @@ def test_what_is_not_in_a_block_is_shared_buffers_included():
     ]
 
 
-def test_the_default_minimum_is_five_or_all_blocks_where_there_are_fewer():
-    assert BlockLayout(small_preact(), Config(), 4).schedule.min_blocks == 4
-    deep = narrow_resnet(layers=(1, 1, 8, 1))
-    assert BlockLayout(deep, Config(), 4).schedule.min_blocks == 5
-    assert BlockLayout(deep, Config(min_blocks=0), 4).schedule.min_blocks == 0
+@pytest.mark.parametrize(("blocks", "least"), [(1, 1), (4, 1), (5, 2), (12, 3), (22, 5), (35, 5)])
+def test_the_default_minimum_is_the_paper_s_five_or_its_share_where_there_are_fewer_blocks(blocks, least):
+    net = PreActResNet((1, 1, blocks + 1, 1), 4, width_multiplier=1 / 64)
+    assert BlockLayout(net, Config(blocks="section3.*"), 4).schedule.min_blocks == least
+    assert BlockLayout(net, Config(blocks="section3.*", min_blocks=0), 4).schedule.min_blocks == 0
 
 
 @pytest.mark.parametrize(
     ("config", "workers", "partial", "scale"),
     [
-        (Config(), 2, False, 1.0),
+        (Config(), 2, True, 0.5),
+        (Config(blocks="section3.1"), 2, False, 1.0),
         (Config(min_blocks=1), 2, True, 0.5),
         (Config(min_blocks=3), 2, True, 0.75),
         (Config(min_blocks=1), 1, False, 1.0),
@@ -184,7 +186,7 @@ def test_the_description_says_what_was_chosen():
 @pytest.mark.parametrize(
     ("config", "workers", "message"),
     [
-        (Config(), 2, r"nothing is partitioned: the default min_blocks=5 gives every worker all 4.*0 to 3"),
+        (Config(blocks="section3.1"), 2, r"nothing is partitioned: the default min_blocks=1 gives every worker all 1 "),
         (Config(min_blocks=0), 5, r"5 workers for 4 blocks with min_blocks=0: some workers train shared layers only"),
         (Config(min_blocks=1, blocks="section[23].*"), 2, r"section2\.0, section3\.0 match `blocks` but stay shared"),
     ],

@@ -23,26 +23,36 @@ def names(module, choice=None):
     return [block.name for block in select_blocks(module, choice)]
 
 
+def all_but_first(section: str, counts: tuple[int, ...]) -> list[str]:
+    """The blocks of all sections of a ResNet, without the first of each."""
+    return [f"{section}{number}.{index}" for number, count in enumerate(counts, 1) for index in range(1, count)]
+
+
 @pytest.mark.parametrize(
-    ("make", "count", "branch_end"),
+    ("make", "counts", "branch_end"),
     [
-        (torchvision.models.resnet18, 1, "bn2"),
-        (torchvision.models.resnet34, 5, "bn2"),
-        (torchvision.models.resnet50, 5, "bn3"),
-        (torchvision.models.resnet101, 22, "bn3"),
-        (torchvision.models.resnet152, 35, "bn3"),
-        (torchvision.models.resnext50_32x4d, 5, "bn3"),
-        (torchvision.models.wide_resnet50_2, 5, "bn3"),
+        (torchvision.models.resnet18, (2, 2, 2, 2), "bn2"),
+        (torchvision.models.resnet34, (3, 4, 6, 3), "bn2"),
+        (torchvision.models.resnet50, (3, 4, 6, 3), "bn3"),
+        (torchvision.models.resnext50_32x4d, (3, 4, 6, 3), "bn3"),
+        (torchvision.models.wide_resnet50_2, (3, 4, 6, 3), "bn3"),
     ],
 )
-def test_the_paper_s_rule_on_torchvision(make, count, branch_end):
+def test_all_sections_are_partitioned_where_the_third_is_less_than_half_of_the_network(make, counts, branch_end):
     blocks = select_blocks(on_meta(make))
-    assert [block.name for block in blocks] == [f"layer3.{index}" for index in range(1, count + 1)]
+    assert [block.name for block in blocks] == all_but_first("layer", counts)
     assert {block.branch_end for block in blocks} == {branch_end}
     assert all(block.keeps_shape for block in blocks)
 
 
-@pytest.mark.parametrize(("depth", "count"), [(14, 2), (26, 5), (38, 14), (101, 22), (152, 35), (200, 49)])
+@pytest.mark.parametrize(("make", "count"), [(torchvision.models.resnet101, 22), (torchvision.models.resnet152, 35)])
+def test_the_paper_s_rule_on_torchvision(make, count):
+    blocks = select_blocks(on_meta(make))
+    assert [block.name for block in blocks] == [f"layer3.{index}" for index in range(1, count + 1)]
+    assert {block.branch_end for block in blocks} == {"bn3"}
+
+
+@pytest.mark.parametrize(("depth", "count"), [(14, 2), (38, 14), (101, 22), (152, 35), (200, 49)])
 def test_the_paper_s_rule_on_our_networks(depth, count):
     blocks = select_blocks(on_meta(lambda: preact_resnet(depth)))
     assert [block.name for block in blocks] == [f"section3.{index}" for index in range(1, count + 1)]
@@ -50,13 +60,13 @@ def test_the_paper_s_rule_on_our_networks(depth, count):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "branch_end"),
-    [("resnet18", 1, "bn2"), ("resnet26", 1, "bn3"), ("resnet50d", 5, "bn3"), ("seresnet50", 5, None)],
+    ("name", "counts", "branch_end"),
+    [("resnet18", (2, 2, 2, 2), "bn2"), ("resnet26", (2, 2, 2, 2), "bn3"), ("seresnet50", (3, 4, 6, 3), None)],
 )
-def test_the_paper_s_rule_on_timm(name, count, branch_end):
+def test_blocks_of_timm_are_known(name, counts, branch_end):
     """Squeeze-and-excitation comes after the last norm, so that scaling the norm does not scale the branch."""
     blocks = select_blocks(on_meta(lambda: timm.create_model(name)))
-    assert [block.name for block in blocks] == [f"layer3.{index}" for index in range(1, count + 1)]
+    assert [block.name for block in blocks] == all_but_first("layer", counts)
     assert {block.branch_end for block in blocks} == {branch_end}
 
 
@@ -122,17 +132,12 @@ def test_a_predicate_that_chooses_nothing_lists_the_candidates():
     [
         lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
         torchvision.models.vgg11,
-        lambda: mlp(Undeclared),
+        torchvision.models.googlenet,
     ],
 )
 def test_a_network_without_known_residual_blocks_says_what_to_do(make):
     with pytest.raises(BlockSelectionError, match=r"No residual block was recognised.*residual_branch_end"):
         select_blocks(on_meta(make))
-
-
-def test_blocks_but_no_third_section_lists_the_candidates():
-    with pytest.raises(BlockSelectionError, match=r"third section.*choose with `blocks=`.*body\.0-3"):
-        select_blocks(mlp(MlpBlock))
 
 
 def test_a_block_of_one_s_own_takes_part_by_declaring_where_its_branch_ends():

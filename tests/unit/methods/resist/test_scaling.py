@@ -11,7 +11,15 @@ from torch import nn
 
 from resist_lightning.methods.residual import Block, recognise
 from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.methods.resist.scaling import ScaleHooks, coverage, fold, foldable, remove_scale_hooks, unfold
+from resist_lightning.methods.resist.scaling import (
+    ScaleHooks,
+    coverage,
+    fold,
+    foldable,
+    folded,
+    remove_scale_hooks,
+    unfold,
+)
 from resist_lightning.models import PreActBlock
 from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, mlp, randomise_norms, residual_block
 
@@ -45,7 +53,7 @@ def test_folding_multiplies_the_residual_branch(kind, scale):
     with torch.no_grad():
         original = branch(module, x)
         torch.testing.assert_close(module(x), ended(module, x + original))  # the second writing is right
-        fold([block], scale)
+        fold(folded([block]), scale)
         torch.testing.assert_close(module(x), ended(module, x + scale * original), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(module(x), ended(module, x + original))
 
@@ -55,10 +63,10 @@ def test_folding_multiplies_the_residual_branch(kind, scale):
 def test_unfolding_restores_bit_for_bit(kind, scale):
     block, module, _ = block_of(kind)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    originals = fold([block], scale)
-    folded = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    changed = {name for name in before if not torch.equal(before[name], folded[name])}
-    unfold([block], scale, originals, None)
+    originals = fold(folded([block]), scale)
+    scaled = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    changed = {name for name in before if not torch.equal(before[name], scaled[name])}
+    unfold(folded([block]), scale, originals)
     assert changed == (
         {"conv2.weight"} if kind == "preact" else {f"{block.branch_end}.{n}" for n in ("weight", "bias")}
     )
@@ -71,16 +79,16 @@ def test_unfolding_tiny_and_huge_numbers_restores_them_too():
     numbers = torch.tensor([0.0, -0.0, 1e-45, 3e-45, 1e-38, 3.4e38, 1.0, -7.0])
     with torch.no_grad():
         module.bn2.weight.copy_(numbers)
-    originals = fold([block], 1 / 3)
-    unfold([block], 1 / 3, originals, None)
+    originals = fold(folded([block]), 1 / 3)
+    unfold(folded([block]), 1 / 3, originals)
     assert module.bn2.weight.tolist() == numbers.tolist()
 
 
 def test_a_power_of_two_needs_no_copies():
     block, _, _ = block_of("preact")
-    assert fold([block], 0.5) == {}
-    unfold([block], 0.5, {}, None)
-    assert set(fold([block], 0.3)) == {"b.conv2.weight"}
+    assert fold(folded([block]), 0.5) == {}
+    unfold(folded([block]), 0.5, {})
+    assert set(fold(folded([block]), 0.3)) == {"b.conv2.weight"}
 
 
 @pytest.mark.parametrize("kind", [Undeclared, OwnForward])
@@ -92,7 +100,7 @@ def test_a_block_of_unknown_kind_is_scaled_as_a_difference(kind):
     y = module(x)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert not foldable(block)
-    assert fold([block], 0.3) == {}
+    assert fold(folded([block]), 0.3) == {}
     hooks = ScaleHooks([block], 0.3)
     torch.testing.assert_close(module(x), x + 0.3 * (y - x))
     hooks.remove()
@@ -169,7 +177,7 @@ def test_a_parametrised_last_layer_is_scaled_one_way_or_the_other():
     nn.utils.parametrizations.weight_norm(module.conv2)
     block = recognise("b", module)
     y = module(x)
-    fold([block], 0.5)
+    fold(folded([block]), 0.5)
     ScaleHooks([block] if not foldable(block) else [], 0.5)
     torch.testing.assert_close(module(x), x + 0.5 * (y - x))
 
@@ -181,7 +189,7 @@ def test_a_last_layer_that_is_not_linear_in_its_weight_is_scaled_one_way_or_the_
     block = recognise("b", module)
     x = torch.randn(1, 4, 5, 5)
     y = module(x)
-    fold([block], 0.5)
+    fold(folded([block]), 0.5)
     ScaleHooks([block] if not foldable(block) else [], 0.5)
     torch.testing.assert_close(module(x), x + 0.5 * (y - x))
 

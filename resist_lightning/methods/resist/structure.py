@@ -1,0 +1,113 @@
+"""Finds residual blocks by structure: classes of which a container holds twins, and that add to something.
+
+A guess, made before the network has run, for the default choice of blocks; the first forward of each block verifies it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import Counter
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from resist_lightning.methods.residual import Block, block_at, recognise, why_not
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NETWORK = 3
+_ADDITIONS = ("add", "add_", "addcmul", "add_relu")
+
+
+def repeated_blocks(module: nn.Module) -> tuple[Block, ...]:
+    """The modules that look like residual blocks which keep the shape of their input, in their order."""
+    return tuple(_inside(module, "", _block_classes(module)))
+
+
+def sections(blocks: tuple[Block, ...], module: nn.Module) -> dict[str, list[Block]]:
+    """The blocks by the container that holds them, without the first child of each container."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks:
+        container = module.get_submodule(block.section)
+        first = next(iter(container.children()))
+        if block.module is not first:
+            found.setdefault(block.section, []).append(block)
+    return found
+
+
+def _inside(module: nn.Module, name: str, classes: set[type]) -> list[Block]:
+    """The blocks inside a module."""
+    shapes = Counter(_shapes(child) for child in module.children())
+    found: list[Block] = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".lstrip(".")
+        within = _inside(child, path, classes)
+        # What has many blocks of its own is a stage or a network, of an ensemble for example.
+        if len(within) < _NETWORK and isinstance(module, _CONTAINERS) and _is_candidate(child, classes):
+            block = recognise(path, child) or block_at(path, child)
+            # A twin among the siblings takes what they give, so both keep the shape.
+            if block.keeps_shape or (shapes[_shapes(child)] > 1 and why_not(child) is None):
+                found.append(block)
+                continue
+        found.extend(within)
+    return found
+
+
+def _block_classes(module: nn.Module) -> set[type]:
+    """Classes of which some container holds twins: modules with tensors of the same shapes."""
+    classes: set[type] = set()
+    for container in module.modules():
+        if isinstance(container, _CONTAINERS):
+            counts = Counter(map(_shapes, container.children()))
+            classes.update(shapes[0] for shapes, count in counts.items() if count > 1)
+    return classes
+
+
+def _is_candidate(child: nn.Module, classes: set[type]) -> bool:
+    if recognise("", child) is not None:
+        return True
+    if type(child) not in classes or why_not(child) is not None:
+        return False
+    # A sequence of blocks is none: its parts are looked at.
+    if type(child).forward is nn.Sequential.forward or isinstance(child, _CONTAINERS):
+        return False
+    kinds: set[Any] = {type(part) for part in child.modules()}
+    return any(map(_adds, kinds))
+
+
+def _shapes(module: nn.Module) -> Any:
+    """Equal for modules of one class with tensors of the same names and shapes, and layers with the same strides."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    strides = tuple(str(getattr(part, "stride", "")) for part in module.modules())
+    return type(module), tuple((name, tensor.shape) for name, tensor in tensors), strides
+
+
+@cache
+def _adds(kind: Any) -> bool:  # Any, as mypy does not know that classes can be hashed
+    """Whether a method of a class, other than its constructor, has an addition; True if its source is not at hand."""
+    if issubclass(kind, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return True
+    if kind.__module__.startswith("torch.nn."):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.name.startswith("__")]
+    return any(_is_addition(node) for method in methods for node in ast.walk(method))
+
+
+def _is_addition(node: ast.AST) -> bool:
+    """Whether a piece of source adds something that is no literal number, as a counter does."""
+    if isinstance(node, ast.BinOp):
+        added = [node.left, node.right] if isinstance(node.op, ast.Add) else []
+    elif isinstance(node, ast.AugAssign):
+        added = [node.value] if isinstance(node.op, ast.Add) else []
+    elif isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        added = node.args if name in _ADDITIONS else []
+    else:
+        added = []
+    return bool(added) and not any(isinstance(value, ast.Constant) for value in added)
