@@ -14,8 +14,8 @@ from resist_lightning.methods.config import CommonConfig, WireName, check_choice
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
-PAPER_MIN_BLOCKS, PAPER_BLOCKS = 5, 22
-"""Section 4 of the paper: a minimum of five blocks per worker works best, of the 22 of its network."""
+PAPER_MIN_BLOCKS = 5
+"""Section 4 of the paper: a minimum of five blocks per worker works best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Config(CommonConfig):
     """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).
 
     Args:
-        min_blocks: least number of partitionable blocks per worker; None means 5, or 5/22 of all where there are
-            fewer than 22, as in the paper, or the least number that ``blocks_per_worker`` lists.
+        min_blocks: least number of partitionable blocks per worker; None means 5, as in the paper, or half of them
+            where there are fewer than 10, or the least number that ``blocks_per_worker`` lists.
         blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
             to the speed that each shows in the first rounds), or a list with a count for each worker.
         blocks: which residual blocks are partitioned: None (section 3 of a ResNet without its first block, as in the

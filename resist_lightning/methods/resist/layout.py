@@ -20,7 +20,7 @@ from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bytes import Sizes
-from resist_lightning.methods.resist.config import PAPER_BLOCKS, PAPER_MIN_BLOCKS, Config
+from resist_lightning.methods.resist.config import PAPER_MIN_BLOCKS, Config
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage, foldable
@@ -249,9 +249,8 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
 
 
 def _default_min_blocks(blocks: int) -> int:
-    """The paper's least number of blocks per worker, or its share of them where there are fewer blocks."""
-    share = -(-blocks * PAPER_MIN_BLOCKS // PAPER_BLOCKS)  # rounded up
-    return min(PAPER_MIN_BLOCKS, share)
+    """The paper's least number of blocks per worker, or half of them where there are few."""
+    return min(PAPER_MIN_BLOCKS, max(1, blocks // 2), blocks)
 
 
 def _bytes(tensor: Tensor) -> int:
