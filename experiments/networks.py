@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from resist_lightning.models import PreActBlock, preact_resnet
 
+# The third section of a ResNet without its first block, as in the paper, for torchvision's names and ours.
+PAPER_BLOCKS = "*3.[!0]*"
 NORMS = ("batch", "layer", "none")
 RESNETS = [
     name for name in torchvision.models.list_models(torchvision.models) if name.startswith(("resne", "wide_resnet"))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from experiments.harness.study import Case as AnyCase
-from experiments.networks import OpenResNet
+from experiments.networks import PAPER_BLOCKS, OpenResNet
 from resist_lightning import Config
 from resist_lightning.models import PreActResNet
 
@@ -18,7 +18,7 @@ WIRES = ("fp32", "bf16", "int8", "int6", "int4")
 SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
-    "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": None, "none": [],
+    "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": PAPER_BLOCKS, "none": [],
 }  # fmt: skip
 
 

@@ -32,7 +32,6 @@ UNSHAPED = "unshaped"
 WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
 METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ist|ddp|none")
 METHODS_IN_WORDS = f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
-PAPER_BLOCKS = "section3.[!0]*"  # the third section without its first block
 LEAST_GBIT, MOST_GBIT = 0.001, 100
 NEVER = 10**9  # local steps of a round that does not end: no communication
 
@@ -74,7 +73,7 @@ class Rig(cli.Command):
         try:
             with torch.device("meta"):
                 net = networks.described(self.network, num_classes=10, in_features=64)
-            blocks = Config(min_blocks=self.min_blocks, blocks=PAPER_BLOCKS)
+            blocks = Config(min_blocks=self.min_blocks, blocks=networks.PAPER_BLOCKS)
             make_layout(net, NeuronConfig() if neurons else blocks, self.workers)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"network={self.network}: {error}") from error
@@ -161,4 +160,4 @@ def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> St
     if networks.fully_connected(settings["network"]):
         return ISTStrategy(**options)
     # Of shallow networks too the third section only, as in the paper; alone it is not their default.
-    return ResISTStrategy(min_blocks=settings["min_blocks"], blocks=PAPER_BLOCKS, **options)
+    return ResISTStrategy(min_blocks=settings["min_blocks"], blocks=networks.PAPER_BLOCKS, **options)

@@ -16,8 +16,10 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.networks import PAPER_BLOCKS
 from resist_lightning import Config
 from resist_lightning.methods.residual import Block
+from resist_lightning.methods.resist.config import PAPER_MIN_BLOCKS
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.subnet import Subnet
@@ -71,7 +73,7 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 def measure(network: Network) -> dict[str, Any]:
     """Parameters and MACs of a network, and of its sub-networks with the default minimum of blocks and with none."""
     module = on_meta(network.make)
-    blocks = select_blocks(module)
+    blocks = select_blocks(module, PAPER_BLOCKS)
     image = network.image
     full = macs(module, image)
     by_hand = sum(map(partial(_block_macs, side=image // network.shrink), blocks))
@@ -83,7 +85,10 @@ def measure(network: Network) -> dict[str, Any]:
         "macs": {"all": full, "partitioned_share": by_hand / full},
         "stated": network.stated,
     }
-    minima: dict[str, Callable[[int], int | None]] = {"default": lambda _: None, "none": lambda _: 0}
+    minima: dict[str, Callable[[int], int | None]] = {
+        "default": lambda _: min(PAPER_MIN_BLOCKS, len(blocks)),
+        "none": lambda _: 0,
+    }
     if network.name.startswith('"101"'):
         minima["table 1"] = lambda workers: TABLE_1_BLOCKS[workers]
     cost = _Cost(module, blocks, image)
@@ -135,7 +140,9 @@ class _Cost:
 
     def partition(self, least: int | None, workers: int) -> tuple[tuple[int, ...], ...]:
         """The first round's, by our planner."""
-        return BlockLayout(self.module, Config(min_blocks=least), workers).schedule.partition(0).held
+        return (
+            BlockLayout(self.module, Config(min_blocks=least, blocks=PAPER_BLOCKS), workers).schedule.partition(0).held
+        )
 
 
 def _subnets(found: dict[str, Any], cost: _Cost, least: int | None, workers: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.harness.record import read_record
+from experiments.networks import PAPER_BLOCKS
 from experiments.paper_tables.networks import Network, count_parameters, measure, networks, on_meta, paper_network
 from experiments.paper_tables.volumes import sent, table_1
 from resist_lightning import Config
@@ -75,7 +76,7 @@ def test_two_workers_send_the_shared_layers_and_the_blocks_that_move() -> None:
 )  # fmt: skip
 def test_parameters_of_the_papers_networks(name: str, all_parameters: int) -> None:
     module = on_meta(by_name(name).make)
-    parameters = count_parameters(module, select_blocks(module))
+    parameters = count_parameters(module, select_blocks(module, PAPER_BLOCKS))
     shared = SHARED if "100 classes" in name else SHARED - 90 * 513
     assert parameters == {"all": all_parameters, "shared": shared, "by_block": [BLOCK]}
 
