@@ -18,6 +18,11 @@ PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""
 
 
+def default_min_blocks(blocks: int) -> int:
+    """The paper's least number of blocks per worker, or half of them where there are few."""
+    return min(PAPER_MIN_BLOCKS, max(1, blocks // 2), blocks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(CommonConfig):
     """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).

@@ -20,8 +20,10 @@ from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bytes import Sizes
-from resist_lightning.methods.resist.config import PAPER_MIN_BLOCKS, Config
+from resist_lightning.methods.resist.config import Config, default_min_blocks
 from resist_lightning.methods.resist.network import left_out, select_blocks
+from resist_lightning.methods.resist.overview import alternatives, costs
+from resist_lightning.methods.resist.overview_text import brief
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage, foldable
 from resist_lightning.methods.resist.shares import check_counts
@@ -173,11 +175,14 @@ class BlockLayout(Layout):
             return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
         counts = map(len, self._usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
-        return (
+        sentence = (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
             f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scaling.scale:.4g}."
         )
+        if workers == 1:
+            return sentence
+        return f"{sentence}\n{brief(costs(self), alternatives(self))}"
 
     def _usual_partition(self) -> Partition:
         """That of the first round after the warm-up."""
@@ -239,18 +244,13 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     given, least = config.blocks_per_worker, config.min_blocks
     listed = None if isinstance(given, str) else tuple(given)
     if least is None:
-        least = min(listed) if listed is not None else _default_min_blocks(blocks)
+        least = min(listed) if listed is not None else default_min_blocks(blocks)
     schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
     if listed is not None:
         check_counts(listed, blocks, workers, least)
         return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
-
-
-def _default_min_blocks(blocks: int) -> int:
-    """The paper's least number of blocks per worker, or half of them where there are few."""
-    return min(PAPER_MIN_BLOCKS, max(1, blocks // 2), blocks)
 
 
 def _bytes(tensor: Tensor) -> int:

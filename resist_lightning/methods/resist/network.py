@@ -84,22 +84,37 @@ def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | 
     return tuple(name for name in dict.fromkeys(matched) if name not in chosen)
 
 
-def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
-    """The first of three choices with which two workers hold at most three quarters of the parameters each.
+def default_choices(module: nn.Module, trained: Collection[int] | None = None) -> tuple[list[Block], ...]:
+    """The choices that the default is taken from, in their order: each may be empty.
 
     The paper's (section 3.1: the third section of a ResNet without its first block, as first blocks change the shape);
-    the blocks of all sections without the first of each; all blocks that keep the shape. If none of them reaches that,
-    the first that comes close to the best.
+    the blocks of all sections without the first of each; all blocks that keep the shape. Of networks that train only.
     """
-    paper = _paper_rule(module)
     repeated = repeated_blocks(module)
     without_first = [block for section in sections(repeated, module).values() for block in section]
     choices = []
-    for blocks in (paper, without_first, list(repeated)):
+    for blocks in (_paper_rule(module), without_first, list(repeated)):
         still = untrained(module, blocks, trained)
         choices.append([block for block in blocks if block not in still])
+    return tuple(choices)
+
+
+def names_chosen(module: nn.Module, patterns: Sequence[str], trained: Collection[int] | None = None) -> list[str]:
+    """Names of the blocks that globs choose; empty where they are refused."""
+    try:
+        return [block.name for block in _by_globs(module, patterns, trained)]
+    except BlockSelectionError:
+        return []
+
+
+def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[Block]:
+    """The first of :func:`default_choices` with which two workers hold at most three quarters of the parameters each.
+
+    If none of them reaches that, the first that comes close to the best.
+    """
+    choices = default_choices(module, trained)
     if not any(choices):
-        _refuse_untrained(module, [*paper, *repeated], trained)
+        _refuse_untrained(module, [*_paper_rule(module), *repeated_blocks(module)], trained)
         raise BlockSelectionError(
             "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
             f"{candidates(module)}"
