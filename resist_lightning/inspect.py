@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,16 +210,13 @@ def _build(factory: str, arguments: Sequence[str]) -> nn.Module:
     if not path or not name:
         raise ValueError(f"{factory!r} must be package.module:name, such as torchvision.models:resnet50.")
     try:
-        found = importlib.import_module(path)
+        make: Any = importlib.import_module(path)
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; is it installed, or its folder the current one or in PYTHONPATH?") from error
-    make: Any = found
     for part in name.split("."):
         if not hasattr(make, part):
-            names = [
-                other for other in dir(found) if name[:3].lower() in other.lower() and callable(vars(found)[other])
-            ]
-            like = f" It has {', '.join(names[:6])}." if names else ""
+            near = get_close_matches(part, dir(make))
+            like = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{path} has no {name!r}.{like}")
         make = getattr(make, part)
     given = dict(_key_and_value(text) for text in arguments)

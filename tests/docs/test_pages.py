@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import resist_lightning
 from experiments.harness import tables
@@ -85,16 +84,16 @@ def test_the_snippet_with_snapshots_is_not_refused_under_the_command_beside_it(m
     check_shrinking(scope["strategy"].options)
 
 
-def test_a_block_with_one_line_is_recognised() -> None:
-    define, look = snippets("docs/adding-a-model.md")
-    scope = {"nn": nn, "Tensor": Tensor}
-    exec(define, scope)
-    stages = [nn.Sequential(*(scope["MyBlock"](4) for _ in range(3))) for _ in range(4)]
-    model = nn.ModuleDict({f"stage{number}": stage for number, stage in enumerate(stages, 1)})
+def test_a_model_of_ones_own_is_inspected_and_its_branch_end_declared() -> None:
+    look, declare = snippets("docs/adding-a-model.md")
+    scope: dict[str, Any] = {}
+    exec(look, scope)
+    (row,) = [row for row in scope["inspection"].rows if row.chosen]
+    assert row.ends == ("conv2",)
 
-    assert [block.name for block in select_blocks(model)] == [f"stage{s}.{i}" for s in (1, 2, 3, 4) for i in (1, 2)]
-    assert len(select_blocks(model, "stage2.*")) == 3
-    exec(look, {"model": model})
+    exec(declare, scope)
+    blocks = select_blocks(scope["model"])
+    assert {block.branch_end for block in blocks} == {"conv2"}
 
 
 def test_tables_show_their_result_files() -> None:
