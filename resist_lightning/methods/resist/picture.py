@@ -32,7 +32,8 @@ def draw_partition(layout: BlockLayout, rounds: int = 3) -> Figure:
     names = [block.name for block in layout.blocks]
     colours = _colours([block.section for block in layout.blocks])
     workers = min(layout.workers, _MOST_WORKERS)
-    height = rounds * (workers + 1)
+    group = workers + 0.5
+    height = rounds * group
     shared = max(2.0, len(names) / 10)
     width = shared + len(names)
     inches = min(max(6.0, 0.33 * width + 2.5), 16.0)
@@ -44,7 +45,7 @@ def draw_partition(layout: BlockLayout, rounds: int = 3) -> Figure:
         held = layout.partition(round).held
         parameters = layout.held_parameters(round)
         for worker in range(workers):
-            y = index * (workers + 1) + worker
+            y = index * group + worker
             axes.barh(y, shared - 0.1, left=0, height=0.8, color=_SHARED)
             for block in range(len(names)):
                 colour = colours[block] if block in held[worker] else _ABSENT
@@ -58,9 +59,9 @@ def draw_partition(layout: BlockLayout, rounds: int = 3) -> Figure:
         axes.text(shared + block + 0.45, -0.7, names[block], ha="center", va="bottom", rotation=90, fontsize=7)
     axes.text(width + 0.2, -0.7, "parameters\nheld", ha="left", va="bottom", fontsize=7)
     left_out = f"; workers from {workers} on are left out" if workers < layout.workers else ""
-    axes.set_title(f"{len(names)} partitioned blocks on {layout.workers} worker(s){left_out}", fontsize=10)
+    figure.suptitle(f"{len(names)} partitioned blocks on {layout.workers} worker(s){left_out}", fontsize=10)
     axes.set_xlim(-0.1, width)
-    axes.set_ylim(height - 1.4, -0.6)
+    axes.set_ylim(height - 0.9, -0.6)
     axes.axis("off")
     return figure
 

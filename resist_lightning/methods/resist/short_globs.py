@@ -44,9 +44,12 @@ def _candidates(section: str) -> Iterator[str]:
 
 
 def _tails(name: str) -> list[str]:
-    """The last part of a name, the last two, and so on."""
+    """The last part of a name, the last two, and so on; beginning with a word where there is one."""
     parts = name.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    starts = list(reversed(range(len(parts))))
+    # A lone number says nothing to a reader.
+    words = [start for start in starts if not parts[start].isdecimal()]
+    return [".".join(parts[start:]) for start in words or starts]
 
 
 def _common(names: Sequence[str]) -> str:
