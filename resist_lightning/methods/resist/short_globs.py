@@ -47,8 +47,8 @@ def _tails(name: str) -> list[str]:
     """The last part of a name, the last two, and so on; beginning with a word where there is one."""
     parts = name.split(".")
     starts = list(reversed(range(len(parts))))
-    # A lone number says nothing to a reader.
-    words = [start for start in starts if not parts[start].isdecimal()]
+    # A lone number or star says nothing to a reader.
+    words = [start for start in starts if parts[start][0].isalpha()]
     return [".".join(parts[start:]) for start in words or starts]
 
 

@@ -20,7 +20,7 @@ def choose(globs):
         ([name for name in NAMES if "trunk" in name], ("trunk.*",)),
         ([name for name in NAMES if "trunk" in name and not name.endswith(".0")], ("trunk.[!0]*",)),
         ([name for name in NAMES if "layer" in name], ("layer*.*",)),
-        ([name for name in NAMES if not name.endswith(".0")], ("*.[!0]*",)),
+        ([name for name in NAMES if not name.endswith(".0")], ("net.*.[!0]*",)),
         (["net.layer2.3"], ("layer2.3",)),
         (["net.layer1.1", "net.layer1.3"], ("net.layer1.1", "net.layer1.3")),
     ],
