@@ -1,0 +1,170 @@
+"""Trains a network of the zoo on two workers by default settings, and looks at all that a user is promised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from resist_lightning import Config, ResISTStrategy, Simulator
+from resist_lightning.methods.resist.layout import BlockLayout
+from tests.helpers import zoo
+from tests.helpers.trainers import make_trainer, run_trainers
+from tests.helpers.training import clone_state
+
+WORKERS, LOCAL_STEPS, STEPS, MIDDLE, HELD_OUT = 2, 5, 12, 7, 2
+"""Both the end and the checkpoint to resume from lie in the middle of a round."""
+ROUNDS = 40
+"""Rounds of which the share that a worker holds is the mean."""
+
+
+class Trainee(L.LightningModule):
+    """A network of the zoo, trained by SGD; its random numbers follow from worker and step."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.net = name, zoo.build(name)
+
+    def training_step(self, batch: zoo.Batch, _: int) -> Tensor:
+        torch.manual_seed(batch["seed"])
+        return zoo.loss_of(self.name, self.net, batch)
+
+    def validation_step(self, batch: zoo.Batch, _: int) -> None:
+        self.log("loss", zoo.loss_of(self.name, self.net, batch), sync_dist=True, batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+class Batches(Dataset[Any]):
+    """Batches of one worker by number."""
+
+    def __init__(self, name: str, worker: int, count: int) -> None:
+        self.name, self.worker, self.count = name, worker, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> zoo.Batch:
+        return {**zoo.batch_of(self.name, self.worker, step), "seed": 1000 * self.worker + step}
+
+
+def loader(name: str, worker: int, count: int) -> DataLoader[Any]:
+    return DataLoader(Batches(name, worker, count), batch_size=None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a training has shown.
+
+    Args:
+        blocks: names of the blocks by default.
+        hooked: those of them whose scale no checkpoint carries.
+        held: share of the parameters that a worker holds, mean over workers and rounds.
+        reported: validation loss of the full model.
+        plain: the same loss of the checkpoint, loaded into the plain network.
+        unlike: largest deviation of a tensor from the simulator's, in relation to the tensor.
+        resumed: whether the training from the checkpoint in mid-round gave the same bits.
+    """
+
+    blocks: tuple[str, ...]
+    hooked: tuple[str, ...]
+    held: float
+    reported: float
+    plain: float
+    unlike: float
+    resumed: bool
+
+    @property
+    def difference(self) -> float:
+        """Between the two losses, in relation to their size."""
+        return abs(self.reported - self.plain) / max(1.0, abs(self.plain))
+
+
+def examine(name: str) -> Found:
+    """Train a network by real processes, by the simulator, and from a checkpoint in mid-round."""
+    with TemporaryDirectory() as folder:
+        results = run_trainers(_train, WORKERS, name, folder, timeout=400)
+        saved = torch.load(f"{folder}/end.ckpt", weights_only=False)
+    trained = Trainee(name)
+    trained.load_state_dict(saved["state_dict"])
+    layout = BlockLayout(Trainee(name), Config(), WORKERS)
+    own = saved["resist_lightning"]
+    return Found(
+        blocks=tuple(block.name for block in layout.blocks),
+        hooked=tuple(own["hooked"]) if own["scale"] != 1 else (),
+        held=held_share(layout),
+        reported=results[0][0],
+        plain=_evaluate(trained),
+        unlike=_deviation(clone_state(trained), _simulate(name)),
+        resumed=all(resumed for _, resumed in results),
+    )
+
+
+def held_share(layout: BlockLayout) -> float:
+    """Share of the parameters that a worker holds, mean over workers and rounds."""
+    total = sum(parameter.numel() for parameter in layout.module.parameters())
+    held = [count for round in range(ROUNDS) for count in layout.held_parameters(round)]
+    return sum(held) / len(held) / total
+
+
+def _train(worker: int, name: str, folder: str) -> tuple[float, bool]:
+    """One worker's training; the loss that is reported at its end, and whether resuming gives the same."""
+    module = Trainee(name)
+    middle = ModelCheckpoint(f"{folder}/middle", every_n_train_steps=MIDDLE, save_top_k=-1, filename="{step}")
+    trainer = _trainer(enable_checkpointing=True, callbacks=[middle])
+    trainer.fit(module, loader(name, worker, STEPS))
+    trainer.save_checkpoint(f"{folder}/end.ckpt")
+    reported = trainer.validate(module, loader(name, 100 + worker, HELD_OUT), verbose=False)[0]["loss"]
+    again = Trainee(name)
+    path = Path(folder) / "middle" / f"step={MIDDLE}.ckpt"
+    _trainer().fit(again, loader(name, worker, STEPS), ckpt_path=path, weights_only=False)
+    expected, actual = clone_state(module), clone_state(again)
+    same = all(torch.equal(actual[key], value) for key, value in expected.items())
+    return reported, same and actual.keys() == expected.keys()
+
+
+def _trainer(**options: Any) -> L.Trainer:
+    return make_trainer(ResISTStrategy(local_steps=LOCAL_STEPS), max_epochs=1, **options)
+
+
+def _simulate(name: str) -> dict[str, Tensor]:
+    simulator = Simulator(
+        Trainee(name), lambda copy: copy.configure_optimizers(), Config(local_steps=LOCAL_STEPS), WORKERS
+    )
+    for step in range(STEPS):
+        for number, worker in enumerate(simulator.workers):
+            worker.module.train()
+            worker.optimizers[0].zero_grad()
+            worker.module.training_step(Batches(name, number, STEPS)[step], step).backward()
+            worker.optimizers[0].step()
+        simulator.after_step()
+    return clone_state(simulator.full_model())
+
+
+@torch.no_grad()
+def _evaluate(module: nn.Module) -> float:
+    module.eval()
+    losses = []
+    for worker in range(WORKERS):
+        for step in range(HELD_OUT):
+            batch = zoo.batch_of(module.name, 100 + worker, step)
+            losses.append(zoo.loss_of(module.name, module.net, batch).item())
+    return sum(losses) / len(losses)
+
+
+def _deviation(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert actual.keys() == expected.keys()
+    deviations = [0.0]
+    for name, value in expected.items():
+        size = max(float(value.double().abs().max()), 1e-3) if value.numel() else 1.0
+        if value.numel():
+            deviations.append(float((actual[name].double() - value.double()).abs().max()) / size)
+    return max(deviations)
