@@ -173,7 +173,9 @@ def _detection_loss(network: nn.Module, batch: Batch) -> Tensor:
     """In training the detector's own losses; in evaluation, where it returns boxes, a number from its features."""
     images = list(batch["inputs"][0])
     if not network.training:
-        return torch.stack([features.square().mean() for features in network.backbone(batch["inputs"][0]).values()]).sum()
+        return torch.stack(
+            [features.square().mean() for features in network.backbone(batch["inputs"][0]).values()]
+        ).sum()
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
     targets = [{"boxes": boxes, "labels": label[None].clamp(min=1)} for label in batch["labels"]]
     return torch.stack(list(network(images, targets).values())).sum()
@@ -305,9 +307,7 @@ NETWORKS: dict[str, Network] = {
         partial(_torchvision, "fasterrcnn_resnet50_fpn", weights_backbone=None),
         _detection_loss,
     ),
-    "timm resnet26d": Network(
-        partial(_timm, "resnet26d", base_width=8), _images, partial(_timm_in_full, "resnet26d")
-    ),
+    "timm resnet26d": Network(partial(_timm, "resnet26d", base_width=8), _images, partial(_timm_in_full, "resnet26d")),
     "timm seresnet50": Network(
         partial(_timm, "seresnet50", base_width=8, layers=(1, 2, 4, 2)), _images, partial(_timm_in_full, "seresnet50")
     ),
@@ -316,9 +316,7 @@ NETWORKS: dict[str, Network] = {
         _images,
         partial(_timm_in_full, "resnetv2_50"),
     ),
-    "timm nf_resnet50": Network(
-        partial(_norm_free, "nf_resnet50"), _images, partial(_timm_in_full, "nf_resnet50")
-    ),
+    "timm nf_resnet50": Network(partial(_norm_free, "nf_resnet50"), _images, partial(_timm_in_full, "nf_resnet50")),
     "timm dm_nfnet_f0": Network(
         partial(_norm_free, "dm_nfnet_f0"), partial(_images, size=64), partial(_timm_in_full, "dm_nfnet_f0")
     ),
@@ -339,7 +337,13 @@ NETWORKS: dict[str, Network] = {
     ),
     "timm swin": Network(
         partial(
-            _timm, "swin_tiny_patch4_window7_224", img_size=32, depths=(2, 4), embed_dim=16, num_heads=(2, 4), window_size=4
+            _timm,
+            "swin_tiny_patch4_window7_224",
+            img_size=32,
+            depths=(2, 4),
+            embed_dim=16,
+            num_heads=(2, 4),
+            window_size=4,
         ),
         _images,
         partial(_timm_in_full, "swin_tiny_patch4_window7_224"),
@@ -354,9 +358,7 @@ NETWORKS: dict[str, Network] = {
         partial(_images, size=64),
         partial(_timm_in_full, "convnextv2_atto"),
     ),
-    "timm regnetz": Network(
-        _regnetz, partial(_images, size=64), partial(_timm_in_full, "regnetz_b16")
-    ),
+    "timm regnetz": Network(_regnetz, partial(_images, size=64), partial(_timm_in_full, "regnetz_b16")),
     "timm efficientnetv2": Network(
         _efficientnet_v2, partial(_images, size=64), partial(_timm_in_full, "efficientnetv2_rw_t")
     ),
@@ -382,7 +384,11 @@ NETWORKS: dict[str, Network] = {
     "transformers Llama": _transformers("LlamaForCausalLM", "LlamaConfig", _language, **_DECODER),
     "transformers Qwen2": _transformers("Qwen2ForCausalLM", "Qwen2Config", _language, **_DECODER),
     "transformers ViT": _transformers(
-        *("ViTForImageClassification", "ViTConfig", _images), image_size=32, patch_size=8, num_labels=CLASSES, **_ENCODER
+        *("ViTForImageClassification", "ViTConfig", _images),
+        image_size=32,
+        patch_size=8,
+        num_labels=CLASSES,
+        **_ENCODER,
     ),
     "transformers ConvNeXt": _transformers(
         *("ConvNextForImageClassification", "ConvNextConfig", partial(_images, size=64)),

@@ -1,0 +1,92 @@
+"""Writes the table of docs/networks.md from trainings: python docs/networks.py [part of a network's name ...]."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from resist_lightning import Config
+from resist_lightning.errors import BlockSelectionError
+from resist_lightning.methods.globs import summary
+from resist_lightning.methods.resist.layout import BlockLayout
+from tests.helpers import zoo
+from tests.helpers.zoo_run import WORKERS, Found, examine, held_share
+
+PAGE = Path(__file__).with_name("networks.md")
+HEADER = (
+    "| network | blocks by default | held | held in full size | folded | plain - reported | = simulator | resumes |"
+)
+HOOKED: tuple[str, ...] = ()
+"""Networks with blocks whose scale folds into no weight; the page says why."""
+_DIFFERENCE = 5
+"""The column that differs from machine to machine."""
+
+
+def main(parts: list[str]) -> None:
+    """Train the networks whose names contain one of some parts, or all, and write their rows."""
+    known = rows()
+    for name in zoo.NETWORKS:
+        if not parts or any(part in name for part in parts):
+            known[name] = row(name, examine(name))
+            write(known)  # after each, as all take a while
+
+
+def write(known: Mapping[str, str]) -> None:
+    """Replace the table of the page by rows of networks."""
+    separator = "| --- " * HEADER.count(" | ") + "| --- |"
+    lines = [HEADER, separator, *(known[name] for name in zoo.NETWORKS if name in known)]
+    table = "\n".join(["<!-- table -->", *lines, "<!-- end -->"])
+    page = PAGE.read_text()
+    start, end = page.index("<!-- table -->"), page.index("<!-- end -->") + len("<!-- end -->")
+    PAGE.write_text(page[:start] + table + page[end:])
+
+
+def rows() -> dict[str, str]:
+    """The rows of the page by network."""
+    found = re.findall(r"^\| (.+?) \| .*\|$", PAGE.read_text(), re.MULTILINE)
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    return dict(zip(found, lines, strict=True))
+
+
+def row(name: str, found: Found) -> str:
+    """The row of one network."""
+    folded = len(found.blocks) - len(found.hooked)
+    cells = [
+        name,
+        f"{len(found.blocks)}: {summary([block.removeprefix('net.') for block in found.blocks])}",
+        f"{found.held:.0%}",
+        _held_in_full_size(name),
+        f"{folded} of {len(found.blocks)}",
+        f"{found.difference:.0e}",
+        "yes" if found.unlike < 1e-4 else f"{found.unlike:.0e}",
+        "bit for bit" if found.resumed else "no",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def same_row(one: str, other: str) -> bool:
+    """Whether two rows say the same, but for the rounding error of the losses."""
+    first, second = one.split(" | "), other.split(" | ")
+    differences = [float(cells.pop(_DIFFERENCE)) for cells in (first, second)]
+    return first == second and max(differences) < 1e-5
+
+
+def _held_in_full_size(name: str) -> str:
+    build = zoo.NETWORKS[name].full
+    if build is None:
+        return ""
+    with torch.device("meta"):
+        network = build()
+    try:
+        return f"{held_share(BlockLayout(network, Config(), WORKERS)):.0%}"
+    except BlockSelectionError:
+        return "refused"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Blocks that are found by structure: twins in a container that add to something."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor, nn
+
+from resist_lightning.methods.resist.structure import repeated_blocks, sections
+from tests.helpers.hand_written import Encoder, EncoderBlock, ResidualLayer, UNet, WideResNet
+
+
+class Chain(nn.Module):
+    """Two layers, and nothing added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+class Counts(Chain):
+    """Adds a number to a counter, as some layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        self.calls += 1
+        return super().forward(x)
+
+
+class Adds(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class AddsByFunction(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).add(x)
+
+
+class AddsInHelper(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(x, super().forward(x))
+
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        y += x
+        return y
+
+
+class Stage(nn.Module):
+    """Many blocks, and a skip around them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adds() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        return x + y
+
+
+def names(module: nn.Module) -> list[str]:
+    return [block.name for block in repeated_blocks(module)]
+
+
+@pytest.mark.parametrize("kind", [Chain, Counts, lambda: nn.Linear(4, 4), nn.ReLU])
+def test_twins_that_add_nothing_are_no_blocks(kind) -> None:
+    assert names(nn.Sequential(kind(), kind(), kind())) == []
+
+
+@pytest.mark.parametrize("kind", [Adds, AddsByFunction, AddsInHelper, ResidualLayer])
+def test_twins_that_add_are_blocks(kind) -> None:
+    assert names(nn.Sequential(kind(), kind(), kind())) == ["0", "1", "2"]
+
+
+def test_a_single_child_and_twins_outside_a_container_are_no_blocks() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Adds(), Adds()
+
+    assert names(nn.Sequential(Adds(), Chain())) == []
+    assert names(Pair()) == []
+
+
+def test_of_a_stage_its_blocks_are_found() -> None:
+    assert names(nn.Sequential(Stage(), Stage())) == [
+        f"{stage}.blocks.{block}" for stage in (0, 1) for block in range(4)
+    ]
+
+
+def test_a_block_that_changes_the_width_is_none() -> None:
+    assert names(WideResNet()) == [
+        f"groups.{group}.{block}" for group in range(3) for block in range(4) if group + block
+    ]
+
+
+def test_torch_encoder_layers_are_blocks() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+
+    assert names(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)) == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_a_network_with_long_skips_keeps_its_own_forward() -> None:
+    assert names(UNet()) == [f"{part}.{block}" for part in ("down", "middle", "up") for block in range(3)]
+
+
+def test_sections_leave_out_the_first_child_of_each_container() -> None:
+    module = Encoder(norm_first=True)
+    found = sections(repeated_blocks(module), module)
+
+    assert {name: [block.name for block in blocks] for name, blocks in found.items()} == {
+        "blocks": [f"blocks.{number}" for number in (1, 2, 3, 4)]
+    }
+    assert all(isinstance(block.module, EncoderBlock) for blocks in found.values() for block in blocks)

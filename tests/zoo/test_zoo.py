@@ -1,0 +1,55 @@
+"""Any residual network trains partially by default, and its checkpoint is the model that was reported.
+
+``pytest -m zoo`` trains all networks, those of transformers where it is installed; the ordinary suite a cheap sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from docs import networks
+from tests.helpers import zoo
+from tests.helpers.zoo_run import Found, examine
+
+HOOKED = networks.HOOKED
+"""Networks with blocks whose scale folds into no weight: the checkpoint names them, and is another model."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes: a sum in another order may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(name: str, found: Found) -> None:
+    assert found.blocks
+    assert found.held < 1
+    assert bool(found.hooked) == (name in HOOKED), found.hooked
+    if not found.hooked:
+        assert found.difference < 1e-5, (found.reported, found.plain)
+    assert found.unlike < 1e-4, "processes train something else than the simulator"
+    assert found.resumed, "the training from a checkpoint in mid-round gave other bits"
+
+
+@pytest.mark.parametrize("name", zoo.SAMPLE)
+def test_a_network_of_the_sample(name: str) -> None:
+    found = examine(name)
+
+    check(name, found)
+    assert networks.same_row(networks.row(name, found), networks.rows()[name]), "run `python docs/networks.py`"
+
+
+@pytest.mark.zoo
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", zoo.NETWORKS)
+def test_a_network(name: str) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+
+    check(name, examine(name))
