@@ -43,7 +43,17 @@ def build(name: str, seed: int = 7) -> nn.Module:
     """The small network of this name, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[name].small()
+        network = NETWORKS[name].small()
+    _enlarge_what_hides_branches(network)
+    return network
+
+
+@torch.no_grad()
+def _enlarge_what_hides_branches(network: nn.Module) -> None:
+    """Many libraries let a branch begin as nearly zero, by a layer scale of 1e-6: its scale would then not be seen."""
+    for name, parameter in network.named_parameters():
+        if not name.endswith("bias") and bool(parameter.abs().max() < 1e-4):
+            parameter.fill_(0.5)
 
 
 def batch_of(name: str, worker: int, step: int) -> Batch:

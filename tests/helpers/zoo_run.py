@@ -70,6 +70,7 @@ class Found:
         held: share of the parameters that a worker holds, mean over workers and rounds.
         reported: validation loss of the full model.
         plain: the same loss of the checkpoint, loaded into the plain network.
+        unscaled: the same loss if the checkpoint did not carry the scale.
         unlike: largest deviation of a tensor from the simulator's, in relation to the tensor.
         resumed: whether the training from the checkpoint in mid-round gave the same bits.
     """
@@ -79,6 +80,7 @@ class Found:
     held: float
     reported: float
     plain: float
+    unscaled: float
     unlike: float
     resumed: bool
 
@@ -93,16 +95,19 @@ def examine(name: str) -> Found:
     with TemporaryDirectory() as folder:
         results = run_trainers(_train, WORKERS, name, folder, timeout=400)
         saved = torch.load(f"{folder}/end.ckpt", weights_only=False)
-    trained = Trainee(name)
-    trained.load_state_dict(saved["state_dict"])
-    layout = BlockLayout(Trainee(name), Config(), WORKERS)
     own = saved["resist_lightning"]
+    trained, unscaled = Trainee(name), Trainee(name)
+    trained.load_state_dict(saved["state_dict"])
+    factors = dict.fromkeys(own["folded"] if own["scale"] != 1 else (), own["scale"])
+    unscaled.load_state_dict({key: value / factors.get(key, 1) for key, value in saved["state_dict"].items()})
+    layout = BlockLayout(Trainee(name), Config(), WORKERS)
     return Found(
         blocks=tuple(block.name for block in layout.blocks),
         hooked=tuple(own["hooked"]) if own["scale"] != 1 else (),
         held=held_share(layout),
         reported=results[0][0],
         plain=_evaluate(trained),
+        unscaled=_evaluate(unscaled),
         unlike=_deviation(clone_state(trained), _simulate(name)),
         resumed=all(resumed for _, resumed in results),
     )
