@@ -386,7 +386,13 @@ NETWORKS: dict[str, Network] = {
         partial(_timm_in_full, "mobilenetv4_conv_small"),
     ),
     "transformers BERT": _transformers(
-        "BertForSequenceClassification", "BertConfig", _ids, num_labels=CLASSES, **_IDS, **_ENCODER
+        "BertForSequenceClassification",
+        "BertConfig",
+        _ids,
+        num_labels=CLASSES,
+        initializer_range=0.2,
+        **_IDS,
+        **_ENCODER,
     ),
     "transformers GPT-2 (tied)": _transformers(
         "GPT2LMHeadModel", "GPT2Config", _language, n_embd=16, n_layer=5, n_head=2, **_IDS
