@@ -31,12 +31,14 @@ class Network:
         batch: draws an example batch.
         full: builds it in full size; None where there is no such thing.
         loss: from the network and a batch; None for :func:`_usual_loss`.
+        rate: learning rate. Small for networks of which a rounding error in the weights grows to their size otherwise.
     """
 
     small: Callable[[], nn.Module]
     batch: Callable[[Generator], Batch]
     full: Callable[[], nn.Module] | None = None
     loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    rate: float = 0.01
 
 
 def build(name: str, seed: int = 7) -> nn.Module:
@@ -290,6 +292,7 @@ NETWORKS: dict[str, Network] = {
         partial(_torchvision, "efficientnet_b0", num_classes=CLASSES),
         partial(_images, size=64),
         partial(_torchvision, "efficientnet_b0"),
+        rate=1e-4,
     ),
     "torchvision mobilenet_v3": Network(
         partial(_torchvision, "mobilenet_v3_small", num_classes=CLASSES),
@@ -370,7 +373,10 @@ NETWORKS: dict[str, Network] = {
     ),
     "timm regnetz": Network(_regnetz, partial(_images, size=64), partial(_timm_in_full, "regnetz_b16")),
     "timm efficientnetv2": Network(
-        _efficientnet_v2, partial(_images, size=64), partial(_timm_in_full, "efficientnetv2_rw_t")
+        _efficientnet_v2,
+        partial(_images, size=64),
+        partial(_timm_in_full, "efficientnetv2_rw_t"),
+        rate=1e-4,
     ),
     "timm mixer": Network(
         _mixer,

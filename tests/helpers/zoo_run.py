@@ -40,7 +40,7 @@ class Trainee(L.LightningModule):
         self.log("loss", zoo.loss_of(self.name, self.net, batch), sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        return torch.optim.SGD(self.parameters(), lr=zoo.NETWORKS[self.name].rate, momentum=0.9, weight_decay=1e-4)
 
 
 class Batches(Dataset[Any]):
