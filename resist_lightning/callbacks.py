@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from resist_lightning.comm.bytes import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.layout import Layout

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from experiments.harness.figures import BLUE, GREY, ORANGE, drawn, label_ends
 from experiments.harness.words import bytes_in_words, strategy_in_words
-from resist_lightning.comm.bytes import TRAINING_KINDS
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 
 WITHOUT_AVERAGES = ("local_sgd", "auxnet")  # beside these, local SGD with the same rounds is itself, or means nothing
 

@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.app.clock import CLOCK_FILE
-from resist_lightning.comm.bytes import TRAINING_KINDS, ddp_bytes
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "resist_summary.json"

@@ -15,7 +15,7 @@ from experiments.links.closed_form import neuron_bytes
 from experiments.networks import mlp
 from experiments.trainers import sgd_step
 from resist_lightning import NeuronConfig
-from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
 

@@ -31,7 +31,7 @@ from experiments.trainers import (
 )  # fmt: skip
 from experiments.trainers import train as train_by
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
-from resist_lightning.comm.bytes import ddp_bytes, local_sgd_bytes
+from resist_lightning.comm.byte_formulas import ddp_bytes, local_sgd_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates

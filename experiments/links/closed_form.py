@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
-from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.plan import pieces

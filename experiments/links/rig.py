@@ -25,7 +25,7 @@ from experiments.harness.links.namespaces import (
 )  # fmt: skip
 from experiments.harness.settings import ConfigError, option
 from resist_lightning import Config, ISTStrategy, LocalSGDStrategy, NeuronConfig, ResISTStrategy
-from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.engine.registry import make_layout
 
 UNSHAPED = "unshaped"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from resist_lightning.comm.bytes import TRAINING_KINDS, ddp_bytes
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes
 
 Row = dict[str, Any]
 PARTS = ("averaging", "hand_over", "packing")

@@ -12,7 +12,7 @@ from experiments.harness.workers import forked
 from experiments.paper_tables.networks import memory_bytes
 from experiments.trainers import sgd_step
 from resist_lightning import Config, Engine
-from resist_lightning.comm.bytes import TRAINING_KINDS
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.models import preact_resnet
 from resist_lightning.schedule.transfers import plan_sync

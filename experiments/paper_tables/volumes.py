@@ -10,7 +10,7 @@ import torch
 
 from experiments.paper_tables.networks import TABLE_1_BLOCKS, WORKERS, on_meta, paper_network
 from resist_lightning import Config
-from resist_lightning.comm.bytes import local_sgd_bytes, parameter_server_bytes
+from resist_lightning.comm.byte_formulas import local_sgd_bytes, parameter_server_bytes
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.transfers import plan_sync

@@ -1,6 +1,7 @@
 """The `Collective` interface, and its single-worker implementation.
 
-Every operation works on flat buffers and counts the bytes it sends; :mod:`resist_lightning.comm.bytes` predicts them.
+Every operation works on flat buffers and counts the bytes it sends, which
+:mod:`resist_lightning.comm.byte_formulas` predicts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Collective(ABC):
     """Operations with which one worker talks to the others.
 
     Attributes:
-        sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.comm.bytes.KINDS`).
+        sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.comm.byte_formulas.KINDS`).
     """
 
     def __init__(self, worker: int, workers: int) -> None:

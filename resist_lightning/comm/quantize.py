@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from resist_lightning.comm.bytes import WIRE_FORMATS, WireFormat
+from resist_lightning.comm.byte_formulas import WIRE_FORMATS, WireFormat
 
 _PACKED_ENTRIES = 8  # eight entries of b bits are b bytes
 

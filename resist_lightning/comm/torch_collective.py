@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from resist_lightning.comm.bytes import all_reduce_bytes
+from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.comm.collective import Collective, Finish, Messages, SoloCollective
 from resist_lightning.comm.group import check_backend, group_exists
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
-from resist_lightning.comm.bytes import KINDS
+from resist_lightning.comm.byte_formulas import KINDS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.torch_collective import default_collective
 from resist_lightning.engine.evaluation import Observation

@@ -20,7 +20,7 @@ BAD = {
     "strategy.local_steps=1.5": r"strategy\.local_steps=1\.5: must be a whole number",
     "strategy.local_steps=null": r"strategy\.local_steps=null: must be a whole number",
     "strategy.min_blocks=-1": r"strategy\.min_blocks=-1 must be a whole number of at least 0 \(0 allows",
-    "strategy.min_blocks=6 model.depth=26": r"min_blocks=6 is impossible with 5 partitionable block.*Lower min_blocks",
+    "strategy.min_blocks=3 model.depth=14": r"min_blocks=3 is impossible with 2 partitionable block.*Lower min_blocks",
     "strategy.blocks=layer9.*": r"layer9\.\*.*net\.section3\.1-14",
     "strategy.momentum=restart": r"strategy\.momentum=restart: must be one of reset",
     "strategy.test_scale=1.5": r"strategy\.test_scale=1\.5 must lie in \(0, 1\]; None takes",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resist_lightning import NeuronConfig
-from resist_lightning.comm.bytes import SYNC_KINDS, all_reduce_bytes
+from resist_lightning.comm.byte_formulas import SYNC_KINDS, all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_engine, train_simulator

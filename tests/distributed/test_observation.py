@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning import Config, Engine, Simulator
-from resist_lightning.comm.bytes import TRAINING_KINDS
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,

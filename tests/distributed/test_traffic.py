@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resist_lightning import Config, Engine
-from resist_lightning.comm.bytes import SYNC_KINDS
+from resist_lightning.comm.byte_formulas import SYNC_KINDS
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.transfers import plan_sync

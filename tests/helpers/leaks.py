@@ -17,7 +17,8 @@ from typing import NamedTuple, TypeVar
 # All that descends from the session inherits it, an orphan too: so it is found whoever its parent is now.
 MARK = "RESIST_LIGHTNING_TEST_SESSION"
 
-# pytest's own, and what Lightning sets for its workers and leaves: put back, but no failure.
+# pytest's own, what Lightning sets for its workers and leaves, and what scikit-learn sets when it is imported: put
+# back, but no failure.
 EXCUSED_VARIABLES = frozenset(
     {
         "PYTEST_CURRENT_TEST",
@@ -29,6 +30,8 @@ EXCUSED_VARIABLES = frozenset(
         "PL_GLOBAL_SEED",
         "PL_SEED_WORKERS",
         "CUBLAS_WORKSPACE_CONFIG",
+        "KMP_DUPLICATE_LIB_OK",
+        "KMP_INIT_AT_FORK",
     }
 )
 EXCUSED_THREADS = ("TMonitor",)  # tqdm's one watcher for all bars

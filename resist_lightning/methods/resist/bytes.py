@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from resist_lightning.comm.bytes import WireFormat, all_reduce_bytes
+from resist_lightning.comm.byte_formulas import WireFormat, all_reduce_bytes
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
 
 

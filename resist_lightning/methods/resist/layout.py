@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.quantize import compressible
 from resist_lightning.comm.tensors import averaged_bytes, named_tensors

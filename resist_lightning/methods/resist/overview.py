@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resist_lightning.comm.bytes import local_sgd_bytes
+from resist_lightning.comm.byte_formulas import local_sgd_bytes
 from resist_lightning.comm.tensors import averaged_bytes
 from resist_lightning.methods.residual import Block, BranchEnd, find_blocks
 from resist_lightning.methods.resist.bytes import sync_bytes

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from resist_lightning.comm.bytes import WIRE_FORMATS
+from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.quantize import arrange, make_quantizer, noise_for
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, Engine
-from resist_lightning.comm.bytes import KINDS
+from resist_lightning.comm.byte_formulas import KINDS
 from tests.helpers.nets import small_preact
 from tests.helpers.training import (
     Run,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Engine, NeuronConfig
-from resist_lightning.comm.bytes import TRAINING_KINDS
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 from tests.helpers.ist import (
     ONE_AT_A_TIME,
     Run,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resist_lightning import Config
-from resist_lightning.comm.bytes import (
+from resist_lightning.comm.byte_formulas import (
     KINDS,
     SYNC_KINDS,
     WIRE_FORMATS,
