@@ -74,7 +74,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     "a block that changes the shape": (
         {"blocks": ["section3.0"]}, Classifier, BlockSelectionError, r"'net\.section3\.0' changes the shape",
     ),
-    "no blocks": ({}, without_blocks, BlockSelectionError, r"no residual block that keeps .* No residual block was recognised"),
+    "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .* No residual block was recognised"),
     "tied weights": ({}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
     "lazy": ({}, lazy, ValueError, r"^net\.head\.weight, net\.head\.bias: no shape yet.* Call the module once"),
     "SyncBatchNorm": ({}, synchronised, ValueError, r"net\.section1\.0\.bn1 is a SyncBatchNorm.* Use BatchNorm"),
