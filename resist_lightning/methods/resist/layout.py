@@ -120,6 +120,8 @@ class BlockLayout(Layout):
                 best: list[Any] = next((ends for ends in known if ends), [])
                 block.seen.ends = tuple(BranchEnd(tuple(tensors), module) for tensors, module in best)
         self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
+        if self._agreed and collective.worker == 0:
+            self._warn_of_hooks()
 
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
@@ -211,7 +213,7 @@ class BlockLayout(Layout):
             )
         if not self.blocks or self.workers == 1:
             return
-        self._warn_of_plain_checkpoints()
+        self._warn_of_batch_statistics()
         if not isinstance(self.config.blocks_per_worker, str):  # the user has listed the counts, and knows them
             return
         if not self.partial and self.config.min_blocks is None:
@@ -227,17 +229,16 @@ class BlockLayout(Layout):
                 stacklevel=3,
             )
 
-    def _warn_of_plain_checkpoints(self) -> None:
-        """Warn about what a checkpoint, as a plain model, cannot carry."""
+    def _warn_of_hooks(self) -> None:
+        """Warn about scales that a checkpoint, as a plain model, cannot carry."""
         hooked = [block.name for block in self.blocks if not foldable(block)]
         if hooked and self.scaling.scale != 1:
             warnings.warn(
                 f"the test-time scale of {summary(hooked)} does not fold into a weight: a hook scales them, and a "
-                "checkpoint does not evaluate to the reported metrics without this package. Declare "
-                "`residual_branch_end` in the block's class (docs/adding-a-model.md).",
+                "checkpoint does not evaluate to the reported metrics without this package. Choose other `blocks`, or "
+                "declare `residual_branch_end` in the block's class (docs/adding-a-model.md).",
                 stacklevel=4,
             )
-        self._warn_of_batch_statistics()
 
 
 def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
