@@ -13,7 +13,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def summary(names: Sequence[str]) -> str:
-    """Names in a line, with runs of numbered siblings abbreviated: ``layer3.1-22``."""
+    """Names in a line, with runs of numbered siblings abbreviated: ``layer3.1-22``, ``layers.encoder_layer_1-5``."""
     runs: list[list[str]] = []
     for name in names:
         if runs and _follows(name, runs[-1][-1]):
@@ -22,15 +22,20 @@ def summary(names: Sequence[str]) -> str:
             runs.append([name])
     shown = []
     for first, *others in runs:
-        last = others[-1].rpartition(".")[2] if others else ""
-        shown.append(f"{first}-{last}" if others else first)
+        shown.append(f"{first}-{_numbered(others[-1])[1]}" if others else first)
     return ", ".join(shown)
 
 
 def _follows(name: str, before: str) -> bool:
     """Whether a name is that of the next numbered sibling."""
-    stem, _, index = name.rpartition(".")
-    stem_before, _, index_before = before.rpartition(".")
-    if stem != stem_before or not index.isdecimal() or not index_before.isdecimal():
+    stem, number = _numbered(name)
+    stem_before, number_before = _numbered(before)
+    if stem != stem_before or not number or not number_before:
         return False
-    return int(index) == int(index_before) + 1
+    return int(number) == int(number_before) + 1
+
+
+def _numbered(name: str) -> tuple[str, str]:
+    """A name without the digits at its end, and these."""
+    stem = name.rstrip("0123456789")
+    return stem, name[len(stem) :]
