@@ -37,10 +37,12 @@ class Seen:
     Attributes:
         ends: of its residual branches; None before the first forward, empty if they could not be verified.
         output: how its output is made of its arguments where it is absent; None if the output is the input.
+        why: what went wrong when its ends were looked for; empty if nothing.
     """
 
     ends: tuple[BranchEnd, ...] | None = None
     output: Any = None
+    why: str = ""
 
     def take(self, other: Seen) -> None:
         """Take over what was seen of a copy of the block."""

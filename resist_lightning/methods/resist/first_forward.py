@@ -107,17 +107,28 @@ class _Look:
         if seen.ends is not None or foldable(self._block) or not self._present():
             return
         kind = _kind(self._body)
-        small = _two_samples(x, args, kwargs)
-        for inputs in (small, (x, args, kwargs)) if small is not None else ((x, args, kwargs),):
-            try:
-                ends = self._ends_for(*inputs, hint=self._known.get(kind, ()))
-            except Exception:  # noqa: BLE001 - the user's code, given what it may not expect
-                ends = ()
-            if ends:
-                self._known[kind] = ends
-                break
+        hint = self._known.get(kind)
+        ends = () if hint == () else self._ends_of_kind(x, args, kwargs, hint or ())
+        # One of a kind whose ends are not found is enough: a search takes some twenty forwards of the block.
+        if not hint:
+            self._known[kind] = ends
         prefix = "" if self._body is self._block.module else "_orig_mod."
         seen.ends = tuple(_prefixed(end, prefix) for end in ends)
+
+    def _ends_of_kind(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], hint: Sequence[BranchEnd]
+    ) -> tuple[BranchEnd, ...]:
+        """The ends, found with two samples of the batch where these are enough, else with all."""
+        inputs = [(x, args, kwargs)]
+        small = _two_samples(x, args, kwargs)
+        if small is not None:
+            inputs.insert(0, small)
+        for given in inputs:
+            try:
+                return self._ends_for(*given, hint)
+            except Exception as error:  # noqa: BLE001 - the user's code, given what it may not expect
+                self._block.seen.why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return ()
 
     def _ends_for(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], hint: Sequence[BranchEnd]
@@ -219,12 +230,15 @@ def _two_samples(
     """The arguments for the first two samples of a batch; None where that is not certain to be all that is needed."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    # Integers may be indices, such as the edges of a graph, that point to other samples.
-    plain = all(isinstance(leaf, Tensor | bool | int | float | str | type(None)) for leaf in leaves)
-    if x.dim() < 3 or len(x) <= 2 or not plain:
+    if x.dim() < 3 or len(x) <= 2:
         return None
-    if any(not (tensor.is_floating_point() or tensor.dtype == torch.bool) for tensor in tensors):
+    if not all(isinstance(leaf, Tensor | bool | int | float | str | type(None)) for leaf in leaves):
         return None
+    for tensor in tensors:
+        # Other integers may be indices, such as the edges of a graph, that point to other samples.
+        counted = tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() == 0
+        if not counted and len(tensor) not in (1, len(x)):
+            return None
     cut = [leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(x) else leaf for leaf in leaves]
     given, named = tree_unflatten(cut, structure)
     return x[:2], given, named

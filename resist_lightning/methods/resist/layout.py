@@ -56,7 +56,8 @@ class BlockLayout(Layout):
             self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
         )
         # Whether all workers know where the branches end: at once where the classes tell.
-        self._agreed = workers == 1 or all(map(foldable, self.blocks))
+        self._agreed = all(map(foldable, self.blocks))
+        self._warned = False
         in_blocks: set[int] = set()
         for block in self.blocks:
             in_blocks.update(map(id, block.tensors().values()))
@@ -101,10 +102,14 @@ class BlockLayout(Layout):
         # Counts that were measured for other workers or blocks do not fit, and are measured again.
         self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
 
-    def agree(self, collective: Collective) -> None:
+    def agree(self, collective: Collective, *, stepped: bool) -> None:
         """Tell all workers where the branches of blocks end that only their holders have seen.
 
         Collective: every worker must call this, in the same order.
+
+        Args:
+            collective: the workers.
+            stepped: whether this worker has taken a local step, so that blocks have run.
         """
         if self._agreed:
             return
@@ -120,7 +125,7 @@ class BlockLayout(Layout):
                 best: list[Any] = next((ends for ends in known if ends), [])
                 block.seen.ends = tuple(BranchEnd(tuple(tensors), module) for tensors, module in best)
         self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
-        if self._agreed and collective.worker == 0:
+        if stepped and collective.worker == 0:
             self._warn_of_hooks()
 
     def sizes(self, states: OptimizerStates) -> Sizes:
@@ -230,15 +235,21 @@ class BlockLayout(Layout):
             )
 
     def _warn_of_hooks(self) -> None:
-        """Warn about scales that a checkpoint, as a plain model, cannot carry."""
-        hooked = [block.name for block in self.blocks if not foldable(block)]
-        if hooked and self.scaling.scale != 1:
-            warnings.warn(
-                f"the test-time scale of {summary(hooked)} does not fold into a weight: a hook scales them, and a "
-                "checkpoint does not evaluate to the reported metrics without this package. Choose other `blocks`, or "
-                "declare `residual_branch_end` in the block's class (docs/adding-a-model.md).",
-                stacklevel=4,
-            )
+        """Warn, once, about scales that a checkpoint, as a plain model, cannot carry."""
+        hooked = [block for block in self.blocks if not foldable(block)]
+        if self._warned or not hooked or self.scaling.scale == 1:
+            return
+        self._warned = True
+        reasons = [f" (first: {block.seen.why})" for block in hooked if block.seen.why]
+        if any(block.seen.ends is None for block in hooked):
+            reasons.append(" (their forward was not seen, as in a network compiled as a whole: compile its blocks)")
+        warnings.warn(
+            f"the test-time scale of {summary([block.name for block in hooked])} does not fold into a weight"
+            f"{''.join(reasons[:1])}: a hook scales them, and a checkpoint does not evaluate to the reported metrics "
+            "without this package. Choose other `blocks`, or declare `residual_branch_end` in the block's class "
+            "(docs/adding-a-model.md).",
+            stacklevel=4,
+        )
 
 
 def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:

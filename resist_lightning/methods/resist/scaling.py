@@ -129,7 +129,7 @@ class ScaleHooks:
             if wait and block.seen.ends is None and not foldable(block):
                 self._attach_when_seen(block)
             else:
-                self._attach(block)
+                self.attach(block)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -138,15 +138,13 @@ class ScaleHooks:
         self._handles = []
 
     def _attach_when_seen(self, block: Block) -> None:
-        def attach(*_: Any) -> None:
-            handle.remove()
-            self._attach(block)
-
         # It is called after the hook that looks at the first forward, which was registered earlier.
-        handle = block.module.register_forward_pre_hook(attach)
-        self._handles.append(handle)
+        later = _WhenSeen(self, block)
+        later.handle = block.module.register_forward_pre_hook(later)
+        self._handles.append(later.handle)
 
-    def _attach(self, block: Block) -> None:
+    def attach(self, block: Block) -> None:
+        """Hook one block."""
         ends = [end.module for end in block.seen.ends or ()]
         names = ends or [block.branch_end]
         if None in names:
@@ -157,6 +155,44 @@ class ScaleHooks:
         for name in filter(None, names):
             branch = block.module.get_submodule(name)
             self._handles.append(branch.register_forward_hook(ScaleHook(self._scale, None), with_kwargs=True))
+
+
+class _WhenSeen:
+    """A forward pre-hook that hooks its block in the first forward, and is removed then.
+
+    A copy of the module has it too, for the block of the original: there it does nothing.
+
+    Args:
+        hooks: what hooks the block.
+        block: the block.
+    """
+
+    def __init__(self, hooks: ScaleHooks, block: Block) -> None:
+        self.handle: RemovableHandle | None = None
+        self._hooks = hooks
+        self._block = block
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WhenSeen:
+        return self
+
+    @override
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Called by torch before the forward of the block, or of its copy."""
+        if module is not self._block.module or self.handle is None:
+            return
+        handle, self.handle = self.handle, None
+        handle.remove()
+        self._hooks.attach(self._block)
+
+
+class _Nothing:
+    """What a pickled :class:`_WhenSeen` becomes."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Do nothing."""
 
 
 class BranchScaling(Scaling):

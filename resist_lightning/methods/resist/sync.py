@@ -41,6 +41,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             states.check_travel()
         self._device = device
         self._collective = collective
+        self._stepped = False
         self._subnet = Subnet(layout.blocks)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
         self._warmup_hooks = ScaleHooks([], 1.0)
@@ -48,7 +49,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def begin(self, round: int) -> None:
-        if self._layout.partial:
+        if self._layout.partial or self._layout.scaling.scale != 1:
             # While the blocks still have their own forwards.
             self._first_forward = FirstForward(self._layout.blocks)
         super().begin(round)
@@ -62,6 +63,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def end_step(self) -> None:
+        self._stepped = True
         self._subnet.end_step()
 
     @override
@@ -120,7 +122,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         self._warmup_hooks.remove()
-        self._layout.agree(self._collective)
+        self._layout.agree(self._collective, stepped=self._stepped)
         plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
         self._leave_out(plan)
         if unequal:

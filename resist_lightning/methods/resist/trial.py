@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -19,25 +19,36 @@ from resist_lightning.methods.resist.bypass import is_continuous
 Weights: TypeAlias = Callable[[nn.Module, str, torch.Size], Tensor]
 """From a submodule, the name of its tensor and the shape: the tensor's value in the trial, floating, on the CPU."""
 
+Statistics: TypeAlias = tuple[float, float]
+"""Running mean and variance of the norms in a trial."""
+
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 
 
 @contextmanager
 def trial(
-    module: nn.Module, device: torch.device, weights: Weights, *, dtype: torch.dtype | None = None
+    module: nn.Module,
+    device: torch.device,
+    weights: Weights,
+    *,
+    dtype: torch.dtype | None = None,
+    statistics: Statistics | None = None,
 ) -> Iterator[None]:
-    """Inside, a module has other weights, norms without statistics, and no dropout; afterwards it is as before.
+    """Inside, a module has other weights and no dropout; afterwards it is as before.
 
-    The user's hooks are not called, and what the forward leaves in attributes and buffers is undone.
+    The user's hooks are not called. What the forward leaves in attributes and buffers is undone, in lists, dicts, sets
+    and tensors that are attributes too.
 
     Args:
         module: present or absent.
         device: where its tensors are when it is present.
         weights: values of its parameters.
         dtype: of its floating tensors; None for their own.
+        statistics: of its norms, while the whole module evaluates; None leaves its mode, and norms without statistics.
     """
     children = list(module.modules())
     kept = [dict(vars(child)) for child in children]
+    contents = [_Content(value) for child in children for value in _attributes(child)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # torch's fused encoder layer reads weights that it has not been given.
     torch.backends.mha.set_fastpath_enabled(False)
@@ -50,18 +61,69 @@ def trial(
         ):
             warnings.simplefilter("ignore")
             for child in children:
-                _replace(child, device, weights, dtype, inner=child is not module)
+                _replace(child, device, weights, dtype, statistics, inner=child is not module)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for child, attributes in zip(children, kept, strict=True):
             vars(child).clear()
             vars(child).update(attributes)
+        for content in contents:
+            content.restore()
+
+
+class _Content:
+    """What an attribute holds, to put it back into the same object."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._kept = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+
+    def restore(self) -> None:
+        """Undo what was written into the object."""
+        value = self._value
+        if isinstance(value, Tensor):
+            if not torch.equal(value, self._kept):
+                value.data.copy_(self._kept)
+        elif isinstance(value, list):
+            value[:] = self._kept
+        else:
+            value.clear()
+            (value.extend if isinstance(value, deque) else value.update)(self._kept)
+
+
+def _attributes(child: nn.Module) -> list[Any]:
+    """The attributes of a module that a forward may write into; torch's own are replaced as a whole."""
+    own = vars(nn.Module())
+    found = []
+    for name, value in vars(child).items():
+        written = isinstance(value, list | dict | set | deque) or (isinstance(value, Tensor) and not value.is_meta)
+        if name not in own and written:
+            found.append(value)
+    return found
 
 
 def zero_weights(child: nn.Module, name: str, shape: torch.Size) -> Tensor:
     """Zeros. A norm keeps its scale: a block that ends in a norm of its input would return zero."""
     return torch.full(shape, float(is_norm(child) and is_scale(name)))
+
+
+def random_weights() -> Weights:
+    """Weights of usual size, the same on all workers: of linear layers so that they keep the size of their input."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(child: nn.Module, name: str, shape: torch.Size) -> Tensor:
+        noise = torch.randn(shape, generator=generator)
+        if is_norm(child) and is_scale(name):
+            return 1 + 0.2 * noise
+        if len(shape) < 2:
+            return 0.5 * noise
+        convolution = isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        inputs = noise.numel() / shape[0] if convolution or len(shape) == 2 else shape[-1]
+        size: float = inputs**0.5
+        return noise / size
+
+    return draw
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -102,7 +164,13 @@ def _copied_leaf(leaf: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _replace(
-    child: nn.Module, device: torch.device, weights: Weights, dtype: torch.dtype | None, *, inner: bool
+    child: nn.Module,
+    device: torch.device,
+    weights: Weights,
+    dtype: torch.dtype | None,
+    statistics: Statistics | None,
+    *,
+    inner: bool,
 ) -> None:
     """Give one module the trial's weights, fresh buffers, and no hooks."""
     parameters: dict[str, nn.Parameter | None] = {}
@@ -114,7 +182,7 @@ def _replace(
         value = weights(child, name, parameter.shape).to(device, dtype or parameter.dtype)
         parameters[name] = nn.Parameter(value, requires_grad=False)
     for name, buffer in child._buffers.items():
-        buffers[name] = None if buffer is None else _buffer(child, name, buffer, device, dtype)
+        buffers[name] = None if buffer is None else _buffer(child, name, buffer, device, dtype, statistics)
     # torch's own pre-hooks stay, as they compute weights (weight_norm, pruning); of zeros these may be NaN.
     pre_hooks = {i: h for i, h in child._forward_pre_hooks.items() if type(h).__module__.startswith("torch.nn.")}
     vars(child).update(
@@ -127,15 +195,26 @@ def _replace(
         _backward_hooks=OrderedDict(),
         _backward_pre_hooks=OrderedDict(),
     )
-    if isinstance(child, dropout._DropoutNd):
+    # In evaluation stochastic depth and layer-drop are off too: what they leave out would not be seen.
+    if statistics is not None or isinstance(child, dropout._DropoutNd):
         vars(child).update(training=False)
     if isinstance(child, nn.RNNBase):  # which reads its weights from a list of its own
         vars(child).update(_flat_weights=[parameters.get(name) for name in child._flat_weights_names])
 
 
-def _buffer(child: nn.Module, name: str, buffer: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """A copy of a buffer; for a norm, and where it is absent, neutral numbers."""
-    if buffer.is_meta or is_norm(child):
+def _buffer(
+    child: nn.Module,
+    name: str,
+    buffer: Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    statistics: Statistics | None,
+) -> Tensor:
+    """A copy of a buffer; the trial's statistics for a norm; where it is absent, neutral numbers."""
+    mean, variance = statistics or (0.0, 1.0)
+    if is_norm(child) and name in ("running_mean", "running_var"):
+        found = torch.full(buffer.shape, mean if name == "running_mean" else variance, device=device).to(buffer.dtype)
+    elif buffer.is_meta or is_norm(child):
         found = torch.full(buffer.shape, float("var" in name or is_scale(name)), device=device).to(buffer.dtype)
     else:
         found = buffer.clone()

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
+from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.branches import find_branch_ends
+from resist_lightning.methods.resist.first_forward import FirstForward
+from resist_lightning.methods.resist.scaling import fold, folded
 from tests.helpers.hand_written import WIDTH, DiTBlock, EncoderBlock, WideBlock
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -70,6 +73,22 @@ WHOLE = {
 }
 
 
+def made(forward: Callable[[Made, Tensor], Tensor], x: Tensor) -> Made:
+    """A block with the layers that its forward uses, and no others."""
+    body = Made(forward)
+    called: set[str] = set()
+    handles = [
+        child.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, child in body.named_children()
+    ]
+    body(x)
+    for handle in handles:
+        handle.remove()
+    for name, _ in list(body.named_children()):
+        if name not in called:
+            delattr(body, name)
+    return body
+
+
 def ends_of(body: nn.Module, x: Tensor) -> set[str]:
     return {" ".join(end.tensors) for end in find_branch_ends(body, x, body)}
 
@@ -78,14 +97,16 @@ def ends_of(body: nn.Module, x: Tensor) -> set[str]:
 def test_a_block_that_only_looks_residual_has_no_ends(kind: str) -> None:
     forward, shape = ONLY_LOOK_RESIDUAL[kind]
 
-    assert ends_of(Made(forward), torch.randn(shape)) == set()
+    x = torch.randn(shape)
+    assert ends_of(made(forward, x), x) == set()
 
 
 @pytest.mark.parametrize("kind", RESIDUAL)
 def test_each_branch_ends_where_its_scale_is(kind: str) -> None:
     forward, shape, expected = RESIDUAL[kind]
 
-    assert ends_of(Made(forward), torch.randn(shape)) == expected
+    x = torch.randn(shape)
+    assert ends_of(made(forward, x), x) == expected
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -104,11 +125,117 @@ def test_a_gate_from_a_condition_is_no_end_of_its_own() -> None:
 
 
 def test_a_hint_is_verified_and_not_believed() -> None:
-    body, x = Made(RESIDUAL["two layers"][0]), torch.randn(TOKENS)
-    right, wrong = find_branch_ends(body, x, body), find_branch_ends(Made(RESIDUAL["a layer"][0]), x, body)
+    x = torch.randn(TOKENS)
+    body, other, simple = (made(RESIDUAL[kind][0], x) for kind in ("two layers", "layer scale", "a layer"))
+    right, wrong = find_branch_ends(body, x, body), find_branch_ends(simple, x, simple)
 
     assert find_branch_ends(body, x, body, hint=right) == right
-    assert find_branch_ends(Made(RESIDUAL["layer scale"][0]), x, Made(RESIDUAL["layer scale"][0]), hint=wrong) == ()
+    assert find_branch_ends(other, x, other, hint=wrong) == find_branch_ends(other, x, other) != wrong
+
+
+class Two(nn.Module):
+    """Two branches, one after the other, that may be left out or bent; ``expected`` is the same by hand."""
+
+    def __init__(self, drop: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop = drop or nn.Identity()
+        self.losses: list[Tensor] = []
+        self.seen = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.first(x))
+        self.losses.append(x.mean())
+        self.seen += 1
+        return x + self.drop(self.second(self.norm(x)))
+
+    def expected(self, x: Tensor, scale: float) -> Tensor:
+        x = x + scale * self.first(x)
+        return x + scale * self.second(self.norm(x))
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("rate", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_stochastic_depth_hides_no_branch(samples: int, rate: float, mode: str) -> None:
+    block = block_at("block", Two(StochasticDepth(rate, mode)))
+    look = FirstForward([block])
+    x = torch.randn(samples, 5, WIDTH)
+    block.module(x)
+    look.remove()
+    block.module.eval()
+    expected = block.module.expected(x, 0.3)
+    fold(folded([block]), 0.3)
+
+    torch.testing.assert_close(block.module(x), expected)
+
+
+def test_the_search_writes_nothing_into_what_the_block_keeps() -> None:
+    block = block_at("block", Two())
+    look = FirstForward([block])
+    block.module(torch.randn(TOKENS))
+    look.remove()
+
+    assert len(block.module.losses) == 1
+    assert block.module.seen == 1
+
+
+class Experts(nn.Module):
+    """Sends every token to one of its experts, or leaves out its second branch without a condition."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, count)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+        self.cross = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        chosen, added = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                added = added + expert(x) * (chosen == number).unsqueeze(-1)
+        x = x + added
+        return x if condition is None else x + self.cross(condition)
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "condition", "found"), [(2, 64, True, 3), (16, 2, True, 0), (2, 64, False, 0)]
+)
+def test_a_branch_that_does_not_run_leaves_no_ends(count: int, tokens: int, condition: bool, found: int) -> None:
+    block, x = block_at("block", Experts(count)), torch.randn(3, tokens, WIDTH)
+    look = FirstForward([block])
+    block.module(x, torch.randn_like(x) if condition else None)
+    look.remove()
+
+    assert len(block.seen.ends or ()) == found
+    assert found or block.seen.why.endswith("was not used")
+
+
+class Bent(nn.Module):
+    def __init__(self, bend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.out, self.bend = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), bend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bend(self.out(self.norm(x)))
+
+
+@pytest.mark.parametrize("bend", [lambda f: f.clamp(-10, 10), lambda f: 50 * torch.tanh(f / 50)])
+def test_a_branch_that_is_bent_far_from_zero_has_no_ends(bend: Callable[[Tensor], Tensor]) -> None:
+    assert ends_of(Bent(bend), torch.randn(TOKENS)) == set()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_before_a_norm_without_weights_is_no_end(training: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.conv(x))
+
+    assert ends_of(Normed().train(training), torch.randn(IMAGE)) == set()
 
 
 def test_the_search_leaves_no_trace() -> None:

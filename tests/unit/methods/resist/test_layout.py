@@ -294,23 +294,25 @@ def test_a_network_without_blocks_is_an_error_unless_none_are_asked_for():
 END = BranchEnd(("inside.weight", "inside.bias"), "inside")
 
 
-def seen_by_one_worker(ends: list[tuple[BranchEnd, ...] | None]) -> None:
+def seen_by_one_worker(ends: list[tuple[BranchEnd, ...] | None], *, stepped: bool = True) -> None:
     """Let a worker say where the branches of its blocks end."""
     layout = BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2)
     for block, known in zip(layout.blocks, ends, strict=True):
         block.seen.ends = known
-    layout.agree(SoloCollective())
+    layout.agree(SoloCollective(), stepped=stepped)
 
 
 def test_a_checkpoint_that_cannot_be_a_plain_model_warns():
     with pytest.warns(UserWarning, match=r"scale of body\.0-1 does not fold into a weight"):
         seen_by_one_worker([(), (), (END,), (END,)])
+    with pytest.warns(UserWarning, match=r"scale of body\.0-3 .*their forward was not seen.*compile its blocks"):
+        seen_by_one_worker([None] * 4)
     with pytest.warns(UserWarning, match="batch_norm='batch'.*track_running_stats=False"):
         BlockLayout(small_preact(), Config(min_blocks=1, batch_norm="batch"), 2).warn_about_settings()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BlockLayout(mlp(Undeclared), Config(min_blocks=1, blocks="body.*"), 2).warn_about_settings()
-        seen_by_one_worker([None, (), (END,), (END,)])  # a block has not run yet
+        seen_by_one_worker([None] * 4, stepped=False)  # as before a sanity check
         seen_by_one_worker([(END,)] * 4)
         BlockLayout(
             small_preact(track_running_stats=False), Config(min_blocks=1, batch_norm="batch"), 2

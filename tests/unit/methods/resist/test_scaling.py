@@ -261,3 +261,19 @@ def test_hooks_go_where_the_module_goes_and_come_off_there(kind, made):
         remove_scale_hooks(gone)
         torch.testing.assert_close(gone(x), plain)
         torch.testing.assert_close(net(x), scaled)
+
+
+def test_a_copy_made_before_the_first_forward_hooks_neither_itself_nor_the_original():
+    block = Block("b", Undeclared(6), None, True)
+    hooks = ScaleHooks([block], 0.5, wait=True)
+    other = copy.deepcopy(block.module)
+    pickle.loads(pickle.dumps(other))(torch.randn(2, 6))
+    x = torch.randn(2, 6)
+    block.module(x)
+    for _ in range(3):
+        other(x)
+    assert len(block.module._forward_hooks) == 1
+    assert not other._forward_hooks
+    hooks.remove()
+    assert not block.module._forward_hooks
+    assert not block.module._forward_pre_hooks
