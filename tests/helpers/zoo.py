@@ -7,7 +7,7 @@ the network in full size too, ``full`` builds it, on the meta device for example
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,27 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from tests.helpers import hand_written
+from tests.helpers.zoo_networks import (
+    CLASSES,
+    TIMM_VIT,
+    convnext,
+    efficientnet_v2,
+    faster_rcnn,
+    maxvit,
+    mixer,
+    norm_free,
+    regnet,
+    regnetz,
+    resnet,
+    segmentation,
+    swin,
+    timm_in_full,
+    timm_model,
+    torchvision_model,
+    transformer,
+    vit,
+)
 
-CLASSES = 4
 Batch = dict[str, Any]
 """``inputs``: arguments by position; ``named``: by name; ``labels``: of a classifier."""
 
@@ -111,76 +130,6 @@ def _graph(generator: Generator) -> Batch:
     return {**batch, "inputs": [*batch["inputs"], edges]}
 
 
-# torchvision
-
-
-def _resnet(kind: str, layers: list[int], **options: Any) -> nn.Module:
-    from torchvision.models import resnet
-
-    return resnet.ResNet(getattr(resnet, kind), layers, num_classes=CLASSES, **options)
-
-
-def _torchvision(name: str, **options: Any) -> nn.Module:
-    from torchvision import models
-
-    return models.get_model(name, weights=None, **options)
-
-
-def _regnet() -> nn.Module:
-    from torchvision.models.regnet import BlockParams, RegNet
-
-    sizes = BlockParams.from_init_params(depth=10, w_0=16, w_a=10.0, w_m=2.2, group_width=8, se_ratio=0.25)
-    return RegNet(sizes, num_classes=CLASSES, stem_width=16)
-
-
-def _convnext() -> nn.Module:
-    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-
-    stages = [CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 4), CNBlockConfig(32, None, 2)]
-    return ConvNeXt(stages, stochastic_depth_prob=0.1, num_classes=CLASSES)
-
-
-def _vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(32, 8, num_layers=5, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=CLASSES)
-
-
-def _swin() -> nn.Module:
-    from torchvision.models import SwinTransformer
-
-    return SwinTransformer(
-        [4, 4], 16, depths=[2, 4], num_heads=[2, 4], window_size=[4, 4], stochastic_depth_prob=0.1, num_classes=CLASSES
-    )
-
-
-def _maxvit() -> nn.Module:
-    from torchvision.models import MaxVit
-
-    return MaxVit((32, 32), 8, 2, [8, 16], [3, 3], 4, stochastic_depth_prob=0.1, num_classes=CLASSES)
-
-
-def _segmentation(kind: str) -> nn.Module:
-    from torchvision.models import segmentation
-    from torchvision.models._utils import IntermediateLayerGetter
-
-    backbone = _resnet("Bottleneck", [1, 2, 4, 2], width_per_group=8, replace_stride_with_dilation=[False, True, True])
-    features = IntermediateLayerGetter(backbone, {"layer3": "out"})
-    if kind == "fcn":
-        return segmentation.FCN(features, segmentation.fcn.FCNHead(1024, CLASSES))
-    return segmentation.DeepLabV3(features, segmentation.deeplabv3.DeepLabHead(1024, CLASSES))
-
-
-def _faster_rcnn() -> nn.Module:
-    from torchvision.models.detection import FasterRCNN
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN
-
-    backbone = _resnet("Bottleneck", [1, 2, 4, 2], width_per_group=8)
-    layers = {f"layer{number}": str(number) for number in (1, 2, 3, 4)}
-    features = BackboneWithFPN(backbone, layers, [256, 512, 1024, 2048], 16)
-    return FasterRCNN(features, num_classes=CLASSES, min_size=64, max_size=64)
-
-
 def _detection_loss(network: nn.Module, batch: Batch) -> Tensor:
     """In training the detector's own losses; in evaluation, where it returns boxes, a number from its features."""
     images = list(batch["inputs"][0])
@@ -193,63 +142,8 @@ def _detection_loss(network: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(list(network(images, targets).values())).sum()
 
 
-# timm
-
-
-def _timm(name: str, **options: Any) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=CLASSES, **options)
-
-
-def _timm_in_full(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name, pretrained=False)
-
-
-def _mixer() -> nn.Module:
-    from timm.models.mlp_mixer import MlpMixer
-
-    return MlpMixer(img_size=32, patch_size=8, num_blocks=5, embed_dim=24, num_classes=CLASSES)
-
-
-def _regnetz() -> nn.Module:
-    from timm.models import byobnet
-
-    sizes = byobnet.model_cfgs["regnetz_b16"]
-    blocks = tuple(replace(stage, d=min(stage.d, 4)) for stage in sizes.blocks)
-    return byobnet.ByobNet(replace(sizes, blocks=blocks, num_features=64), num_classes=CLASSES)
-
-
-def _norm_free(name: str) -> nn.Module:
-    from timm.models import nfnet
-
-    sizes = replace(nfnet.model_cfgs[name], depths=(1, 2, 4, 2), channels=(64, 64, 128, 128), stem_chs=32)
-    groups = None if sizes.group_size is None else 16
-    return nfnet.NormFreeNet(replace(sizes, num_features=64, group_size=groups), num_classes=CLASSES)
-
-
-def _efficientnet_v2() -> nn.Module:
-    from timm.models import efficientnet
-
-    return efficientnet._gen_efficientnetv2_s("efficientnetv2_rw_t", 0.25, 0.5, num_classes=CLASSES)
-
-
-_TIMM_VIT = {"img_size": 32, "patch_size": 8, "depth": 5, "embed_dim": 24, "num_heads": 2}
-
-
-# transformers
-
-
-def _transformer(model: str, config: str, **options: Any) -> nn.Module:
-    import transformers
-
-    return getattr(transformers, model)(getattr(transformers, config)(**options))
-
-
 def _transformers(model: str, config: str, batch: Callable[[Generator], Batch], **options: Any) -> Network:
-    return Network(partial(_transformer, model, config, **options), batch, partial(_transformer, model, config))
+    return Network(partial(transformer, model, config, **options), batch, partial(transformer, model, config))
 
 
 def _speech(generator: Generator) -> Batch:
@@ -269,88 +163,102 @@ def _language(generator: Generator) -> Batch:
 
 NETWORKS: dict[str, Network] = {
     "torchvision resnet18": Network(
-        partial(_resnet, "BasicBlock", [2, 2, 2, 2]), _images, partial(_torchvision, "resnet18")
+        partial(resnet, "BasicBlock", [2, 2, 2, 2]), _images, partial(torchvision_model, "resnet18")
     ),
     "torchvision resnet50": Network(
-        partial(_resnet, "Bottleneck", [2, 2, 4, 2], width_per_group=8), _images, partial(_torchvision, "resnet50")
+        partial(resnet, "Bottleneck", [2, 2, 4, 2], width_per_group=8),
+        _images,
+        partial(torchvision_model, "resnet50"),
     ),
     "torchvision resnet101": Network(
-        partial(_resnet, "Bottleneck", [1, 1, 6, 1], width_per_group=8), _images, partial(_torchvision, "resnet101")
+        partial(resnet, "Bottleneck", [1, 1, 6, 1], width_per_group=8),
+        _images,
+        partial(torchvision_model, "resnet101"),
     ),
     "torchvision resnext50_32x4d": Network(
-        partial(_resnet, "Bottleneck", [2, 2, 4, 2], groups=4, width_per_group=4),
+        partial(resnet, "Bottleneck", [2, 2, 4, 2], groups=4, width_per_group=4),
         _images,
-        partial(_torchvision, "resnext50_32x4d"),
+        partial(torchvision_model, "resnext50_32x4d"),
     ),
     "torchvision wide_resnet50_2": Network(
-        partial(_resnet, "Bottleneck", [2, 2, 4, 2], width_per_group=16),
+        partial(resnet, "Bottleneck", [2, 2, 4, 2], width_per_group=16),
         _images,
-        partial(_torchvision, "wide_resnet50_2"),
+        partial(torchvision_model, "wide_resnet50_2"),
     ),
-    "torchvision regnet_y": Network(_regnet, _images, partial(_torchvision, "regnet_y_1_6gf")),
+    "torchvision regnet_y": Network(regnet, _images, partial(torchvision_model, "regnet_y_1_6gf")),
     "torchvision efficientnet_b0": Network(
-        partial(_torchvision, "efficientnet_b0", num_classes=CLASSES),
+        partial(torchvision_model, "efficientnet_b0", num_classes=CLASSES),
         partial(_images, size=64),
-        partial(_torchvision, "efficientnet_b0"),
+        partial(torchvision_model, "efficientnet_b0"),
         rate=1e-4,
     ),
     "torchvision mobilenet_v3": Network(
-        partial(_torchvision, "mobilenet_v3_small", num_classes=CLASSES),
+        partial(torchvision_model, "mobilenet_v3_small", num_classes=CLASSES),
         partial(_images, size=64),
-        partial(_torchvision, "mobilenet_v3_large"),
+        partial(torchvision_model, "mobilenet_v3_large"),
     ),
-    "torchvision convnext": Network(_convnext, _images, partial(_torchvision, "convnext_tiny")),
-    "torchvision vit": Network(_vit, _images, partial(_torchvision, "vit_b_16")),
-    "torchvision swin": Network(_swin, _images, partial(_torchvision, "swin_t")),
-    "torchvision maxvit": Network(_maxvit, _images, partial(_torchvision, "maxvit_t")),
+    "torchvision convnext": Network(convnext, _images, partial(torchvision_model, "convnext_tiny")),
+    "torchvision vit": Network(vit, _images, partial(torchvision_model, "vit_b_16")),
+    "torchvision swin": Network(swin, _images, partial(torchvision_model, "swin_t")),
+    "torchvision maxvit": Network(maxvit, _images, partial(torchvision_model, "maxvit_t")),
     "torchvision r3d_18": Network(
-        partial(_torchvision, "r3d_18", num_classes=CLASSES),
+        partial(torchvision_model, "r3d_18", num_classes=CLASSES),
         partial(_images, size=16, frames=4, batch=4),
-        partial(_torchvision, "r3d_18"),
+        partial(torchvision_model, "r3d_18"),
     ),
     "torchvision fcn_resnet50": Network(
-        partial(_segmentation, "fcn"), _images, partial(_torchvision, "fcn_resnet50", weights_backbone=None)
+        partial(segmentation, "fcn"),
+        _images,
+        partial(torchvision_model, "fcn_resnet50", weights_backbone=None),
     ),
     "torchvision deeplabv3_resnet50": Network(
-        partial(_segmentation, "deeplab"), _images, partial(_torchvision, "deeplabv3_resnet50", weights_backbone=None)
+        partial(segmentation, "deeplab"),
+        _images,
+        partial(torchvision_model, "deeplabv3_resnet50", weights_backbone=None),
     ),
     "torchvision fasterrcnn_resnet50_fpn": Network(
-        _faster_rcnn,
+        faster_rcnn,
         partial(_images, size=64, batch=2),
-        partial(_torchvision, "fasterrcnn_resnet50_fpn", weights_backbone=None),
+        partial(torchvision_model, "fasterrcnn_resnet50_fpn", weights_backbone=None),
         _detection_loss,
     ),
-    "timm resnet26d": Network(partial(_timm, "resnet26d", base_width=8), _images, partial(_timm_in_full, "resnet26d")),
+    "timm resnet26d": Network(
+        partial(timm_model, "resnet26d", base_width=8), _images, partial(timm_in_full, "resnet26d")
+    ),
     "timm seresnet50": Network(
-        partial(_timm, "seresnet50", base_width=8, layers=(1, 2, 4, 2)), _images, partial(_timm_in_full, "seresnet50")
+        partial(timm_model, "seresnet50", base_width=8, layers=(1, 2, 4, 2)),
+        _images,
+        partial(timm_in_full, "seresnet50"),
     ),
     "timm resnetv2_50": Network(
-        partial(_timm, "resnetv2_50", layers=(1, 2, 4, 2), channels=(32, 32, 64, 64)),
+        partial(timm_model, "resnetv2_50", layers=(1, 2, 4, 2), channels=(32, 32, 64, 64)),
         _images,
-        partial(_timm_in_full, "resnetv2_50"),
+        partial(timm_in_full, "resnetv2_50"),
     ),
-    "timm nf_resnet50": Network(partial(_norm_free, "nf_resnet50"), _images, partial(_timm_in_full, "nf_resnet50")),
+    "timm nf_resnet50": Network(partial(norm_free, "nf_resnet50"), _images, partial(timm_in_full, "nf_resnet50")),
     "timm dm_nfnet_f0": Network(
-        partial(_norm_free, "dm_nfnet_f0"), partial(_images, size=64), partial(_timm_in_full, "dm_nfnet_f0")
+        partial(norm_free, "dm_nfnet_f0"),
+        partial(_images, size=64),
+        partial(timm_in_full, "dm_nfnet_f0"),
     ),
     "timm vit": Network(
-        partial(_timm, "vit_tiny_patch16_224", drop_path_rate=0.1, **_TIMM_VIT),
+        partial(timm_model, "vit_tiny_patch16_224", drop_path_rate=0.1, **TIMM_VIT),
         _images,
-        partial(_timm_in_full, "vit_tiny_patch16_224"),
+        partial(timm_in_full, "vit_tiny_patch16_224"),
     ),
     "timm deit": Network(
-        partial(_timm, "deit_tiny_distilled_patch16_224", **_TIMM_VIT),
+        partial(timm_model, "deit_tiny_distilled_patch16_224", **TIMM_VIT),
         _images,
-        partial(_timm_in_full, "deit_tiny_distilled_patch16_224"),
+        partial(timm_in_full, "deit_tiny_distilled_patch16_224"),
     ),
     "timm eva02": Network(
-        partial(_timm, "eva02_tiny_patch14_224", **_TIMM_VIT),
+        partial(timm_model, "eva02_tiny_patch14_224", **TIMM_VIT),
         _images,
-        partial(_timm_in_full, "eva02_tiny_patch14_224"),
+        partial(timm_in_full, "eva02_tiny_patch14_224"),
     ),
     "timm swin": Network(
         partial(
-            _timm,
+            timm_model,
             "swin_tiny_patch4_window7_224",
             img_size=32,
             depths=(2, 4),
@@ -359,37 +267,39 @@ NETWORKS: dict[str, Network] = {
             window_size=4,
         ),
         _images,
-        partial(_timm_in_full, "swin_tiny_patch4_window7_224"),
+        partial(timm_in_full, "swin_tiny_patch4_window7_224"),
     ),
     "timm convnext": Network(
-        partial(_timm, "convnext_atto", depths=(1, 2, 4, 1), dims=(8, 16, 24, 24)),
+        partial(timm_model, "convnext_atto", depths=(1, 2, 4, 1), dims=(8, 16, 24, 24)),
         partial(_images, size=64),
-        partial(_timm_in_full, "convnext_tiny"),
+        partial(timm_in_full, "convnext_tiny"),
     ),
     "timm convnextv2": Network(
-        partial(_timm, "convnextv2_atto", depths=(1, 2, 4, 1), dims=(8, 16, 24, 24)),
+        partial(timm_model, "convnextv2_atto", depths=(1, 2, 4, 1), dims=(8, 16, 24, 24)),
         partial(_images, size=64),
-        partial(_timm_in_full, "convnextv2_atto"),
+        partial(timm_in_full, "convnextv2_atto"),
     ),
-    "timm regnetz": Network(_regnetz, partial(_images, size=64), partial(_timm_in_full, "regnetz_b16")),
+    "timm regnetz": Network(regnetz, partial(_images, size=64), partial(timm_in_full, "regnetz_b16")),
     "timm efficientnetv2": Network(
-        _efficientnet_v2,
+        efficientnet_v2,
         partial(_images, size=64),
-        partial(_timm_in_full, "efficientnetv2_rw_t"),
+        partial(timm_in_full, "efficientnetv2_rw_t"),
         rate=1e-4,
     ),
     "timm mixer": Network(
-        _mixer,
+        mixer,
         _images,
-        partial(_timm_in_full, "mixer_s16_224"),
+        partial(timm_in_full, "mixer_s16_224"),
     ),
     "timm edgenext": Network(
-        partial(_timm, "edgenext_xx_small"), partial(_images, size=64), partial(_timm_in_full, "edgenext_xx_small")
+        partial(timm_model, "edgenext_xx_small"),
+        partial(_images, size=64),
+        partial(timm_in_full, "edgenext_xx_small"),
     ),
     "timm mobilenetv4": Network(
-        partial(_timm, "mobilenetv4_conv_small_035"),
+        partial(timm_model, "mobilenetv4_conv_small_035"),
         partial(_images, size=64),
-        partial(_timm_in_full, "mobilenetv4_conv_small"),
+        partial(timm_in_full, "mobilenetv4_conv_small"),
     ),
     "transformers BERT": _transformers(
         "BertForSequenceClassification",

@@ -33,9 +33,9 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 class FirstForward:
     """Looks at the first forward of each block on every worker, by hooks that remove themselves.
 
-    Absent blocks are looked at too, with weights of zero, so that all workers raise the same error in the first step.
-    Where branches end is only seen of present blocks; :meth:`BlockLayout.agree` tells it to the other workers. All that
-    is seen is noted in :attr:`Block.seen`.
+    Absent blocks are looked at too, with weights of zero: all workers refuse a wrong shape, data type or tuple in the
+    first step. That a block is residual, and where its branches end, is only seen where it is present;
+    :meth:`BlockLayout.agree` tells the ends to the other workers. What is seen is noted in :attr:`Block.seen`.
 
     Args:
         blocks: all blocks, with their own forwards.
