@@ -1,4 +1,4 @@
-"""The errors of this package. Standard library only."""
+"""The errors of this package, and how those of others are quoted. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ class CheckpointError(ValueError):
 
 class CheckpointNotWritten(RuntimeError):
     """A checkpoint could not be written; the one before it is still there."""
+
+
+def first_line(text: str, longest: int = 300) -> str:
+    """The first line of another library's error, without its full stop; shortened, never empty."""
+    line = text.strip().partition("\n")[0].rstrip(" .")
+    return line[:longest] or "without a reason"

@@ -33,6 +33,12 @@ class Collective(ABC):
         self.workers = workers
         self.sent_bytes: Counter[str] = Counter()
 
+    def connect(self) -> None:  # noqa: B027 - most have nothing to connect
+        """Connect all pairs of workers, if that is left to the first message: the first syncs would pay for it.
+
+        Collective: every worker must call this, in the same order.
+        """
+
     @abstractmethod
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Numbers of all workers. Collective: every worker must call this, in the same order."""

@@ -13,8 +13,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from resist_lightning.comm.sockets import recording, recording_group
+from resist_lightning.comm.sockets import cut_connections, recording, recording_group
 from resist_lightning.comm.torchrun import attempt
+from resist_lightning.errors import first_line
+
+NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
+"""The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
 
 
 def check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
@@ -25,16 +29,27 @@ def check_backend(backend: str | None, device: torch.device, backends: Mapping[s
             f"the module is on {device}, and torch.distributed's default group has {config!r} only. Move the module "
             "to its GPU before the Engine is made, or call init_process_group('cpu:gloo,cuda:nccl')."
         )
-    if backend not in ("gloo", "nccl"):
+    if backend not in ("gloo", *NCCL):
         raise ValueError(
             f"torch.distributed's default group sends tensors on {device} by {backend!r}, and only 'gloo' and 'nccl' "
             "are supported. Call init_process_group('gloo'), or 'nccl' for GPUs."
         )
+    if backend in NCCL and device.index is not None:
+        _check_bound(device)
+
+
+def _check_bound(device: torch.device) -> None:
+    """Raise where NCCL, or what torch does beside it, would use another GPU than the module's."""
     group: Any = _get_default_group()  # torch's stubs do not know all of it
     bound = group.bound_device_id
-    if backend == "nccl" and bound is not None and device.index not in (None, bound.index):
+    if bound is None:
+        bound = torch.device("cuda", torch.cuda.current_device())
+        wrong = f"the current device of its process is {bound}"
+    else:
+        wrong = f"its process group is bound to {bound}"
+    if bound.index != device.index:
         raise ValueError(
-            f"worker {dist.get_rank()}'s module is on {device}, and its process group is bound to {bound}. Call "
+            f"worker {dist.get_rank()}'s module is on {device}, and {wrong}. Call "
             f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
             "before the module is moved."
         )
@@ -73,7 +88,28 @@ def join_group(
         workers: how many there are.
         timeout: for the making of the group and for everything said in it.
         device: of this worker, where the backend should bind to it.
+
+    Raises:
+        RuntimeError: if the workers do not find one another, with what to look at.
     """
+    if backend in NCCL:
+        # An operation that fails ends with an error; by default NCCL's watchdog would end the process by SIGABRT.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+    try:
+        _join(backend, address, port, worker, workers, timeout, device)
+    except RuntimeError as error:
+        raise RuntimeError(_not_joined(backend, f"{address}:{port}", worker, workers, error)) from error
+
+
+def _join(
+    backend: str,
+    address: str,
+    port: int,
+    worker: int,
+    workers: int,
+    timeout: timedelta,
+    device: torch.device | None,
+) -> None:
     # By process, as a forked one must not talk over its parent's connection.
     key = (os.getpid(), address, port)
     if key not in _stores:
@@ -94,6 +130,31 @@ def join_group(
             timeout=timeout,
             device_id=device,
         )
+
+
+def _not_joined(backend: str, store: str, worker: int, workers: int, error: RuntimeError) -> str:
+    """What to look at when workers do not find one another."""
+    variable = "NCCL_SOCKET_IFNAME" if backend in NCCL else "GLOO_SOCKET_IFNAME"
+    return (
+        f"worker {worker} of {workers} could not join the others by {backend!r} at {store}: {first_line(str(error))}. "
+        "All of them must be started with this address, port and number. Between hosts, every host must reach every "
+        f"other on all ports from 1024 on (the store's is MASTER_PORT, {backend} takes free ones), in a network that "
+        "you trust: nothing is encrypted. A host with several networks, or whose name it resolves to itself (127.0.1.1 "
+        f"on Debian), needs {variable}=INTERFACE, the one that the others reach; `ip -br address` lists them."
+    )
+
+
+def interrupt_group() -> None:
+    """Make operations that wait in the default group raise, from any thread. The group cannot be used afterwards."""
+    if _uses_nccl():
+        group: Any = _get_default_group()
+        group.abort()
+    else:
+        cut_connections()
+
+
+def _uses_nccl() -> bool:
+    return group_exists() and any(f":{name}" in dist.get_backend_config() for name in NCCL)
 
 
 def messages_sent() -> int:
@@ -136,5 +197,7 @@ def abandon_group() -> None:
 def destroy_abandoned_group() -> None:
     """Destroy the default group if it was abandoned: its connections may have been cut."""
     if group_exists() and any(_get_default_store() is store for store in _abandoned):
+        if _uses_nccl():
+            interrupt_group()  # else it would wait for operations that nobody ends
         dist.destroy_process_group()
     _abandoned.clear()

@@ -12,10 +12,13 @@ from typing_extensions import override
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.comm.collective import Collective, Finish, Messages, SoloCollective
 from resist_lightning.comm.group import check_backend, group_exists
+from resist_lightning.comm.waiting import Operation, wait_polling
 
 
 class GroupCollective(Collective):
     """The workers of torch.distributed's default group. Creates no group of its own.
+
+    Under NCCL every operation is waited for on the host, where it raises if a worker is lost; gloo raises by itself.
 
     Args:
         device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
@@ -38,10 +41,20 @@ class GroupCollective(Collective):
         self._device = torch.device("cpu") if self._stage else device
 
     @override
+    def connect(self) -> None:
+        if self._stage:  # gloo has connected all pairs when the group was made
+            return
+        peers = [worker for worker in range(self.workers) if worker != self.worker]
+        greeting = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        answers = {peer: [torch.empty_like(greeting)] for peer in peers}
+        self.exchange({peer: [greeting] for peer in peers}, answers, {"start": len(peers)})
+
+    @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         # As float64, which has room for counters and for digests of 48 bits.
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        return [row.tolist() for row in self._gather(mine)]
+        rows: list[list[float]] = self._gather(mine).tolist()  # one transfer from a GPU
+        return rows
 
     @override
     def gather_bytes(self, text: bytes) -> list[bytes]:
@@ -52,59 +65,62 @@ class GroupCollective(Collective):
             return [b""] * self.workers
         mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(self._device)
         texts = []
-        for row, length in zip(self._gather(mine), lengths, strict=True):
-            texts.append(row.cpu().numpy().tobytes()[:length])
+        for row, length in zip(self._gather(mine).cpu(), lengths, strict=True):
+            texts.append(row.numpy().tobytes()[:length])
         return texts
 
     @override
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
         operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
-        wire = self._to_wire(flat)
+        (wire,) = self._to_wire([flat])
         work = dist.all_reduce(wire, op=operation, async_op=True)
         self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
 
         def finish() -> Tensor:
-            work.wait()
+            self._wait([work])
             return wire
 
         return finish
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
-        wire = self._to_wire(flat)
-        dist.broadcast(wire, src=0)
-        self._from_wire(wire, flat)
+        (wire,) = self._to_wire([flat])
+        self._wait([dist.broadcast(wire, src=0, async_op=True)])
+        self._from_wire([wire], [flat])
         if self.worker == 0:
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
     @override
     def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
         operations = []
-        landings: list[tuple[Tensor, Tensor]] = []
+        landings: list[Tensor] = []
+        arriving: list[Tensor] = []
         # Every receive is posted before any send: with the sends first, two gloo workers take turns on the link and
         # an exchange takes twice as long (docs/decisions/0004-receives-first.md).
         for peer, flats in sorted(receives.items()):
             for tag, flat in enumerate(flats):
                 landing = self._landing(flat)
-                landings.append((landing, flat))
+                landings.append(landing)
+                arriving.append(flat)
                 operations.append(dist.P2POp(dist.irecv, landing, peer, tag=tag))
+        # Brought to the host once, where several peers get the same buffer.
+        leaving = {id(flat): flat for flats in sends.values() for flat in flats}
+        wires = dict(zip(leaving, self._to_wire(list(leaving.values())), strict=True))
         sent = 0
         for peer, flats in sorted(sends.items()):
             for tag, flat in enumerate(flats):
                 sent += flat.nbytes
-                operations.append(dist.P2POp(dist.isend, self._to_wire(flat), peer, tag=tag))
+                operations.append(dist.P2POp(dist.isend, wires[id(flat)], peer, tag=tag))
         assert sum(kinds.values()) == sent
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        for landing, flat in landings:
-            self._from_wire(landing, flat)
+            self._wait(dist.batch_isend_irecv(operations))
+        self._from_wire(landings, arriving)
         self.sent_bytes.update(kinds)
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
         self._refuse_nccl()
-        wire = self._to_wire(flat.contiguous())
+        (wire,) = self._to_wire([flat.contiguous()])
         work = dist.isend(wire, target, tag=tag)
         assert work is not None
         self.sent_bytes[kind] += flat.nbytes
@@ -124,15 +140,24 @@ class GroupCollective(Collective):
 
         def finish() -> None:
             work.wait()
-            self._from_wire(landing, flat)
+            self._from_wire([landing], [flat])
 
         return finish
 
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(mine) for _ in range(self.workers)]
-        dist.all_gather(gathered, mine)
+    def _gather(self, mine: Tensor) -> Tensor:
+        """The flat tensors of all workers, as rows."""
+        gathered = torch.empty(self.workers * len(mine), dtype=mine.dtype, device=mine.device)
+        self._wait([dist.all_gather_into_tensor(gathered, mine, async_op=True)])
         self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
-        return gathered
+        return gathered.view(self.workers, -1)
+
+    def _wait(self, works: Sequence[Operation | None]) -> None:
+        begun = [work for work in works if work is not None]  # None: torch's type for a process outside of a group
+        if not self._stage:
+            wait_polling(begun)
+            return
+        for work in begun:
+            work.wait()
 
     def _refuse_nccl(self) -> None:
         """NCCL executes what is posted in order, so receives that are posted early would block the sends behind."""
@@ -142,15 +167,35 @@ class GroupCollective(Collective):
                 "process_group_backend='gloo'; tensors on GPUs are sent through the host."
             )
 
-    def _to_wire(self, flat: Tensor) -> Tensor:
-        return flat.cpu() if self._stage else flat
+    def _to_wire(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors where they can be sent: themselves, or copies on the host."""
+        if not self._stage:
+            return list(flats)
+        wires = []
+        on_gpu: set[torch.device] = set()
+        for flat in flats:
+            if not flat.is_cuda:
+                wires.append(flat.cpu())
+                continue
+            # All copies are begun before the first is waited for.
+            wires.append(self._landing(flat).copy_(flat, non_blocking=True))
+            on_gpu.add(flat.device)
+        for device in on_gpu:
+            torch.cuda.current_stream(device).synchronize()
+        return wires
 
     def _landing(self, flat: Tensor) -> Tensor:
-        return torch.empty_like(flat, device="cpu") if self._stage else flat
+        """Memory to receive into: the tensor's own, or of the host."""
+        if not self._stage:
+            return flat
+        # Pinned memory is copied several times as fast; torch keeps what is freed for the next sync.
+        return torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
 
-    def _from_wire(self, wire: Tensor, flat: Tensor) -> None:
-        if wire is not flat:
-            flat.copy_(wire)
+    def _from_wire(self, wires: Sequence[Tensor], flats: Sequence[Tensor]) -> None:
+        """Copy what :meth:`_to_wire` or :meth:`_landing` has returned back to the tensors, where it is not theirs."""
+        for wire, flat in zip(wires, flats, strict=True):
+            if wire is not flat:
+                flat.copy_(wire, non_blocking=True)  # torch waits with the reuse of pinned memory until it has arrived
 
 
 def default_collective(device: torch.device | None = None) -> Collective:

@@ -124,6 +124,7 @@ class Engine:
         if not exact:
             self.resumption.forget_own()
             self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+        self.collective.connect()
         self._handshake.divergence.begin()
         self.observation.start()
         self.sync.begin(self.clock.round)

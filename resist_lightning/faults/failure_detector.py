@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias
 
+from resist_lightning.errors import first_line
+
 BEAT_SECONDS = 1.0
 """How often a worker posts a heartbeat."""
 
@@ -15,6 +17,8 @@ NAP_SECONDS = 5.0
 """A watchdog that has not run for so long was stopped itself, and may not count that time against the others."""
 
 _BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl")
+# NCCL's errors of this worker alone, which no other one has caused.
+_OWN = ("out of memory", "duplicate gpu", "invalid usage", "invalid argument", "unhandled cuda error")
 _TIMED_OUT = ("timed out", "timeout")
 _APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
 
@@ -211,9 +215,10 @@ class FailureDetector:
             )
         seen = [f"{each.name}: {'has ended' if each.end else each.doing}" for each in self._sorted()]
         return Verdict(
-            "a connection between the workers broke or timed out, and no worker is known to be lost. The others were "
-            f"last doing: {'; '.join(seen) or 'nothing that is known'}. If one worker called what all must call "
-            "(self.all_gather, self.log(..., sync_dist=True), trainer.save_checkpoint), call it on all of them."
+            f"a connection between the workers broke or timed out ({first_line(error)}), and no worker is known to be "
+            f"lost. The others were last doing: {'; '.join(seen) or 'nothing that is known'}. If one worker called "
+            "what all must call (self.all_gather, self.log(..., sync_dist=True), trainer.save_checkpoint), call it on "
+            "all of them."
         )
 
     def heard(self, beats: Mapping[int, int], lost: Verdict | None) -> bool:
@@ -271,7 +276,8 @@ class FailureDetector:
 
 def is_broken_connection(text: str) -> bool:
     """Whether the text of a RuntimeError is torch.distributed's, of a connection that broke or timed out."""
-    return any(word in text.lower() for word in _BROKEN)
+    lower = text.lower()
+    return any(word in lower for word in _BROKEN) and not any(word in lower for word in _OWN)
 
 
 def name_of_exit(code: int) -> str:

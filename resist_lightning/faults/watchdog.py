@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from resist_lightning.comm.sockets import cut_connections
+from resist_lightning.comm.group import interrupt_group
+from resist_lightning.comm.waiting import check_while_waiting, forget_check
 from resist_lightning.errors import WorkerLost
 from resist_lightning.faults.failure_detector import (
     BEAT_SECONDS,
@@ -104,6 +105,7 @@ class Watchdog:
     def start(self) -> None:
         """Start the threads. They end before the interpreter does, which aborts if one is in a call to C++ then."""
         atexit.register(self.stop)
+        check_while_waiting(self.check)
         self._beating.start()
         self._judging.start()
 
@@ -114,6 +116,7 @@ class Watchdog:
     def stop(self) -> None:
         """Stop watching. A call to a store that does not answer is cut off."""
         self._stopped.set()
+        forget_check(self.check)
         # Both threads may be waiting on one of these; without them they would end only after their timeouts.
         self._arrived.set()
         self._wake.set()
@@ -258,7 +261,8 @@ class Watchdog:
 
     def _end_this_worker(self) -> None:
         """Wake a main thread that waits for the lost worker; if it does not end by itself, end the process."""
-        cut_connections()
+        # In a thread of its own: NCCL may take its time, and this one must be able to end the process.
+        threading.Thread(target=_interrupt, name="resist_lightning interruption", daemon=True).start()
         if self._arrived.wait(self._silence):
             return
         with suppress(Exception):
@@ -270,6 +274,11 @@ class Watchdog:
         with suppress(Exception):
             self._around.before_exit()
         os._exit(EXIT_CODE)
+
+
+def _interrupt() -> None:
+    with suppress(Exception):  # the main thread may be leaving the group
+        interrupt_group()
 
 
 def _home() -> str:

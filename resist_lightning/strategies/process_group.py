@@ -7,8 +7,10 @@ from datetime import timedelta
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.utilities import rank_zero_info
 
 from resist_lightning.comm.group import (
+    NCCL,
     abandon_group,
     destroy_abandoned_group,
     destroy_group,
@@ -31,6 +33,11 @@ class ProcessGroup:
         """
         destroy_abandoned_group()  # of a fit that ended with an error, in this process
         self._owned = not group_exists()
+        if backend in NCCL:
+            rank_zero_info(
+                "The workers talk by NCCL, with which this package has not been tested on many machines: tell us what "
+                "you see. process_group_backend='gloo' sends the same numbers through the hosts' memory."
+            )
         if self._owned:
             join_group(
                 backend,

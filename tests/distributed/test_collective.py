@@ -15,6 +15,8 @@ from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.group import destroy_group, group_exists, join_group
 from resist_lightning.comm.mean import start_mean
 from resist_lightning.comm.torch_collective import GroupCollective, default_collective
+from resist_lightning.comm.waiting import check_while_waiting, forget_check, wait_polling
+from resist_lightning.errors import WorkerLost
 from tests.helpers.processes import run_workers
 
 
@@ -70,6 +72,69 @@ def ring(worker):
 
 def test_messages_of_several_buffers_arrive_in_order():
     assert run_workers(ring, 3) == [(3, {"hand_over": 24, "state": 8, "merge": 8})] * 3
+
+
+class Unstaged(GroupCollective):
+    """Sends tensors from where they are and polls, as under NCCL; gloo's messages alone cannot be polled."""
+
+    def __init__(self):
+        super().__init__()
+        self._stage = False
+
+    def _wait(self, works):
+        if len(works) == 1:
+            super()._wait(works)
+        else:  # an exchange
+            for work in works:
+                work.wait()
+
+
+def as_under_nccl(worker):
+    collective = Unstaged()
+    collective.connect()
+    rows = collective.gather_numbers([worker, -1.0])
+    mean, first = torch.tensor([float(worker)]), torch.tensor([worker + 5])
+    start_mean(collective, mean, "shared")()
+    collective.broadcast_(first, "start")
+    assert collective.gather_bytes(b"ab"[:worker]) == [b"", b"a"]
+    with pytest.raises(ValueError, match="posted early need gloo"):
+        collective.start_receive(first, 1 - worker, tag=0)
+    return rows, mean.item(), first.item(), dict(collective.sent_bytes)
+
+
+def test_operations_that_are_polled_and_the_greeting_of_all_pairs():
+    expected = ([[0, -1], [1, -1]], 0.5, 5)
+    for worker, (*found, sent) in enumerate(run_workers(as_under_nccl, 2)):
+        assert tuple(found) == expected
+        assert sent == {"control": 16 + 8 + 1, "shared": 4, "start": 1 if worker else 1 + 8}
+
+
+def wait_for_a_late_worker(worker):
+    """Worker 1 comes late, once, and then not at all."""
+    began = time.monotonic()
+
+    def check():
+        if time.monotonic() - began > 0.1:
+            raise WorkerLost("worker 1 is lost")
+
+    time.sleep(0.4 * worker)
+    flat = torch.ones(2)
+    work = dist.all_reduce(flat, async_op=True)
+    if worker == 0:
+        check_while_waiting(check)
+        with pytest.raises(WorkerLost, match="worker 1 is lost"):
+            wait_polling([work])
+        forget_check(check)
+    wait_polling([work])
+    assert flat.tolist() == [2.0, 2.0]
+    if worker == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)time(d )? ?out"):
+            wait_polling([dist.all_reduce(flat, async_op=True)])
+    time.sleep(1.0 * worker)
+
+
+def test_a_worker_that_waits_raises_what_a_check_finds_and_what_the_operation_does():
+    run_workers(wait_for_a_late_worker, 2, collective_timeout=0.8)
 
 
 def alone(worker):

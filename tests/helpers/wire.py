@@ -42,10 +42,11 @@ class Quantizer(TorchDispatchMode):
 
 
 def _read(name: str, args: Sequence[Any]) -> Call:
-    verbs = {"allreduce_": 0, "broadcast_": 0, "allgather_": 1, "send": 0, "recv_": 0}
+    verbs = {"allreduce_": 0, "broadcast_": 0, "_allgather_base_": 1, "send": 0, "recv_": 0}
     if name not in verbs:
         return Call(name, 0, torch.float32)
     tensors = args[verbs[name]]
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
     peer = args[2] if name in ("send", "recv_") else None
     return Call(name, sum(tensor.nbytes for tensor in tensors), tensors[0].dtype, peer)
 
@@ -54,7 +55,7 @@ def sent_bytes(calls: Sequence[Call], worker: int, workers: int) -> Counter[str]
     """Bytes that this worker sends in these calls, by verb: 2 (S - 1) / S of what is all-reduced, rounded up."""
     sent: Counter[str] = Counter()
     for call in calls:
-        copies = {"send": 1, "allgather_": workers - 1, "broadcast_": (workers - 1) * (worker == 0), "recv_": 0}
+        copies = {"send": 1, "_allgather_base_": workers - 1, "broadcast_": (workers - 1) * (worker == 0), "recv_": 0}
         if call.verb == "allreduce_":
             sent[call.verb] += -((-2 * (workers - 1) * call.payload_bytes) // workers)
         else:

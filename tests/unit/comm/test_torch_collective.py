@@ -15,6 +15,7 @@ from resist_lightning.comm.torch_collective import GroupCollective
     ("config", "device", "bound", "wire"),
     [
         ("cpu:gloo,cuda:nccl", "cuda:1", None, "cuda:1"),
+        ("cuda:nccl2", "cuda:1", "cuda:1", "cuda:1"),
         ("cpu:gloo,cuda:nccl", "cpu", None, "cpu"),
         ("cpu:gloo,cuda:nccl", None, None, "cpu"),
         ("cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
@@ -34,4 +35,5 @@ def group_of(monkeypatch, config, device, bound):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_backend_config", lambda: config)
     monkeypatch.setattr("resist_lightning.comm.group._get_default_group", lambda: group)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     return GroupCollective(torch.device(device) if device else None)

@@ -165,13 +165,13 @@ def test_a_worker_that_lives_but_does_not_come_is_named_with_what_it_does():
         "worker 2 (host beta, pid 102) is alive, but has not come to the handshake for 600 s: it is still in "
         "local steps, round 2, since 62 s."
     )
-    broken = detector.suspect("Connection closed by peer", 600, 3).text
-    assert "no worker is known to be lost" in broken
+    broken = detector.suspect("Connection closed by peer.\nIn a second line", 600, 3).text
+    assert broken.startswith("a connection between the workers broke or timed out (Connection closed by peer), and no ")
     for named in (
         "worker 1 (host",
         "handshake;",
         "worker 2 (host beta, pid 102): local steps, round 2",
-        "call it on all",
+        "all of them",
     ):
         assert named in broken
 
@@ -199,6 +199,9 @@ def test_a_failure_is_heard_when_all_others_that_run_have_read_since():
         ("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:16308", True),
         ("Timed out waiting 8000ms for recv operation to complete", True),
         ("NCCL communicator was aborted", True),
+        ("NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error", True),
+        ("ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'", False),
+        ("NCCL error: invalid usage. Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000", False),
         ("mat1 and mat2 shapes cannot be multiplied (8x3 and 4x3)", False),
     ],
 )
