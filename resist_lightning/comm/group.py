@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -145,12 +146,13 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
 
 
 def interrupt_group() -> None:
-    """Make operations that wait in the default group raise, from any thread. The group cannot be used afterwards."""
-    if _uses_nccl():
-        group: Any = _get_default_group()
-        group.abort()
-    else:
-        cut_connections()
+    """Make operations that wait in the default group raise; from any thread. The group cannot be used afterwards."""
+    with suppress(Exception):  # the main thread may be leaving the group
+        if _uses_nccl():
+            group: Any = _get_default_group()
+            group.abort()
+        else:
+            cut_connections()
 
 
 def _uses_nccl() -> bool:

@@ -262,7 +262,7 @@ class Watchdog:
     def _end_this_worker(self) -> None:
         """Wake a main thread that waits for the lost worker; if it does not end by itself, end the process."""
         # In a thread of its own: NCCL may take its time, and this one must be able to end the process.
-        threading.Thread(target=_interrupt, name="resist_lightning interruption", daemon=True).start()
+        threading.Thread(target=interrupt_group, name="resist_lightning abort", daemon=True).start()
         if self._arrived.wait(self._silence):
             return
         with suppress(Exception):
@@ -274,11 +274,6 @@ class Watchdog:
         with suppress(Exception):
             self._around.before_exit()
         os._exit(EXIT_CODE)
-
-
-def _interrupt() -> None:
-    with suppress(Exception):  # the main thread may be leaving the group
-        interrupt_group()
 
 
 def _home() -> str:
