@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,28 +11,49 @@ from torch import Tensor
 from resist_lightning.comm.packing import by_dtype
 
 
-class Bucket:
-    """Dense tensors of one data type and device, moved into one flat buffer. They stay the same Python objects."""
+_ALIGNMENT = 256  # bytes; kernels choose by 16 of them, and more than an allocator gives nobody asks for
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+
+class Bucket:
+    """Tensors of one data type that are averaged in one flat buffer. They stay the same Python objects.
+
+    Most live in the buffer. Those that cannot (they share their memory with somebody, have gaps, or are elsewhere), and
+    those that have left it (``.to()`` gives a tensor another place), are copied in and out.
+
+    Args:
+        tensors: of one data type.
+        device: of the buffer.
+
+    Attributes:
+        flat: the buffer, without gaps.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self._tensors = list(tensors)
-        self._offsets = []
-        entries = 0
-        for tensor in tensors:
-            self._offsets.append(entries)
-            entries += tensor.numel()
-        self.flat = torch.empty(entries, dtype=tensors[0].dtype, device=tensors[0].device)
+        self._offsets = _offsets(tensors)
+        entries = sum(tensor.numel() for tensor in tensors)
+        self.flat = torch.empty(entries, dtype=tensors[0].dtype, device=device)
+        shared = Counter(tensor.data_ptr() for tensor in tensors)
         for tensor, place in zip(self._tensors, self._places(), strict=True):
-            tensor.data = place.copy_(tensor.detach())
+            alone = _owns_storage(tensor) and shared[tensor.data_ptr()] == 1
+            if alone and tensor.device == self.flat.device and _dense(tensor):
+                tensor.data = place.copy_(tensor.detach())
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are all its tensors, in order, each still in its place (``.to()`` gives it another one)."""
+        """Whether these are all its tensors, in the order in which they were given."""
         if len(tensors) != len(self._tensors):
             return False
-        for tensor, own, place in zip(tensors, self._tensors, self._places(), strict=True):
-            if tensor is not own or tensor.data_ptr() != place.data_ptr():
-                return False
-        return True
+        return all(tensor is own for tensor, own in zip(tensors, self._tensors, strict=True))
+
+    def collect(self) -> None:
+        """Copy the values of tensors that live elsewhere into the buffer."""
+        for tensor, place in self._elsewhere():
+            place.copy_(tensor.detach())
+
+    def spread(self) -> None:
+        """Copy the buffer's values to tensors that live elsewhere."""
+        for tensor, place in self._elsewhere():
+            tensor.detach().copy_(place)
 
     def dissolve(self) -> None:
         """Give every tensor memory of its own again: who saves one of them must not save them all."""
@@ -40,26 +62,45 @@ class Bucket:
                 tensor.data = tensor.detach().clone()
         self._tensors, self._offsets = [], []
 
+    def _elsewhere(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that do not live in the buffer, with their pieces of it."""
+        pairs = zip(self._tensors, self._places(), strict=True)
+        return [(tensor, place) for tensor, place in pairs if tensor.data_ptr() != place.data_ptr()]
+
     def _places(self) -> list[Tensor]:
-        """The piece of the buffer for each tensor, in its shape and memory format."""
+        """The piece of the buffer for each tensor, in its shape and, unless that has gaps, its memory format."""
         places = []
         for tensor, offset in zip(self._tensors, self._offsets, strict=True):
-            places.append(self.flat.as_strided(tensor.size(), tensor.stride(), offset))
+            if _dense(tensor):
+                places.append(self.flat.as_strided(tensor.size(), tensor.stride(), offset))
+            else:
+                places.append(self.flat[offset : offset + tensor.numel()].view(tensor.size()))
         return places
 
 
 def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.dtype, Bucket]:
-    """A bucket for each data type.
+    """A bucket for each data type."""
+    return {dtype: Bucket(group, device) for dtype, group in by_dtype(tensors).items()}
 
-    A data type is left out if one of its tensors is on another device, has gaps, or shares its memory with somebody:
-    who looks at that memory would no longer see the tensor.
+
+def _offsets(tensors: Sequence[Tensor]) -> list[int]:
+    """Where in the buffer each tensor begins, in entries.
+
+    The sizes of the tensors before one are multiples of the power of two that its own size is a multiple of, so that
+    it is aligned as well as its size allows, without padding that would be averaged too.
     """
-    buckets = {}
-    for dtype, group in by_dtype(tensors).items():
-        in_place = all(tensor.device == device and _owns_storage(tensor) and _dense(tensor) for tensor in group)
-        if in_place and len({tensor.data_ptr() for tensor in group}) == len(group):
-            buckets[dtype] = Bucket(group)
-    return buckets
+    order = sorted(range(len(tensors)), key=lambda index: -_power_of_two_in(tensors[index].nbytes))
+    offsets = [0] * len(tensors)
+    entries = 0
+    for index in order:
+        offsets[index] = entries
+        entries += tensors[index].numel()
+    return offsets
+
+
+def _power_of_two_in(size: int) -> int:
+    """The largest power of two that divides a size in bytes, up to the alignment that is wanted."""
+    return min(size & -size, _ALIGNMENT) or _ALIGNMENT
 
 
 def _owns_storage(tensor: Tensor) -> bool:

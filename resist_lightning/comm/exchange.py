@@ -20,6 +20,7 @@ from resist_lightning.comm.packing import (
     copy_into,
     empty_like_packed,
     flatten,
+    in_parts,
     pack,
     packed_bytes,
     split,
@@ -134,7 +135,8 @@ class Exchange:
         for dtype, group in by_dtype(tensors).items():
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
-                begun.append(start_mean(self._collective, bucket.flat, kind, left_out))
+                bucket.collect()
+                begun += [start_mean(self._collective, bucket.flat, kind, left_out), bucket.spread]
             else:
                 # Awaited at once: its buffer would otherwise stay allocated beside those of a hand-over.
                 flat = flatten(group, self._device)
@@ -150,10 +152,10 @@ class Exchange:
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
-        flats = pack(tensors, self._device)
-        for flat in flats.values():
+        for part in in_parts(tensors):
+            flat = flatten(part, self._device)
             self._collective.broadcast_(sendable(flat), kind)
-        copy_into(tensors, unpack(flats, tensors))
+            copy_into(part, split(flat, part))
 
     def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds) -> None:
         """Give every block that several workers held its mean over them, at its owner.
@@ -226,9 +228,13 @@ class Exchange:
             kinds[state_kind] += packed_bytes(payloads[block].state)
 
         sends: dict[int, list[Tensor]] = {}
+        # An evaluation sends the same blocks to all others, so they are packed once.
+        packed: dict[tuple[int, ...], list[Tensor]] = {}
         for peer, blocks in outgoing.items():
-            compressed = [messages[block] for block in blocks]
-            sends[peer] = self._message([payloads[block] for block in blocks], compressed)
+            if tuple(blocks) not in packed:
+                compressed = [messages[block] for block in blocks]
+                packed[tuple(blocks)] = self._message([payloads[block] for block in blocks], compressed)
+            sends[peer] = packed[tuple(blocks)]
         receives: dict[int, list[Tensor]] = {}
         for peer, blocks in expected.items():
             receives[peer] = self._empty_message([payloads[block] for block in blocks])

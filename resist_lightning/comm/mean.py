@@ -10,7 +10,7 @@ from torch import Tensor
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.packing import flatten, split
 from resist_lightning.comm.quantize import Quantizer, arrange
-from resist_lightning.comm.tensors import computable
+from resist_lightning.comm.tensors import summable
 
 
 def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
@@ -27,7 +27,7 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
     Returns:
         A function that waits for it.
     """
-    numbers = computable(flat)
+    numbers = summable(flat)
     if collective.worker in left_out:
         numbers.fill_(_neutral(numbers.dtype))
     finish_sum = collective.start_all_reduce(numbers, kind)
@@ -49,8 +49,8 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
 def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     """Replace ``own`` by the mean of it and ``others``; by the maximum for integers."""
     own = own.detach()
-    numbers = computable(own)
-    received = [computable(other.to(own.device)) for other in others]
+    numbers = summable(own)
+    received = [summable(other.to(own.device)) for other in others]
     if numbers.is_floating_point():
         # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
         offset = torch.stack([other - numbers for other in received]).sum(0)
@@ -62,9 +62,10 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
 
 
 def _write_back(numbers: Tensor, tensor: Tensor) -> None:
-    """Write the :func:`computable` numbers of a tensor into it, where they are a wider copy and no view."""
-    if numbers.dtype != tensor.dtype and not tensor.is_complex():
-        tensor.copy_(numbers)
+    """Write the :func:`summable` numbers of a tensor into it, where they are a wider copy and no view."""
+    own = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if numbers.dtype != own.dtype:
+        own.copy_(numbers)
 
 
 def _neutral(dtype: torch.dtype) -> int:

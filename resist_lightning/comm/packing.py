@@ -6,10 +6,12 @@ Messages carry no description of their content: sender and receiver list tensors
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+_PART_BYTES = 2**26  # what is packed at once of a whole model
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
@@ -19,6 +21,18 @@ def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
         groups[tensor.dtype].append(tensor)
     # Sorted, because a message's buffers are matched by position: both ends need the same order.
     return {dtype: groups[dtype] for dtype in sorted(groups, key=str)}
+
+
+def in_parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one data type, some at a time: to pack a whole model would take its memory twice."""
+    for group in by_dtype(tensors).values():
+        part: list[Tensor] = []
+        for tensor in group:
+            if part and packed_bytes([*part, tensor]) > _PART_BYTES:
+                yield part
+                part = []
+            part.append(tensor)
+        yield part
 
 
 def flatten(tensors: Iterable[Tensor], device: torch.device | None = None) -> Tensor:

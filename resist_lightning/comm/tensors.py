@@ -25,6 +25,9 @@ _WIDER = {
 }
 """Neither gloo nor NCCL computes with these, and torch hardly: the data type in which they are averaged."""
 
+_SUMMED = {**_WIDER, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""The data type of a sum where that is not the tensors' own: with 16 bits it is rounded at every worker."""
+
 _KNOWN = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128),
     *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, *_WIDER),
@@ -44,9 +47,17 @@ def computable(tensor: Tensor) -> Tensor:
     return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
 
 
+def summable(tensor: Tensor) -> Tensor:
+    """A tensor as real numbers whose sum over the workers is rounded only once: itself, a view, or a wider copy."""
+    numbers = computable(tensor)
+    return numbers.to(_SUMMED.get(numbers.dtype, numbers.dtype))
+
+
 def averaged_bytes(tensor: Tensor) -> int:
     """Bytes of what an average of the tensor sends once."""
-    return tensor.numel() * _WIDER.get(tensor.dtype, tensor.dtype).itemsize
+    parts = 2 if tensor.is_complex() else 1
+    dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+    return parts * tensor.numel() * _SUMMED.get(dtype, dtype).itemsize
 
 
 def sendable(flat: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 
+from resist_lightning.comm import packing
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.exchange import Exchange, Kinds, Payload
 from resist_lightning.schedule.partition import draw_partition, everything
-from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.schedule.transfers import plan_observation, plan_sync
 from tests.helpers.partitions import two_partitions
 from tests.helpers.threads import run_threads
 
@@ -156,6 +157,25 @@ def test_one_flat_buffer_per_pair_and_data_type_however_many_tensors():
         ]
 
 
+def test_what_all_others_get_is_packed_once():
+    class Keeping(Listening):
+        def exchange(self, sends, receives, kinds):
+            self.sends = sends
+
+    keeping = Keeping()
+    plan = plan_observation(plan_sync(draw_partition(6, 3, 0, 0, 0), draw_partition(6, 3, 0, 0, 1)), 0, 3)
+    Exchange(keeping, CPU).hand_over(plan, lambda block: Payload(trained(0, block)), Kinds(), lambda: None)
+    assert sorted(keeping.sends) == [1, 2]
+    assert all(one is other for one, other in zip(keeping.sends[1], keeping.sends[2], strict=True))
+
+
+def test_a_large_model_is_broadcast_in_parts(monkeypatch):
+    monkeypatch.setattr(packing, "_PART_BYTES", 4 * 10)
+    listening, tensors = Listening(), [torch.ones(2, 3), torch.ones(4), torch.ones(12), torch.ones(1)]
+    Exchange(listening, CPU).broadcast(tensors, "start")
+    assert [entries for _, _, entries, _ in listening.asked] == [10, 12, 1]
+
+
 def test_an_average_and_a_broadcast_take_one_call_per_data_type():
     tensors = [torch.ones(2, 3), torch.tensor(5), torch.ones(4, dtype=torch.float64), torch.ones(7)]
     listening = Listening()
@@ -185,6 +205,22 @@ def test_averages_go_back_into_place_whatever_the_strides():
         assert nothing.numel() == 0
         assert torch.equal(strided, 2 * torch.arange(6.0).reshape(2, 3).t())
         assert strided.stride() == (1, 3)
+
+
+def average_in_a_buffer(collective):
+    memory = torch.full((6,), float(collective.worker))
+    tensors = [memory[:2].view(2, 1), memory[2:], torch.full((3,), 10.0 * collective.worker)]
+    exchange = Exchange(collective, CPU)
+    exchange.put_together(tensors)
+    exchange.average(tensors, "shared")
+    exchange.take_apart()
+    return memory.tolist(), tensors[2].tolist(), collective.room.log
+
+
+def test_tensors_that_share_their_memory_are_averaged_with_those_in_the_buffer():
+    for memory, alone, said in run_threads(average_in_a_buffer, 3)[0]:
+        assert (memory, alone) == ([1.0] * 6, [10.0] * 3)
+        assert len(said) == 3  # one all-reduce of each worker
 
 
 def merge_equal(collective):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resist_lightning.comm.mean import start_mean
+from resist_lightning.comm.mean import mean_into, start_mean
+from resist_lightning.comm.tensors import averaged_bytes
 from tests.helpers.threads import run_threads
 
 
@@ -22,6 +23,9 @@ def mean_of(collective, values, left_out, dtype):
         ([1.0, 2.0, 6.0], (), torch.float64, 3.0),
         ([1.0, torch.nan, 6.0], (1,), torch.float64, 3.5),
         ([torch.inf, torch.nan, 6.0], (0, 1), torch.float64, 6.0),
+        # In 16 bits 256 + 1 is 256, and three times 60,000 is infinity.
+        ([256.0, 1.0, 1.0], (), torch.bfloat16, 86.0),
+        ([60000.0, 60000.0, 60000.0], (), torch.float16, 60000.0),
         ([-5, 9, -7], (1,), torch.int64, -5),
         ([False, True, False], (1,), torch.bool, False),
         ([-torch.inf, -torch.inf, -torch.inf], (2,), torch.float32, -torch.inf),
@@ -31,3 +35,26 @@ def test_values_of_workers_that_are_left_out_do_not_count(values, left_out, dtyp
     results, _ = run_threads(mean_of, 3, values, left_out, dtype)
     assert results == [results[0]] * 3
     assert results[0] == pytest.approx([expected, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_means_of_received_copies_are_summed_in_32_bits_too(dtype):
+    own, *others = (torch.tensor([256.0, value], dtype=dtype) for value in (256.0, 1.0, 1.0))
+    mean_into(own, others)
+    assert own.tolist() == [256.0, 86.0]
+
+
+def test_what_a_sum_sends_is_as_wide_as_the_sum():
+    sizes = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 4, torch.complex32: 8, torch.complex64: 8}
+    assert {dtype: averaged_bytes(torch.zeros(3, dtype=dtype)) for dtype in sizes} == {
+        dtype: 3 * size for dtype, size in sizes.items()
+    }
+
+
+def test_complex_numbers_of_16_bits_are_averaged_in_place():
+    def mean(collective):
+        flat = torch.tensor([complex(256 if collective.worker == 0 else 1, 2)], dtype=torch.complex32)
+        start_mean(collective, flat, "shared")()
+        return flat.tolist()
+
+    assert run_threads(mean, 3)[0] == [[complex(86, 2)]] * 3
