@@ -10,7 +10,6 @@ from torch import Tensor
 
 from resist_lightning.comm.packing import by_dtype
 
-
 _ALIGNMENT = 256  # bytes; kernels choose by 16 of them, and more than an allocator gives nobody asks for
 
 
