@@ -31,6 +31,7 @@ RUNS = {
     "batch norm": Run(StageConfig(method="al-net", warmup_steps=2, aux_width=4, local_steps=100), 7, "preact"),
     "stored": Run(StageConfig(method="al-store", warmup_steps=2, local_steps=100), 7, batches=3),
     "rounds": Run(StageConfig(method="penalty", warmup_steps=2, local_steps=2), 7, optimizer="adamw"),
+    "sequences": Run(StageConfig(warmup_steps=2, aux_width=4, local_steps=100), 4, "ids"),
 }
 
 

@@ -20,7 +20,7 @@ from resist_lightning import StageConfig
 from resist_lightning.methods.auxnet.simulated_boundary import NetworkBoundary, StoredBoundary
 from resist_lightning.methods.auxnet.step.guesses import NetworkGuesses, StoredGuesses
 from tests.helpers.processes import run_workers
-from tests.helpers.stages import Run, plain_training, train_engine, train_simulator
+from tests.helpers.stages import Run, plain_training, train_engine, train_simulator, two_layers
 from tests.helpers.training import clone_state
 
 METHODS = ("penalty", "al-net", "penalty-store", "al-store")
@@ -62,7 +62,13 @@ RUNS = {
         milestones=(1, 5, 8),
     ),
     "another step of the guesses, AdamW": Run(
-        StageConfig(method="al-net", lambda_step=0.4, beta=20.0, warmup_steps=2), 9, optimizer="adamw"
+        StageConfig(method="al-net", lambda_step=0.4, beta=20.0, warmup_steps=2, aux_network=two_layers),
+        9,
+        optimizer="adamw",
+    ),
+    "image to sequence": Run(StageConfig(beta=10.0, warmup_steps=2, aux_width=4), 6, "vit", optimizer="adamw"),
+    "token ids to sequence": Run(
+        StageConfig(method="al-net", beta=10.0, warmup_steps=1, multiplier_every=2, aux_width=6), 6, "ids"
     ),
     "frozen first stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("stem", "body.0", "body.1")),
     "frozen last stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("body.3", "head")),

@@ -27,6 +27,7 @@ from tests.helpers.threads import ThreadCollective
 from tests.helpers.training import clone_state
 
 CLASSES = 4
+VOCABULARY, TOKENS = 11, 5
 
 ONE_AT_A_TIME = threading.Lock()  # workers may be threads; torch.fx patches, and the seed is, what all of them use
 
@@ -72,15 +73,60 @@ def _convolutions() -> nn.Module:
     )
 
 
+class SmallViT(nn.Module):
+    """Patches of an image behind a class token, and blocks of torch's own; it ends as PyTorch's and timm's do."""
+
+    def __init__(self, width: int = 8, depth: int = 4, size: int = 8, patch: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, width) / 10)
+        self.blocks = nn.ModuleList(_transformer_block(width, dropout) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+class TokenEncoder(nn.Module):
+    """Token ids to classes; positions come from an embedding too."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(TOKENS + 2, width)
+        self.register_buffer("order", torch.arange(TOKENS))
+        self.blocks = nn.ModuleList(_transformer_block(width, 0.0) for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.places(self.order)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def _transformer_block(width: int, dropout: float) -> nn.Module:
+    return nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, batch_first=True, norm_first=True)
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "tanh": partial(mlp, TanhBlock),
     "mlp": partial(mlp, MlpBlock, width=5),
     "preact": partial(PreActResNet, (1, 1, 2, 1), CLASSES, width_multiplier=1 / 16),
     "convolutions": _convolutions,
     "positions": Positions,
+    "vit": SmallViT,
+    "ids": TokenEncoder,
 }
 
-INPUTS = {"tanh": (3,), "positions": (3,), "mlp": (3,), "preact": (3, 8, 8), "convolutions": (3, 8, 8)}
+_IMAGES = dict.fromkeys(("preact", "convolutions", "vit"), (3, 8, 8))
+INPUTS = {**dict.fromkeys(("tanh", "positions", "mlp"), (3,)), **_IMAGES, "ids": (TOKENS,)}
+
+_BLOCKS = {2: ["blocks.1"], 3: ["blocks.0", "blocks.2"]}
 
 CUTS = {
     "positions": {2: ["body.2"], 3: ["body.0", "body.2"]},
@@ -88,6 +134,8 @@ CUTS = {
     "mlp": {2: ["body.1"], 3: ["body.1", "body.2"], 4: ["body.0", "body.1", "body.2"]},
     "preact": {2: ["section2"], 3: ["section1", "section3.0"], 4: ["section1", "section2", "section3.0"]},
     "convolutions": {2: ["3"], 3: ["1", "3"]},
+    "vit": _BLOCKS,
+    "ids": _BLOCKS,
 }
 
 
@@ -101,7 +149,7 @@ class Run:
     """A small training run in double precision; picklable, so that workers build it by themselves.
 
     Args:
-        config: the settings, but for cuts and auxiliary network, which follow from ``net`` and the workers.
+        config: the settings, but for the cuts, which follow from ``net`` and the workers.
         steps: how many.
         net: one of :data:`NETS`.
         batches: different batches, seen in turn; the last of them is smaller.
@@ -122,9 +170,8 @@ class Run:
 
 def config_for(run: Run, workers: int) -> StageConfig:
     """The settings with cuts, since those by measured time would differ."""
-    vectors = len(INPUTS[run.net]) == 1 and not run.config.stored
     cuts = CUTS[run.net][workers] if workers > 1 else None
-    return replace(run.config, cuts=cuts, aux_network=two_layers if vectors else None)
+    return replace(run.config, cuts=cuts)
 
 
 def make_net(run: Run) -> nn.Module:
@@ -148,7 +195,11 @@ def batch_of(run: Run, step: int) -> tuple[Tensor, Tensor]:
     number = step % run.batches
     generator = torch.Generator().manual_seed(number)
     size = 3 if number % 4 == 3 or number == run.batches - 1 else 6
-    x = torch.randn((size, *INPUTS[run.net]), generator=generator, dtype=torch.float64)
+    shape = (size, *INPUTS[run.net])
+    if run.net == "ids":
+        x = torch.randint(0, VOCABULARY, shape, generator=generator)
+    else:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, CLASSES, (size,), generator=generator)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import VisionTransformer, resnet18
 
 from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
 from tests.helpers.plain import CLASSES, Classifier, held_out
@@ -30,6 +30,16 @@ class OfTorchvision(Metered):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             self.net = resnet18(num_classes=CLASSES)
+
+
+class TransformerOfTorchvision(Metered):
+    """Its boundary is a sequence with a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            self.net = VisionTransformer(8, 4, 3, 2, 8, 16, num_classes=CLASSES)
 
 
 class HeadOutside(Metered):
@@ -109,6 +119,7 @@ FITS = {
     "a resnet18 of torchvision": Fit(
         OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5
     ),
+    "a vision transformer of torchvision, by default": Fit(TransformerOfTorchvision),
     "a head outside of the network": Fit(HeadOutside),
     "nothing trained in the first stage": Fit(FrozenStart, strategy={"cuts": ["section1"]}),
     "a rate that falls with the steps, limited, in double precision": Fit(

@@ -6,7 +6,9 @@ import logging
 import random
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, told
-from tests.helpers.plain import BATCH_SIZE, Classifier, batch_of, evaluate
+from tests.helpers.nets import MlpBlock
+from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, batch_of, evaluate
+from tests.helpers.stages import SmallViT
 from tests.helpers.trainers import make_trainer, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import SavesAt
@@ -181,6 +185,10 @@ class Scheduled(Metered):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def residual_mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), *(MlpBlock(8) for _ in range(4)), nn.Linear(8, CLASSES))
+
+
 @dataclass(frozen=True)
 class Case:
     """A run, and the batches after which it is stopped."""
@@ -190,18 +198,21 @@ class Case:
     accumulate: int = 1
     optimizer: str = "sgd"
     processes: bool = False
+    network: Callable[[], nn.Module] | None = None  # None is a ResNet with batch norm
     stops: tuple[int, ...] = ()
     """In mid-epoch after 3 batches, where a handshake is due, and after 7, where none is; after 5 an epoch ends."""
 
 
 CASES = {
-    "penalty, three workers, cut by time": Case({"method": "penalty"}, workers=3, optimizer="adamw", stops=(1, 5, 9)),
+    "penalty, three workers, cut by time": Case(
+        {"method": "penalty"}, workers=3, optimizer="adamw", stops=(1, 5, 9), network=residual_mlp
+    ),
     "al-net, gradients that add up": Case({"method": "al-net", "multiplier_every": 2}, accumulate=2, stops=(3, 7)),
     "al-store, cut where the user says": Case(
         {"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}, stops=(5, 7)
     ),
     "al-net, beta grows, loader processes": Case(
-        {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7)
+        {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7), network=partial(SmallViT, dropout=0.2)
     ),
 }
 
@@ -209,6 +220,10 @@ CASES = {
 def train(worker: int, case: Case, ckpt_path: str | None, callbacks: list[L.Callback]) -> State:
     L.seed_everything(1000 + worker if ckpt_path is None else 77, verbose=False)
     module = Scheduled(optimizer=case.optimizer, seed=7 if ckpt_path is None else 8)
+    if case.network is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(9)
+            module.net = case.network()
     processes = {"num_workers": 1, "multiprocessing_context": "fork"} if case.processes else {}
     loader = DataLoader(Augmented(), BATCH_SIZE, shuffle=True, **processes)
     fit_stages(

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from resist_lightning import ResISTStrategy, StageSelectionError, WorkersDisagree
+from resist_lightning import ResISTStrategy, WorkersDisagree
 from tests.helpers.auxnet import fit_stages, in_order, make_stages, pictures
-from tests.helpers.nets import MlpBlock
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, held_out
 from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
@@ -204,23 +203,6 @@ def test_workers_with_other_auxiliary_networks_disagree_at_the_start() -> None:
     for outcome in run_trainers_to_the_end(with_factories, 2, ("a partial", "an object")):
         assert isinstance(outcome.error, WorkersDisagree), outcome
         assert "aux_network" in str(outcome.error)
-
-
-class OfVectors(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        blocks = (MlpBlock() for _ in range(3))
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), *blocks, nn.Linear(6, CLASSES))
-
-
-def of_vectors(worker: int) -> None:
-    fit_stages(worker, OfVectors())
-
-
-def test_a_network_of_vectors_without_an_auxiliary_network_is_refused_on_all_workers() -> None:
-    for outcome in run_trainers_to_the_end(of_vectors, 2):
-        assert isinstance(outcome.error, StageSelectionError), outcome
-        assert "here it is (6,) of (3, 8, 8). Give `aux_network`" in str(outcome.error)
 
 
 # ------------------------------------------------------------------ sizes and types

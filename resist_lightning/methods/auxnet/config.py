@@ -38,9 +38,11 @@ class StageConfig(CommonConfig):
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
             balances the stages by measured time.
         network: name of the network in the module; None finds it by its residual blocks.
-        aux_network: makes an auxiliary network from the shapes of an image and of a boundary, without the batch; None
-            makes a small one of convolutions. With ``al-net`` it is asked for twice the channels.
-        aux_width: channels of the auxiliary networks that are made by default, at least 1.
+        aux_network: makes an auxiliary network from the shapes of the network's input and of a boundary, without the
+            batch; None makes a small one: convolutions between images, a transformer block for sequences, a perceptron
+            for vectors. With ``al-net`` it is asked for a first dimension of twice the length.
+        aux_width: channels of the auxiliary networks that are made by default, at least 1; up to four times as many
+            where the boundary has them.
         aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
             the first optimizer does.
 

@@ -85,7 +85,7 @@ class StageLayout(Layout):
                 # No auxiliary network could be made for any place: making this one raises the error that says why.
                 make_aux_network(
                     self.config,
-                    self.measured.input_shape,
+                    self.measured.given,
                     self.measured.shapes[cut - 1],
                     nonnegative=self.nonnegative[number],
                     boundary=number + 1,
@@ -97,7 +97,7 @@ class StageLayout(Layout):
         assert self.measured is not None
         measured = self.measured
         boundaries = tuple(measured.shapes[cut - 1] for cut in self.cuts)
-        return Shapes(measured.input_shape, boundaries, measured.shapes[-1], measured.dtype)
+        return Shapes(measured.given, boundaries, measured.shapes[-1], measured.dtype)
 
     @property
     def nonnegative(self) -> tuple[bool, ...]:

@@ -34,7 +34,7 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
         which: the part of a batch that is the network's input, see :func:`select_input`.
 
     Returns:
-        Floating, of shape (batch, ...).
+        Of shape (batch, ...); integers, as of token ids, have two dimensions at least.
 
     Raises:
         ValueError: if a batch has no such part, or the data cannot be read without consuming them.
@@ -60,7 +60,7 @@ def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
     found = _checked(example, "example_input_array is")
     if len(found) == 1:
         found = found.expand(2, *found.shape[1:])  # batch norm in training needs two
-    if bool((found == found.flatten()[0]).all()):
+    if found.is_floating_point() and bool((found == found.flatten()[0]).all()):
         found = torch.randn_like(found)  # of constants, features have no variance
     converted: Tensor = trainer.precision_plugin.convert_input(found)
     return converted.to(trainer.strategy.root_device)
@@ -74,7 +74,8 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
         which: index or key of a part. The first tensor in it is taken, depth first; if None, the first in the batch.
 
     Raises:
-        ValueError: if it is not there or no floating tensor with a batch dimension; names what the batch has.
+        ValueError: if it is not there, or neither a floating tensor with a batch dimension nor token ids; names what
+            the batch has.
     """
     has = f"batch is {_description(batch)}"
     part: Any = batch
@@ -154,10 +155,12 @@ def _tensors(part: object) -> Iterator[Tensor]:
 
 
 def _checked(tensor: Tensor, found: str) -> Tensor:
-    if not tensor.is_floating_point() or tensor.dim() == 0:
+    # Integers of one dimension are the labels of a batch; of more, token ids.
+    dimensions = 1 if tensor.is_floating_point() else 2
+    if tensor.dim() < dimensions or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(
             f"{found} {tensor.dtype} of shape {tuple(tensor.shape)}; the network's input must be a floating tensor "
-            "with a batch dimension. Name with input= the part of a batch that it is."
+            "with a batch dimension, or token ids (batch, tokens). Name with input= the part of a batch that it is."
         )
     return tensor
 

@@ -90,7 +90,8 @@ def _trace(network: nn.Module, name: str) -> ChainTracer:
                 raise StageSelectionError(
                     f"the forward of {error.where} cannot be traced, so it cannot be cut into stages. torch.fx says"
                     f"{error.said}. The way out: put branches and loops that depend on a value or a shape into "
-                    "submodules without residual blocks, or into the blocks: those are not looked into."
+                    "submodules without residual blocks, or into the blocks: those are not looked into. Of a model of "
+                    "transformers, call the parts one after another in a module of your own (docs/auxnet.md)."
                 ) from error
             opaque.add(network.get_submodule(path))
             # The next try must draw nothing but what it draws itself.

@@ -183,16 +183,16 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
 
 
 def _tensors(network: nn.Module, node: fx.Node) -> set[int]:
-    """Ids of the parameters and buffers that a node uses."""
+    """Ids of the parameters and buffers that a node uses, in its module and as arguments."""
+    found = set()
     if node.op == "call_module":
         called = network.get_submodule(str(node.target))
-        return set(map(id, named_tensors(called).values()))
-    read = set()
+        found.update(map(id, named_tensors(called).values()))
     for value in node.all_input_nodes:
         if value.op == "get_attr":
-            read.add(id(attrgetter(str(value.target))(network)))
+            found.add(id(attrgetter(str(value.target))(network)))
     # A forward may read other attributes, too.
-    return read.intersection(map(id, named_tensors(network).values()))
+    return found.intersection(map(id, named_tensors(network).values()))
 
 
 def _few(parts: Sequence[str]) -> str:

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from resist_lightning.errors import StageSelectionError
 from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.aux_defaults import NetworkInput
 from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
 from resist_lightning.methods.auxnet.network.chain import Chain
 from resist_lightning.methods.auxnet.network.find import describe
@@ -32,7 +35,7 @@ class Measured:
         forward_seconds: of each unit, for the whole batch.
         backward_seconds: of each unit, for the whole batch; that of the first ends at its parameters.
         shapes: of each unit's output; the last is the network's output.
-        input_shape: of the network's input.
+        given: the network's input.
         nonnegative: whether no entry of each unit's output was below 0, as behind a ReLU.
         dtype: of the units' outputs.
     """
@@ -40,7 +43,7 @@ class Measured:
     forward_seconds: tuple[float, ...]
     backward_seconds: tuple[float, ...]
     shapes: tuple[tuple[int, ...], ...]
-    input_shape: tuple[int, ...]
+    given: NetworkInput
     nonnegative: tuple[bool, ...]
     dtype: torch.dtype
 
@@ -66,6 +69,7 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
     forward: list[list[float]] = [[] for _ in stages]
     backward: list[list[float]] = [[] for _ in stages]
     with unchanged(chain.network), _buffers_kept(chain.network):
+        vocabulary = None if example.is_floating_point() else _vocabulary(stages[0], example)
         for _ in range(1 + repeats):
             outputs: list[Tensor] = []
             x = example.detach()
@@ -73,7 +77,7 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
                 try:
                     # Nobody needs the gradient of the network's input.
                     output, forward_time, backward_time = _run(stage, x.requires_grad_(number > 0))
-                except (ValueError, TypeError, RuntimeError) as error:
+                except (ValueError, TypeError, RuntimeError, IndexError) as error:
                     raise StageSelectionError(
                         f"{describe(chain.name)} fails in the unit that ends with {chain.units[number]!r}, on an "
                         f"example of what it is given, {tuple(example.shape)}: {error}. Name with `input` which part "
@@ -89,7 +93,7 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
         forward_seconds=tuple(median(times[1:]) for times in forward),
         backward_seconds=tuple(median(times[1:]) for times in backward),
         shapes=tuple(tuple(output.shape[1:]) for output in outputs),
-        input_shape=tuple(example.shape[1:]),
+        given=NetworkInput(tuple(example.shape[1:]), example.dtype, vocabulary),
         nonnegative=tuple(bool((output >= 0).all()) for output in outputs),
         dtype=outputs[0].dtype,
     )
@@ -108,7 +112,7 @@ def measure_entries(config: StageConfig, measured: Measured, example: Tensor) ->
     seconds: dict[tuple[tuple[int, ...], bool], float] = {}
     for shape, nonnegative in set(boundaries):
         try:
-            network = make_aux_network(config, measured.input_shape, shape, nonnegative=nonnegative, boundary=0)
+            network = make_aux_network(config, measured.given, shape, nonnegative=nonnegative, boundary=0)
         except Exception:  # noqa: BLE001 - a user's network raises what it likes; told if a stage must begin here
             seconds[shape, nonnegative] = math.inf
             continue
@@ -133,6 +137,35 @@ class _Guess(nn.Module):
         guess, multiplier = self.network(x)
         found: Tensor = guess if multiplier is None else guess + multiplier
         return found
+
+
+def _vocabulary(stage: nn.Module, ids: Tensor) -> int | None:
+    """How many token ids there are, by the embedding that is given them; None if none is."""
+    watch = _Embeddings(ids)
+    try:
+        with watch, torch.no_grad():
+            stage(ids)
+    except (ValueError, TypeError, RuntimeError, IndexError):
+        return None  # measuring fails likewise, and says where
+    return max(watch.sizes, default=None)
+
+
+class _Embeddings(TorchFunctionMode):
+    """Notes the sizes of the embeddings that are given some ids."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()
+        self._ids = ids.flatten()
+        self.sizes: list[int] = []
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (functional.embedding, functional.embedding_bag):
+            given, weight = args[:2]
+            # In whatever shape; positions and kinds of tokens, which are embedded too, are other numbers.
+            if torch.equal(given.flatten(), self._ids.to(given.dtype)):
+                self.sizes.append(len(weight))
+        return func(*args, **(kwargs or {}))
 
 
 def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:

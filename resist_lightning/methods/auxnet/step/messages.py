@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
+from resist_lightning.methods.auxnet.network.aux_defaults import NetworkInput
 
 
 class Tag(IntEnum):
@@ -28,16 +29,16 @@ class Tag(IntEnum):
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes without the batch, and the data type of all messages.
+    """The network's input, and without the batch the shapes, and the data type, of all messages.
 
     Args:
-        input: of the network's input.
+        input: of the network.
         boundaries: of the tensor that crosses each boundary, from the first.
         output: of the network's output.
-        dtype: of all of them.
+        dtype: of all messages.
     """
 
-    input: tuple[int, ...]
+    input: NetworkInput
     boundaries: tuple[tuple[int, ...], ...]
     output: tuple[int, ...]
     dtype: torch.dtype

@@ -284,11 +284,11 @@ class StageWorker:
         return self._share
 
     def _check(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self._shapes.input:
+        given, expected = tuple(x.shape[1:]), self._shapes.input.shape
+        if given != expected:
             raise ValueError(
-                f"the network is given {tuple(x.shape[1:])} and was cut with inputs of {self._shapes.input}: what "
-                "crosses a boundary would have another shape. Bring all inputs to one size, and name with `input` "
-                "which part of a batch the network is given."
+                f"the network is given {given} and was cut with inputs of {expected}: what crosses a boundary would "
+                "have another shape. Bring inputs to one size, and name with `input` the part of a batch that it gets."
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resist_lightning import StageConfig, StageSelectionError
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.methods.auxnet.layout import StageLayout
-from resist_lightning.methods.auxnet.network.aux_networks import convolutions
+from resist_lightning.methods.auxnet.network.aux_defaults import convolutions
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.plain import make_net
 
@@ -35,10 +35,9 @@ def tied() -> Outside:
     return module
 
 
-def make_layout(module: nn.Module, **options: Any) -> StageLayout:
+def make_layout(module: nn.Module, shape: tuple[int, ...] = (3, 8, 8), **options: Any) -> StageLayout:
     layout = StageLayout(module, StageConfig(network="net", **options), 2)
-    example = torch.randn(4, 3) if isinstance(module.get_submodule("net"), nn.Sequential) else torch.randn(4, 3, 8, 8)
-    layout.prepare(example, SoloCollective())
+    layout.prepare(torch.randn(4, *shape), SoloCollective())
     return layout
 
 
@@ -66,9 +65,10 @@ def test_another_name_of_a_module_of_the_network_is_not_refused() -> None:
 # ------------------------------------------------------------------ auxiliary networks
 
 
-def test_a_network_of_vectors_without_an_auxiliary_network_is_refused_with_the_reason() -> None:
-    with pytest.raises(StageSelectionError, match=r"here it is \(6,\) of \(3,\). Give `aux_network`"):
-        make_layout(Outside(mlp(MlpBlock), nn.Identity()))
+def test_where_there_is_no_default_auxiliary_network_it_is_refused_with_the_reason() -> None:
+    video = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.Conv3d(2, 1, 1))
+    with pytest.raises(StageSelectionError, match=r"makes \(2, 2, 3, 3\) of \(1, 2, 3, 3\) .* Give `aux_network`"):
+        make_layout(Outside(video, nn.Identity()), (1, 2, 3, 3))
 
 
 def needs(channels: int, error: type[Exception], image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:

@@ -189,6 +189,13 @@ def test_an_own_example_of_one_sample_of_zeros_becomes_a_batch_of_noise() -> Non
     assert found.std() > 0.1
 
 
+def test_an_own_example_of_token_ids_stays_what_it_is() -> None:
+    module = Module()
+    module.example_input_array = torch.zeros(1, 7, dtype=torch.int64)
+
+    assert torch.equal(example(DataLoader(Once(3)), module=module), torch.zeros(2, 7, dtype=torch.int64))
+
+
 def test_the_modules_own_example_must_be_an_input() -> None:
     module = Module()
     module.example_input_array = torch.ones(5, dtype=torch.int64)
@@ -197,7 +204,7 @@ def test_the_modules_own_example_must_be_an_input() -> None:
         example(DataLoader(Once(3)), module=module)
 
 
-X, Y, LABEL = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2])
+X, Y, LABEL, IDS = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2]), torch.tensor([[1, 2], [3, 4]])
 
 
 @pytest.mark.parametrize(
@@ -212,6 +219,7 @@ X, Y, LABEL = torch.rand(2, 3), torch.rand(2, 4), torch.tensor([1, 2])
         ({"views": ["name", (X, Y)], "label": LABEL}, None, X),
         ({"a": (X, LABEL), "b": (Y, LABEL)}, "b", Y),
         ([None, {"image": X}], None, X),
+        ((IDS, LABEL), None, IDS),
     ],
 )
 def test_the_first_tensor_of_a_batch_or_of_a_part_is_the_input(batch: Any, which: Any, found: Tensor) -> None:
@@ -234,6 +242,7 @@ def test_the_first_tensor_of_a_batch_or_of_a_part_is_the_input(batch: Any, which
         ({"name": ["a"], "x": X}, "name", "keys 'name', 'x'; there is no tensor in input='name'"),
         ((LABEL, X), None, r"2 elements; the first tensor in the batch is torch\.int64 of shape \(2,\); .* floating"),
         ((X, LABEL), 1, r"the first tensor in input=1 is torch\.int64 of shape \(2,\)"),
+        ((IDS > 2, LABEL), None, r"is torch\.bool of shape \(2, 2\); .* or token ids"),
         ((torch.tensor(1.0),), None, r"is torch\.float32 of shape \(\); .* with a batch dimension"),
     ],
 )

@@ -45,6 +45,10 @@ NETWORKS = {
         lambda: Blocks(lambda net, x: net.head(net.c(net.b(net.a(net.stem(x - net.mean)) + net.position)))),
         (5, 3),
     ),
+    "a tensor of its own that is given to a layer": (
+        lambda: Blocks(lambda net, x: net.head(net.c(net.b(net.stem(x - net.mean) + net.a(net.position))))),
+        (5, 3),
+    ),
 }
 MADE: dict[str, tuple[nn.Module, torch.Tensor]] = {}
 

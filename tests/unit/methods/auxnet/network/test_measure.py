@@ -7,9 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import embedding, one_hot
 
 from resist_lightning.errors import StageSelectionError
+from resist_lightning.methods.auxnet.network.aux_defaults import NetworkInput
 from resist_lightning.methods.auxnet.network.chain import find_chain
 from resist_lightning.methods.auxnet.network.measure import measure
 from tests.helpers.chains import Blocks
@@ -18,7 +20,7 @@ from tests.helpers.nets import MlpBlock, narrow_resnet, small_preact
 
 def test_shapes_and_signs_of_what_comes_out_of_each_unit():
     measured = measure(find_chain(narrow_resnet(layers=(1, 1, 1, 1))), torch.randn(2, 3, 64, 64), repeats=1)
-    assert measured.input_shape == (3, 64, 64)
+    assert measured.given.shape == (3, 64, 64)
     assert measured.shapes == ((64, 16, 16), (128, 8, 8), (256, 4, 4), (4,))
     assert measured.nonnegative == (True, True, True, False)
     assert measured.dtype == torch.float32
@@ -145,3 +147,37 @@ def test_what_cannot_cross_a_boundary_is_refused(block, problem):
 def test_at_least_one_run_is_measured():
     with pytest.raises(ValueError, match="repeats=0 must be at least 1"):
         measure(find_chain(Blocks()), torch.randn(5, 3), repeats=0)
+
+
+class Reshaped(nn.Module):
+    """Embeds token ids as one long row, and beside them other numbers, by a larger table."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.words, self.places, self.layer = nn.Embedding(9, 4), nn.Embedding(20, 4), nn.Linear(4, 4)
+        self.functional = functional
+
+    def forward(self, ids: Tensor) -> Tensor:
+        row = ids.reshape(-1)
+        embedded = embedding(row, self.words.weight) if self.functional else self.words(row)
+        return self.layer(embedded.reshape(*ids.shape, -1) + self.places(ids * 0 + 3))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_how_many_token_ids_there_are_follows_from_the_embedding_that_is_given_them(functional: bool) -> None:
+    net = nn.Sequential(Reshaped(functional), nn.Linear(4, 2))
+    measured = measure(find_chain(net), torch.arange(6).reshape(2, 3), repeats=1)
+
+    assert measured.given == NetworkInput((3,), torch.int64, vocabulary=9)
+    assert measured.shapes[-1] == (3, 2)
+
+
+def test_of_integers_that_nothing_embeds_it_is_not_known() -> None:
+    class Counts(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return one_hot(ids, 9).float().sum(1)
+
+    net = nn.Sequential(Counts(), nn.Linear(9, 4), nn.Linear(4, 2))
+    measured = measure(find_chain(net), torch.arange(6).reshape(2, 3), repeats=1)
+
+    assert measured.given == NetworkInput((3,), torch.int64, vocabulary=None)

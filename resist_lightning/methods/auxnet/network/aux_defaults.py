@@ -1,0 +1,290 @@
+"""The auxiliary networks that are made by default: for images, sequences and vectors (section 3 of the specification).
+
+    image     (channels, height, width)   convolutions; to a sequence, patches and a transformer block; to a vector, a
+                                          perceptron
+    token ids (tokens,)                   an embedding and a transformer block
+    sequence  (tokens, width)             a linear layer and a transformer block
+    vector    (features,)                 a perceptron
+
+Their depth does not grow with that of the boundary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import truediv
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from resist_lightning.errors import StageSelectionError
+
+_WAY_OUT = "Give `aux_network`: a function from these two shapes to a module."
+_PIXELS = 32  # each way, that are left of a large image of which a vector is made
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """What a network is given.
+
+    Args:
+        shape: without the batch.
+        dtype: of the tensor.
+        vocabulary: of token ids, how many there are; None for other inputs, and where no embedding was seen.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    vocabulary: int | None = None
+
+
+def default_body(given: NetworkInput, boundary: Sequence[int], width: int, heads: int) -> nn.Module:
+    """The default auxiliary network for an input and a boundary.
+
+    Args:
+        given: the network's input.
+        boundary: shape of the boundary, without the batch.
+        width: channels, of a sequence a quarter of them.
+        heads: tensors of the boundary's shape that it makes, side by side in the first dimension behind the batch.
+
+    Raises:
+        StageSelectionError: if there is none for these shapes.
+    """
+    shape, dimensions = given.shape, len(boundary)
+    asked = (heads * boundary[0], *boundary[1:])
+    if not given.dtype.is_floating_point:
+        if len(shape) == 1 and dimensions <= 2 and given.vocabulary is not None:
+            return _of_ids(shape[0], given.vocabulary, boundary, width, heads)
+    elif len(shape) == 1:
+        return perceptron(shape[0], asked, width)
+    elif len(shape) == 2 and dimensions <= 2:
+        return _of_sequence(shape, boundary, width, heads)
+    elif len(shape) == 3 and dimensions == 1:
+        return _image_to_vector(shape, asked, width)
+    elif len(shape) == 3 and dimensions == 2:
+        return _image_to_sequence(shape, boundary, width, heads)
+    elif len(shape) == 3 and dimensions == 3:
+        return _image_to_image(shape, boundary, width, heads)
+    raise StageSelectionError(_why_none(given, boundary))
+
+
+def _why_none(given: NetworkInput, boundary: Sequence[int]) -> str:
+    what = f"there is no default auxiliary network that makes {tuple(boundary)} of {given.shape} ({given.dtype})"
+    if given.dtype.is_floating_point:
+        known = "there are some for images (channels, height, width), sequences (tokens, width) and vectors"
+    elif given.vocabulary is None:
+        known = "of integers, it must be known how many there are, and no embedding of the network was given them"
+    else:
+        known = "of token ids (tokens,), there is one for sequences (tokens, width) and vectors"
+    return f"{what}: {known}. {_WAY_OUT}"
+
+
+# ------------------------------------------------------------------ images
+
+
+def convolutions(image: Sequence[int], boundary: Sequence[int], width: int) -> nn.Sequential:
+    """A stem, a strided 3x3 convolution for each halving of the size, and a 1x1 projection.
+
+    Args:
+        image: channels, height and width of the images.
+        boundary: the same of the boundary.
+        width: channels of the stem; doubled at each halving, up to the boundary's.
+    """
+    wanted = min(map(truediv, image[1:], boundary[1:]))
+    # Down to 2 x 2 pixels: of one, a batch norm makes nothing where a batch has one image.
+    possible = min(image[1:]) / 2
+    halvings = int(math.log2(max(1.0, min(wanted, possible))))
+    widest = max(width, boundary[0])
+    widths = [min(width * 2**halving, widest) for halving in range(halvings + 1)]
+    layers = _layer(image[0], widths[0], stride=1)
+    for before, after in itertools.pairwise(widths):
+        layers += _layer(before, after, stride=2)
+    layers += _layer(widths[-1], widths[-1], stride=1)
+    # Halvings come close to the boundary's size only.
+    resize = ResizeTo(boundary[1:])
+    project = nn.Conv2d(widths[-1], boundary[0], kernel_size=1)
+    return nn.Sequential(*layers, resize, project)
+
+
+class ResizeTo(nn.Module):
+    """Averages an image down to a height and width, or repeats its pixels up to them."""
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.size = tuple(size)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, H, W) to (batch, channels, *size)."""
+        # The usual case; pooling would copy.
+        if x.shape[-2:] == self.size:
+            return x
+        height, width = self.size
+        return functional.adaptive_avg_pool2d(x, (height, width))
+
+
+class ChannelsLast(nn.Module):
+    """Moves the channels of each of several images behind their places, as in Swin."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images = images
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, images * channels, H, W) to (batch, images * H, W, channels)."""
+        each = x.unflatten(1, (self.images, -1))
+        return each.permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+
+def _layer(before: int, after: int, *, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+def _image_to_image(image: Sequence[int], boundary: Sequence[int], width: int, heads: int) -> nn.Module:
+    # The channels stand where the other two are as high to wide as the image; where both are, in front.
+    if _distortion(image, boundary[1:]) <= _distortion(image, boundary[:2]):
+        return convolutions(image, (heads * boundary[0], *boundary[1:]), width)
+    height, breadth, channels = boundary
+    return nn.Sequential(*convolutions(image, (heads * channels, height, breadth), width), ChannelsLast(heads))
+
+
+def _distortion(image: Sequence[int], size: Sequence[int]) -> float:
+    """How far a height and width are from the proportions of an image; 0 if they are the same."""
+    return abs(math.log(image[1] * size[1] / (image[2] * size[0])))
+
+
+def _image_to_vector(image: Sequence[int], asked: Sequence[int], width: int) -> nn.Module:
+    # A vector so early is what a perceptron makes of pixels; of a large image, of fewer.
+    size = [min(_PIXELS, side) for side in image[1:]]
+    features = image[0] * math.prod(size)
+    return nn.Sequential(ResizeTo(size), nn.Flatten(), *perceptron(features, asked, width))
+
+
+# ------------------------------------------------------------------ sequences
+
+
+class Tokens(nn.Module):
+    """Puts learned tokens in front of a sequence, and adds learned positions.
+
+    Args:
+        extra: tokens in front, such as a class token; may be 0.
+        tokens: of the sequence.
+        width: of a token.
+    """
+
+    def __init__(self, extra: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.extra = extra
+        self.positions = nn.Parameter(0.02 * torch.randn(extra + tokens, width))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to (batch, extra + tokens, width)."""
+        # What is added to zeros is a token of its own.
+        padded = functional.pad(x, (0, 0, self.extra, 0)) if self.extra else x
+        return padded + self.positions
+
+
+class ToBoundary(nn.Module):
+    """Projects tokens to the shape of a boundary, after averaging them to fewer where that has fewer.
+
+    Args:
+        width: of a token.
+        boundary: (tokens, width) or (width,).
+        heads: tensors of this shape, side by side in the first dimension behind the batch.
+    """
+
+    def __init__(self, width: int, boundary: Sequence[int], heads: int) -> None:
+        super().__init__()
+        self.boundary, self.heads = tuple(boundary), heads
+        self.project = nn.Linear(width, heads * boundary[-1])
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to (batch, heads * boundary[0], *boundary[1:])."""
+        tokens = _tokens(self.boundary)
+        if x.shape[1] != tokens:
+            x = functional.adaptive_avg_pool1d(x.transpose(1, 2), tokens).transpose(1, 2)
+        each = self.project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return each.reshape(len(x), self.heads * self.boundary[0], *self.boundary[1:])
+
+
+class PatchesToTokens(nn.Module):
+    """Embeds an image's patches, a grid of them, as tokens."""
+
+    def __init__(self, image: Sequence[int], grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        height, breadth = (max(1, side // patches) for side, patches in zip(image[1:], grid, strict=True))
+        self.embed = nn.Conv2d(image[0], width, (height, breadth), stride=(height, breadth))
+        # An image that is no multiple of the grid has patches left over.
+        self.resize = ResizeTo(grid)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, H, W) to (batch, patches, width)."""
+        patches: Tensor = self.resize(self.embed(x))
+        return patches.flatten(2).transpose(1, 2)
+
+
+def _image_to_sequence(image: Sequence[int], boundary: Sequence[int], width: int, heads: int) -> nn.Module:
+    hidden = _hidden(width, boundary)
+    grid = _grid(image, boundary[0])
+    return _transformer(PatchesToTokens(image, grid, hidden), math.prod(grid), hidden, boundary, heads)
+
+
+def _of_ids(tokens: int, vocabulary: int, boundary: Sequence[int], width: int, heads: int) -> nn.Module:
+    hidden = _hidden(width, boundary)
+    return _transformer(nn.Embedding(vocabulary, hidden), tokens, hidden, boundary, heads)
+
+
+def _of_sequence(shape: Sequence[int], boundary: Sequence[int], width: int, heads: int) -> nn.Module:
+    hidden = _hidden(width, boundary)
+    return _transformer(nn.Linear(shape[1], hidden), shape[0], hidden, boundary, heads)
+
+
+def _transformer(embed: nn.Module, tokens: int, width: int, boundary: Sequence[int], heads: int) -> nn.Module:
+    """One block between an embedding, which makes (batch, tokens, width), and the boundary."""
+    # More tokens than the input has: a network puts those that it learns in front.
+    extra = max(0, _tokens(boundary) - tokens)
+    block = nn.TransformerEncoderLayer(
+        width, math.gcd(width, 4), 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.Sequential(
+        embed, Tokens(extra, tokens, width), block, nn.LayerNorm(width), ToBoundary(width, boundary, heads)
+    )
+
+
+def _tokens(boundary: Sequence[int]) -> int:
+    return boundary[0] if len(boundary) == 2 else 1
+
+
+def _hidden(width: int, boundary: Sequence[int]) -> int:
+    """Wide enough for the boundary, up to four times the width that was set: two halvings of an image."""
+    return min(4 * width, max(width, boundary[-1]))
+
+
+def _grid(image: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Rows and columns of patches, as high to wide as the image, that are no more than some tokens."""
+    rows = max(1, math.isqrt(tokens * image[1] // image[2]))
+    columns = max(1, math.isqrt(tokens * image[2] // image[1]))
+    # A very flat image is one row.
+    return min(rows, tokens), min(columns, tokens // min(rows, tokens))
+
+
+# ------------------------------------------------------------------ vectors
+
+
+def perceptron(features: int, asked: Sequence[int], width: int) -> nn.Sequential:
+    """Two hidden layers, four times as wide as the width that was set."""
+    hidden = 4 * width
+    layers: list[nn.Module] = []
+    for before in (features, hidden):
+        layers += [nn.Linear(before, hidden), nn.LayerNorm(hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, math.prod(asked)), nn.Unflatten(1, tuple(asked)))
