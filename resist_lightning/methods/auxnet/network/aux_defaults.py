@@ -138,7 +138,7 @@ class ChannelsLast(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """(batch, images * channels, H, W) to (batch, images * H, W, channels)."""
-        each = x.unflatten(1, (self.images, -1))
+        each: Tensor = x.unflatten(1, (self.images, -1))
         return each.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
@@ -212,7 +212,7 @@ class ToBoundary(nn.Module):
         tokens = _tokens(self.boundary)
         if x.shape[1] != tokens:
             x = functional.adaptive_avg_pool1d(x.transpose(1, 2), tokens).transpose(1, 2)
-        each = self.project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        each: Tensor = self.project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return each.reshape(len(x), self.heads * self.boundary[0], *self.boundary[1:])
 
 

@@ -184,7 +184,7 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
 
 def _tensors(network: nn.Module, node: fx.Node) -> set[int]:
     """Ids of the parameters and buffers that a node uses, in its module and as arguments."""
-    found = set()
+    found: set[int] = set()
     if node.op == "call_module":
         called = network.get_submodule(str(node.target))
         found.update(map(id, named_tensors(called).values()))
