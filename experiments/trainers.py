@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -243,12 +243,34 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     return 100 * right / sum(len(y) for _, y in batches)
 
 
-def quiet_trainer(strategy: Strategy | str, devices: int = 1, **options: Any) -> L.Trainer:
+def differences(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """How far two trained models, which were one model ``before``, lie apart, as a row of a record.
+
+    Numbers that are no fractions, such as the count of batches that a norm has seen, are left out.
+    """
+    found = {name: _distance(value, theirs[name]) for name, value in ours.items() if value.is_floating_point()}
+    worst = max(found, key=lambda name: found[name])
+    return {
+        "tensors": len(found),
+        "equal_tensors": sum(value == 0 for value in found.values()),
+        "largest_difference": found[worst],
+        "largest_difference_in": worst,
+        "largest_change_by_training": max(_distance(ours[name], before[name]) for name in found),
+    }
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.cpu() - other.cpu()).abs().max())
+
+
+def quiet_trainer(strategy: Strategy | str, devices: int | str = 1, **options: Any) -> L.Trainer:
     """A trainer that logs, shows and saves nothing; on the CPU where nothing else is said."""
+    quiet = {"accelerator": "cpu", "enable_checkpointing": False, **options}
     return L.Trainer(
-        strategy=strategy, devices=devices, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **{"accelerator": "cpu", **options},
-    )  # fmt: skip
+        strategy=strategy, devices=devices, logger=False, enable_progress_bar=False, enable_model_summary=False, **quiet
+    )
 
 
 class Module(L.LightningModule):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.accuracy.cases import Case, base, config_of, make_network
 from experiments.accuracy.training import make_trainer, prepared
 from experiments.harness.workers import forked
-from experiments.trainers import accuracy, make_optimizer, rate, set_rate, sgd_step, steps_of, train
+from experiments.trainers import accuracy, differences, make_optimizer, rate, set_rate, sgd_step, steps_of, train
 from resist_lightning import Engine
 
 WORKERS = 2
@@ -41,18 +41,11 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
         # The same examples once more, as the stream of the workers' processes has not moved this one.
         simulated = train(make_trainer(case, options), stream, WORKERS, rates).full_model()
         start.load_state_dict(real)
-        ours = {name: value for name, value in simulated.state_dict().items() if value.is_floating_point()}
-        differences = {name: float((value - real[name]).abs().max()) for name, value in ours.items()}
-        worst = max(differences, key=lambda name: differences[name])
         yield (
             case,
             {
                 "local_steps": steps,
-                "tensors": len(differences),
-                "equal_tensors": sum(value == 0 for value in differences.values()),
-                "largest_difference": differences[worst],
-                "largest_difference_in": worst,
-                "largest_change_by_training": max(float((v - before[name]).abs().max()) for name, v in ours.items()),
+                **differences(simulated.state_dict(), real, before),
                 "test_simulated": accuracy(simulated, data.test),
                 "test_real": accuracy(start, data.test),
             },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -114,14 +114,22 @@ def step_time(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
         net: Any = preact_resnet(settings["depth"], width_multiplier=0.25)
         seconds["resist"] += trained_seconds(strategy, net, loader)
         assert strategy.engine is not None
-        held = strategy.engine.partition.held[worker]
-        # The same blocks in a network that never had the others: what the strategy costs is what is left.
-        alone: Any = preact_resnet(settings["depth"], width_multiplier=0.25)
-        section = alone.section3
-        alone.section3 = nn.Sequential(section[0], *(section[1 + index] for index in held))
+        alone = only_blocks(
+            preact_resnet(settings["depth"], width_multiplier=0.25), strategy.engine.partition.held[worker]
+        )
         seconds["plain loop"] += plain_seconds(alone, loader)
     medians = {name: median(values) for name, values in seconds.items()}
     return {"median_seconds": medians, "ratio": medians["resist"] / medians["plain loop"], "seconds": seconds}
+
+
+def only_blocks(net: Any, held: Iterable[int]) -> nn.Module:
+    """The paper's network with these of the partitioned blocks, as if it never had the others.
+
+    What a strategy costs is what is left between this network's local step and that of the sub-network.
+    """
+    first, *partitioned = net.section3
+    net.section3 = nn.Sequential(first, *(partitioned[index] for index in held))
+    return net
 
 
 def overhead(worker: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def look(folder: Path, unbroken: Unbroken) -> Left:
 
 def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
     """A checkpoint with what every worker has written beside it, and the paths of that."""
-    content = torch.load(path, weights_only=True)
+    # On the CPU: this process forks the workers of the next training, which it could not after using a GPU.
+    content = torch.load(path, map_location="cpu", weights_only=True)
     beside = [Path(f"{path}.workers") / name for name in content.get(CHECKPOINT_KEY, {}).get("files", [])]
     return {**content, "own": [read_sealed(file) for file in beside]}, beside
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ from experiments.faults.cases import SAMPLE, Case, draw
 from experiments.faults.continuation import Unbroken, check_resuming, look, lost_steps, train_unbroken
 from experiments.faults.training import Settings
 from experiments.faults.verdict import findings, survived
-from experiments.faults.workers import ROOT, run_training
+from experiments.faults.workers import run_training
 from experiments.harness import cli
-from experiments.harness.record import read_record, write_record
+from experiments.harness.record import hiding, read_record, write_record
 from experiments.harness.settings import option
 from experiments.harness.tables import show
 
@@ -78,7 +77,7 @@ class Soak:
         ended = run_training(settings, folder, case.launcher, limit=limit)
         left = look(folder, unbroken)
         resumed = check_resuming(settings, folder, left, unbroken) if left.last is not None else None
-        hide = _hiding(folder)
+        hide = hiding(folder)
         found = [hide(finding) for finding in findings(case, ended, left, resumed)]
         errors = [error and {"type": error["type"], "text": hide(error["text"])} for error in ended.errors]
         shutil.rmtree(folder.parent)  # a soak of hundreds would fill the disk
@@ -114,18 +113,6 @@ class Soak:
         """The training that a case strikes."""
         timeout = self.cfg.timeout_seconds + self.cfg.launch_seconds * (case.launcher != "forked")
         return Settings(case.face, case.workers, timeout, self.cfg.silence_seconds, case.fault)
-
-
-def _hiding(folder: Path) -> Callable[[str], str]:
-    """Take out of a text what is of this machine only."""
-    known = {str(folder): "FOLDER", str(ROOT): "ROOT", socket.gethostname(): "HOST"}
-
-    def hide(text: str) -> str:
-        for value, name in known.items():
-            text = text.replace(value, name)
-        return text[:600]
-
-    return hide
 
 
 def soak(options: Options) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Settings:
     silence: float  # of the strategy, in seconds: how long a worker may say nothing
     fault: Fault | None = None  # what goes wrong, if anything does
     resume: str | None = None  # a checkpoint to resume from
+    device: str = "cpu"  # of all workers: several may share a GPU
+    backend: str = "gloo"  # of the process group
+    variables: list[dict[str, str]] = field(default_factory=list)  # more of each worker's environment; may be empty
 
     def write(self, folder: Path) -> None:
         """For processes that are started by a launcher."""
@@ -126,6 +129,8 @@ def make_strategy(settings: Settings) -> SubnetStrategy:
         # The batches on which batch norm would be re-estimated are those of before the fault.
         kind = ResISTStrategy
         options = {**options, "min_blocks": MIN_BLOCKS, "batch_norm": "running"}
+    options["parallel_devices"] = [torch.device(settings.device)] * settings.workers
+    options["process_group_backend"] = settings.backend
     return kind(**options, silence=timedelta(seconds=settings.silence), on_save_error=on_save_error(settings.fault))
 
 
@@ -154,8 +159,6 @@ def train(folder: Path) -> None:
         fault = settings.fault
         trainer = L.Trainer(
             strategy=make_strategy(settings),
-            accelerator="cpu",
-            devices=settings.workers,
             max_epochs=EPOCHS,
             val_check_interval=SAVE_EVERY,
             callbacks=[saving, *([Injector(fault, folder / "struck.json")] if fault is not None else [])],
@@ -176,9 +179,10 @@ def train_as_forked(worker: int, folder: Path, port: int) -> None:
         os.dup2(output.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    workers = Settings.read(folder).workers
+    settings = Settings.read(folder)
     os.environ.update(environment(folder))
-    os.environ.update(LOCAL_RANK=str(worker), NODE_RANK="0", WORLD_SIZE=str(workers))
+    os.environ.update(LOCAL_RANK=str(worker), NODE_RANK="0", WORLD_SIZE=str(settings.workers))
+    os.environ.update(settings.variables[worker] if settings.variables else {})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     tempfile.tempdir = None  # as TMPDIR now says
     rank_zero_only.rank = worker  # as if Lightning had been imported with these variables

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all distinct storages of parameters, gradients and optimizer state."""
-    tensors: list[Tensor] = []
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, more: Iterable[Tensor] = ()) -> int:
+    """Bytes of all distinct storages of parameters, gradients, optimizer state, and ``more``."""
+    tensors = list(more)
     for parameter in model.parameters():
         tensors.append(parameter)
         if parameter.grad is not None:

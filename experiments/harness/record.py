@@ -12,21 +12,33 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST_TEXT = 600
+
 
 def write_record(path: Path, content: Mapping[str, Any], **machine: str | None) -> Path:
-    """Write what was measured into a result file, with hardware and versions; ``machine`` is more about the machine."""
+    """Write what was measured into a result file, with hardware and versions.
+
+    Args:
+        path: the file.
+        content: what was measured.
+        machine: more about the machine. Who gives ``gpu`` here keeps this process, which may fork more, from using it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "gpu" not in machine:
+        machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     stamp = {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
@@ -57,3 +69,22 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _is_list_of_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+class Hide(Protocol):
+    """Takes out of a text all that is of this machine only, and shortens it to its beginning or its ``end``."""
+
+    def __call__(self, text: str, *, end: bool = False) -> str: ...
+
+
+def hiding(folder: Path) -> Hide:
+    """For texts of what ran in ``folder``."""
+    known = {str(folder): "FOLDER", str(ROOT): "ROOT", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON"}
+    known[socket.gethostname()] = "HOST"
+
+    def hide(text: str, *, end: bool = False) -> str:
+        for value, name in known.items():
+            text = text.replace(value, name)
+        return text[-LONGEST_TEXT:] if end else text[:LONGEST_TEXT]
+
+    return hide

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Study:
     path: Path  # the file; it need not exist
     settings: Mapping[str, Any]  # what all its rows have in common
     rows: list[dict[str, Any]]  # what was measured so far
+    machine: Mapping[str, str | None] = field(default_factory=dict)  # more about it than every result file says
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
@@ -72,7 +73,7 @@ class Study:
         draft = self.path.with_suffix(".draft")
         try:
             with redirect_stdout(io.StringIO()):  # it names the file, which is a draft
-                write_record(draft, {"settings": dict(self.settings), "rows": self.rows})
+                write_record(draft, {"settings": dict(self.settings), "rows": self.rows}, **self.machine)
             draft.replace(self.path)
         except OSError as error:
             raise ConfigError(f"out={self.path.parent}: cannot be written ({error}); give another folder") from error

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
@@ -19,33 +19,59 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import multiprocessing as torch_processes
 
+from experiments.harness.links.namespaces import free_port
+
 Program: TypeAlias = Callable[[int, Any], Any]
+Variables: TypeAlias = Callable[[int], Mapping[str, str]]
 PATIENCE = timedelta(seconds=120)
 
 
-def forked(program: Program, task: Any, workers: int) -> list[Any]:
-    """Run ``program(worker, task)`` in so many processes of one process group, of one thread each; what each returned.
+def forked(
+    program: Program, task: Any, workers: int, *, grouped: bool = True, variables: Variables = lambda worker: {}
+) -> list[Any]:
+    """Run ``program(worker, task)`` in so many processes, of one thread each; what each returned.
 
     Forked, so that not every worker imports torch anew: call this before anything is computed here.
+
+    Args:
+        program: what each does; what it returns must fit into JSON.
+        task: its second argument.
+        workers: how many there are.
+        grouped: whether they are in a gloo group when the program begins; else it finds the variables of torchrun.
+        variables: more variables of a worker's environment.
     """
     with tempfile.TemporaryDirectory(prefix="forked_") as folder:
-        arguments = (program, task, workers, folder)
+        port = free_port()
+        ranks = {"WORLD_SIZE": str(workers), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def environment(worker: int) -> dict[str, str]:
+            return {**ranks, "RANK": str(worker), "LOCAL_RANK": str(worker), **variables(worker)}
+
+        begin = _in_group if grouped else _write
+        arguments = (environment, begin, program, task, workers, folder)
         torch_processes.start_processes(_work, arguments, nprocs=workers, daemon=True, start_method="fork")
         return [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in range(workers)]
 
 
-def _work(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
+def _work(worker: int, environment: Variables, begin: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    ranks = {"RANK": worker, "LOCAL_RANK": worker, "NODE_RANK": 0, "WORLD_SIZE": workers}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(environment(worker))
     rank_zero_only.rank = worker  # as if Lightning had been imported with these variables
+    begin(worker, *arguments)
+
+
+def _in_group(worker: int, program: Program, task: Any, workers: int, folder: str) -> None:
     place = f"file://{folder}/rendezvous"  # no port that another process could take
     dist.init_process_group("gloo", init_method=place, rank=worker, world_size=workers, timeout=PATIENCE)
     try:
-        (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
+        _write(worker, program, task, workers, folder)
         dist.barrier()  # who leaves early closes connections that others still need
     finally:
         dist.destroy_process_group()
+
+
+def _write(worker: int, program: Program, task: Any, _: int, folder: str) -> None:
+    (Path(folder) / f"{worker}.json").write_text(json.dumps(program(worker, task)))
 
 
 def each(cases: Sequence[Any], work: Callable[[Any], Any], jobs: int) -> Iterator[tuple[Any, Any]]:
