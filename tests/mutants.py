@@ -78,10 +78,10 @@ MUTANTS = (
     ),
     Mutant(
         "scale not undone after an evaluation",
-        "methods/resist/scaling.py",
-        "tensor.div_(scale)",
+        "methods/resist/folding.py",
+        "each.undo(scale)",
         "pass",
-        ("tests/unit/methods/resist/test_scaling.py",),
+        ("tests/unit/methods/resist/test_folding.py",),
     ),
     Mutant(
         "partial checkpoint",

@@ -24,10 +24,13 @@ class BranchEnd:
     Args:
         tensors: names, within the block, of tensors of one submodule that the branch is proportional to.
         module: name, within the block, of the submodule whose output is proportional to them; None if none is called.
+        divided: names, within the block, of tensors that are divided by a factor on the others: of a gate whose input
+            is proportional to them, as in squeeze-and-excitation.
     """
 
     tensors: tuple[str, ...]
     module: str | None
+    divided: tuple[str, ...] = ()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from resist_lightning.methods.residual import Block
@@ -20,6 +20,7 @@ SCALE = 0.3
 """No power of two, so that rounding is seen too."""
 
 
+@torch.no_grad()
 def branches_differ(name: str, network: nn.Module, blocks: Iterable[Block]) -> float:
     """Compare each block as it evaluates in the full model with its reference.
 
@@ -62,8 +63,7 @@ def _arguments(name: str, network: nn.Module, blocks: Iterable[Block]) -> list[t
         given[id(module)] = copy.deepcopy((args, named))
 
     handles = [block.module.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    with torch.no_grad():
-        zoo.loss_of(name, network, zoo.batch_of(name, 0, 1))
+    zoo.loss_of(name, network, zoo.batch_of(name, 0, 1))
     for handle in handles:
         handle.remove()
     return [given[id(block.module)] for block in blocks]

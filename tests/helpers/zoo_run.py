@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,6 +19,7 @@ from resist_lightning.methods.resist.layout import BlockLayout
 from tests.helpers import zoo
 from tests.helpers.trainers import make_trainer, run_trainers
 from tests.helpers.training import clone_state
+from tests.helpers.zoo_branches import branches_differ
 
 WORKERS, LOCAL_STEPS, STEPS, MIDDLE, HELD_OUT = 2, 5, 12, 7, 2
 """Both the end and the checkpoint to resume from lie in the middle of a round."""
@@ -67,6 +69,7 @@ class Found:
     Args:
         blocks: names of the blocks by default.
         hooked: those of them whose scale no checkpoint carries.
+        branches: largest deviation of a block, scaled, from its reference, in relation to what the scale changes.
         held: share of the parameters that a worker holds, mean over workers and rounds.
         reported: validation loss of the full model.
         plain: the same loss of the checkpoint, loaded into the plain network.
@@ -77,6 +80,7 @@ class Found:
 
     blocks: tuple[str, ...]
     hooked: tuple[str, ...]
+    branches: float
     held: float
     reported: float
     plain: float
@@ -98,13 +102,17 @@ def examine(name: str) -> Found:
     own = saved["resist_lightning"]
     trained, unscaled = Trainee(name), Trainee(name)
     trained.load_state_dict(saved["state_dict"])
-    factors = dict.fromkeys(own["folded"] if own["scale"] != 1 else (), own["scale"])
+    factors = {
+        **dict.fromkeys(own["folded"] if own["scale"] != 1 else (), own["scale"]),
+        **dict.fromkeys(own["divided"] if own["scale"] != 1 else (), 1 / own["scale"]),
+    }
     unscaled.load_state_dict({key: value / factors.get(key, 1) for key, value in saved["state_dict"].items()})
     layout = BlockLayout(Trainee(name), Config(), WORKERS)
     return Found(
         blocks=tuple(block.name for block in layout.blocks),
         hooked=tuple(own["hooked"]) if own["scale"] != 1 else (),
-        held=held_share(layout),
+        branches=branches_differ(name, layout.module.net, layout.blocks),
+        held=fmean(held_shares(layout)),
         reported=results[0][0],
         plain=_evaluate(trained),
         unscaled=_evaluate(unscaled),
@@ -113,11 +121,10 @@ def examine(name: str) -> Found:
     )
 
 
-def held_share(layout: BlockLayout) -> float:
-    """Share of the parameters that a worker holds, mean over workers and rounds."""
+def held_shares(layout: BlockLayout) -> list[float]:
+    """Share of the parameters that a worker holds, for each worker and round."""
     total = sum(parameter.numel() for parameter in layout.module.parameters())
-    held = [count for round in range(ROUNDS) for count in layout.held_parameters(round)]
-    return sum(held) / len(held) / total
+    return [count / total for round in range(ROUNDS) for count in layout.held_parameters(round)]
 
 
 def _train(worker: int, name: str, folder: str) -> tuple[float, bool]:

@@ -20,7 +20,7 @@ from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import Block, BranchEnd
 from resist_lightning.methods.resist.branches import find_branch_ends
 from resist_lightning.methods.resist.bypass import first_argument, input_of, output_form
-from resist_lightning.methods.resist.scaling import foldable
+from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
 from resist_lightning.state.random_state import random_state, set_random_state
 
@@ -215,7 +215,8 @@ class _Look:
 
 def _prefixed(end: BranchEnd, prefix: str) -> BranchEnd:
     module = None if end.module is None else prefix + end.module
-    return BranchEnd(tuple(prefix + name for name in end.tensors), module)
+    tensors, divided = (tuple(prefix + name for name in names) for names in (end.tensors, end.divided))
+    return BranchEnd(tensors, module, divided)
 
 
 def _kind(body: nn.Module) -> Any:

@@ -21,11 +21,12 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, default_min_blocks
+from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief
 from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.methods.resist.scaling import BranchScaling, coverage, foldable
+from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -116,14 +117,14 @@ class BlockLayout(Layout):
         seen: dict[str, Any] = {}
         for block in self.blocks:
             if block.seen.ends is not None:
-                seen[block.name] = [[end.tensors, end.module] for end in block.seen.ends]
+                seen[block.name] = [[end.tensors, end.module, end.divided] for end in block.seen.ends]
         told = [json.loads(text) for text in collective.gather_bytes(json.dumps(seen).encode())]
         for block in self.blocks:
             known = [ends[block.name] for ends in told if block.name in ends]
             if known:
                 # Of workers that have seen different things, one could not run the block.
                 best: list[Any] = next((ends for ends in known if ends), [])
-                block.seen.ends = tuple(BranchEnd(tuple(tensors), module) for tensors, module in best)
+                block.seen.ends = tuple(BranchEnd(tuple(own), module, tuple(divided)) for own, module, divided in best)
         self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
         if stepped and collective.worker == 0:
             self._warn_of_hooks()

@@ -119,7 +119,7 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
             "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
             f"{candidates(module)}"
         )
-    shares = [_share(module, blocks) for blocks in choices]
+    shares = [share_of(module, blocks) for blocks in choices]
     enough = min(_PARTITIONED, max(shares) - _CLOSE)
     return next(blocks for blocks, share in zip(choices, shares, strict=True) if blocks and share >= enough)
 
@@ -147,7 +147,7 @@ def _refuse_untrained(module: nn.Module, blocks: Sequence[Block], trained: Colle
         )
 
 
-def _share(module: nn.Module, blocks: Iterable[Block]) -> float:
+def share_of(module: nn.Module, blocks: Iterable[Block]) -> float:
     """The share of a module's parameters that lies in some blocks."""
     total = sum(parameter.numel() for parameter in module.parameters())
     return sum(parameter.numel() for block in blocks for parameter in block.module.parameters()) / max(total, 1)

@@ -16,8 +16,8 @@ from resist_lightning.comm.tensors import averaged_bytes
 from resist_lightning.methods.residual import Block, BranchEnd, find_blocks
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.config import default_min_blocks
+from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import default_choices, names_chosen
-from resist_lightning.methods.resist.scaling import foldable
 from resist_lightning.methods.resist.short_globs import short_globs
 from resist_lightning.methods.resist.structure import repeated_blocks
 from resist_lightning.schedule.partition import blocks_per_worker

@@ -8,10 +8,9 @@ not be verified is scaled by a hook instead: x + s (block(x) - x).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -20,15 +19,8 @@ from typing_extensions import override
 from resist_lightning.methods.layout import Scaling
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import first_argument
+from resist_lightning.methods.resist.folding import Folded, fold, foldable, folded, last_layer, unfold
 from resist_lightning.methods.resist.partition import Schedule
-
-# Exactly these classes: a derived one may do more, such as an activation, or a weight that each call computes.
-_LINEAR_IN_WEIGHT = {
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-}
-_LINEAR_BY_NAME = {"FrozenBatchNorm2d"}  # torchvision's
 
 
 def coverage(schedule: Schedule) -> float:
@@ -37,51 +29,6 @@ def coverage(schedule: Schedule) -> float:
         return 1.0
     held = schedule.partition(schedule.warmup_rounds).held
     return sum(map(len, held)) / (schedule.workers * schedule.blocks)
-
-
-def foldable(block: Block) -> bool:
-    """Whether the scale folds into weights of the block."""
-    return bool(folded([block]))
-
-
-def fold(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Multiply the tensors of :func:`folded` by ``scale``.
-
-    Returns:
-        Copies, by name, of the tensors that dividing by ``scale`` would not restore bit for bit.
-    """
-    originals: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            original = tensor.detach().clone()
-            tensor.mul_(scale)
-            if not torch.equal(tensor / scale, original):
-                originals[name] = original
-    return originals
-
-
-def folded(blocks: Iterable[Block]) -> dict[str, Tensor]:
-    """The tensors, by name, that the residual branches of present blocks are proportional to."""
-    found: dict[str, Tensor] = {}
-    for block in blocks:
-        if block.seen.ends:
-            tensors = block.tensors()
-            for end in block.seen.ends:
-                for name in end.tensors:
-                    found[f"{block.name}.{name}"] = tensors[f"{block.name}.{name}"]
-        else:
-            found.update(_last_layer(block))
-    return found
-
-
-def unfold(tensors: Mapping[str, Tensor], scale: float, originals: Mapping[str, Tensor]) -> None:
-    """Undo :func:`fold`, exactly."""
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in originals:
-                tensor.copy_(originals[name])
-            else:
-                tensor.div_(scale)
 
 
 class ScaleHook:
@@ -208,7 +155,7 @@ class BranchScaling(Scaling):
         self._blocks = blocks
         self._hooks = ScaleHooks([], 1.0)
         # As of the last `apply`: a block may show where its branches end in the very evaluation that hooks it.
-        self._folded: dict[str, Tensor] = {}
+        self._folded: dict[str, Folded] = {}
         self._hooked: list[Block] = []
 
     @override
@@ -225,7 +172,7 @@ class BranchScaling(Scaling):
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return self._folded
+        return {name: each.tensor for name, each in self._folded.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -233,24 +180,31 @@ class BranchScaling(Scaling):
             "scale": self.scale,
             "blocks": [block.name for block in self._blocks],
             "hooked": [block.name for block in self._hooked],
-            "folded": list(self._folded),
+            "folded": [name for name, each in self._folded.items() if not each.divided],
+            "divided": [name for name, each in self._folded.items() if each.divided],
         }
 
     @override
     def tensors_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: each.tensor for name, each in self._folded_in(state).items()}
+
+    def _folded_in(self, state: Mapping[str, Any]) -> dict[str, Folded]:
+        """The tensors that a saved full model has folded its scale into."""
         if state["scale"] == 1:
             return {}
         # The saved model may have partitioned other blocks: those are left as they are.
         blocks = [block for block in self._blocks if block.name in state["blocks"]]
         if "folded" not in state:  # of a version that folded the ends of known classes only
-            return {name: tensor for block in blocks for name, tensor in _last_layer(block).items()}
+            return {name: Folded(tensor) for block in blocks for name, tensor in last_layer(block).items()}
+        divided = state.get("divided", ())
+        names = {*state["folded"], *divided}
         tensors = {name: tensor for block in blocks for name, tensor in block.tensors().items()}
-        return {name: tensors[name] for name in state["folded"] if name in tensors}
+        return {name: Folded(tensors[name], name in divided) for name in tensors if name in names}
 
     @override
     def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
-        tensors = self.tensors_of(state)
-        chosen = {name: tensor for name, tensor in tensors.items() if only is None or name in only}
+        tensors = self._folded_in(state)
+        chosen = {name: each for name, each in tensors.items() if only is None or name in only}
         unfold(chosen, state["scale"], state["originals"])
 
 
@@ -260,16 +214,3 @@ def remove_scale_hooks(module: nn.Module) -> None:
         for key in [key for key, hook in child._forward_hooks.items() if isinstance(hook, ScaleHook)]:
             del child._forward_hooks[key]
             child._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _last_layer(block: Block) -> dict[str, Tensor]:
-    """Weight and bias of the branch's last layer, by name; empty if it is not known to be linear in them."""
-    if block.branch_end is None:
-        return {}
-    layer = block.module.get_submodule(block.branch_end)
-    if type(layer) not in _LINEAR_IN_WEIGHT and type(layer).__name__ not in _LINEAR_BY_NAME:
-        return {}
-    own: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    if "weight" not in own:
-        return {}
-    return {f"{block.name}.{block.branch_end}.{name}": own[name] for name in ("weight", "bias") if name in own}

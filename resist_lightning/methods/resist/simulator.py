@@ -22,9 +22,10 @@ from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.resist.bypass import Bypass
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.first_forward import FirstForward
+from resist_lightning.methods.resist.folding import fold, foldable, folded
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
-from resist_lightning.methods.resist.scaling import ScaleHooks, fold, foldable, folded
+from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import SyncPlan, plan_sync

@@ -13,7 +13,7 @@ from torchvision.ops import SqueezeExcitation, StochasticDepth
 from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.branches import find_branch_ends
 from resist_lightning.methods.resist.first_forward import FirstForward
-from resist_lightning.methods.resist.scaling import fold, folded
+from resist_lightning.methods.resist.folding import fold, folded
 from tests.helpers.hand_written import WIDTH, DiTBlock, EncoderBlock, WideBlock
 from tests.helpers.training import assert_equal_states, clone_state
 
@@ -42,7 +42,7 @@ ONLY_LOOK_RESIDUAL = {
     "a doubled skip": (lambda b, x: x + x + b.f(x), TOKENS),
     "a sum without a skip": (lambda b, x: b.f(x) + b.g(x), TOKENS),
     "a layer on the skip": (lambda b, x: b.g(x) + b.f(x.relu()), TOKENS),
-    "squeeze and excitation at the end": (lambda b, x: x + b.se(b.conv(x)), IMAGE),
+    "a gate by another activation": (lambda b, x: x + b.conv(x).relu() * b.se(b.conv(x)), IMAGE),
     "squeeze and excitation of the sum": (lambda b, x: b.se(x + b.conv(x)), IMAGE),
     "a smooth activation after the sum": (lambda b, x: functional.gelu(x + b.f(x)), TOKENS),
     "tanh after the sum": (lambda b, x: torch.tanh(x + b.f(x)), TOKENS),
@@ -64,6 +64,11 @@ RESIDUAL = {
     "relu after the sum": (lambda b, x: (x + b.f(x)).relu(), TOKENS, {"f.weight f.bias"}),
     "a norm after the sum": (lambda b, x: b.norm(x + b.f(x)), TOKENS, {"f.weight f.bias"}),
     "a norm at the end of the branch": (lambda b, x: x + b.norm(b.f(x)), TOKENS, {"norm.weight norm.bias"}),
+    "squeeze and excitation at the end": (
+        lambda b, x: x + b.drop(b.se(b.conv(x))),
+        IMAGE,
+        {"conv.weight conv.bias / se.fc1.weight"},
+    ),
     "a difference": (lambda b, x: x - b.f(x), TOKENS, {"f.weight f.bias"}),
 }
 WHOLE = {
@@ -73,9 +78,11 @@ WHOLE = {
 }
 
 
-def made(forward: Callable[[Made, Tensor], Tensor], x: Tensor) -> Made:
+def made(forward: Callable[[Made, Tensor], Tensor], x: Tensor, **parts: nn.Module) -> Made:
     """A block with the layers that its forward uses, and no others."""
     body = Made(forward)
+    for name, part in parts.items():
+        body.add_module(name, part)
     called: set[str] = set()
     handles = [
         child.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, child in body.named_children()
@@ -90,7 +97,10 @@ def made(forward: Callable[[Made, Tensor], Tensor], x: Tensor) -> Made:
 
 
 def ends_of(body: nn.Module, x: Tensor) -> set[str]:
-    return {" ".join(end.tensors) for end in find_branch_ends(body, x, body)}
+    return {
+        " / ".join(" ".join(names) for names in (end.tensors, end.divided) if names)
+        for end in find_branch_ends(body, x, body)
+    }
 
 
 @pytest.mark.parametrize("kind", ONLY_LOOK_RESIDUAL)
@@ -116,6 +126,13 @@ def test_blocks_as_people_write_them(kind: str) -> None:
     assert ends_of(make(), torch.randn(shape)) == expected
 
 
+def test_the_hook_on_a_gated_branch_is_behind_the_gate() -> None:
+    x = torch.randn(IMAGE)
+    body = made(RESIDUAL["squeeze and excitation at the end"][0], x)
+
+    assert [end.module for end in find_branch_ends(body, x, body)] == ["se"]
+
+
 def test_a_gate_from_a_condition_is_no_end_of_its_own() -> None:
     block, condition = DiTBlock(), torch.randn(3, WIDTH)
 
@@ -131,6 +148,26 @@ def test_a_hint_is_verified_and_not_believed() -> None:
 
     assert find_branch_ends(body, x, body, hint=right) == right
     assert find_branch_ends(other, x, other, hint=wrong) == find_branch_ends(other, x, other) != wrong
+
+
+class StateSpace(nn.Module):
+    """A mixer whose own parameter is used before its last layer, as in Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = nn.Parameter(torch.ones(WIDTH))
+        self.enter, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        return self.out(functional.silu(y) + self.skip * y)
+
+
+def test_a_part_of_a_branch_is_no_branch_of_its_own() -> None:
+    """In Mamba D and the output projection were both scaled: D is applied first, but its module returns last."""
+    body = made(lambda b, x: x + b.mixer(b.norm(x)), torch.randn(TOKENS), mixer=StateSpace())
+
+    assert ends_of(body, torch.randn(TOKENS)) == {"mixer.out.weight"}
 
 
 class Two(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.first_forward import FirstForward
-from resist_lightning.methods.resist.scaling import fold, folded
+from resist_lightning.methods.resist.folding import fold, folded
 from resist_lightning.methods.resist.subnet import SubnetBlock
 from tests.helpers.nets import Undeclared
 from tests.helpers.residual import TOKENS, WIDTH, Add, Gate, Mixer, Odd, Scaled, Wrapper

@@ -1,4 +1,4 @@
-"""Test-time scaling: folded into weights it equals a factor on the branch, and it is undone exactly (contract 8)."""
+"""Test-time scaling: a factor on the branch, by hooks or in weights (test_folding.py), in the full model."""
 
 from __future__ import annotations
 
@@ -10,85 +10,12 @@ import torch
 from torch import nn
 
 from resist_lightning.methods.residual import Block, recognise
+from resist_lightning.methods.resist.folding import fold, foldable, folded
 from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.methods.resist.scaling import (
-    ScaleHooks,
-    coverage,
-    fold,
-    foldable,
-    folded,
-    remove_scale_hooks,
-    unfold,
-)
+from resist_lightning.methods.resist.scaling import ScaleHooks, coverage, remove_scale_hooks
 from resist_lightning.models import PreActBlock
 from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, mlp, randomise_norms, residual_block
-
-KINDS = ["preact", "basic", "bottleneck", "resnext", "renamed"]
-
-
-def branch(block, x):
-    """The residual branch, written down a second time."""
-    if isinstance(block, PreActBlock):
-        return block.conv2(torch.relu(block.bn2(block.conv1(torch.relu(block.bn1(x))))))
-    out = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
-    return out if not hasattr(block, "conv3") else block.bn3(block.conv3(torch.relu(out)))
-
-
-def ended(block, y):
-    """What follows the addition: torchvision's blocks activate."""
-    return y if isinstance(block, PreActBlock) else torch.relu(y)
-
-
-def block_of(kind):
-    module, x = residual_block(kind)
-    block = recognise("b", module)
-    assert isinstance(block, Block)
-    return block, module, x
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [0.5, 0.3])
-def test_folding_multiplies_the_residual_branch(kind, scale):
-    block, module, x = block_of(kind)
-    with torch.no_grad():
-        original = branch(module, x)
-        torch.testing.assert_close(module(x), ended(module, x + original))  # the second writing is right
-        fold(folded([block]), scale)
-        torch.testing.assert_close(module(x), ended(module, x + scale * original), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(module(x), ended(module, x + original))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [1 / 2, 1 / 3, 0.3, 5 / 22])
-def test_unfolding_restores_bit_for_bit(kind, scale):
-    block, module, _ = block_of(kind)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    originals = fold(folded([block]), scale)
-    scaled = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    changed = {name for name in before if not torch.equal(before[name], scaled[name])}
-    unfold(folded([block]), scale, originals)
-    assert changed == (
-        {"conv2.weight"} if kind == "preact" else {f"{block.branch_end}.{n}" for n in ("weight", "bias")}
-    )
-    for name, tensor in module.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-
-
-def test_unfolding_tiny_and_huge_numbers_restores_them_too():
-    block, module, _ = block_of("basic")
-    numbers = torch.tensor([0.0, -0.0, 1e-45, 3e-45, 1e-38, 3.4e38, 1.0, -7.0])
-    with torch.no_grad():
-        module.bn2.weight.copy_(numbers)
-    originals = fold(folded([block]), 1 / 3)
-    unfold(folded([block]), 1 / 3, originals)
-    assert module.bn2.weight.tolist() == numbers.tolist()
-
-
-def test_a_power_of_two_needs_no_copies():
-    block, _, _ = block_of("preact")
-    assert fold(folded([block]), 0.5) == {}
-    unfold(folded([block]), 0.5, {})
-    assert set(fold(folded([block]), 0.3)) == {"b.conv2.weight"}
+from tests.helpers.scaled import KINDS, block_of, branch, ended
 
 
 @pytest.mark.parametrize("kind", [Undeclared, OwnForward])
