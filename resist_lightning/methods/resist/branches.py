@@ -4,7 +4,8 @@ A group of tensors, such as the weight and bias of a layer, ends a branch if the
 the group: output(s) = output(0) + s (output(1) - output(0)). The block runs with random weights of single precision,
 the same on all workers. Branches are found from the last to the first: each that is found
 is switched off, as a later branch is no linear function of an earlier one. In the end all are off, and the block must
-be the identity, or an activation or a norm of its input.
+be the identity, or an activation or a norm of its input. Of two branches, the later one may see the earlier one as a
+part of its input only.
 
 A branch may end in a gate of itself, as in squeeze-and-excitation: z gate(W z + b) is linear in a factor on z if W is
 divided by the same factor.
@@ -103,11 +104,11 @@ class _Search:
         x = self._runs.x * _LARGE
         for index, end in enumerate(ends):
             later = ends[:index]
-            if any(self._within(other, end) for other in later):
-                return False
             if not self._is_linear(end, later, x, self._runs.run({}, _groups(later), x).value, far=True):
                 return False
-        return self._runs.is_identity(x, _groups(ends))
+        if not self._runs.is_identity(x, _groups(ends)):
+            return False
+        return all(self._apart(end, later, ends) for index, end in enumerate(ends) for later in ends[:index])
 
     def module_of(self, end: _End, off: Sequence[_End]) -> str | None:
         """Name of the innermost submodule whose output they scale, so that a hook there scales the branch; else None.
@@ -145,6 +146,24 @@ class _Search:
             if gated.gate and self._is_linear(gated, off, self._runs.x, full):
                 return gated
         return None
+
+    def _apart(self, end: _End, later: _End, ends: Sequence[_End]) -> bool:
+        """Whether a later branch sees an earlier one in its input only, or not at all; all others are off.
+
+        Else the earlier end is a part of the later branch too, inside which nothing must be scaled.
+        """
+        rest = _groups([other for other in ends if other not in (end, later)])
+        neither = self._runs.run({}, _groups(ends)).value
+        alone = self._runs.run(end.factors(0.5), [*rest, later.group]).value
+        other = self._runs.run({}, [*rest, end.group]).value
+        both = self._runs.run(end.factors(0.5), rest).value
+        limit = _LINEAR * (both - neither).abs().max()
+        # Side by side, the two add up.
+        inside = between_bounds(both) & between_bounds(other) & between_bounds(alone) & between_bounds(neither)
+        if differ_at_most((both - other)[inside], (alone - neither)[inside], limit):
+            return True
+        # One after the other, the later branch takes the sum for its input, wherever it comes from.
+        return differ_at_most(both, self._runs.run({}, [*rest, end.group], alone).value, limit)
 
     def _within(self, end: _End, other: _End) -> bool:
         """Whether an end has no effect where another one is off."""

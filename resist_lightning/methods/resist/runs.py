@@ -60,7 +60,7 @@ class Runs:
         self._call = call
         self._tensors: dict[str, Tensor] = {}
         self.groups: list[Group] = []
-        self.names = [name for name, _ in body.named_modules()]
+        self.names: list[str] = [name for name, _ in body.named_modules()]
         for owner, child in body.named_modules():
             own = {f"{owner}.{name}".lstrip("."): tensor for name, tensor in own_tensors(child).items()}
             self._tensors.update(own)

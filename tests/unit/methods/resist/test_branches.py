@@ -28,6 +28,7 @@ class Made(nn.Module):
         self.f, self.g = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.norm, self.scale = nn.LayerNorm(WIDTH), nn.Parameter(torch.ones(WIDTH))
         self.conv, self.se = nn.Conv2d(WIDTH, WIDTH, 1), SqueezeExcitation(WIDTH, 4)
+        self.last = nn.Conv2d(WIDTH, WIDTH, 1)
         self.drop = StochasticDepth(0.5, "row")
         self.put_together = forward
 
@@ -71,6 +72,17 @@ RESIDUAL = {
     ),
     "a difference": (lambda b, x: x - b.f(x), TOKENS, {"f.weight f.bias"}),
 }
+ENTANGLED = {
+    "an end inside a later branch": (lambda b, x: (y := x + b.f(x)) + b.g(b.f(y).relu()), TOKENS),
+    "a branch that a later one reads": (lambda b, x: x + (y := b.f(x)) + b.g(y.relu()), TOKENS),
+    "shift and scale of a branch from one layer": (
+        lambda b, x: x + b.f(x).relu() * (1 + (y := b.g(x.flip(1)))) + y.flip(2), TOKENS
+    ),
+    "a gate that a later branch uses too": (
+        lambda b, x: (y := x + b.se(b.conv(x))) + b.last(b.se(y)), IMAGE
+    ),
+}  # fmt: skip
+"""Each is linear in both ends, one after the other, but no scale on both scales the branches."""
 WHOLE = {
     "pre-norm": (lambda: EncoderBlock(norm_first=True), TOKENS, {"out.weight out.bias", "down.weight down.bias"}),
     "post-norm": (lambda: EncoderBlock(norm_first=False), TOKENS, {"out.weight out.bias", "down.weight down.bias"}),
@@ -106,6 +118,14 @@ def ends_of(body: nn.Module, x: Tensor) -> set[str]:
 @pytest.mark.parametrize("kind", ONLY_LOOK_RESIDUAL)
 def test_a_block_that_only_looks_residual_has_no_ends(kind: str) -> None:
     forward, shape = ONLY_LOOK_RESIDUAL[kind]
+
+    x = torch.randn(shape)
+    assert ends_of(made(forward, x), x) == set()
+
+
+@pytest.mark.parametrize("kind", ENTANGLED)
+def test_a_branch_that_is_a_part_of_another_one_leaves_no_ends(kind: str) -> None:
+    forward, shape = ENTANGLED[kind]
 
     x = torch.randn(shape)
     assert ends_of(made(forward, x), x) == set()
