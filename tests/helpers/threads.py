@@ -124,9 +124,22 @@ def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[l
             room.barrier.abort()
             raise
 
+    return call_in_threads(work, workers, consequences=(threading.BrokenBarrierError, Empty)), room
+
+
+def call_in_threads(
+    work: Callable[[int], Any], workers: int, consequences: type[BaseException] | tuple[type[BaseException], ...]
+) -> list[Any]:
+    """Call ``work(worker)`` in a thread for each worker; returns the values in order.
+
+    Args:
+        work: called with the worker's number.
+        workers: how many there are.
+        consequences: errors that one worker raises because of another's; others are raised before them.
+    """
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
     failures = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError | Empty)):
+    for error in sorted(failures, key=lambda error: isinstance(error, consequences)):
         raise error
-    return [future.result() for future in futures], room
+    return [future.result() for future in futures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resist_lightning import Config, Engine, Simulator
+from resist_lightning.comm.collective import Collective
 from resist_lightning.models import PreActResNet
 
 CLASSES = 4
+
+_ONE_AT_A_TIME = threading.Lock()  # workers may be threads, with one random generator
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Run:
 
 def make_model(run: Run) -> nn.Module:
     """A pre-activation network of about 10,000 parameters, the same in every process."""
-    with torch.random.fork_rng():
+    with _ONE_AT_A_TIME, torch.random.fork_rng():
         torch.manual_seed(7)
         model = PreActResNet(run.sections, CLASSES, width_multiplier=1 / 16)
     for name, parameter in model.named_parameters():
@@ -60,12 +64,15 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tens
 
 
 def train_engine(
-    worker: int, run: Run, each_step: Callable[[Engine, int], None] | None = None
+    worker: int,
+    run: Run,
+    each_step: Callable[[Engine, int], None] | None = None,
+    collective: Collective | None = None,
 ) -> tuple[Engine, dict[str, Tensor]]:
     """Train this process's worker to the end; returns the engine and the full model's state."""
     model = make_model(run)
     optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
     engine.start()
     for step in range(run.steps):
         train_step(model, optimizer, batch_of(worker, step))

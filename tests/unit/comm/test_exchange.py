@@ -14,6 +14,7 @@ from resist_lightning.comm.exchange import Exchange, Kinds, Payload
 from resist_lightning.schedule.partition import draw_partition, everything
 from resist_lightning.schedule.transfers import plan_observation, plan_sync
 from tests.helpers.partitions import two_partitions
+from tests.helpers.strict_collective import run_strictly
 from tests.helpers.threads import run_threads
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def mean_of(copies):
 @given(two_partitions())
 def test_every_next_holder_has_the_mean_over_the_last_holders_and_integers_the_maximum(partitions):
     before, after = partitions
-    results, _ = run_threads(sync_one, before.workers, before, after, True)
+    results, _ = run_strictly(sync_one, before.workers, before, after, True)
     for worker, (has, states, averaged, _) in enumerate(results):
         assert set(has) == set(after.held[worker])
         for block, tensors in has.items():

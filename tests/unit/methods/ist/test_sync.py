@@ -22,6 +22,7 @@ from tests.helpers.ist import (
     train_engine,
     train_simulator,
 )
+from tests.helpers.strict_collective import run_strictly
 from tests.helpers.threads import run_threads
 from tests.helpers.training import assert_equal_states, clone_state, train_step
 
@@ -53,7 +54,7 @@ def train(collective, run):
 @given(runs())
 def test_workers_train_what_the_reference_trains(drawn):
     run, workers = drawn
-    states, _ = run_threads(train, workers, run)
+    states, _ = run_strictly(train, workers, run)
     assert_equal_states(states[0], train_simulator(run, workers).full_model().state_dict())
     for state in states[1:]:
         assert_equal_states(state, states[0], exactly=True)

@@ -1,0 +1,337 @@
+"""Workers as threads that talk by NCCL's rules, for tests without a GPU of what NCCL would refuse, mix up or hang in.
+
+gloo forgives what NCCL does not. Here, as there:
+
+- a tensor on another device than the worker's, with gaps, or of an unknown data type is refused;
+- what a worker posts is executed in the order in which it was posted, one operation after the other; the messages of
+  one exchange are one operation, and run at once;
+- tags are ignored: of the messages between two workers the first sent is the first received, whatever their tags;
+- a send ends when it is received, not before;
+- the memory of an operation may be neither read nor written from when it is posted until it was waited for; here a write
+  is an error, there it is a race.
+
+Where all workers wait for what cannot happen, all of them raise, with what each has posted, instead of waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_lightning.comm.byte_formulas import all_reduce_bytes
+from resist_lightning.comm.collective import Collective, Finish, Messages
+from tests.helpers.threads import SECONDS, call_in_threads
+
+KNOWN = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+}
+"""Data types that NCCL sends; booleans as bytes."""
+
+
+class RuleBroken(AssertionError):
+    """What NCCL would refuse, or make wrong numbers of."""
+
+
+class Deadlock(RuleBroken):
+    """What NCCL would wait for until its timeout."""
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operation that a worker has posted.
+
+    Args:
+        worker: whose.
+        what: that all workers must say alike, e.g. ``all_reduce``; ``exchange`` for messages.
+        inputs: of a collective.
+        outputs: of a collective.
+        sends: messages, in order, with their targets.
+        receives: messages, in order, with their sources.
+    """
+
+    worker: int
+    what: str
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    sends: list[tuple[int, Tensor]] = field(default_factory=list)
+    receives: list[tuple[int, Tensor]] = field(default_factory=list)
+    done: bool = False
+    awaited: bool = False
+
+    def __post_init__(self) -> None:
+        messages = [tensor for _, tensor in [*self.sends, *self.receives]]
+        self.memory = [*self.inputs, *self.outputs, *messages]
+        self.signature = f"{self.what} {[_describe(tensor) for tensor in self.inputs]}"
+        self._bits: list[Tensor] = []
+
+    def note(self) -> None:
+        """Remember the memory as it is."""
+        self._bits = [_bits(tensor) for tensor in self.memory]
+
+    def check(self) -> None:
+        """Raise if somebody has written into the memory."""
+        for tensor, bits in zip(self.memory, self._bits, strict=True):
+            if not torch.equal(_bits(tensor), bits):
+                raise RuleBroken(
+                    f"worker {self.worker} wrote into {_describe(tensor)} of {self} while it was under way"
+                )
+
+    def __str__(self) -> str:
+        if self.what != "exchange":
+            return self.signature
+        sends = [f"send to {peer} {_describe(tensor)}" for peer, tensor in self.sends]
+        return " + ".join([*(f"receive from {peer} {_describe(t)}" for peer, t in self.receives), *sends]) or "nothing"
+
+
+class Network:
+    """What connects the workers of a test.
+
+    Attributes:
+        log: what was posted: worker, and operation in words.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.log: list[tuple[int, str]] = []
+        self._queues: list[deque[Operation]] = [deque() for _ in range(workers)]
+        self._changed = threading.Condition()
+        self._waiting: dict[int, Operation] = {}
+        self._ended: set[int] = set()
+        self._error: RuleBroken | None = None
+
+    def post(self, operation: Operation) -> None:
+        """Begin an operation, behind those that its worker has begun before."""
+        with self._changed:
+            self._raise_if_broken()
+            operation.note()
+            self.log.append((operation.worker, str(operation)))
+            self._queues[operation.worker].append(operation)
+            self._advance()
+
+    def wait(self, operation: Operation) -> None:
+        """Wait until it was executed."""
+        with self._changed:
+            self._waiting[operation.worker] = operation
+            self._look_for_deadlock()
+            while not operation.done and self._error is None:
+                if not self._changed.wait(SECONDS):
+                    self._fail(Deadlock(f"nothing has happened for {SECONDS} s"))
+            del self._waiting[operation.worker]
+            self._raise_if_broken()
+            if not operation.awaited:
+                operation.awaited = True
+                operation.check()
+
+    def end(self, worker: int, error: BaseException | None) -> None:
+        """The worker posts nothing more."""
+        with self._changed:
+            self._ended.add(worker)
+            if error is not None:
+                self._fail(RuleBroken(f"worker {worker} raised {error!r}"))
+            elif self._queues[worker]:
+                self._fail(
+                    Deadlock(f"worker {worker} has ended, and nobody takes part in its {self._queues[worker][0]}")
+                )
+            self._look_for_deadlock()
+
+    def _advance(self) -> None:
+        """Execute what can be executed now."""
+        while self._all_together() or self._messages():
+            self._changed.notify_all()
+
+    def _all_together(self) -> bool:
+        """Execute a collective that all workers have come to; whether there was one."""
+        heads = [queue[0] for queue in self._queues if queue and queue[0].what != "exchange"]
+        if len(heads) < self.workers:
+            return False
+        if len({head.signature for head in heads}) > 1:
+            self._fail(RuleBroken(f"the workers mix up their operations: {'; '.join(map(str, heads))}"))
+            return False
+        for head in heads:
+            head.check()
+        _execute(heads)
+        for queue in self._queues:
+            _finish(queue.popleft())
+        return True
+
+    def _messages(self) -> bool:
+        """Bring the messages that both ends have come to; whether there were some."""
+        moved = False
+        heads = {queue[0].worker: queue[0] for queue in self._queues if queue and queue[0].what == "exchange"}
+        for worker, head in heads.items():
+            while (pair := self._next_pair(worker, head, heads)) is not None:
+                (target, sent), (source, received) = pair
+                if (sent.dtype, sent.shape) != (received.dtype, received.shape):
+                    described = f"{_describe(sent)} from worker {source} meets {_describe(received)} of worker {target}"
+                    self._fail(RuleBroken(described))
+                    return False
+                head.check()
+                received.copy_(sent)
+                heads[target].note()
+                head.sends.remove(pair[0])
+                heads[target].receives.remove(pair[1])
+                moved = True
+        for head in heads.values():
+            if not head.sends and not head.receives:
+                _finish(self._queues[head.worker].popleft())
+                moved = True
+        return moved
+
+    def _next_pair(
+        self, worker: int, head: Operation, heads: Mapping[int, Operation]
+    ) -> tuple[tuple[int, Tensor], tuple[int, Tensor]] | None:
+        """The next send of a worker whose receiver is ready, and what it meets there."""
+        tried: set[int] = set()
+        for send in head.sends:
+            target = send[0]
+            if target in tried or target not in heads:
+                continue
+            tried.add(target)
+            for receive in heads[target].receives:
+                if receive[0] == worker:
+                    return send, receive
+        return None
+
+    def _look_for_deadlock(self) -> None:
+        blocked = {worker for worker, operation in self._waiting.items() if not operation.done}
+        if blocked and len(blocked | self._ended) == self.workers:
+            stand = [f"worker {worker} waits in {self._queues[worker][0]}" for worker in sorted(blocked)]
+            stand += [f"worker {worker} has ended" for worker in sorted(self._ended)]
+            self._fail(Deadlock("; ".join(stand)))
+
+    def _fail(self, error: RuleBroken) -> None:
+        self._error = self._error or error
+        self._changed.notify_all()
+
+    def _raise_if_broken(self) -> None:
+        if self._error is not None:
+            raise type(self._error)(str(self._error))
+
+
+class StrictCollective(Collective):
+    """One worker in a network.
+
+    Args:
+        network: its.
+        worker: its number.
+        device: the only one whose tensors it sends.
+    """
+
+    def __init__(self, network: Network, worker: int, device: torch.device = torch.device("cpu")) -> None:
+        super().__init__(worker, network.workers)
+        self._network = network
+        self._device = device
+
+    def connect(self) -> None:
+        peers = [worker for worker in range(self.workers) if worker != self.worker]
+        greetings = {peer: [torch.zeros(1, dtype=torch.uint8)] for peer in peers}
+        self.exchange(greetings, {peer: [torch.zeros(1, dtype=torch.uint8)] for peer in peers}, {"start": len(peers)})
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        return self._gather(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        lengths = [int(length) for (length,) in self.gather_numbers([len(text)])]
+        if not max(lengths):
+            return [b""] * self.workers
+        rows = self._gather(torch.tensor(list(text.ljust(max(lengths), b"\0")), dtype=torch.uint8))
+        return [bytes(row.tolist())[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        finish = self._begin(Operation(self.worker, "all_reduce", inputs=[flat]))
+        self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
+
+        def finished() -> Tensor:
+            finish()
+            return flat
+
+        return finished
+
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        self._begin(Operation(self.worker, "broadcast", inputs=[flat]))()
+        if self.worker == 0:
+            self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
+
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+        outgoing = [(peer, flat) for peer, flats in sorted(sends.items()) for flat in flats]
+        incoming = [(peer, flat) for peer, flats in sorted(receives.items()) for flat in flats]
+        assert sum(kinds.values()) == sum(flat.nbytes for _, flat in outgoing)
+        if outgoing or incoming:
+            self._begin(Operation(self.worker, "exchange", sends=outgoing, receives=incoming))()
+        self.sent_bytes.update(kinds)
+
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        self.sent_bytes[kind] += flat.nbytes
+        return self._begin(Operation(self.worker, "exchange", sends=[(target, flat)]))
+
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        return self._begin(Operation(self.worker, "exchange", receives=[(source, flat)]))
+
+    def _gather(self, mine: Tensor) -> Tensor:
+        gathered = torch.empty((self.workers, *mine.shape), dtype=mine.dtype)
+        self._begin(Operation(self.worker, "all_gather", inputs=[mine], outputs=[gathered]))()
+        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
+        return gathered
+
+    def _begin(self, operation: Operation) -> Finish:
+        for tensor in operation.memory:
+            if tensor.device != self._device:
+                raise RuleBroken(f"expected a tensor on {self._device}, but found {_describe(tensor)}")
+            if not tensor.is_contiguous() or tensor.dtype not in KNOWN:
+                raise RuleBroken(f"{_describe(tensor)}, strides {tensor.stride()}, cannot be sent")
+        self._network.post(operation)
+        return lambda: self._network.wait(operation)
+
+
+def run_strictly(target: Callable[..., Any], workers: int, *args: Any) -> tuple[list[Any], Network]:
+    """Call ``target(collective, *args)`` for each worker; returns the values in order, and the network."""
+    network = Network(workers)
+
+    def work(worker: int) -> Any:
+        try:
+            value = target(StrictCollective(network, worker), *args)
+        except BaseException as error:
+            network.end(worker, error)
+            raise
+        network.end(worker, None)
+        return value
+
+    values = call_in_threads(work, workers, consequences=RuleBroken)
+    network._raise_if_broken()
+    return values, network
+
+
+def _execute(operations: Sequence[Operation]) -> None:
+    """Execute a collective of all workers."""
+    inputs = [operation.inputs[0] for operation in operations]
+    if operations[0].what == "all_gather":
+        for operation in operations:
+            operation.outputs[0].copy_(torch.stack(inputs))
+        return
+    if operations[0].what == "broadcast":
+        result = inputs[0].clone()
+    else:
+        stacked = torch.stack(inputs)
+        result = stacked.sum(0) if stacked.is_floating_point() else stacked.max(0).values
+    for tensor in inputs:
+        tensor.detach().copy_(result)
+
+
+def _finish(operation: Operation) -> None:
+    operation.note()
+    operation.done = True
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8).clone()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}] on {tensor.device}"
