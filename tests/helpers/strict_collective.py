@@ -7,8 +7,8 @@ gloo forgives what NCCL does not. Here, as there:
   one exchange are one operation, and run at once;
 - tags are ignored: of the messages between two workers the first sent is the first received, whatever their tags;
 - a send ends when it is received, not before;
-- the memory of an operation may be neither read nor written from when it is posted until it was waited for; here a write
-  is an error, there it is a race.
+- the memory of an operation may be neither read nor written from when it is posted until it was waited for; here a
+  write is an error, there it is a race.
 
 Where all workers wait for what cannot happen, all of them raise, with what each has posted, instead of waiting.
 """
@@ -221,13 +221,13 @@ class StrictCollective(Collective):
     Args:
         network: its.
         worker: its number.
-        device: the only one whose tensors it sends.
+        device: the only one whose tensors it sends; by default the CPU.
     """
 
-    def __init__(self, network: Network, worker: int, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, network: Network, worker: int, device: torch.device | None = None) -> None:
         super().__init__(worker, network.workers)
         self._network = network
-        self._device = device
+        self._device = device or torch.device("cpu")
 
     def connect(self) -> None:
         peers = [worker for worker in range(self.workers) if worker != self.worker]

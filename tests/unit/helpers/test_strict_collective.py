@@ -50,7 +50,7 @@ def test_receives_that_are_posted_early_block_the_sends_behind_them():
         receive()
         send()
 
-    with pytest.raises(Deadlock, match="worker 0 waits in receive from 1 .*; worker 1 waits in receive from 0"):
+    with pytest.raises(Deadlock, match=r"worker 0 waits in receive from 1 .*; worker 1 waits in receive from 0"):
         run_strictly(early, 2)
 
 
