@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def process_name(rank: int, members: int) -> str:
+    """A process in messages: ``worker 1``, or ``worker 1 (rank 3)`` where workers have several members."""
+    worker = rank // members
+    return f"worker {worker}" if members == 1 else f"worker {worker} (rank {rank})"
+
+
 class BlockSelectionError(ValueError):
     """The blocks to partition cannot be chosen as asked; the message lists the candidates."""
 

@@ -15,7 +15,7 @@ from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, t
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
-from resist_lightning.errors import NotFinite, WorkersDisagree
+from resist_lightning.errors import NotFinite, WorkersDisagree, process_name
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock
 
@@ -50,7 +50,7 @@ class DivergenceChecks:
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
         """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing."""
-        if self._layout.config.check == "off" or self._collective.workers == 1:
+        if self._layout.config.check == "off" or self._collective.processes == 1:
             return
         # By the round, so that the sample takes other entries each time.
         hashes = self._hasher.hashes(tensors.values(), turn=round)
@@ -58,13 +58,17 @@ class DivergenceChecks:
         self._round = round
 
     def numbers(self, purpose: Purpose) -> list[float]:
-        """Numbers for the others: of the replicas' hashes, the first non-finite tensor, and frozen ones written."""
+        """Numbers for the others.
+
+        They stand for the replicas' hashes, the first non-finite tensor, the frozen ones that were written, and the
+        weights that the members of a worker hold alike.
+        """
         hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
         # Where nothing is averaged, neither could spread, and a search reads all tensors.
         mixing = purpose in MIXING
         self._written = self.frozen.written() if mixing else []
         not_finite = float(self._first_not_finite() if mixing else 0)
-        return [*hashed, not_finite, _number_of(self._written)]
+        return [*hashed, not_finite, _number_of(self._written), self._hash_of_members() if mixing else 0.0]
 
     def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
         """Compare the :meth:`numbers` of all workers, in order.
@@ -73,28 +77,51 @@ class DivergenceChecks:
         workers have written different frozen tensors.
 
         Raises:
-            WorkersDisagree: naming tensors that the last sync left unequal.
+            WorkersDisagree: naming tensors that the last sync left unequal, or the members of a worker that differ.
             NotFinite: naming the first tensor of a worker that is not finite.
         """
-        if len({hashed for hashed, _, _ in numbers}) > 1:
+        self._judge_members([of_members for *_, of_members in numbers])
+        if len({hashed for hashed, *_ in numbers}) > 1:
             rows = self._collective.gather_numbers(as_numbers(self._hashes.values()))
             raise WorkersDisagree(
                 f"the sync into round {self._round} left tensors unequal that it makes equal on all workers: "
-                f"{describe_unequal(list(self._hashes), rows)}. Likely causes: faulty memory or network, code that "
-                "writes to tensors while a sync runs, or builds of torch that compute differently. The last checkpoint "
-                "that was saved before that round is sound: resume from it."
+                f"{describe_unequal(list(self._hashes), rows, self._collective.members)}. Likely causes: faulty memory "
+                "or network, code that writes to tensors while a sync runs, or builds of torch that compute "
+                "differently. The last checkpoint that was saved before that round is sound: resume from it."
             )
-        self._agree_on_written({written for _, _, written in numbers})
-        found = {worker: int(first) for worker, (_, first, _) in enumerate(numbers) if first}
+        self._agree_on_written({written for _, _, written, _ in numbers})
+        found = {rank: int(first) for rank, (_, first, *_) in enumerate(numbers) if first}
+        workers_with = {rank // self._collective.members for rank in found}
         self.left_out = ()
         if not found:
             return
         # If all were left out, there would be nothing to take a mean of.
-        if self._layout.config.non_finite == "raise" or len(found) == len(numbers):
+        if self._layout.config.non_finite == "raise" or len(workers_with) == self._collective.workers:
             raise NotFinite(self._describe(found, clock) + _WAY_OUT)
-        self.left_out = tuple(found)
-        if self._collective.worker == 0:
+        self.left_out = tuple(sorted(workers_with))
+        if self._collective.rank == 0:
             warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
+
+    def _hash_of_members(self) -> float:
+        """Stands for the weights of this worker, which its members hold alike; 0 where it has one member."""
+        if self._collective.members == 1 or self._layout.config.check == "off":
+            return 0.0
+        named = self._layout.module.named_parameters()
+        present = [parameter for _, parameter in named if parameter.requires_grad and not parameter.is_meta]
+        hashes = self._hasher.hashes(present, turn=self._round)
+        return as_numbers([together(hashes)])[0] if hashes else 0.0
+
+    def _judge_members(self, hashes: Sequence[float]) -> None:
+        for worker, of_worker in enumerate(self._collective.by_worker(hashes)):
+            if len(set(of_worker)) > 1:
+                first = worker * self._collective.members
+                ranks = ", ".join(str(first + member) for member in range(self._collective.members))
+                raise WorkersDisagree(
+                    f"the members of worker {worker} (ranks {ranks}) hold different weights, and would each send a "
+                    "part of them. Nothing was averaged. Likely causes: code that changes weights or gradients on one "
+                    "rank only, steps outside of training_step, or a forward that went around engine.replicas.call() "
+                    "in a plain loop."
+                )
 
     def _agree_on_written(self, digests: set[float]) -> None:
         """Average from now on the frozen tensors that some worker has written; they would diverge in silence."""
@@ -105,7 +132,7 @@ class DivergenceChecks:
             for text in self._collective.gather_bytes(json.dumps(self._written).encode()):
                 written.update(json.loads(text))
         self._layout.written |= written
-        if self._collective.worker == 0:
+        if self._collective.rank == 0:
             size = sum(self._layout.shared[name].nbytes for name in written)
             others = f" and {len(written) - 1} others" if len(written) > 1 else ""
             warnings.warn(
@@ -131,9 +158,10 @@ class DivergenceChecks:
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
         names = list(named_tensors(self._layout.module))
         places = []
-        for worker, first in found.items():
-            places.append(f"worker {worker} in {self._layout.describe_tensor(names[first - 1])}")
-        who = "all workers have" if len(found) == self._collective.workers else "there is"
+        for rank, first in found.items():
+            who = process_name(rank, self._collective.members)
+            places.append(f"{who} in {self._layout.describe_tensor(names[first - 1])}")
+        who = "all workers have" if len(found) == self._collective.processes else "there is"
         where = f"after local step {clock.step} of round {clock.round}"
         return f"{who} NaN or infinity {where}: {', '.join(places)}."
 

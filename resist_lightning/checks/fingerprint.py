@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+from resist_lightning.errors import process_name
+
 Fingerprint: TypeAlias = Mapping[str, Mapping[str, str]]
 """A worker's environment in short strings: a value for each name of each topic."""
 
@@ -33,11 +35,16 @@ def from_bytes(text: bytes) -> Fingerprint:
     return found
 
 
-def differences(fingerprints: Sequence[Fingerprint]) -> list[str]:
-    """How workers differ, with every worker's value; empty if they do not."""
+def differences(fingerprints: Sequence[Fingerprint], members: int = 1) -> list[str]:
+    """How processes differ, with the value of each; empty if they do not.
+
+    Args:
+        fingerprints: by rank.
+        members: processes of each worker.
+    """
     lines = []
     for topic in _union(fingerprints):
-        lines += _differences(topic, [each.get(topic, {}) for each in fingerprints])
+        lines += _differences(topic, [each.get(topic, {}) for each in fingerprints], members)
     return lines
 
 
@@ -47,12 +54,13 @@ def shorten(items: Sequence[str]) -> str:
     return ", ".join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) -> str:
-    """Which tensors differ between workers, and on which of them.
+def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]], members: int = 1) -> str:
+    """Which tensors differ between processes, and on which of them.
 
     Args:
         names: of the tensors.
-        hashes: for each worker, a number for each tensor.
+        hashes: by rank, a number for each tensor.
+        members: processes of each worker.
     """
     found = []
     for name, *values in zip(names, *hashes, strict=True):
@@ -61,39 +69,39 @@ def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]]) ->
             continue
         # Without a majority nobody can say which value is the right one.
         if count == others[0][1]:
-            found.append(f"{name} ({_workers(range(len(values)))} differ)")
+            found.append(f"{name} ({_workers(range(len(values)), members)} differ)")
             continue
-        odd = [worker for worker, value in enumerate(values) if value != common]
+        odd = [rank for rank, value in enumerate(values) if value != common]
         verb = "differs" if len(odd) == 1 else "differ"
-        found.append(f"{name} ({_workers(odd)} {verb} from the others)")
+        found.append(f"{name} ({_workers(odd, members)} {verb} from the others)")
     return shorten(found)
 
 
-def _differences(topic: str, parts: Sequence[Mapping[str, str]]) -> list[str]:
+def _differences(topic: str, parts: Sequence[Mapping[str, str]], members: int) -> list[str]:
     """The differences in one topic: names that only some workers have, then values that differ."""
     names_by_owners: dict[tuple[int, ...], list[str]] = {}
     differing = []
     for name in _union(parts):
-        owners = tuple(worker for worker, part in enumerate(parts) if name in part)
+        owners = tuple(rank for rank, part in enumerate(parts) if name in part)
         if len(owners) < len(parts):
             names_by_owners.setdefault(owners, []).append(name)
             continue
         values = [part[name] for part in parts]
         if len(set(values)) > 1:
-            by_worker = ", ".join(f"worker {worker} {value}" for worker, value in enumerate(values))
-            differing.append(f"{name}: {by_worker}")
+            by_process = ", ".join(f"{process_name(rank, members)} {value}" for rank, value in enumerate(values))
+            differing.append(f"{name}: {by_process}")
     lines = []
     for owners, names in names_by_owners.items():
         verb = "has" if len(owners) == 1 else "have"
-        lines.append(f"{topic}: only {_workers(owners)} {verb} {shorten(names)}")
+        lines.append(f"{topic}: only {_workers(owners, members)} {verb} {shorten(names)}")
     lines += differing[:SHOWN]
     if len(differing) > SHOWN:
         lines.append(f"and {len(differing) - SHOWN} more {topic}")
     return lines
 
 
-def _workers(numbers: Iterable[int]) -> str:
-    texts = [str(number) for number in numbers]
+def _workers(ranks: Iterable[int], members: int) -> str:
+    texts = [process_name(rank, members).removeprefix("worker ") for rank in ranks]
     if len(texts) == 1:
         return f"worker {texts[0]}"
     return f"workers {', '.join(texts[:-1])} and {texts[-1]}"

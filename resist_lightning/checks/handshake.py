@@ -10,7 +10,7 @@ from resist_lightning.checks.environment import fingerprint_of
 from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, from_bytes, to_bytes
 from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
 from resist_lightning.comm.collective import Collective
-from resist_lightning.errors import WorkersDisagree
+from resist_lightning.errors import WorkersDisagree, process_name
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -63,7 +63,7 @@ class Handshake:
         Collective: every worker must call this, in the same order.
 
         Returns:
-            The extra numbers of every worker.
+            The extra numbers of every process, by rank.
 
         Raises:
             WorkersDisagree: naming how the workers differ in code, versions, settings, optimizers or models.
@@ -85,7 +85,7 @@ class Handshake:
             fingerprint: compared in the place of the layout, at the start.
 
         Returns:
-            The extra numbers of every worker.
+            The extra numbers of every process, by rank.
 
         Raises:
             WorkersDisagree: if the workers are in different states, or the last sync left them unequal tensors.
@@ -105,7 +105,7 @@ class Handshake:
         # Before the headers: their comparison would only say that two digests differ, not which setting does.
         if fingerprint is not None and {other.purpose for other in headers} == {Purpose.START}:
             self._compare([other.layout for other in headers], fingerprint)
-        check_headers(headers)
+        check_headers(headers, self._collective.members)
 
         end_of_checks = len(header) + len(checks)
         self.divergence.judge([row[len(header) : end_of_checks] for row in rows], clock)
@@ -123,8 +123,9 @@ class Handshake:
         if len(set(rates)) == 1 or self._rates_differed:
             return
         self._rates_differed = True
-        if self._collective.worker == 0:
-            values = ", ".join(f"worker {worker} {rate:g}" for worker, rate in enumerate(rates))
+        if self._collective.rank == 0:
+            members = self._collective.members
+            values = ", ".join(f"{process_name(rank, members)} {rate:g}" for rank, rate in enumerate(rates))
             warnings.warn(
                 f"the workers train at different learning rates (mean over all parameter groups: {values}). A schedule "
                 "follows a number that is not the same everywhere: log the metric of ReduceLROnPlateau with "
@@ -138,7 +139,7 @@ class Handshake:
             return
         # Only now: fingerprints are long, and on a healthy start nobody needs them.
         texts = self._collective.gather_bytes(to_bytes(fingerprint))
-        found = differences([from_bytes(text) for text in texts])
+        found = differences([from_bytes(text) for text in texts], self._collective.members)
         raise WorkersDisagree(
             "workers were started differently:\n  " + "\n  ".join(found) + "\nNo weights were mixed. Start all "
             "workers with the same code, packages and settings."

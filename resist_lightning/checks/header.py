@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 
-from resist_lightning.errors import WorkersDisagree
+from resist_lightning.errors import WorkersDisagree, process_name
 
 
 class Purpose(IntEnum):
@@ -39,8 +39,12 @@ class Header:
     layout: int
 
 
-def check_headers(headers: Sequence[Header]) -> None:
-    """Compare the headers of all workers.
+def check_headers(headers: Sequence[Header], members: int = 1) -> None:
+    """Compare the headers of all processes.
+
+    Args:
+        headers: by rank.
+        members: processes of each worker.
 
     Raises:
         WorkersDisagree: naming each field that differs, with every worker's value.
@@ -49,7 +53,7 @@ def check_headers(headers: Sequence[Header]) -> None:
     for field in fields(Header):
         values = [getattr(header, field.name) for header in headers]
         if len(set(values)) > 1:
-            differing.append(f"{field.name}: {_by_worker(field.name, values)}")
+            differing.append(f"{field.name}: {_by_process(field.name, values, members)}")
     if not differing:
         return
     raise WorkersDisagree(
@@ -70,9 +74,9 @@ def read_header(numbers: Sequence[float]) -> Header:
     return Header(*(int(number) for number in numbers[: len(fields(Header))]))
 
 
-def _by_worker(field: str, values: Sequence[int]) -> str:
+def _by_process(field: str, values: Sequence[int], members: int) -> str:
     shown = []
-    for worker, value in enumerate(values):
+    for rank, value in enumerate(values):
         text = Purpose(value).name.lower() if field == "purpose" else str(value)
-        shown.append(f"worker {worker} {text}")
+        shown.append(f"{process_name(rank, members)} {text}")
     return ", ".join(shown)

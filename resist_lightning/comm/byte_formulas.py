@@ -93,3 +93,8 @@ WIRE_FORMATS: dict[str, WireFormat | None] = {
 def _divided_up(number: int, by: int) -> int:
     """The quotient, rounded up, in integers: a float would be inexact for large models."""
     return (number + by - 1) // by
+
+
+def share_of(worker_bytes: int, member: int, members: int) -> int:
+    """The bytes that one member sends of what its worker sends; over all members they add up to ``worker_bytes``."""
+    return worker_bytes * (member + 1) // members - worker_bytes * member // members

@@ -1,7 +1,8 @@
 """The `Collective` interface, and its single-worker implementation.
 
 Every operation works on flat buffers and counts the bytes it sends, which
-:mod:`resist_lightning.comm.byte_formulas` predicts.
+:mod:`resist_lightning.comm.byte_formulas` predicts. A worker is one process, or several *members*: processes that hold
+the same part of the network and split the worker's batches. Members call everything together, with equal tensors.
 """
 
 from __future__ import annotations
@@ -9,29 +10,81 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 from typing_extensions import override
 
+from resist_lightning.comm.byte_formulas import KINDS
+
 Finish: TypeAlias = Callable[[], None]
 """Waits for an operation that was started."""
+
+Row = TypeVar("Row")
 
 Messages: TypeAlias = Mapping[int, Sequence[Tensor]]
 """Flat buffers to, or from, each worker."""
 
 
-class Collective(ABC):
+class _Inside:
+    """What the members of a worker tell one another: nothing where a worker has one."""
+
+    def mean_inside(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by its mean over the members of this worker.
+
+        Collective: every member must call this, in the same order.
+        """
+
+    def broadcast_inside(self, flat: Tensor, kind: str) -> None:
+        """Replace ``flat`` by that of the worker's first member.
+
+        Collective: every member must call this, in the same order.
+        """
+
+    def gather_inside(self, text: bytes) -> list[bytes]:
+        """Bytes of the worker's members, in order; on the first member only, elsewhere nothing.
+
+        Collective: every member must call this, in the same order.
+        """
+        return [text]
+
+
+class Collective(_Inside, ABC):
     """Operations with which one worker talks to the others.
 
+    Args:
+        worker: number of this process's worker.
+        workers: how many there are.
+        member: number of this process among the members of its worker.
+        members: how many each worker has.
+
     Attributes:
-        sent_bytes: bytes that this worker has sent, by kind (see :data:`resist_lightning.comm.byte_formulas.KINDS`).
+        sent_bytes: bytes that this process has sent to other workers, by kind (see
+            :data:`resist_lightning.comm.byte_formulas.KINDS`).
+        inside_bytes: bytes that it has sent to other members of its worker, by kind.
     """
 
-    def __init__(self, worker: int, workers: int) -> None:
+    def __init__(self, worker: int, workers: int, member: int = 0, members: int = 1) -> None:
         self.worker = worker
         self.workers = workers
+        self.member = member
+        self.members = members
         self.sent_bytes: Counter[str] = Counter()
+        self.inside_bytes: Counter[str] = Counter()
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those of all workers."""
+        return self.worker * self.members + self.member
+
+    @property
+    def processes(self) -> int:
+        """How many processes all workers have together."""
+        return self.workers * self.members
+
+    def by_worker(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """What was gathered of all processes, grouped by worker."""
+        return [rows[first : first + self.members] for first in range(0, self.processes, self.members)]
 
     def connect(self) -> None:  # noqa: B027 - most have nothing to connect
         """Connect all pairs of workers, if that is left to the first message: the first syncs would pay for it.
@@ -41,11 +94,25 @@ class Collective(ABC):
 
     @abstractmethod
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Numbers of all workers. Collective: every worker must call this, in the same order."""
+        """Numbers of all processes, by rank. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
     def gather_bytes(self, text: bytes) -> list[bytes]:
-        """Bytes of all workers, of any length. Collective: every worker must call this, in the same order."""
+        """Bytes of all processes, by rank, of any length.
+
+        Collective: every worker must call this, in the same order.
+        """
+
+    def gather_sent_bytes(self) -> dict[str, list[int]]:
+        """Bytes that each worker has sent to others so far, by kind.
+
+        Collective: every worker must call this, in the same order.
+        """
+        by_worker = self.by_worker(self.gather_numbers([self.sent_bytes[kind] for kind in KINDS]))
+        found: dict[str, list[int]] = {}
+        for place, kind in enumerate(KINDS):
+            found[kind] = [int(sum(row[place] for row in rows)) for rows in by_worker]
+        return found
 
     @abstractmethod
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:

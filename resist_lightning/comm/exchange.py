@@ -97,7 +97,7 @@ class Exchange:
         module: nn.Module | None = None,
     ) -> None:
         self._module = module
-        self.worker = collective.worker
+        self.rank = collective.rank
         self._collective = collective
         self._device = device
         self._wire = wire
@@ -149,6 +149,15 @@ class Exchange:
             self._normalise(tensors)
 
         return finish
+
+    def average_inside(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their mean over this worker's members. Collective: every member must call."""
+        if self._collective.members == 1 or not tensors:
+            return
+        flats = pack(tensors, self._device)
+        for flat in flats.values():
+            self._collective.mean_inside(flat, "statistics")
+        copy_into(tensors, unpack(flats, tensors))
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""

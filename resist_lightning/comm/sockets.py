@@ -17,12 +17,17 @@ _recorded: set[str] = set()
 
 
 @contextmanager
-def recording_group() -> Iterator[None]:
-    """Record the connections that are made inside as the group's; those of an earlier group are forgotten."""
+def recording_group(*, add: bool = False) -> Iterator[None]:
+    """Record the connections that are made inside as the group's; those of an earlier group are forgotten.
+
+    Args:
+        add: keep those that are recorded, as for subgroups of the group.
+    """
     made: set[str] = set()
     with recording(made):
         yield
-    _of_group.clear()
+    if not add:
+        _of_group.clear()
     _of_group.update(made)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
-from resist_lightning.comm.collective import Collective, Finish, Messages, SoloCollective
-from resist_lightning.comm.group import check_backend, group_exists
+from resist_lightning.comm.collective import Collective, Finish, Messages
+from resist_lightning.comm.group import check_backend
 from resist_lightning.comm.waiting import Operation, wait_polling
 
 
@@ -22,13 +22,15 @@ class GroupCollective(Collective):
 
     Args:
         device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
+        members: processes of each worker.
 
     Raises:
         ValueError: if the group cannot send tensors of ``device`` by gloo or NCCL.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__(worker=dist.get_rank(), workers=dist.get_world_size())
+    def __init__(self, device: torch.device | None = None, members: int = 1) -> None:
+        worker, member = divmod(dist.get_rank(), members)
+        super().__init__(worker, dist.get_world_size() // members, member, members)
         # E.g. "cpu:gloo,cuda:nccl".
         pairs = dist.get_backend_config().split(",")
         backends = dict(pair.split(":") for pair in pairs)
@@ -62,7 +64,7 @@ class GroupCollective(Collective):
         # An all-gather needs one size on all workers.
         padded = text.ljust(max(lengths), b"\0")
         if not padded:
-            return [b""] * self.workers
+            return [b""] * self.processes
         mine = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(self._device)
         texts = []
         for row, length in zip(self._gather(mine).cpu(), lengths, strict=True):
@@ -145,11 +147,12 @@ class GroupCollective(Collective):
         return finish
 
     def _gather(self, mine: Tensor) -> Tensor:
-        """The flat tensors of all workers, as rows."""
-        gathered = torch.empty(self.workers * len(mine), dtype=mine.dtype, device=mine.device)
+        """The flat tensors of all processes, as rows."""
+        gathered = torch.empty(self.processes * len(mine), dtype=mine.dtype, device=mine.device)
         self._wait([dist.all_gather_into_tensor(gathered, mine, async_op=True)])
-        self.sent_bytes["control"] += mine.nbytes * (self.workers - 1)
-        return gathered.view(self.workers, -1)
+        self.sent_bytes["control"] += mine.nbytes * (self.processes - self.members)
+        self.inside_bytes["control"] += mine.nbytes * (self.members - 1)
+        return gathered.view(self.processes, -1)
 
     def _wait(self, works: Sequence[Operation | None]) -> None:
         begun = [work for work in works if work is not None]  # None: torch's type for a process outside of a group
@@ -196,13 +199,6 @@ class GroupCollective(Collective):
         for wire, flat in zip(wires, flats, strict=True):
             if wire is not flat:
                 flat.copy_(wire, non_blocking=True)  # torch waits with the reuse of pinned memory until it has arrived
-
-
-def default_collective(device: torch.device | None = None) -> Collective:
-    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
-    if group_exists() and dist.get_world_size() > 1:
-        return GroupCollective(device)
-    return SoloCollective()
 
 
 def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

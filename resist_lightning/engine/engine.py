@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from torch.optim import Optimizer
 
 from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
-from resist_lightning.comm.byte_formulas import KINDS
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.evaluation import Observation
 from resist_lightning.engine.optimizer_steps import StepWatch
 from resist_lightning.engine.registry import detach_hooks, make_layout, make_sync
+from resist_lightning.engine.replicas import Replicas
 from resist_lightning.engine.resume import Resumption
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.sync import Plan
@@ -83,10 +83,11 @@ class Engine:
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
+        self.replicas = Replicas(module, self.collective)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}
-        if self.collective.worker == 0:
+        if self.collective.rank == 0:
             self.layout.warn_about_settings()
 
     @property
@@ -217,14 +218,13 @@ class Engine:
             self.observation.settle()
             self.abandon()
         self.summary = self.sync.summary()
-        rows = self.collective.gather_numbers([self.collective.sent_bytes[kind] for kind in KINDS])
-        for kind, *counts in zip(KINDS, *rows, strict=True):
-            self.sent_bytes_by_worker[kind] = [int(count) for count in counts]
+        self.sent_bytes_by_worker = self.collective.gather_sent_bytes()
         self.activity.begin("ended")
 
     def abandon(self) -> None:
         """Stop without sending anything, after an error. Absent blocks stay absent, and reading them raises."""
         self.steps.end()
+        self.replicas.release()
         self.swaps.release()
         self.observation.end()
         self.sync.end()
@@ -265,12 +265,13 @@ class Engine:
         self.begin_observation(self._observed_kind)
 
     def _end_round(self) -> None:
+        self.replicas.end_steps()
         self.activity.begin("handshake")
         reports = self._handshake.run(Purpose.SYNC, self.clock, [self._step_timer.take()])
         ended = self.clock.round
         # Before `learn`: the plan must not depend on what was just measured.
         plan = self._next_plan()
-        self.layout.learn(ended, [seconds for seconds, _ in reports])
+        self.layout.learn(ended, [max(rows)[0] for rows in self.collective.by_worker(reports)])  # slowest members
         self.activity.begin("averaging")
         finish_average = self.sync.start_average(plan)
         self.activity.begin("hand_over")
@@ -289,11 +290,11 @@ class Engine:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
         self.steps.check_counted(finished=not keep)
+        self.replicas.end_steps()
         self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
 
     def _next_plan(self) -> Plan:
-        plan: Plan = self.sync.plan(self.clock.round, self._handshake.divergence.left_out)
-        return plan
+        return cast(Plan, self.sync.plan(self.clock.round, self._handshake.divergence.left_out))
 
     def _begin_round(self) -> None:
         self.sync.begin_round(self.clock.round)

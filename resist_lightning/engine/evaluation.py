@@ -204,7 +204,7 @@ class Observation:
         present = [name for name in marks if name in tensors]
         untouched = {name for name in present if _mark(tensors[name], marks[name]) == marks[name]}
         written = sorted(set(present) - untouched)
-        if untouched and written and self._sync.exchange.worker == 0:
+        if untouched and written and self._sync.exchange.rank == 0:
             warnings.warn(
                 f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
                 f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
@@ -229,6 +229,8 @@ class Observation:
             self._batch_statistics = BatchStatistics(norms_with_statistics(layout.module).values())
         elif calls:
             estimated = recalibrate(layout.module, calls, self._forward_context, still)
+            # The members of a worker have seen other batches; what is sent between workers must be equal on them.
+            self._sync.exchange.average_inside(estimated)
             self._sync.exchange.average(estimated, kind, left_out)
 
     def _not_as_trained(self) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def make_sync(
     layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
 ) -> Sync[Any, Any]:
     """A worker's side of the syncs."""
-    if collective.worker == 0:
+    if collective.rank == 0:
         states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
     _, sync = _method_of(layout.config)
     return sync(layout, states, collective, device, seconds)

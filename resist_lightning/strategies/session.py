@@ -7,7 +7,7 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.group import destroy_group, group_exists, join_group
 from resist_lightning.comm.mean import start_mean
-from resist_lightning.comm.torch_collective import GroupCollective, default_collective
+from resist_lightning.comm.members import default_collective
+from resist_lightning.comm.torch_collective import GroupCollective
 from resist_lightning.comm.waiting import check_while_waiting, forget_check, wait_polling
 from resist_lightning.errors import WorkerLost
 from tests.helpers.processes import run_workers

@@ -126,7 +126,7 @@ class BlockLayout(Layout):
                 best: list[Any] = next((ends for ends in known if ends), [])
                 block.seen.ends = tuple(BranchEnd(tuple(own), module, tuple(divided)) for own, module, divided in best)
         self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
-        if stepped and collective.worker == 0:
+        if stepped and collective.rank == 0:
             self._warn_of_hooks()
 
     def sizes(self, states: OptimizerStates) -> Sizes:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from resist_lightning.checkpoint.files import check_loadable
-from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import attach_hooks
 from resist_lightning.strategies.options import StrategyOptions

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resist_lightning.checkpoint.files import check_loadable
 from resist_lightning.comm.collective import SoloCollective
-from resist_lightning.comm.torch_collective import default_collective
+from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.strategies.saving import checkpoint_files

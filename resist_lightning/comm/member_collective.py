@@ -1,0 +1,176 @@
+"""The `Collective` of workers that have several members: each byte crosses the link between two workers once.
+
+Member j of a worker sends and receives the j-th part of every buffer; then the members share over their fast link what
+has arrived. All members must come with equal tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.comm.byte_formulas import all_reduce_bytes, share_of
+from resist_lightning.comm.collective import Finish, Messages
+from resist_lightning.comm.torch_collective import GroupCollective
+
+
+@dataclass(frozen=True)
+class Members:
+    """The process groups of this process in workers of several members.
+
+    Args:
+        count: members of each worker.
+        inside: the members of this worker, over a fast link.
+        between: this member and those in its place in the other workers, over slow links.
+    """
+
+    count: int
+    inside: dist.ProcessGroup
+    between: dist.ProcessGroup
+
+
+class MemberCollective(GroupCollective):
+    """The workers of torch.distributed's default group, of several members each.
+
+    Args:
+        split: the groups of this process.
+        device: as for :class:`GroupCollective`.
+    """
+
+    def __init__(self, split: Members, device: torch.device | None = None) -> None:
+        super().__init__(device, split.count)
+        self._inside = split.inside
+        self._between = split.between
+        first = self.worker * self.members
+        self._ranks = range(first, first + self.members)
+
+    @override
+    def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
+        wire = self._to_wire(flat)
+        parts = self._parts(wire)
+        mine = parts[self.member]
+        work = dist.all_reduce(mine, op=operation, group=self._between, async_op=True) if len(mine) else None
+        self._count(kind, all_reduce_bytes(flat.nbytes, self.workers))
+
+        def finish() -> Tensor:
+            if work is not None:
+                work.wait()
+            self._share(parts, kind)
+            return wire
+
+        return finish
+
+    @override
+    def broadcast_(self, flat: Tensor, kind: str) -> None:
+        wire = self._to_wire(flat)
+        if self.worker == 0:
+            # Before anything was trained its members may differ.
+            self._broadcast_inside(wire, kind)
+        parts = self._parts(wire)
+        mine = parts[self.member]
+        if len(mine):
+            dist.broadcast(mine, src=self.member, group=self._between)
+        if self.worker == 0:
+            self._count(kind, flat.nbytes * (self.workers - 1))
+        else:
+            self._share(parts, kind)
+        self._from_wire(wire, flat)
+
+    @override
+    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+        arriving = {peer: [self._landing(flat) for flat in flats] for peer, flats in sorted(receives.items())}
+        # Receives first, as in the base class.
+        operations = self._own_parts(dist.irecv, arriving)
+        operations += self._own_parts(dist.isend, sends)
+        assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        # All members receive the same messages, so these broadcasts pair.
+        for peer, landings in arriving.items():
+            for landing, flat in zip(landings, receives[peer], strict=True):
+                self._share(self._parts(landing), "arrived")
+                self._from_wire(landing, flat)
+        for kind, size in kinds.items():
+            self._count(kind, size)
+
+    @override
+    def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
+        raise ValueError(_ONE_MEMBER)
+
+    @override
+    def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
+        raise ValueError(_ONE_MEMBER)
+
+    @override
+    def mean_inside(self, flat: Tensor, kind: str) -> None:
+        wire = self._to_wire(flat)
+        dist.all_reduce(wire, group=self._inside)
+        wire.div_(self.members)
+        self._from_wire(wire, flat)
+        self.inside_bytes[kind] += all_reduce_bytes(flat.nbytes, self.members)
+
+    @override
+    def broadcast_inside(self, flat: Tensor, kind: str) -> None:
+        wire = self._to_wire(flat)
+        self._broadcast_inside(wire, kind)
+        self._from_wire(wire, flat)
+
+    @override
+    def gather_inside(self, text: bytes) -> list[bytes]:
+        texts: list[bytes] | None = [b""] * self.members if self.member == 0 else None
+        dist.gather_object(text, texts, dst=self._ranks[0], group=self._inside)
+        if texts is None:
+            self.inside_bytes["gathered"] += len(text)
+            return []
+        return texts
+
+    @property
+    def inside(self) -> dist.ProcessGroup:
+        """The group of this worker's members."""
+        return self._inside
+
+    def _broadcast_inside(self, wire: Tensor, kind: str) -> None:
+        dist.broadcast(wire, src=self._ranks[0], group=self._inside)
+        if self.member == 0:
+            self.inside_bytes[kind] += wire.nbytes * (self.members - 1)
+
+    def _own_parts(self, operation: Callable[..., Any], messages: Messages) -> list[dist.P2POp]:
+        """Operations on this member's part of each message, with its counterpart in the other worker."""
+        operations = []
+        for peer, flats in sorted(messages.items()):
+            partner = peer * self.members + self.member
+            for tag, flat in enumerate(flats):
+                part = self._parts(flat)[self.member]
+                # Of what lands here this is no copy, as it has landed on the device that receives.
+                if len(part):
+                    operations.append(dist.P2POp(operation, self._to_wire(part), partner, tag=tag))
+        return operations
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """A buffer as one view for each member, of nearly equal sizes."""
+        ends = [len(flat) * member // self.members for member in range(self.members + 1)]
+        return [flat[start:end] for start, end in pairwise(ends)]
+
+    def _share(self, parts: list[Tensor], kind: str) -> None:
+        """Send this member's part to the others of its worker, and receive theirs."""
+        for rank, part in zip(self._ranks, parts, strict=True):
+            if len(part):
+                # In place: an all-gather would need parts of one size, and another buffer.
+                dist.broadcast(part, src=rank, group=self._inside)
+        self.inside_bytes[kind] += parts[self.member].nbytes * (self.members - 1)
+
+    def _count(self, kind: str, worker_bytes: int) -> None:
+        """Count this member's share of what its worker sends; the shares of all members add up to it, exactly."""
+        self.sent_bytes[kind] += share_of(worker_bytes, self.member, self.members)
+
+
+_ONE_MEMBER = "messages that are posted early need workers of one process each: devices_per_worker=1."

@@ -1,0 +1,121 @@
+"""Groups processes into workers of several members, and makes the `Collective` of a process.
+
+::
+
+    worker 0: rank 0  rank 1        inside:  {0, 1}, {2, 3}, one group for each worker
+    worker 1: rank 2  rank 3        between: {0, 2}, {1, 3}, one group for each place in a worker
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_group
+
+from resist_lightning.comm.collective import Collective, SoloCollective
+from resist_lightning.comm.group import group_exists
+from resist_lightning.comm.member_collective import MemberCollective, Members
+from resist_lightning.comm.sockets import recording_group
+from resist_lightning.comm.torch_collective import GroupCollective
+
+# At most one, with the default group that was split: the next one of this process is not.
+_splits: list[tuple[weakref.ref[Any], Members]] = []
+
+
+def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
+    """Let each ``count`` ranks of the default group that follow one another be the members of one worker.
+
+    From here on :func:`default_collective` speaks of these workers. Groups are created here only, never later.
+
+    Collective: every process must call this, in the same order, right after it has joined the group.
+
+    Args:
+        count: members of each worker.
+        across_hosts: whether the members of a worker may be on several hosts.
+
+    Raises:
+        ValueError: if ``count`` does not divide the number of processes, or a worker is spread over hosts.
+    """
+    _splits.clear()
+    if count == 1:
+        return
+    processes = dist.get_world_size()
+    check_count(count, processes)
+    if not across_hosts:
+        check_hosts(_hosts(), count)
+    rank = dist.get_rank()
+    ranks = range(processes)
+    # Every process makes every group, in one order: torch numbers them by how many were made.
+    with recording_group(add=True):
+        inside = [dist.new_group(list(ranks[first : first + count])) for first in range(0, processes, count)]
+        between = [dist.new_group(list(ranks[place::count])) for place in range(count)]
+    worker, member = divmod(rank, count)
+    own: Any = (inside[worker], between[member])
+    _splits.append((weakref.ref(_get_default_group()), Members(count, *own)))
+
+
+def members() -> Members | None:
+    """The split of the default group; None if each of its processes is a worker."""
+    if not _splits or not group_exists():
+        return None
+    group, found = _splits[0]
+    return found if group() is _get_default_group() else None
+
+
+def default_collective(device: torch.device | None = None) -> Collective:
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
+    if not group_exists() or dist.get_world_size() == 1:
+        return SoloCollective()
+    split = members()
+    return MemberCollective(split, device) if split is not None else GroupCollective(device)
+
+
+def check_count(count: int, processes: int) -> None:
+    """Check that ``processes`` can be divided into workers of ``count`` members.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if processes % count == 0:
+        return
+    possible = [number for number in range(1, processes + 1) if processes % number == 0]
+    raise ValueError(
+        f"devices_per_worker={count} does not divide the {processes} processes of this run into equal workers. Choose "
+        f"one of {', '.join(map(str, possible))}, or start another number of processes."
+    )
+
+
+def check_hosts(hosts: Sequence[str], count: int) -> None:
+    """Check that the members of each worker are on one host: their gradients are averaged in every step.
+
+    Args:
+        hosts: by rank.
+        count: members of each worker.
+
+    Raises:
+        ValueError: naming the first worker that is spread over hosts.
+    """
+    for first in range(0, len(hosts), count):
+        of_worker = hosts[first : first + count]
+        if len(set(of_worker)) == 1:
+            continue
+        on_hosts = ", ".join(f"{number} on {host}" for host, number in Counter(hosts).items())
+        spread = ", ".join(f"rank {first + place} on {host}" for place, host in enumerate(of_worker))
+        raise ValueError(
+            f"devices_per_worker={count} spreads worker {first // count} over hosts ({spread}), and gradients would "
+            f"cross their link in every step. Processes: {on_hosts}. Choose a number that divides the processes of "
+            "each host, or set across_hosts=True if the link is fast."
+        )
+
+
+def _hosts() -> list[str]:
+    """The host of each rank."""
+    name = json.dumps(socket.gethostname()).encode()
+    return [json.loads(text) for text in GroupCollective().gather_bytes(name)]

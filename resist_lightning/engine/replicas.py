@@ -1,0 +1,151 @@
+"""Averages the gradients of a worker's members in every step, by torch's `DistributedDataParallel`.
+
+The reducer of DDP overlaps with the backward pass, and knows the parameters that it was made with. So it is made anew
+after each sync, of the parameters that this worker holds, and given up before anything frees or replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from resist_lightning.comm.byte_formulas import all_reduce_bytes
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.member_collective import MemberCollective
+from resist_lightning.comm.packing import pack, unpack
+
+Result = TypeVar("Result")
+
+_ORDERED = 2  # members whose sum does not depend on the order
+
+
+class Replicas:
+    """The members of a worker as replicas of one sub-network. With one member it does nothing.
+
+    Args:
+        module: the user's.
+        collective: the workers and their members.
+
+    Attributes:
+        find_unused_parameters: whether some parameters may get no gradient in a step; as in DDP.
+    """
+
+    def __init__(self, module: nn.Module, collective: Collective) -> None:
+        self.find_unused_parameters = False
+        self._module = module
+        self._collective = collective if isinstance(collective, MemberCollective) else None
+        self._ddp: DistributedDataParallel | None = None
+
+    def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Call the module, or a function that calls it, so that the backward pass of the result averages gradients.
+
+        A plain loop trains by ``loss_function(engine.replicas.call(model, x), y).backward()``.
+
+        Collective: every member must call this, in the same order.
+        """
+        if self._collective is None:
+            return function(*args, **kwargs)
+        ddp = self.reducing()
+        if ddp is None:
+            return function(*args, **kwargs)
+        if ddp.will_sync_module_buffers() and self._collective.member == 0:
+            size = sum(buffer.nbytes for buffer in ddp.modules_buffers)
+            self._collective.inside_bytes["buffers"] += size * (self._collective.members - 1)
+        result: Result = ddp(function, *args, **kwargs)
+        return result
+
+    @contextmanager
+    def local_gradients(self) -> Iterator[None]:
+        """Inside, gradients are added up on each member and not averaged, as before the last batch of several."""
+        ddp = self.reducing()
+        if ddp is None:
+            yield
+            return
+        with ddp.no_sync():
+            yield
+
+    def reducing(self) -> DistributedDataParallel | None:
+        """What averages gradients in this round; None where there is nothing to average.
+
+        Collective in its first call after :meth:`release`: every member must call this.
+        """
+        collective = self._collective
+        if collective is None or self._ddp is not None:
+            return self._ddp
+        caller = _Caller(self._module)
+        absent = [name for name, tensor in _named(caller) if tensor.is_meta]
+        trained = [tensor for tensor in caller.parameters() if tensor.requires_grad and not tensor.is_meta]
+        if not trained:
+            return None
+        # Not by DDP's own function, which marks the tensors too: they will be present in another round.
+        vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
+        # A sum of three depends on its place in a bucket, and DDP orders buckets anew after a step unless it searches
+        # for unused parameters: a resumed round would then add up in another order than the round before it.
+        ordered = collective.members > _ORDERED
+        self._ddp = DistributedDataParallel(
+            caller,
+            process_group=collective.inside,
+            init_sync=False,  # a sync has left all members equal
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            find_unused_parameters=self.find_unused_parameters or ordered,
+        )
+        # A lambda, as DDP compares annotations, and ours are strings.
+        self._ddp.register_comm_hook(collective, lambda state, bucket: _average(state, bucket))  # noqa: PLW0108
+        return self._ddp
+
+    def release(self) -> None:
+        """Give up the reducer, which refers to the parameters. Sends nothing."""
+        self._ddp = None
+
+    def end_steps(self) -> None:
+        """Call it before a sync: give up the reducer, and share the first member's buffers, as DDP does in a forward.
+
+        Collective: every member must call this, in the same order.
+        """
+        self.release()
+        collective = self._collective
+        if collective is None:
+            return
+        buffers = [buffer for buffer in self._module.buffers() if not buffer.is_meta]
+        if not buffers:
+            return
+        flats = pack(buffers, buffers[0].device)
+        for flat in flats.values():
+            collective.broadcast_inside(flat, "buffers")
+        for buffer, first in zip(buffers, unpack(flats, buffers), strict=True):
+            # A write would count as a change since the sync, and have the tensors averaged again.
+            if not torch.equal(buffer, first):
+                buffer.copy_(first)
+
+
+class _Caller(nn.Module):
+    """Calls a function instead of the module, whose parameters DDP finds here.
+
+    DDP must see the call that computes the loss; and hooks on the user's module must not take that for its forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _average(collective: MemberCollective, bucket: Any) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP: the mean, as without a hook, and its bytes counted."""
+    collective.inside_bytes["gradients"] += all_reduce_bytes(bucket.buffer().nbytes, collective.members)
+    return default_hooks.allreduce_hook(collective.inside, bucket)
