@@ -97,8 +97,7 @@ class Exchange:
         module: nn.Module | None = None,
     ) -> None:
         self._module = module
-        self.rank = collective.rank
-        self._collective = collective
+        self.collective = collective
         self._device = device
         self._wire = wire
         self._buckets: dict[torch.dtype, Bucket] = {}
@@ -136,11 +135,11 @@ class Exchange:
             bucket = self._buckets.get(dtype)
             if bucket is not None and bucket.holds(group):
                 bucket.collect()
-                begun += [start_mean(self._collective, bucket.flat, kind, left_out), bucket.spread]
+                begun += [start_mean(self.collective, bucket.flat, kind, left_out), bucket.spread]
             else:
                 # Awaited at once: its buffer would otherwise stay allocated beside those of a hand-over.
                 flat = flatten(group, self._device)
-                start_mean(self._collective, flat, kind, left_out)()
+                start_mean(self.collective, flat, kind, left_out)()
                 copy_into(group, split(flat, group))
 
         def finish() -> None:
@@ -152,18 +151,18 @@ class Exchange:
 
     def average_inside(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their mean over this worker's members. Collective: every member must call."""
-        if self._collective.members == 1 or not tensors:
+        if self.collective.members == 1 or not tensors:
             return
         flats = pack(tensors, self._device)
         for flat in flats.values():
-            self._collective.mean_inside(flat, "statistics")
+            self.collective.mean_inside(flat, "statistics")
         copy_into(tensors, unpack(flats, tensors))
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
         for part in in_parts(tensors):
             flat = flatten(part, self._device)
-            self._collective.broadcast_(sendable(flat), kind)
+            self.collective.broadcast_(sendable(flat), kind)
             copy_into(part, split(flat, part))
 
     def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds) -> None:
@@ -201,7 +200,7 @@ class Exchange:
                 copy_into(arrange(payload.compressed), self._decompressed(message, payload))
 
     def _normalise(self, averaged: Iterable[Tensor]) -> None:
-        if self._module is None or self._collective.workers == 1:
+        if self._module is None or self.collective.workers == 1:
             return
         vectors = {id(vector) for vector in unit_vectors(self._module).values()}
         normalise(tensor for tensor in averaged if id(tensor) in vectors)
@@ -214,7 +213,7 @@ class Exchange:
         Returns:
             Each block that was received, with its tensors; and the compressed messages that were sent, by block.
         """
-        me = self._collective.worker
+        me = self.collective.worker
         payloads: dict[int, Payload] = {}
         messages: dict[int, Tensor] = {}
         outgoing: dict[int, list[int]] = defaultdict(list)
@@ -247,7 +246,7 @@ class Exchange:
         receives: dict[int, list[Tensor]] = {}
         for peer, blocks in expected.items():
             receives[peer] = self._empty_message([payloads[block] for block in blocks])
-        self._collective.exchange(all_sendable(sends), all_sendable(receives), kinds)
+        self.collective.exchange(all_sendable(sends), all_sendable(receives), kinds)
 
         received: list[tuple[int, list[Tensor]]] = []
         for peer, blocks in expected.items():

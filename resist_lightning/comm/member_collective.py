@@ -54,15 +54,14 @@ class MemberCollective(GroupCollective):
     @override
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
         operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
-        wire = self._to_wire(flat)
+        (wire,) = self._to_wire([flat])
         parts = self._parts(wire)
         mine = parts[self.member]
         work = dist.all_reduce(mine, op=operation, group=self._between, async_op=True) if len(mine) else None
         self._count(kind, all_reduce_bytes(flat.nbytes, self.workers))
 
         def finish() -> Tensor:
-            if work is not None:
-                work.wait()
+            self._wait([work])
             self._share(parts, kind)
             return wire
 
@@ -70,19 +69,19 @@ class MemberCollective(GroupCollective):
 
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
-        wire = self._to_wire(flat)
+        (wire,) = self._to_wire([flat])
         if self.worker == 0:
             # Before anything was trained its members may differ.
             self._broadcast_inside(wire, kind)
         parts = self._parts(wire)
         mine = parts[self.member]
         if len(mine):
-            dist.broadcast(mine, src=self.member, group=self._between)
+            self._wait([dist.broadcast(mine, src=self.member, group=self._between, async_op=True)])
         if self.worker == 0:
             self._count(kind, flat.nbytes * (self.workers - 1))
         else:
             self._share(parts, kind)
-        self._from_wire(wire, flat)
+        self._from_wire([wire], [flat])
 
     @override
     def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
@@ -92,15 +91,22 @@ class MemberCollective(GroupCollective):
         operations += self._own_parts(dist.isend, sends)
         assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            self._wait(dist.batch_isend_irecv(operations))
         # All members receive the same messages, so these broadcasts pair.
         for peer, landings in arriving.items():
             for landing, flat in zip(landings, receives[peer], strict=True):
                 self._share(self._parts(landing), "arrived")
-                self._from_wire(landing, flat)
+                self._from_wire([landing], [flat])
         for kind, size in kinds.items():
             self._count(kind, size)
+
+    @override
+    def connect(self) -> None:
+        super().connect()
+        if not self._stage:
+            greeting = torch.zeros(1, dtype=torch.uint8, device=self._device)
+            for group in (self._inside, self._between):
+                self._wait([dist.all_reduce(greeting, group=group, async_op=True)])
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
@@ -112,17 +118,17 @@ class MemberCollective(GroupCollective):
 
     @override
     def mean_inside(self, flat: Tensor, kind: str) -> None:
-        wire = self._to_wire(flat)
-        dist.all_reduce(wire, group=self._inside)
+        (wire,) = self._to_wire([flat])
+        self._wait([dist.all_reduce(wire, group=self._inside, async_op=True)])
         wire.div_(self.members)
-        self._from_wire(wire, flat)
+        self._from_wire([wire], [flat])
         self.inside_bytes[kind] += all_reduce_bytes(flat.nbytes, self.members)
 
     @override
     def broadcast_inside(self, flat: Tensor, kind: str) -> None:
-        wire = self._to_wire(flat)
+        (wire,) = self._to_wire([flat])
         self._broadcast_inside(wire, kind)
-        self._from_wire(wire, flat)
+        self._from_wire([wire], [flat])
 
     @override
     def gather_inside(self, text: bytes) -> list[bytes]:
@@ -139,7 +145,7 @@ class MemberCollective(GroupCollective):
         return self._inside
 
     def _broadcast_inside(self, wire: Tensor, kind: str) -> None:
-        dist.broadcast(wire, src=self._ranks[0], group=self._inside)
+        self._wait([dist.broadcast(wire, src=self._ranks[0], group=self._inside, async_op=True)])
         if self.member == 0:
             self.inside_bytes[kind] += wire.nbytes * (self.members - 1)
 
@@ -148,11 +154,9 @@ class MemberCollective(GroupCollective):
         operations = []
         for peer, flats in sorted(messages.items()):
             partner = peer * self.members + self.member
-            for tag, flat in enumerate(flats):
-                part = self._parts(flat)[self.member]
-                # Of what lands here this is no copy, as it has landed on the device that receives.
-                if len(part):
-                    operations.append(dist.P2POp(operation, self._to_wire(part), partner, tag=tag))
+            # Of what lands here these are no copies, as it has landed on the device that receives.
+            parts = self._to_wire([self._parts(flat)[self.member] for flat in flats])
+            operations += [dist.P2POp(operation, part, partner, tag=tag) for tag, part in enumerate(parts) if len(part)]
         return operations
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
@@ -162,10 +166,12 @@ class MemberCollective(GroupCollective):
 
     def _share(self, parts: list[Tensor], kind: str) -> None:
         """Send this member's part to the others of its worker, and receive theirs."""
+        begun = []
         for rank, part in zip(self._ranks, parts, strict=True):
             if len(part):
                 # In place: an all-gather would need parts of one size, and another buffer.
-                dist.broadcast(part, src=rank, group=self._inside)
+                begun.append(dist.broadcast(part, src=rank, group=self._inside, async_op=True))
+        self._wait(begun)
         self.inside_bytes[kind] += parts[self.member].nbytes * (self.members - 1)
 
     def _count(self, kind: str, worker_bytes: int) -> None:

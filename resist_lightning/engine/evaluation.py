@@ -204,7 +204,7 @@ class Observation:
         present = [name for name in marks if name in tensors]
         untouched = {name for name in present if _mark(tensors[name], marks[name]) == marks[name]}
         written = sorted(set(present) - untouched)
-        if untouched and written and self._sync.exchange.rank == 0:
+        if untouched and written and self._sync.exchange.collective.rank == 0:
             warnings.warn(
                 f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
                 f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "

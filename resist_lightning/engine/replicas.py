@@ -42,6 +42,10 @@ class Replicas:
         self._module = module
         self._collective = collective if isinstance(collective, MemberCollective) else None
         self._ddp: DistributedDataParallel | None = None
+        if self._collective is not None:
+            for norm in module.modules():
+                if isinstance(norm, nn.SyncBatchNorm):
+                    norm.process_group = self._collective.inside  # never over the slow links
 
     def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Call the module, or a function that calls it, so that the backward pass of the result averages gradients.
@@ -60,6 +64,34 @@ class Replicas:
             self._collective.inside_bytes["buffers"] += size * (self._collective.members - 1)
         result: Result = ddp(function, *args, **kwargs)
         return result
+
+    def call_with_backward(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Call a function that runs backward passes itself, each after :meth:`prepare_backward`.
+
+        Collective: every member must call this, in the same order.
+        """
+        ddp = self.reducing()
+        if ddp is None:
+            return function(*args, **kwargs)
+
+        def call_only(*args: Any, **kwargs: Any) -> Result:
+            result = function(*args, **kwargs)
+            ddp.require_backward_grad_sync = False  # else DDP would prepare for a backward pass after this call
+            return result
+
+        try:
+            return self.call(call_only, *args, **kwargs)
+        finally:
+            ddp.require_backward_grad_sync = True
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Call it before a backward pass inside of :meth:`call_with_backward`."""
+        ddp = self._ddp
+        if ddp is None or not ddp.require_backward_grad_sync:
+            return
+        ddp.require_forward_param_sync = True
+        ddp.reducer._rebuild_buckets()
+        ddp.reducer.prepare_for_backward([loss] if ddp.find_unused_parameters else [])
 
     @contextmanager
     def local_gradients(self) -> Iterator[None]:

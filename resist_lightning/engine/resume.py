@@ -31,6 +31,7 @@ class Resumption:
         self._states = states
         self._sync = sync
         self._observation = observation
+        self._members = sync.exchange.collective.members
         self._own: dict[str, Any] | None = None
 
     def place(self) -> dict[str, Any]:
@@ -38,6 +39,7 @@ class Resumption:
         return {
             "version": STATE_VERSION,
             "identity": self._layout.identity(),
+            "members": self._members,
             "held": self._layout.held(self._clock.round),
             "table": self._layout.state_dict(),
             "round": self._clock.round,
@@ -73,7 +75,8 @@ class Resumption:
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
         # The module may have changed since: a name that is gone has nothing to average.
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
-        same_layout = state.get("identity") == self._layout.identity()
+        same_members = state.get("members", 1) == self._members  # who have their batches and random numbers
+        same_layout = same_members and state.get("identity") == self._layout.identity()
         same = same_layout and state.get("held") == self._layout.held(self._clock.round)
         self._own = own if same else None
         # Another partition cannot begin in mid-round; the full model is what a sync would have made.

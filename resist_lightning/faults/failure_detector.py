@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias
 
-from resist_lightning.errors import first_line
+from resist_lightning.errors import first_line, process_name
 
 BEAT_SECONDS = 1.0
 """How often a worker posts a heartbeat."""
@@ -33,7 +33,7 @@ class Heartbeat:
     """What a worker posts about itself.
 
     Args:
-        worker: its number.
+        worker: its rank, which is its number where each worker is one process.
         host: its host's name.
         home: a name of the host's processes; workers with the same one can see each other's.
         pid: its process.
@@ -45,6 +45,7 @@ class Heartbeat:
         step: local steps taken in the round by then.
         end: ``""`` while it runs; how it ended otherwise.
         text: its error, or the verdict with which it gave up.
+        members: processes of each worker.
     """
 
     worker: int
@@ -59,6 +60,7 @@ class Heartbeat:
     step: int = 0
     end: End = ""
     text: str = ""
+    members: int = 1
 
     def write(self) -> str:
         """As text, to be posted."""
@@ -67,7 +69,7 @@ class Heartbeat:
     @property
     def name(self) -> str:
         """The worker, where it runs."""
-        return f"worker {self.worker} (host {self.host}, pid {self.pid})"
+        return f"{process_name(self.worker, self.members)} (host {self.host}, pid {self.pid})"
 
 
 def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
@@ -260,7 +262,8 @@ class FailureDetector:
         if lost is None:
             return None
         if lost not in self.heartbeats:
-            return Verdict(f"worker {lost} has not been heard of since the start, {silence:.0f} s ago.", lost)
+            name = process_name(lost, self._mine.members)
+            return Verdict(f"{name} has not been heard of since the start, {silence:.0f} s ago.", lost)
         last = self.heartbeats[lost]
         return Verdict(
             f"{last.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
@@ -271,7 +274,8 @@ class FailureDetector:
 
     def _last_of(self, worker: int) -> str:
         last = self.heartbeats.get(worker)
-        return f" Worker {worker} was last doing: {last.doing}." if last is not None else ""
+        name = process_name(worker, self._mine.members).capitalize()
+        return f" {name} was last doing: {last.doing}." if last is not None else ""
 
 
 def is_broken_connection(text: str) -> bool:

@@ -20,13 +20,15 @@ class Heartbeats:
     Calls raise RuntimeError if the store is gone, and do not return while its host is frozen.
 
     Args:
-        worker: this worker's number.
-        workers: how many there are.
+        worker: this process's rank.
+        workers: how many processes there are.
+        members: processes of each worker, for messages.
         name: the same for all workers. By default the number of instances that this process has made, which is the
             same if all workers make them equally often.
     """
 
-    def __init__(self, worker: int, workers: int, name: str | None = None) -> None:
+    def __init__(self, worker: int, workers: int, name: str | None = None, *, members: int = 1) -> None:
+        self.members = members
         self.worker = worker
         self.workers = workers
         # The store outlives a fit, and the next one must not read its heartbeats.

@@ -88,7 +88,7 @@ class Watchdog:
         self._around = surroundings
         self._silence = silence
         self._timeout = timeout
-        self._own = Heartbeat(heartbeats.worker, socket.gethostname(), _home(), os.getpid())
+        self._own = Heartbeat(heartbeats.worker, socket.gethostname(), _home(), os.getpid(), members=heartbeats.members)
         self._detector = FailureDetector(
             self._own, heartbeats.workers, silence, surroundings.store, now=time.monotonic()
         )

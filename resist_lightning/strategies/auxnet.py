@@ -50,6 +50,12 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     def __post_init__(self) -> None:
         """Check every value that :class:`StageConfig` does not."""
         super().__post_init__()
+        if self.devices_per_worker != 1:
+            raise ValueError(
+                f"devices_per_worker={self.devices_per_worker!r}: an AuxNet worker holds one stage of the network and "
+                "exchanges every batch with its neighbours, so its batches cannot be split. Leave it out, and start "
+                "one process for each stage; strategy='resist', 'ist' and 'local_sgd' have such workers."
+            )
         if self.process_group_backend not in (None, "gloo"):
             raise ValueError(
                 f"process_group_backend={self.process_group_backend!r}: the stages' messages are posted early, and "

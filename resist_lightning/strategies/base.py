@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -22,6 +22,7 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.memory import present_to_cpu
+from resist_lightning.strategies.data.shards import own_order
 from resist_lightning.strategies.launching.checks import check_callbacks, check_run
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.launchers import make_launcher
@@ -45,16 +46,11 @@ class SubnetStrategy(DDPStrategy):
     strategy_name: str
 
     def __init__(self, config: CommonConfig, options: StrategyOptions, data: Literal["shard", "copy", "same"]) -> None:
-        super().__init__(
-            parallel_devices=options.parallel_devices,
-            process_group_backend=options.process_group_backend,
-            timeout=options.timeout,
-            start_method=options.start_method,
-        )
+        super().__init__(**options.for_lightning())
         self.config = config
         self.options = options
         self._data = data  # a shard per worker, all of it in a worker-specific order, or the same on all
-        self.group = ProcessGroup()
+        self.group = ProcessGroup(options)
         self.guard = Guard(options.silence)
         self.resumer = Resumer(options)
         self.saver = Saver(forgiving=options.on_save_error == "warn")
@@ -82,6 +78,7 @@ class SubnetStrategy(DDPStrategy):
         super().setup_environment()
         trainer = self._trainer()
         if trainer.state.fn == TrainerFn.FITTING:
+            self.group.split(self.num_processes)
             self.guard.begin(trainer, lambda: self.engine, self.options.timeout)
             self.session = FitSession(trainer, self.config, self._data, self.guard, self.resumer, self.steps)
             self.resumer.begin_fit(trainer, self.session.patches)
@@ -90,8 +87,7 @@ class SubnetStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         assert self.cluster_environment is not None
-        backend = self._get_process_group_backend()
-        self.group.join(self.cluster_environment, backend, self.options.timeout, self.root_device)
+        self.group.join(self.cluster_environment, self._get_process_group_backend(), self.root_device)
         super().setup_distributed()
 
     @override
@@ -104,12 +100,10 @@ class SubnetStrategy(DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Asked for each loader: a shard per worker, or the full data set in a worker-specific order."""
+        """Asked for each loader: a shard per process, or all of it in a worker-specific order, shared by members."""
         kwargs = super().distributed_sampler_kwargs
-        if self._data == "copy" and self._making_training_loaders:
-            seed = self.config.seed * kwargs["num_replicas"] + self.global_rank
-            return {"num_replicas": 1, "rank": 0, "seed": seed}
-        return kwargs
+        copied = self._data == "copy" and self._making_training_loaders
+        return own_order(kwargs, self.group.members, self.config.seed) if copied else kwargs
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -139,13 +133,20 @@ class SubnetStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.engine is not None
-        with self.engine.sync.guard.training_step():
-            return super().training_step(*args, **kwargs)
+        with self.precision_plugin.train_step_context():
+            return self._session().training_step(*args, **kwargs)
+
+    @override
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        self._session().prepare_backward(closure_loss)
+
+    @override
+    def block_backward_sync(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return self._session().replicas.local_gradients()
 
     @override
     def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: nn.Module | None = None, **kwargs: Any
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: torch.nn.Module | None = None, **kwargs: Any
     ) -> Any:
         """Called for every step of every optimizer of Lightning's; one that a gradient scaler skips counts too."""
         step = partial(super().optimizer_step, model=model, **kwargs)
@@ -229,7 +230,7 @@ class SubnetStrategy(DDPStrategy):
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
-        self.saver.remove(filepath, self.checkpoint_io, self.global_rank)
+        self.saver.remove(filepath, self.checkpoint_io, self.global_rank, self.group.members)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

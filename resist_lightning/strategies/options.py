@@ -25,6 +25,7 @@ from resist_lightning.strategies.saving.checkpoint_files import local_path
 DataPolicy: TypeAlias = Literal["shard", "copy"]
 SaveErrors: TypeAlias = Literal["raise", "warn"]
 WorkerLoss: TypeAlias = Literal["stop", "shrink"]
+DevicesPerWorker: TypeAlias = int | Literal["node"]
 StartMethod: TypeAlias = Literal["popen", "spawn", "fork", "forkserver"]
 
 LEAST_SILENCE = timedelta(seconds=3)
@@ -40,6 +41,11 @@ class StrategyOptions:
     """How workers are started and watched, and what is saved: options of every strategy.
 
     Args:
+        devices_per_worker: processes that make up one worker: they hold the same part of the network, split its
+            batches, and average their gradients in every step. ``"node"``: all processes of a host.
+        across_hosts: whether the processes of one worker may be on several hosts, as where these have a fast link.
+        find_unused_parameters: where a worker has several processes, whether some parameters may get no gradient in a
+            step; as in DDP.
         on_save_error: what happens when a checkpoint cannot be written, e.g. to a full disk: ``"raise"`` ends the
             training on all workers, ``"warn"`` continues; the previous checkpoint stays as it is.
         snapshots: folder to which every worker writes its state between rounds, best one that all workers can read;
@@ -62,6 +68,9 @@ class StrategyOptions:
         ValueError: if a value is outside its limits.
     """
 
+    devices_per_worker: DevicesPerWorker = 1
+    across_hosts: bool = False
+    find_unused_parameters: bool = False
     on_save_error: SaveErrors = "raise"
     snapshots: str | os.PathLike[str] | None = None
     snapshot_every_n_rounds: int = 1
@@ -74,6 +83,8 @@ class StrategyOptions:
 
     def __post_init__(self) -> None:
         """Check every value that Lightning does not."""
+        if self.devices_per_worker != "node":
+            check_integer("devices_per_worker", self.devices_per_worker, 1, "'node': all processes of a host")
         check_choice("on_save_error", self.on_save_error, get_args(SaveErrors))
         check_choice("on_worker_loss", self.on_worker_loss, get_args(WorkerLoss))
         check_choice("start_method", self.start_method, get_args(StartMethod))
@@ -93,6 +104,15 @@ class StrategyOptions:
                 f"silence={self.silence} must be at least {LEAST_SILENCE}: workers send a heartbeat every second, and "
                 "a busy host delays them."
             )
+
+    def for_lightning(self) -> dict[str, Any]:
+        """Arguments of Lightning's own strategy."""
+        names = ("parallel_devices", "process_group_backend", "timeout", "start_method")
+        return {name: getattr(self, name) for name in names}
+
+    def members(self, processes_per_host: int) -> int:
+        """Processes of each worker, where every host has ``processes_per_host``."""
+        return processes_per_host if self.devices_per_worker == "node" else int(self.devices_per_worker)
 
     @property
     def snapshot_folder(self) -> Path | None:

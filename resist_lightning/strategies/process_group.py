@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -17,16 +16,24 @@ from resist_lightning.comm.group import (
     group_exists,
     join_group,
 )
+from resist_lightning.comm.members import split_into_workers
 from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.strategies.options import StrategyOptions
 
 
 class ProcessGroup:
-    """The default group of torch.distributed, which the user's program may have made before."""
+    """The default group of torch.distributed, which the user's program may have made before.
 
-    def __init__(self) -> None:
+    Attributes:
+        members: processes of each worker.
+    """
+
+    def __init__(self, options: StrategyOptions) -> None:
+        self.members = 1
+        self._options = options
         self._owned = False
 
-    def join(self, environment: ClusterEnvironment, backend: str, timeout: timedelta, device: torch.device) -> None:
+    def join(self, environment: ClusterEnvironment, backend: str, device: torch.device) -> None:
         """Join the group, unless the user's program has done so.
 
         Lightning's own way would let the next group of a process use the last one's names in the store.
@@ -45,9 +52,14 @@ class ProcessGroup:
                 port=environment.main_port,
                 worker=environment.global_rank(),
                 workers=environment.world_size(),
-                timeout=timeout,
+                timeout=self._options.timeout,
                 device=device if device.type == "cuda" else None,
             )
+
+    def split(self, processes_per_host: int) -> None:
+        """Divide the processes into workers. Collective: every process must call this, after :meth:`join`."""
+        self.members = self._options.members(processes_per_host)
+        split_into_workers(self.members, across_hosts=self._options.across_hosts)
 
     def leave(self, guard: Guard, barrier: Callable[[], None], *, interrupted: bool) -> None:
         """Stop watching the others and leave the group, if this object has joined it.

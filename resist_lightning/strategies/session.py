@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
+from resist_lightning.engine.replicas import Replicas
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
 from resist_lightning.strategies.data.loader_processes import LoaderShield
@@ -63,7 +66,8 @@ class FitSession:
 
     def make_engine(self) -> Engine:
         """Make the engine, when the module is complete and its optimizers are made."""
-        trainer, strategy = self._trainer, self._trainer.strategy
+        trainer = self._trainer
+        strategy: Any = trainer.strategy
         self.engine = engine = Engine(
             trainer.lightning_module,
             [unwrapped(optimizer) for optimizer in strategy.optimizers],
@@ -71,6 +75,7 @@ class FitSession:
             forward_context=trainer.precision_plugin.forward_context,
             host=LightningHost(trainer, self.signals, self._data),
         )
+        engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see
         self._averages.follow(engine)
         rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}")
@@ -110,6 +115,25 @@ class FitSession:
         if batch_idx == 1:  # the first batch has logged its metrics
             warn_of_metrics(self._trainer)
         self._steps.begin_batch()
+
+    @property
+    def replicas(self) -> Replicas:
+        """The members of this worker."""
+        assert self.engine is not None
+        return self.engine.replicas
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's training step, so that the gradients of a worker's members are averaged."""
+        assert self.engine is not None
+        module = self._trainer.lightning_module
+        call = self.replicas.call if module.automatic_optimization else self.replicas.call_with_backward
+        with self.engine.sync.guard.training_step():
+            return call(module.training_step, *args, **kwargs)
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Called before each backward pass."""
+        if not self._trainer.lightning_module.automatic_optimization:
+            self.replicas.prepare_backward(loss)
 
     def count_step(self) -> None:
         """Called after every step of every optimizer, a raw one too."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parameter import is_lazy
 
+from resist_lightning.comm.members import check_count
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.schedule.progress import one_round
@@ -24,8 +25,8 @@ from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file
 from resist_lightning.strategies.saving.restarts import check_shrinking
 
 
-def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOptions, workers: int) -> None:
-    """Check trainer, callbacks and module in the main process.
+def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOptions, processes: int) -> None:
+    """Check trainer, callbacks and module in the main process, which will be one of some ``processes``.
 
     Raises:
         ValueError: for what cannot work.
@@ -33,6 +34,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     resolve_file_urls(trainer)
     if trainer.state.fn != TrainerFn.FITTING:
         return
+    members = options.members(trainer.num_devices)
+    check_count(members, processes)
     check_callbacks(trainer, config)
     check_shrinking(options)
     module = trainer.strategy.lightning_module
@@ -40,7 +43,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
         return  # the workers make the model, after the launch
     completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())
     if not completed_in_setup:
-        make_layout(module, config, workers)
+        make_layout(module, config, processes // members)
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:

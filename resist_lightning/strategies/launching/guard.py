@@ -58,7 +58,7 @@ class Guard:
 
         self._failed = self._stopped = False
         self._watchdog = Watchdog(
-            Heartbeats(trainer.global_rank, trainer.world_size),
+            Heartbeats(trainer.global_rank, trainer.world_size, members=trainer.strategy.group.members),  # type: ignore[attr-defined]
             Surroundings(
                 activity=activity,
                 store=f"the store at {where}, which worker 0 or torchrun's agent serves,",

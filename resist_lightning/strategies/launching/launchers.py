@@ -62,9 +62,10 @@ def make_launcher(
     """
     environment = strategy.cluster_environment
     assert environment is not None
-    if sync_batchnorm:
+    if sync_batchnorm and strategy.options.devices_per_worker == 1:
         raise ValueError(
-            "sync_batchnorm=True contradicts local training: it would communicate in every step. Leave it out; "
+            "sync_batchnorm=True contradicts local training: it would communicate in every step. Leave it out, "
+            "or let a worker have several processes (devices_per_worker=...), which then share their statistics; "
             "the full model has batch-norm statistics of all workers anyway."
         )
     refuse_launch(environment, strategy.accelerator, start_method)

@@ -27,7 +27,7 @@ from torch import nn
 
 from resist_lightning.checkpoint.files import read_sealed, write_sealed
 from resist_lightning.comm.collective import Collective
-from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError, process_name
 
 CHECKPOINT_KEY = "resist_lightning"
 """Key of the state that a checkpoint has beside its ``state_dict``; plain Lightning ignores it."""
@@ -57,7 +57,7 @@ def agree_on_path(path: _PATH, collective: Collective) -> str:
     """
     local = local_path(path)
     mine = str(path if local is None else local)
-    theirs = [text.decode() for text in collective.gather_bytes(mine.encode())]
+    theirs = [text.decode() for text in collective.gather_bytes(mine.encode())]  # of all processes
     different = sorted(set(theirs))
     if len(different) > 1:
         rank_zero_warn(
@@ -97,7 +97,7 @@ def save_together(
         # First, so that the model's file never names files that are not there.
         checkpoint[CHECKPOINT_KEY]["files"] = _write_own(checkpoint, own, folder_of(local), new, collective)
     failure: Exception | None = None
-    if collective.worker == 0:
+    if collective.rank == 0:
         try:
             write()
         except PartialModelError as error:
@@ -105,7 +105,7 @@ def save_together(
         except Exception as error:  # noqa: BLE001 - the others wait
             failure = error
     _share(0, failure, str(path), new, collective)
-    if local is not None and collective.worker > 0 and not local.exists():
+    if local is not None and collective.rank > 0 and not local.exists():
         # This worker has a disk of its own; elsewhere worker 0 has removed what no checkpoint names any more.
         remove_files(local, files_named_in(checkpoint), collective.worker)
 
@@ -124,14 +124,16 @@ def _write_own(
     already_there = {file.name for file in folder.glob("*.pt")}
     new.folder = folder
     try:
-        file = write_sealed(own, folder, stems[collective.worker])
-        checksum = int(_checksum(file), 16)
-        # The name has the checksum in it, so a file that was there is the same, and belongs to the checkpoint before.
-        if file.name not in already_there:
-            new.file = file
+        if collective.member == 0:  # which has the state of all members of its worker
+            file = write_sealed(own, folder, stems[collective.worker])
+            checksum = int(_checksum(file), 16)
+            # The name has the checksum in it, so one that was there is the same, and belongs to the checkpoint before.
+            if file.name not in already_there:
+                new.file = file
     except Exception as error:  # noqa: BLE001 - the others wait
         failure = error
-    checksums = _share(checksum, failure, str(folder), new, collective)
+    shared = _share(checksum, failure, str(folder), new, collective)
+    checksums = [of_members[0] for of_members in collective.by_worker(shared)]
     return [f"{stem}.{checksum:08x}.pt" for stem, checksum in zip(stems, checksums, strict=True)]
 
 
@@ -147,13 +149,13 @@ def _pickled_network(checkpoint: Mapping[str, Any]) -> str:
     )
 
 
-def remove(path: _PATH, worker: int) -> None:
-    """Remove the workers' files of a checkpoint, whose model file worker 0 removes."""
+def remove(path: _PATH, rank: int, members: int) -> None:
+    """Remove the workers' files of a checkpoint, whose model file rank 0 removes."""
     local = local_path(path)
-    if local is not None and worker == 0:
+    if local is not None and rank == 0:
         remove_files(local)
-    elif local is not None and not local.exists():  # on a disk of its own; else worker 0 removes all
-        remove_files(local, worker=worker)
+    elif local is not None and not local.exists():  # on a disk of its own; else rank 0 removes all
+        remove_files(local, worker=rank // members)
 
 
 def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = None) -> None:
@@ -228,7 +230,7 @@ class _New:
 
 
 def _share(number: int, failure: Exception | None, path: str, new: _New, collective: Collective) -> list[int]:
-    """Each worker's number; raises on all workers if one has a failure.
+    """Each process's number, by rank; raises on all workers if one has a failure.
 
     Collective: every worker must call this, in the same order.
 
@@ -245,7 +247,8 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
         return [int(row[1]) for row in rows]
     texts = [text.decode() for text in collective.gather_bytes(_reason(failure).encode())]
     new.remove()
-    reasons = "; ".join(f"worker {worker}: {texts[worker]}" for worker, kind in enumerate(kinds) if kind)
+    failed = [rank for rank, kind in enumerate(kinds) if kind]
+    reasons = "; ".join(f"{process_name(rank, collective.members)}: {texts[rank]}" for rank in failed)
     if _OTHER not in kinds:
         raise CheckpointNotWritten(
             f"{path} could not be written ({reasons}). What stood there before is unchanged. Make room, or choose "

@@ -15,7 +15,7 @@ from resist_lightning.checkpoint.snapshots import Snapshot, SnapshotFolder, need
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.group import groups_joined
 from resist_lightning.comm.torchrun import REMEDY, agent, shares_store, started_by_torchrun
-from resist_lightning.errors import CheckpointError, CheckpointNotWritten
+from resist_lightning.errors import CheckpointError, CheckpointNotWritten, process_name
 from resist_lightning.strategies.options import StrategyOptions
 
 _ROUNDS_COMPARED = 4  # a worker is at most one round ahead of another, and a folder keeps few
@@ -94,11 +94,11 @@ class Restarts:
         readable = self._readable_by_worker(usable(snapshots, worker, workers))
         common = set.intersection(*readable)
         if not common:
-            by_worker = [f"{worker}: {sorted(rounds) or 'none'}" for worker, rounds in enumerate(readable)]
+            members = self._collective.members
+            seen = [f"{process_name(rank, members)} {sorted(rounds) or 'none'}" for rank, rounds in enumerate(readable)]
             raise CheckpointError(
-                f"{self.folder.path} has no snapshot that all workers can read; rounds by worker: "
-                f"{'; '.join(by_worker)}. All workers must see the same folder. Resume from a checkpoint instead: "
-                "ckpt_path=PATH."
+                f"{self.folder.path} has no snapshot that all workers can read; rounds: {'; '.join(seen)}. All "
+                "workers must see the same folder. Resume from a checkpoint instead: ckpt_path=PATH."
             )
         round, newest = max(common), max(snapshot.round for snapshot in snapshots)
         if round < newest:
@@ -155,9 +155,13 @@ class Restarts:
         number = 0 if failure is None else failure.errno or _NO_NUMBER
         # Also a barrier: nobody may write a snapshot before all have claimed the folder.
         numbers = self._gather(number)
-        failed = [f"worker {worker}: {_reason(number)}" for worker, number in enumerate(numbers) if number]
+        failed = [
+            f"{process_name(rank, self._collective.members)}: {_reason(number)}"
+            for rank, number in enumerate(numbers)
+            if number
+        ]
         # All workers raise, and one is enough to warn.
-        if failed and (self._options.on_save_error == "raise" or self._collective.worker == 0):
+        if failed and (self._options.on_save_error == "raise" or self._collective.rank == 0):
             self._not_written(f"snapshots={path!r} cannot be written ({'; '.join(failed)}).", failure)
 
     def write(self, state: dict[str, Any], round: int) -> None:
@@ -166,6 +170,8 @@ class Restarts:
         Raises:
             CheckpointNotWritten: if it cannot be written and the settings say ``on_save_error="raise"``.
         """
+        if self._collective.member > 0:
+            return  # the first member has the state of all
         worker, workers = self._collective.worker, self._collective.workers
         try:
             self.folder.write(state, round, worker, workers)
@@ -213,7 +219,7 @@ class Restarts:
             if self.chosen is not None:
                 # By every worker: each host may have a folder of its own.
                 self.folder.forget_later(self.chosen.round)
-            if self._collective.worker == 0:
+            if self._collective.rank == 0:
                 self.folder.set_agents(agents)
             else:
                 self.folder.make()  # here a disk refuses, rather than at the first snapshot

@@ -21,6 +21,7 @@ from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY, read_own
 from resist_lightning.strategies.saving.checkpoint_io import load_checkpoint, snapshots_at
+from resist_lightning.strategies.saving.members import gather_members, of_member
 from resist_lightning.strategies.saving.restarts import Restarts
 from resist_lightning.strategies.saving.trainer_state import TrainerState
 
@@ -127,6 +128,7 @@ class Resumer:
             own = self._loaded["own"]
         else:
             own = read_own(state, self._loaded_from, engine.collective.worker)
+        own = of_member(own, engine.collective)
         same = engine.restore(state, own)
         if self._source is not None and not same:
             # Snapshots have no full model, and the parts of these workers are none of those that were written.
@@ -147,7 +149,9 @@ class Resumer:
             report_resume(strategy, source, engine, same=same, exact=exact, files="files" in state)
 
     def write_snapshot(self, engine: Engine, trainer_state: TrainerState, *, ending: bool) -> None:
-        """Write a snapshot if one is due, or if the run is ending. Sends nothing.
+        """Write a snapshot if one is due, or if the run is ending. Sends nothing to other workers.
+
+        Collective: every member of a worker must call this, in the same order.
 
         Call it between two rounds, before the batch that has been fetched is trained.
         """
@@ -155,7 +159,7 @@ class Resumer:
             return
         state = {
             "place": trainer_state.with_modes(engine.resumption.place()),
-            "own": trainer_state.of_worker(engine),
+            "own": gather_members(trainer_state.of_worker(engine), engine.collective),
             "lightning": trainer_state.checkpoint_without_model(),
         }
         if not self._checked:  # once: it reads all of it, and the types stay the same

@@ -22,6 +22,7 @@ from resist_lightning.strategies.saving import checkpoint_files
 from resist_lightning.strategies.saving.checkpoint_callbacks import report_not_written
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, write_model
+from resist_lightning.strategies.saving.members import gather_members
 from resist_lightning.strategies.saving.trainer_state import TrainerState
 from resist_lightning.strategies.session import FitSession
 
@@ -72,7 +73,7 @@ class Saver:
 
     def _copy_full_model(self, engine: Engine, trainer_state: TrainerState) -> dict[str, Any]:
         self._saved = trainer_state.with_modes(engine.checkpoint_state())
-        self._own = trainer_state.of_worker(engine)
+        self._own = gather_members(trainer_state.of_worker(engine), engine.collective)
         copies = {}
         for name, value in engine.module.state_dict().items():
             # When the file is written, the module is this worker's part again.
@@ -85,7 +86,7 @@ class Saver:
         filepath: _PATH,
         write: Callable[[], None],
         plugin: CheckpointIO,
-        worker: int,
+        rank: int,
         *,
         interrupted: bool,
     ) -> None:
@@ -98,7 +99,7 @@ class Saver:
             filepath: this worker's name for it.
             write: writes it by ``plugin``; called in one worker.
             plugin: the Trainer's, or :class:`AtomicIO`.
-            worker: the rank of this one.
+            rank: of this process.
             interrupted: whether an error has ended the run.
 
         Raises:
@@ -111,7 +112,7 @@ class Saver:
             self._report(f"{filepath} is not written: after an error no worker can assemble the full model.")
             return
         collective = SoloCollective() if interrupted else default_collective()
-        if worker > 0 and collective.workers == 1:
+        if rank > 0 and collective.processes == 1:
             return  # the workers have parted, or one has failed before the training: worker 0 alone writes the model
         if "optimizer_states" not in checkpoint:
             own = None  # weights only
@@ -140,14 +141,14 @@ class Saver:
     def _report(self, text: str) -> None:
         report_not_written(text, self._session.checkpoint_callbacks if self._session is not None else None)
 
-    def remove(self, filepath: _PATH, plugin: CheckpointIO, worker: int) -> None:
-        """Remove what this worker has written of a checkpoint, if what takes its place is there."""
+    def remove(self, filepath: _PATH, plugin: CheckpointIO, rank: int, members: int) -> None:
+        """Remove what this process has written of a checkpoint, if what takes its place is there."""
         if self._failed:
             rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
             return
-        if worker == 0:
+        if rank == 0:
             plugin.remove_checkpoint(filepath)
-        checkpoint_files.remove(self._written_as.pop(str(filepath), filepath), worker)
+        checkpoint_files.remove(self._written_as.pop(str(filepath), filepath), rank, members)
 
     def find(self, path: _PATH) -> _PATH:
         """Where the checkpoint is that this worker knows as ``path``."""
