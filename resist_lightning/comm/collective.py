@@ -86,7 +86,7 @@ class Collective(_Inside, ABC):
         """What was gathered of all processes, grouped by worker."""
         return [rows[first : first + self.members] for first in range(0, self.processes, self.members)]
 
-    def connect(self) -> None:  # noqa: B027 - most have nothing to connect
+    def connect(self) -> None:
         """Connect all pairs of workers, if that is left to the first message: the first syncs would pay for it.
 
         Collective: every worker must call this, in the same order.

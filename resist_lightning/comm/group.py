@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store, _world
 from torch.distributed.rendezvous import rendezvous
 
 from resist_lightning.comm.sockets import cut_connections, recording, recording_group
@@ -149,8 +149,9 @@ def interrupt_group() -> None:
     """Make operations that wait in the default group raise; from any thread. The group cannot be used afterwards."""
     with suppress(Exception):  # the main thread may be leaving the group
         if _uses_nccl():
-            group: Any = _get_default_group()
-            group.abort()
+            groups: list[Any] = list(_world.pg_map)  # those of the members of workers too
+            for group in groups:
+                group.abort()
         else:
             cut_connections()
 

@@ -11,6 +11,7 @@ from torch import nn
 from resist_lightning import Config, NotFinite, WorkersDisagree
 from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.header import Purpose
+from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.progress import Clock
 from tests.helpers.nets import small_preact
@@ -82,7 +83,7 @@ def test_all_cannot_be_left_out():
 def numbers_after(change, purpose=Purpose.SYNC, before=lambda net: None):
     net = small_preact()
     before(net)
-    divergence = DivergenceChecks(BlockLayout(net, Config(min_blocks=1), 1), None)  # type: ignore[arg-type]
+    divergence = DivergenceChecks(BlockLayout(net, Config(min_blocks=1), 1), SoloCollective())
     divergence.begin()
     with torch.no_grad():
         change(net)

@@ -1,0 +1,231 @@
+"""Workers of several processes under a Trainer: same training, one file per worker, exact resume, errors by rank."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from resist_lightning import (
+    AuxNetStrategy,
+    ISTStrategy,
+    NeuronConfig,
+    NeuronSimulator,
+    WorkerLost,
+    WorkersDisagree,
+)
+from tests.helpers.plain import Classifier, batch_of, stream
+from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, unbroken_and_resumed
+
+TWO = {"devices_per_worker": 2}
+
+RESUMED = {
+    "resist": (2, Case(4, "resist", {**TWO, "momentum": "travel", "min_blocks": 3}, "sgd", "shuffled", 1, (2, 4, 8))),
+    "ist": (2, Case(4, "ist", {**TWO, "momentum": "keep"}, "sgd", "shuffled", 1, (2, 7))),
+    "local_sgd": (
+        2,
+        Case(6, "local_sgd", {"devices_per_worker": 3, "momentum": "keep"}, "adamw", "shuffled", 2, (3, 8), early=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_of_workers_with_members_resumes_exactly(name: str, tmp_path: Path) -> None:
+    workers, case = RESUMED[name]
+    results = run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path))
+
+    first = results[0][0]
+    for unbroken, *resumed in results:
+        assert_equal_states(unbroken, first, exactly=True)
+        for state in resumed:
+            assert_equal_states(state, unbroken, exactly=True)
+    for stop in case.stops:
+        assert len(os.listdir(tmp_path / f"{stop}.ckpt.workers")) == workers
+
+
+class ByHand(Classifier):
+    """Two backward passes and two steps in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        for images in (batch[0], -batch[0]):
+            optimizer.zero_grad()
+            self.manual_backward(functional.cross_entropy(self.net(images), batch[1]))
+            optimizer.step()
+
+
+def shard_by_shard(module: Classifier, members: int, worker: int, step: int, images: int = 1) -> None:
+    """The gradients of the members' batches, added up in one process; buffers are those of the first."""
+    for member in range(members):
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        x, y = batch_of(worker * members + member, step)
+        (functional.cross_entropy(module.net(images * x), y) / members).backward()
+        if member:
+            module.load_state_dict(before, strict=False)
+
+
+def trained(rank: int, manual: bool, options: dict[str, Any]) -> dict[str, Tensor]:
+    module: Any = ByHand() if manual else Classifier()
+    strategy = make_strategy("local_sgd", **options)
+    accumulate = 1 if manual else 2
+    trainer = make_trainer(strategy, max_epochs=1, accumulate_grad_batches=accumulate)
+    trainer.fit(module, stream(rank, 6))
+    return clone_state(module)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_gradients_are_averaged_in_a_worker_and_weights_between_workers(manual: bool) -> None:
+    results = run_trainers(trained, 4, manual, TWO)
+
+    modules = [Classifier(), Classifier()]
+    optimizers = [module.configure_optimizers() for module in modules]
+    for step in range(6):
+        for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+            train_batch(module, optimizer, worker, step, manual=manual)
+        # Three local steps a round: with one a batch by hand, with one in two batches else.
+        if (step + 1) % (3 if manual else 6) == 0:
+            average(modules)
+            for optimizer in optimizers:
+                optimizer.state.clear()
+    for state in results:
+        assert_equal_states(state, results[0], exactly=True)
+        assert_equal_states(state, modules[0].state_dict())
+
+
+def train_batch(module: Classifier, optimizer: Any, worker: int, step: int, *, manual: bool) -> None:
+    if manual:
+        for sign in (1, -1):
+            optimizer.zero_grad()
+            shard_by_shard(module, 2, worker, step, sign)
+            optimizer.step()
+        return
+    if step % 2 == 0:
+        optimizer.zero_grad()
+    shard_by_shard(module, 2, worker, step)
+    if step % 2:
+        for parameter in module.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= 2  # Lightning divides the loss by the number of batches
+        optimizer.step()
+
+
+def average(modules: list[Classifier]) -> None:
+    states = [module.state_dict() for module in modules]
+    for name, value in states[0].items():
+        mean = torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
+        for state in states:
+            state[name].copy_(mean)
+
+
+def resumed_as(rank: int, folder: str, options: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(make_strategy(**options), max_epochs=EPOCHS)
+        module = Classifier(seed=3)
+        trainer.fit(module, stream(rank, BATCHES), ckpt_path=f"{folder}/4.ckpt")
+        assert trainer.strategy.engine is not None
+        assert trainer.strategy.engine.collective.workers == 4 // options.get("devices_per_worker", 1)
+    assert all(torch.isfinite(tensor).all() for tensor in module.parameters())
+    return [str(each.message) for each in caught if "own files" in str(each.message)]
+
+
+def save_two_by_two(rank: int, folder: str) -> None:
+    trainer = make_trainer(make_strategy(**TWO), max_epochs=EPOCHS, callbacks=[SavesAt(folder, (4,))])
+    trainer.fit(Classifier(), stream(rank, BATCHES))
+
+
+@pytest.mark.parametrize("options", [{}, {"devices_per_worker": 4}])
+def test_a_run_resumes_with_another_number_of_workers_and_members(options: dict[str, Any], tmp_path: Path) -> None:
+    run_trainers(save_two_by_two, 4, str(tmp_path))
+    assert run_trainers(resumed_as, 4, str(tmp_path), options) == [[]] * 4
+
+
+class Fails(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 3 and batch_idx == 2:
+            raise KeyError("a bad sample")
+        return super().training_step(batch, batch_idx)
+
+
+def fails(rank: int) -> None:
+    make_trainer(make_strategy(**TWO), max_epochs=1).fit(Fails(), stream(rank, 6))
+
+
+def test_a_member_that_fails_ends_all_by_name_of_worker_and_rank() -> None:
+    outcomes = run_trainers_to_the_end(fails, 4)
+
+    assert isinstance(outcomes[3].error, KeyError)
+    for outcome in outcomes[:3]:
+        assert isinstance(outcome.error, WorkerLost)
+        assert "worker 1 (rank 3)" in str(outcome.error)
+        assert "KeyError: 'a bad sample'" in str(outcome.error)
+
+
+class Drifts(Classifier):
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_rank == 1:
+            with torch.no_grad():
+                next(self.net.parameters()).add_(1.0)
+
+
+def drifts(rank: int) -> None:
+    make_trainer(make_strategy(**TWO), max_epochs=1).fit(Drifts(), stream(rank, 6))
+
+
+def test_members_that_hold_different_weights_are_named() -> None:
+    for outcome in run_trainers_to_the_end(drifts, 4):
+        assert isinstance(outcome.error, WorkersDisagree)
+        assert "the members of worker 0 (ranks 0, 1) hold different weights" in str(outcome.error)
+
+
+@pytest.mark.parametrize(("devices", "options"), [(4, {"devices_per_worker": 3}), (3, {"devices_per_worker": 2})])
+def test_uneven_numbers_are_refused_before_any_process_starts(devices: int, options: dict[str, Any]) -> None:
+    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=make_strategy(**options), logger=False)
+    with pytest.raises(ValueError, match=f"does not divide the {devices} processes"):
+        trainer.fit(Classifier(), stream(0, 6))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="devices_per_worker=2: an AuxNet worker holds one stage"):
+        AuxNetStrategy(devices_per_worker=2)
+    with pytest.raises(ValueError, match="devices_per_worker=0 must be a whole number"):
+        ISTStrategy(devices_per_worker=0)
+    with pytest.raises(ValueError, match=r"sync_batchnorm=True contradicts local training.*devices_per_worker"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=make_strategy(), sync_batchnorm=True, logger=False)
+
+
+def trained_ist(rank: int) -> dict[str, Tensor]:
+    module = Classifier("chain")
+    make_trainer(make_strategy("ist", **TWO), max_epochs=1).fit(module, stream(rank, 7))
+    return clone_state(module)
+
+
+def test_neurons_of_workers_with_members() -> None:
+    results = run_trainers(trained_ist, 4)
+
+    config = NeuronConfig(local_steps=3, recalibration_batches=16)  # eight of each member
+    simulator = NeuronSimulator(Classifier("chain"), lambda copy: copy.configure_optimizers(), config, 2)
+    for step in range(7):
+        for number, worker in enumerate(simulator.workers):
+            module: Any = worker.module
+            module.train()
+            worker.optimizers[0].zero_grad()
+            shard_by_shard(module, 2, number, step)
+            worker.optimizers[0].step()
+        simulator.after_step()
+    for state in results:
+        assert_equal_states(state, results[0], exactly=True)
+        assert_equal_states(state, clone_state(simulator.full_model()))
