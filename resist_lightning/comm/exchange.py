@@ -149,15 +149,6 @@ class Exchange:
 
         return finish
 
-    def average_inside(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their mean over this worker's members. Collective: every member must call."""
-        if self.collective.members == 1 or not tensors:
-            return
-        flats = pack(tensors, self._device)
-        for flat in flats.values():
-            self.collective.mean_inside(flat, "statistics")
-        copy_into(tensors, unpack(flats, tensors))
-
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
         for part in in_parts(tensors):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
-from resist_lightning.comm.packing import flatten, split
+from resist_lightning.comm.packing import by_dtype, copy_into, flatten, split
 from resist_lightning.comm.quantize import Quantizer, arrange
 from resist_lightning.comm.tensors import summable
 
@@ -44,6 +44,19 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
         _write_back(numbers, flat)
 
     return finish_mean
+
+
+def mean_inside(collective: Collective, tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their mean over the members of this worker.
+
+    Collective: every member must call this, in the same order.
+    """
+    if collective.members == 1:
+        return
+    for group in by_dtype(tensors).values():
+        flat = flatten(group)
+        collective.mean_inside(flat, "statistics")
+        copy_into(group, split(flat, group))
 
 
 def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from resist_lightning.checks.handshake import Handshake
 from resist_lightning.checks.hashing import Hasher, as_numbers
 from resist_lightning.checks.header import Purpose
+from resist_lightning.comm.mean import mean_inside
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan, Sync
@@ -230,7 +231,7 @@ class Observation:
         elif calls:
             estimated = recalibrate(layout.module, calls, self._forward_context, still)
             # The members of a worker have seen other batches; what is sent between workers must be equal on them.
-            self._sync.exchange.average_inside(estimated)
+            mean_inside(self._sync.exchange.collective, estimated)
             self._sync.exchange.average(estimated, kind, left_out)
 
     def _not_as_trained(self) -> dict[str, Tensor]:

@@ -171,7 +171,6 @@ def test_a_member_that_fails_ends_all_by_name_of_worker_and_rank() -> None:
     for outcome in outcomes[:3]:
         assert isinstance(outcome.error, WorkerLost)
         assert "worker 1 (rank 3)" in str(outcome.error)
-        assert "KeyError: 'a bad sample'" in str(outcome.error)
 
 
 class Drifts(Classifier):
