@@ -26,10 +26,10 @@ from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import default_collective
+from resist_lightning.comm.replicas import Replicas
 from resist_lightning.engine.evaluation import Observation
 from resist_lightning.engine.optimizer_steps import StepWatch
 from resist_lightning.engine.registry import detach_hooks, make_layout, make_sync
-from resist_lightning.engine.replicas import Replicas
 from resist_lightning.engine.resume import Resumption
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.sync import Plan

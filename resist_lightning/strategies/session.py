@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from resist_lightning.comm.members import default_collective
+from resist_lightning.comm.replicas import Replicas
 from resist_lightning.engine.engine import Engine
-from resist_lightning.engine.replicas import Replicas
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
 from resist_lightning.strategies.data.loader_processes import LoaderShield
