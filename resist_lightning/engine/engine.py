@@ -78,7 +78,7 @@ class Engine:
         self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.seconds = Seconds(self._device)
-        self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device, self.seconds)  # by method
+        self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device)  # by method
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)

@@ -35,7 +35,6 @@ from resist_lightning.methods.resist.sync import BlockSync
 from resist_lightning.methods.sync import Sync
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.timing import Seconds
 
 _METHODS: dict[type[CommonConfig], tuple[type[Layout], type[Sync[Any, Any]]]] = {
     Config: (BlockLayout, BlockSync),
@@ -60,14 +59,12 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
         return layout(module, config, workers, trained or None)
 
 
-def make_sync(
-    layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device, seconds: Seconds
-) -> Sync[Any, Any]:
+def make_sync(layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device) -> Sync[Any, Any]:
     """A worker's side of the syncs."""
     if collective.rank == 0:
         states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
     _, sync = _method_of(layout.config)
-    return sync(layout, states, collective, device, seconds)
+    return sync(layout, states, collective, device)
 
 
 def _method_of(config: CommonConfig) -> tuple[type[Layout], type[Sync[Any, Any]]]:

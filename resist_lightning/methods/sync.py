@@ -15,7 +15,6 @@ from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.part_guard import PartGuard
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.timing import Seconds
 
 
 class Plan(Protocol):
@@ -56,7 +55,6 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         states: the optimizers' state.
         collective: the workers.
         device: where present tensors live.
-        seconds: where the time of each phase is added up.
         quantizer: how the exchange compresses; None if nothing is compressed.
 
     Attributes:
@@ -70,7 +68,6 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         states: OptimizerStates,
         collective: Collective,
         device: torch.device,
-        seconds: Seconds,
         quantizer: Quantizer | None = None,
     ) -> None:
         self.guard = PartGuard(collective.worker)
@@ -78,7 +75,6 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self._layout = layout
         self._states = states
         self._worker = collective.worker
-        self._seconds = seconds
         self._quantizer = quantizer
         self._changing: set[str] = set()
         self._as_received: list[tuple[Tensor, Tensor]] = []
@@ -120,14 +116,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self._leave_out(plan)
         if self._worker in plan.left_out:
             self._states.reset()  # it may have NaN or infinity too
-        with self._seconds.timed("averaging"):
-            finish = self._start_average(list(self._averaged(plan).values()), plan)
-
-        def finish_timed() -> None:
-            with self._seconds.timed("averaging"):
-                finish()
-
-        return finish_timed
+        return self._start_average(list(self._averaged(plan).values()), plan)
 
     @abstractmethod
     def hand_over(self, plan: AnyPlan, round: int) -> None:

@@ -21,7 +21,6 @@ from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
 from resist_lightning.state.memory import Memory
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.timing import Seconds
 
 
 class StageSync(Sync[StageLayout, SyncPlan]):
@@ -37,9 +36,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         states: OptimizerStates,
         collective: Collective,
         device: torch.device,
-        seconds: Seconds,
     ) -> None:
-        super().__init__(layout, states, collective, device, seconds)
+        super().__init__(layout, states, collective, device)
         self._collective = collective
         self._device = device
         self._absent: dict[int, Memory] = {}  # the other workers' stages

@@ -23,7 +23,6 @@ from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.timing import Seconds
 
 
 class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
@@ -35,9 +34,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         states: OptimizerStates,
         collective: Collective,
         device: torch.device,
-        seconds: Seconds,
     ) -> None:
-        super().__init__(layout, states, collective, device, seconds)
+        super().__init__(layout, states, collective, device)
         if layout.config.momentum != "reset":
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
         self._messages = Messages(collective, device)
@@ -93,19 +91,18 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
-        with self._seconds.timed("hand_over"):
-            state = self._moving_state()
-            moving = {**self._parts(), **state}
-            arrived = self._messages.transfer(moving, self._moving_pieces(moving, plan), plan.before)
-            self._forget_others(state)
-            # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
-            for part in state.values():
-                part.tensor.zero_()
-            self._put(moving, arrived, plan)
-            # Gradients belong to the neurons that have left.
-            for tensor in self._subnet.tensors.values():
-                tensor.grad = None
-            self._states.take_numbers()
+        state = self._moving_state()
+        moving = {**self._parts(), **state}
+        arrived = self._messages.transfer(moving, self._moving_pieces(moving, plan), plan.before)
+        self._forget_others(state)
+        # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
+        for part in state.values():
+            part.tensor.zero_()
+        self._put(moving, arrived, plan)
+        # Gradients belong to the neurons that have left.
+        for tensor in self._subnet.tensors.values():
+            tensor.grad = None
+        self._states.take_numbers()
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:

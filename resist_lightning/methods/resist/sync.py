@@ -21,7 +21,6 @@ from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.timing import Seconds
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
@@ -33,10 +32,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         states: OptimizerStates,
         collective: Collective,
         device: torch.device,
-        seconds: Seconds,
     ) -> None:
         quantizer = make_quantizer(layout.config.wire)
-        super().__init__(layout, states, collective, device, seconds, quantizer)
+        super().__init__(layout, states, collective, device, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
         self._device = device
@@ -113,11 +111,10 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
 
-        with self._seconds.timed("hand_over"):
-            # Merging comes first: owners hand over the mean of what several workers held.
-            self.exchange.merge(plan, payload, Kinds())
-            self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
-            self._states.take_numbers()
+        # Merging comes first: owners hand over the mean of what several workers held.
+        self.exchange.merge(plan, payload, Kinds())
+        self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
+        self._states.take_numbers()
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from resist_lightning.methods.auxnet.speedup import StepSeconds
-from resist_lightning.state.timing import now
+from resist_lightning.state.timing import DeviceClock, Mark
 
 Name: TypeAlias = Literal[
     "data",
@@ -40,25 +40,29 @@ class Spans:
     ``time.perf_counter`` is the same clock for all processes of a Linux host.
 
     Args:
-        device: waited for before the clock is read, if it is a GPU.
-
-    Attributes:
-        recent: the last steps that ended, each with its spans (name, begin, end in seconds).
-        steps: how many ended since :meth:`take`.
+        device: where the steps are computed. A GPU is not waited for: a step is read when the next one has ended.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.recent: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
-        self.steps = 0
         self._device = device
+        self._clock = DeviceClock(device)
+        self._recent: deque[list[Span]] = deque(maxlen=KEPT_STEPS)
+        self._steps = 0
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._current: list[Span] = []
+        self._unread: list[list[tuple[Name, Mark, Mark]]] = []  # steps that have ended
+        self._current: list[tuple[Name, Mark, Mark]] = []
         self._name: Name | None = None
-        self._since = 0.0
+        self._since: Mark = 0.0
+
+    @property
+    def recent(self) -> list[list[Span]]:
+        """The last steps that ended, each with its spans (name, begin, end in seconds)."""
+        self._read()
+        return list(self._recent)
 
     def begin(self, name: Name) -> None:
         """End the span that is open, and begin another one."""
-        moment = now(self._device)
+        moment = self._clock.mark()
         if self._name is not None:
             self._current.append((self._name, self._since, moment))
         self._name, self._since = name, moment
@@ -87,10 +91,8 @@ class Spans:
         step, self._current = self._current, []
         if not counts:
             return
-        self.recent.append(step)
-        self.steps += 1
-        for name, begin, end in step:
-            self._seconds[name] += end - begin
+        self._read()  # those before, which a GPU has computed by now or will soon
+        self._unread.append(step)
 
     def pause(self) -> None:
         """Drop the open step: an evaluation, which is no part of the training, interrupts it."""
@@ -99,11 +101,23 @@ class Spans:
 
     def take(self) -> list[float]:
         """Mean seconds of each of :data:`NAMES` in a step since the last call; zeros if there was none."""
-        steps = max(self.steps, 1)
+        self._read()
+        steps = max(self._steps, 1)
         mean = [self._seconds[name] / steps for name in NAMES]
         self._seconds = defaultdict(float)
-        self.steps = 0
+        self._steps = 0
+        self._clock = DeviceClock(self._device)
         return mean
+
+    def _read(self) -> None:
+        """Read the marks of steps that have ended."""
+        for step in self._unread:
+            read: list[Span] = [(name, self._clock.read(begin), self._clock.read(end)) for name, begin, end in step]
+            self._recent.append(read)
+            self._steps += 1
+            for name, begin, end in read:
+                self._seconds[name] += end - begin
+        self._unread = []
 
 
 def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]]:
