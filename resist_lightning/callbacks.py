@@ -136,6 +136,7 @@ class RoundMonitor(Callback):
         return {
             "strategy": strategy.strategy_name,
             "workers": workers,
+            "processes_per_worker": engine.collective.members,
             "rounds": rounds,
             "local_steps": clock.total_steps,
             "local_steps_per_round": clock.local_steps,
@@ -151,6 +152,7 @@ class RoundMonitor(Callback):
                 "observe": engine.seconds.observe,
             },
             "sent_bytes": engine.sent_bytes_by_worker,
+            "inside_bytes": dict(engine.collective.inside_bytes),  # of worker 0's first process
             "ddp_bytes": ddp_bytes(gradients, workers, clock.total_steps - first.total_steps),
             "local_sgd_bytes": local_sgd_bytes(averaged, workers, clock.round - first.round),
             "partitions": partitions,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -119,8 +120,9 @@ class Replicas:
         # Not by DDP's own function, which marks the tensors too: they will be present in another round.
         vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
         # A sum of three depends on its place in a bucket, and DDP orders buckets anew after a step unless it searches
-        # for unused parameters: a resumed round would then add up in another order than the round before it.
-        ordered = collective.members > _ORDERED
+        # for unused parameters: a resumed round would then add up in another order than the round before it. NCCL
+        # chooses the order by itself.
+        ordered = collective.members > _ORDERED and dist.get_backend(collective.inside) == "gloo"
         self._ddp = DistributedDataParallel(
             caller,
             process_group=collective.inside,

@@ -78,7 +78,9 @@ class FitSession:
         engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see
         self._averages.follow(engine)
-        rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}")
+        members = engine.collective.members
+        split = f" A worker has {members} processes, which split its batches." if members > 1 else ""
+        rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}{split}")
         return engine
 
     def begin_training(self, prepare: Callable[[Engine], None]) -> None:
