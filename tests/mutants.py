@@ -1,4 +1,4 @@
-"""Breaks the code on purpose, some twenty times, and reports which tests notice: ``make mutants``.
+"""Breaks the code on purpose, some two dozen times, and reports which tests notice: ``make mutants``.
 
 Each mutant is a copy of the repository with one small change. Its tests must fail (killed); where they pass, the mutant
 has survived and a contract has lost its test. ``tests/unit/test_mutants.py`` keeps the changes applicable.
@@ -187,6 +187,34 @@ MUTANTS = (
         "loader.limits = [min(limit, shortest) for limit in limits]",
         "pass",
         ("tests/unit/strategies/data/test_equal_epochs.py",),
+    ),
+    Mutant(
+        "gradients of a worker's members not averaged",
+        "comm/replicas.py",
+        "result: Result = ddp(function, *args, **kwargs)",
+        "result = function(*args, **kwargs)",
+        ("tests/distributed/test_members.py", "tests/integration/test_members.py"),
+    ),
+    Mutant(
+        "members send each other's parts",
+        "comm/member_collective.py",
+        "parts = self._to_wire([self._parts(flat)[self.member] for flat in flats])",
+        "parts = self._to_wire([self._parts(flat)[-1 - self.member] for flat in flats])",
+        ("tests/distributed/test_members.py",),
+    ),
+    Mutant(
+        "members resume with the first one's random numbers",
+        "strategies/saving/members.py",
+        "return {**own, **of_each[collective.member]}",
+        "return {**own, **of_each[0]}",
+        ("tests/integration/test_members.py",),
+    ),
+    Mutant(
+        "buffers of members differ at a sync",
+        "comm/replicas.py",
+        'collective.broadcast_inside(flat, "buffers")',
+        "pass",
+        ("tests/distributed/test_members.py", "tests/integration/test_members.py"),
     ),
 )
 
