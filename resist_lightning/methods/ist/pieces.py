@@ -38,20 +38,27 @@ class Part:
 
     def take(self, piece: Piece, held: Sequence[Partition]) -> Tensor:
         """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
-        view, dimension, index = self._place(piece, piece.leaves, held)
-        return view.index_select(dimension, index).flatten().to(self.tensor.device)
+        view, rows, columns = self._place(piece, piece.leaves, held)
+        if rows is None:
+            assert columns is not None
+            taken = view.index_select(1, columns)
+        elif columns is None:
+            taken = view.index_select(0, rows)
+        else:
+            taken = view[rows.unsqueeze(1), columns]
+        return taken.flatten().to(self.tensor.device)
 
     def put(self, piece: Piece, held: Sequence[Partition], flat: Tensor) -> None:
         """Write the entries of a piece that arrives."""
-        view, dimension, index = self._place(piece, piece.enters, held)
-        shape = list(view.shape)
-        shape[dimension] = len(index)
-        values = flat.view(shape)
-        view.index_copy_(dimension, index, values.to(view.device))
-        tensor = self._in(piece.enters)
-        # `reshape` copies where an optimizer keeps state in another memory format.
-        if view.data_ptr() != tensor.data_ptr():
-            tensor.copy_(view.view(tensor.shape))
+        view, rows, columns = self._place(piece, piece.enters, held)
+        values = flat.to(view.device)
+        if rows is None:
+            assert columns is not None
+            view.index_copy_(1, columns, values.view(len(view), len(columns), *view.shape[2:]))
+        elif columns is None:
+            view.index_copy_(0, rows, values.view(len(rows), *view.shape[1:]))
+        else:
+            view[rows.unsqueeze(1), columns] = values.view(len(rows), len(columns), *view.shape[2:])
 
     def entries(self, piece: Piece) -> int:
         """How many numbers a piece has."""
@@ -67,20 +74,18 @@ class Part:
         assert tensor is not None
         return tensor.detach()
 
-    def _place(self, piece: Piece, frame: Frame, held: Sequence[Partition]) -> tuple[Tensor, int, Tensor]:
-        """Where a piece is: a view of the tensor, a dimension of the view, and the places along it."""
-        tensor = self._in(frame)
-        rows, columns, rest = _folded(tensor.shape, self.cut)
-        along_rows = self._along_rows(piece.rows, frame, held)
-        along_columns = self._along_columns(piece.columns, frame, held)
-        if along_rows is None:
-            assert along_columns is not None
-            return tensor.reshape(rows, columns, rest), 1, along_columns.to(tensor.device)
-        if along_columns is None:
-            return tensor.reshape(rows, columns * rest), 0, along_rows.to(tensor.device)
-        # Every row with every column: the places in a matrix of rows that stand one behind the other.
-        both = along_rows.unsqueeze(1) * columns + along_columns
-        return tensor.reshape(rows * columns, rest), 0, both.flatten().to(tensor.device)
+    def _place(
+        self, piece: Piece, frame: Frame, held: Sequence[Partition]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where a piece is: a view of the tensor whose second dimension is that of columns, and the places in both."""
+        view = self._in(frame)
+        if self.cut.columns is not None:
+            # A view in every memory format; to fold the other dimensions would copy channels_last.
+            view = view.unflatten(1, (view.shape[1] // self.cut.repeat, self.cut.repeat))
+        rows = self._along_rows(piece.rows, frame, held)
+        columns = self._along_columns(piece.columns, frame, held)
+        on_device = [None if places is None else places.to(view.device) for places in (rows, columns)]
+        return view, on_device[0], on_device[1]
 
     def _along_rows(self, rows: Indices | None, frame: Frame, held: Sequence[Partition]) -> Tensor | None:
         if rows is None:

@@ -35,8 +35,9 @@ class Subnet:
         named = named_tensors(layout.module)
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self.gradients: dict[str, Tensor] = {}
-        # Kept, as an error may leave tensors on the meta device.
+        # Kept, as an error may leave tensors on the meta device, and slices do not tell the order of dimensions.
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        self._orders = {name: _order_in_memory(tensor) for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
 
     def hold(self) -> None:
@@ -101,12 +102,22 @@ class Subnet:
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:
         for name, tensor in self.tensors.items():
-            device = self._devices[name]
-            replace_memory(name, tensor, torch.empty(shapes[name], dtype=tensor.dtype, device=device))
+            order = self._orders[name]
+            sizes = [shapes[name][dimension] for dimension in order]
+            empty = torch.empty(sizes, dtype=tensor.dtype, device=self._devices[name])
+            # Back to the order of dimensions, over memory in the format of the full tensor.
+            places = sorted(range(len(order)), key=order.__getitem__)
+            replace_memory(name, tensor, empty.permute(places))
         for size in self._layout.neurons.sizes:
             width = widths[size.layer] * size.repeat
             module = self._layout.module.get_submodule(size.module)
             setattr(module, size.attribute, (width,) if size.attribute == "normalized_shape" else width)
+
+
+def _order_in_memory(tensor: Tensor) -> list[int]:
+    """Dimensions from the outermost to the innermost: another order than theirs in channels_last."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda dimension: strides[dimension], reverse=True)
 
 
 class _Scaled:

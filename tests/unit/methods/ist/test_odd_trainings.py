@@ -86,8 +86,17 @@ def train_on_channels_last(collective, run):
         x, y = batch_of(run, collective.worker, step)
         train_step(net, optimizer, (x.to(memory_format=torch.channels_last), y))
         engine.after_step()
+        assert formats(net) == {True}
     engine.finish()
+    assert formats(net) == {True}
     return clone_state(net)
+
+
+def formats(net):
+    """Whether weights of convolutions are in channels_last; up to now the first round lost it, for good."""
+    weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
+    assert any(not weight.is_contiguous() for weight in weights)
+    return {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights}
 
 
 def test_the_memory_format_of_convolutions_changes_nothing():
