@@ -24,7 +24,8 @@ class CommonConfig:
             (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over).
         batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
             training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
-        recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1.
+        recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1; the host keeps
+            that many.
         check: which entries of the shared tensors are hashed after each sync, and compared between workers:
             ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
         non_finite: what happens when a worker reaches a sync with NaN or infinity: ``raise``, or ``drop`` (it is left

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ class InputRecorder:
 
     Args:
         module: the user's module.
-        calls: number of calls to record; each keeps its batch in memory.
+        calls: number of calls to record; each keeps its batch in memory, of the host.
 
     Attributes:
         calls: the recorded calls, oldest first.
@@ -65,14 +65,13 @@ class InputRecorder:
         """The recorded inputs; None if one of them cannot be written to a file that is safe to load."""
         names = {child: name for name, child in self._module.named_modules()}
         calls = [[names[module], list(args), kwargs] for module, args, kwargs in self.calls]
-        if not _plain(calls):
-            return None
-        return {"calls": _moved(calls, torch.device("cpu")), "still": sorted(self.still)}
+        on_cpu = _moved(calls, torch.device("cpu"))
+        return {"calls": on_cpu, "still": sorted(self.still)} if _plain(on_cpu) else None
 
     def load_state_dict(self, own: dict[str, Any], device: torch.device) -> None:
         """Load what :meth:`state_dict` returned."""
         for name, args, kwargs in _moved(own["calls"], device):
-            self.calls.append((self._module.get_submodule(name), tuple(args), kwargs))
+            self.calls.append((self._module.get_submodule(name), _recorded(tuple(args)), _recorded(kwargs)))
         self.still = frozenset(own["still"])
 
     def remove(self) -> None:
@@ -92,7 +91,7 @@ class InputRecorder:
         # Tracers call a forward with inputs that have no values.
         traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         if module.training and torch.is_grad_enabled() and not traced:
-            self.calls.append((module, _copied(args), _copied(kwargs)))
+            self.calls.append((module, _recorded(args), _recorded(kwargs)))
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -231,11 +230,52 @@ def _statistic(norm: _BatchNorm, name: str) -> Tensor:
 
 def _copied(values: Any) -> Any:
     """Copies of all tensors: a forward may change its input in place, and a loader may reuse its memory."""
-    return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, values)
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, _OnHost):
+            return value.back()
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return tree_map(copied, values)
+
+
+def _recorded(values: Any) -> Any:
+    """As :func:`_copied`, with what lies on a GPU on the host."""
+    copies = _copied(values)
+    return tree_map(lambda value: _OnHost(value) if isinstance(value, Tensor) and value.is_cuda else value, copies)
 
 
 def _moved(values: Any, device: torch.device) -> Any:
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
+    def moved(value: Any) -> Any:
+        if isinstance(value, _OnHost):
+            value = value.back()
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tree_map(moved, values)
+
+
+class _OnHost:
+    """A GPU's tensor in memory of the host, copied there while the GPU goes on computing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        stream = _copying_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            self._values.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is used until then
+        self._arrived = stream.record_event()
+
+    def back(self) -> Tensor:
+        """The tensor, on its device."""
+        self._arrived.synchronize()
+        return self._values.to(self._device, non_blocking=True)
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _plain(values: Any) -> bool:

@@ -44,7 +44,6 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     local_steps: int = field(init=False, default=50)
     momentum: MomentumPolicy = field(init=False, default="keep")
     non_finite: NonFinitePolicy = field(init=False, default="raise")
-    recalibration_batches: int = field(init=False, default=8)
 
     @override
     def __post_init__(self) -> None:

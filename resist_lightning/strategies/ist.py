@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.strategies.base import SubnetStrategy
@@ -14,7 +14,6 @@ class ISTOptions(LocalTrainingOptions, NeuronConfig):
     """Options of :class:`ISTStrategy`."""
 
     local_steps: int = 20
-    recalibration_batches: int = field(init=False, default=8)
 
 
 class ISTStrategy(SubnetStrategy):

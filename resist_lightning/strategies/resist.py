@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from typing_extensions import override
 
@@ -20,8 +20,6 @@ class ResISTOptions(LocalTrainingOptions, Config):
             paper, or the blocks of all sections where those are less than half of the parameters), a glob or several
             over module names such as ``"layer3.*"``, or a predicate of (name, module).
     """
-
-    recalibration_batches: int = field(init=False, default=8)
 
     @override
     def __post_init__(self) -> None:

@@ -35,9 +35,16 @@ class Reporter(L.Callback):
 
     def __init__(self) -> None:
         self.metrics: dict[int, Metrics] = {}
+        self.places: set[tuple[bool, str]] = set()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.metrics[trainer.global_step] = metrics_of(trainer.callback_metrics)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In training only the process that writes the file has a copy of the full model."""
+        self.places |= {
+            (trainer.training or trainer.validating, value.device.type) for value in checkpoint["state_dict"].values()
+        }
 
 
 def metrics_of(logged: Any) -> Metrics:
@@ -58,6 +65,7 @@ def train_and_save(worker: int, folder: str, variant: dict[str, Any]) -> dict[st
     )
     trainer.fit(module, stream(worker, 10), held_out(worker))
     reported = {f"{folder}/val/step={step}.ckpt": metrics for step, metrics in reporter.metrics.items()}
+    assert reporter.places == {(True, "meta" if worker else "cpu")}
     assert set(reporter.metrics) == {3, 6, 9}  # rounds have three steps: the first is complete, and not synced yet
     trainer.save_checkpoint(f"{folder}/end.ckpt")
     reported[f"{folder}/end.ckpt"] = metrics_of(trainer.validate(module, held_out(worker), verbose=False)[0])

@@ -54,6 +54,8 @@ class Saver:
     ) -> dict[str, Any]:
         """The full model's state dict; empty where there is none. Collective while the engine runs.
 
+        In training, all processes but the first get it without values, on the meta device: they write no model.
+
         ``resume_state`` is saved with a module that is complete: the state of the training that made its weights.
         """
         self._session = session
@@ -74,10 +76,12 @@ class Saver:
     def _copy_full_model(self, engine: Engine, trainer_state: TrainerState) -> dict[str, Any]:
         self._saved = trainer_state.with_modes(engine.checkpoint_state())
         self._own = gather_members(trainer_state.of_worker(engine), engine.collective)
+        # Only one process writes the file; a full model in the memory of each would fill that of a host of eight.
+        place = "cpu" if engine.collective.rank == 0 else "meta"
         copies = {}
         for name, value in engine.module.state_dict().items():
             # When the file is written, the module is this worker's part again.
-            copies[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            copies[name] = value.detach().to(place, copy=True) if isinstance(value, Tensor) else value
         return copies
 
     def save(
