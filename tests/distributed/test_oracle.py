@@ -44,6 +44,10 @@ RUNS = {
     "all blocks everywhere": (2, Run(Config(local_steps=2, min_blocks=4), steps=5)),
     "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), steps=5)),
     "warm-up": (2, Run(Config(local_steps=2, min_blocks=1, warmup_rounds=2), steps=9)),
+    "warm-up in which workers see different parts of blocks": (
+        2,
+        Run(Config(local_steps=1, min_blocks=1, blocks="body.*", warmup_rounds=6), steps=8, some_batches=True),
+    ),
     "keep": (3, Run(Config(local_steps=2, min_blocks=2, momentum="keep"), steps=9)),
     "travel": (3, Run(Config(local_steps=2, min_blocks=2, momentum="travel"), steps=9)),
     "travel with AdamW": (2, Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=9, optimizer="adamw")),

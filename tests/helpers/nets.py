@@ -126,3 +126,29 @@ def residual_block(kind: str) -> tuple[nn.Module, Tensor]:
     randomise_norms(block)
     channels = 8 if kind in ("preact", "basic") else 32
     return block, torch.rand(2, channels, 6, 6)
+
+
+class SomeBatches(nn.Module):
+    """A network of blocks of two branches, of which the second one runs where the first image is bright."""
+
+    def __init__(self, classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, width), nn.Linear(width, classes)
+        self.body = nn.ModuleList(SomeBatchesBlock(width) for _ in range(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        bright = bool(images[0].mean() > 0)
+        x = self.stem(images.mean((2, 3)))
+        for block in self.body:
+            x = block(x, bright)
+        return self.head(x)
+
+
+class SomeBatchesBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bright: bool) -> Tensor:
+        x = x + self.first(x.tanh())
+        return x + self.second(x.tanh()) if bright else x

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.collective import Collective
 from resist_lightning.models import PreActResNet
+from tests.helpers.nets import SomeBatches
 
 CLASSES = 4
 
@@ -30,12 +31,15 @@ class Run:
     optimizer: str = "sgd"
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
+    some_batches: bool = False  # train a part of each block for some batches only
 
 
 def make_model(run: Run) -> nn.Module:
-    """A pre-activation network of about 10,000 parameters, the same in every process."""
+    """A pre-activation network of about 10,000 parameters, or a smaller one, the same in every process."""
     with _ONE_AT_A_TIME, torch.random.fork_rng():
         torch.manual_seed(7)
+        if run.some_batches:
+            return SomeBatches(CLASSES)
         model = PreActResNet(run.sections, CLASSES, width_multiplier=1 / 16)
     for name, parameter in model.named_parameters():
         if any(part in name for part in run.frozen):

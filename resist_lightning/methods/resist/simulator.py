@@ -102,6 +102,7 @@ class Simulator:
         with torch.no_grad():
             for name, tensor in [*full.named_parameters(), *full.named_buffers()]:
                 tensor.copy_(state[name])
+        self._agree()
         for block, known in zip(blocks, self.workers[0].blocks, strict=True):
             block.seen.take(known.seen)
         if scale != 1:
@@ -128,6 +129,8 @@ class Simulator:
         if self._wire is not None:
             state.update(self._means_over(self._wire, plan_sync(before, after)))
         momenta = self._block_momenta(before.held)
+        if self.schedule.is_warmup(self.clock.round):
+            self._agree()
         self.clock.next_round()
         for index, worker in enumerate(self.workers):
             # Absent blocks too, which costs nothing here: only held ones are trained.
@@ -143,6 +146,13 @@ class Simulator:
             kept = stays if self.config.momentum == "keep" else everywhere
             self._treat_momentum(worker, kept, set(after.held[index]), momenta)
         self._begin_round()
+
+    def _agree(self) -> None:
+        """Let all workers know the branch ends that the first of them has seen who saw all of a block."""
+        for blocks in zip(*(worker.blocks for worker in self.workers), strict=True):
+            known = [block.seen.ends for block in blocks if block.seen.ends is not None]
+            for block in blocks if known else ():
+                block.seen.ends = next((ends for ends in known if ends), ())
 
     def _means(self) -> dict[str, Tensor]:
         """Every tensor's mean over the workers that held it (the paper's formula); integers: the maximum."""

@@ -111,6 +111,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
 
+        if self._layout.schedule.is_warmup(round):
+            # The hooks of the next round must be the same everywhere, whatever each worker has seen.
+            self._layout.agree(self._collective, stepped=self._stepped)
         # Merging comes first: owners hand over the mean of what several workers held.
         self.exchange.merge(plan, payload, Kinds())
         self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
