@@ -1,11 +1,11 @@
 """Finds by numbers where the residual branches of a block end, so that a scale folds into weights there.
 
 A group of tensors, such as the weight and bias of a layer, ends a branch if the block's output is linear in a factor on
-the group: output(s) = output(0) + s (output(1) - output(0)). The block runs with random weights of single precision,
-the same on all workers. Branches are found from the last to the first: each that is found
-is switched off, as a later branch is no linear function of an earlier one. In the end all are off, and the block must
-be the identity, or an activation or a norm of its input. Of two branches, the later one may see the earlier one as a
-part of its input only.
+the group: output(s) = output(0) + s (output(1) - output(0)). The block runs with random weights, the same on all
+workers, in single precision; in 16 bits if it has kernels for those only. Branches are found from the last to the
+first: each that is found is switched off, as a later branch is no linear function of an earlier one. In the end all are
+off, and the block must be the identity, or an activation or a norm of its input. Of two branches, the later one may see
+the earlier one as a part of its input only.
 
 A branch may end in a gate of itself, as in squeeze-and-excitation: z gate(W z + b) is linear in a factor on z if W is
 divided by the same factor.
@@ -49,20 +49,27 @@ class _End:
         return {**dict.fromkeys(self.group, factor), **gates}
 
 
-def find_branch_ends(body: nn.Module, x: Tensor, call: Call, hint: Sequence[BranchEnd] = ()) -> tuple[BranchEnd, ...]:
+def find_branch_ends(
+    body: nn.Module,
+    x: Tensor,
+    call: Call,
+    hint: Sequence[BranchEnd] = (),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[BranchEnd, ...]:
     """The ends of all residual branches of a block; empty if they cannot be verified.
 
     Args:
         body: the block, present, as buffers matter; not compiled.
         x: an input of it, for shape and device.
-        call: calls its forward with that input and copies of its other arguments, in single precision.
+        call: calls its forward with that input and copies of its other arguments, of this data type.
         hint: the ends of a block like this one, which are tried first.
+        dtype: in which the block runs; single precision tells more than 16 bits.
 
     Raises:
         NotSeenError: if a part of the block does not run with this input, such as an expert that no token is sent to.
     """
-    with trial(body, x.device, random_weights(), dtype=torch.float32, statistics=_STATISTICS):
-        search = _Search(Runs(body, x, call))
+    with trial(body, x.device, random_weights(), dtype=dtype, statistics=_STATISTICS):
+        search = _Search(Runs(body, x.to(dtype), call), torch.finfo(dtype).eps)
         ends = [_End(end.tensors, "".join(end.divided)) for end in hint]
         if not ends or not search.verify(ends):
             ends = search.search()
@@ -75,10 +82,16 @@ def find_branch_ends(body: nn.Module, x: Tensor, call: Call, hint: Sequence[Bran
 
 
 class _Search:
-    """Searches the ends of a block's branches."""
+    """Searches the ends of a block's branches.
 
-    def __init__(self, runs: Runs) -> None:
+    Args:
+        runs: runs the block.
+        eps: relative rounding error of its outputs.
+    """
+
+    def __init__(self, runs: Runs, eps: float) -> None:
         self._runs = runs
+        self._eps = eps
         runs.check_all_seen()
 
     def search(self) -> list[_End]:
@@ -125,10 +138,10 @@ class _Search:
         branch = full.value - self._runs.run(end.factors(0.0), _groups(off)).value
         for name in tried:
             output = full.inside.get(name)
-            if output is None or not differ_at_most(half.inside[name], output / 2, _LINEAR * output.abs().max()):
+            if output is None or not differ_at_most(half.inside[name], output / 2, self._limit(output, output)):
                 continue
             hooked = self._runs.run({}, _groups(off), halved=name).value
-            if differ_at_most(hooked, half.value, _LINEAR * branch.abs().max()):
+            if differ_at_most(hooked, half.value, self._limit(branch, full.value)):
                 return name
         return None
 
@@ -157,7 +170,7 @@ class _Search:
         alone = self._runs.run(end.factors(0.5), [*rest, later.group]).value
         other = self._runs.run({}, [*rest, end.group]).value
         both = self._runs.run(end.factors(0.5), rest).value
-        limit = _LINEAR * (both - neither).abs().max()
+        limit = self._limit(both - neither, both)
         # Side by side, the two add up.
         inside = between_bounds(both) & between_bounds(other) & between_bounds(alone) & between_bounds(neither)
         if differ_at_most((both - other)[inside], (alone - neither)[inside], limit):
@@ -189,7 +202,7 @@ class _Search:
         inside = between_bounds(none) & between_bounds(half) & between_bounds(full)
         if inside.float().mean() < 0.1:
             return False
-        if not differ_at_most((half - none)[inside], branch[inside] / 2, _LINEAR * branch[inside].abs().max()):
+        if not differ_at_most((half - none)[inside], branch[inside] / 2, self._limit(branch[inside], full)):
             return False
         if not far:
             return True
@@ -198,7 +211,11 @@ class _Search:
         if not bool(inside.any()):
             return False
         expected = _FAR * branch[inside]
-        return differ_at_most((much - none)[inside], expected, _LINEAR * expected.abs().max())
+        return differ_at_most((much - none)[inside], expected, self._limit(expected, expected))
+
+    def _limit(self, branch: Tensor, output: Tensor) -> Tensor:
+        """How much two ways to compute a branch may differ, if it is seen as a difference of outputs."""
+        return _LINEAR * branch.abs().max() + 4 * self._eps * output.abs().max()
 
 
 def _groups(ends: Sequence[_End]) -> list[Group]:

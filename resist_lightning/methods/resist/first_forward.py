@@ -21,6 +21,7 @@ from resist_lightning.methods.residual import Block, BranchEnd
 from resist_lightning.methods.resist.branches import find_branch_ends
 from resist_lightning.methods.resist.bypass import first_argument, input_of, output_form
 from resist_lightning.methods.resist.folding import foldable
+from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
 from resist_lightning.state.random_state import random_state, set_random_state
 
@@ -123,21 +124,37 @@ class _Look:
         small = _two_samples(x, args, kwargs)
         if small is not None:
             inputs.insert(0, small)
-        for given in inputs:
-            try:
-                return self._ends_for(*given, hint)
-            except Exception as error:  # noqa: BLE001 - the user's code, given what it may not expect
-                self._block.seen.why = f"{type(error).__name__}: {error}".splitlines()[0]
+        # Some kernels, of attention for example, are for 16 bits only.
+        for dtype in dict.fromkeys((torch.float32, self._own_dtype(x))):
+            for given in inputs:
+                try:
+                    return self._ends_for(*given, hint, dtype)
+                except Exception as error:  # noqa: BLE001 - the user's code, given what it may not expect
+                    self._block.seen.why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    unseen = isinstance(error, NotSeenError)
+            if unseen:
+                break
         return ()
 
+    def _own_dtype(self, x: Tensor) -> torch.dtype:
+        """The data type that the block computes in."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
     def _ends_for(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], hint: Sequence[BranchEnd]
+        self,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hint: Sequence[BranchEnd],
+        dtype: torch.dtype,
     ) -> tuple[BranchEnd, ...]:
         def call(value: Tensor) -> Any:
-            others, named = self._arguments(value, args, kwargs, torch.float32)
+            others, named = self._arguments(value, args, kwargs, dtype)
             return self._forward(*others, **named)
 
-        return find_branch_ends(self._body, x, call, hint)
+        return find_branch_ends(self._body, x, call, hint, dtype)
 
     def _try(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Call the block on random numbers with weights of zero; a forward that raises then is not judged."""

@@ -46,7 +46,7 @@ class Runs:
 
     Args:
         body: the block.
-        x: an input of it, for shape and device.
+        x: an input of it, for shape, device and data type.
         call: calls its forward with an input.
 
     Attributes:
@@ -70,7 +70,7 @@ class Runs:
         # Every run begins with the same numbers, for forwards that draw some although they are told to evaluate.
         self._random = random_state()
         generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(x.shape, generator=generator).to(x.device)
+        self.x = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
         self._bypassed: set[str] = set()
         self._bypass_norms_of_the_skip()
 
@@ -154,14 +154,15 @@ class Runs:
             handles.append(self._body.get_submodule(halved).register_forward_hook(_halve))
         set_random_state(self._random)
         try:
-            output = self._call((self.x if x is None else x).clone())
+            output = self._call((self.x if x is None else x.to(self.x.dtype)).clone())
         finally:
             for handle in handles:
                 handle.remove()
         value = tree_leaves(output)[0]
         if not is_continuous(value):
             raise TypeError(f"returns a {type(value).__name__}")
-        return Output(value, called, inside)
+        # In single precision, as differences of outputs are compared.
+        return Output(_single(value), called, {name: _single(output) for name, output in inside.items()})
 
     def _scale(self, factors: Mapping[str, float]) -> None:
         """Multiply some tensors by factors, and no others."""
@@ -188,6 +189,10 @@ class Runs:
             return None
 
         return record
+
+
+def _single(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def _halve(_: nn.Module, __: Any, output: Any) -> Any:

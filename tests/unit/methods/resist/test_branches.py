@@ -108,10 +108,10 @@ def made(forward: Callable[[Made, Tensor], Tensor], x: Tensor, **parts: nn.Modul
     return body
 
 
-def ends_of(body: nn.Module, x: Tensor) -> set[str]:
+def ends_of(body: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> set[str]:
     return {
         " / ".join(" ".join(names) for names in (end.tensors, end.divided) if names)
-        for end in find_branch_ends(body, x, body)
+        for end in find_branch_ends(body, x, body, dtype=dtype)
     }
 
 
@@ -304,3 +304,34 @@ def test_the_search_leaves_no_trace() -> None:
     assert_equal_states(clone_state(body), before, exactly=True)
     assert [id(tensor) for tensor in body.parameters()] == tensors
     assert not any(child._forward_hooks for child in body.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [*RESIDUAL, *ONLY_LOOK_RESIDUAL, *ENTANGLED])
+def test_sixteen_bits_tell_the_same(kind: str, dtype: torch.dtype) -> None:
+    forward, shape, *expected = {**RESIDUAL, **ONLY_LOOK_RESIDUAL, **ENTANGLED}[kind]
+    x = torch.randn(shape)
+
+    found = ends_of(made(forward, x), x, dtype)
+
+    # The small effect of a gate drowns in rounding, so a block that ends in one is hooked.
+    gated = any(" / " in end for ends in expected for end in ends)
+    assert found == (set() if gated or not expected else expected[0])
+
+
+class Kernel(EncoderBlock):
+    """As with attention on GPUs: there is none for single precision."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise RuntimeError(f"no kernel for {x.dtype}")
+        return super().attend(x)
+
+
+def test_a_block_with_kernels_for_16_bits_only_is_seen_in_16_bits() -> None:
+    block, x = block_at("block", Kernel(norm_first=True).bfloat16()), torch.randn(TOKENS).bfloat16()
+    look = FirstForward([block])
+    block.module(x)
+    look.remove()
+
+    assert {end.module for end in block.seen.ends or ()} == {"out", "down"}
