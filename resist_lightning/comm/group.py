@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +21,8 @@ from resist_lightning.errors import first_line
 
 NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
 """The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
+
+_ABORT_SECONDS = 10.0  # after which an abort is left to itself
 
 
 def check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
@@ -147,13 +150,20 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
 
 def interrupt_group() -> None:
     """Make operations that wait in the default group raise; from any thread. The group cannot be used afterwards."""
+    if not _uses_nccl():
+        cut_connections()
+        return
+    # Those of the members of workers too; all at once, as the abort of one may wait for an operation of another.
+    aborts = [threading.Thread(target=_abort, args=(group,), daemon=True) for group in list(_world.pg_map)]
+    for abort in aborts:
+        abort.start()
+    for abort in aborts:
+        abort.join(_ABORT_SECONDS)
+
+
+def _abort(group: Any) -> None:
     with suppress(Exception):  # the main thread may be leaving the group
-        if _uses_nccl():
-            groups: list[Any] = list(_world.pg_map)  # those of the members of workers too
-            for group in groups:
-                group.abort()
-        else:
-            cut_connections()
+        group.abort()
 
 
 def _uses_nccl() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from resist_lightning.comm.group import check_backend, group_exists, join_group, messages_sent
+from resist_lightning.comm.group import check_backend, group_exists, interrupt_group, join_group, messages_sent
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,25 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
     assert not group_exists()
     # By NCCL's default a lost worker would end this one by SIGABRT.
     assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == ("2" if backend == "nccl" else None)
+
+
+class Stuck:
+    """A group whose abort does not return, as where its kernel waits for that of another group."""
+
+    def __init__(self, others):
+        self.others, self.aborted = others, threading.Event()
+
+    def abort(self):
+        self.aborted.set()
+        assert all(other.aborted.wait(5) for other in self.others)
+
+
+def test_all_groups_are_aborted_at_once_and_not_one_after_the_other(monkeypatch):
+    groups = []
+    groups += [Stuck(groups), Stuck(groups), Stuck(groups)]
+    monkeypatch.setattr("resist_lightning.comm.group._uses_nccl", lambda: True)
+    monkeypatch.setattr("resist_lightning.comm.group._world", SimpleNamespace(pg_map=dict.fromkeys(groups)))
+    began = time.monotonic()
+    interrupt_group()
+    assert all(group.aborted.is_set() for group in groups)
+    assert time.monotonic() - began < 4

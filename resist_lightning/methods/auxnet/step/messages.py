@@ -100,8 +100,10 @@ class Messages:
     def send_output(self, output: Tensor) -> None:
         """To all other workers; call it on the last one."""
         # Not a broadcast: the others post their receives early, and take the output when they need it.
+        # From the host, where gloo sends it from: else each message would be brought there by itself.
+        on_host = output.detach().to(self._shapes.dtype).cpu()
         for worker in range(self._collective.workers - 1):
-            self._send(Tag.OUTPUT, worker, output, "output")
+            self._send(Tag.OUTPUT, worker, on_host, "output")
 
     def settle(self) -> None:
         """Wait until all that was sent has left."""
