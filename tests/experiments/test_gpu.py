@@ -28,22 +28,28 @@ _, FULL = cli.read([], Options)
 # A smoke run.
 
 
-def test_real_ranks_agree_with_the_simulator(tmp_path: Path) -> None:
-    told = run_module("experiments.gpu.run", "contracts", "size=smoke", "methods=[resist]", f"out={tmp_path}")
+def test_a_smoke_run(tmp_path: Path) -> None:
+    smoke = ["size=smoke", "methods=[resist]", "modes=[fp32]", f"out={tmp_path}"]
+    told = run_module("experiments.gpu.run", "contracts", "memory", "steps", *smoke)
 
-    assert {row["reason"] for row in read_record(tmp_path / "probes.jsonl")["rows"]} == {"no GPU"}
-    content = read_record(tmp_path / "contracts.jsonl")
-    rows = in_order(content, "devices_per_worker")
-    assert [row["case"]["devices_per_worker"] for row in rows] == [1, 2]
-    for row in rows if contracts.has_nodes("resist") else rows[:1]:
+    found = {name: read_record(tmp_path / f"{name}.jsonl") for name in ("probes", "contracts", "memory", "steps")}
+    assert {row["reason"] for row in found["probes"]["rows"]} == {"no GPU"}
+    alone, nodes = in_order(found["contracts"], "devices_per_worker")
+    for row in (alone, nodes) if contracts.has_nodes("resist") else (alone,):
         assert (row["outcome"], row["broken"], row["backend"]) == ("done", [], "gloo"), row
         assert len(row["evaluations"]) == 2
         assert row["largest_change_by_training"] > 0.01
-    alone = rows[0]
     assert alone["equal_tensors"] == alone["tensors"] > 50  # two addends have one order
     assert alone["sent_bytes"] == alone["sent_bytes_by_formula"] != [0, 0]
-    assert content["machine"]["torch"] == torch.__version__
     assert "agrees" in told
+
+    (memory,) = found["memory"]["rows"]
+    for worker in memory["by_worker"]:
+        assert worker["at_rest"]["held"] == worker["at_rest"]["closed_form"] < worker["full"]
+        assert worker["peaks"].keys() == {"training", "sync", "evaluation", "checkpoint"}
+    (steps,) = found["steps"]["rows"]
+    assert steps["ratio"] == steps["median_seconds"]["sub-network"] / steps["median_seconds"]["plain loop"]
+    assert all(content["machine"]["torch"] == torch.__version__ for content in found.values())
 
 
 def test_the_full_size_without_a_gpu_is_refused(
