@@ -140,6 +140,20 @@ MUTANTS = (
         ("tests/distributed/test_auxnet_steps.py",),
     ),
     Mutant(
+        "a stage moves away from what is wanted of it",
+        "methods/auxnet/step/equations.py",
+        "return self.per_element(truth) * (truth - target)",
+        "return self.per_element(truth) * (target - truth)",
+        ("tests/unit/methods/auxnet/step/test_learning.py",),
+    ),
+    Mutant(
+        "stored guesses of other samples",
+        "methods/auxnet/step/store.py",
+        "rows = [self._rows[name] for name in names]",
+        "rows = [self._rows[name] for name in [*names[1:], names[0]]]",
+        ("tests/unit/methods/auxnet/step/test_learning.py",),
+    ),
+    Mutant(
         "slice to the wrong worker",
         "methods/ist/plan.py",
         "yield Piece(source, target, rows, columns)",

@@ -228,9 +228,27 @@ def test_one_worker_is_plain_lightning() -> None:
 
 # ------------------------------------------------------------------ learning
 
+LEARNS = {
+    "method": "al-net",
+    "cuts": ["encoder.layers.encoder_layer_1"],
+    "aux_width": 16,
+    "aux_learning_rate": 0.1,
+    "beta": 3.0,
+    "warmup_steps": 5,
+}
 
-def learn(worker: int, strategy: dict[str, Any], options: dict[str, Any]) -> tuple[float, float]:
-    module = Metered()
+
+class AdaptiveTransformer(TransformerOfTorchvision):
+    """With the optimizer that such networks need."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def learn(
+    worker: int, kind: Callable[[], L.LightningModule], strategy: dict[str, Any], options: dict[str, Any]
+) -> tuple[float, float]:
+    module = kind()
     trainer = fit_stages(worker, module, strategy, max_epochs=12, **options)
     trainer.validate(module, in_evaluation(), verbose=False)
     return float(trainer.callback_metrics["val/acc"]), float(trainer.callback_metrics["val/loss"])
@@ -241,15 +259,15 @@ def in_evaluation() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "options", "least"),
+    ("kind", "strategy", "options", "least"),
     [
-        ({"method": "al-net", "cuts": ["section2"]}, {"precision": "bf16-mixed"}, 0.5),
-        ({"method": "penalty-store", "cuts": ["section2", "section3.2"]}, {}, 0.8),
+        (AdaptiveTransformer, LEARNS, {"precision": "bf16-mixed"}, 0.5),
+        (Metered, {"method": "penalty-store", "cuts": ["section2", "section3.2"]}, {}, 0.8),
     ],
 )
-def test_stages_learn_and_so_in_mixed_precision(strategy: Any, options: Any, least: float) -> None:
+def test_stages_learn_and_so_in_mixed_precision(kind: Any, strategy: Any, options: Any, least: float) -> None:
     """Four classes: a guess is right in one of four. That each method steps as it should is test_auxnet_training."""
-    results = run_trainers(learn, 1 + len(strategy["cuts"]), {"warmup_steps": 10, **strategy}, options)
+    results = run_trainers(learn, 1 + len(strategy["cuts"]), kind, {"warmup_steps": 10, **strategy}, options)
     assert results[0][0] > least
     assert results == [results[0]] * len(results)
 

@@ -130,10 +130,22 @@ def _choose(module: nn.Module, layers: Sequence[Layer], choice: LayerChoice) -> 
     patterns = [choice] if isinstance(choice, str) else list(choice or ())
     for pattern in patterns:
         if not any(matches(pattern, layer.name) for layer in layers):
-            raise LayerSelectionError(f"layers={pattern!r} matches no hidden layer. {_candidates(layers)}")
+            attention = _attention(module, pattern)
+            raise LayerSelectionError(f"layers={pattern!r} matches no hidden layer.{attention} {_candidates(layers)}")
     if not chosen:
         raise LayerSelectionError(f"layers=[] leaves nothing to deal out. {_candidates(layers)}")
     return chosen
+
+
+def _attention(module: nn.Module, pattern: str) -> str:
+    """A sentence on the attention of torch.nn that a pattern matches, as a whole or in part; empty if there is none."""
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.MultiheadAttention):
+            continue
+        inside = [name, *(f"{name}.{part}" for part, _ in child.named_modules())]
+        if any(matches(pattern, part) for part in inside):
+            return f" {name!r} (MultiheadAttention) stays whole: heads of attention are not dealt out."
+    return ""
 
 
 def _candidates(layers: Iterable[Layer]) -> str:

@@ -161,10 +161,12 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
     return special[name](node, value)
 
 
+_HEADS = "heads of attention stay whole: the neurons of a head live and die together, in query, key and value at once"
 _HINTS = {
     "getitem": " (indexing)",
     "squeeze": " (flatten(1) is)",
     "chunk": " (views of heads or halves are not)",
+    "unflatten": f" ({_HEADS})",
     "getattr": " (of attributes, shape is)",
 }
 
@@ -206,8 +208,8 @@ def _view(node: fx.Node, value: Divided, others: list[Value]) -> Divided:
     if only_batch and flattens:
         return flatten(value, 1, -1)
     raise NotPerNeuron(
-        f"reach {operation_name(node)}() to a shape that is not (x.size(0), -1): a width that is written as a number, "
-        "or a view of heads, does not fit a subnet; x.flatten(1) does"
+        f"reach {operation_name(node)}() to a shape that is not (x.size(0), -1): a width that is written as a number "
+        f"does not fit a subnet; x.flatten(1) does. If it is a view of heads: {_HEADS}"
     )
 
 

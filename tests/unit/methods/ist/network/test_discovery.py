@@ -15,6 +15,7 @@ from torch.nn import functional
 from resist_lightning.errors import LayerSelectionError
 from resist_lightning.methods.ist.network.discovery import describe, find_neurons
 from resist_lightning.methods.ist.network.neurons import Cut, HiddenLayer, Neurons, Size
+from tests.helpers.hand_written import DEPTH, Encoder
 from tests.helpers.nets import on_meta
 
 
@@ -270,6 +271,32 @@ def test_only_chosen_layers_must_be_fit():
     with pytest.raises(LayerSelectionError, match="'0' cannot"):
         find_neurons(net)
     assert found(net, "2") == ["2"]
+
+
+def test_of_a_transformer_the_perceptrons_are_dealt_out_and_heads_are_refused_by_name():
+    encoder = Encoder(norm_first=True)
+    assert found(encoder, "*.up") == [f"blocks.{number}.up" for number in range(DEPTH)]
+    with pytest.raises(
+        LayerSelectionError, match=r"'blocks\.0\.qkv' cannot .* unflatten\(\), .*heads of attention stay whole"
+    ):
+        find_neurons(encoder, "*.qkv")
+
+
+@pytest.mark.parametrize("choice", ["attention", "attention.*", "*.out_proj"])
+def test_attention_of_torch_is_refused_by_name(choice):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.net = nn.MultiheadAttention(6, 2), chain(6, 5, 2)
+
+        def forward(self, x):
+            return self.net(self.attention(x, x, x)[0])
+
+    with pytest.raises(
+        LayerSelectionError, match=r"no hidden layer\. 'attention' \(MultiheadAttention\) stays whole: heads"
+    ):
+        find_neurons(Attends(), choice)
+    assert found(Attends(), None) == ["net.0"]
 
 
 @pytest.mark.parametrize("choice", ["6", "net.*", ["0", "nothing"], [], lambda name, layer: False])
