@@ -27,7 +27,11 @@ PRELOADED = [
     *("pytest", "hypothesis", "torch", "torch.distributed", "torchvision", "torchmetrics", "resist_lightning"),
     "torch.export._trace",  # which torch.fx imports when it first traces: a quarter of a second
     *("fsspec.implementations.chained", "torch._inductor.sizevars"),
+    *("omegaconf", "torch.utils.serialization.config"),  # when Lightning first saves a checkpoint
+    *("torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks", "torch.distributed.run", "resource"),
+    *("hydra.main", "sklearn.datasets", "matplotlib.pyplot"),  # for whole programs
     *("tests.helpers.worker", "tests.helpers.trainers", "tests.helpers.auxnet", "tests.helpers.stages"),
+    "tests.helpers.warm",  # the last
 ]
 
 # How long the others may run on after the first failure seen: it may be the consequence of another.
