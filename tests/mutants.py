@@ -84,6 +84,13 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_folding.py",),
     ),
     Mutant(
+        "a branch that another one reads counts as its own",
+        "methods/resist/branches.py",
+        "if differ_at_most((both - other)[inside], (alone - neither)[inside], limit):",
+        "if True:",
+        ("tests/unit/methods/resist/test_branches.py",),
+    ),
+    Mutant(
         "partial checkpoint",
         "methods/part_guard.py",
         'self.refuse(name, "save")',
