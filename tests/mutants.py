@@ -237,6 +237,35 @@ MUTANTS = (
         "pass",
         ("tests/distributed/test_members.py", "tests/integration/test_members.py"),
     ),
+    Mutant(
+        "16-bit numbers summed in 16 bits",
+        "comm/tensors.py",
+        "return numbers.to(_SUMMED.get(numbers.dtype, numbers.dtype))",
+        "return numbers",
+        ("tests/unit/comm/test_mean.py",),
+    ),
+    Mutant(
+        "a lost worker is waited for",
+        "comm/waiting.py",
+        "check()",
+        "pass",
+        ("tests/distributed/test_collective.py",),
+    ),
+    Mutant(
+        "hand-over before the average has begun, on worker 1 only",
+        "engine/engine.py",
+        "finish_average = self.sync.start_average(plan)",
+        "finish_average = (lambda: self.sync.start_average(plan)()) "
+        "if self.collective.worker == 1 else self.sync.start_average(plan)",
+        ("tests/distributed/test_oracle.py",),
+    ),
+    Mutant(
+        "neurons in the default memory format",
+        "methods/ist/subnet.py",
+        "replace_memory(name, tensor, empty.permute(places))",
+        "replace_memory(name, tensor, empty.permute(places).contiguous())",
+        ("tests/unit/methods/ist/test_odd_trainings.py",),
+    ),
 )
 
 
