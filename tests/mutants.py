@@ -257,7 +257,7 @@ MUTANTS = (
         "finish_average = self.sync.start_average(plan)",
         "finish_average = (lambda: self.sync.start_average(plan)()) "
         "if self.collective.worker == 1 else self.sync.start_average(plan)",
-        ("tests/distributed/test_oracle.py",),
+        ("tests/unit/engine/test_by_the_rules_of_nccl.py",),
     ),
     Mutant(
         "neurons in the default memory format",

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning import Config
-from resist_lightning.comm.collective import Collective
 from tests.helpers.processes import run_workers
-from tests.helpers.strict_collective import run_strictly
 from tests.helpers.training import (
     Run,
     assert_equal_states,
@@ -109,24 +107,6 @@ def test_processes_train_what_the_simulator_trains(name: str, trained: dict[str,
     assert_equal_states(states[0], expected)
     for state in states[1:]:
         assert_equal_states(state, states[0], exactly=True)
-
-
-def train_strictly(collective: Collective, run: Run) -> State:
-    return train_engine(collective.worker, run, collective=collective)[1]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["overlap", "listed counts with overlap, warm-up and travel", "travel with AdamW", "int4, frozen", "local SGD"],
-)
-def test_by_the_rules_of_nccl_the_workers_train_the_same(name: str, trained: dict[str, list[State]]) -> None:
-    workers, run = RUNS[name]
-    with threads(1):
-        states, network = run_strictly(train_strictly, workers, replace(run, observe_at=(0, 3)))
-    for state in states:
-        assert_equal_states(state, trained[name][0])
-        assert_equal_states(state, states[0], exactly=True)
-    assert len(network.log) > workers * run.steps
 
 
 def test_observing_in_the_middle_of_a_round_changes_nothing() -> None:

@@ -1,0 +1,43 @@
+"""Whole trainings whose workers talk by NCCL's rules; over gloo: ``tests/distributed/test_oracle.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from resist_lightning import Config
+from resist_lightning.comm.collective import Collective
+from tests.helpers.strict_collective import run_strictly
+from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
+
+RUNS = {
+    "overlap, warm-up and travel": (
+        3,
+        Run(
+            Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel"), 7, observe_at=(0, 3)
+        ),
+    ),
+    "int4, frozen": (2, Run(Config(local_steps=2, min_blocks=3, wire="int4"), 5, frozen=("section3.2",))),
+    "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
+}
+
+
+def train(collective: Collective, run: Run) -> dict[str, Tensor]:
+    return train_engine(collective.worker, run, collective=collective)[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_workers_train_what_the_simulator_trains(name: str) -> None:
+    workers, run = RUNS[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a sum in another order may round to another value on the wire
+    try:
+        states, network = run_strictly(train, workers, run)
+        expected = train_simulator(run, workers).full_model().state_dict()
+    finally:
+        torch.set_num_threads(before)
+    assert_equal_states(states[0], expected)
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+    assert len(network.log) > workers * run.steps
