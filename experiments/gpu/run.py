@@ -117,7 +117,13 @@ class Script:
                 return hardware.probe(case, self.machine["device"])
             case contracts.Contract():
                 backend, classic = chosen_backend(self.machine["device"], case.ranks, works)
-                return contracts.compared(contracts.Task(case, self.device, backend, **sizes), classic=classic)
+                # Double precision is slow: a quarter of the width, and of the batch.
+                small = {
+                    "width": max(options.width / 4, 1 / 16),
+                    "batch": max(4, options.batch // 4),
+                    "pixels": options.pixels,
+                }
+                return contracts.compared(contracts.Task(case, self.device, backend, **small), classic=classic)
             case memory.Memory():
                 return memory.measure(memory.Task(case, self.device, **sizes))
             case steps.Steps():

@@ -130,7 +130,7 @@ def test_every_nccl_rank_has_a_host_of_its_own() -> None:
 # What it calls broken.
 
 GOOD = {
-    "ranks_equal": True, "largest_difference": 1e-4, "largest_change_by_training": 1.0,
+    "ranks_equal": True, "largest_difference": 1e-7, "largest_change_by_training": 1.0,
     "largest_difference_of_evaluations": 0.0, "sent_bytes": [8, 8], "sent_bytes_by_formula": [8, None],
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ GOOD = {
     [
         ({}, []),
         ({"ranks_equal": False}, ["the ranks end with different models"]),
-        ({"largest_difference": 2e-3}, ["not the simulator's model"]),
+        ({"largest_difference": 2e-6}, ["not the simulator's model"]),
         ({"largest_difference": math.nan}, ["not the simulator's model"]),
         ({"largest_change_by_training": 0.01}, ["not the simulator's model"]),
         ({"largest_difference_of_evaluations": math.nan}, ["not the simulator's evaluations"]),
