@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import fmean
 
 import torch
 
+from docs.table import rows_of, write_table
 from resist_lightning import Config
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.globs import summary
@@ -43,19 +43,12 @@ def main(parts: list[str]) -> None:
 
 def write(known: Mapping[str, str]) -> None:
     """Replace the table of the page by rows of networks."""
-    separator = "| --- " * HEADER.count(" | ") + "| --- |"
-    lines = [HEADER, separator, *(known[name] for name in zoo.NETWORKS if name in known)]
-    table = "\n".join(["<!-- table -->", *lines, "<!-- end -->"])
-    page = PAGE.read_text()
-    start, end = page.index("<!-- table -->"), page.index("<!-- end -->") + len("<!-- end -->")
-    PAGE.write_text(page[:start] + table + page[end:])
+    write_table(PAGE, HEADER, [known[name] for name in zoo.NETWORKS if name in known])
 
 
 def rows() -> dict[str, str]:
     """The rows of the page by network."""
-    found = re.findall(r"^\| (.+?) \| .*\|$", PAGE.read_text(), re.MULTILINE)
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    return dict(zip(found, lines, strict=True))
+    return rows_of(PAGE)
 
 
 def row(name: str, found: Found) -> str:

@@ -18,10 +18,15 @@ from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan, Sync
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.state.batch_norm import BatchStatistics, Call, InputRecorder, norms_with_statistics, recalibrate
+from resist_lightning.state.batch_norm import BatchStatistics, Call, norms_with_statistics, recalibrate
+from resist_lightning.state.input_recorder import InputRecorder
 from resist_lightning.state.own_tensors import OwnTensors, versions
 
 _HASHER = Hasher(share=1)  # one for all, as it keeps tables
+_NOT_RECORDED = (
+    "batch norm keeps its running statistics: the network was called without gradients only, so no input was recorded "
+    "to re-estimate them. Under checkpoint(..., use_reentrant=True) of the whole network use use_reentrant=False."
+)
 
 
 class Observation:
@@ -48,6 +53,7 @@ class Observation:
         self._device = device
         self._forward_context = forward_context
         self._recorder: InputRecorder | None = None
+        self._warned = False
         self._own = OwnTensors(layout.module)
         # Counters of writes to shared tensors: from the beginning of the round, and since, up to this observation.
         self._writes_at_start = self._writes_unsynced = 0
@@ -129,6 +135,9 @@ class Observation:
         still: Collection[str] = ()
         if self._recorder is not None:
             calls, still = list(self._recorder.calls), self._recorder.still
+            if self._recorder.missed and not calls and not self._warned:
+                self._warned = True
+                warnings.warn(_NOT_RECORDED, stacklevel=5)
         self._writes_unsynced = self._writes() - self._writes_at_start
         changes = clock.step + self._writes_unsynced
         companion = self._layout.companion

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.globs import summary
+from resist_lightning.state.compiled import CompiledCall
 
 _KNOWN_FAMILIES = re.compile(r"^(torchvision|timm)\.models\.resnet$")
 _KNOWN_BLOCKS = ("BasicBlock", "Bottleneck")
@@ -80,6 +82,11 @@ class Block:
     def network(self) -> str:
         """Name of the network, which contains the sections."""
         return self.section.rpartition(".")[0]
+
+    @cached_property
+    def compiled(self) -> CompiledCall:
+        """Its compiled code, which must not run while its hooks or its forward are not its own."""
+        return CompiledCall(self.module)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters, then its buffers, by qualified name."""

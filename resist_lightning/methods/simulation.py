@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.methods.residual import Block
-from resist_lightning.state.batch_norm import Call, InputRecorder, recalibrate
+from resist_lightning.state.batch_norm import Call, recalibrate
+from resist_lightning.state.input_recorder import InputRecorder
 
 
 @dataclass

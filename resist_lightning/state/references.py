@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdRef
 
 _MOST_NODES = 10_000  # visited in an autograd graph
 _DEPTH = 3  # of containers in containers
@@ -18,6 +19,12 @@ _MOST_NAMED = 3
 def who_holds(tensor: Tensor) -> str:
     """A sentence that names what uses a tensor's memory, with the remedy."""
     weak = weakref.getweakrefs(tensor)
+    if any(isinstance(reference, WeakIdRef) for reference in weak):
+        return (
+            "what torch.compile has noted about it has a weak reference to it, as a backend of your own keeps that. "
+            "Set torch._dynamo.config.invalidate_compile_context_weakrefs = True, or register the backend by name "
+            "(torch._dynamo.register_backend)."
+        )
     if weak:
         return (
             f"{_places(weak) or 'something'} has a weak reference to it, which would point to memory that is gone. "

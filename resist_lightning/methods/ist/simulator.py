@@ -25,7 +25,8 @@ from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, norms_with_statistics
+from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
+from resist_lightning.state.input_recorder import InputRecorder
 
 Slot: TypeAlias = tuple[int, str, str]
 """Number of an optimizer, name of a parameter, key of the state that the optimizer has of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +109,16 @@ class Bypass:
         """Return the input, or a copy of it, and what else the block returns.
 
         Raises:
-            BlockSelectionError: if the input is not a tensor.
+            BlockSelectionError: if the input is not a tensor, or the network was compiled as a whole.
         """
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            refuse_compiled(self._name)
         x = self._safe(input_of(self._name, self._argument, args, kwargs))
         form: OutputForm | None = self._seen.output
         return x if form is None else form.make(x, args, kwargs)
 
     def _safe(self, x: Tensor) -> Tensor:
         """The input, or a copy where the network may write into it."""
-        if torch.compiler.is_compiling():
-            return x.clone()  # versions are not seen there; the compiler leaves out copies that nobody writes into
         if self.written is False:
             return x
         copy = x.clone()
@@ -131,6 +131,21 @@ class Bypass:
         if self._copies:
             self.written = any(copy._version > 0 for copy in self._copies)
             self._copies = []
+
+
+def compiled_as_a_whole(blocks: str, where: str) -> BlockSelectionError:
+    """The error that blocks lie in code that is compiled as a whole."""
+    return BlockSelectionError(
+        f"{blocks} lies in {where}, which torch.compile has compiled as a whole: a new partition would compile it "
+        "again, and after eight of them it would run uncompiled. Compile what is partitioned one by one, in place, and "
+        "other parts as you like: `for block in blocks: block.compile()` (docs/precision-and-speed.md)."
+    )
+
+
+@torch.compiler.disable(reason="it contains a partitioned block: use block.compile()")  # type: ignore[untyped-decorator]
+def refuse_compiled(block: str) -> NoReturn:
+    """Raise, in code that is being compiled, the error that a partitioned block lies in it."""
+    raise compiled_as_a_whole(f"block {block!r}", "code")
 
 
 def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

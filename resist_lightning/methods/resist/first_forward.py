@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import Block, BranchEnd
 from resist_lightning.methods.resist.branches import find_branch_ends
-from resist_lightning.methods.resist.bypass import first_argument, input_of, output_form
+from resist_lightning.methods.resist.bypass import first_argument, input_of, output_form, refuse_compiled
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
@@ -67,9 +67,7 @@ class _Look:
         self._argument = first_argument(module)
         self._body = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         self._forward: Callable[..., Any] = self._body.forward
-        self._compiled = module._compiled_call_impl
-        if self._compiled is not None:
-            module._compiled_call_impl = None  # compiled code has only the hooks that it was compiled with
+        block.compiled.hold_back("not seen")
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, with_kwargs=True),
@@ -77,28 +75,27 @@ class _Look:
 
     def remove(self) -> None:
         """Remove the hooks, and restore compiled code."""
-        if self._handles and self._compiled is not None:
-            self._block.module._compiled_call_impl = self._compiled
+        self._block.compiled.release("not seen")
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():  # the network is compiled as a whole, and tensors have no values
-            return
+        if torch.compiler.is_compiling():
+            refuse_compiled(self._block.name)
         x = input_of(self._block.name, self._argument, args, kwargs)
         if any(isinstance(child, torch.jit.ScriptModule) for child in self._body.modules()):
             return
         random = random_state()  # dropout in the block must draw in training what it would have drawn
         try:
-            self._find_ends(x, args, kwargs)
-            self._try(x, args, kwargs)
+            # What is compiled inside of the block would be compiled again for other weights.
+            with torch.compiler.set_stance("force_eager"):
+                self._find_ends(x, args, kwargs)
+                self._try(x, args, kwargs)
         finally:
             set_random_state(random)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         self._compare(input_of(self._block.name, self._argument, args, kwargs), output)
         self.remove()
 

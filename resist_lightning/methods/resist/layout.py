@@ -19,6 +19,7 @@ from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
+from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, default_min_blocks
 from resist_lightning.methods.resist.folding import foldable
@@ -29,6 +30,7 @@ from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 
@@ -42,7 +44,7 @@ class BlockLayout(Layout):
         trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
-        BlockSelectionError: if the blocks cannot be chosen as asked.
+        BlockSelectionError: if the blocks cannot be chosen as asked, or lie in what is compiled as a whole.
         ValueError: if ``min_blocks`` or ``blocks_per_worker`` does not fit the number of blocks, or the module
             synchronises batch norm.
     """
@@ -56,6 +58,8 @@ class BlockLayout(Layout):
         self.scaling = BranchScaling(
             self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
         )
+        if self.partial:
+            self._refuse_compiled()
         # Whether all workers know where the branches end: at once where the classes tell.
         self._agreed = all(map(foldable, self.blocks))
         self._warned = False
@@ -192,6 +196,14 @@ class BlockLayout(Layout):
             return sentence
         return f"{sentence}\n{brief(costs(self), alternatives(self))}"
 
+    def _refuse_compiled(self) -> None:
+        """Refuse code that contains partitioned blocks, and would be compiled again in every round."""
+        for block in self.blocks:
+            outer = compiled_around(self.module, block.name)
+            if outer is not None:
+                where = repr(outer) if outer else f"the module ({type(self.module).__name__})"
+                raise compiled_as_a_whole(f"block {block.name!r}", where)
+
     def _usual_partition(self) -> Partition:
         """That of the first round after the warm-up."""
         return self.schedule.partition(self.config.warmup_rounds)
@@ -242,8 +254,6 @@ class BlockLayout(Layout):
             return
         self._warned = True
         reasons = [f" (first: {block.seen.why})" for block in hooked if block.seen.why]
-        if any(block.seen.ends is None for block in hooked):
-            reasons.append(" (their forward was not seen, as in a network compiled as a whole: compile its blocks)")
         warnings.warn(
             f"the test-time scale of {summary([block.name for block in hooked])} does not fold into a weight"
             f"{''.join(reasons[:1])}: a hook scales them, and a checkpoint does not evaluate to the reported metrics "

@@ -29,7 +29,8 @@ from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import SyncPlan, plan_sync
-from resist_lightning.state.batch_norm import BatchStatistics, InputRecorder, norms_with_statistics
+from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
+from resist_lightning.state.input_recorder import InputRecorder
 
 
 class Simulator:
@@ -71,6 +72,7 @@ class Simulator:
         self.scale = layout.scaling.scale
         self.clock = Clock(config.local_steps)
         self._template = copy.deepcopy(module)
+        self._forwards: list[list[Any]] = []  # by worker and block; None where it is the class's
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
         self._block_of: dict[str, int] = {}
         for number, block in enumerate(layout.blocks):
@@ -120,6 +122,8 @@ class Simulator:
         recorder = InputRecorder(module, self.config.recalibration_batches)
         blocks = select_blocks(module, self.config.blocks)
         FirstForward(blocks)
+        # A wrapper of torch.compile has its forward as an attribute, as code of the user's may.
+        self._forwards.append([vars(block.module).get("forward") for block in blocks])
         return SimulatedWorker(module, optimizers, blocks, recorder)
 
     def _sync(self) -> None:
@@ -262,11 +266,13 @@ class Simulator:
         self._warmup_hooks = (
             [ScaleHooks(worker.blocks, self.scale, wait=True) for worker in self.workers] if warmup else []
         )
-        for worker, held in zip(self.workers, partition.held, strict=True):
-            for number, block in enumerate(worker.blocks):
+        for worker, forwards, held in zip(self.workers, self._forwards, partition.held, strict=True):
+            for number, (block, own) in enumerate(zip(worker.blocks, forwards, strict=True)):
                 for parameter in block.module.parameters():
                     parameter.grad = None  # an absent block has none, so optimizers leave it alone
                 vars(block.module).pop("forward", None)
+                if own is not None:
+                    vars(block.module)["forward"] = own
                 if number not in held:
                     block.module.forward = Bypass(block.name, block.module, block.seen, written=True)
 

@@ -37,6 +37,7 @@ class SubnetBlock:
             RuntimeError: if a tensor is still in use, by an autograd graph for example.
         """
         self._memory.free()
+        self.block.compiled.hold_back("absent")
         self.block.module.forward = self.bypass
         self.present = False
 
@@ -47,6 +48,7 @@ class SubnetBlock:
             del self.block.module.forward
         else:
             self.block.module.forward = self._forward
+        self.block.compiled.release("absent")
         self.present = True
 
 

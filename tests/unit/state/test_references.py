@@ -42,3 +42,19 @@ def test_a_tensor_that_is_still_in_use_says_which_and_what_has_it(keep, said):
     keep(block.train(), keeper)
     with pytest.raises(RuntimeError, match=rf"^block\..* cannot be handed over: .*{said}"):
         SubnetBlock(recognise("block", block)).free()
+
+
+def test_a_backend_of_torch_compile_that_keeps_a_tensor_is_named_with_the_way_out():
+    for invalidate in (None, True):
+        torch._dynamo.reset()
+        block, x = residual_block("preact")
+        block.compile(backend=lambda graph, _: graph.forward)
+        with torch._dynamo.config.patch(invalidate_compile_context_weakrefs=invalidate):
+            block(x)
+        subnet = SubnetBlock(recognise("block", block))
+        if invalidate:
+            subnet.free()
+            continue
+        with pytest.raises(RuntimeError, match="invalidate_compile_context_weakrefs = True"):
+            subnet.free()
+    torch._dynamo.reset()

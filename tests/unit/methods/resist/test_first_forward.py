@@ -198,3 +198,50 @@ def test_a_compiled_block_is_looked_at_before_it_runs_compiled():
         block(torch.randn(TOKEN_INPUT))
     look.remove()
     assert block._compiled_call_impl is compiled
+
+
+def test_a_block_in_code_that_is_compiled_around_it_is_refused_when_it_is_met():
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Undeclared(WIDTH))
+    block, x = block_at("1", net[1]), torch.randn(2, WIDTH)
+    around = torch.compile(net, backend="eager")
+    FirstForward([block])
+    with pytest.raises(BlockSelectionError, match=r"block '1' lies in code, which torch\.compile.*block\.compile\(\)"):
+        around(x)
+    net(x)  # a first forward by itself, and compiled later
+    assert torch.equal(around(x), net(x))
+    SubnetBlock(block).free()
+    with pytest.raises(BlockSelectionError, match="block '1' lies in code"):
+        around(x)
+
+
+def test_what_is_compiled_inside_of_a_block_is_not_compiled_for_the_look():
+    block = Undeclared(WIDTH)
+    graphs = []
+
+    @torch._dynamo.register_backend(name="noting")
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    block.inside = torch.compile(block.inside, backend="noting")
+    FirstForward([block_at("block", block)])
+    for _ in range(2):
+        block(torch.randn(2, WIDTH, requires_grad=True))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_block_that_is_absent_in_its_first_forward_runs_compiled_when_it_is_present():
+    block = Undeclared(WIDTH)
+    block.compile(backend="eager")
+    known = block_at("block", block)
+    code = block._compiled_call_impl
+    subnet = SubnetBlock(known)
+    look = FirstForward([known])
+    subnet.free()
+    x = torch.randn(2, WIDTH)
+    assert torch.equal(block(x), x)
+    assert block._compiled_call_impl is None
+    look.remove()
+    assert block._compiled_call_impl is None
+    subnet.allocate()
+    assert block._compiled_call_impl is code

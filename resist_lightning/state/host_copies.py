@@ -1,0 +1,62 @@
+"""Copies of inputs that are kept: those of a GPU lie in memory of the host."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def copied(values: Any) -> Any:
+    """Copies of all tensors: a forward may change its input in place, and a loader may reuse its memory."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, _OnHost):
+            return value.back()
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return tree_map(one, values)
+
+
+def recorded(values: Any) -> Any:
+    """As :func:`copied`, with what lies on a GPU on the host."""
+    copies = copied(values)
+    return tree_map(lambda value: _OnHost(value) if isinstance(value, Tensor) and value.is_cuda else value, copies)
+
+
+def moved(values: Any, device: torch.device) -> Any:
+    """Copies of all tensors on a device."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, _OnHost):
+            value = value.back()
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tree_map(one, values)
+
+
+class _OnHost:
+    """A GPU's tensor in memory of the host, copied there while the GPU goes on computing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        stream = _copying_stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            self._values.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)  # its memory is used until then
+        self._arrived = stream.record_event()
+
+    def back(self) -> Tensor:
+        """The tensor, on its device."""
+        self._arrived.synchronize()
+        return self._values.to(self._device, non_blocking=True)
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
