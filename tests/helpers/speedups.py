@@ -287,11 +287,11 @@ SETTINGS = {
     ),
     "checkpoint": Setting(
         "`checkpoint(..., use_reentrant=False)`", condition="inside of blocks and around them", methods=BLOCKS,
-        reentrant=False, like="plain",
+        reentrant=False,
     ),
     "checkpoint, reentrant": Setting(
         "`checkpoint(..., use_reentrant=True)`", condition="inside of blocks and around them", methods=BLOCKS,
-        reentrant=True, like="plain",
+        reentrant=True,
     ),
     "compiled blocks": Setting("`block.compile()`", methods=("resist",), prepare=compile_blocks, like="plain"),
     "wrapped blocks": Setting(
