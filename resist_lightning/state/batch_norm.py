@@ -8,7 +8,7 @@ by the statistics of each evaluated batch (``batch``, as in the paper's CIFAR co
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resist_lightning.state.compiled import is_compiled
+from resist_lightning.state.compiled import uncompiled
 from resist_lightning.state.host_copies import copied
 
 Call: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -80,22 +80,14 @@ def _replay(
     module: nn.Module, calls: Iterable[Call], forward_context: Callable[[], AbstractContextManager[Any]]
 ) -> None:
     """Run recorded calls again."""
-    with torch.no_grad(), forward_context(), _not_compiled(module):
+    # With a cumulative mean, batch norm reads a counter: torch.compile breaks the graph there, or refuses.
+    with torch.no_grad(), forward_context(), uncompiled(module):
         for called, args, kwargs in calls:
             try:
                 called(*copied(args), **copied(kwargs))
             except RuntimeError as error:
                 names = {child: name for name, child in module.named_modules()}
                 raise RuntimeError(_CANNOT_REPLAY.format(names[called])) from error
-
-
-def _not_compiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, compiled modules of ``module`` run uncompiled."""
-    # With a cumulative mean, batch norm reads a counter: torch.compile breaks the graph there, or refuses.
-    if any(map(is_compiled, module.modules())):
-        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
-    return nullcontext()
 
 
 _CANNOT_REPLAY = (

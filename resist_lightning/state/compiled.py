@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 _ORIGINAL = "_orig_mod"  # torch.compile keeps the module that it wraps here
@@ -56,6 +58,15 @@ def is_compiled(module: nn.Module) -> bool:
     if module._compiled_call_impl is not None or _ORIGINAL in module._modules:
         return True
     return any(_is_compiled_function(value) for value in [*vars(module).values(), type(module).forward])
+
+
+def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, what is compiled in a module, or around it, runs uncompiled."""
+    # Only where it is needed: the stance is one for all threads.
+    if any(map(is_compiled, module.modules())):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 def _is_compiled_function(value: object) -> bool:

@@ -23,6 +23,7 @@ from resist_lightning.methods.resist.bypass import first_argument, input_of, out
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
+from resist_lightning.state.compiled import uncompiled
 from resist_lightning.state.random_state import random_state, set_random_state
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -89,7 +90,7 @@ class _Look:
         random = random_state()  # dropout in the block must draw in training what it would have drawn
         try:
             # What is compiled inside of the block would be compiled again for other weights.
-            with torch.compiler.set_stance("force_eager"):
+            with uncompiled(self._body):
                 self._find_ends(x, args, kwargs)
                 self._try(x, args, kwargs)
         finally:

@@ -282,3 +282,14 @@ def test_compiled_networks_are_recorded_without_graph_breaks_and_re_estimated(wh
         torch.testing.assert_close(norm.running_mean, expected[name].running_mean)
         torch.testing.assert_close(norm.running_var, expected[name].running_var)
     torch._dynamo.reset()
+
+
+def test_calls_without_gradients_only_are_noted_as_missed():
+    net = small_preact()
+    recorder = InputRecorder(net, 2)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    net.eval()(x)
+    assert not recorder.missed
+    checkpoint(net.train(), x, use_reentrant=True).sum().backward()
+    assert recorder.missed
+    assert not recorder.calls
