@@ -1,9 +1,9 @@
-"""Bytes that a worker must send and receive in the syncs of some rounds."""
+"""Bytes that a worker, or the workers of a node, must send and receive in the syncs of some rounds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import prod
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
@@ -15,19 +15,27 @@ from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 
-def closed_form(engine: Engine, rounds: Iterable[int], worker: int) -> list[dict[str, int]]:
-    """For the sync that ends each of these rounds: bytes sent and received by the worker."""
+def closed_form(engine: Engine, rounds: Iterable[int], workers: Collection[int]) -> list[dict[str, int]]:
+    """For the sync that ends each of these rounds: bytes that these workers send to others, and receive from them.
+
+    Several workers must have numbers that follow one another, and send blocks uncompressed.
+    """
     layout = engine.layout
     if isinstance(layout, NeuronLayout):
+        (worker,) = workers
         return [_of_neurons(layout, engine.states, number, worker) for number in rounds]
     schedule, sizes = layout.schedule, layout.sizes(engine.states)
     found = []
     for number in rounds:
         plan = plan_sync(schedule.partition(number), schedule.partition(number + 1))
-        sent = sync_bytes(plan, sizes, schedule.workers)[worker]
-        arriving = [transfer for transfer in (*plan.merge, *plan.hand_over) if transfer.target == worker]
-        moved = sum(sizes.blocks[transfer.block] + sizes.states[transfer.block] for transfer in arriving)
-        found.append({"sent": sum(sent.values()), "received": sent["shared"] + moved})
+        # A ring: of neighbours, one sends to another worker, and one receives.
+        shared = sync_bytes(plan, sizes, schedule.workers)[min(workers)]["shared"]
+        sums = {"sent": shared, "received": shared}
+        for transfer in (*plan.merge, *plan.hand_over):
+            if (transfer.source in workers) != (transfer.target in workers):
+                direction = "sent" if transfer.source in workers else "received"
+                sums[direction] += sizes.blocks[transfer.block] + sizes.states[transfer.block]
+        found.append(sums)
     return found
 
 

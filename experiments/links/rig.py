@@ -30,14 +30,18 @@ from resist_lightning.engine.registry import make_layout
 
 UNSHAPED = "unshaped"
 WIRES = [name for name, form in WIRE_FORMATS.items() if form is not None]
-METHOD = re.compile(rf"(?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|ist|ddp|none")
-METHODS_IN_WORDS = f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}"
+METHOD = re.compile(rf"((?P<base>resist|local_sgd)(_(?P<wire>{'|'.join(WIRES)}))?|none)(?P<node>_node)?|ist|ddp")
+METHODS_IN_WORDS = (
+    f"ddp, local_sgd, resist, ist, none; resist and local_sgd also with _{', _'.join(WIRES)}, then all but ddp and ist "
+    "also with _node"
+)
 LEAST_GBIT, MOST_GBIT = 0.001, 100
 NEVER = 10**9  # local steps of a round that does not end: no communication
 
 
 @dataclass(kw_only=True)
 class Rig(cli.Command):
+    per_node = 1  # workers that share a namespace and its link; an option of run.py only
     methods: list[str] = option()
     bandwidths_gbit: list[Any] = option()
     network: Any = option()
@@ -55,6 +59,8 @@ class Rig(cli.Command):
         for method in self.methods:
             if METHOD.fullmatch(method) is None:
                 raise ConfigError(f"methods: {method!r} is not known; choose from {METHODS_IN_WORDS}")
+            if method.endswith("_node") and self.per_node == 1:
+                raise ConfigError(f"methods: {method!r} needs nodes of several processes: links/run.py size=nodes")
         check_bandwidths(self.bandwidths_gbit)
         check_name(self.name)
         self._check_network()
@@ -143,7 +149,8 @@ def gbit_of(entry: Any) -> float | None:
 def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> Strategy:
     """The strategy of a method that `METHOD` knows, with the settings of a `Rig`.
 
-    ``none`` is a sub-network without communication. DDP has no rounds.
+    ``none`` is a sub-network without communication. DDP has no rounds. With ``_node``, a worker is all processes of a
+    node.
     """
     found = METHOD.fullmatch(method)
     assert found is not None
@@ -153,10 +160,12 @@ def make_strategy(method: str, settings: dict[str, Any], local_steps: int) -> St
     options: dict[str, Any] = {"process_group_backend": "gloo", "timeout": limit}
     if found["wire"]:
         options["wire"] = found["wire"]
+    if found["node"]:
+        options["devices_per_worker"] = "node"
     if found["base"] == "local_sgd":
         return LocalSGDStrategy(local_steps=local_steps, **options)
     # Without communication is a round that does not end.
-    options |= {"local_steps": NEVER if method == "none" else local_steps, "seed": settings["seed"]}
+    options |= {"local_steps": NEVER if method.startswith("none") else local_steps, "seed": settings["seed"]}
     if networks.fully_connected(settings["network"]):
         return ISTStrategy(**options)
     # Of shallow networks too the third section only, as in the paper; alone it is not their default.

@@ -4,6 +4,7 @@ python experiments/links/run.py                          (the paper's network; h
 python experiments/links/run.py size=smoke out=runs/links
 python experiments/links/run.py methods=[local_sgd,resist] bandwidths_gbit=[1,unshaped] batch=8
 python experiments/links/run.py size=ist                 (IST on the larger of its paper's networks)
+python experiments/links/run.py size=nodes               (workers of several processes, nodes.jsonl)
 
 Every worker is a process in a network namespace of its own, and `tc` shapes its link. Prints tables, and writes
 links.jsonl and links.png. Needs root and iproute2: without, it runs the unshaped row only.
@@ -21,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from experiments.harness import cli
-from experiments.harness.links.namespaces import kernel
+from experiments.harness.links.namespaces import LARGEST_WORKERS, kernel
 from experiments.harness.links.workers import linked_workers
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
@@ -36,35 +37,61 @@ from experiments.links.summary import summarise
 class Options(Rig):
     out: str = option(
         str(tables.RESULTS), "folder of the result files", ist="experiments/ist/results", smoke="runs/links",
-        ist_smoke="runs/ist",
+        ist_smoke="runs/ist", nodes_smoke="runs/links",
     )  # fmt: skip
     methods: list[str] = option(
         ["ddp", "local_sgd", "resist", "resist_int8", "none"], smoke=["ddp", "local_sgd", "resist", "none"],
         ist=["ddp", "local_sgd", "ist", "none"], ist_smoke=["ddp", "local_sgd", "ist", "none"],
+        nodes=["ddp", "resist", "local_sgd_node", "resist_node", "none_node"],
+        nodes_smoke=["resist", "local_sgd_node", "resist_node"],
     )  # fmt: skip
     bandwidths_gbit: list[Any] = option(
-        [0.1, 1, 10, UNSHAPED], smoke=[0.1, UNSHAPED], ist=[0.1, 1, UNSHAPED], ist_smoke=[0.1]
+        [0.1, 1, 10, UNSHAPED],
+        smoke=[0.1, UNSHAPED],
+        ist=[0.1, 1, UNSHAPED],
+        ist_smoke=[0.1],
+        nodes=[0.1, 1],
+        nodes_smoke=[0.1],
     )
     network: Any = option(
         {"depth": 101, "width_multiplier": 1.0}, smoke={"depth": 26, "width_multiplier": 0.25},
+        nodes={"depth": 101, "width_multiplier": 0.25}, nodes_smoke={"depth": 14, "width_multiplier": 0.25},
         ist={"depth": 3, "width": 8192}, ist_smoke={"depth": 3, "width": 256},
     )  # fmt: skip
     batch: int = option(
         8, "images per local step of one worker: little compute is a hard case for a link", least=1, smoke=2, ist=128,
-        ist_smoke=4,
+        ist_smoke=4, nodes=2, nodes_smoke=2,
     )  # fmt: skip
     local_steps: int = option(50, "of a round, in the table; the paper takes 50", least=1, ist=20, ist_smoke=20)
-    min_blocks: int | None = option(None, "null takes 5, as the paper", least=0, smoke=2)
+    min_blocks: int | None = option(None, "null takes 5, as the paper", least=0, smoke=2, nodes_smoke=1)
     steps_per_round: int = option(
-        6, "really run between two syncs; local_steps is what the table shows", least=2, smoke=3, ist=5, ist_smoke=3
+        6,
+        "really run between two syncs; local_steps is what the table shows",
+        least=2,
+        smoke=3,
+        ist=5,
+        ist_smoke=3,
+        nodes=10,
+        nodes_smoke=2,
     )
-    rounds: int = option(3, "syncs that are measured", least=1, smoke=2, ist_smoke=2)
+    rounds: int = option(3, "syncs that are measured", least=1, smoke=2, ist_smoke=2, nodes_smoke=2)
+    workers: int = option(2, "processes", least=2, most=LARGEST_WORKERS, nodes=4, nodes_smoke=4)
+    per_node: int = option(1, "processes that share a namespace and its link", least=1, nodes=2, nodes_smoke=2)
     ddp_steps: int = option(
         3, "steps of DDP that are measured, each with its all-reduce", least=1, smoke=2, ist_smoke=2
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.workers % self.per_node or self.workers == self.per_node:
+            raise ConfigError(f"per_node={self.per_node} must divide workers={self.workers} into two nodes or more")
+        for method in self.methods if self.per_node > 1 else ():
+            # Of others, what of their bytes crosses the links of nodes is in no closed form.
+            if method not in ("ddp", "resist", "local_sgd") and not method.endswith("_node"):
+                raise ConfigError(
+                    f"methods: {method!r} needs per_node=1; for per_node={self.per_node} take ddp, resist, local_sgd or a method "
+                    "with _node"
+                )
         if self.steps_per_round > self.local_steps:
             raise ConfigError(
                 f"steps_per_round={self.steps_per_round} is above local_steps={self.local_steps}: really run at most as many"
@@ -74,18 +101,22 @@ class Options(Rig):
 def run(_: Sequence[str], options: Options) -> None:
     """Measure every method over every link."""
     settings, runs, out = options.recorded(), [], Path(options.out)
+    nodes = options.workers // options.per_node
+    record = "links" if options.per_node == 1 else "nodes"
     with (
-        network(options.workers, options.bandwidths_gbit, name=options.name, mtu=options.mtu) as (links, bandwidths),
-        linked_workers(links, "experiments.links.worker", options.threads) as workers,
+        network(nodes, options.bandwidths_gbit, name=options.name, mtu=options.mtu) as (links, bandwidths),
+        linked_workers(links, "experiments.links.worker", options.threads, options.per_node) as workers,
     ):
         for gbit, method in product(bandwidths, options.methods):
             found = workers.run({**settings, "method": method}, gbit=gbit, timeout=options.timeout_seconds)
             runs.append({"method": method, "bandwidth_gbit": gbit, **found})
             print(f"{method}, {tables.bandwidth(gbit)}: measured", flush=True)
     content = {"settings": settings, "rows": summarise(settings, runs), "runs": runs}
-    write_record(out / "links.jsonl", content, **kernel())
-    show(out, {"links": (tables.links_speed, tables.links_bytes)}, ["links"])
-    print(f"wrote {draw_links(out / 'links.png', content)}")
+    write_record(out / f"{record}.jsonl", content, **kernel())
+    shown = {"links": (tables.links_speed, tables.links_bytes), "nodes": (tables.nodes_claim, tables.nodes)}
+    show(out, shown, [record])
+    if record == "links":
+        print(f"wrote {draw_links(out / 'links.png', content)}")
 
 
 if __name__ == "__main__":

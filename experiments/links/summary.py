@@ -15,6 +15,7 @@ from typing import Any
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes
 
 Row = dict[str, Any]
+EACH_STEP = ("gradients", "buffers")  # kinds of bytes inside a worker; some buffers are sent in a sync too
 PARTS = ("averaging", "hand_over", "packing")
 PARAMETER_SERVER = "parameter_server"
 
@@ -32,7 +33,7 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
 
 
 def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
-    workers, local_steps = run["workers"], settings["local_steps"]
+    workers, local_steps, per_node = run["workers"], settings["local_steps"], settings["per_node"]
     row: Row = {
         "method": run["method"],
         "bandwidth_gbit": run["bandwidth_gbit"],
@@ -43,7 +44,8 @@ def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
     if run["method"] == "ddp":
         return row | _ddp(settings, run)
     row["compute_seconds"] = max(median(worker["step_seconds"]) for worker in workers)
-    if run["method"] == "none":
+    row["inside_bytes"] = _inside_bytes(workers, per_node)
+    if run["method"].startswith("none"):
         nothing = {"sync_seconds": 0.0, "parts": None, "ideal_sync_seconds": None, "bytes_per_sync": None}
         return row | nothing | {"local_steps": local_steps, "seconds_per_step": row["compute_seconds"]}
     by_sync = zip(*(worker["syncs"] for worker in workers), strict=True)
@@ -60,7 +62,7 @@ def _row(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "seconds_per_step": seconds,
         "window_seconds_per_step": whole,
         "ideal_sync_seconds": _ideal(run),
-        "bytes_per_sync": _bytes(run),
+        "bytes_per_sync": _bytes(run, per_node),
     }
 
 
@@ -70,24 +72,44 @@ def moving(sync: Mapping[str, float]) -> float:
 
 
 def _ideal(run: Mapping[str, Any]) -> float | None:
-    """Seconds of a sync over a full-duplex link: of the worker that sends or receives the most."""
+    """Seconds of a sync over a full-duplex link: of the node that sends or receives the most."""
     if run["bandwidth_gbit"] is None:
         return None
     worst = []
-    for sync in zip(*(worker["closed_form"] for worker in run["workers"]), strict=True):
+    for sync in zip(*(worker["crossing"] for worker in run["workers"]), strict=True):
         # Both directions at once: the longer one counts.
         worst.append(max(max(own["sent"], own["received"]) for own in sync))
     return mean(worst) * 8 / run["bandwidth_gbit"] / 1e9
 
 
-def _bytes(run: Mapping[str, Any]) -> dict[str, float | None]:
-    """Bytes that a worker sends in a sync, mean over workers and syncs; the kernel's with what else was sent."""
+def _bytes(run: Mapping[str, Any], per_node: int) -> dict[str, float | None]:
+    """Bytes that a node sends in a sync, mean over nodes and syncs; the kernel's with what else was sent.
+
+    What workers of one node send each other is counted, and in the closed form; it crosses no link.
+    """
     workers = run["workers"]
     syncs = len(workers[0]["syncs"])
     counted = [sum(worker["counted"].get(kind, 0) for kind in TRAINING_KINDS) for worker in workers]
     form = [sum(own["sent"] for own in worker["closed_form"]) for worker in workers]
     kernel = mean(worker["kernel"]["sent"] for worker in workers) / syncs if "kernel" in workers[0] else None
-    return {"kernel": kernel, "counted": mean(counted) / syncs, "closed_form": mean(form) / syncs}
+    crossing = mean(sum(own["sent"] for own in worker["crossing"]) for worker in workers)
+    return {
+        "kernel": kernel,
+        "counted": mean(counted) * per_node / syncs,
+        "closed_form": mean(form) * per_node / syncs,
+        "crossing": crossing / syncs,
+    }
+
+
+def _inside_bytes(workers: Sequence[Mapping[str, Any]], per_node: int) -> dict[str, float]:
+    """Bytes that the members of workers send each other, of one node: in a local step, and beside it in a sync."""
+    found = {"step": 0.0, "sync": 0.0}
+    for worker in workers:
+        for kind, size in worker["inside"].items():
+            each_step = kind in EACH_STEP
+            times = len(worker["step_seconds" if each_step else "syncs"])
+            found["step" if each_step else "sync"] += size / max(times, 1) * per_node / len(workers)
+    return found
 
 
 def _ddp(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
@@ -104,7 +126,7 @@ def _ddp(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Row:
         "parts": None,
         "seconds_per_step": whole,
         "ideal_sync_seconds": form * 8 / gbit / 1e9 if gbit is not None else None,
-        "bytes_per_sync": {"kernel": kernel, "counted": None, "closed_form": form},
+        "bytes_per_sync": {"kernel": kernel, "counted": None, "closed_form": form, "crossing": form},
     }
 
 

@@ -131,6 +131,59 @@ def links_bytes(content: Content) -> Grid:
     return Grid("Bytes and memory of one worker", header, lines)
 
 
+def nodes_claim(content: Content) -> str:
+    """What was run, and whether counts, closed forms and kernel agree."""
+    settings, rows = content["settings"], [row for row in content["rows"] if row["bytes_per_sync"]]
+    nodes = settings["workers"] // settings["per_node"]
+    equal = all(row["bytes_per_sync"]["counted"] in (None, row["bytes_per_sync"]["closed_form"]) for row in rows)
+    extra = [row["bytes_per_sync"]["kernel"] / row["bytes_per_sync"]["crossing"] - 1 for row in rows]
+    lines = [
+        f"- {with_kernel(content)}",
+        f"- {nodes} nodes of {settings['per_node']} processes. In all rows: {_work(settings)}",
+        f"- Our count of bytes {'equals' if equal else 'does NOT equal'} the closed form.",
+        f"- By the kernel, {100 * min(extra):.1f} to {100 * max(extra):.1f} % more crosses the slow link than by the "
+        "closed form.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def nodes(content: Content) -> Grid:
+    """Nodes of several processes: seconds, and the bytes of one node."""
+    settings = content["settings"]
+
+    def method(row: Row) -> str:
+        if row["method"] == "ddp":
+            return f"{title('ddp')}, {settings['workers']} processes"
+        per_worker = settings["per_node"] if row["method"].endswith("_node") else 1
+        return (
+            f"{title(row['method'].removesuffix('_node'))}, {settings['workers'] // per_worker} workers of {per_worker}"
+        )
+
+    def sent(key: str) -> Any:
+        return lambda row: _megabytes((row["bytes_per_sync"] or {}).get(key))
+
+    def kernel_over_form(row: Row) -> str:
+        found = row["bytes_per_sync"]
+        return _number(found["kernel"] / found["crossing"], digits=4) if found else "-"
+
+    return Grid.of("Workers of several processes", content["rows"], {
+        "link": lambda row: bandwidth(row["bandwidth_gbit"]),
+        "method": method,
+        "s per local step": lambda row: _seconds(row["seconds_per_step"]),
+        "compute": lambda row: _seconds(row["compute_seconds"]),
+        "sync": lambda row: _seconds(row["sync_seconds"] / row["local_steps"]),
+        "faster than DDP": lambda row: _number(row["speed_up_over_ddp"], "x"),
+        "local steps per sync": lambda row: row["local_steps"] if row["bytes_per_sync"] else "-",
+        "crosses per sync: kernel": sent("kernel"),
+        "closed form": sent("crossing"),
+        "kernel / closed form": kernel_over_form,
+        "sent by the node's processes: our count": sent("counted"),
+        "inside workers: per local step": lambda row: _megabytes(row.get("inside_bytes", {}).get("step")),
+        "per sync": lambda row: _megabytes(row.get("inside_bytes", {}).get("sync")),
+        "sync / (bytes / bandwidth)": lambda row: _number(row["sync_over_ideal"]),
+    })  # fmt: skip
+
+
 def receives_first(content: Content) -> Grid:
     """Seconds of an exchange, by how it is said to gloo."""
     return Grid.of("Ways to exchange", content["seconds"].items(), {
@@ -156,5 +209,9 @@ def _megabytes(value: float | None) -> str:
     return f"{value / 1e6:,.2f} MB" if value < 1e8 else f"{value / 1e6:,.0f} MB"
 
 
-STUDIES = {"links": (links_claim, links_summary, links_speed, links_bytes), "receives_first": (receives_first,)}
+STUDIES = {
+    "links": (links_claim, links_summary, links_speed, links_bytes),
+    "nodes": (nodes_claim, nodes),
+    "receives_first": (receives_first,),
+}
 TABLES = page_tables(RESULTS, STUDIES)

@@ -27,6 +27,7 @@ from experiments.links.closed_form import closed_form
 from experiments.links.rig import make_strategy
 from experiments.networks import described, fully_connected
 from experiments.trainers import Module, quiet_trainer
+from resist_lightning.comm.byte_formulas import share_of
 from resist_lightning.comm.collective import Collective
 from resist_lightning.engine.engine import Engine
 
@@ -38,7 +39,8 @@ PHASES = ("waiting", "averaging", "hand_over")
 class PhaseClock:
     """Seconds inside the collective's verbs, by phase of the sync.
 
-    The header of a sync is the first thing that is sent, and returns when all workers have come: that is *waiting*.
+    The header of a sync is the first thing that is sent, and returns when all workers have come: that is *waiting*; but
+    for buffers that the members of a worker share before, which wait for the members.
     What is left of a sync is *packing*: copies into and out of flat buffers, and compression.
     """
 
@@ -73,7 +75,7 @@ def _phase(verb: str, arguments: tuple[Any, ...]) -> str:
     """Of the sync; a compressed average is an exchange too, of bytes of the kind ``shared``."""
     if verb == "exchange":
         return "averaging" if "shared" in arguments[2] else "hand_over"
-    return "waiting" if verb == "gather_numbers" else "averaging"
+    return "waiting" if verb in ("gather_numbers", "broadcast_inside") else "averaging"
 
 
 class Window(L.Callback):
@@ -96,6 +98,7 @@ class Window(L.Callback):
         self._engine: Engine | None = None
         self._bytes: tuple[int, int] | None = None
         self._counted: dict[str, int] = {}
+        self._inside: dict[str, int] = {}
         self._first_round = 0
 
     def on_train_batch_start(
@@ -128,6 +131,7 @@ class Window(L.Callback):
         if self._engine is not None:
             self._phases = PhaseClock(self._engine.collective)
             self._counted = dict(self._engine.collective.sent_bytes)
+            self._inside = dict(self._engine.collective.inside_bytes)
             self._first_round = self._engine.clock.round
         self.place.ready()
         self._bytes = self.place.bytes()
@@ -147,10 +151,7 @@ class Window(L.Callback):
         if self._bytes is not None and after is not None:
             self.result["kernel"] = {"sent": after[0] - self._bytes[0], "received": after[1] - self._bytes[1]}
         if self._engine is not None:
-            sent = self._engine.collective.sent_bytes
-            self.result["counted"] = {kind: sent[kind] - self._counted.get(kind, 0) for kind in sent}
-            rounds = range(self._first_round, self._engine.clock.round)
-            self.result["closed_form"] = closed_form(self._engine, rounds, self.place.worker)
+            self._note_bytes(self._engine)
         self.result |= {
             "step_seconds": self.steps,
             "silent_step_seconds": self.silent,
@@ -159,6 +160,22 @@ class Window(L.Callback):
             "peak_rss_bytes": peak,
             **holds,
         }
+
+    def _note_bytes(self, engine: Engine) -> None:
+        """What was counted in the window, and the closed forms."""
+        collective, place = engine.collective, self.place
+        sent, inside = collective.sent_bytes, collective.inside_bytes
+        self.result["counted"] = {kind: sent[kind] - self._counted.get(kind, 0) for kind in sent}
+        self.result["inside"] = {kind: inside[kind] - self._inside.get(kind, 0) for kind in inside}
+        rounds = range(self._first_round, engine.clock.round)
+        # The members of a worker divide its bytes among themselves.
+        self.result["closed_form"] = [
+            {direction: share_of(size, collective.member, collective.members) for direction, size in sync.items()}
+            for sync in closed_form(engine, rounds, [collective.worker])
+        ]
+        first = place.worker - place.worker % place.per_node
+        of_node = {rank // collective.members for rank in range(first, first + place.per_node)}
+        self.result["crossing"] = closed_form(engine, rounds, of_node)
 
     def _sync_seconds(self) -> float:
         return self._engine.seconds.sync if self._engine is not None else 0.0
@@ -199,8 +216,10 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     opens, closes, silent = window_of(method, settings)
     window = Window(place, opens, closes, silent)
     strategy = make_strategy(method, settings, settings["steps_per_round"])
-    # Each worker is a host of its own.
-    trainer = quiet_trainer(strategy, num_nodes=place.workers, max_epochs=1, max_steps=closes + 1, callbacks=[window])
+    # Each namespace is a host.
+    trainer = quiet_trainer(
+        strategy, place.per_node, num_nodes=place.nodes, max_epochs=1, max_steps=closes + 1, callbacks=[window]
+    )
     shape, classes = SPEECH if fully_connected(network) else CIFAR
     module = Module(described(network, num_classes=classes, in_features=shape[0]))
     generator = torch.Generator().manual_seed(settings["seed"])

@@ -127,6 +127,21 @@ def test_what_was_counted_is_the_closed_form_and_what_the_kernel_saw(measured: d
 
 
 @needs_namespaces
+def test_workers_of_two_processes_send_each_byte_over_the_slow_link_once(tmp_path: Path) -> None:
+    """And of single processes that share a node, only what goes to the other node crosses the link."""
+    run_module("experiments.links.run", "size=nodes_smoke", "methods=[resist,resist_node]", f"out={tmp_path}")
+    measured = read_record(tmp_path / "nodes.jsonl")
+    single, node = (row["bytes_per_sync"] for row in measured["rows"])
+    for sent in (single, node):
+        assert sent["counted"] == sent["closed_form"]
+        assert sent["crossing"] < sent["kernel"] < 1.05 * sent["crossing"]
+    assert node["counted"] == node["crossing"] < single["crossing"] < single["counted"]
+    assert [len(run["shapers"]) for run in measured["runs"]] == [4, 4]  # both ends of two links, and four processes
+    held = [row["inside_bytes"]["step"] for row in measured["rows"]]
+    assert held[0] == 0 < held[1]
+
+
+@needs_namespaces
 def test_all_bytes_went_through_the_shapers(measured: dict[str, Any]) -> None:
     for item in measured["runs"]:
         assert [shaper["options"]["rate"] for shaper in item["shapers"]] == [12_500_000] * 4
@@ -162,14 +177,16 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
             "syncs": [sync],
             "counted": {"shared": sent, "control": 64},
             "closed_form": [{"sent": sent, "received": 50_000_000}],
+            "crossing": [{"sent": sent, "received": 50_000_000}],
+            "inside": {"gradients": 30, "shared": 4},
             "kernel": {"sent": 1.01 * sent, "received": 0},
             "peak_rss_bytes": 7,
             "held_bytes": 5,
         }
 
     runs = [{"method": "resist", "bandwidth_gbit": 0.1, "workers": [worker(1.0, 1.0, 50_000_000), worker(2.0, 0.0, 4)]}]
-    (row,) = summary.summarise({"local_steps": 10, "steps_per_round": 3}, runs)
-    (really,) = summary.summarise({"local_steps": 3, "steps_per_round": 3}, runs)
+    (row,) = summary.summarise({"local_steps": 10, "steps_per_round": 3, "per_node": 1}, runs)
+    (really,) = summary.summarise({"local_steps": 3, "steps_per_round": 3, "per_node": 1}, runs)
 
     assert row["compute_seconds"] == 2.0
     assert row["sync_seconds"] == pytest.approx(4.4)
@@ -179,6 +196,13 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
     assert row["sync_over_ideal"] == pytest.approx(1.1)
     assert row["step_over_ideal"] == pytest.approx(2.44 / 2.4)
     assert row["bytes_per_sync"]["counted"] == row["bytes_per_sync"]["closed_form"] == 25_000_002
+    assert row["inside_bytes"] == pytest.approx({"step": 10, "sync": 4})
+
+    (of_node,) = summary.summarise({"local_steps": 10, "steps_per_round": 3, "per_node": 2}, runs)
+    sent = of_node["bytes_per_sync"]
+    assert sent["counted"] == sent["closed_form"] == 50_000_004  # of both workers
+    assert sent["crossing"] == 25_000_002  # each tells that of its node
+    assert of_node["inside_bytes"] == pytest.approx({"step": 20, "sync": 8})
 
 
 @needs_namespaces
@@ -231,6 +255,9 @@ def children(pid: int) -> list[str]:
         (["network.depth=18"], "depth=18 is unknown; choose one of 14, 26"),
         (["min_blocks=9"], "min_blocks=9 is impossible with 5 partitionable block(s)"),
         (["steps_per_round=51"], "steps_per_round=51 is above local_steps=50"),
+        (["per_node=2"], "per_node=2 must divide workers=2 into two nodes or more"),
+        (["methods=[resist_node]"], "'resist_node' needs nodes of several processes"),
+        (["size=nodes_smoke", "methods=[resist_int8]"], "'resist_int8' needs per_node=1; for per_node=2 take ddp"),
     ],
 )
 def test_bad_values_are_one_line(arguments: list[str], message: str) -> None:

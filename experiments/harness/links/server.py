@@ -1,4 +1,4 @@
-"""A worker's namespace from inside: imports the worker's program once, and forks a process for every measurement.
+"""A namespace from inside: imports the workers' program once, and forks its processes for every measurement.
 
 Importing torch and Lightning takes longer than a short measurement. Nothing computes before the fork, so no thread is
 lost in it, and every measurement begins with the same memory.
@@ -33,7 +33,9 @@ def work(program: Any, task: str, server: int) -> int:
     try:
         end_with(server)
         content = json.loads(Path(task).read_text())
-        program.main(Place(**content["place"]), content["settings"])
+        place = Place(**content["place"])
+        os.environ.update(RANK=str(place.worker), LOCAL_RANK=str(place.worker % place.per_node))
+        program.main(place, content["settings"])
     except BaseException:  # noqa: BLE001 - whatever it is, it must not go on in a copy of the server
         traceback.print_exc()
         return 1
@@ -46,14 +48,16 @@ def main() -> None:
     program = importlib.import_module(sys.argv[1])
     server = os.getpid()
     while line := sys.stdin.readline():
-        child = os.fork()
-        if child == 0:
-            code = work(program, line.strip(), server)
-            sys.stdout.flush()
-            os._exit(code)  # nothing of the server may run in the fork, its handlers at exit neither
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(abs(os.waitstatus_to_exitcode(status)))
+        tasks = line.split()
+        for task in tasks:
+            if os.fork() == 0:
+                code = work(program, task, server)
+                sys.stdout.flush()
+                os._exit(code)  # nothing of the server may run in the fork, its handlers at exit neither
+        for _ in tasks:
+            _, status = os.wait()
+            if status:  # the others end with this process
+                sys.exit(abs(os.waitstatus_to_exitcode(status)))
 
 
 if __name__ == "__main__":

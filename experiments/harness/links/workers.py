@@ -34,11 +34,17 @@ class WorkersFailed(Failure):
 class Place:
     """Where a worker finds itself: a worker's side of `LinkedWorkers.run`."""
 
-    worker: int  # its number
+    worker: int  # its number, torch's rank
     workers: int  # how many there are
+    per_node: int  # how many of them, with numbers that follow one another, share a namespace and its link
     folder: str  # where workers and those who started them leave word for each other
     interface: str  # what its bytes travel through
     counts: bool  # whether the interface's counters are its own
+
+    @property
+    def nodes(self) -> int:
+        """How many namespaces there are."""
+        return self.workers // self.per_node
 
     def ready(self) -> None:
         """Say that the start-up is over, and wait until all have; then the links are shaped."""
@@ -71,23 +77,25 @@ class Place:
 class LinkedWorkers:
     """The workers of a network; make it with `linked_workers`."""
 
-    def __init__(self, network: Loopback, folder: Path, threads: int) -> None:
+    def __init__(self, network: Loopback, folder: Path, threads: int, per_node: int) -> None:
         self.network = network
         self.threads = threads
+        self.per_node = per_node
+        self.count = network.workers * per_node
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self._runs = 0
 
     def start(self, module: str) -> None:
-        """Start a server (see `server`) for every worker."""
-        for worker in range(self.network.workers):
+        """Start a server (see `server`) in every namespace."""
+        for node in range(self.network.workers):
             command = [sys.executable, "-m", "experiments.harness.links.server", module, str(os.getpid())]
-            with (self.folder / f"output.{worker}").open("wb") as output, undisturbed():
+            with (self.folder / f"output.{node}").open("wb") as output, undisturbed():
                 self.processes.append(
                     # Not interrupted here: a process that is started and not yet in the list would be left behind.
                     subprocess.Popen(
-                        [*self.network.command(worker), *command],
-                        env=_environment(self.network, worker, self.threads),
+                        [*self.network.command(node), *command],
+                        env=self._environment(node),
                         cwd=ROOT,
                         stdin=subprocess.PIPE,
                         stdout=output,
@@ -106,13 +114,11 @@ class LinkedWorkers:
         folder.mkdir()
         self._runs += 1
         deadline = time.monotonic() + timeout
-        for worker, process in enumerate(self.processes):
-            place = Place(worker, self.network.workers, str(folder), self.network.interface, self.network.counts)
-            task = folder / f"task.{worker}.json"
-            task.write_text(json.dumps({"place": vars(place), "settings": settings}))
+        for node, process in enumerate(self.processes):
+            tasks = [self._write_task(node * self.per_node + place, folder, settings) for place in range(self.per_node)]
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has ended: _await says why
-                process.stdin.write(f"{task}\n".encode())
+                process.stdin.write(f"{' '.join(tasks)}\n".encode())
                 process.stdin.flush()
         self._await("ready", folder, deadline)
         self.network.shape(gbit)
@@ -124,7 +130,7 @@ class LinkedWorkers:
         self.network.shape(None)
         (folder / "counted").touch()
         self._await("result", folder, deadline)
-        reports = [json.loads((folder / f"result.{i}").read_text()) for i in range(self.network.workers)]
+        reports = [json.loads((folder / f"result.{i}").read_text()) for i in range(self.count)]
         return {"workers": reports, "shapers": shapers}
 
     def end(self) -> None:
@@ -137,30 +143,58 @@ class LinkedWorkers:
                 with suppress(BrokenPipeError):
                     process.stdin.close()
 
+    def _write_task(self, worker: int, folder: Path, settings: dict[str, Any]) -> str:
+        network = self.network
+        place = Place(worker, self.count, self.per_node, str(folder), network.interface, network.counts)
+        task = folder / f"task.{worker}.json"
+        task.write_text(json.dumps({"place": vars(place), "settings": settings}))
+        return str(task)
+
     def _await(self, sign: str, folder: Path, deadline: float) -> None:
-        workers = range(len(self.processes))
-        while not all((folder / f"{sign}.{worker}").exists() for worker in workers):
-            ended = [worker for worker in workers if self.processes[worker].poll() is not None]
+        nodes = range(len(self.processes))
+        while not all((folder / f"{sign}.{worker}").exists() for worker in range(self.count)):
+            ended = [node for node in nodes if self.processes[node].poll() is not None]
             if ended:
                 code = self.processes[ended[0]].returncode
-                raise WorkersFailed(f"worker {ended[0]} ended with code {code}:\n{self._tail(ended[0])}")
+                raise WorkersFailed(f"{self._who(ended[0])} ended with code {code}:\n{self._tail(ended[0])}")
             if time.monotonic() > deadline:
-                tails = "\n".join(f"worker {worker}: {self._tail(worker, 5)}" for worker in workers)
+                tails = "\n".join(f"{self._who(node)}: {self._tail(node, 5)}" for node in nodes)
                 raise WorkersFailed(f"not done within timeout_seconds, so the workers were killed:\n{tails}")
             time.sleep(POLL_SECONDS)
 
-    def _tail(self, worker: int, lines: int = 30) -> str:
-        return "\n".join((self.folder / f"output.{worker}").read_text(errors="replace").splitlines()[-lines:])
+    def _who(self, node: int) -> str:
+        return f"worker {node}" if self.per_node == 1 else f"a worker of node {node}"
+
+    def _tail(self, node: int, lines: int = 30) -> str:
+        return "\n".join((self.folder / f"output.{node}").read_text(errors="replace").splitlines()[-lines:])
+
+    def _environment(self, node: int) -> dict[str, str]:
+        """As torchrun would set it, every namespace being a host; the server adds what the processes of one do not share."""
+        return {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # Without it, Lightning gives a worker that is alone on its host all cores, whatever torch.set_num_threads said.
+            "OMP_NUM_THREADS": str(self.threads),
+            "RANK": str(node * self.per_node),  # for what reads it when it is imported
+            "GROUP_RANK": str(node),
+            "WORLD_SIZE": str(self.count),
+            "LOCAL_WORLD_SIZE": str(self.per_node),
+            "MASTER_ADDR": self.network.address,
+            "MASTER_PORT": str(self.network.port),
+            "TORCHELASTIC_RUN_ID": "links",
+            "GLOO_SOCKET_IFNAME": self.network.interface,
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
 
 @contextmanager
-def linked_workers(network: Loopback, module: str, threads: int = 1) -> Iterator[LinkedWorkers]:
+def linked_workers(network: Loopback, module: str, threads: int = 1, per_node: int = 1) -> Iterator[LinkedWorkers]:
     """The workers, for as long as the context lasts: then all are dead, also after an error, Ctrl-C or a SIGTERM.
 
-    ``main(place, settings)`` of the module is called for every measurement.
+    ``main(place, settings)`` of the module is called for every measurement, in ``per_node`` processes of each namespace.
     """
     with terminable(), tempfile.TemporaryDirectory(prefix="links_") as folder:
-        made = LinkedWorkers(network, Path(folder), threads)
+        made = LinkedWorkers(network, Path(folder), threads, per_node)
         try:
             made.start(module)
             yield made
@@ -168,23 +202,3 @@ def linked_workers(network: Loopback, module: str, threads: int = 1) -> Iterator
             with undisturbed():
                 made.end()
                 network.shape(None)
-
-
-def _environment(network: Loopback, worker: int, threads: int) -> dict[str, str]:
-    """As torchrun would set it, every worker being a host of its own."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        # Without it, Lightning gives a worker that is alone on its host all cores, whatever torch.set_num_threads said.
-        "OMP_NUM_THREADS": str(threads),
-        "RANK": str(worker),
-        "GROUP_RANK": str(worker),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(network.workers),
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": network.address,
-        "MASTER_PORT": str(network.port),
-        "TORCHELASTIC_RUN_ID": "links",
-        "GLOO_SOCKET_IFNAME": network.interface,
-        "CUDA_VISIBLE_DEVICES": "",
-    }
