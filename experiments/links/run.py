@@ -46,16 +46,12 @@ class Options(Rig):
         nodes_smoke=["resist", "local_sgd_node", "resist_node"],
     )  # fmt: skip
     bandwidths_gbit: list[Any] = option(
-        [0.1, 1, 10, UNSHAPED],
-        smoke=[0.1, UNSHAPED],
-        ist=[0.1, 1, UNSHAPED],
-        ist_smoke=[0.1],
-        nodes=[0.1, 1],
+        [0.1, 1, 10, UNSHAPED], smoke=[0.1, UNSHAPED], ist=[0.1, 1, UNSHAPED], ist_smoke=[0.1], nodes=[0.1, 1],
         nodes_smoke=[0.1],
-    )
+    )  # fmt: skip
     network: Any = option(
         {"depth": 101, "width_multiplier": 1.0}, smoke={"depth": 26, "width_multiplier": 0.25},
-        nodes={"depth": 101, "width_multiplier": 0.25}, nodes_smoke={"depth": 14, "width_multiplier": 0.25},
+        nodes={"depth": 101, "width_multiplier": 0.5}, nodes_smoke={"depth": 14, "width_multiplier": 0.25},
         ist={"depth": 3, "width": 8192}, ist_smoke={"depth": 3, "width": 256},
     )  # fmt: skip
     batch: int = option(
@@ -65,15 +61,9 @@ class Options(Rig):
     local_steps: int = option(50, "of a round, in the table; the paper takes 50", least=1, ist=20, ist_smoke=20)
     min_blocks: int | None = option(None, "null takes 5, as the paper", least=0, smoke=2, nodes_smoke=1)
     steps_per_round: int = option(
-        6,
-        "really run between two syncs; local_steps is what the table shows",
-        least=2,
-        smoke=3,
-        ist=5,
-        ist_smoke=3,
-        nodes=10,
+        6, "really run between two syncs; local_steps is what the table shows", least=2, smoke=3, ist=5, ist_smoke=3,
         nodes_smoke=2,
-    )
+    )  # fmt: skip
     rounds: int = option(3, "syncs that are measured", least=1, smoke=2, ist_smoke=2, nodes_smoke=2)
     workers: int = option(2, "processes", least=2, most=LARGEST_WORKERS, nodes=4, nodes_smoke=4)
     per_node: int = option(1, "processes that share a namespace and its link", least=1, nodes=2, nodes_smoke=2)
@@ -89,8 +79,8 @@ class Options(Rig):
             # Of others, what of their bytes crosses the links of nodes is in no closed form.
             if method not in ("ddp", "resist", "local_sgd") and not method.endswith("_node"):
                 raise ConfigError(
-                    f"methods: {method!r} needs per_node=1; for per_node={self.per_node} take ddp, resist, local_sgd or a method "
-                    "with _node"
+                    f"methods: {method!r} needs per_node=1; for per_node={self.per_node} take ddp, resist, local_sgd or "
+                    "a method with _node"
                 )
         if self.steps_per_round > self.local_steps:
             raise ConfigError(
