@@ -141,7 +141,7 @@ def nodes_claim(content: Content) -> str:
         f"- {with_kernel(content)}",
         f"- {nodes} nodes of {settings['per_node']} processes. In all rows: {_work(settings)}",
         f"- Our count of bytes {'equals' if equal else 'does NOT equal'} the closed form.",
-        f"- By the kernel, {100 * min(extra):.1f} to {100 * max(extra):.1f} % more crosses the slow link than by the "
+        f"- By the kernel, {100 * min(extra):.2f} to {100 * max(extra):.2f} % more crosses the slow link than by the "
         "closed form.",
     ]
     return "\n".join(lines) + "\n"
