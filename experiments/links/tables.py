@@ -136,14 +136,16 @@ def nodes_claim(content: Content) -> str:
     settings, rows = content["settings"], [row for row in content["rows"] if row["bytes_per_sync"]]
     nodes = settings["workers"] // settings["per_node"]
     equal = all(row["bytes_per_sync"]["counted"] in (None, row["bytes_per_sync"]["closed_form"]) for row in rows)
-    extra = [row["bytes_per_sync"]["kernel"] / row["bytes_per_sync"]["crossing"] - 1 for row in rows]
+    sent = [row["bytes_per_sync"] for row in rows]
+    extra = [found["kernel"] / found["crossing"] - 1 for found in sent if found["kernel"] is not None]
     lines = [
         f"- {with_kernel(content)}",
         f"- {nodes} nodes of {settings['per_node']} processes. In all rows: {_work(settings)}",
         f"- Our count of bytes {'equals' if equal else 'does NOT equal'} the closed form.",
-        f"- By the kernel, {100 * min(extra):.2f} to {100 * max(extra):.2f} % more crosses the slow link than by the "
-        "closed form.",
     ]
+    if extra:
+        more = f"{100 * min(extra):.2f} to {100 * max(extra):.2f} % more"
+        lines.append(f"- By the kernel, {more} crosses the slow link than by the closed form.")
     return "\n".join(lines) + "\n"
 
 
@@ -164,7 +166,7 @@ def nodes(content: Content) -> Grid:
 
     def kernel_over_form(row: Row) -> str:
         found = row["bytes_per_sync"]
-        return _number(found["kernel"] / found["crossing"], digits=4) if found else "-"
+        return _number(found["kernel"] / found["crossing"], digits=4) if found and found["kernel"] else "-"
 
     return Grid.of("Workers of several processes", content["rows"], {
         "link": lambda row: bandwidth(row["bandwidth_gbit"]),

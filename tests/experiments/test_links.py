@@ -20,7 +20,7 @@ from experiments.harness.links import namespaces as rig
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
 from experiments.links import rig as options
-from experiments.links import summary
+from experiments.links import summary, tables
 from experiments.links.run import Options
 from tests.helpers.namespaces import MISSING, needs_namespaces
 from tests.helpers.programs import ROOT, run_module
@@ -203,6 +203,12 @@ def test_the_rows_of_a_run_known_by_hand() -> None:
     assert sent["counted"] == sent["closed_form"] == 50_000_004  # of both workers
     assert sent["crossing"] == 25_000_002  # each tells that of its node
     assert of_node["inside_bytes"] == pytest.approx({"step": 20, "sync": 8})
+
+    of_node["bytes_per_sync"]["kernel"] = None  # as without root
+    settings = {"workers": 2, "per_node": 2}
+    (cells,) = tables.nodes({"settings": settings, "rows": [{**of_node, "method": "resist_node"}]}).rows
+    assert cells[:2] == ["0.1 Gbit/s", "ResIST, 1 workers of 2"]
+    assert cells[7:11] == ["-", "25.00 MB", "-", "50.00 MB"]
 
 
 @needs_namespaces
