@@ -28,7 +28,7 @@ def test_a_folder_that_another_worker_removes_meanwhile_is_no_error(
 ) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda _: True)  # so it was a moment ago
 
-    remove(tmp_path / "a.ckpt", worker=1)
+    remove(tmp_path / "a.ckpt", rank=1, members=1)
 
 
 def test_so_it_is_with_a_round_of_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_without_torchrun_a_warning_says_that_nobody_starts_the_workers_again(mo
 def written(folder: Path, rounds: list[list[int]]) -> None:
     """Snapshots of the rounds of each worker."""
     for worker, numbers in enumerate(rounds):
-        restarts = Restarts(folder, StrategyOptions(), SimpleNamespace(worker=worker, workers=2))  # type: ignore[arg-type]
+        restarts = Restarts(folder, StrategyOptions(), SimpleNamespace(worker=worker, workers=2, member=0))  # type: ignore[arg-type]
         for number in numbers:
             restarts.write({"from": [worker, number]}, number)
 
@@ -50,7 +50,7 @@ def test_without_a_common_round_the_error_names_those_of_each_worker(tmp_path: P
     written(tmp_path, [[1], []])
 
     def choose(collective: Any) -> None:
-        with pytest.raises(CheckpointError, match=r"rounds by worker: 0: \[1\]; 1: none"):
+        with pytest.raises(CheckpointError, match=r"rounds: worker 0 \[1\]; worker 1 none"):
             Restarts(tmp_path, StrategyOptions(), collective).choose()
 
     run_threads(choose, 2)

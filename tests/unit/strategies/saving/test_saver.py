@@ -53,8 +53,8 @@ def test_a_full_disk_ends_the_training_or_keeps_the_checkpoint_before(tmp_path: 
     with pytest.warns(UserWarning, match="No space left"):
         save(saver, new, Full())
     with pytest.warns(UserWarning, match="is kept"):
-        saver.remove(old, AtomicIO(), 0)
+        saver.remove(old, AtomicIO(), 0, 1)
     assert old.exists()
     save(saver, new, AtomicIO())
-    saver.remove(old, AtomicIO(), 0)
+    saver.remove(old, AtomicIO(), 0, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
