@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.checks.fingerprint import describe_unequal, digest
+from resist_lightning.checks.fingerprint import describe_unequal, digest, shorten
 from resist_lightning.checks.frozen_tensors import FrozenTensors
 from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.checks.header import Purpose
@@ -106,10 +106,13 @@ class DivergenceChecks:
         """Stands for the weights of this worker, which its members hold alike; 0 where it has one member."""
         if self._collective.members == 1 or self._layout.config.check == "off":
             return 0.0
-        named = self._layout.module.named_parameters()
-        present = [parameter for _, parameter in named if parameter.requires_grad and not parameter.is_meta]
-        hashes = self._hasher.hashes(present, turn=self._round)
+        hashes = self._hasher.hashes(self._weights().values(), turn=self._round)
         return as_numbers([together(hashes)])[0] if hashes else 0.0
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The trainable parameters that this worker holds now."""
+        named = self._layout.module.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad and not parameter.is_meta}
 
     def _judge_members(self, hashes: Sequence[float]) -> None:
         for worker, of_worker in enumerate(self._collective.by_worker(hashes)):
@@ -117,11 +120,21 @@ class DivergenceChecks:
                 first = worker * self._collective.members
                 ranks = ", ".join(str(first + member) for member in range(self._collective.members))
                 raise WorkersDisagree(
-                    f"the members of worker {worker} (ranks {ranks}) hold different weights, and would each send a "
-                    "part of them. Nothing was averaged. Likely causes: code that changes weights or gradients on one "
-                    "rank only, steps outside of training_step, or a forward that went around engine.replicas.call() "
-                    "in a plain loop."
+                    f"the members of worker {worker} (ranks {ranks}) hold different weights ({self._unequal(worker)}), "
+                    "and would each send a part of them. Nothing was averaged. Likely causes: code that changes "
+                    "weights or gradients on one rank only, parameters that are frozen on one rank only or within "
+                    "training_step, steps outside of training_step, or a forward that went around "
+                    "engine.replicas.call() in a plain loop."
                 )
+
+    def _unequal(self, worker: int) -> str:
+        """Which weights differ between the members of a worker. Collective: every worker must call this."""
+        own = self._weights()
+        hashes = dict(zip(own, as_numbers(self._hasher.hashes(own.values(), turn=self._round)), strict=True))
+        texts = self._collective.gather_bytes(json.dumps(hashes).encode())
+        of_members = [json.loads(text) for text in self._collective.by_worker(texts)[worker]]
+        names = [name for name, value in of_members[0].items() if any(each.get(name) != value for each in of_members)]
+        return shorten(names)
 
     def _agree_on_written(self, digests: set[float]) -> None:
         """Average from now on the frozen tensors that some worker has written; they would diverge in silence."""

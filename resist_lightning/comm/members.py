@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
     Raises:
         ValueError: if ``count`` does not divide the number of processes, or a worker is spread over hosts.
     """
+    found = members()
+    if found is not None and found.count == count:
+        return  # of an earlier training in the same group
     _splits.clear()
     if count == 1:
         return
@@ -117,5 +121,7 @@ def check_hosts(hosts: Sequence[str], count: int) -> None:
 
 def _hosts() -> list[str]:
     """The host of each rank."""
-    name = json.dumps(socket.gethostname()).encode()
-    return [json.loads(text) for text in GroupCollective().gather_bytes(name)]
+    name = socket.gethostname()
+    with suppress(OSError):  # not Linux. Two hosts may have one name.
+        name += f" (boot {Path('/proc/sys/kernel/random/boot_id').read_text()[:8]})"
+    return [text.decode() for text in GroupCollective().gather_bytes(name.encode())]

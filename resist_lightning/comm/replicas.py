@@ -43,6 +43,7 @@ class Replicas:
         self._module = module
         self._collective = collective if isinstance(collective, MemberCollective) else None
         self._ddp: DistributedDataParallel | None = None
+        self._reduced: list[nn.Parameter] = []  # that it was made with
         if self._collective is not None:
             for norm in module.modules():
                 if isinstance(norm, nn.SyncBatchNorm):
@@ -90,6 +91,7 @@ class Replicas:
         ddp = self._ddp
         if ddp is None or not ddp.require_backward_grad_sync:
             return
+        self._check_finished()
         ddp.require_forward_param_sync = True
         ddp.reducer._rebuild_buckets()
         ddp.reducer.prepare_for_backward([loss] if ddp.find_unused_parameters else [])
@@ -105,18 +107,26 @@ class Replicas:
             yield
 
     def reducing(self) -> DistributedDataParallel | None:
-        """What averages gradients in this round; None where there is nothing to average.
+        """What averages gradients in this step; None where there is nothing to average.
 
-        Collective in its first call after :meth:`release`: every member must call this.
+        Collective in its first call after :meth:`release`, and where parameters were frozen or unfrozen: every member
+        must call this.
+
+        Raises:
+            RuntimeError: if the step before has left gradients without a mean.
         """
         collective = self._collective
-        if collective is None or self._ddp is not None:
+        if collective is None:
+            return None
+        self._check_finished()
+        trained = [tensor for tensor in self._module.parameters() if tensor.requires_grad and not tensor.is_meta]
+        if self._ddp is not None and list(map(id, trained)) == list(map(id, self._reduced)):
             return self._ddp
-        caller = _Caller(self._module)
-        absent = [name for name, tensor in _named(caller) if tensor.is_meta]
-        trained = [tensor for tensor in caller.parameters() if tensor.requires_grad and not tensor.is_meta]
+        self.release()  # what it does not know would train on each member alone
         if not trained:
             return None
+        caller = _Caller(self._module)
+        absent = [name for name, tensor in _named(caller) if tensor.is_meta]
         # Not by DDP's own function, which marks the tensors too: they will be present in another round.
         vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
         # A sum of three depends on its place in a bucket, and DDP orders buckets anew after a step unless it searches
@@ -130,6 +140,7 @@ class Replicas:
             gradient_as_bucket_view=True,  # no second copy of the gradients
             find_unused_parameters=self.find_unused_parameters or ordered,
         )
+        self._reduced = trained
         # A lambda, as DDP compares annotations, and ours are strings.
         self._ddp.register_comm_hook(collective, lambda state, bucket: _average(state, bucket))  # noqa: PLW0108
         return self._ddp
@@ -137,12 +148,28 @@ class Replicas:
     def release(self) -> None:
         """Give up the reducer, which refers to the parameters. Sends nothing."""
         self._ddp = None
+        self._reduced = []
+
+    def _check_finished(self) -> None:
+        """Raise if the last backward pass has left gradients without a mean: DDP sends buckets that are complete."""
+        if self._ddp is None:
+            return
+        try:
+            self._ddp._check_reducer_finalized()
+        except RuntimeError as error:
+            names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+            missing = [names[id(parameter)] for parameter in self._reduced if parameter.grad is None]
+            raise RuntimeError(_UNFINISHED.format(", ".join(missing[:5]) or "some")) from error
 
     def end_steps(self) -> None:
         """Call it before a sync: give up the reducer, and share the first member's buffers, as DDP does in a forward.
 
         Collective: every member must call this, in the same order.
+
+        Raises:
+            RuntimeError: if the last step has left gradients without a mean.
         """
+        self._check_finished()
         self.release()
         collective = self._collective
         if collective is None:
@@ -183,3 +210,11 @@ def _average(collective: MemberCollective, bucket: Any) -> torch.futures.Future[
     """A communication hook of DDP: the mean, as without a hook, and its bytes counted."""
     collective.inside_bytes["gradients"] += all_reduce_bytes(bucket.buffer().nbytes, collective.members)
     return default_hooks.allreduce_hook(collective.inside, bucket)
+
+
+_UNFINISHED = (
+    "in the last step not all parameters of this worker got a gradient ({} got none), so its members have not averaged "
+    "all gradients. If a step may leave out a part of the network, as with two optimizers in turn, set "
+    "find_unused_parameters=True in the strategy (in a plain loop: engine.replicas.find_unused_parameters = True). "
+    "Freeze and unfreeze parameters between two steps, not within training_step."
+)

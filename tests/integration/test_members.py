@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from resist_lightning import (
@@ -27,6 +27,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, unbroken_and_resumed
 
 TWO = {"devices_per_worker": 2}
+FIND = {"find_unused_parameters": True}
 
 RESUMED = {
     "resist": (2, Case(4, "resist", {**TWO, "momentum": "travel", "min_blocks": 3}, "sgd", "shuffled", 1, (2, 4, 8))),
@@ -187,7 +188,60 @@ def drifts(rank: int) -> None:
 def test_members_that_hold_different_weights_are_named() -> None:
     for outcome in run_trainers_to_the_end(drifts, 4):
         assert isinstance(outcome.error, WorkersDisagree)
-        assert "the members of worker 0 (ranks 0, 1) hold different weights" in str(outcome.error)
+        assert "the members of worker 0 (ranks 0, 1) hold different weights (net." in str(outcome.error)
+
+
+class WithUnused(Classifier):
+    """A layer that no step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def fits_with_unused(rank: int, options: dict[str, Any]) -> None:
+    strategy = make_strategy(**TWO, local_steps=1, check="off", **options)
+    make_trainer(strategy, max_epochs=1).fit(WithUnused(), stream(rank, 3))
+
+
+def test_parameters_without_a_gradient_are_named_also_in_the_last_step_of_a_round() -> None:
+    for outcome in run_trainers_to_the_end(fits_with_unused, 4, {}):
+        assert isinstance(outcome.error, RuntimeError)
+        assert "unused.weight" in str(outcome.error)
+        assert "set find_unused_parameters=True" in str(outcome.error)
+    assert [outcome.error for outcome in run_trainers_to_the_end(fits_with_unused, 4, FIND)] == [None] * 4
+
+
+class Thaws(Classifier):
+    """Unfreezes its first layer in the middle of a round."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        first = next(self.net.parameters())
+        first.requires_grad_(batch_idx >= 4)
+
+
+def thaws(rank: int) -> Tensor:
+    module = Thaws()
+    make_trainer(make_strategy("local_sgd", **TWO, check="off"), max_epochs=1).fit(module, stream(rank, 6))
+    return next(module.net.parameters()).detach()
+
+
+def test_a_parameter_that_is_unfrozen_within_a_round_is_averaged_by_the_members() -> None:
+    modules = [Classifier(), Classifier()]
+    optimizers = [module.configure_optimizers() for module in modules]
+    for step in range(6):
+        for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+            next(module.net.parameters()).requires_grad_(step >= 4)
+            optimizer.zero_grad()
+            shard_by_shard(module, 2, worker, step)
+            optimizer.step()
+        if step % 3 == 2:
+            average(modules)
+            for optimizer in optimizers:
+                optimizer.state.clear()
+
+    for first in run_trainers(thaws, 4):
+        torch.testing.assert_close(first, next(modules[0].net.parameters()).detach())
 
 
 @pytest.mark.parametrize(("devices", "options"), [(4, {"devices_per_worker": 3}), (3, {"devices_per_worker": 2})])

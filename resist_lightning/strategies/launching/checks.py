@@ -36,6 +36,11 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
         return
     members = options.members(trainer.num_devices)
     check_count(members, processes)
+    if options.devices_per_worker == 1 and (options.find_unused_parameters or options.across_hosts):
+        rank_zero_warn(
+            "find_unused_parameters and across_hosts say how the processes of one worker work together, and here "
+            "every process is a worker: they have no effect. Set devices_per_worker, or leave them out."
+        )
     check_callbacks(trainer, config)
     check_shrinking(options)
     module = trainer.strategy.lightning_module

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 
 from resist_lightning.comm.group import group_exists
 from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.process_group import ProcessGroup
 
 
@@ -24,8 +25,8 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Callable[[], ProcessGroup]:
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 
     def joined() -> ProcessGroup:
-        group = ProcessGroup()
-        group.join(LightningEnvironment(), "gloo", timedelta(seconds=20), torch.device("cpu"))
+        group = ProcessGroup(StrategyOptions(timeout=timedelta(seconds=20)))
+        group.join(LightningEnvironment(), "gloo", torch.device("cpu"))
         return group
 
     return joined
