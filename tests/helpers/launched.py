@@ -1,6 +1,6 @@
-"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched FOLDER [METHOD:NETWORK ...]``.
+"""A user's training script, for tests of launchers: ``python -m tests.helpers.launched FOLDER METHOD:NETWORK``.
 
-After its own small network it trains those of ordinary size, as an interpreter takes five seconds to start. Every
+After its own small network it trains one of ordinary size, as an interpreter takes five seconds to start. Every
 process that comes to the end writes what it has to FOLDER.
 """
 
@@ -73,8 +73,7 @@ if __name__ == "__main__":
     worker = os.environ.get("LOCAL_RANK", "0")
     torch.save(result, folder / f"worker{worker}.pt")
     warnings.filterwarnings("ignore")
-    for name in sys.argv[2:]:
-        method, network = name.split(":")
-        found = ordinary.run(method, network, "popen", str(folder / method))
-        if worker == "0":
-            torch.save(found, folder / method / "found.pt")
+    method, network = sys.argv[2].split(":")
+    found = ordinary.run(method, network, "popen", str(folder / method))
+    if worker == "0":
+        torch.save(found, folder / method / "found.pt")

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from resist_lightning import AuxNetStrategy, ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning import AuxNetStrategy, ISTStrategy, ResISTStrategy
 
 CLASSES = 10
 BATCH = 4
@@ -68,15 +68,13 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.001, momentum=0.9)
 
 
-def make_strategy(method: str, network: str, start_method: Any) -> L.pytorch.strategies.Strategy:
+def make_strategy(method: str, start_method: Any) -> L.pytorch.strategies.Strategy:
+    """ResIST for ResNet-50, IST for the fully connected network, AuxNet for the transformer."""
     if method == "resist":
-        blocks = "layer3.*" if network == "resnet50" else "encoder.layers.*"
-        return ResISTStrategy(local_steps=1, min_blocks=1, blocks=blocks, start_method=start_method)
+        return ResISTStrategy(local_steps=1, min_blocks=1, blocks="layer3.*", start_method=start_method)
     if method == "ist":
         return ISTStrategy(local_steps=1, start_method=start_method)
-    if method == "auxnet":
-        return AuxNetStrategy(cuts=["net.layer2"], warmup_steps=0, start_method=start_method)
-    return LocalSGDStrategy(local_steps=1, start_method=start_method)
+    return AuxNetStrategy(cuts=["net.encoder.layers.encoder_layer_3"], warmup_steps=0, start_method=start_method)
 
 
 def images(count: int) -> DataLoader[Any]:
@@ -85,9 +83,9 @@ def images(count: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*data), BATCH)
 
 
-def make_trainer(method: str, network: str, start_method: str, folder: str, *callbacks: L.Callback) -> L.Trainer:
+def make_trainer(method: str, start_method: str, folder: str, *callbacks: L.Callback) -> L.Trainer:
     return L.Trainer(
-        strategy=make_strategy(method, network, start_method), accelerator="cpu", devices=2, max_steps=STEPS,
+        strategy=make_strategy(method, start_method), accelerator="cpu", devices=2, max_steps=STEPS,
         callbacks=list(callbacks), enable_checkpointing=bool(callbacks), logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
@@ -101,7 +99,7 @@ def run(method: str, network: str, start_method: str, folder: str) -> dict[str, 
     """All that a user does with a Trainer, and what came of it."""
     module, held_out = Module(network), images(2 * BATCH)
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = make_trainer(method, network, start_method, folder, saving)
+    trainer = make_trainer(method, start_method, folder, saving)
     trainer.fit(module, images(2 * BATCH * STEPS), held_out)
     found: dict[str, Any] = {
         "state": {name: tensor.clone() for name, tensor in module.state_dict().items()},
@@ -118,7 +116,7 @@ def run(method: str, network: str, start_method: str, folder: str) -> dict[str, 
 
 def resume(method: str, network: str, start_method: str, folder: str, checkpoint: str) -> dict[str, Any]:
     """The rest of a run."""
-    module, trainer = Module(network), make_trainer(method, network, start_method, folder)
+    module, trainer = Module(network), make_trainer(method, start_method, folder)
     trainer.fit(module, images(2 * BATCH * STEPS), images(2 * BATCH), ckpt_path=checkpoint)
     return {"state": module.state_dict(), "metrics": metrics_of(trainer)}
 

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -53,6 +54,20 @@ QUIET: dict[str, Any] = {
 def run_trainers(target: Callable[..., Any], workers: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """Call ``target(worker, *args)`` in ``workers`` processes in which a Trainer can be made; see ``run_workers``."""
     return run_workers(_with_environment, workers, target, args, timeout=timeout)
+
+
+def run_cases(target: Callable[..., Any], cases: dict[Any, Any], folder: Path) -> dict[Any, list[Any]]:
+    """What ``target(worker, case, folder of the case)`` gives of each case on every worker, by the case's name.
+
+    Cases of equally many workers (``case.workers``) share their processes: the first training of a process takes as
+    long as several later ones.
+    """
+    results: dict[Any, list[Any]] = {}
+    for workers in sorted({case.workers for case in cases.values()}):
+        together = {name: case for name, case in cases.items() if case.workers == workers}
+        found = run_trainers(_each_case, workers, target, together, str(folder), timeout=100)
+        results |= {name: [of_worker[name] for of_worker in found] for name in together}
+    return results
 
 
 def run_trainers_and_by_hand(
@@ -176,6 +191,15 @@ def traces(module: nn.Module) -> list[str]:
         f"{name}: gradient" for name, value in module.named_parameters() if value.grad is not None and value.is_meta
     ]
     return found
+
+
+def _each_case(worker: int, target: Callable[..., Any], cases: dict[Any, Any], folder: str) -> dict[Any, Any]:
+    results = {}
+    for number, (name, case) in enumerate(cases.items()):
+        own = Path(folder, f"{case.workers}-{number}")
+        own.mkdir(exist_ok=True)  # the other workers have the same
+        results[name] = target(worker, case, str(own))
+    return results
 
 
 def _by_hand_first(

@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer, resnet18
 
 from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
 from tests.helpers.plain import CLASSES, Classifier, held_out
-from tests.helpers.trainers import run_trainers, traces
+from tests.helpers.trainers import run_cases, run_trainers, traces
 from tests.helpers.training import assert_equal_states, clone_state
 
 State = dict[str, Tensor]
@@ -168,18 +168,21 @@ def plainly(worker: int, case: Fit) -> dict[str, Any]:
     }
 
 
-def both_ways(worker: int, case: Fit) -> tuple[dict[str, Any], dict[str, Any]]:
+def both_ways(worker: int, case: Fit, _: str) -> tuple[dict[str, Any], dict[str, Any]]:
     waiting = by_stages(worker, case, {"warmup_steps": 99, "batch_norm": "running"})
     return waiting, by_stages(worker, case, {"warmup_steps": 1})
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return run_cases(both_ways, FITS, tmp_path_factory.mktemp("fits"))
+
+
 @pytest.mark.parametrize("name", FITS)
-def test_modules_train_unchanged_and_what_they_log_is_true(name: str) -> None:
+def test_modules_train_unchanged_and_what_they_log_is_true(name: str, trained: dict[str, list[Any]]) -> None:
     """Stages that wait for each other do what one process does; those that do not give one model and equal metrics."""
-    case = FITS[name]
-
-    results = run_trainers(both_ways, case.workers, case)
-
+    case, results = FITS[name], trained[name]
+    assert len(results) == case.workers
     plain = plainly(0, case)
     assert len(plain["metrics"]) >= case.steps
     for waiting, _ in results:

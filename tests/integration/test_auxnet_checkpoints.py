@@ -24,7 +24,7 @@ from tests.helpers.auxnet import Metered, Pictures, fit_stages, make_stages, tol
 from tests.helpers.nets import MlpBlock
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, batch_of, evaluate
 from tests.helpers.stages import SmallViT
-from tests.helpers.trainers import make_trainer, run_trainers
+from tests.helpers.trainers import make_trainer, run_cases, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import SavesAt
 
@@ -152,11 +152,17 @@ def norm_policy(worker: int, policy: str) -> tuple[float, float, State]:
     return seen[0], after, clone_state(module)
 
 
+POLICIES = ("recalibrate", "running", "batch")
+
+
+def norm_policies(worker: int) -> list[tuple[float, float, State]]:
+    return [norm_policy(worker, policy) for policy in POLICIES]
+
+
 def test_batch_norm_statistics_are_by_policy_of_guesses_of_images_or_of_the_batch() -> None:
     """Training is the same with all; what a stage's norm has seen in training are guesses."""
-    policies = ("recalibrate", "running", "batch")
-    found = {policy: run_trainers(norm_policy, 2, policy) for policy in policies}
-    for policy in policies:
+    found = dict(zip(POLICIES, zip(*run_trainers(norm_policies, 2), strict=True), strict=True))
+    for policy in POLICIES:
         (during, after, state), theirs = found[policy]
         assert during == theirs[0]
         assert during == after, policy  # also by the statistics of batches, which the module goes on using
@@ -241,11 +247,17 @@ def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[State]:
     return states + [train(worker, case, f"{folder}/{stop}.ckpt", []) for stop in case.stops]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[State]]]:
+    return run_cases(unbroken_and_resumed, CASES, tmp_path_factory.mktemp("cases"))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_resumed_after_any_batch_is_the_unbroken_run(name: str, tmp_path: Path) -> None:
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(name: str, trained: dict[str, Any]) -> None:
     """Guesses, multipliers, momentum and where the network is cut included."""
     case = CASES[name]
-    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+    assert len(trained[name]) == case.workers
+    for unbroken, *resumed in trained[name]:
         assert len(resumed) == len(case.stops)
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)

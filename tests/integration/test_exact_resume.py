@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tests.helpers.plain import CLASSES, Classifier, held_out
-from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_trainers
+from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_cases
 from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 5  # in an epoch; rounds of three steps end anywhere in it
@@ -148,11 +147,16 @@ def unbroken_and_resumed(worker: int, case: Case, folder: str) -> list[dict[str,
     return states + [clone_state(fit(worker, case, f"{folder}/{stop}.ckpt", [])) for stop in case.stops]
 
 
-@pytest.mark.parametrize("number", CASES)
-def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, tmp_path: Path) -> None:
-    case = draw_case(number)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[dict[str, Tensor]]]]:
+    cases = {number: draw_case(number) for number in CASES}
+    return run_cases(unbroken_and_resumed, cases, tmp_path_factory.mktemp("cases"))
 
-    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+
+@pytest.mark.parametrize("number", CASES)
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained: dict[int, Any]) -> None:
+    assert len(trained[number]) == draw_case(number).workers
+    for unbroken, *resumed in trained[number]:
         assert len(resumed) == STOPS_PER_CASE
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)
@@ -284,13 +288,31 @@ KINDS = (
     "persistent",
     "own generator",
     "new loaders",
+    "follows a loss",
 )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "follows a loss"])
-def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: str, tmp_path: Path) -> None:
-    # Once it hung with loader processes, and nobody knows where: this is less than pytest's own limit, so it would say.
-    for unbroken, *resumed in run_trainers(unbroken_and_resumed_loader, 2, kind, str(tmp_path), timeout=100):
+@dataclass(frozen=True)
+class Kind:
+    """Of loaders and validation, on two workers."""
+
+    name: str
+    workers: int = 2
+
+
+def train_kind(worker: int, kind: Kind, folder: str) -> list[dict[str, Tensor]]:
+    return unbroken_and_resumed_loader(worker, kind.name, folder)
+
+
+@pytest.fixture(scope="module")
+def trained_kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[dict[str, Tensor]]]]:
+    return run_cases(train_kind, {name: Kind(name) for name in KINDS}, tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_it_is_from_validation_and_with_loaders_of_other_kinds(kind: str, trained_kinds: dict[str, Any]) -> None:
+    assert len(trained_kinds[kind]) == 2
+    for unbroken, *resumed in trained_kinds[kind]:
         assert resumed
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resist_lightning import NeuronConfig
 from tests.helpers.plain import Classifier, stream
-from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, train_in_one_process
+from tests.helpers.trainers import fit, make_strategy, make_trainer, run_cases, run_trainers, train_in_one_process
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, unbroken_and_resumed
 
@@ -40,11 +40,18 @@ def draw_case(number: int) -> Case:
     )
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[State]]]:
+    cases = {number: draw_case(number) for number in range(9)}
+    return run_cases(unbroken_and_resumed, cases, tmp_path_factory.mktemp("cases"))
+
+
 @pytest.mark.parametrize("number", range(9))
-def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, tmp_path: Path) -> None:
+def test_a_run_resumed_after_any_batch_is_the_unbroken_run(number: int, trained: dict[int, Any]) -> None:
     """With every policy of momentum and one to three workers; gradients that have added up are saved too."""
     case = draw_case(number)
-    for unbroken, *resumed in run_trainers(unbroken_and_resumed, case.workers, case, str(tmp_path)):
+    assert len(trained[number]) == case.workers
+    for unbroken, *resumed in trained[number]:
         assert len(resumed) == len(case.stops)
         for state in resumed:
             assert_equal_states(state, unbroken, exactly=True)
