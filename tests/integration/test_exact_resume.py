@@ -22,7 +22,7 @@ from tests.helpers.training import assert_equal_states, clone_state
 
 BATCHES = 5  # in an epoch; rounds of three steps end anywhere in it
 EPOCHS = 2
-STOPS_PER_CASE = 3
+STOPS_PER_CASE = 2
 CASES = (4, 17, 33, 38, 97, 117, 125, 155, 169)
 """Seeds of the drawn cases: one to four workers, each value of each option, and each pair that shares code."""
 OPTIONS: dict[str, list[Any]] = {

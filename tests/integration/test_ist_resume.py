@@ -15,13 +15,13 @@ from resist_lightning import NeuronConfig
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.trainers import fit, make_strategy, make_trainer, run_cases, run_trainers, train_in_one_process
 from tests.helpers.training import assert_equal_states, clone_state
-from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, unbroken_and_resumed
+from tests.integration.test_exact_resume import BATCHES, EPOCHS, STOPS_PER_CASE, Case, unbroken_and_resumed
 
 State = dict[str, Tensor]
 
 
 def draw_case(number: int) -> Case:
-    """Any run, and any three batches after which it is stopped."""
+    """Any run, and any two batches after which it is stopped."""
     drawn = random.Random(number)
     options = {
         "momentum": ("reset", "keep", "travel")[number % 3],
@@ -35,7 +35,7 @@ def draw_case(number: int) -> Case:
         optimizer=drawn.choice(["sgd", "adamw"]),
         loader=drawn.choice(["shuffled", "endless"]),
         accumulate=drawn.choice([1, 2]),
-        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), 3))),
+        stops=tuple(sorted(drawn.sample(range(1, EPOCHS * BATCHES), STOPS_PER_CASE))),
         early=number % 2 == 1,
     )
 
