@@ -65,6 +65,7 @@ def run_cases(target: Callable[..., Any], cases: dict[Any, Any], folder: Path) -
     results: dict[Any, list[Any]] = {}
     for workers in sorted({case.workers for case in cases.values()}):
         together = {name: case for name, case in cases.items() if case.workers == workers}
+        # Less than pytest's own limit, so that a hang (once with loader processes, unexplained) shows its stacks.
         found = run_trainers(_each_case, workers, target, together, str(folder), timeout=100)
         results |= {name: [of_worker[name] for of_worker in found] for name in together}
     return results
