@@ -75,7 +75,7 @@ def train_and_save(worker: int, folder: str, variant: dict[str, Any]) -> dict[st
 
 
 def train_variants(worker: int, folder: str) -> list[dict[str, Metrics]]:
-    """All in the same processes: the first training of a process costs the most."""
+    """All in the same processes, which have their cost too."""
     return [train_and_save(worker, f"{folder}/{name.replace(' ', '-')}", variant) for name, variant in VARIANTS.items()]
 
 
