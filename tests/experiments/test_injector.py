@@ -181,8 +181,8 @@ def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, i
     [
         ("local steps", 1, "local steps", 5, "on_before_backward", "run_backward"),
         ("handshake", 1, "handshake", 6, "_end_round", "_handshake.run"),
-        ("averaging", 1, "averaging", 6, "start_mean", "wait"),
-        ("hand_over", 0, "hand_over", 3, "in exchange", "wait"),
+        ("averaging", 1, "averaging", 6, "start_mean", "in _wait"),
+        ("hand_over", 0, "hand_over", 3, "in exchange", "in _wait"),
         ("evaluation", 2, "evaluation", 9, "begin_observation", "_assemble"),
         ("saving", 2, None, 9, "save_checkpoint", "barrier"),
     ],

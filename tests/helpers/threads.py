@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -139,6 +140,9 @@ def call_in_threads(
     """
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
+    if "torch._dynamo" in sys.modules:
+        # Workers force eager code for a moment, which torch keeps for the process: threads put back what another set.
+        torch.compiler.set_stance("default")
     failures = [error for future in futures if (error := future.exception()) is not None]
     for error in sorted(failures, key=lambda error: isinstance(error, consequences)):
         raise error

@@ -138,7 +138,7 @@ def test_where_no_round_is_whole_all_workers_say_so(snapshots: Path) -> None:
 
     for outcome in run_trainers_to_the_end(resumed, 2, str(snapshots)):
         assert isinstance(outcome.error, CheckpointError)
-        assert "no snapshot that all workers can read; rounds by worker: 0: [3, 4]; 1: none" in str(outcome.error)
+        assert "no snapshot that all workers can read; rounds: worker 0 [3, 4]; worker 1 none" in str(outcome.error)
 
 
 @pytest.mark.parametrize(("face", "workers"), [("resist", 1), ("resist", 4), ("ist", 2)])

@@ -82,6 +82,8 @@ class _Look:
         self._handles = []
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting():  # refused elsewhere, if this worker has only a part
+            return
         if torch.compiler.is_compiling():
             refuse_compiled(self._block.name)
         x = input_of(self._block.name, self._argument, args, kwargs)
