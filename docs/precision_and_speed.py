@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from docs.table import rows_of, write_table
-from tests.helpers.speedups import CELLS, METHODS, SETTINGS, Found, train_all
+from tests.helpers.speedup_settings import CELLS, METHODS, SETTINGS
+from tests.helpers.speedups import Found, train_all
 
 PAGE = Path(__file__).with_name("precision-and-speed.md")
 HEADER = f"| setting | {' | '.join(METHODS)} | note |"

@@ -11,8 +11,9 @@ import torch
 from docs import precision_and_speed as page
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.resist.layout import BlockLayout
-from tests.helpers import speedups
-from tests.helpers.speedups import CELLS, METHODS, SETTINGS, WORKERS, Found
+from tests.helpers import speedup_settings, speedups
+from tests.helpers.speedup_settings import CELLS, METHODS, SETTINGS, WORKERS
+from tests.helpers.speedups import Found
 from tests.helpers.training import assert_equal_states
 
 
@@ -44,16 +45,18 @@ def test_a_setting_trains_what_the_simulator_trains_and_evaluates_as_a_plain_net
 
 @pytest.mark.parametrize("name", ["compiled blocks", "wrapped blocks"])
 def test_compiled_blocks_are_one_graph_of_their_kind_whatever_the_partition_is(trained, name):
-    x = torch.randn(8, speedups.WIDTH, 8, 8)
-    expected = speedups.operations_of(speedups.ImageBlock(None), x)
-    expected += speedups.operations_of(speedups.TokenBlock(), x.flatten(2).transpose(1, 2))
+    x = torch.randn(8, speedup_settings.WIDTH, 8, 8)
+    expected = speedups.operations_of(speedup_settings.ImageBlock(None), x)
+    expected += speedups.operations_of(speedup_settings.TokenBlock(), x.flatten(2).transpose(1, 2))
     for found in trained[name, "resist"]:
         assert found.compiled == speedups.Compiled(graphs=2, operations=expected, later=0, breaks=0)
 
 
 @pytest.mark.parametrize(("method", "rescaled"), [("local_sgd", 0), ("ist", 2)])
 def test_a_network_that_is_compiled_as_a_whole_is_one_graph_where_no_blocks_are_partitioned(trained, method, rescaled):
-    expected = speedups.operations_of(speedups.make_network(method), speedups.batch_of(0, 0)[0]) + rescaled
+    expected = (
+        speedups.operations_of(speedup_settings.make_network(method), speedup_settings.batch_of(0, 0)[0]) + rescaled
+    )
     for found in trained["compiled network", method]:
         assert found.compiled == speedups.Compiled(graphs=1, operations=expected, later=0, breaks=0)
 
