@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, Queue
@@ -47,7 +47,14 @@ class Room:
         self.barrier = threading.Barrier(workers, timeout=SECONDS)
         self.table: dict[Any, Any] = {}
         self.log: list[tuple[int, str, str]] = []
-        self.boxes: defaultdict[tuple[int, int, int], Queue[Tensor]] = defaultdict(Queue)
+        self.boxes: dict[tuple[int, int, int], Queue[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def box(self, source: int, target: int, tag: int) -> Queue[Tensor]:
+        """Messages of one tag from one worker to another."""
+        # Locked: both sides may be the first to ask, and one of two queues would be lost with a message in it.
+        with self._lock:
+            return self.boxes.setdefault((source, target, tag), Queue())
 
     def share(self, worker: int, value: Any) -> list[Any]:
         """The values of all workers, in order."""
@@ -98,13 +105,13 @@ class ThreadCollective(Collective):
 
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
         self.room.log.append((self.worker, "start_send", kind))
-        self.room.boxes[self.worker, target, tag].put(flat.clone())
+        self.room.box(self.worker, target, tag).put(flat.clone())
         self.sent_bytes[kind] += flat.nbytes
         return lambda: None
 
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
         self.room.log.append((self.worker, "start_receive", ""))
-        box = self.room.boxes[source, self.worker, tag]
+        box = self.room.box(source, self.worker, tag)
 
         def finish() -> None:
             came = box.get(timeout=SECONDS)
