@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SYNC_KINDS = ("shared", "merge", "hand_over", "state")
+SYNC_KINDS = ("shared", "merge", "hand_over", "state", "outer")
 
 TRAINING_KINDS = (*SYNC_KINDS, "boundary", "output")
 
 KINDS = (*TRAINING_KINDS, "evaluation", "checkpoint", "start", "control")
-"""Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``; between stages, what
-crosses a ``boundary``, and the network's ``output``), observation (``evaluation``, ``checkpoint``), once at the
-``start``, and ``control`` (headers)."""
+"""Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``, velocities of an
+``outer`` optimizer; between stages, what crosses a ``boundary``, and the network's ``output``), observation
+(``evaluation``, ``checkpoint``), once at the ``start``, and ``control`` (headers)."""
 
 
 def all_reduce_bytes(payload_bytes: int, workers: int) -> int:

@@ -41,12 +41,14 @@ class Payload:
         state: its optimizer state, if that travels.
         compressed: parameters that travel in fewer bits.
         noise: random numbers for rounding these.
+        kind: under which kind the bytes of the block are counted; "" where its transfer says it.
     """
 
     block: Sequence[Tensor]
     state: Sequence[Tensor] = ()
     compressed: Sequence[Tensor] = ()
     noise: torch.Generator | None = None
+    kind: str = ""
 
     @property
     def plain(self) -> list[Tensor]:
@@ -223,7 +225,7 @@ class Exchange:
             if block not in messages:
                 messages[block] = self._compressed(payloads[block])
             # Counted by what it is for; the collective sees flat buffers only.
-            kinds[kind] += packed_bytes([*payloads[block].block, messages[block]])
+            kinds[payloads[block].kind or kind] += packed_bytes([*payloads[block].block, messages[block]])
             kinds[state_kind] += packed_bytes(payloads[block].state)
 
         sends: dict[int, list[Tensor]] = {}

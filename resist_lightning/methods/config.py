@@ -11,6 +11,7 @@ NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
 WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
 CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
 NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
+OuterName: TypeAlias = Literal["none", "nesterov"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resist_lightning.comm.packing import flatten, split
+from resist_lightning.comm.quantize import arrange
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.methods.residual import Block
 from resist_lightning.state.batch_norm import Call, recalibrate
@@ -74,6 +76,18 @@ def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
         return numbers.amax(0).to(values[0].dtype)
     mean = numbers.mean(0)
     return torch.view_as_complex(mean) if values[0].is_complex() else mean.to(values[0].dtype)
+
+
+def flat_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Some tensors in one, in the order of a compressed message."""
+    return flatten(arrange(tensors.values()))
+
+
+def pieces_of(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`flat_of`."""
+    names = {id(tensor): name for name, tensor in like.items()}
+    tensors = arrange(like.values())
+    return {names[id(t)]: piece for t, piece in zip(tensors, split(flat, tensors), strict=True)}
 
 
 def recalibrate_together(workers: Sequence[SimulatedWorker], full: nn.Module) -> None:

@@ -89,6 +89,24 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
     return SyncPlan(tuple(averaged), owner, tuple(merge), tuple(hand_over), left_out)
 
 
+def plan_outer(sync: SyncPlan, following: SyncPlan, workers: int) -> tuple[Transfer, ...]:
+    """Plan how the velocities of an outer optimizer travel: from the owner of a block to who will own it next.
+
+    The owner takes the outer step, as it has the mean; all workers do where the block is averaged. So a velocity goes
+    to one of the next holders only, beside the block itself.
+
+    Args:
+        sync: the plan of a sync.
+        following: the plan of the next one.
+        workers: number of workers.
+    """
+    transfers: list[Transfer] = []
+    for block, root in sync.owner.items():
+        targets = [following.owner[block]] if block in following.owner else range(workers)
+        transfers.extend(Transfer(root, target, block) for target in targets if target != root)
+    return tuple(transfers)
+
+
 def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> int:
     """Of the last holders, preferably those that stay, the one that owns the fewest blocks so far."""
     if len(old) == 1:

@@ -179,7 +179,7 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(train
         shared = sum(all_reduce_bytes(size, workers) for size in whole.values())
         for worker in range(workers):
             for round, sync in enumerate(syncs(run, trained[worker][name])):
-                expected = {"shared": shared, "merge": 0, **layout.hand_over_bytes(round, states)[worker]}
+                expected = {"shared": shared, "merge": 0, "outer": 0, **layout.hand_over_bytes(round, states)[worker]}
                 assert {kind: sync.counted[kind] for kind in SYNC_KINDS} == expected, (name, worker, round)
                 kinds.update(expected)
                 others = {kind for kind, count in sync.counted.items() if count} - set(SYNC_KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.helpers.training import (
     train_step,
 )
 
+OUTER: dict[str, Any] = {"outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8}
 RUNS = {
     "two workers": (2, Run(Config(local_steps=3, min_blocks=1), steps=11)),
     "three workers": (3, Run(Config(local_steps=2, min_blocks=1, seed=5), steps=7)),
@@ -68,6 +70,17 @@ RUNS = {
     ),
     "local SGD, int8": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running", wire="int8"), steps=5)),
     "frozen": (3, Run(Config(local_steps=2, min_blocks=3), steps=7, frozen=("section3.2", "section1"))),
+    "outer": (2, Run(Config(local_steps=2, min_blocks=1, **OUTER), steps=9)),
+    "outer with overlap, warm-up and travel": (
+        3,
+        Run(Config(local_steps=2, min_blocks=3, warmup_rounds=1, momentum="travel", **OUTER), steps=9),
+    ),
+    "outer, int8, overlap and warm-up": (
+        3,
+        Run(Config(local_steps=2, blocks_per_worker=(4, 2, 1), wire="int8", warmup_rounds=2, **OUTER), steps=11),
+    ),
+    "outer, frozen": (2, Run(Config(local_steps=2, min_blocks=3, **OUTER), steps=7, frozen=("section3.2",))),
+    "DiLoCo": (2, Run(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw")),
 }
 
 

@@ -35,6 +35,14 @@ RUNS = {
         Config(local_steps=1, min_blocks=3, wire="int6", warmup_rounds=2, momentum="travel"), steps=5
     ),
     "bf16, frozen": Run(Config(local_steps=1, min_blocks=4, wire="bf16"), steps=3, frozen=("section3.2", "section1")),
+    "outer, overlap, warm-up": Run(Config(local_steps=1, min_blocks=3, warmup_rounds=2, outer="nesterov"), steps=5),
+    "outer, int6, frozen": Run(
+        Config(local_steps=1, min_blocks=1, wire="int6", outer="nesterov"), steps=4, frozen=("section3.2",)
+    ),
+    "outer, AdamW travels": Run(
+        Config(local_steps=1, min_blocks=0, momentum="travel", outer="nesterov"), steps=3, optimizer="adamw"
+    ),
+    "outer, local SGD": Run(Config(local_steps=1, blocks=[], batch_norm="running", outer="nesterov"), steps=2),
     "local SGD": Run(Config(local_steps=1, blocks=[], batch_norm="running"), steps=2),
 }
 WITHOUT_OVERLAP = ("no overlap", "deeper")
@@ -98,8 +106,8 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said)
         sizes = layout.sizes(OptimizerStates([make_optimizer(run, model)]))
         for worker in range(workers):
             for round, sync in enumerate(syncs_of(run, said[worker][name])):
-                plan = plan_sync(layout.schedule.partition(round), layout.schedule.partition(round + 1))
-                expected = sync_bytes(plan, sizes, workers)[worker]
+                first, second, third = (layout.schedule.partition(round + ahead) for ahead in range(3))
+                expected = sync_bytes(plan_sync(first, second), sizes, workers, plan_sync(second, third))[worker]
                 assert {kind: sync.counted[kind] for kind in SYNC_KINDS} == expected, (name, worker, round)
                 kinds.update(expected)
     assert all(kinds[kind] > 0 for kind in SYNC_KINDS)

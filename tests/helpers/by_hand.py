@@ -48,6 +48,22 @@ class Worker:
     velocity: dict[int | str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Outer:
+    """An outer optimizer: SGD with Nesterov momentum from where the round began."""
+
+    rate: float
+    momentum: float
+    start: dict[int | str, float] = field(default_factory=dict)
+    velocity: dict[int | str, float] = field(default_factory=dict)
+
+    def step(self, name: int | str, mean: float) -> float:
+        gradient = self.start[name] - mean
+        self.velocity[name] = self.momentum * self.velocity.get(name, 0.0) + gradient
+        self.start[name] -= self.rate * (gradient + self.momentum * self.velocity[name])
+        return self.start[name]
+
+
 def train(
     stem: float,
     links: Sequence[float],
@@ -57,17 +73,20 @@ def train(
     lr: float,
     beta: float = 0.0,
     momentum: str = "reset",
+    outer: Outer | None = None,
 ) -> tuple[float, list[float]]:
     """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders."""
     workers = [Worker(stem, {block: links[block] for block in held}) for held in rounds[0]]
     step = 0
+    if outer is not None:
+        outer.start = {"stem": stem, **dict(enumerate(links))}
     for number, held in enumerate(rounds):
         for _ in range(local_steps):
             for index, worker in enumerate(workers):
                 _step(worker, input_of(index, step), lr, beta)
             step += 1
         if number + 1 < len(rounds):
-            _sync(workers, held, rounds[number + 1], len(links), momentum)
+            _sync(workers, held, rounds[number + 1], len(links), momentum, outer)
     return _mean([w.stem for w in workers]), [_mean([w.links[b] for w in workers if b in w.links]) for b in _all(links)]
 
 
@@ -85,10 +104,13 @@ def _step(worker: Worker, x: float, lr: float, beta: float) -> None:
         worker.links[block] -= lr * worker.velocity[block]
 
 
-def _sync(workers: list[Worker], before: HELD, after: HELD, blocks: int, momentum: str) -> None:
+def _sync(workers: list[Worker], before: HELD, after: HELD, blocks: int, momentum: str, outer: Outer | None) -> None:
     stem = _mean([worker.stem for worker in workers])
     holders = {block: [i for i, held in enumerate(before) if block in held] for block in range(blocks)}
     links = {block: _mean([workers[i].links[block] for i in who]) for block, who in holders.items()}
+    if outer is not None:
+        stem = outer.step("stem", stem)
+        links = {block: outer.step(block, mean) for block, mean in links.items()}
     speeds = {block: _mean([workers[i].velocity.get(block, 0.0) for i in who]) for block, who in holders.items()}
     for worker, old, new in zip(workers, before, after, strict=True):
         worker.stem = stem

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resist_lightning.comm.byte_formulas import WireFormat, all_reduce_bytes
-from resist_lightning.schedule.transfers import SyncPlan, Transfer
+from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_outer
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Sizes:
         wire: how trainable parameters are compressed; None if they are not.
         shared_entries: entries of the shared parameters that are compressed.
         block_entries: the same for each block.
+        outer: bytes of the velocity of each block, on the wire; empty without an outer optimizer.
     """
 
     shared: Mapping[str, int]
@@ -32,9 +33,10 @@ class Sizes:
     wire: WireFormat | None = None
     shared_entries: int = 0
     block_entries: tuple[int, ...] = ()
+    outer: tuple[int, ...] = ()
 
 
-def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int]]:
+def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int, following: SyncPlan | None = None) -> list[dict[str, int]]:
     """Bytes that each worker sends in a sync, by kind, exactly.
 
     Blocks that all workers hold before and after join the all-reduce of the shared layers and count as ``shared``.
@@ -43,10 +45,17 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int
         plan: the plan of the sync.
         sizes: bytes of the model's parts.
         workers: number of workers.
+        following: the plan of the next sync; velocities of an outer optimizer go to who merges the block then.
 
     Returns:
-        For each worker, the bytes sent of the kinds ``shared``, ``merge``, ``hand_over`` and ``state``.
+        For each worker, the bytes sent of the kinds ``shared``, ``merge``, ``hand_over``, ``state`` and ``outer``.
+
+    Raises:
+        ValueError: if there is an outer optimizer, and no ``following`` plan.
     """
+    if sizes.outer and following is None:
+        raise ValueError("velocities of an outer optimizer travel by the next sync's plan: give it as `following`.")
+    velocities = plan_outer(plan, following, workers) if sizes.outer and following is not None else ()
     reduced = Counter(sizes.shared)
     for block in plan.averaged:
         reduced.update(sizes.averaged[block])
@@ -54,12 +63,14 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int) -> list[dict[str, int
     merge = _sent(plan.merge, sizes.blocks)
     hand_over = _sent(plan.hand_over, sizes.blocks)
     state = _sent((*plan.merge, *plan.hand_over), sizes.states)
+    outer = _sent(velocities, sizes.outer)
     return [
         {
             "shared": shared + _compressed_mean(plan, sizes, worker, workers),
             "merge": merge[worker],
             "hand_over": hand_over[worker],
             "state": state[worker],
+            "outer": outer[worker],
         }
         for worker in range(workers)
     ]

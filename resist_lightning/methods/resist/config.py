@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 from typing_extensions import override
 
-from resist_lightning.methods.config import CommonConfig, WireName, check_choice, check_integer
+from resist_lightning.methods.config import CommonConfig, OuterName, WireName, check_choice, check_integer
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -40,6 +40,11 @@ class Config(CommonConfig):
             probability that a block is held: mean blocks per worker / number of blocks.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
             ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
+        outer: where a round begins: ``none`` (at the mean of the last one) or ``nesterov`` (the outer optimizer: SGD
+            with Nesterov momentum on what the last round has changed; with local SGD this is DiLoCo). It keeps two
+            copies of the shared parameters and of the blocks that a worker merges.
+        outer_rate: learning rate of the outer optimizer, above 0; 1 goes to the mean itself.
+        outer_momentum: momentum of the outer optimizer, in [0, 1).
 
     The others are those of :class:`CommonConfig`.
 
@@ -53,6 +58,9 @@ class Config(CommonConfig):
     warmup_rounds: int = 0
     test_scale: float | None = None
     wire: WireName = "fp32"
+    outer: OuterName = "none"
+    outer_rate: float = 0.7
+    outer_momentum: float = 0.9
 
     @override
     def __post_init__(self) -> None:
@@ -63,8 +71,22 @@ class Config(CommonConfig):
             check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
         _check_counts(self.blocks_per_worker)
         check_choice("wire", self.wire, get_args(WireName))
+        self._check_outer()
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
+
+    def _check_outer(self) -> None:
+        check_choice("outer", self.outer, get_args(OuterName))
+        for name, limits in (("outer_rate", "above 0"), ("outer_momentum", "of at least 0 and below 1")):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (0 < value < float("inf") if name == "outer_rate" else 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} must be a finite number {limits}.")
+            default = next(field.default for field in fields(self) if field.name == name)
+            if self.outer == "none" and value != default:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with outer='none'; set outer='nesterov', or leave {name} out."
+                )
 
 
 def _check_counts(value: object) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.packing import packed_bytes
 from resist_lightning.comm.quantize import compressible
 from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
@@ -32,6 +33,7 @@ from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.outer import has_outer_step, outer_bytes
 
 
 class BlockLayout(Layout):
@@ -93,7 +95,10 @@ class BlockLayout(Layout):
     def identity(self) -> dict[str, Any]:
         # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
         drawn = asdict(replace(self.schedule, local_steps=0, counts=(), measured_from=None, seconds=()))
-        return {**drawn, "blocks": [block.name for block in self.blocks], "changes": self.config.wire != "fp32"}
+        kept = {"changes": self.config.wire != "fp32"}
+        if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
+            kept["outer"] = True
+        return {**drawn, "blocks": [block.name for block in self.blocks], **kept}
 
     @override
     def learn(self, round: int, seconds: Sequence[float]) -> None:
@@ -137,15 +142,17 @@ class BlockLayout(Layout):
         """Bytes of the parts, for the closed form of a sync."""
         wire = WIRE_FORMATS[self.config.wire]
         changing = self.changing()
-        blocks, averaged, travelling, entries = [], [], [], []
+        blocks, averaged, travelling, entries, velocities = [], [], [], [], []
         for block in self.blocks:
             plain, compressed = self._split(block.tensors())
-            blocks.append(sum(map(_bytes, plain.values())) + (wire.bytes(compressed) if wire else 0))
+            blocks.append(packed_bytes(plain.values()) + (wire.bytes(compressed) if wire else 0))
             averaged.append(_averaged_bytes(plain, changing))
             state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
             entries.append(compressed)
+            plain, compressed = self._split({n: t for n, t in block.tensors().items() if has_outer_step(t)})
+            velocities.append(sum(map(outer_bytes, plain.values())) + (wire.bytes(compressed) if wire else 0))
         plain, shared_entries = self._split(self.shared)
         return Sizes(
             shared=_averaged_bytes(plain, changing),
@@ -155,6 +162,7 @@ class BlockLayout(Layout):
             wire=wire,
             shared_entries=shared_entries,
             block_entries=tuple(entries),
+            outer=tuple(velocities) if self.config.outer != "none" else (),
         )
 
     def _split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -274,11 +282,6 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
         return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor, absent or not."""
-    return tensor.numel() * tensor.element_size()
 
 
 def _averaged_bytes(tensors: Mapping[str, Tensor], changing: Collection[str]) -> Counter[str]:

@@ -137,8 +137,8 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
     for round in range(first, first + ROUNDS):
         partition = layout.partition(round)
         held += layout.held_parameters(round)
-        plan = plan_sync(partition, layout.partition(round + 1))
-        sent += [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers)]
+        plan, following = (plan_sync(layout.partition(r), layout.partition(r + 1)) for r in (round, round + 1))
+        sent += [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers, following)]
         if flops is not None:
             computed = [sum(flops[layout.blocks[index].name] for index in indices) for indices in partition.held]
             everything = sum(flops[block.name] for block in layout.blocks)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resist_lightning.comm.packing import flatten, split
-from resist_lightning.comm.quantize import Quantizer, arrange, compressible, make_quantizer, noise_for
+from resist_lightning.comm.quantize import Quantizer, compressible, make_quantizer, noise_for
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.resist.bypass import Bypass
@@ -26,9 +25,16 @@ from resist_lightning.methods.resist.folding import fold, foldable, folded
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.scaling import ScaleHooks
-from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
+from resist_lightning.methods.resist.simulated_outer import SimulatedOuter
+from resist_lightning.methods.simulation import (
+    SimulatedWorker,
+    flat_of,
+    mean_or_maximum,
+    pieces_of,
+    recalibrate_together,
+)
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.transfers import SyncPlan, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_outer, plan_sync
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
 from resist_lightning.state.input_recorder import InputRecorder
 
@@ -81,6 +87,7 @@ class Simulator:
         self._warmup_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
         self._before: dict[str, Tensor] = {}
+        self._outer = SimulatedOuter(config)
         self._begin_round()
 
     def after_step(self) -> None:
@@ -129,9 +136,14 @@ class Simulator:
     def _sync(self) -> None:
         before = self.schedule.partition(self.clock.round)
         after = self.schedule.partition(self.clock.round + 1)
-        state = self._means()
+        plan = plan_sync(before, after)
+        sent = self._means_over(self._wire, plan) if self._wire is not None else {}
+        exact = {name: mean for name, mean in self._means().items() if name not in sent}
+        state = {**sent, **self._outer.step(exact)}
         if self._wire is not None:
-            state.update(self._means_over(self._wire, plan_sync(before, after)))
+            following = plan_sync(after, self.schedule.partition(self.clock.round + 2))
+            moved = plan_outer(plan, following, len(self.workers))
+            self._outer.send(self._wire, self.clock.round, self.workers[0].blocks, moved)
         momenta = self._block_momenta(before.held)
         if self.schedule.is_warmup(self.clock.round):
             self._agree()
@@ -183,7 +195,7 @@ class Simulator:
         joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
         for averaged in plan.averaged:
             joint += blocks[averaged]
-        means = self._joint_over(wire, joint, copies)
+        means = self._outer.step(self._joint_over(wire, joint, copies))
         for block, root in plan.owner.items():
             if blocks[block]:
                 means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
@@ -194,10 +206,10 @@ class Simulator:
         before = {name: self._before[name] for name in names}
         changes = []
         for copy_ in copies:
-            change = _flat({name: copy_[name] - before[name] for name in names})
+            change = flat_of({name: copy_[name] - before[name] for name in names})
             changes.append(wire.through(change))
         mean = wire.through(sum(changes[1:], changes[0]) / len(copies))
-        return {name: before[name] + change for name, change in _pieces(mean, before).items()}
+        return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
 
     def _block_over(
         self, wire: Quantizer, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
@@ -212,14 +224,15 @@ class Simulator:
         for transfer in plan.merge:
             if transfer.block == block:
                 values = {name: copies[transfer.source][name] for name in names}
-                held.append(sent_by(transfer.source, _flat(values)))
-        value = _flat(own)
+                held.append(sent_by(transfer.source, flat_of(values)))
+        value = flat_of(own)
         if held:
             # In the order of the owner's computation: after another rounding error it may be quantised differently.
             value = value + torch.stack([values - value for values in held]).sum(0) / (len(held) + 1)
+        value = flat_of(self._outer.step(pieces_of(value, own)))
         if any(transfer.block == block for transfer in plan.hand_over):
             value = sent_by(root, value)
-        return _pieces(value, own)
+        return pieces_of(value, own)
 
     def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Any]:
         """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
@@ -258,6 +271,7 @@ class Simulator:
 
     def _begin_round(self) -> None:
         partition = self.schedule.partition(self.clock.round)
+        self._outer.begin_round(self.workers[0].module)
         if self._wire is not None:
             self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
         for hooks in self._warmup_hooks:
@@ -283,13 +297,3 @@ def _mean(values: list[Any]) -> Any:
         return torch.stack(values).mean(0)
     mean = sum(values) / len(values)
     return mean if isinstance(values[0], float) else type(values[0])(round(mean))
-
-
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return flatten(arrange(tensors.values()))
-
-
-def _pieces(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {id(tensor): name for name, tensor in like.items()}
-    tensors = arrange(like.values())
-    return {names[id(t)]: piece for t, piece in zip(tensors, split(flat, tensors), strict=True)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
-from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.outer import OuterOptimizer
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
@@ -42,6 +44,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._stepped = False
         self._subnet = Subnet(layout.blocks)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
+        self._outer: OuterOptimizer | None = None
+        if layout.config.outer == "nesterov":
+            self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum)
         self._warmup_hooks = ScaleHooks([], 1.0)
         self._first_forward = FirstForward([])
 
@@ -66,18 +71,28 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def begin_round(self, round: int) -> None:
+        if self._outer is not None:
+            self._outer.forget_start()  # before the new copies, so that there are never two at once
         super().begin_round(round)
         if self._compressed_mean is not None:
             self._compressed_mean.begin(filter(compressible, self.replicated_tensors(round).values()))
+        if self._outer is not None:
+            plan = self.plan(round, ())
+            tensors = self._with_blocks([*plan.averaged, *self._owned_blocks(plan)]).values()
+            self._outer.begin_round(tensors, self._copies(tensors))
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
         state = {**super().state_dict(with_full_model=with_full_model), "written": self._subnet.written()}
+        tensors = named_tensors(self._layout.module)
         if self._compressed_mean is not None:
-            for name, tensor in named_tensors(self._layout.module).items():
+            for name, tensor in tensors.items():
                 before = self._compressed_mean.before(tensor)
                 if before is not None:
                     state["before"][name] = before.cpu()
+        if self._outer is not None:
+            elsewhere = state["before"].keys() | state["received"].keys()
+            state["outer"] = self._outer.state_dict(tensors, elsewhere, in_training=not with_full_model)
         return state
 
     @override
@@ -90,6 +105,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
                 before = self._compressed_mean.before(tensors[name])
                 assert before is not None
                 before.copy_(value)
+        if self._outer is not None:
+            self._outer.load_state_dict(own["outer"], named_tensors(self._layout.module))
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
@@ -107,6 +124,19 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return [tensor for block in self._subnet.held() for tensor in block.tensors().values()]
 
     @override
+    def start_average(self, plan: SyncPlan) -> Finish:
+        finish = super().start_average(plan)
+        outer = self._outer
+        if outer is None:
+            return finish
+
+        def finish_and_step() -> None:
+            finish()
+            outer.step(self._averaged(plan).values())
+
+        return finish_and_step
+
+    @override
     def hand_over(self, plan: SyncPlan, round: int) -> None:
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
@@ -116,8 +146,24 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._layout.agree(self._collective, stepped=self._stepped)
         # Merging comes first: owners hand over the mean of what several workers held.
         self.exchange.merge(plan, payload, Kinds())
+        if self._outer is not None:
+            plan = self._step_blocks(self._outer, plan, round)
         self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
         self._states.take_numbers()
+
+    def _step_blocks(self, outer: OuterOptimizer, plan: SyncPlan, round: int) -> SyncPlan:
+        """Take the outer step with the blocks that this worker owns; returns the plan with the hand-over of velocities.
+
+        Velocities are numbered after the blocks: the one of block b of n has the number n + b.
+        """
+        # What a worker that is left out owns is what it alone held: it was put back to where the round began.
+        if self._worker not in plan.left_out:
+            for index in self._owned_blocks(plan):
+                outer.step(self._layout.blocks[index].tensors().values())
+        travelling = plan_outer(plan, self.plan(round + 1, ()), self._layout.workers)
+        first = len(self._layout.blocks)
+        numbered = [transfer._replace(block=first + transfer.block) for transfer in travelling]
+        return replace(plan, hand_over=(*plan.hand_over, *numbered))
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
@@ -153,7 +199,11 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     def payload(self, index: int, *, round: int | None = None) -> Payload:
         """What is sent of a block at the end of ``round``; if None for an observation, exact and without state."""
-        block = self._layout.blocks[index]
+        blocks = self._layout.blocks
+        if index >= len(blocks):
+            assert round is not None
+            return self._velocity_payload(index, round)
+        block = blocks[index]
         tensors = list(block.tensors().values())
         if round is None:
             return Payload(tensors)
@@ -166,6 +216,31 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         noise = noise_for(config.seed, round, index, self._worker, self._device)
         plain = [tensor for tensor in tensors if not compressible(tensor)]
         return Payload(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
+
+    def _velocity_payload(self, number: int, round: int) -> Payload:
+        """What is sent of the outer optimizer's velocity of a block."""
+        assert self._outer is not None
+        tensors = list(self._layout.blocks[number - len(self._layout.blocks)].tensors().values())
+        if self._compressed_mean is None:
+            return Payload(self._outer.velocities(tensors), kind="outer")
+        # As the block itself: else it would cost four times as much as the block in int8.
+        noise = noise_for(self._layout.config.seed, round, number, self._worker, self._device)
+        plain = self._outer.velocities(tensor for tensor in tensors if not compressible(tensor))
+        compressed = self._outer.velocities(filter(compressible, tensors))
+        return Payload(plain, (), compressed, noise, kind="outer")
+
+    def _owned_blocks(self, plan: SyncPlan) -> list[int]:
+        """The blocks that this worker merges."""
+        return [block for block, root in plan.owner.items() if root == self._worker]
+
+    def _copies(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+        """By identity, copies of some tensors from the beginning of the round that are kept anyway."""
+        copies = {id(tensor): copy for tensor, copy in self._as_received}
+        for tensor in tensors:
+            before = self._compressed_mean.before(tensor) if self._compressed_mean is not None else None
+            if before is not None:
+                copies[id(tensor)] = before
+        return copies
 
     @override
     def _averaged(self, plan: SyncPlan) -> dict[str, Tensor]:

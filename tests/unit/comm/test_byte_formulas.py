@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.models import preact_resnet
 from resist_lightning.schedule.partition import draw_partition, everything
-from resist_lightning.schedule.transfers import plan_sync
+from resist_lightning.schedule.transfers import plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.partitions import two_partitions
 
@@ -164,8 +165,37 @@ def test_each_worker_pays_for_what_it_sends_itself():
             "merge": 0,
             "hand_over": sum(10**block for block in leaving),
             "state": sum(2 * 10**block for block in leaving),
+            "outer": 0,
         }
     assert sum(row["hand_over"] for row in rows) > 0
+
+
+@given(two_partitions(), st.integers(0, 2**31), st.integers(1, 10**5))
+def test_a_velocity_goes_to_those_who_take_the_next_outer_step(partitions, seed, velocity):
+    """To the next owner, or to all workers where the block is averaged; to nobody who has it already."""
+    before, after = partitions
+    workers, blocks = before.workers, before.blocks
+    later = draw_partition(blocks, workers, 0, seed, 0)
+    plan, following = plan_sync(before, after), plan_sync(after, later)
+    sizes = Sizes({}, (5,) * blocks, ({},) * blocks, (0,) * blocks, outer=(velocity,) * blocks)
+    sent = Counter()
+    for block in range(blocks):
+        old, new, last = (set(partition.holders(block)) for partition in (before, after, later))
+        if len(old) == len(new) == workers > 1:
+            continue  # all have taken the same step
+        everywhere = len(new) == len(last) == workers > 1
+        if everywhere or following.owner[block] != plan.owner[block]:
+            sent[plan.owner[block]] += velocity * (workers - 1 if everywhere else 1)
+    rows = sync_bytes(plan, sizes, workers, following)
+    assert [row["outer"] for row in rows] == [sent[worker] for worker in range(workers)]
+    # Beside the block: it costs no message.
+    assert set(plan_outer(plan, following, workers)) <= set(plan.hand_over)
+
+
+def test_without_the_next_plan_the_bytes_of_velocities_are_not_known():
+    plan = plan_sync(everything(1, 2), everything(1, 2))
+    with pytest.raises(ValueError, match="give it as `following`"):
+        sync_bytes(plan, Sizes({}, (1,), ({},), (0,), outer=(1,)), 2)
 
 
 def test_data_types_are_reduced_apart_so_each_is_rounded_up_by_itself():

@@ -26,11 +26,14 @@ BAD = {
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
     "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
     "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],
+    "outer": [("adam", "choose one of 'none', 'nesterov'")],
+    "outer_rate": [(-0.7, "finite number above 0"), (0.5, "has no effect with outer='none'; set outer='nesterov'")],
+    "outer_momentum": [(1.0, "of at least 0 and below 1"), (None, "finite number")],
     "data": [("foo", "choose one of 'shard', 'copy'")],
     "start_method": [("thread", "choose one of 'popen', 'spawn', 'fork', 'forkserver'")],
 }
 CASES = [(name, value, hint) for name, rows in BAD.items() for value, hint in rows]
-OF_LOCAL_SGD = ("local_steps", "momentum", "wire", "data", "start_method")
+OF_LOCAL_SGD = ("local_steps", "momentum", "wire", "outer", "outer_rate", "outer_momentum", "data", "start_method")
 
 
 @pytest.mark.parametrize(("name", "value", "hint"), CASES)
@@ -80,6 +83,9 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert LocalSGDStrategy().config.blocks == []
     assert ResISTStrategy().config.wire == LocalSGDStrategy().config.wire == "fp32"
     assert LocalSGDStrategy(wire="int8").config.wire == "int8"
+    diloco = LocalSGDStrategy(outer="nesterov").config
+    assert (diloco.outer, diloco.outer_rate, diloco.outer_momentum) == ("nesterov", 0.7, 0.9)
+    assert (config.outer, LocalSGDStrategy().config.outer) == ("none", "none")
 
 
 def test_every_option_arrives() -> None:
@@ -88,7 +94,8 @@ def test_every_option_arrives() -> None:
 
     options = {
         "local_steps": 7, "min_blocks": 2, "blocks_per_worker": [2, 3], "blocks": third, "seed": 3, "momentum": "keep",
-        "batch_norm": "batch", "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6",
+        "batch_norm": "batch", "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6", "outer": "nesterov",
+        "outer_rate": 0.5, "outer_momentum": 0.8,
     }  # fmt: skip
     strategy = ResISTStrategy(
         **options, process_group_backend="gloo", timeout=timedelta(seconds=5), start_method="fork"

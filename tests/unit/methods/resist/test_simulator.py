@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,6 +58,30 @@ def test_the_simulator_trains_what_one_computes_by_hand(workers, least, momentum
     assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
     assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
     assert links != pytest.approx(LINKS, abs=1e-3)
+
+
+@pytest.mark.parametrize(("workers", "least"), [(1, 0), (2, 0), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("rate", "beta"), [(0.7, 0.9), (1.3, 0.0)])
+def test_the_outer_optimizer_steps_from_where_the_round_began(workers, least, rate, beta):
+    outer = {"outer": "nesterov", "outer_rate": rate, "outer_momentum": beta}
+    config = Config(local_steps=3, min_blocks=least, blocks="body.*", **outer)
+    rounds = [draw_partition(5, workers, least, 0, round).held for round in range(5)]
+    simulator = simulate(config, workers, len(rounds), beta=0.7)
+    stem, links = by_hand.train(0.8, LINKS, rounds, 3, lr=RATE, beta=0.7, outer=by_hand.Outer(rate, beta))
+
+    full = simulator.full_model(scale=1.0)
+    assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
+    assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
+    without, _ = by_hand.train(0.8, LINKS, rounds, 3, lr=RATE, beta=0.7)
+    assert stem != pytest.approx(without, abs=1e-3)
+
+
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
+def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
+    plain = Run(Config(local_steps=2, min_blocks=3, wire=wire, warmup_rounds=1), steps=7)
+    same = replace(plain.config, outer="nesterov", outer_rate=1.0, outer_momentum=0.0)
+    states = [train_simulator(replace(plain, config=c), 3).full_model().state_dict() for c in (plain.config, same)]
+    assert_equal_states(states[1], states[0], exactly=True)
 
 
 def test_all_blocks_on_all_workers_is_local_sgd():

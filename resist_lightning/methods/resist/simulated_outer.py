@@ -1,0 +1,62 @@
+"""The outer optimizer of the reference simulator: one step for all workers, by name of the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resist_lightning.comm.quantize import Quantizer, noise_for
+from resist_lightning.methods.residual import Block
+from resist_lightning.methods.resist.config import Config
+from resist_lightning.methods.simulation import flat_of, pieces_of
+from resist_lightning.schedule.transfers import Transfer
+
+
+class SimulatedOuter:
+    """What the outer optimizer makes of the means of the simulated workers.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._start: dict[str, Tensor] = {}  # of the parameters that trained when the round began
+        self._velocities: dict[str, Tensor] = {}
+
+    def begin_round(self, module: nn.Module) -> None:
+        """Note what the parameters are, of a worker that has all of them."""
+        if self._config.outer == "none":
+            return
+        named = module.named_parameters()
+        self._start = {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+
+    def step(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What becomes of some means, by name: each must be given once in a round."""
+        return {name: self._step(name, mean) for name, mean in means.items()}
+
+    def _step(self, name: str, mean: Tensor) -> Tensor:
+        if name not in self._start:
+            return mean
+        rate, momentum = self._config.outer_rate, self._config.outer_momentum
+        wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        change = self._start[name].to(wide.dtype) - wide
+        velocity = momentum * self._velocities.get(name, torch.zeros_like(change)) + change
+        self._velocities[name] = velocity
+        return (wide - ((rate - 1) * change + rate * momentum * velocity)).to(mean.dtype)
+
+    def send(self, wire: Quantizer, round: int, blocks: Sequence[Block], transfers: Sequence[Transfer]) -> None:
+        """Round the velocities of blocks that travel, once for all who get them."""
+        sources = {transfer.block: transfer.source for transfer in transfers}
+        for index, source in sources.items():
+            own: dict[str, Tensor] = {}
+            for name in blocks[index].tensors():
+                velocity = self._velocities.get(name)
+                if velocity is not None and velocity.is_floating_point():
+                    own[name] = velocity
+            if own:
+                flat = flat_of(own)
+                noise = noise_for(self._config.seed, round, len(blocks) + index, source, flat.device)
+                self._velocities.update(pieces_of(wire.through(flat, noise), own))

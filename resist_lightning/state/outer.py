@@ -1,0 +1,127 @@
+"""The outer optimizer: SGD with Nesterov momentum on what a round has changed (DiLoCo, arXiv 2311.08105)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from resist_lightning.comm.tensors import is_continuous
+
+
+def outer_dtype(tensor: Tensor) -> torch.dtype:
+    """The data type of an outer step: the parameter's own, but 32 bits where it has 16."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def outer_bytes(tensor: Tensor) -> int:
+    """Bytes of the velocity of a parameter, present or not."""
+    return tensor.numel() * outer_dtype(tensor).itemsize
+
+
+def has_outer_step(tensor: Tensor) -> bool:
+    """Whether an outer step is for this tensor: a parameter that trains. Buffers and frozen ones are means."""
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad and is_continuous(tensor.dtype)
+
+
+class OuterOptimizer:
+    """Takes an outer step with parameters that a sync has replaced by their mean.
+
+    ::
+
+        change    = parameter when the round began - mean when it ends
+        velocity  = momentum * velocity + change
+        parameter = mean - ((rate - 1) * change + rate * momentum * velocity)
+
+    The last line is SGD's step from where the round began, written so that with rate 1 and without momentum it is the
+    mean, bit for bit. All who hold equal values compute equal ones, so nothing needs to be sent.
+
+    Args:
+        rate: learning rate, above 0.
+        momentum: in [0, 1).
+    """
+
+    def __init__(self, rate: float, momentum: float) -> None:
+        self._rate = rate
+        self._momentum = momentum
+        # By identity of the parameter, which is the same object in all rounds, present or absent.
+        self._start: dict[int, Tensor] = {}
+        self._velocity: dict[int, Tensor] = {}
+
+    def forget_start(self) -> None:
+        """Free what :meth:`begin_round` has copied."""
+        self._start = {}
+
+    def begin_round(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor]) -> None:
+        """Note what some tensors are when a round begins, for their next step; forget the velocity of all others.
+
+        Args:
+            tensors: all with which this worker will take a step when the round ends.
+            copies: by identity, copies of tensors that somebody else keeps in this round: they need no second one.
+        """
+        start: dict[int, Tensor] = {}
+        velocity: dict[int, Tensor] = {}
+        for tensor in filter(has_outer_step, tensors):
+            key = id(tensor)
+            start[key] = copies[key] if key in copies else tensor.detach().clone()
+            if key in self._velocity:
+                velocity[key] = self._velocity[key]
+        self._start, self._velocity = start, velocity
+
+    def step(self, tensors: Iterable[Tensor]) -> None:
+        """Take a step with those of some tensors that were noted; they are their means now. Sends nothing."""
+        for tensor in tensors:
+            start = self._start.pop(id(tensor), None)
+            if start is not None:
+                self._step(tensor.detach(), start, self.velocity(tensor))
+
+    def _step(self, mean: Tensor, start: Tensor, velocity: Tensor) -> None:
+        wide = mean.to(velocity.dtype)
+        change = start.to(velocity.dtype) - wide
+        velocity.mul_(self._momentum).add_(change)
+        # One operation after the other: fused ones round otherwise on other devices, and replicas would differ.
+        beyond = change.mul_(self._rate - 1)
+        beyond.add_(velocity * (self._rate * self._momentum))
+        mean.copy_(wide - beyond)
+
+    def velocity(self, tensor: Tensor) -> Tensor:
+        """The velocity of a parameter, zeros at first; that of an absent one is on the meta device, for its shape."""
+        if tensor.is_meta:
+            return torch.empty(tensor.shape, dtype=outer_dtype(tensor), device="meta")
+        if id(tensor) not in self._velocity:
+            self._velocity[id(tensor)] = torch.zeros_like(tensor.detach(), dtype=outer_dtype(tensor))
+        return self._velocity[id(tensor)]
+
+    def velocities(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The :meth:`velocity` of each of some tensors that takes outer steps."""
+        return [self.velocity(tensor) for tensor in tensors if has_outer_step(tensor)]
+
+    def state_dict(
+        self, tensors: Mapping[str, Tensor], elsewhere: Collection[str], *, in_training: bool
+    ) -> dict[str, dict[str, Tensor]]:
+        """What :meth:`load_state_dict` needs, on the CPU.
+
+        Args:
+            tensors: of the module, by name.
+            elsewhere: names of the tensors whose values at the beginning of the round are saved elsewhere.
+            in_training: whether the tensors have their values in training now.
+        """
+        start: dict[str, Tensor] = {}
+        velocity: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            began = self._start.get(id(tensor))
+            if began is None or name in elsewhere:
+                pass
+            elif not in_training or not torch.equal(began, tensor):  # else, as between two rounds, the parameter is it
+                start[name] = began.cpu()
+            if id(tensor) in self._velocity:
+                velocity[name] = self._velocity[id(tensor)].cpu()
+        return {"start": start, "velocity": velocity}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
+        """Resume in the middle of a round, after :meth:`begin_round`."""
+        for name, began in state["start"].items():
+            self._start[id(tensors[name])].copy_(began)
+        for name, velocity in state["velocity"].items():
+            self.velocity(tensors[name]).copy_(velocity)
