@@ -26,7 +26,7 @@ from experiments.harness.words import bytes_in_words, run_in_words, seconds_in_w
 Row = tuple[str, str, str]  # what, how much in this run, and what to compare it with
 KINDS = {
     "shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state", "boundary": "boundaries",
-    "output": "outputs",
+    "output": "outputs", "outer": "outer velocities",
 }  # fmt: skip
 
 

@@ -84,7 +84,11 @@ def test_the_verbs_give_what_single_processes_get(workers: int, members: int, si
 
 RUNS = {
     "two of two": (2, 2, Run(Config(local_steps=3, min_blocks=1), steps=7, observe_at=(3, 5))),
-    "two of three, travel": (2, 3, Run(Config(local_steps=2, min_blocks=3, momentum="travel"), steps=5)),
+    "two of three, travel, outer": (
+        2,
+        3,
+        Run(Config(local_steps=2, min_blocks=3, momentum="travel", outer="nesterov"), steps=5),
+    ),
     "two of two, int8": (2, 2, Run(Config(local_steps=2, min_blocks=3, wire="int8"), steps=5)),
     "local SGD": (2, 2, Run(Config(local_steps=2, blocks=[], batch_norm="running"), steps=5)),
     "one worker of two": (1, 2, Run(Config(local_steps=2, min_blocks=1), steps=3)),

@@ -20,7 +20,8 @@ from tests.helpers.training import (
     train_step,
 )
 
-RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto"), steps=9)
+OUTER = {"outer": "nesterov", "outer_rate": 0.9, "outer_momentum": 0.5}  # a velocity finds its block's next owner
+RUN = Run(Config(local_steps=1, min_blocks=1, blocks_per_worker="auto", **OUTER), steps=9)
 SECONDS_PER_BLOCK = (0.004, 0.04)
 """Worker 1 is slow; so slow that a busy machine does not matter."""
 

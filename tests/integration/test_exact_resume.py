@@ -57,7 +57,7 @@ def draw_case(number: int) -> Case:
         options = {"momentum": drawn.choice(["reset", "keep"]), "wire": options["wire"]}
     accumulate = drawn.choice([1, 1, 2])
     batches = EPOCHS * BATCHES
-    return Case(
+    case = Case(
         workers=1 + number % 4,
         face=face,
         options=options,
@@ -67,6 +67,8 @@ def draw_case(number: int) -> Case:
         stops=tuple(sorted(drawn.sample(range(1, batches), STOPS_PER_CASE))),
         early=number % 2 == 1,
     )
+    options["outer"] = drawn.choice(["none", "nesterov"])
+    return case
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):

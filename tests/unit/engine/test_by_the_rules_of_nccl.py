@@ -18,7 +18,10 @@ RUNS = {
             Config(local_steps=2, blocks_per_worker=(4, 2, 1), warmup_rounds=1, momentum="travel"), 7, observe_at=(0, 3)
         ),
     ),
-    "int4, frozen": (2, Run(Config(local_steps=2, min_blocks=3, wire="int4"), 5, frozen=("section3.2",))),
+    "outer, int4, frozen": (
+        2,
+        Run(Config(local_steps=2, min_blocks=3, wire="int4", outer="nesterov"), 5, frozen=("section3.2",)),
+    ),
     "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
 }
 
