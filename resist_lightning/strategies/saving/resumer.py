@@ -192,7 +192,7 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
     elif not same:
         rank_zero_info(
             f"{name}: {source} was written with other workers or settings. The {workers} worker(s) here resume from "
-            f"its full model, with a new partition, in {where}."
+            f"its full model, with a new partition, in {where}; optimizer state begins anew."
         )
     elif not files:
         rank_zero_info(
