@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -122,6 +123,37 @@ class Curve:
         return {"last": last["test"], "last_holdout": last["holdout"], "best_on_test": best, "curve": self.points}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How all methods of a comparison are trained; the defaults are the paper's.
+
+    Args:
+        schedule: of the learning rate: ``steps`` (÷10 at 50 % and 75 %) or ``one_cycle`` (up for a fifth, then down to 0).
+        smoothing: of labels, from 0.
+        nesterov: momentum looks ahead.
+    """
+
+    schedule: str = "steps"
+    smoothing: float = 0.0
+    nesterov: bool = False
+
+    def optimizer(self, module: nn.Module, lr: float) -> torch.optim.SGD:
+        """SGD with the paper's momentum and weight decay."""
+        return torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=self.nesterov)
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch."""
+        return nn.functional.cross_entropy(output, labels, label_smoothing=self.smoothing)
+
+    def rates(self, lr: float, steps: int) -> list[float]:
+        """The learning rate of each local step; ``lr`` is the highest."""
+        schedule = {"steps": rate, "one_cycle": one_cycle}[self.schedule]
+        return [schedule(lr, step, steps) for step in range(steps)]
+
+
+PAPER = Recipe()
+
+
 class DataParallel:
     """DDP with S workers, in one process: gradients are the mean of S shards, batch statistics each shard's own.
 
@@ -129,10 +161,13 @@ class DataParallel:
     in place.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, workers: int) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, workers: int, recipe: Recipe = PAPER
+    ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.workers = workers
+        self.recipe = recipe
 
     def step(self, batches: Batches, lr: float) -> None:
         """One step of all workers."""
@@ -142,7 +177,7 @@ class DataParallel:
         for number in reversed(range(self.workers)):
             before = [buffer.clone() for buffer in self.module.buffers()]
             x, y = batches[number]
-            (nn.functional.cross_entropy(self.module(x), y) / self.workers).backward()
+            (self.recipe.loss(self.module(x), y) / self.workers).backward()
             if number:  # worker 0 comes last, and its statistics stay
                 for buffer, value in zip(self.module.buffers(), before, strict=True):
                     buffer.copy_(value)
@@ -156,15 +191,16 @@ class DataParallel:
 class Simulated:
     """Local SGD, ResIST or IST with S workers, on one of the package's simulators."""
 
-    def __init__(self, simulator: Simulator | NeuronSimulator) -> None:
+    def __init__(self, simulator: Simulator | NeuronSimulator, recipe: Recipe = PAPER) -> None:
         self.simulator: Any = simulator
+        self.recipe = recipe
 
     def step(self, batches: Batches, lr: float) -> None:
         """One local step of all workers."""
         for worker, (x, y) in zip(self.simulator.workers, batches, strict=True):
             (optimizer,) = worker.optimizers
             set_rate(optimizer, lr)
-            sgd_step(worker.module.train(), optimizer, x, y)
+            sgd_step(worker.module.train(), optimizer, x, y, self.recipe)
         self.simulator.after_step()
 
     def full_model(self, batch_norm: NormPolicy | None = None, **more: Any) -> nn.Module:
@@ -189,13 +225,13 @@ Trainer = DataParallel | Simulated
 
 def make_optimizer(module: nn.Module, lr: float) -> torch.optim.SGD:
     """The paper's: momentum 0.9, weight decay 5e-4."""
-    return torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    return PAPER.optimizer(module, lr)
 
 
-def sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe = PAPER) -> None:
     """One step on a batch, by cross entropy: the loop body that a user would write."""
     optimizer.zero_grad()
-    nn.functional.cross_entropy(model(x), y).backward()
+    recipe.loss(model(x), y).backward()
     optimizer.step()
 
 
@@ -214,6 +250,14 @@ def rate(lr: float, step: int, steps: int) -> float:
     if step < steps / 2:
         return lr
     return lr * (0.1 if step < steps * 3 / 4 else 0.01)
+
+
+def one_cycle(lr: float, step: int, steps: int) -> float:
+    """Up on a line in the first fifth of the steps, then down to 0 on half a cosine."""
+    rising = steps / 5
+    if step < rising:
+        return lr * (step + 1) / (rising + 1)
+    return lr * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
 
 def stops(steps: int, evaluations: int) -> frozenset[int]:

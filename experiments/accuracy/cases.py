@@ -10,12 +10,18 @@ import torch
 from torch import nn
 
 from experiments.harness.study import Case as AnyCase
-from experiments.networks import PAPER_BLOCKS, OpenResNet
+from experiments.networks import PAPER_BLOCKS, FastPreActResNet, OpenResNet
 from resist_lightning import Config
 from resist_lightning.models import PreActResNet
 
 WIRES = ("fp32", "bf16", "int8", "int6", "int4")
 SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
+TITLES = {
+    "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "diloco": "DiLoCo",
+    "resist": "ResIST", "resist_outer": "ResIST, outer step",
+}  # fmt: skip
+PARTITIONING = ("resist", "resist_outer")
+OUTER = ("diloco", "resist_outer")
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
     "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": PAPER_BLOCKS, "none": [],
@@ -26,7 +32,7 @@ PARTITIONED: dict[str, Any] = {
 class Case(AnyCase):
     """One training."""
 
-    method: str  # single, ddp, local_sgd or resist
+    method: str  # a key of `TITLES`
     workers: int  # number of workers
     seed: int  # of weights, order, augmentation and partitions
     lr: float  # initial learning rate
@@ -40,9 +46,11 @@ class Case(AnyCase):
 
 def config_of(case: Case) -> Config:
     """The package's settings for local SGD or ResIST."""
-    options: dict[str, Any] = {"min_blocks": case.min_blocks} if case.method == "resist" else {}
-    blocks = PARTITIONED[case.blocks if case.method == "resist" else "none"]
-    policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire}
+    partitioning = case.method in PARTITIONING
+    options: dict[str, Any] = {"min_blocks": case.min_blocks} if partitioning else {}
+    blocks = PARTITIONED[case.blocks if partitioning else "none"]
+    outer = "nesterov" if case.method in OUTER else "none"
+    policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer}
     return Config(local_steps=case.local_steps, seed=case.seed, blocks=blocks, **policies, **options)
 
 
@@ -51,7 +59,8 @@ def make_network(case: Case, options: Any, channels: int) -> nn.Module:
     torch.manual_seed(case.seed)
     size = {"width_multiplier": options.width, "in_channels": channels}
     if case.network == "preact":
-        return PreActResNet((1, 1, options.deep, 1), 10, **size)
+        network = FastPreActResNet if options.fast else PreActResNet
+        return network((1, 1, options.deep, 1), 10, **size)
     return OpenResNet((2, 2, options.deep, 2), 10, pre_activation=case.network == "open_pre", **size)
 
 
@@ -59,15 +68,20 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
     """The case of the main table."""
     if method in ("single", "ddp"):
         return Case(method, workers, seed, options.lr, blocks="none")
-    if method == "local_sgd":
+    if method not in PARTITIONING:
         return Case(method, workers, seed, options.lr, options.local_steps, blocks="none")
     return Case(method, workers, seed, options.lr, options.local_steps, options.min_blocks)
 
 
-MAIN = (
-    ("single", 1), ("ddp", 2), ("local_sgd", 2), ("local_sgd", 4), ("local_sgd", 8),
-    ("resist", 2), ("resist", 4), ("resist", 8),
-)  # fmt: skip
+# The ends first: an interrupted study has the most telling rows.
+MAIN = [
+    ("single", 1),
+    *(
+        (method, workers)
+        for workers in (8, 2, 4)
+        for method in ("resist", "resist_outer", "ddp", "local_sgd", "diloco")
+    ),
+]
 
 
 def main(options: Any) -> list[Case]:

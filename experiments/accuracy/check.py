@@ -11,9 +11,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.accuracy.cases import Case, base, config_of, make_network
-from experiments.accuracy.training import make_trainer, prepared
+from experiments.accuracy.training import make_trainer, prepared, recipe_of
 from experiments.harness.workers import forked
-from experiments.trainers import accuracy, differences, make_optimizer, rate, set_rate, sgd_step, steps_of, train
+from experiments.trainers import accuracy, differences, set_rate, sgd_step, steps_of, train
 from resist_lightning import Engine
 
 WORKERS = 2
@@ -29,14 +29,14 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
     torch.set_num_threads(1)
     for case in cases:
         data = prepared(options)
-        steps = steps_of(options.check_samples, options.batch, WORKERS)
+        recipe = recipe_of(options)
+        rates = recipe.rates(case.lr, steps_of(options.check_samples, options.batch, WORKERS))
         start = make_network(case, options, data.examples.pixels.shape[1])
         before = {name: value.clone() for name, value in start.state_dict().items()}
         with TemporaryDirectory() as folder:
             place = Path(folder) / "model.pt"
-            forked(_train, (place, case, start, data.stream(options.batch, case.seed), steps), WORKERS)
+            forked(_train, (place, case, start, data.stream(options.batch, case.seed), recipe, rates), WORKERS)
             real = torch.load(place, weights_only=True)
-        rates = [rate(case.lr, step, steps) for step in range(steps)]
         stream = data.stream(options.batch, case.seed)
         # The same examples once more, as the stream of the workers' processes has not moved this one.
         simulated = train(make_trainer(case, options), stream, WORKERS, rates).full_model()
@@ -44,7 +44,7 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
         yield (
             case,
             {
-                "local_steps": steps,
+                "local_steps": len(rates),
                 **differences(simulated.state_dict(), real, before),
                 "test_simulated": accuracy(simulated, data.test),
                 "test_real": accuracy(start, data.test),
@@ -54,17 +54,17 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
 
 def _train(worker: int, task: tuple[Any, ...]) -> None:
     """One real worker: a plain loop, as a user would write it."""
-    place, case, model, stream, steps = task
-    optimizer = make_optimizer(model, case.lr)
+    place, case, model, stream, recipe, rates = task
+    optimizer = recipe.optimizer(model, case.lr)
     trained = DistributedDataParallel(model) if case.method == "ddp" else model
     engine = None if case.method == "ddp" else Engine(model, [optimizer], config_of(case))
     if engine:
         engine.start()
-    for step in range(steps):
+    for step, lr in enumerate(rates):
         x, y = stream.batch(step, worker, WORKERS)
         trained.train()
-        set_rate(optimizer, rate(case.lr, step, steps))
-        sgd_step(trained, optimizer, x, y)
+        set_rate(optimizer, lr)
+        sgd_step(trained, optimizer, x, y, recipe)
         if engine:
             engine.after_step()
     if engine:

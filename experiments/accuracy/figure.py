@@ -7,15 +7,16 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
-from experiments.accuracy.tables import SETS, TITLES
-from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, draw_spread, drawn, label_ends
+from experiments.accuracy.cases import TITLES
+from experiments.accuracy.tables import SETS
+from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, draw_spread, drawn, label_ends
 from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, seeds, values
 
 # What a picture is over: in its title, and at its axis.
 WORDS = {
     "workers": ("number of workers", "workers S"), "local_steps": ("local steps per round, S = 2", "local steps per round"),
 }  # fmt: skip
-COLOURS = {"resist": BLUE, "local_sgd": ORANGE, "ddp": GREEN, "single": GREY}
+COLOURS = {"resist": BLUE, "resist_outer": SKY, "local_sgd": ORANGE, "diloco": PURPLE, "ddp": GREEN, "single": GREY}
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -33,7 +34,7 @@ def _draw(path: Path, content: Content, key: str) -> Path:
     )
     with drawn(path, 9, 4.8, f"Accuracy by {what}, equal samples", said) as figure:
         axes = figure.add_subplot()
-        present = [method for method in ("resist", "local_sgd", "ddp") if chosen(rows, method=method)]
+        present = [method for method in COLOURS if method != "single" and chosen(rows, method=method)]
         ends = [_curve(axes, chosen(rows, method=method), key) for method in present]
         alone = values(chosen(rows, method="single"), "last")
         if alone:

@@ -3,6 +3,7 @@
 python experiments/accuracy/run.py folder=PATH                 (all studies; PATH: train/<class>/*, test/<class>/*)
 python experiments/accuracy/run.py main check folder=PATH      (some of them)
 python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision downloads CIFAR-10 to PATH)
+python experiments/accuracy/run.py size=short folder=PATH      (minutes a training, on images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
 Studies: main check design local_steps momentum batch_norm scale wire rates. Options are key=value: see `Options`. A
@@ -33,13 +34,13 @@ NAMES = ["main", "check", *list(STUDIES)[1:]]  # the dear one that only chooses 
 # What a result depends on, besides the case.
 RECORDED = (
     "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "width", "deep",
-    "lr", "local_steps", "min_blocks", "check_samples",
+    "lr", "local_steps", "min_blocks", "check_samples", "schedule", "smoothing", "nesterov", "fast",
 )  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Options(cli.Command):
-    out: str = option(str(tables.RESULTS), "folder of the result files")
+    out: str = option(str(tables.RESULTS), "folder of the result files", short=str(tables.SHORT))
     data: str = option(
         "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
     )
@@ -49,20 +50,26 @@ class Options(cli.Command):
     fresh: bool = option(False, "true measures again what is there")
     seeds: int = option(3, "3 as in the paper", least=1, most=100, smoke=1)
     ablation_seeds: int = option(2, "seeds of the cases that only ablations have", least=1, most=100, smoke=1)
-    samples: int = option(61_440, "training images that all workers of a case see together", least=1, smoke=192)
+    samples: int = option(
+        750_000, "training images that all workers of a case see together", least=1, short=61_440, smoke=192
+    )
     batch: int = option(32, "images per local step of one worker", least=1, smoke=8)
     eval_batch: int = option(250, "images per evaluation step; matters to batch_norm=batch", least=1)
-    evaluations: int = option(8, "evaluations per training, at equal distances", least=1, smoke=2)
+    evaluations: int = option(5, "evaluations per training, at equal distances", least=1, short=8, smoke=2)
     limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
-    limit_test: int | None = option(500, "test images per class, null for all", least=1, smoke=5)
+    limit_test: int | None = option(None, "test images per class, null for all", least=1, short=500, smoke=5)
     holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
-    shrink: int = option(2, "2 averages squares of 2 x 2 pixels", least=1, most=4, smoke=1)
-    width: float = option(0.125, "1.0 is the paper's width", above=0, smoke=0.0625)
+    shrink: int = option(1, "2 averages squares of 2 x 2 pixels", least=1, most=4, short=2)
+    width: float = option(0.25, "1.0 is the paper's width", above=0, short=0.125, smoke=0.0625)
     deep: int = option(9, "blocks in section 3; all but the first are partitioned", least=3, most=64, smoke=4)
-    lr: float = option(0.03, "initial learning rate", above=0)
-    local_steps: int = option(25, "local steps per round", least=1, smoke=2)
+    lr: float = option(0.05, "highest learning rate", above=0, short=0.03, smoke=0.1)
+    schedule: str = option("one_cycle", "of the learning rate", choices=("one_cycle", "steps"), short="steps")
+    smoothing: float = option(0.1, "of labels", least=0, below=1, short=0.0)
+    nesterov: bool = option(True, "momentum looks ahead", short=False)
+    fast: bool = option(True, "a last batch norm, bfloat16, channels last", short=False, smoke=False)
+    local_steps: int = option(50, "local steps per round", least=1, short=25, smoke=2)
     min_blocks: int = option(2, "least blocks per worker", least=0)
-    check_samples: int = option(12_800, "training images in the check against real processes", least=1, smoke=256)
+    check_samples: int = option(25_600, "images in the check against real processes", least=1, short=12_800, smoke=256)
     lengths: list[int] = option([10, 25, 50, 100, 250, 500], "local steps per round", least=1, smoke=[2, 10])
     rates: list[float] = option([0.01, 0.03, 0.1], "learning rates", above=0, smoke=[0.1])
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+from experiments.accuracy.cases import TITLES
 from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, grouped, mean_of, page_tables, seeds
 
 RESULTS = Path(__file__).parent / "results"
-TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "resist": "ResIST"}
+SHORT = RESULTS / "short"
 SETS = {"folder": "CIFAR-10, JPEG copy", "cifar10": "CIFAR-10", "digits": "digits of scikit-learn"}
+
+SCHEDULES = {
+    "steps": ", ÷10 at 50 % and 75 %",
+    "one_cycle": " at the top of one cycle (up for a fifth, half a cosine down)",
+}
 
 # Numbers of the paper, in per cent: Table 2 (CIFAR-10); supplement, Fig. 1 (CIFAR-10), Fig. 2 (CIFAR-100, read off the
 # plot), Table 3 (CIFAR-10; S = 4 and 8 bits downwards).
@@ -37,9 +45,19 @@ def conditions(content: Content) -> str:
         f"(1, 1, {settings['deep']}, 1) blocks at {settings['width']:g} of the paper's width, "
         f"{settings['deep'] - 1} of them partitioned; {done:,} training samples for every method, {settings['batch']} "
         f"per worker and local step, rounds of {settings['local_steps']} local steps, at least {settings['min_blocks']} blocks per worker, "
-        f"lr {settings['lr']:g}, ÷10 at 50 % and 75 %; {machine['cores']} CPU cores ({machine['processor']}), python "
+        f"lr {settings['lr']:g}{SCHEDULES[settings['schedule']]}{_recipe(settings)}; {machine['cores']} CPU cores ({machine['processor']}), python "
         f"{machine['python']}, torch {machine['torch']}; n = {seeds(rows)} seed{'s' if seeds(rows) > 1 else ''}.\n"
     )
+
+
+def _recipe(settings: Mapping[str, Any]) -> str:
+    """What the settings add to the paper's SGD."""
+    words = [
+        (settings["nesterov"], "Nesterov momentum"),
+        (settings["smoothing"], f"labels smoothed by {settings['smoothing']:g}"),
+        (settings["fast"], "a batch norm before the pooling, bf16 autocast, channels last"),
+    ]
+    return "".join(f", {word}" for present, word in words if present)
 
 
 def main(content: Content) -> Grid:
@@ -156,4 +174,4 @@ def rates(content: Content) -> Grid:
 STUDIES = {"main": (conditions, main)} | {
     make.__name__: (make,) for make in (check, design, local_steps, momentum, batch_norm, scale, wire, rates)
 }
-TABLES = page_tables(RESULTS, STUDIES, "accuracy_")
+TABLES = page_tables(RESULTS, STUDIES, "accuracy_") | page_tables(SHORT, STUDIES, "accuracy_short_")

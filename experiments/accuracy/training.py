@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from experiments.accuracy.cases import Case, config_of, make_network
+from experiments.accuracy.cases import PARTITIONING, Case, config_of, make_network
 from experiments.data import CIFAR10, Digits, ImageFolder
 from experiments.data.arrays import Images
 from experiments.data.augment import BatchTransform
@@ -19,10 +19,9 @@ from experiments.trainers import (
     Curve,
     DataParallel,
     Prepared,
+    Recipe,
     Simulated,
     Trainer,
-    make_optimizer,
-    rate,
     steps_of,
     stops,
     train,
@@ -78,9 +77,16 @@ def _shrunk(images: Images, factor: int) -> Images:
 def make_trainer(case: Case, options: Any) -> Trainer:
     """What trains ``case``."""
     network = make_network(case, options, prepared(options).examples.pixels.shape[1])
+    recipe = recipe_of(options)
     if case.method in ("single", "ddp"):
-        return DataParallel(network, make_optimizer(network, case.lr), case.workers)
-    return Simulated(Simulator(network, lambda copied: make_optimizer(copied, case.lr), config_of(case), case.workers))
+        return DataParallel(network, recipe.optimizer(network, case.lr), case.workers, recipe)
+    simulator = Simulator(network, lambda copied: recipe.optimizer(copied, case.lr), config_of(case), case.workers)
+    return Simulated(simulator, recipe)
+
+
+def recipe_of(options: Any) -> Recipe:
+    """The same for all methods."""
+    return Recipe(options.schedule, options.smoothing, options.nesterov)
 
 
 def measure(case: Case, options: Any) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def measure(case: Case, options: Any) -> dict[str, Any]:
     steps = steps_of(options.samples, options.batch, case.workers)
     curve = Curve(data, stops(steps, options.evaluations))
     stream = data.stream(options.batch, case.seed)
-    rates = [rate(case.lr, step, steps) for step in range(steps)]
+    rates = recipe_of(options).rates(case.lr, steps)
     trainer = train(make_trainer(case, options), stream, case.workers, rates, curve)
     best = max(curve.points, key=lambda point: (point["holdout"], point["step"]))  # of equal ones the later
     return {
@@ -97,6 +103,8 @@ def measure(case: Case, options: Any) -> dict[str, Any]:
         "selected": best["test"],
         "local_steps_done": steps,
         "samples": steps * case.workers * options.batch,
-        "policies": trainer.policies(data.test) if isinstance(trainer, Simulated) and case.method == "resist" else {},
+        "policies": trainer.policies(data.test)
+        if isinstance(trainer, Simulated) and case.method in PARTITIONING
+        else {},
         "seconds": round(time.perf_counter() - started, 1),
     }

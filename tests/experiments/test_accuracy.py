@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.accuracy import run
-from experiments.accuracy.cases import MAIN, PARTITIONED, STUDIES, Case, base
+from experiments.accuracy.cases import MAIN, PARTITIONED, PARTITIONING, STUDIES, Case, base
 from experiments.accuracy.run import NAMES, Options
 from experiments.accuracy.training import make_trainer, prepared
 from experiments.harness import cli
@@ -63,7 +63,7 @@ def test_every_study_has_every_case_once(results: Path, name: str) -> None:
     for row in rows(results, name):
         assert row["samples"] == 128
         assert all(0 <= row[column] <= 100 for column in ("last", "selected", "best_on_test"))
-        assert len(row["policies"]) == (9 if row["case"]["method"] == "resist" else 0)
+        assert len(row["policies"]) == (9 if row["case"]["method"] in PARTITIONING else 0)
 
 
 def test_the_main_table_has_all_methods_and_the_pictures_are_drawn(results: Path) -> None:
