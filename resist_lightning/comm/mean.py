@@ -106,6 +106,10 @@ class CompressedMean:
         self._before = {}  # never two copies at once
         self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
 
+    def load(self, before: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Remember of some tensors, and of no others, what they were when the round began."""
+        self._before = {id(tensor): value.to(tensor.device, copy=True) for tensor, value in before}
+
     def before(self, tensor: Tensor) -> Tensor | None:
         """What a tensor was when the round began, if it was remembered."""
         return self._before.get(id(tensor))

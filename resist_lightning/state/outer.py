@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from resist_lightning.comm.tensors import is_continuous
+
+
+class OuterState(TypedDict):
+    """What a checkpoint has of an outer optimizer, by name: who takes the next step, from where, and velocities."""
+
+    steps: list[str]
+    start: dict[str, Tensor]
+    velocity: dict[str, Tensor]
 
 
 def outer_dtype(tensor: Tensor) -> torch.dtype:
@@ -97,9 +106,7 @@ class OuterOptimizer:
         """The :meth:`velocity` of each of some tensors that takes outer steps."""
         return [self.velocity(tensor) for tensor in tensors if has_outer_step(tensor)]
 
-    def state_dict(
-        self, tensors: Mapping[str, Tensor], elsewhere: Collection[str], *, in_training: bool
-    ) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self, tensors: Mapping[str, Tensor], elsewhere: Collection[str], *, in_training: bool) -> OuterState:
         """What :meth:`load_state_dict` needs, on the CPU.
 
         Args:
@@ -107,21 +114,34 @@ class OuterOptimizer:
             elsewhere: names of the tensors whose values at the beginning of the round are saved elsewhere.
             in_training: whether the tensors have their values in training now.
         """
-        start: dict[str, Tensor] = {}
-        velocity: dict[str, Tensor] = {}
+        state: OuterState = {"steps": [], "start": {}, "velocity": {}}
         for name, tensor in tensors.items():
-            began = self._start.get(id(tensor))
-            if began is None or name in elsewhere:
-                pass
-            elif not in_training or not torch.equal(began, tensor):  # else, as between two rounds, the parameter is it
-                start[name] = began.cpu()
             if id(tensor) in self._velocity:
-                velocity[name] = self._velocity[id(tensor)].cpu()
-        return {"start": start, "velocity": velocity}
+                state["velocity"][name] = self._velocity[id(tensor)].cpu()
+            start = self._start.get(id(tensor))
+            if start is None:
+                continue
+            state["steps"].append(name)
+            # Between two rounds the parameter itself tells it.
+            told = in_training and torch.equal(start, tensor)
+            if name not in elsewhere and not told:
+                state["start"][name] = start.cpu()
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
-        """Resume in the middle of a round, after :meth:`begin_round`."""
-        for name, began in state["start"].items():
-            self._start[id(tensors[name])].copy_(began)
+    def load_state_dict(self, state: OuterState, tensors: Mapping[str, Tensor], copies: Mapping[int, Tensor]) -> None:
+        """Resume in the middle of a round, after :meth:`begin_round`.
+
+        Args:
+            state: from :meth:`state_dict`.
+            tensors: of the module, by name, with their values in training.
+            copies: as for :meth:`begin_round`.
+        """
+        self._start = {}
+        for name in state["steps"]:
+            tensor = tensors[name]
+            if name in state["start"]:
+                self._start[id(tensor)] = state["start"][name].to(tensor.device, copy=True)
+            else:
+                self._start[id(tensor)] = copies[id(tensor)] if id(tensor) in copies else tensor.detach().clone()
         for name, velocity in state["velocity"].items():
             self.velocity(tensors[name]).copy_(velocity)

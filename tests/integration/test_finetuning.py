@@ -21,8 +21,13 @@ from tests.integration.test_exact_resume import BATCHES, Augmented, SavesAt
 State = dict[str, Tensor]
 
 CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "blocks": ("resist", {"momentum": "travel"}, "net.section1", "net.section3"),
-    "a shared layer": ("local_sgd", {"momentum": "keep"}, "net.section1", "net.section2"),
+    "blocks": ("resist", {"momentum": "travel", "outer": "nesterov"}, "net.section1", "net.section3"),
+    "a shared layer": (
+        "local_sgd",
+        {"momentum": "keep", "wire": "int8", "outer": "nesterov"},
+        "net.section1",
+        "net.section2",
+    ),
     "neurons": ("ist", {"momentum": "travel"}, "net.0", "net.5"),
     "stages": ("auxnet", {}, "net.section1", "net.section3"),
 }

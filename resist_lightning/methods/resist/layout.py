@@ -218,7 +218,9 @@ class BlockLayout(Layout):
 
     def _rounds(self) -> str:
         wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
-        return f"{self.config.local_steps} local steps{wire}"
+        rate, momentum = self.config.outer_rate, self.config.outer_momentum
+        outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.config.outer != "none" else ""
+        return f"{self.config.local_steps} local steps{wire}{outer}"
 
     @override
     def warn_about_settings(self) -> None:

@@ -60,6 +60,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     @override
     def end(self) -> None:
         super().end()
+        if self._outer is not None:
+            self._outer.begin_round([], {})  # frees what it keeps
         self._warmup_hooks.remove()
         self._first_forward.remove()
         self._subnet.end_early()
@@ -99,14 +101,12 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def load_state_dict(self, own: dict[str, Any]) -> None:
         super().load_state_dict(own)
         self._subnet.load_written(own.get("written", {}))
+        tensors = named_tensors(self._layout.module)
+        # What was trained when the round began may be frozen now, or the other way round.
         if self._compressed_mean is not None:
-            tensors = named_tensors(self._layout.module)
-            for name, value in own["before"].items():
-                before = self._compressed_mean.before(tensors[name])
-                assert before is not None
-                before.copy_(value)
+            self._compressed_mean.load((tensors[name], value) for name, value in own["before"].items())
         if self._outer is not None:
-            self._outer.load_state_dict(own["outer"], named_tensors(self._layout.module))
+            self._outer.load_state_dict(own["outer"], tensors, self._copies(tensors.values()))
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
