@@ -21,6 +21,7 @@ from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.methods.ist.simulator import NeuronSimulator
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.simulator import Simulator
+from resist_lightning.schedule.round_length import QSR, PostLocal
 from resist_lightning.strategies import (
     AuxNetStrategy,
     ISTStrategy,
@@ -30,6 +31,7 @@ from resist_lightning.strategies import (
 )
 
 __all__ = [
+    "QSR",
     "AuxNetStrategy",
     "BlockSelectionError",
     "CheckpointError",
@@ -43,6 +45,7 @@ __all__ = [
     "NeuronSimulator",
     "NotFinite",
     "PartialModelError",
+    "PostLocal",
     "ResISTStrategy",
     "Simulator",
     "StageConfig",

@@ -93,8 +93,7 @@ class RoundMonitor(Callback):
         self._note_partition(engine)
         # Evaluations and checkpoints are the user's choice, so their bytes are not the method's.
         sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)
-        steps = engine.clock.round * engine.config.local_steps
-        self._sent_by_round.append([steps, sent])
+        self._sent_by_round.append([engine.clock.steps_before, sent])
         if len(self._sent_by_round) % self._every_n_rounds == 0:
             self._log(trainer, engine, sent)
 
@@ -124,6 +123,7 @@ class RoundMonitor(Callback):
         """
         layout, workers, clock = engine.layout, engine.collective.workers, engine.clock
         first = self._first or Clock(clock.local_steps)
+        rule = engine.config.local_steps
         rounds = clock.round + (clock.step > 0)  # the end of a training may cut the last one short
         partitions = [self._partition(layout, round) for round in range(rounds)]
         held = layout.held_parameters(rounds - 1) if rounds else []
@@ -139,7 +139,7 @@ class RoundMonitor(Callback):
             "processes_per_worker": engine.collective.members,
             "rounds": rounds,
             "local_steps": clock.total_steps,
-            "local_steps_per_round": clock.local_steps,
+            "local_steps_per_round": rule if isinstance(rule, int) else str(rule),
             "blocks": layout.parts(),
             "shared_parameters": sum(parameter.numel() for parameter in shared),
             "full_parameters": full,

@@ -89,7 +89,7 @@ def _draw_one(generator: random.Random, kind: str, place: str) -> Case:
 @cache
 def sending(workers: int) -> list[tuple[int, int]]:
     """(round, worker) for all that send or receive a block after that round of ``resist``."""
-    schedule = Schedule(BLOCKS, workers, MIN_BLOCKS, seed=0, local_steps=LOCAL_STEPS)
+    schedule = Schedule(BLOCKS, workers, MIN_BLOCKS, seed=0)
     found: set[tuple[int, int]] = set()
     for round in range(ROUNDS - 1):
         plan = plan_sync(schedule.partition(round), schedule.partition(round + 1))

@@ -95,7 +95,9 @@ class Handshake:
         if purpose in (Purpose.START, Purpose.SYNC):
             self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
-        header = header_numbers(Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout))
+        # Here, before it begins, the length of the next round is compared: later nobody would meet to do it.
+        state = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout, clock.agreed_steps)
+        header = header_numbers(state)
         checks = self.divergence.numbers(purpose)
         # One size for every purpose, so that workers that come with different ones can compare their headers.
         padding = [0.0] * (_EXTRA_NUMBERS - len(extra))

@@ -30,6 +30,7 @@ class Header:
         step: its local steps in the round.
         stop: whether it was asked to stop.
         layout: a number that stands for its blocks, shapes and settings.
+        round_steps: local steps of its round; of the next one, where this one is complete.
     """
 
     purpose: int
@@ -37,6 +38,7 @@ class Header:
     step: int
     stop: int
     layout: int
+    round_steps: int
 
 
 def check_headers(headers: Sequence[Header], members: int = 1) -> None:
@@ -56,6 +58,11 @@ def check_headers(headers: Sequence[Header], members: int = 1) -> None:
             differing.append(f"{field.name}: {_by_process(field.name, values, members)}")
     if not differing:
         return
+    if len({header.round_steps for header in headers}) > 1:
+        differing.append(
+            "rounds are as long as `local_steps` makes them of step and learning rate, which must be the same on all "
+            "workers: log the metric of ReduceLROnPlateau with sync_dist=True, or step schedules by epochs"
+        )
     raise WorkersDisagree(
         f"workers came to a sync in different states ({'; '.join(differing)}). No weights were mixed. Likely causes: "
         "one worker stopped, ran out of data, or skipped batches or steps (a GradScaler of your own) on its own; a "

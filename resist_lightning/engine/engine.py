@@ -34,7 +34,7 @@ from resist_lightning.engine.resume import Resumption
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.sync import Plan
 from resist_lightning.schedule.progress import Activity, Clock, StepTimer
-from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.optimizer_state import OptimizerStates, first_rate
 from resist_lightning.state.timing import Seconds
 from resist_lightning.state.weight_swaps import SwappingOptimizers
 
@@ -69,11 +69,10 @@ class Engine:
         self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
-        self.clock = Clock(config.local_steps)
-        self.running = False
-        self._observed_kind = ""
+        self.running, self._observed_kind = False, ""
         self.states = OptimizerStates(optimizers)
-        self.steps = StepWatch(module, self.states, config.local_steps)
+        self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers))
+        self.steps = StepWatch(module, self.states, self.clock)
         self.activity = Activity(self.clock)
         self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
@@ -86,8 +85,6 @@ class Engine:
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}
-        if self.collective.rank == 0:
-            self.layout.warn_about_settings()
 
     @property
     def partition(self) -> Any:
@@ -118,6 +115,7 @@ class Engine:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
         detach_hooks(self.module)  # it may have been a full model
+        self.resumption.begin_round()
         reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
         # One worker without its own file would train on tensors that do not fit the others': then nobody uses its own.
         exact = all(has_own for has_own, _ in reports)
@@ -209,8 +207,8 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        alone = self.collective.workers > 1 and self.config.trains_alone
-        self.steps.warn_of_one_round(self.clock.total_steps if alone else 0)
+        if self.collective.workers > 1 and self.config.trains_alone:
+            self.steps.warn_of_one_round()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()  # while the observation still knows what it has scaled
@@ -274,10 +272,11 @@ class Engine:
         self.activity.begin("averaging")
         finish_average = self.sync.start_average(plan)
         self.activity.begin("hand_over")
+        # Before optimizers restart, which may move the learning rate that the handshake has compared.
+        self.clock.next_round()
         if self.config.momentum == "reset":
             self.states.reset()
         # Blocks are packed and sent while the average of the shared tensors is under way.
-        self.clock.next_round()
         self.sync.hand_over(plan, ended)
         finish_average()
         # From here on replicas are equal, which the next handshake verifies by these hashes.

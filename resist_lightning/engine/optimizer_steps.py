@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from resist_lightning.schedule.progress import one_round
+from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 
@@ -25,11 +25,11 @@ class StepWatch:
             ``engine.after_step()``, and is warned if it forgets.
     """
 
-    def __init__(self, module: nn.Module, states: OptimizerStates, local_steps: int) -> None:
+    def __init__(self, module: nn.Module, states: OptimizerStates, clock: Clock) -> None:
         self.on_step: Callable[[], None] | None = None
         self._module = module
         self._ours = set(map(id, states.optimizers))
-        self._local_steps = local_steps
+        self._clock = clock
         self._handles: list[RemovableHandle] = []
         self._outermost: Optimizer | None = None  # steps now; it may step others that it has inside
         self._taken: Counter[int] = Counter()  # steps of each optimizer before the first local step was counted
@@ -74,15 +74,12 @@ class StepWatch:
                 "never averaged. Call engine.after_step() after optimizer.step(), on every worker."
             )
 
-    def warn_of_one_round(self, steps: int) -> None:
-        """Warn at the end of a plain loop that its workers averaged only once.
-
-        Args:
-            steps: local steps that workers trained alone; 0 where they did not.
-        """
+    def warn_of_one_round(self) -> None:
+        """Warn at the end of a plain loop whose workers trained alone that they averaged only once."""
+        clock = self._clock
         # A strategy knows the length of the training, and has warned when it started.
-        if self.on_step is None and 0 < steps < self._local_steps:
-            warnings.warn(one_round(steps, self._local_steps), stacklevel=4)
+        if self.on_step is None and clock.round == 0 and 0 < clock.step < clock.local_steps:
+            warnings.warn(one_round(clock.step, clock), stacklevel=4)
 
     def check_batch(self, accumulated: int) -> None:
         """Check, between two batches of a loop that counts by :attr:`on_step`, that optimizers step.
@@ -132,7 +129,7 @@ class StepWatch:
         elif not self._counted:
             self._taken[id(optimizer)] += 1
             taken = self._taken[id(optimizer)]
-            if taken == self._local_steps + 1:
+            if taken == self._clock.local_steps + 1:
                 warnings.warn(
                     f"{type(optimizer).__name__} took {taken} steps, and no local step was counted: no round will end. "
                     "Call engine.after_step() after optimizer.step().",

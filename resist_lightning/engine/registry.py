@@ -33,6 +33,7 @@ from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hooks
 from resist_lightning.methods.resist.sync import BlockSync
 from resist_lightning.methods.sync import Sync
+from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -60,9 +61,10 @@ def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizer
 
 
 def make_sync(layout: Layout, states: OptimizerStates, collective: Collective, device: torch.device) -> Sync[Any, Any]:
-    """A worker's side of the syncs."""
+    """A worker's side of the syncs; warns of settings, once for all workers."""
     if collective.rank == 0:
-        states.warn_about_settings(layout.config.momentum, layout.config.local_steps)
+        layout.warn_about_settings()
+        states.warn_about_settings(layout.config.momentum, in_words(layout.config.local_steps))
     _, sync = _method_of(layout.config)
     return sync(layout, states, collective, device)
 

@@ -33,6 +33,7 @@ class Resumption:
         self._observation = observation
         self._members = sync.exchange.collective.members
         self._own: dict[str, Any] | None = None
+        self._knows_length = False
 
     def place(self) -> dict[str, Any]:
         """The round, the step and the partition; with the own states of all workers enough to resume."""
@@ -44,6 +45,9 @@ class Resumption:
             "table": self._layout.state_dict(),
             "round": self._clock.round,
             "step": self._clock.step,
+            "steps_before": self._clock.steps_before,
+            "round_steps": self._clock.local_steps,
+            "local_steps": str(self._layout.config.local_steps),
             "written": sorted(self._layout.written),
         }
 
@@ -70,8 +74,7 @@ class Resumption:
             return True
         if "scale" in state:  # a snapshot has the weights in training, not those of a full model
             self._observation.undo(state)
-        self._clock.round = int(state["round"])
-        self._clock.step = int(state["step"])
+        self._restore_clock(state)
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
         # The module may have changed since: a name that is gone has nothing to average.
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
@@ -82,7 +85,26 @@ class Resumption:
         # Another partition cannot begin in mid-round; the full model is what a sync would have made.
         if not same and self._clock.step:
             self._clock.next_round()
+            self._knows_length = False
         return same
+
+    def _restore_clock(self, state: Mapping[str, Any]) -> None:
+        rule, clock = self._layout.config.local_steps, self._clock
+        clock.round = int(state["round"])
+        clock.step = int(state["step"])
+        if "steps_before" in state:
+            clock.steps_before = int(state["steps_before"])
+        else:  # of an earlier version, whose rounds were all as long as `local_steps` said
+            clock.steps_before = clock.round * (rule if isinstance(rule, int) else rule.shortest)
+        # Another rule decides from here on, in this round too.
+        if state.get("local_steps") == str(rule):
+            clock.local_steps = int(state["round_steps"])
+            self._knows_length = True
+
+    def begin_round(self) -> None:
+        """Decide the length of the round that the training begins in, unless the checkpoint had it."""
+        if not self._knows_length:
+            self._clock.begin_round()
 
     @property
     def exact(self) -> bool:

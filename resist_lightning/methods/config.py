@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal
+
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
 WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
@@ -19,7 +21,8 @@ class CommonConfig:
     """Settings of a run that every method has.
 
     Args:
-        local_steps: local steps per round, at least 1.
+        local_steps: local steps per round, at least 1; or what decides them when a round begins: `QSR` (longer rounds
+            as the learning rate falls) or `PostLocal` (short rounds first).
         seed: seed of the partitions; 0 is a seed.
         momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
             (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over).
@@ -39,7 +42,7 @@ class CommonConfig:
     trains_alone: ClassVar[bool] = True
     """Whether a worker sends nothing between two syncs."""
 
-    local_steps: int = 50
+    local_steps: LocalStepsRule = 50
     seed: int = 0
     momentum: MomentumPolicy = "reset"
     batch_norm: NormPolicy = "recalibrate"
@@ -49,7 +52,8 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        check_integer("local_steps", self.local_steps, 1, "1 averages after every step")
+        if not isinstance(self.local_steps, QSR | PostLocal):
+            check_integer("local_steps", self.local_steps, 1, "1 averages after every step; or QSR or PostLocal")
         check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
         check_integer("seed", self.seed, 0, "0 is a seed")
         check_choice("momentum", self.momentum, get_args(MomentumPolicy))

@@ -13,9 +13,12 @@ from torch.optim import Optimizer
 from resist_lightning.comm.packing import flatten, split
 from resist_lightning.comm.quantize import arrange
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
+from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.residual import Block
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import Call, recalibrate
 from resist_lightning.state.input_recorder import InputRecorder
+from resist_lightning.state.optimizer_state import first_rate
 
 
 @dataclass
@@ -67,6 +70,22 @@ def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None
         unchanged = [name for name, value in values.items() if group[name] == value]
         for name in unchanged:
             del values[name]
+
+
+def clock_of(config: CommonConfig, workers: Sequence[SimulatedWorker]) -> Clock:
+    """The clock of a simulated run, whose rounds may follow the learning rate.
+
+    Raises:
+        ValueError: when a round begins, if the workers train at different rates, so that its length is not known.
+    """
+
+    def rate() -> float | None:
+        rates = [first_rate(worker.optimizers) for worker in workers]
+        if len(set(rates)) > 1:
+            raise ValueError(f"local_steps={config.local_steps}: the workers' learning rates differ ({rates}).")
+        return rates[0]
+
+    return Clock.by(config.local_steps, rate)
 
 
 def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:

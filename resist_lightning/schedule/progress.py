@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
+
+from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal
 
 ActivityName: TypeAlias = Literal[
     "starting", "local steps", "handshake", "averaging", "hand_over", "evaluation", "saving", "finishing", "ended"
@@ -85,11 +87,15 @@ class StepTimer:
         self._since, self._step = activity.since, activity.step
 
 
-def one_round(steps: int, local_steps: int) -> str:
-    """Warning text for a training that ends before its first round does."""
+def one_round(steps: int, clock: Clock) -> str:
+    """Warning text for a training of some local steps that ends before the round of ``clock`` does."""
+    has, way_out = f"local_steps={clock.local_steps}", f"Set local_steps to {max(1, steps // 10)} or so"
+    if clock.rule is not None:
+        has = f"{clock.local_steps} by local_steps={clock.rule}"
+        way_out = "Choose shorter rounds (where the learning rate begins low, by the warmup_steps of QSR)"
     return (
-        f"this training has {steps} local steps, and a round has local_steps={local_steps}: the workers average once, "
-        f"at the end, each after training alone. Set local_steps to {max(1, steps // 10)} or so, or train longer."
+        f"this training has {steps} local steps, and a round has {has}: the workers average once, at the end, each "
+        f"after training alone. {way_out}, or train longer."
     )
 
 
@@ -98,11 +104,42 @@ class Clock:
     """Where a run is: the round, and the local steps taken in it.
 
     A round ends after ``local_steps`` local steps, wherever the borders of the epochs fall.
+
+    Args:
+        local_steps: of this round.
+        round: its number, counted from 0.
+        step: local steps taken in it.
+        steps_before: local steps taken in the rounds before it.
+        rule: decides how many local steps the next round has; None: as many as this one.
+        rate: gives the learning rate now; None where no optimizer has one.
+
+    Raises:
+        ValueError: if the rule needs a learning rate and there is none.
     """
 
     local_steps: int
     round: int = 0
     step: int = 0
+    steps_before: int = 0
+    rule: QSR | PostLocal | None = None
+    rate: Callable[[], float | None] = field(default=lambda: None, repr=False)
+
+    @classmethod
+    def by(cls, setting: LocalStepsRule, rate: Callable[[], float | None]) -> Clock:
+        """A clock at the beginning of a run, by the setting ``local_steps``."""
+        if isinstance(setting, int):
+            return cls(setting)
+        clock = cls(setting.shortest, rule=setting, rate=rate)
+        clock.begin_round()
+        return clock
+
+    def __post_init__(self) -> None:
+        """Check that there is what the rule needs."""
+        if self.rule is not None and self.rule.follows_rate and self.rate() is None:
+            raise ValueError(
+                f"local_steps={self.rule} follows the learning rate, and no optimizer has one (a parameter group with "
+                "'lr'). Give a number of local steps, or PostLocal(first, then, switch_step)."
+            )
 
     @property
     def due(self) -> bool:
@@ -112,7 +149,12 @@ class Clock:
     @property
     def total_steps(self) -> int:
         """Local steps since the run began."""
-        return self.round * self.local_steps + self.step
+        return self.steps_before + self.step
+
+    @property
+    def agreed_steps(self) -> int:
+        """What all workers must have alike: the local steps of the next round if this one is complete, else of it."""
+        return self._length_after(self.total_steps) if self.due else self.local_steps
 
     def tick(self) -> None:
         """Count one local step."""
@@ -120,5 +162,14 @@ class Clock:
 
     def next_round(self) -> None:
         """Begin the next round."""
+        self.steps_before += self.step
         self.round += 1
         self.step = 0
+        self.begin_round()
+
+    def begin_round(self) -> None:
+        """Decide the length of this round, which has not begun: the rate may have been set since."""
+        self.local_steps = self._length_after(self.steps_before)
+
+    def _length_after(self, steps: int) -> int:
+        return self.local_steps if self.rule is None else self.rule.of_round(steps, self.rate() or 0.0)

@@ -47,9 +47,7 @@ class OptimizerStates:
 
     def rate(self) -> float:
         """The learning rate now: of the first group of the first optimizer; 0 if there is none."""
-        if not self._given:
-            return 0.0
-        return float(self._given[0].param_groups[0].get("lr", 0.0))
+        return first_rate(self._given) or 0.0
 
     def mean_rate(self) -> float:
         """The learning rate now, as a mean over all parameter groups; 0 if there is none."""
@@ -58,8 +56,8 @@ class OptimizerStates:
             rates += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         return sum(rates) / len(rates) if rates else 0.0
 
-    def warn_about_settings(self, momentum: str, local_steps: int) -> None:
-        """Warn about state that ``momentum`` does not treat as a user may expect."""
+    def warn_about_settings(self, momentum: str, length: str) -> None:
+        """Warn about state that ``momentum`` does not treat as a user may expect; ``length`` of rounds, in words."""
         for tracked in self._tracked:
             name, found = type(tracked.optimizer).__name__, tracked.findings
             if found.unknown:
@@ -71,7 +69,7 @@ class OptimizerStates:
             elif found.estimates and momentum == "reset":
                 warnings.warn(
                     f"{name} estimates {', '.join(found.estimates)} from the gradients, and momentum='reset' begins "
-                    f"anew in every round of {local_steps} local steps: use 'keep', or longer rounds.",
+                    f"anew in every round of {length}: use 'keep', or longer rounds.",
                     stacklevel=3,
                 )
             elif found.estimates:
@@ -231,6 +229,12 @@ class OptimizerStates:
                 if parameter.requires_grad and id(parameter) in group_of:
                     group = group_of[id(parameter)]
                     yield parameter, tracked, tracked.slots(group, parameter.dim())
+
+
+def first_rate(optimizers: Sequence[Optimizer]) -> float | None:
+    """The learning rate now: of the first group of the first optimizer; None if there is none."""
+    groups = optimizers[0].param_groups if optimizers else []
+    return float(groups[0]["lr"]) if groups and "lr" in groups[0] else None
 
 
 def _plain(value: object) -> object:

@@ -17,6 +17,7 @@ from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.step.agreement import check_equal, named_tensors
 from resist_lightning.methods.auxnet.step.worker import CHECKED_STEPS, StageWorker
 from resist_lightning.methods.config import MomentumPolicy, NonFinitePolicy
+from resist_lightning.schedule.round_length import LocalStepsRule
 from resist_lightning.strategies.base import SubnetStrategy
 from resist_lightning.strategies.data.example_input import example_input
 from resist_lightning.strategies.data.seeded_loader import seed_loader, unseed_loader
@@ -41,7 +42,7 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     check_every_n_steps: int = 50
     input: int | str | None = None
     process_group_backend: str | None = "gloo"
-    local_steps: int = field(init=False, default=50)
+    local_steps: LocalStepsRule = field(init=False, default=50)
     momentum: MomentumPolicy = field(init=False, default="keep")
     non_finite: NonFinitePolicy = field(init=False, default="raise")
 

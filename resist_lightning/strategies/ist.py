@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.schedule.round_length import LocalStepsRule
 from resist_lightning.strategies.base import SubnetStrategy
 from resist_lightning.strategies.options import LocalTrainingOptions, config_of, takes
 
@@ -13,7 +14,7 @@ from resist_lightning.strategies.options import LocalTrainingOptions, config_of,
 class ISTOptions(LocalTrainingOptions, NeuronConfig):
     """Options of :class:`ISTStrategy`."""
 
-    local_steps: int = 20
+    local_steps: LocalStepsRule = 20
 
 
 class ISTStrategy(SubnetStrategy):

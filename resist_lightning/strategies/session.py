@@ -16,7 +16,7 @@ from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.host import LightningHost
-from resist_lightning.strategies.launching.checks import warn_of_one_round
+from resist_lightning.strategies.launching.checks import warn_of_rounds
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
@@ -101,7 +101,7 @@ class FitSession:
         self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
         self._averages.begin()
         if self._config.trains_alone:
-            warn_of_one_round(trainer, self._config.local_steps)
+            warn_of_rounds(trainer, engine.clock)
         engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:

@@ -31,6 +31,7 @@ class Run:
     optimizer: str = "sgd"
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
+    decay: float = 1.0  # of the learning rate, after each step
     some_batches: bool = False  # train a part of each block for some batches only
 
 
@@ -67,6 +68,11 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tens
     optimizer.step()
 
 
+def decay(run: Run, optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= run.decay
+
+
 def train_engine(
     worker: int,
     run: Run,
@@ -80,6 +86,7 @@ def train_engine(
     engine.start()
     for step in range(run.steps):
         train_step(model, optimizer, batch_of(worker, step))
+        decay(run, optimizer)
         engine.after_step()
         if step in run.observe_at:
             with engine.full_model():
@@ -98,6 +105,7 @@ def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None)
     for step in range(run.steps):
         for number, worker in enumerate(simulator.workers):
             train_step(worker.module, worker.optimizers[0], batch_of(number, step))
+            decay(run, worker.optimizers[0])
         simulator.after_step()
     return simulator
 

@@ -73,6 +73,7 @@ class StageConfig(CommonConfig):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
+        check_integer("local_steps", self.local_steps, 1, "how often the workers look whether all is well")
         check_choice("momentum", self.momentum, ["keep"])
         check_choice("non_finite", self.non_finite, ["raise"])
         check_choice("method", self.method, get_args(AuxMethod))

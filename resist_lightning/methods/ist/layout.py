@@ -23,6 +23,7 @@ from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import NeuronPlan, full_pieces
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.partition import Partition, blocks_per_worker
+from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
@@ -184,7 +185,7 @@ class NeuronLayout(Layout):
     def describe(self) -> str:
         return (
             f"the neurons of {len(self.neurons.layers)} hidden layer(s) are dealt out to {self.workers} worker(s); "
-            f"rounds of {self.config.local_steps} local steps.\n{describe(self.neurons)}"
+            f"rounds of {in_words(self.config.local_steps)}.\n{describe(self.neurons)}"
         )
 
     @override

@@ -22,9 +22,8 @@ from resist_lightning.methods.config import NormPolicy
 from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.methods.ist.network.discovery import find_neurons
 from resist_lightning.methods.ist.partition import draw_neurons
-from resist_lightning.methods.simulation import SimulatedWorker, mean_or_maximum, recalibrate_together
+from resist_lightning.methods.simulation import SimulatedWorker, clock_of, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.partition import Partition
-from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
 from resist_lightning.state.input_recorder import InputRecorder
 
@@ -53,7 +52,6 @@ class NeuronSimulator:
         workers: int,
     ) -> None:
         self.config = config
-        self.clock = Clock(config.local_steps)
         self.neurons = find_neurons(module, config.layers)
         self._template = copy.deepcopy(module)
         self.full: dict[str, Tensor] = {}
@@ -62,6 +60,7 @@ class NeuronSimulator:
         self.workers = []
         for _ in range(workers):
             self.workers.append(self._make_worker(copy.deepcopy(module), make_optimizers))
+        self.clock = clock_of(config, self.workers)
         self._hooks: list[RemovableHandle] = []
         self._travelling: dict[Slot, Tensor] = {}
         self._begin_round([{} for _ in self.workers])

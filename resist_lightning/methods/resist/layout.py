@@ -31,6 +31,7 @@ from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import has_outer_step, outer_bytes
@@ -94,8 +95,8 @@ class BlockLayout(Layout):
     @override
     def identity(self) -> dict[str, Any]:
         # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
-        drawn = asdict(replace(self.schedule, local_steps=0, counts=(), measured_from=None, seconds=()))
-        kept = {"changes": self.config.wire != "fp32"}
+        drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
+        kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
         if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
             kept["outer"] = True
         return {**drawn, "blocks": [block.name for block in self.blocks], **kept}
@@ -220,7 +221,7 @@ class BlockLayout(Layout):
         wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
         rate, momentum = self.config.outer_rate, self.config.outer_momentum
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.config.outer != "none" else ""
-        return f"{self.config.local_steps} local steps{wire}{outer}"
+        return f"{in_words(self.config.local_steps)}{wire}{outer}"
 
     @override
     def warn_about_settings(self) -> None:
@@ -278,7 +279,7 @@ def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     listed = None if isinstance(given, str) else tuple(given)
     if least is None:
         least = min(listed) if listed is not None else default_min_blocks(blocks)
-    schedule = Schedule(blocks, workers, least, config.seed, config.local_steps, config.warmup_rounds)
+    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
     if listed is not None:
         check_counts(listed, blocks, workers, least)
         return replace(schedule, counts=((0, listed),))

@@ -27,7 +27,6 @@ class Schedule:
         workers: number of workers.
         min_blocks: least number of blocks per worker.
         seed: seed of the partitions.
-        local_steps: local steps per round.
         warmup_rounds: number of first rounds in which every worker holds every block.
         counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
         measured_from: first of the rounds in which seconds are measured; None if none is.
@@ -38,7 +37,6 @@ class Schedule:
     workers: int
     min_blocks: int
     seed: int
-    local_steps: int
     warmup_rounds: int = 0
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     measured_from: int | None = None

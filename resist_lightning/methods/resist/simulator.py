@@ -28,12 +28,12 @@ from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.simulated_outer import SimulatedOuter
 from resist_lightning.methods.simulation import (
     SimulatedWorker,
+    clock_of,
     flat_of,
     mean_or_maximum,
     pieces_of,
     recalibrate_together,
 )
-from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import SyncPlan, plan_outer, plan_sync
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
 from resist_lightning.state.input_recorder import InputRecorder
@@ -76,10 +76,10 @@ class Simulator:
         self.config = config
         self.schedule = layout.schedule
         self.scale = layout.scaling.scale
-        self.clock = Clock(config.local_steps)
         self._template = copy.deepcopy(module)
         self._forwards: list[list[Any]] = []  # by worker and block; None where it is the class's
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self.clock = clock_of(config, self.workers)
         self._block_of: dict[str, int] = {}
         for number, block in enumerate(layout.blocks):
             self._block_of.update(dict.fromkeys(block.tensors(), number))

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.schedule.progress import one_round
+from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.strategies.averages import check_averages
 from resist_lightning.strategies.options import StartMethod, StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
@@ -94,16 +94,25 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
     check_averages(trainer, config)
 
 
-def warn_of_one_round(trainer: pl.Trainer, local_steps: int) -> None:
-    """Warn of a training that will end before its first round does."""
+def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:
+    """Warn of a training that will end before its round does, and of rounds that will not change as they should.
+
+    Args:
+        trainer: of this worker, just before its first batch.
+        clock: where the training begins.
+    """
     if trainer.world_size == 1 or getattr(trainer, "fast_dev_run", False):
         return
     try:
         steps = trainer.estimated_stepping_batches - trainer.global_step
     except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
         return
-    if 0 < steps < local_steps:
-        rank_zero_warn(one_round(int(steps), local_steps))
+    if 0 < steps < clock.local_steps - clock.step:
+        rank_zero_warn(one_round(int(steps), clock))
+    elif clock.rule is not None and steps < float("inf"):  # an endless training uses every setting at last
+        unused = clock.rule.unused(clock.total_steps + int(steps))
+        if unused:
+            rank_zero_warn(unused)
 
 
 def _in_hydra_sweep() -> bool:

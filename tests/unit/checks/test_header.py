@@ -11,15 +11,21 @@ from hypothesis import strategies as st
 
 from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
 from resist_lightning.errors import WorkersDisagree
+from resist_lightning.schedule.round_length import LONGEST
 
-SYNC = Header(purpose=Purpose.SYNC, round=3, step=10, stop=0, layout=77)
+SYNC = Header(purpose=Purpose.SYNC, round=3, step=10, stop=0, layout=77, round_steps=50)
 
 
 @given(
-    st.sampled_from(Purpose), st.integers(0, 2**31), st.integers(0, 2**31), st.integers(0, 1), st.integers(0, 2**48 - 1)
+    st.sampled_from(Purpose),
+    st.integers(0, 2**31),
+    st.integers(0, 2**31),
+    st.integers(0, 1),
+    st.integers(0, 2**48 - 1),
+    st.integers(1, LONGEST),
 )
-def test_a_header_survives_the_way_as_numbers_of_64_bits(purpose, round, step, stop, layout):
-    header = Header(purpose, round, step, stop, layout)
+def test_a_header_survives_the_way_as_numbers_of_64_bits(purpose, round, step, stop, layout, steps):
+    header = Header(purpose, round, step, stop, layout, steps)
     numbers = [struct.unpack("<d", struct.pack("<d", number))[0] for number in header_numbers(header)]
     assert read_header(numbers) == header
     assert read_header([*numbers, 5.0, 6.0]) == header
@@ -39,6 +45,7 @@ def test_equal_headers_pass():
         ("step", 9, "step: worker 0 10, worker 1 10, worker 2 9"),
         ("stop", 1, "stop: worker 0 0, worker 1 0, worker 2 1"),
         ("layout", 78, "layout: worker 0 77, worker 1 77, worker 2 78"),
+        ("round_steps", 72, "round_steps: worker 0 50, worker 1 50, worker 2 72; rounds are as long as `local_steps`"),
     ],
 )
 def test_any_field_that_differs_is_named_with_the_value_of_every_worker(field, value, said):

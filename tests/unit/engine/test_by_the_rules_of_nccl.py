@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resist_lightning import Config
+from resist_lightning import QSR, Config
 from resist_lightning.comm.collective import Collective
 from tests.helpers.strict_collective import run_strictly
 from tests.helpers.training import Run, assert_equal_states, train_engine, train_simulator
@@ -21,6 +21,10 @@ RUNS = {
     "outer, int4, frozen": (
         2,
         Run(Config(local_steps=2, min_blocks=3, wire="int4", outer="nesterov"), 5, frozen=("section3.2",)),
+    ),
+    "rounds that follow the rate": (
+        3,
+        Run(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 13, decay=0.9, observe_at=(4,)),
     ),
     "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
 }

@@ -13,6 +13,7 @@ from torch.optim import optimizer as global_hooks
 
 from resist_lightning import Config, Engine
 from resist_lightning.engine.optimizer_steps import StepWatch
+from resist_lightning.schedule.progress import Clock
 from tests.helpers.threads import ThreadCollective, run_threads
 
 
@@ -105,7 +106,7 @@ def write(module):
 
 def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     module = nn.Linear(2, 2)
-    watch = StepWatch(module, engine_of()[0].states, local_steps=3)
+    watch = StepWatch(module, engine_of()[0].states, Clock(3))
     watch.begin()
     for _ in range(11):  # gradients of four batches are added up
         watch.check_batch(accumulated=4)

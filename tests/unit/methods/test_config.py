@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from resist_lightning import Config
+from resist_lightning import QSR, Config, PostLocal
 
 
 def test_defaults_are_the_paper_s():
@@ -24,6 +24,7 @@ def test_defaults_are_the_paper_s():
         ("local_steps", True, "local_steps=True .*whole number"),
         ("local_steps", "10", "local_steps='10' .*whole number"),
         ("local_steps", None, "local_steps=None"),
+        ("local_steps", {"base": 4}, "local_steps={'base': 4} .*or QSR or PostLocal"),
         ("min_blocks", -1, "min_blocks=-1 .*at least 0"),
         ("min_blocks", 1.0, r"min_blocks=1\.0 .*whole number"),
         ("blocks_per_worker", "fair", "blocks_per_worker='fair' .*'equal', 'auto', or a list"),
@@ -66,6 +67,8 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
     "options",
     [
         {"local_steps": 1},
+        {"local_steps": QSR(4, 0.1)},
+        {"local_steps": PostLocal(1, 4, 100)},
         {"seed": 0},
         {"seed": 2**40},
         {"min_blocks": 0},

@@ -16,7 +16,11 @@ from lightning.pytorch.trainer.states import RunningStage
 from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
 
 BAD = {
-    "local_steps": [(0, "at least 1 (1 averages after every step)"), (-3, "at least 1"), (2.5, "whole number")],
+    "local_steps": [
+        (0, "at least 1 (1 averages after every step; or QSR or PostLocal)"),
+        (-3, "at least 1"),
+        (2.5, "whole number"),
+    ],
     "min_blocks": [(-1, "at least 0 (0 allows workers without any block)"), (1.0, "whole number")],
     "blocks_per_worker": [("fair", "'equal', 'auto', or a list"), ([1, -1], "one for each worker")],
     "blocks": [([], "use strategy='local_sgd'"), ("", "use strategy='local_sgd'")],

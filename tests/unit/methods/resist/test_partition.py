@@ -15,14 +15,14 @@ from resist_lightning.schedule.progress import Clock
 
 
 def test_warm_up_rounds_have_everything_everywhere_and_then_the_deal_begins():
-    schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=4, local_steps=10, warmup_rounds=2)
+    schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=4, warmup_rounds=2)
     assert [schedule.is_warmup(round) for round in range(4)] == [True, True, False, False]
     assert [schedule.partition(round) for round in (0, 1)] == [everything(6, 3)] * 2
     assert [schedule.partition(round) for round in (2, 3)] == [draw_partition(6, 3, 1, 4, r) for r in (2, 3)]
 
 
 def test_no_warm_up_by_default():
-    schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=0, local_steps=10)
+    schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=0)
     assert not schedule.is_warmup(0)
     assert schedule.partition(0) == draw_partition(6, 3, 1, 0, 0)
 
@@ -43,7 +43,7 @@ def test_a_round_ends_after_its_local_steps_and_no_step_is_lost(local_steps, ste
     assert (clock.round, clock.step) == divmod(steps, local_steps)
 
 
-AUTO = Schedule(blocks=6, workers=3, min_blocks=1, seed=4, local_steps=10).measuring(0)
+AUTO = Schedule(blocks=6, workers=3, min_blocks=1, seed=4).measuring(0)
 SLOW_LAST = {1: [3.0, 3.1, 9.0], 2: [5.0, 5.1, 15.0], 3: [3.0, 3.1, 99.0], 4: [5.0, 5.1, 15.0]}
 
 
@@ -56,7 +56,7 @@ def learn_all(schedule, rows, first=0, rounds=7):
 
 
 def test_listed_counts_hold_from_their_round_on():
-    schedule = Schedule(6, 2, 1, 4, 10, warmup_rounds=1, counts=((0, (2, 4)), (5, (4, 3))))
+    schedule = Schedule(6, 2, 1, 4, warmup_rounds=1, counts=((0, (2, 4)), (5, (4, 3))))
     assert schedule.partition(0) == everything(6, 2)
     assert [schedule.partition(r) for r in (1, 4)] == [deal(6, (2, 4), 4, r) for r in (1, 4)]
     assert [schedule.partition(r) for r in (5, 99)] == [deal(6, (4, 3), 4, r) for r in (5, 99)]
@@ -82,11 +82,11 @@ def test_equally_fast_workers_keep_today_s_partitions():
 
 
 def test_measuring_waits_for_the_warm_up_and_is_left_out_where_all_hold_everything():
-    warm = Schedule(6, 3, 1, 4, 10, warmup_rounds=3).measuring(0)
+    warm = Schedule(6, 3, 1, 4, warmup_rounds=3).measuring(0)
     assert warm.measured_from == 4
     assert not learn_all(warm, {}, rounds=4)[-1].seconds
-    assert Schedule(6, 3, 6, 4, 10).measuring(0).measured_from is None
-    assert Schedule(6, 1, 1, 4, 10).measuring(0).measured_from is None
+    assert Schedule(6, 3, 6, 4).measuring(0).measured_from is None
+    assert Schedule(6, 1, 1, 4).measuring(0).measured_from is None
 
 
 @pytest.mark.parametrize("stop", range(8))
@@ -100,7 +100,7 @@ def test_a_table_that_was_saved_and_read_goes_on_as_if_nothing_had_happened(stop
 
 
 def test_nothing_is_saved_where_nothing_is_measured():
-    assert Schedule(6, 3, 1, 4, 10, counts=((0, (2, 2, 2)),)).state_dict() == {}
+    assert Schedule(6, 3, 1, 4, counts=((0, (2, 2, 2)),)).state_dict() == {}
 
 
 def test_too_few_measurements_keep_equal_shares():

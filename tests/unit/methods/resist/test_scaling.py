@@ -87,12 +87,12 @@ def test_a_last_layer_without_weights_is_hooked():
 )
 def test_the_scale_is_the_chance_that_a_block_is_held(blocks, workers, min_blocks, expected):
     for warmup in (0, 3):
-        schedule = Schedule(blocks, workers, min_blocks, seed=0, local_steps=1, warmup_rounds=warmup)
+        schedule = Schedule(blocks, workers, min_blocks, seed=0, warmup_rounds=warmup)
         assert coverage(schedule) == pytest.approx(expected)
 
 
 def test_with_unequal_counts_it_is_the_mean_over_the_workers():
-    schedule = Schedule(6, 3, 0, seed=0, local_steps=1, counts=((0, (4, 2, 1)),))
+    schedule = Schedule(6, 3, 0, seed=0, counts=((0, (4, 2, 1)),))
     assert coverage(schedule) == pytest.approx(7 / 18)
     chances = [sum(block in schedule.partition(r).held[w] for r in range(300) for w in range(3)) for block in range(6)]
     assert [chance / 900 for chance in chances] == pytest.approx([7 / 18] * 6, abs=0.05)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resist_lightning import Config, Simulator
+from resist_lightning import QSR, Config, PostLocal, Simulator
 from resist_lightning.schedule.partition import draw_partition, everything
 from tests.helpers import by_hand
 from tests.helpers.training import (
     Run,
     assert_equal_states,
     batch_of,
+    decay,
     make_model,
     make_optimizer,
     train_simulator,
@@ -82,6 +83,41 @@ def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
     same = replace(plain.config, outer="nesterov", outer_rate=1.0, outer_momentum=0.0)
     states = [train_simulator(replace(plain, config=c), 3).full_model().state_dict() for c in (plain.config, same)]
     assert_equal_states(states[1], states[0], exactly=True)
+
+
+@pytest.mark.parametrize(("decay", "rule"), [(1.0, QSR(2, 1.8 * RATE)), (0.9, QSR(3, 1e-9)), (0.9, PostLocal(3, 3, 5))])
+def test_rules_that_give_equal_rounds_are_a_number_of_local_steps(decay, rule):
+    plain = Run(Config(local_steps=3, min_blocks=3, warmup_rounds=1), steps=8, decay=decay)
+    same = replace(plain.config, local_steps=rule)
+    simulators = [train_simulator(replace(plain, config=config), 3) for config in (plain.config, same)]
+    assert [simulator.clock.round for simulator in simulators] == [2, 2]
+    states = [simulator.full_model().state_dict() for simulator in simulators]
+    assert_equal_states(states[1], states[0], exactly=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lengths"),
+    [(QSR(2, 0.1), [4, 8, 39]), (QSR(2, 0.1, warmup_steps=5), [2, 2, 2, 12]), (PostLocal(1, 4, 2), [1, 1, 4])],
+)
+def test_rounds_are_as_long_as_the_rule_says_at_their_beginning(rule, lengths):
+    """By hand: the rate of step t is 0.05 / 1.1^t, and a round reads it before its first step."""
+    run = Run(Config(local_steps=rule, min_blocks=3), steps=0, decay=1 / 1.1)
+    simulator = train_simulator(run, 2)
+    found = [simulator.clock.local_steps]
+    while len(found) < len(lengths):
+        for worker in simulator.workers:
+            decay(run, worker.optimizers[0])
+        simulator.after_step()
+        if simulator.clock.step == 0:
+            found.append(simulator.clock.local_steps)
+    assert found == lengths
+
+
+def test_simulated_workers_must_agree_on_the_rate_that_rounds_follow():
+    simulator = train_simulator(Run(Config(local_steps=QSR(1, 0.05), min_blocks=3), steps=0), 2)
+    simulator.workers[1].optimizers[0].param_groups[0]["lr"] = 0.01
+    with pytest.raises(ValueError, match=r"the workers' learning rates differ \(\[0\.05, 0\.01\]\)"):
+        simulator.after_step()
 
 
 def test_all_blocks_on_all_workers_is_local_sgd():

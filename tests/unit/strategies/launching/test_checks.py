@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +28,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, warn_of_one_round
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import QSR, PostLocal
+from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, warn_of_rounds
 from tests.helpers.plain import Classifier, stream
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -206,7 +209,8 @@ def test_hydra_is_not_imported_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "done", "workers", "warned"), [(48, 0, 2, True), (50, 0, 2, False), (80, 40, 2, True), (48, 0, 1, False)]
+    ("steps", "done", "workers", "warned"),
+    [(48, 0, 2, True), (50, 0, 2, False), (90, 50, 2, True), (80, 40, 2, False), (48, 0, 1, False)],
 )
 def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
     steps: float, done: int, workers: int, warned: bool
@@ -214,7 +218,7 @@ def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
     trainer: Any = SimpleNamespace(world_size=workers, estimated_stepping_batches=steps, global_step=done)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_one_round(trainer, 50)
+        warn_of_rounds(trainer, Clock(50, *divmod(done, 50)))
     assert [f"{steps - done} local steps, and a round has local_steps=50" in str(w.message) for w in caught] == (
         [True] if warned else []
     )
@@ -224,4 +228,22 @@ def test_a_training_of_unknown_length_is_not_warned_of() -> None:
     trainer: Any = SimpleNamespace(world_size=2, estimated_stepping_batches=float("inf"), global_step=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_one_round(trainer, 50)
+        for rule in (50, PostLocal(1, 5, 100)):
+            warn_of_rounds(trainer, Clock.by(rule, lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "message"),
+    [
+        (QSR(4, 0.1), 200, "200 local steps, and a round has 10000 by local_steps=QSR.*by the warmup_steps of QSR"),
+        (QSR(4, 0.1, warmup_steps=200), 200, "warmup_steps last as long as this training of 200 local steps"),
+        (PostLocal(300, 5, 400), 200, r"200 local steps, and a round has 300 by local_steps=PostLocal\(first=300"),
+        (PostLocal(5, 300, 200), 200, "switch_step lies behind the end of this training of 200 local steps"),
+        (PostLocal(5, 300, 100), 200, None),
+        (QSR(4, 0.01), 200, None),
+    ],
+)
+def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int, message: str | None) -> None:
+    trainer: Any = SimpleNamespace(world_size=2, estimated_stepping_batches=steps, global_step=0)
+    with pytest.warns(match=message) if message else nullcontext():
+        warn_of_rounds(trainer, Clock.by(rule, lambda: 0.001))
