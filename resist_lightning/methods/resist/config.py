@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 from typing_extensions import override
 
 from resist_lightning.methods.config import CommonConfig, OuterName, WireName, check_choice, check_integer
+from resist_lightning.methods.resist.partition import Schedule
+from resist_lightning.methods.resist.shares import check_counts
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -98,3 +100,21 @@ def _check_counts(value: object) -> None:
             f"blocks_per_worker={value!r} must be 'equal', 'auto', or a list of whole numbers of at least 0, one for "
             "each worker."
         )
+
+
+def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
+    """The partitions of all rounds, by the settings.
+
+    Raises:
+        ValueError: if ``min_blocks`` or ``blocks_per_worker`` does not fit the number of blocks.
+    """
+    given, least = config.blocks_per_worker, config.min_blocks
+    listed = None if isinstance(given, str) else tuple(given)
+    if least is None:
+        least = min(listed) if listed is not None else default_min_blocks(blocks)
+    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
+    if listed is not None:
+        check_counts(listed, blocks, workers, least)
+        return replace(schedule, counts=((0, listed),))
+    schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
+    return schedule.measuring(0) if given == "auto" else schedule

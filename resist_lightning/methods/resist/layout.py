@@ -22,14 +22,12 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
-from resist_lightning.methods.resist.config import Config, default_min_blocks
+from resist_lightning.methods.resist.config import Config, make_schedule
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief
-from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
-from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.compiled import compiled_around
@@ -57,7 +55,7 @@ class BlockLayout(Layout):
         self.config: Config = config
         self.blocks = select_blocks(module, config.blocks, trained)
         count = len(self.blocks)
-        self.schedule = _make_schedule(config, count, workers)
+        self.schedule = make_schedule(config, count, workers)
         self.scaling = BranchScaling(
             self.blocks, coverage(self.schedule) if config.test_scale is None else config.test_scale
         )
@@ -272,19 +270,6 @@ class BlockLayout(Layout):
             "(docs/adding-a-model.md).",
             stacklevel=4,
         )
-
-
-def _make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
-    given, least = config.blocks_per_worker, config.min_blocks
-    listed = None if isinstance(given, str) else tuple(given)
-    if least is None:
-        least = min(listed) if listed is not None else default_min_blocks(blocks)
-    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
-    if listed is not None:
-        check_counts(listed, blocks, workers, least)
-        return replace(schedule, counts=((0, listed),))
-    schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
-    return schedule.measuring(0) if given == "auto" else schedule
 
 
 def _averaged_bytes(tensors: Mapping[str, Tensor], changing: Collection[str]) -> Counter[str]:
