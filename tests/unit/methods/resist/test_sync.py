@@ -185,3 +185,36 @@ def test_a_run_with_an_outer_optimizer_does_not_resume_within_a_round_of_one_wit
     (plain, *_), _ = run_threads(identity, 1, Config(local_steps=2))
     (stepped, *_), _ = run_threads(identity, 1, Config(local_steps=2, **OUTER))
     assert plain != stepped
+
+
+def saved_of(collective: Collective, config: Config) -> tuple[Any, Any, State]:
+    engine, optimizer = engine_of(collective, config)
+    train(engine, optimizer, range(3))
+    place, own = copy.deepcopy((engine.resumption.place(), engine.resumption.state_dict()))
+    engine.finish()
+    return place, own, clone_state(engine.module)
+
+
+def resumed_by_others(collective: Collective, config: Config, saved: tuple[Any, Any, State]) -> tuple[bool, int, State]:
+    """Whether the partition is the same, from how many velocities, and what two more rounds make of it."""
+    place, own, weights = saved
+    model = make_model(Run(config, steps=0))
+    optimizer = make_optimizer(Run(config, steps=0), model)
+    model.load_state_dict(weights)
+    engine = Engine(model, [optimizer], config, collective=collective)
+    same = engine.restore(place, own)
+    engine.start()
+    velocities = len(kept(engine)["velocity"])
+    train(engine, optimizer, range(4))
+    engine.finish()
+    return same, velocities, clone_state(model)
+
+
+def test_another_number_of_workers_resumes_without_velocities() -> None:
+    config = Config(local_steps=2, min_blocks=1, batch_norm="running", test_scale=1.0, **OUTER)
+    saved = run_threads(saved_of, WORKERS, config)[0][0]
+    assert saved[1]["outer"]["velocity"]
+    found, _ = run_threads(resumed_by_others, 2, config, saved)
+    for same, velocities, state in found:
+        assert (same, velocities) == (False, 0)
+        assert_equal_states(state, found[0][2], exactly=True)
