@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import is_dataclass
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -220,6 +222,9 @@ def _check_section(node: Any, prefix: str) -> None:
         if isinstance(nested, DictConfig) and nested.get("_target_") == "datetime.timedelta":
             check_keys(nested, schema.Duration, f"{prefix}.{key}")
             continue
+        if isinstance(nested, DictConfig) and nested.get("_target_"):
+            _check_section(nested, f"{prefix}.{key}")
+            continue
         _check_type(f"{prefix}.{key}", node, key, arguments.get(key, Any))
 
 
@@ -229,8 +234,10 @@ def _check_type(full_key: str, node: DictConfig, key: str, hint: Any) -> None:
         check_value(full_key, node, key, str, Limit({}, get_args(hint)))
         return
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = all(getattr(member, "__name__", "") in WORDS for member in members)
-    check_value(full_key, node, key, hint if plain else Any, Limit({}))
+    # What a _target_ makes, as a rule for local_steps, is a section of its own.
+    members = tuple(member for member in members if not is_dataclass(member))
+    plain = members and all(getattr(member, "__name__", "") in WORDS for member in members)
+    check_value(full_key, node, key, reduce(or_, members) if plain else Any, Limit({}))
 
 
 def _arguments(target: str, prefix: str = "model") -> tuple[dict[str, Any], bool]:

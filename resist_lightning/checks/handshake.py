@@ -55,6 +55,7 @@ class Handshake:
         self._host = host
         self._rate = rate
         self._rates_differed = False
+        self._rate_rose = False
         self.divergence = DivergenceChecks(layout, collective)
 
     def start(self, clock: Clock, states: OptimizerStates, extra: Sequence[float] = ()) -> list[list[float]]:
@@ -117,6 +118,7 @@ class Handshake:
         # Only at a sync, where all workers change what the next round uses at the same step.
         if purpose == Purpose.SYNC:
             self._compare_rates([row[rate] for row in rows])
+            self._warn_of_rising_rate(clock)
             self._host.agree(reports)
         return [row[end_of_checks:rate] for row in rows]
 
@@ -132,6 +134,18 @@ class Handshake:
                 f"the workers train at different learning rates (mean over all parameter groups: {values}). A schedule "
                 "follows a number that is not the same everywhere: log the metric of ReduceLROnPlateau with "
                 "sync_dist=True, or step the schedule by epochs.",
+                stacklevel=4,
+            )
+
+    def _warn_of_rising_rate(self, clock: Clock) -> None:
+        """Warn once of a round that its rule has made too long."""
+        if not clock.rate_rose or self._rate_rose:
+            return
+        self._rate_rose = True
+        if self._collective.rank == 0:
+            warnings.warn(
+                f"local_steps={clock.rule} made round {clock.round} {clock.local_steps} local steps long by the "
+                "learning rate at its beginning, which has risen since. Where it rises at first, set warmup_steps.",
                 stacklevel=4,
             )
 

@@ -123,6 +123,7 @@ class Clock:
     steps_before: int = 0
     rule: QSR | PostLocal | None = None
     rate: Callable[[], float | None] = field(default=lambda: None, repr=False)
+    _rate_at_first: float = field(default=float("inf"), init=False, repr=False, compare=False)
 
     @classmethod
     def by(cls, setting: LocalStepsRule, rate: Callable[[], float | None]) -> Clock:
@@ -156,6 +157,13 @@ class Clock:
         """What all workers must have alike: the local steps of the next round if this one is complete, else of it."""
         return self._length_after(self.total_steps) if self.due else self.local_steps
 
+    @property
+    def rate_rose(self) -> bool:
+        """Whether this round is long by a learning rate that has risen since: it should have been shorter."""
+        if self.rule is None or not self.rule.follows_rate or self.local_steps == self.rule.shortest:
+            return False
+        return (self.rate() or 0.0) > self._rate_at_first
+
     def tick(self) -> None:
         """Count one local step."""
         self.step += 1
@@ -170,6 +178,7 @@ class Clock:
     def begin_round(self) -> None:
         """Decide the length of this round, which has not begun: the rate may have been set since."""
         self.local_steps = self._length_after(self.steps_before)
+        self._rate_at_first = self.rate() or 0.0
 
     def _length_after(self, steps: int) -> int:
         return self.local_steps if self.rule is None else self.rule.of_round(steps, self.rate() or 0.0)

@@ -20,6 +20,9 @@ BAD = {
     "strategy.local_steps=0": r"strategy\.local_steps=0 must be a whole number of at least 1 \(1 averages",
     "strategy.local_steps=1.5": r"strategy\.local_steps=1\.5: must be a whole number",
     "strategy.local_steps=null": r"strategy\.local_steps=null: must be a whole number",
+    "strategy.local_steps={_target_:resist_lightning.QSR,base:0,coefficient:1}": r"QSR: base=0 must be a whole",
+    "strategy.local_steps={_target_:resist_lightning.QSR,bse:4}": r"local_steps\.bse=4: unknown key.*did you mean",
+    "strategy.local_steps={_target_:resist_lightning.PostLocal,first:one}": r"steps\.first=one: must be a whole",
     "strategy.min_blocks=-1": r"strategy\.min_blocks=-1 must be a whole number of at least 0 \(0 allows",
     "strategy.min_blocks=3 model.depth=14": r"min_blocks=3 is impossible with 2 partitionable block.*Lower min_blocks",
     "strategy.blocks=layer9.*": r"layer9\.\*.*net\.section3\.1-14",
@@ -95,6 +98,9 @@ GOOD = [
     "experiment=ist_digits strategy.momentum=travel",
     "experiment=ist_speech_shaped strategy=local_sgd trainer.accelerator=cpu",
     "strategy=ist strategy.layers=*.conv1 trainer.accelerator=cpu",
+    "strategy.local_steps={_target_:resist_lightning.QSR,base:4,coefficient:0.1} trainer.accelerator=cpu",
+    "strategy=local_sgd strategy.local_steps={_target_:resist_lightning.PostLocal,first:1,then:9,switch_step:70} "
+    "trainer.accelerator=cpu",
     "hparams_search=local_steps trainer.accelerator=cpu",
 ]
 

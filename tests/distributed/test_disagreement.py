@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from resist_lightning import Config, Engine, WorkersDisagree
+from resist_lightning import QSR, Config, Engine, WorkersDisagree
 from tests.helpers.nets import small_preact
 from tests.helpers.processes import run_workers, run_workers_to_the_end
 from tests.helpers.training import present_state, present_tensors
@@ -62,6 +62,15 @@ def a_round_ahead(worker: int) -> tuple[Engine, Callable[[], None]]:
     if worker == ODD:
         engine.clock.round += 1
     return engine, act
+
+
+def follows_another_rate(worker: int) -> tuple[Engine, Callable[[], None]]:
+    engine = engine_for(Config(local_steps=QSR(1, 0.1), min_blocks=1))
+    engine.start()
+    engine.count_step()
+    if worker == ODD:  # its next round would be of a hundred steps, at whose end nobody waits for it any more
+        engine.states.optimizers[0].param_groups[0].update(lr=0.01)
+    return engine, engine.sync_if_due
 
 
 def another_version(worker: int) -> tuple[Engine, Callable[[], None]]:
@@ -129,6 +138,7 @@ SCENES: dict[str, tuple[str, Callable[[int], tuple[Engine, Callable[[], None]]]]
     "validates alone": ("purpose", lambda w: steps_then(w, 2, evaluate if w == ODD else Engine.sync_if_due)),
     "saves while others validate": ("purpose", lambda w: steps_then(w, 1, checkpoint if w == ODD else evaluate)),
     "talks of something else": ("purpose", lambda w: steps_then(w, 2, Engine.meet if w == ODD else Engine.sync_if_due)),
+    "follows another rate": ("round_steps", follows_another_rate),
     "froze a layer": ("layout", froze_a_layer),
 }
 

@@ -15,7 +15,7 @@ from resist_lightning import Engine, NeuronConfig, NeuronSimulator
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.schedule.partition import Partition
-from tests.helpers.training import clone_state, train_step
+from tests.helpers.training import clone_state, decay, train_step
 
 CLASSES = 4
 INPUTS = 6
@@ -88,6 +88,7 @@ class Run:
     optimizer: str = "sgd"
     frozen: tuple[str, ...] = ()
     observe_at: tuple[int, ...] = field(default=())
+    decay: float = 1.0  # of the learning rate, after each step
 
 
 def make_net(run: Run) -> nn.Module:
@@ -141,6 +142,7 @@ def train_engine(
     engine, optimizer = start_engine(run, collective)
     for step in range(run.steps):
         train_step(engine.module, optimizer, batch_of(run, worker, step))
+        decay(run, optimizer)
         engine.count_step()
         if step in run.observe_at:
             with engine.full_model():
@@ -160,6 +162,7 @@ def train_simulator(
     for step in range(run.steps):
         for number, worker in enumerate(simulator.workers):
             train_step(worker.module, worker.optimizers[0], batch_of(run, number, step))
+            decay(run, worker.optimizers[0])
         if each_step is not None:
             each_step(simulator, step)
         simulator.after_step()

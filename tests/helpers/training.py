@@ -68,7 +68,8 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tens
     optimizer.step()
 
 
-def decay(run: Run, optimizer: Optimizer) -> None:
+def decay(run: Any, optimizer: Optimizer) -> None:
+    """Lower the learning rate as a run says, after a step."""
     for group in optimizer.param_groups:
         group["lr"] *= run.decay
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from resist_lightning import QSR, PostLocal
 from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.trainers import kind_for, make_strategy, make_trainer, run_cases
 from tests.helpers.training import assert_equal_states, clone_state
@@ -32,6 +33,8 @@ OPTIONS: dict[str, list[Any]] = {
     "min_blocks": [1, 3],
     "warmup_rounds": [0, 1],
 }
+LOCAL_STEPS = [3, QSR(2, 0.08), 3, PostLocal(1, 4, 3)]
+"""Lengths of rounds, by the number of the case."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def draw_case(number: int) -> Case:
     options = {name: drawn.choice(values) for name, values in OPTIONS.items()}
     if face == "local_sgd":
         options = {"momentum": drawn.choice(["reset", "keep"]), "wire": options["wire"]}
+    options["local_steps"] = LOCAL_STEPS[number // 4 % len(LOCAL_STEPS)]
     accumulate = drawn.choice([1, 1, 2])
     batches = EPOCHS * BATCHES
     case = Case(

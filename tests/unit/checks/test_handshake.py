@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resist_lightning import Config, WorkersDisagree
+from resist_lightning import QSR, Config, PostLocal, WorkersDisagree
 from resist_lightning.checks.handshake import Handshake, Host
 from resist_lightning.checks.header import Purpose
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -80,6 +80,34 @@ def test_learning_rates_that_part_are_told_once(rates, times, recwarn):
     run_threads(meet_twice, 2, rates)
     assert len(recwarn.list) == times
     assert all("worker 0 0.5, worker 1 0.05" in str(warning.message) for warning in recwarn.list)
+
+
+def meet_in_a_round(collective, rule, rates):
+    rates = iter(rates)
+    now = [next(rates)]
+    layout = BlockLayout(small_preact(), Config(min_blocks=1), collective.workers)
+    handshake = Handshake(layout, collective, Host(), lambda: now[0])
+    clock = Clock.by(rule, lambda: now[0])
+    for rate in rates:
+        now[0] = rate
+        clock.step = clock.local_steps
+        handshake.run(Purpose.SYNC, clock)
+        clock.next_round()
+
+
+@pytest.mark.parametrize(
+    ("rule", "rates", "times"),
+    [
+        (QSR(2, 0.1), [0.01, 0.02, 0.03, 0.02], 1),  # once, though twice too long
+        (QSR(2, 0.1), [0.03, 0.02, 0.01], 0),
+        (QSR(2, 0.1, warmup_steps=3), [0.01, 0.02, 0.03, 0.02], 0),
+        (PostLocal(2, 3, 1), [0.01, 0.02, 0.03], 0),
+    ],
+)
+def test_rounds_that_a_rising_rate_made_too_long_are_told_once(rule, rates, times, recwarn):
+    run_threads(meet_in_a_round, 2, rule, rates)
+    assert len(recwarn.list) == times
+    assert all("made round 0 100 local steps long" in str(warning.message) for warning in recwarn.list)
 
 
 def test_a_host_has_nothing_to_say_by_default():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resist_lightning import Config, Engine
+from resist_lightning import QSR, Config, Engine, PostLocal
 from tests.helpers.training import (
     Run,
     assert_equal_states,
@@ -61,6 +61,44 @@ def test_with_other_workers_or_another_seed_a_new_round_begins(other, saved, rou
     assert engine.restore({**saved, "identity": identity, "held": held, **full}) == (not other)
     engine.start()
     assert (engine.clock.round, engine.clock.step) == (round, step)
+
+
+FULL = {"scale": 1.0, "blocks": [], "originals": {}, "norm_statistics": {}}
+
+
+@pytest.mark.parametrize(
+    ("rule", "saved", "length", "before"),
+    [
+        # As the checkpoint says, whatever the rate is now.
+        (QSR(1, 0.1), {"local_steps": str(QSR(1, 0.1)), "steps_before": 9, "round_steps": 7}, 7, 9),
+        # Another rule decides from here on: (0.1 / 0.05)², and 3.
+        (QSR(1, 0.1), {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 4, 9),
+        (3, {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 3, 9),
+        (PostLocal(1, 3, 9), {"local_steps": "7", "steps_before": 9, "round_steps": 7}, 3, 9),
+        # From before rounds could vary.
+        (3, {}, 3, 12),
+        (PostLocal(2, 5, 8), {}, 5, 8),
+    ],
+)
+def test_where_a_run_was_is_resumed_with_the_length_of_its_round(rule, saved, length, before):
+    engine, _, _ = engine_for(Config(local_steps=rule))
+    place = {"identity": engine.layout.identity(), "held": [list(range(engine.layout.schedule.blocks))]}
+    assert engine.restore({"round": 4, "step": 2, **place, **saved, **FULL})
+    engine.start()
+    assert (engine.clock.local_steps, engine.clock.steps_before, engine.clock.total_steps) == (
+        length,
+        before,
+        before + 2,
+    )
+    state = engine.resumption.place()
+    assert (state["round_steps"], state["steps_before"], state["local_steps"]) == (length, before, str(rule))
+
+
+def test_the_rate_that_is_set_before_the_start_counts():
+    engine, _, optimizer = engine_for(Config(local_steps=QSR(1, 0.1)))
+    optimizer.param_groups[0]["lr"] = 0.02
+    engine.start()
+    assert engine.clock.local_steps == 25
 
 
 def test_a_checkpoint_before_the_start_is_empty_and_restores_to_nothing():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resist_lightning import Engine, NeuronConfig
+from resist_lightning import QSR, Engine, NeuronConfig, PostLocal
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 from tests.helpers.ist import (
     ONE_AT_A_TIME,
@@ -22,7 +22,7 @@ from tests.helpers.ist import (
     train_simulator,
 )
 from tests.helpers.threads import run_threads
-from tests.helpers.training import assert_equal_states, clone_state, train_step
+from tests.helpers.training import assert_equal_states, clone_state, decay, train_step
 
 STEPS = 6
 RUNS = {
@@ -31,6 +31,8 @@ RUNS = {
     "travel, AdamW": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, optimizer="adamw"),
     "no norm": Run(NeuronConfig(local_steps=2), STEPS, "plain"),
     "convolutions": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, "conv"),
+    "rounds that follow the rate": Run(NeuronConfig(local_steps=QSR(1, 0.06), momentum="travel"), STEPS, decay=0.8),
+    "rounds that grow": Run(NeuronConfig(local_steps=PostLocal(1, 3, 2)), STEPS),
     "statistics of batches": Run(NeuronConfig(local_steps=2, batch_norm="batch"), STEPS, "paper"),
 }
 
@@ -41,6 +43,7 @@ def trained(collective, run, observe):
     had, seen = [], []
     for step in range(run.steps):
         train_step(engine.module, optimizer, batch_of(run, collective.worker, step))
+        decay(run, optimizer)
         engine.count_step()
         if observe:
             sent = {kind: collective.sent_bytes[kind] for kind in TRAINING_KINDS}
@@ -106,6 +109,7 @@ def observed_then_synced(collective, run):
     pairs = []
     for step in range(run.steps):
         train_step(engine.module, optimizer, batch_of(run, collective.worker, step))
+        decay(run, optimizer)
         engine.count_step()
         with engine.full_model() as full:
             before = clone_state(full)
@@ -198,6 +202,7 @@ def resume(collective, run, checkpoints, exact):
     engine.sync_if_due()
     for step in range(first, run.steps):
         train_step(net, optimizer, batch_of(run, collective.worker, step))
+        decay(run, optimizer)
         engine.after_step()
     engine.finish()
     return clone_state(net), first
