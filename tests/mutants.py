@@ -288,6 +288,27 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_sync.py",),
     ),
     Mutant(
+        "lengths of rounds shifted by a round",
+        "schedule/progress.py",
+        "self.local_steps = self._length_after(self.steps_before)",
+        "self.local_steps = self._length_after(self.steps_before - (self.local_steps if self.round else 0))",
+        ("tests/unit/schedule/test_round_length.py",),
+    ),
+    Mutant(
+        "a resumed round gets a new length",
+        "engine/resume.py",
+        "if not self._knows_length:",
+        "if True:",
+        ("tests/unit/engine/test_resume.py",),
+    ),
+    Mutant(
+        "lengths of rounds not compared",
+        "checks/handshake.py",
+        "self._host.stop_flag(), layout, clock.agreed_steps)",
+        "self._host.stop_flag(), layout, 0)",
+        ("tests/distributed/test_disagreement.py",),
+    ),
+    Mutant(
         "neurons in the default memory format",
         "methods/ist/subnet.py",
         "replace_memory(name, tensor, empty.permute(places))",

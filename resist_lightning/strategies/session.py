@@ -100,7 +100,7 @@ class FitSession:
         engine.swaps.add(trainer.strategy._lightning_optimizers)
         self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
         self._averages.begin()
-        if self._config.trains_alone:
+        if self._config.trains_alone and engine.collective.workers > 1:
             warn_of_rounds(trainer, engine.clock)
         engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,13 @@ import lightning as L
 import pytest
 import torch.distributed as dist
 
-from resist_lightning import Config
+from resist_lightning import QSR, Config
 from resist_lightning.schedule.partition import draw_partition
 from tests.helpers.plain import Classifier, held_out
 from tests.helpers.trainers import (
     QUIET,
     fit,
+    kind_for,
     make_strategy,
     run_trainers,
     run_trainers_and_by_hand,
@@ -143,18 +145,44 @@ SHORT: dict[str, tuple[dict[str, Any], int]] = {
     "overfit_batches": ({"overfit_batches": 2}, 2),
     "no batches": ({"limit_train_batches": 0}, 0),
     "no epochs": ({"max_epochs": 0}, 0),
+    "shorter than a round, by steps": ({"max_epochs": 9, "max_steps": 2}, 2),
+    "shorter than a round, by epochs": ({"limit_train_batches": 1, "max_epochs": 2}, 2),
+    "shorter than a round, IST": ({"max_steps": 2}, 2),
+    "shorter than a round, QSR": ({"max_epochs": 1}, 4),
     "barebones": ({"barebones": True, **dict.fromkeys(QUIET.keys() - {"accelerator", "use_distributed_sampler"})}, 4),
 }
 
 
-def train_shortly(worker: int) -> dict[str, tuple[int, list[str]]]:
+STRATEGIES = {
+    "shorter than a round, IST": {"face": "ist"},
+    "shorter than a round, QSR": {"face": "local_sgd", "local_steps": QSR(1, 1.0)},
+}
+
+
+class Told(Classifier):
+    """Notes, at its first batch, whether the workers were told that they average once."""
+
+    heard: bool | None = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.heard is None:
+            self.heard = any("the workers average once" in str(warning.message) for warning in self.caught)
+
+
+def train_shortly(worker: int) -> dict[str, tuple[int, list[str], bool]]:
     found = {}
     for name, (options, _) in SHORT.items():
-        module = Classifier()
-        trainer = fit(worker, module, 4, val_dataloaders=held_out(worker), **options)
-        found[name] = (trainer.global_step, traces(module))
+        strategy = STRATEGIES.get(name, {})
+        module = Told(kind_for(**strategy))
+        with warnings.catch_warnings(record=True) as module.caught:
+            warnings.simplefilter("always")
+            trainer = fit(worker, module, 4, make_strategy(**strategy), val_dataloaders=held_out(worker), **options)
+        found[name] = (trainer.global_step, traces(module), bool(module.heard))
     return found
 
 
-def test_the_shortest_trainings_end_with_the_full_model_too() -> None:
-    assert run_trainers(train_shortly, 2) == [{name: (steps, []) for name, (_, steps) in SHORT.items()}] * 2
+def test_the_shortest_trainings_end_with_the_full_model_too_and_those_of_one_round_are_told_before() -> None:
+    told, heard = run_trainers(train_shortly, 2)
+    for name, (_, steps) in SHORT.items():
+        assert told[name] == (steps, [], "shorter" in name or name == "overfit_batches"), name
+        assert heard[name] == (steps, [], False), name  # rank 0 speaks for all

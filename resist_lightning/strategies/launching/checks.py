@@ -101,7 +101,7 @@ def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:
         trainer: of this worker, just before its first batch.
         clock: where the training begins.
     """
-    if trainer.world_size == 1 or getattr(trainer, "fast_dev_run", False):
+    if getattr(trainer, "fast_dev_run", False):
         return
     try:
         steps = trainer.estimated_stepping_batches - trainer.global_step

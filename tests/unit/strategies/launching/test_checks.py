@@ -209,13 +209,13 @@ def test_hydra_is_not_imported_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "done", "workers", "warned"),
-    [(48, 0, 2, True), (50, 0, 2, False), (90, 50, 2, True), (80, 40, 2, False), (48, 0, 1, False)],
+    ("steps", "done", "warned"),
+    [(48, 0, True), (50, 0, False), (90, 50, True), (80, 40, False)],
 )
 def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
-    steps: float, done: int, workers: int, warned: bool
+    steps: float, done: int, warned: bool
 ) -> None:
-    trainer: Any = SimpleNamespace(world_size=workers, estimated_stepping_batches=steps, global_step=done)
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=done)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_rounds(trainer, Clock(50, *divmod(done, 50)))
@@ -225,7 +225,7 @@ def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
 
 
 def test_a_training_of_unknown_length_is_not_warned_of() -> None:
-    trainer: Any = SimpleNamespace(world_size=2, estimated_stepping_batches=float("inf"), global_step=0)
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=float("inf"), global_step=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rule in (50, PostLocal(1, 5, 100)):
@@ -244,6 +244,6 @@ def test_a_training_of_unknown_length_is_not_warned_of() -> None:
     ],
 )
 def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int, message: str | None) -> None:
-    trainer: Any = SimpleNamespace(world_size=2, estimated_stepping_batches=steps, global_step=0)
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=0)
     with pytest.warns(match=message) if message else nullcontext():
         warn_of_rounds(trainer, Clock.by(rule, lambda: 0.001))
