@@ -11,13 +11,14 @@ from torch import nn
 
 from experiments.harness.study import Case as AnyCase
 from experiments.networks import PAPER_BLOCKS, FastPreActResNet, OpenResNet
-from resist_lightning import Config
+from experiments.trainers import steps_of
+from resist_lightning import Config, PostLocal
 from resist_lightning.models import PreActResNet
 
 WIRES = ("fp32", "bf16", "int8", "int6", "int4")
 SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
 TITLES = {
-    "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "diloco": "DiLoCo",
+    "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "post_local": "post-local SGD", "diloco": "DiLoCo",
     "resist": "ResIST", "resist_outer": "ResIST, outer step",
 }  # fmt: skip
 PARTITIONING = ("resist", "resist_outer")
@@ -35,7 +36,7 @@ class Case(AnyCase):
     method: str  # a key of `TITLES`
     workers: int  # number of workers
     seed: int  # of weights, order, augmentation and partitions
-    lr: float  # initial learning rate
+    lr: float  # highest learning rate
     local_steps: int = 0  # local steps per round; 0 where there are no rounds
     min_blocks: int = 0  # least blocks per worker
     momentum: str = "reset"  # policy at a sync
@@ -44,14 +45,18 @@ class Case(AnyCase):
     blocks: str = "paper"  # a key of `PARTITIONED`
 
 
-def config_of(case: Case) -> Config:
-    """The package's settings for local SGD or ResIST."""
+def config_of(case: Case, options: Any) -> Config:
+    """The package's settings of a method that has rounds."""
     partitioning = case.method in PARTITIONING
-    options: dict[str, Any] = {"min_blocks": case.min_blocks} if partitioning else {}
+    depth: dict[str, Any] = {"min_blocks": case.min_blocks} if partitioning else {}
     blocks = PARTITIONED[case.blocks if partitioning else "none"]
     outer = "nesterov" if case.method in OUTER else "none"
     policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer}
-    return Config(local_steps=case.local_steps, seed=case.seed, blocks=blocks, **policies, **options)
+    local_steps: int | PostLocal = case.local_steps
+    if case.method == "post_local":
+        half = steps_of(options.samples, options.batch, case.workers) // 2
+        local_steps = PostLocal(1, case.local_steps, half)
+    return Config(local_steps=local_steps, seed=case.seed, blocks=blocks, **policies, **depth)
 
 
 def make_network(case: Case, options: Any, channels: int) -> nn.Module:
@@ -69,18 +74,17 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
     if method in ("single", "ddp"):
         return Case(method, workers, seed, options.lr, blocks="none")
     if method not in PARTITIONING:
-        return Case(method, workers, seed, options.lr, options.local_steps, blocks="none")
+        # As their papers have it; with rounds of one step, a reset would be SGD without momentum.
+        momentum = "keep" if method in ("post_local", "diloco") else "reset"
+        return Case(method, workers, seed, options.lr, options.local_steps, momentum=momentum, blocks="none")
     return Case(method, workers, seed, options.lr, options.local_steps, options.min_blocks)
 
 
+ORDER = ("resist", "resist_outer", "ddp", "local_sgd", "diloco", "post_local")
 # The ends first: an interrupted study has the most telling rows.
 MAIN = [
     ("single", 1),
-    *(
-        (method, workers)
-        for workers in (8, 2, 4)
-        for method in ("resist", "resist_outer", "ddp", "local_sgd", "diloco")
-    ),
+    *((method, workers) for workers in (8, 2, 4) for method in ORDER),
 ]
 
 

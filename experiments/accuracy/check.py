@@ -35,7 +35,7 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
         before = {name: value.clone() for name, value in start.state_dict().items()}
         with TemporaryDirectory() as folder:
             place = Path(folder) / "model.pt"
-            forked(_train, (place, case, start, data.stream(options.batch, case.seed), recipe, rates), WORKERS)
+            forked(_train, (place, case, start, data.stream(options.batch, case.seed), recipe, rates, options), WORKERS)
             real = torch.load(place, weights_only=True)
         stream = data.stream(options.batch, case.seed)
         # The same examples once more, as the stream of the workers' processes has not moved this one.
@@ -54,10 +54,10 @@ def compare(cases: Sequence[Case], options: Any) -> Iterator[tuple[Case, dict[st
 
 def _train(worker: int, task: tuple[Any, ...]) -> None:
     """One real worker: a plain loop, as a user would write it."""
-    place, case, model, stream, recipe, rates = task
+    place, case, model, stream, recipe, rates, options = task
     optimizer = recipe.optimizer(model, case.lr)
     trained = DistributedDataParallel(model) if case.method == "ddp" else model
-    engine = None if case.method == "ddp" else Engine(model, [optimizer], config_of(case))
+    engine = None if case.method == "ddp" else Engine(model, [optimizer], config_of(case, options))
     if engine:
         engine.start()
     for step, lr in enumerate(rates):

@@ -9,14 +9,33 @@ from matplotlib.axes import Axes
 
 from experiments.accuracy.cases import TITLES
 from experiments.accuracy.tables import SETS
-from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, draw_spread, drawn, label_ends
+from experiments.harness.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    draw_spread,
+    drawn,
+    label_ends,
+)
 from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, seeds, values
 
 # What a picture is over: in its title, and at its axis.
 WORDS = {
     "workers": ("number of workers", "workers S"), "local_steps": ("local steps per round, S = 2", "local steps per round"),
 }  # fmt: skip
-COLOURS = {"resist": BLUE, "resist_outer": SKY, "local_sgd": ORANGE, "diloco": PURPLE, "ddp": GREEN, "single": GREY}
+COLOURS = {
+    "resist": BLUE,
+    "resist_outer": SKY,
+    "local_sgd": ORANGE,
+    "diloco": PURPLE,
+    "post_local": VERMILION,
+    "ddp": GREEN,
+    "single": GREY,
+}
 
 
 def draw_all(folder: Path) -> list[Path]:
