@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Generic
 
 import lightning as L
@@ -233,6 +235,20 @@ def sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: T
     optimizer.zero_grad()
     recipe.loss(model(x), y).backward()
     optimizer.step()
+
+
+def median_seconds(steps: Sequence[Callable[[], object]], count: int) -> list[float]:
+    """The median over so many calls of each; one more before them warms up.
+
+    They are called in turn, so that what else the machine does slows all of them down alike.
+    """
+    found: list[list[float]] = [[] for _ in steps]
+    for _ in range(count + 1):
+        for step, seconds in zip(steps, found, strict=True):
+            started = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - started)
+    return [median(seconds[1:]) for seconds in found]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -172,12 +172,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _inspect(module: nn.Module, workers: int, inputs: Sequence[str], given: Mapping[str, Any]) -> Inspection:
     """Inspect a network with the inputs that were given, or else with one that it may take."""
     if inputs:
-        return inspect_model(module, workers=workers, example=tuple(map(_example, inputs)), **given)
+        return inspect_model(module, workers=workers, example=tuple(map(random_input, inputs)), **given)
     found = inspect_model(module, workers=workers, **given)
     guess = _guessed_input(module)
     if guess is not None:
         try:
-            found = inspect_model(module, workers=workers, example=_example(guess), **given)
+            found = inspect_model(module, workers=workers, example=random_input(guess), **given)
         except BlockSelectionError:
             raise
         except ValueError:
@@ -242,7 +242,7 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _example(text: str) -> Tensor:
+def random_input(text: str) -> Tensor:
     """A random input from a text such as 2x3x224x224 or 2x16:long."""
     sizes, _, kind = text.partition(":")
     if kind not in ("", "float", "long") or not all(size.isdecimal() for size in sizes.split("x")):

@@ -44,7 +44,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     check_keys(cfg.trainer, schema.Trainer, "trainer")
     check_keys(cfg.optimizer, schema.Optimizer, "optimizer")
     for section in ("strategy", "model", "data"):
-        _check_section(cfg[section], section)
+        check_section(cfg[section], section)
     for name in ("callbacks", "logger"):
         _check_entries(cfg[name], name)
     _check_workers(cfg)
@@ -74,7 +74,7 @@ def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
         raise ConfigError("ckpt_path is missing: name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt")
     cfg = _with_folder(cfg)
     check_keys(cfg, schema.Evaluate, "")
-    _check_section(cfg.strategy, "strategy")
+    check_section(cfg.strategy, "strategy")
     if is_plain(cfg.strategy) and cfg.devices > 1:
         raise ConfigError(f"devices={cfg.devices}: strategy=single uses one process; set devices=1 or strategy=resist")
 
@@ -96,7 +96,7 @@ def is_plain(strategy: DictConfig) -> bool:
 
 def strategy_name(strategy: DictConfig) -> str:
     """As the command line calls it: ``resist``."""
-    files = {section["_target_"]: name for name, section in _files("strategy").items()}
+    files = {section["_target_"]: name for name, section in files_of("strategy").items()}
     return files.get(strategy._target_, strategy._target_)
 
 
@@ -120,7 +120,7 @@ def build_data(section: DictConfig, *, check: bool = True) -> Any:
 
 def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
     """The network that fits the data, in a plain LightningModule."""
-    wanted = [name for name in GIVEN if name in _arguments(cfg.model._target_)[0]]
+    wanted = wants(cfg.model)
     for name in ["num_classes", *wanted]:  # the accuracy needs the classes, whatever the network asks for
         if name == "in_channels" and not hasattr(data, name) and hasattr(data, "in_features"):
             raise ConfigError(
@@ -133,9 +133,18 @@ def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
             raise ConfigError(f"data: {error}") from error
         if missing:
             raise ConfigError(f"data._target_={cfg.data._target_}: has no {name}; give the data module this attribute")
-    given = {name: getattr(data, name) for name in wanted if name not in cfg.model}
-    net = make(cfg.model, "model", **given)
+    net = build_network(cfg.model, {name: getattr(data, name) for name in wanted})
     return LitClassifier(net, data.num_classes, **cfg.optimizer)  # type: ignore[attr-defined]
+
+
+def wants(section: DictConfig) -> list[str]:
+    """What a network asks to be told of the data, of `GIVEN`."""
+    return [name for name in GIVEN if name in _arguments(section._target_)[0]]
+
+
+def build_network(section: DictConfig, known: Mapping[str, Any]) -> Any:
+    """The network of a section; of what it `wants`, the section's own values come first."""
+    return make(section, "model", **{name: known[name] for name in wants(section) if name not in section})
 
 
 def make(node: DictConfig, key: str, **arguments: Any) -> Any:
@@ -200,10 +209,10 @@ def _check_entries(section: Any, name: str) -> None:
         if node is not None and not (isinstance(node, DictConfig) and node.get("_target_")):
             raise ConfigError(f"{name}.{key}={node}: must have a _target_, or be null to leave it out")
         if node is not None:
-            _check_section(node, f"{name}.{key}")
+            check_section(node, f"{name}.{key}")
 
 
-def _check_section(node: Any, prefix: str) -> None:
+def check_section(node: Any, prefix: str) -> None:
     """Its keys are arguments of what it names, and its values have their types."""
     if not isinstance(node, DictConfig) or not node.get("_target_"):
         raise ConfigError(f"{prefix}={node}: must have a _target_; choose by {prefix}=NAME")
@@ -274,7 +283,7 @@ def _hints(made: Any) -> dict[str, Any]:
 
 def _own(node: DictConfig, prefix: str) -> DictConfig:
     """A section without the defaults of its group that a target of the user's own does not take."""
-    files = _files(prefix) if prefix in ("model", "data") else {}
+    files = files_of(prefix) if prefix in ("model", "data") else {}
     if not files or node._target_ in [section["_target_"] for section in files.values()]:
         return node
     arguments, anything = _arguments(node._target_, prefix)
@@ -294,6 +303,6 @@ def _own(node: DictConfig, prefix: str) -> DictConfig:
 
 
 @cache
-def _files(group: str) -> Mapping[str, dict[str, Any]]:
+def files_of(group: str) -> Mapping[str, dict[str, Any]]:
     """The sections of ``conf/GROUP``, by name."""
     return {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in (CONF / group).glob("*.yaml")}  # type: ignore[misc]

@@ -27,7 +27,8 @@ from experiments.harness.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/tables.py") if path.parent.name != "harness")
-PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", *(folder / "README.md" for folder in FOLDERS))
+OWN_PAGES = [page for folder in FOLDERS if (page := folder / "README.md").exists()]
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "docs" / "choosing.md", *OWN_PAGES)
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NOT_YET = "Not measured yet.\n"
 WIDE = 190  # characters in a line of a file or pipe, which has no width of its own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,16 @@ def sizes(layout: NeuronLayout) -> dict[str, int]:
     return {"inner": two_sided, "outer": _bytes(parameters.values()) - two_sided - shared, "shared": shared}
 
 
-def closed_form(group: dict[str, Any]) -> dict[str, float]:
-    """Bytes of a worker with an equal share of the neurons, while it trains with momentum."""
+def closed_form(group: Mapping[str, Any], slots: int = 1) -> dict[str, float]:
+    """Bytes of a worker with an equal share of the neurons, while it trains: parameters, gradients and ``slots`` of an optimizer (1: momentum)."""
     workers = group["workers"]
     inner, outer = group["inner"] / workers**2, group["outer"] / workers
     held = inner + outer + group["shared"]
-    return {"held": 3 * held, "inner": 3 * inner, "store": group["inner"] / workers if workers > 1 else 0}
+    return {
+        "held": (2 + slots) * held,
+        "inner": (2 + slots) * inner,
+        "store": group["inner"] / workers if workers > 1 else 0,
+    }
 
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer, inner: Sequence[str]) -> dict[str, int]:

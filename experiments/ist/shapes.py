@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from experiments.ist.cases import LOCAL_STEPS
 from experiments.links.closed_form import neuron_bytes
 from experiments.networks import mlp
-from experiments.trainers import sgd_step
+from experiments.trainers import median_seconds, sgd_step
 from resist_lightning import NeuronConfig
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -84,12 +83,8 @@ def step_seconds(shape: Shape, workers: int, steps: int) -> float:
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     inputs = torch.randn(BATCH, shape.inputs)
     labels = torch.randint(CLASSES, (BATCH,))
-    found = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        sgd_step(network, optimizer, inputs, labels)
-        found.append(time.perf_counter() - started)
-    return median(found[1:])  # the first one warms up
+    (seconds,) = median_seconds([lambda: sgd_step(network, optimizer, inputs, labels)], steps)
+    return seconds
 
 
 def speed_up(row: dict[str, Any], volume: dict[str, Any], gbit: float) -> dict[str, float]:

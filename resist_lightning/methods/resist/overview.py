@@ -71,6 +71,7 @@ class Costs:
         parameters: number of parameters of the network.
         held: parameters that a worker holds: the mean, the least and the most.
         sent: bytes that a worker sends per sync: the mean, the least and the most; without optimizer state.
+        slowest: bytes per sync of the worker that sends the most in it, as a mean over rounds: who the others wait for.
         local_sgd: bytes that it would send if nothing was partitioned and compressed.
         computed: share of the forward's operations that a worker does; None if it is not known.
     """
@@ -78,6 +79,7 @@ class Costs:
     parameters: int
     held: tuple[float, int, int]
     sent: tuple[float, int, int]
+    slowest: float
     local_sgd: int
     computed: float | None
 
@@ -133,12 +135,15 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
     sizes = layout.sizes(OptimizerStates([]))
     held: list[int] = []
     sent: list[int] = []
+    slowest: list[int] = []
     absent: list[int] = []
     for round in range(first, first + ROUNDS):
         partition = layout.partition(round)
         held += layout.held_parameters(round)
         plan, following = (plan_sync(layout.partition(r), layout.partition(r + 1)) for r in (round, round + 1))
-        sent += [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers, following)]
+        by_worker = [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers, following)]
+        sent += by_worker
+        slowest.append(max(by_worker))
         if flops is not None:
             computed = [sum(flops[layout.blocks[index].name] for index in indices) for indices in partition.held]
             everything = sum(flops[block.name] for block in layout.blocks)
@@ -148,6 +153,7 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
         parameters=sum(parameter.numel() for parameter in layout.module.parameters()),
         held=(_mean(held), min(held), max(held)),
         sent=(_mean(sent), min(sent), max(sent)),
+        slowest=_mean(slowest),
         local_sgd=local_sgd_bytes(whole, layout.workers, 1),
         computed=None if flops is None else 1 - _mean(absent) / max(flops[""], 1),
     )

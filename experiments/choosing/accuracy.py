@@ -1,0 +1,119 @@
+"""What a method costs in accuracy, read from the result files of the accuracy studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from experiments.accuracy import tables as residual
+from experiments.harness.tables import Content, Rows, chosen, read
+from experiments.ist import tables as neurons
+from experiments.ist.cases import TASKS
+
+TITLES = {**residual.TITLES, "ist": "IST"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one method in one study."""
+
+    points: float  # of test accuracy below DDP on equal samples; mean over seeds
+    study: str  # in a word, for a cell
+    workers: int  # with which it was measured
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trainings of several methods on one data set."""
+
+    name: str
+    words: str  # data, network, samples
+    rows: Rows
+
+    def costs(self, workers: int) -> dict[str, Cost]:
+        """By method: measured with so many workers; or with the next larger number, or with the largest."""
+        found = {}
+        for method in TITLES:
+            counts = sorted({row["case"]["workers"] for row in chosen(self.rows, method=method)})
+            if method in ("ddp", "single") or not counts:
+                continue
+            measured = next((count for count in counts if count >= workers), counts[-1])
+            points = self._below_ddp(method, measured)
+            if points:
+                found[method] = Cost(mean(points), self.name, measured, len(points))
+        return found
+
+    def base(self, workers: int) -> int | None:
+        """Workers of the DDP that methods with so many are compared with; the largest number where theirs is not there."""
+        counts = {row["case"]["workers"] for row in chosen(self.rows, method="ddp")}
+        return workers if workers in counts else max(counts, default=None)
+
+    def _below_ddp(self, method: str, workers: int) -> list[float]:
+        """Points, of each seed that both have."""
+        ddp = {row["case"]["seed"]: row["last"] for row in chosen(self.rows, method="ddp", workers=self.base(workers))}
+        found = []
+        for row in chosen(self.rows, method=method, workers=workers):
+            seed = row["case"]["seed"]
+            if seed in ddp:
+                found.append(ddp[seed] - row["last"])
+        return found
+
+
+def residual_studies(folders: Sequence[Path] = (residual.RESULTS, residual.SHORT)) -> list[Study]:
+    """Of residual networks: the trainings at full height, and the short ones."""
+    names = {residual.RESULTS: "CIFAR-10", residual.SHORT: "CIFAR-10, short"}
+    found = []
+    for folder in folders:
+        content = read(folder, "main")
+        if content is not None:
+            found.append(Study(names.get(folder, folder.name), _residual_words(content), content["rows"]))
+    return found
+
+
+def _residual_words(content: Content) -> str:
+    settings = content["settings"]
+    size = (8 if settings["data"] == "digits" else 32) // settings["shrink"]
+    samples = max(row["samples"] for row in content["rows"])
+    return (
+        f"{residual.SETS[settings['data']]} at {size} x {size} pixels, a pre-activation network of (1, 1, {settings['deep']}, 1) "
+        f"blocks at {settings['width']:g} of the paper's width, {samples:,} samples"
+    )
+
+
+def neuron_studies(folder: Path = neurons.RESULTS) -> list[Study]:
+    """Of fully connected networks."""
+    content = read(folder, "accuracy")
+    if content is None:
+        return []
+    size, found = content["settings"]["size"], []
+    for name, task in TASKS.items():
+        rows = neurons.usual(content["rows"], task=name)
+        if rows:
+            samples = max(row["samples"] for row in rows)
+            words = f"{task.title}; {task.depth} linear layers, hidden {task.width[size]}, {samples:,} samples"
+            found.append(Study(name, words, rows))
+    return found
+
+
+def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
+    """By method, what it costs in each study that has it."""
+    found: dict[str, list[Cost]] = {}
+    for study in studies:
+        for method, cost in study.costs(workers).items():
+            found.setdefault(method, []).append(cost)
+    return found
+
+
+def studies_for(*, neurons_only: bool, workers: int) -> list[Study]:
+    """The studies that tell most of a network: of fully connected ones, or of residual ones with as many workers.
+
+    The trainings at full height count as soon as they compare a method with DDP, and the short ones until then.
+    """
+    if neurons_only:
+        return neuron_studies()
+    telling = [study for study in residual_studies() if study.costs(workers)]
+    large = [study for study in telling if any(cost.workers >= workers for cost in study.costs(workers).values())]
+    return (large or telling)[:1]

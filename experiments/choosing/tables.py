@@ -1,0 +1,253 @@
+"""The tables of the page docs/choosing.md and of the command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.choosing.accuracy import TITLES, Cost, Study, costs_of, studies_for
+from experiments.choosing.footprint import Footprint, Setting, divide, footprints, operations
+from experiments.choosing.prediction import Advice, Row, advise, predict, scaled
+from experiments.harness import tables
+from experiments.harness.tables import Content, Grid, machine, page_tables
+from experiments.harness.words import bytes_in_words, seconds_in_words
+from experiments.links import tables as links
+from experiments.networks import described
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+CHECKED = ("ddp", "local_sgd", "resist")
+
+
+def rows_of(content: Content) -> list[Row]:
+    """The predictions of a result file."""
+    return [Row(**{key: value for key, value in row.items() if key != "seconds"}) for row in content["rows"]]
+
+
+def studies_of(content: Content) -> list[Study]:
+    """Those that tell what the methods of a result file cost in accuracy."""
+    methods = {row["method"] for row in content["rows"]}
+    return studies_for(
+        neurons_only="ist" in methods and "resist" not in methods, workers=content["settings"]["workers"]
+    )
+
+
+def example(content: Content) -> Grid:
+    """A line for each method."""
+    settings = content["settings"]
+    costs = costs_of(studies_of(content), settings["workers"])
+    title = (
+        f"{settings['workers']} workers, link {settings['link']}, a sync every {settings['local_steps']} local steps"
+    )
+    return Grid.of(title, rows_of(content), {
+        "": lambda row: TITLES[row.method],
+        "held, M parameters": lambda row: f"{row.parameters / 1e6:.3g} ({percent(row.share)})",
+        "with gradients and optimizer, MiB": lambda row: mebibytes(row.memory_bytes),
+        "sent per local step": lambda row: bytes_in_words(row.sent_bytes),
+        "compute": lambda row: duration(row.compute_seconds),
+        "s per local step": lambda row: duration(row.seconds),
+        "of it communication": lambda row: percent(row.communicating),
+        "faster than DDP": lambda row: f"{row.speed:.2f}x",
+        "accuracy": lambda row: cost_in_words(row.method, costs, settings["workers"]),
+    })  # fmt: skip
+
+
+def percent(share: float) -> str:
+    """``61 %``."""
+    return f"{100 * share:.0f} %"
+
+
+def mebibytes(count: float) -> str:
+    """``325``, ``0.334``."""
+    return f"{count / MIB:,.0f}" if count >= 100 * MIB else f"{count / MIB:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """``1.25 s``, ``12.3 ms``."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.1 else seconds_in_words(seconds)
+
+
+def cost_in_words(method: str, costs: Mapping[str, Sequence[Cost]], workers: int) -> str:
+    """A cell: points lost against DDP, in each study."""
+    if method == "ddp":
+        return "0"
+    cells = []
+    for cost in costs.get(method, ()):
+        more = "" if cost.workers == workers else f", S = {cost.workers}"
+        cells.append(f"{-cost.points:+.1f} ({cost.study}{more})")
+    return ", ".join(cells) or "not measured"
+
+
+def explained(content: Content) -> str:
+    """What the table rests on, and what to take."""
+    settings, studies = content["settings"], studies_of(content)
+    costs = costs_of(studies, settings["workers"])
+    lines = [f"- Compute: {_compute_in_words(content)}. Communication: bytes of the worker that sends most / bandwidth"]
+    lines[0] += f", and {settings['latency']:g} s per message." if settings["latency"] else "."
+    lines[0] += " Nothing is taken to be hidden behind compute; DDP hides some."
+    if settings["wire"] != "fp32":
+        lines.append(f"- Parameters are sent as {settings['wire']}, but for DDP and IST, which send fp32.")
+    for study in studies:
+        lines.append(
+            f"- Accuracy, points against DDP on equal samples, {study.name}: {study.words}; {_seeds(study, settings)}."
+        )
+    for part, reason in content["refused"].items():
+        lines.append(f"- No {'IST' if part == 'neurons' else 'ResIST'}: {reason}.")
+    lines += [
+        "- AuxNet is not in the table: it sends in every step what its cuts let through, which training finds (docs/auxnet.md).",
+        "",
+    ]
+    return "\n".join(lines) + in_words(content, costs) + "\n"
+
+
+def _compute_in_words(content: Content) -> str:
+    settings = content["settings"]
+    if settings["step_seconds"] is not None:
+        return f"step_seconds={settings['step_seconds']:g} as given for the whole network, scaled by the multiply-adds of what is held"
+    threads = f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"
+    return (
+        f"forward, backward and step on a batch of {settings['batch']}, median of {settings['steps']}, on this machine with {threads} "
+        f"({machine(content)})"
+    )
+
+
+def _seeds(study: Study, settings: Mapping[str, Any]) -> str:
+    workers, costs = settings["workers"], study.costs(settings["workers"])
+    counts = sorted({cost.seeds for cost in costs.values()})
+    base = (
+        ""
+        if all(study.base(cost.workers) == cost.workers for cost in costs.values())
+        else f"; DDP with {study.base(workers)} workers"
+    )
+    return f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds{base}"
+
+
+def in_words(content: Content, costs: Mapping[str, Sequence[Cost]]) -> str:
+    """What to take here, and why."""
+    rows, point = rows_of(content), content["settings"]["point"]
+    # Where several studies speak of a method, the one that it costs most.
+    worst = {method: max(cost.points for cost in found) for method, found in costs.items()}
+    return advice_in_words(advise(rows, worst, point), {row.method: row for row in rows}, worst, point)
+
+
+def advice_in_words(advice: Advice, rows: Mapping[str, Row], costs: Mapping[str, float], point: float) -> str:
+    """One or two sentences."""
+    taken = rows[advice.method]
+    price = f"a point of accuracy is taken to be worth {point:g} times the speed"
+    if advice.method == "ddp":
+        best = max((row for row in rows.values() if row.method != "ddp"), key=lambda row: row.speed)
+        text = f"Take DDP: no other method is so much faster that it makes up for its accuracy : {_in_short(best, costs)}; {price}."
+    else:
+        text = (
+            f"Take {TITLES[advice.method]}: it is {taken.speed:.1f} times as fast as DDP, holds {percent(taken.share)} of the "
+            f"parameters and sends {bytes_in_words(taken.sent_bytes)} per local step; {_costing(advice.method, costs)} ({price})."
+        )
+    others = []
+    if advice.more_accurate:
+        others.append(f"{_in_short(rows[advice.more_accurate], costs)} is more accurate")
+    if advice.faster and advice.method != "ddp":
+        others.append(f"{_in_short(rows[advice.faster], costs)} is faster")
+    if advice.smaller:
+        row = rows[advice.smaller]
+        others.append(
+            f"{TITLES[row.method]} needs {mebibytes(row.memory_bytes)} MiB of memory, not {mebibytes(taken.memory_bytes)}"
+        )
+    return " ".join([text, *([f"Else: {'; '.join(others)}."] if others else [])])
+
+
+def _costing(method: str, costs: Mapping[str, float]) -> str:
+    if method not in costs:
+        return "what it costs in accuracy is not measured"
+    return f"it cost {costs[method]:.1f} points of accuracy" if costs[method] > 0 else "it cost no accuracy"
+
+
+def _in_short(row: Row, costs: Mapping[str, float]) -> str:
+    if row.method == "ddp":
+        return TITLES["ddp"]
+    return f"{TITLES[row.method]} ({row.speed:.1f} times as fast as DDP; {_costing(row.method, costs)})"
+
+
+def check() -> str:
+    """The prediction against seconds that were measured over real links."""
+    content = tables.read(links.RESULTS, "links")
+    return tables.NOT_YET if content is None else checked(content).markdown()
+
+
+def off() -> str:
+    """How far off the predictions are, in a sentence."""
+    content = tables.read(links.RESULTS, "links")
+    if content is None:
+        return tables.NOT_YET
+    found = {
+        method: [
+            row.seconds / measured["seconds_per_step"] - 1
+            for _, row, measured in pairs(content)
+            if row.method == method
+        ]
+        for method in CHECKED
+    }
+    words = [f"{TITLES[method]} {min(own):+.1%} to {max(own):+.1%}" for method, own in found.items()]
+    return f"Predicted seconds are off by: {'; '.join(words)}.\n"
+
+
+def pairs(content: Content) -> list[tuple[float, Row, Row]]:
+    """By link and method, what is predicted and what was measured, of a result file of experiments/links.
+
+    Its own seconds of DDP's compute, without communication, are given as ``step_seconds``.
+    """
+    footprint, counted = _closed_forms(content["settings"])
+    found = []
+    for gbit in filter(None, dict.fromkeys(row["bandwidth_gbit"] for row in content["rows"])):
+        measured = {row["method"]: row for row in content["rows"] if row["bandwidth_gbit"] == gbit}
+        compute = scaled(measured["ddp"]["compute_seconds"], counted)
+        rows = predict(footprint, compute, gbit * 1e9 / 8)
+        found += [(gbit, row, measured[row.method]) for row in rows if row.method in CHECKED]
+    return found
+
+
+def checked(content: Content) -> Grid:
+    """The prediction beside each measurement."""
+    lines = [_compared(*pair) for pair in pairs(content)]
+    header = [
+        "link",
+        "method",
+        "predicted, s per local step",
+        "measured",
+        "off",
+        "of it compute: predicted",
+        "measured",
+    ]
+    return Grid("Prediction", [*header, "faster than DDP: predicted", "measured"], lines)
+
+
+def _closed_forms(settings: Mapping[str, Any]) -> tuple[list[Footprint], dict[str, int]]:
+    setting = Setting(settings["workers"], settings["local_steps"], settings["min_blocks"])
+    image = torch.empty(settings["batch"], 3, 32, 32, device="meta")
+    with torch.device("meta"):
+        parts, _ = divide(lambda: described(settings["network"], num_classes=10), image, setting)
+    found = footprints(parts, setting)
+    for part in parts.values():
+        part.hold()
+    return found, {name: operations(part.module, image) for name, part in parts.items()}
+
+
+def _compared(gbit: float, row: Row, measured: Mapping[str, Any]) -> list[str]:
+    seconds, compute = measured["seconds_per_step"], measured["compute_seconds"]
+    return [
+        links.bandwidth(gbit),
+        TITLES[row.method],
+        duration(row.seconds),
+        duration(seconds),
+        f"{row.seconds / seconds - 1:+.1%}",
+        duration(row.compute_seconds),
+        duration(compute),
+        f"{row.speed:.2f}x",
+        f"{measured['speed_up_over_ddp']:.2f}x",
+    ]
+
+
+STUDIES = {"advise": (example, explained)}
+TABLES = {**page_tables(RESULTS, STUDIES, "choosing_"), "choosing_check": check, "choosing_off": off}
