@@ -118,7 +118,7 @@ def with_network(arguments: Sequence[str]) -> list[str]:
             continue
         if name not in files:
             raise ConfigError(
-                f"model={name}: must be one of {', '.join(files)}, or a network of your own: model._target_=PACKAGE.CLASS"
+                f"model={name}: must be one of {', '.join(sorted(files))}, or a network of your own: model._target_=PACKAGE.CLASS"
             )
         words += [f"model.{key}={value}" for key, value in files[name].items()]
     return words + [word for word in arguments if not word.startswith("model=")]

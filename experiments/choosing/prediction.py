@@ -125,7 +125,7 @@ def advise(rows: Sequence[Row], costs: Mapping[str, float], point: float) -> Adv
     more_accurate = [row for row in rows if known.get(row.method, float("inf")) < known[taken.method]]
     return Advice(
         taken.method,
-        max(more_accurate, key=lambda row: row.speed).method if more_accurate else None,
+        max(more_accurate, key=worth).method if more_accurate else None,
         fastest.method if fastest.speed >= CLEARLY * taken.speed else None,
         _smaller(rows, taken),
     )

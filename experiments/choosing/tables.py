@@ -51,13 +51,18 @@ def example(content: Content) -> Grid:
         "s per local step": lambda row: duration(row.seconds),
         "of it communication": lambda row: percent(row.communicating),
         "faster than DDP": lambda row: f"{row.speed:.2f}x",
-        "accuracy": lambda row: cost_in_words(row.method, costs, settings["workers"]),
+        "accuracy, points against DDP": lambda row: cost_in_words(row.method, costs, settings["workers"]),
     })  # fmt: skip
 
 
 def percent(share: float) -> str:
     """``61 %``."""
     return f"{100 * share:.0f} %"
+
+
+def signed(share: float) -> str:
+    """``+1.6 %``."""
+    return f"{100 * share:+.1f} %"
 
 
 def mebibytes(count: float) -> str:
@@ -100,7 +105,7 @@ def explained(content: Content) -> str:
         "- AuxNet is not in the table: it sends in every step what its cuts let through, which training finds (docs/auxnet.md).",
         "",
     ]
-    return "\n".join(lines) + in_words(content, costs) + "\n"
+    return "\n".join([*lines, in_words(content, costs)]) + "\n"
 
 
 def _compute_in_words(content: Content) -> str:
@@ -139,7 +144,7 @@ def advice_in_words(advice: Advice, rows: Mapping[str, Row], costs: Mapping[str,
     price = f"a point of accuracy is taken to be worth {point:g} times the speed"
     if advice.method == "ddp":
         best = max((row for row in rows.values() if row.method != "ddp"), key=lambda row: row.speed)
-        text = f"Take DDP: no other method is so much faster that it makes up for its accuracy : {_in_short(best, costs)}; {price}."
+        text = f"Take DDP: no other method is so much faster that it makes up for its accuracy: {_in_short(best, costs)}; {price}."
     else:
         text = (
             f"Take {TITLES[advice.method]}: it is {taken.speed:.1f} times as fast as DDP, holds {percent(taken.share)} of the "
@@ -189,7 +194,7 @@ def off() -> str:
         ]
         for method in CHECKED
     }
-    words = [f"{TITLES[method]} {min(own):+.1%} to {max(own):+.1%}" for method, own in found.items()]
+    words = [f"{TITLES[method]} {signed(min(own))} to {signed(max(own))}" for method, own in found.items()]
     return f"Predicted seconds are off by: {'; '.join(words)}.\n"
 
 
@@ -198,7 +203,7 @@ def pairs(content: Content) -> list[tuple[float, Row, Row]]:
 
     Its own seconds of DDP's compute, without communication, are given as ``step_seconds``.
     """
-    footprint, counted = _closed_forms(content["settings"])
+    footprint, counted = closed_forms(content["settings"])
     found = []
     for gbit in filter(None, dict.fromkeys(row["bandwidth_gbit"] for row in content["rows"])):
         measured = {row["method"]: row for row in content["rows"] if row["bandwidth_gbit"] == gbit}
@@ -223,7 +228,7 @@ def checked(content: Content) -> Grid:
     return Grid("Prediction", [*header, "faster than DDP: predicted", "measured"], lines)
 
 
-def _closed_forms(settings: Mapping[str, Any]) -> tuple[list[Footprint], dict[str, int]]:
+def closed_forms(settings: Mapping[str, Any]) -> tuple[list[Footprint], dict[str, int]]:
     setting = Setting(settings["workers"], settings["local_steps"], settings["min_blocks"])
     image = torch.empty(settings["batch"], 3, 32, 32, device="meta")
     with torch.device("meta"):
@@ -241,7 +246,7 @@ def _compared(gbit: float, row: Row, measured: Mapping[str, Any]) -> list[str]:
         TITLES[row.method],
         duration(row.seconds),
         duration(seconds),
-        f"{row.seconds / seconds - 1:+.1%}",
+        signed(row.seconds / seconds - 1),
         duration(row.compute_seconds),
         duration(compute),
         f"{row.speed:.2f}x",
