@@ -232,7 +232,7 @@ def check_section(node: Any, prefix: str) -> None:
             check_keys(nested, schema.Duration, f"{prefix}.{key}")
             continue
         if isinstance(nested, DictConfig) and nested.get("_target_"):
-            _check_section(nested, f"{prefix}.{key}")
+            check_section(nested, f"{prefix}.{key}")
             continue
         _check_type(f"{prefix}.{key}", node, key, arguments.get(key, Any))
 
