@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from resist_lightning.errors import PartialModelError
 from resist_lightning.state.absent import ENDED_EARLY, NEW_MODULE
+from resist_lightning.state.compiled import is_exporting
 
 _WAY_OUT = (
     "Do so inside `engine.full_model()`, on all workers, or in a hook of the validation; under Lightning the engine is "
@@ -77,7 +78,7 @@ class PartGuard:
 
     def check(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Refuse or warn, before a forward of a guarded module that does not look like training."""
-        if torch.compiler.is_exporting() or _is_traced(args):
+        if is_exporting() or _is_traced(args):
             self.refuse(name, "trace or export")
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return  # a forward inside a backward is activation checkpointing

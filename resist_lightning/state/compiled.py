@@ -60,6 +60,11 @@ def is_compiled(module: nn.Module) -> bool:
     return any(_is_compiled_function(value) for value in [*vars(module).values(), type(module).forward])
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces. ``torch.compiler.is_exporting`` says so in all code that torch 2.10 compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
     """Inside, what is compiled in a module, or around it, runs uncompiled."""
     # Only where it is needed: the stance is one for all threads.

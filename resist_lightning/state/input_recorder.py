@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.state.batch_norm import Call, norms_with_statistics
+from resist_lightning.state.compiled import is_exporting
 from resist_lightning.state.host_copies import moved, recorded
 
 _REASON = "resist_lightning records the inputs of batch norm; compile the network in place, by net.compile()"
@@ -93,7 +94,7 @@ class InputRecorder:
             return
         self._outermost = self if compiled else module
         # Tracers call a forward with inputs that have no values.
-        traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+        traced = is_exporting() or torch._C._get_tracing_state() is not None
         if not module.training or traced:
             return
         self.missed |= not torch.is_grad_enabled()

@@ -7,12 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-
-try:
-    import numpy as np
-except ImportError:  # torch and Lightning work without it
-    np = None  # type: ignore[assignment]
 
 Randomness: TypeAlias = dict[str, Any]
 
@@ -23,9 +19,8 @@ def random_state() -> Randomness:
     state: Randomness = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
-    if np is not None:
-        name, keys, *rest = np.random.get_state(legacy=True)
-        state["numpy"] = [name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest]
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state["numpy"] = [name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest]
     return state
 
 
@@ -36,7 +31,7 @@ def set_random_state(state: Randomness) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state and np is not None:
+    if "numpy" in state:
         name, keys, *rest = state["numpy"]
         np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
@@ -47,9 +42,7 @@ def random_numbers_apart() -> Iterator[None]:
     # Not by `random_state`, which makes lists of Python's and NumPy's words.
     python, torch_cpu = random.getstate(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    numpy: Any = None
-    if np is not None:
-        numpy = np.random.get_state()
+    numpy = np.random.get_state()
     try:
         yield
     finally:
@@ -57,8 +50,7 @@ def random_numbers_apart() -> Iterator[None]:
         torch.set_rng_state(torch_cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
-        if numpy is not None:
-            np.random.set_state(numpy)
+        np.random.set_state(numpy)
 
 
 def seed_generators(seed: int) -> None:
@@ -67,6 +59,5 @@ def seed_generators(seed: int) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
     random.seed(seed)
-    if np is not None:
-        # One word more than Python's seed: both generators have the same algorithm, and must not draw the same.
-        np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])
+    # One word more than Python's seed: both generators have the same algorithm, and must not draw the same.
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])

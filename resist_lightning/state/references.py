@@ -14,17 +14,14 @@ from torch.utils.weak import WeakIdRef
 _MOST_NODES = 10_000  # visited in an autograd graph
 _DEPTH = 3  # of containers in containers
 _MOST_NAMED = 3
+_FORGETS = "invalidate_compile_context_weakrefs"  # torch 2.10 has no such setting
 
 
 def who_holds(tensor: Tensor) -> str:
     """A sentence that names what uses a tensor's memory, with the remedy."""
     weak = weakref.getweakrefs(tensor)
     if any(isinstance(reference, WeakIdRef) for reference in weak):
-        return (
-            "what torch.compile has noted about it has a weak reference to it, as a backend of your own keeps that. "
-            "Set torch._dynamo.config.invalidate_compile_context_weakrefs = True, or register the backend by name "
-            "(torch._dynamo.register_backend)."
-        )
+        return f"what torch.compile has noted about it has a weak reference to it. {_remedy_for_compiled()}"
     if weak:
         return (
             f"{_places(weak) or 'something'} has a weak reference to it, which would point to memory that is gone. "
@@ -95,3 +92,17 @@ def _places(objects: list[Any]) -> str:
 
 def _names(attributes: Mapping[str, object], reached: set[int]) -> list[str]:
     return [name for name, value in list(attributes.items()) if id(value) in reached]
+
+
+def _remedy_for_compiled() -> str:
+    import torch._dynamo  # a heavy module, which is there where something was compiled
+
+    if hasattr(torch._dynamo.config, _FORGETS):
+        return (
+            f"A backend of your own keeps that: set torch._dynamo.config.{_FORGETS} = True, or register the backend by "
+            "name (torch._dynamo.register_backend)."
+        )
+    return (
+        f"torch {torch.__version__} keeps that for every backend, and torch 2.15 does not: use that, or leave blocks "
+        "that are partitioned uncompiled."
+    )

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 WIDTH, TOKENS = 8, 5
+
+compiled_blocks_move = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"),
+    reason="this torch keeps references to what it has compiled",
+)
 
 
 class Add(nn.Module):

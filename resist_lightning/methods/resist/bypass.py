@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from resist_lightning.errors import BlockSelectionError
 from resist_lightning.methods.residual import Seen
+from resist_lightning.state.compiled import is_exporting
 
 
 def first_argument(module: nn.Module) -> str:
@@ -111,7 +112,7 @@ class Bypass:
         Raises:
             BlockSelectionError: if the input is not a tensor, or the network was compiled as a whole.
         """
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_exporting():
             refuse_compiled(self._name)
         x = self._safe(input_of(self._name, self._argument, args, kwargs))
         form: OutputForm | None = self._seen.output

@@ -23,7 +23,7 @@ from resist_lightning.methods.resist.bypass import first_argument, input_of, out
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
-from resist_lightning.state.compiled import uncompiled
+from resist_lightning.state.compiled import is_exporting, uncompiled
 from resist_lightning.state.random_state import random_state, set_random_state
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -82,7 +82,7 @@ class _Look:
         self._handles = []
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting():  # refused elsewhere, if this worker has only a part
+        if is_exporting():  # refused elsewhere, if this worker has only a part
             return
         if torch.compiler.is_compiling():
             refuse_compiled(self._block.name)

@@ -10,6 +10,7 @@ import torch
 from resist_lightning.methods.residual import recognise
 from resist_lightning.methods.resist.subnet import SubnetBlock
 from tests.helpers.nets import residual_block
+from tests.helpers.residual import compiled_blocks_move
 
 
 class Keeper:
@@ -44,6 +45,7 @@ def test_a_tensor_that_is_still_in_use_says_which_and_what_has_it(keep, said):
         SubnetBlock(recognise("block", block)).free()
 
 
+@compiled_blocks_move
 def test_a_backend_of_torch_compile_that_keeps_a_tensor_is_named_with_the_way_out():
     for invalidate in (None, True):
         torch._dynamo.reset()

@@ -17,7 +17,7 @@ from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.folding import fold, folded
 from resist_lightning.methods.resist.subnet import SubnetBlock
 from tests.helpers.nets import Undeclared
-from tests.helpers.residual import TOKENS, WIDTH, Add, Gate, Mixer, Odd, Scaled, Wrapper
+from tests.helpers.residual import TOKENS, WIDTH, Add, Gate, Mixer, Odd, Scaled, Wrapper, compiled_blocks_move
 from tests.helpers.training import assert_equal_states, clone_state
 
 
@@ -207,6 +207,14 @@ def test_a_block_in_code_that_is_compiled_around_it_is_refused_when_it_is_met():
     FirstForward([block])
     with pytest.raises(BlockSelectionError, match=r"block '1' lies in code, which torch\.compile.*block\.compile\(\)"):
         around(x)
+
+
+@compiled_blocks_move
+def test_a_block_that_is_absent_in_code_that_is_compiled_around_it_is_refused():
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Undeclared(WIDTH))
+    block, x = block_at("1", net[1]), torch.randn(2, WIDTH)
+    around = torch.compile(net, backend="eager")
+    FirstForward([block])
     net(x)  # a first forward by itself, and compiled later
     assert torch.equal(around(x), net(x))
     SubnetBlock(block).free()

@@ -17,13 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -101,14 +95,23 @@ def test_synchronised_batch_norm_is_refused(strategy: Any, trainer_with: MakeTra
 
 AVERAGING: dict[str, tuple[Any, list[Any], str]] = {
     "SWA": (LocalSGDStrategy, [lambda: StochasticWeightAveraging(1e-2)], "adds an epoch .* Use WeightAveraging"),
-    "neurons": (ISTStrategy, [WeightAveraging], "under IST .* or average checkpoints after the training"),
-    "two averages": (
-        LocalSGDStrategy,
-        [WeightAveraging, EMAWeightAveraging],
-        "WeightAveraging and EMAWeightAveraging .* keep one",
-    ),
-    "workers left out": (partial(ResISTStrategy, non_finite="drop"), [EMAWeightAveraging], "Use non_finite='raise'"),
 }
+if hasattr(L.pytorch.callbacks, "WeightAveraging"):  # of Lightning 2.6
+    from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+
+    AVERAGING |= {
+        "neurons": (ISTStrategy, [WeightAveraging], "under IST .* or average checkpoints after the training"),
+        "two averages": (
+            LocalSGDStrategy,
+            [WeightAveraging, EMAWeightAveraging],
+            "WeightAveraging and EMAWeightAveraging .* keep one",
+        ),
+        "workers left out": (
+            partial(ResISTStrategy, non_finite="drop"),
+            [EMAWeightAveraging],
+            "Use non_finite='raise'",
+        ),
+    }
 
 
 @pytest.mark.parametrize("start_method", LAUNCHERS)

@@ -60,9 +60,11 @@ def test_a_thread_that_could_not_write_is_forgiven_once(tmp_path: Path) -> None:
         plugin.save_checkpoint({}, tmp_path / "file" / "a.ckpt")
     with pytest.warns(UserWarning, match=r"could not be written \(.*File exists"):
         forgive_thread(plugin, wait=True)
-    plugin.save_checkpoint({}, tmp_path / "a.ckpt")
-    plugin.teardown()
-    assert (tmp_path / "a.ckpt").exists()
+    plugin.teardown()  # raises what is stored
+    if hasattr(plugin, "_ensure_setup"):  # Lightning 2.5.0 makes no thread anew
+        plugin.save_checkpoint({}, tmp_path / "a.ckpt")
+        plugin.teardown()
+        assert (tmp_path / "a.ckpt").exists()
 
 
 def test_a_folder_is_one_of_snapshots_unless_a_plugin_writes_folders(tmp_path: Path) -> None:
