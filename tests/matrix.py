@@ -1,8 +1,8 @@
 """Runs a short part of the tests with other versions of Python, torch and Lightning: ``make matrix``.
 
 For each version of torch an environment is made, used with each version of Lightning, and removed; it takes six GB and
-some ten minutes. The table in ``docs/versions.md`` keeps the last result of each combination. Arguments name versions of
-torch, as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest Python that is installed and the
+some ten minutes. The table in ``docs/versions.md`` keeps the last result of each combination. Arguments name versions
+of torch, as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest Python that is installed and the
 newest torch the newest Python.
 """
 

@@ -81,6 +81,7 @@ class AuxNetStrategy(SubnetStrategy):
     """
 
     strategy_name = "auxnet"
+    config: StageConfig
 
     @takes(AuxNetOptions)
     def __init__(self, options: AuxNetOptions) -> None:
@@ -118,7 +119,6 @@ class AuxNetStrategy(SubnetStrategy):
         dataloader = super().process_dataloader(dataloader)
         trainer = self._trainer()
         if self._making_training_loaders and self.world_size > 1:
-            assert isinstance(self.config, StageConfig)
             self._loaders += 1
             return seed_loader(
                 dataloader,

@@ -31,6 +31,7 @@ class ISTStrategy(SubnetStrategy):
     """
 
     strategy_name = "ist"
+    config: NeuronConfig
 
     @takes(ISTOptions)
     def __init__(self, options: ISTOptions) -> None:

@@ -42,6 +42,7 @@ class LocalSGDStrategy(SubnetStrategy):
     """Local SGD: the full model on every worker, averaged once a round. It is ResIST with nothing partitioned."""
 
     strategy_name = "local_sgd"
+    config: Config
 
     @takes(LocalSGDOptions)
     def __init__(self, options: LocalSGDOptions) -> None:

@@ -38,6 +38,7 @@ class ResISTStrategy(SubnetStrategy):
     """
 
     strategy_name = "resist"
+    config: Config
 
     @takes(ResISTOptions)
     def __init__(self, options: ResISTOptions) -> None:
