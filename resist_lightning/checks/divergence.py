@@ -13,6 +13,7 @@ from resist_lightning.checks.fingerprint import describe_unequal, digest, shorte
 from resist_lightning.checks.frozen_tensors import FrozenTensors
 from resist_lightning.checks.hashing import SAMPLED_SHARE, Hasher, as_numbers, together
 from resist_lightning.checks.header import Purpose
+from resist_lightning.checks.losses import FirstBadLoss, earliest
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import computable, is_continuous, named_tensors
 from resist_lightning.errors import NotFinite, WorkersDisagree, process_name
@@ -28,11 +29,13 @@ class DivergenceChecks:
 
     Attributes:
         left_out: workers that the last handshake left out of the means, under ``non_finite="drop"``.
+        losses: tells from which member of a worker NaN or infinity came.
         frozen: the parameters that no average includes, until the program writes them.
     """
 
     def __init__(self, layout: Layout, collective: Collective) -> None:
         self.left_out: tuple[int, ...] = ()
+        self.losses = FirstBadLoss(watching=collective.members > 1)
         self.frozen = FrozenTensors(layout)
         self._written: list[str] = []
         self._layout = layout
@@ -50,6 +53,7 @@ class DivergenceChecks:
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
         """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing."""
+        self.losses.begin_round()
         if self._layout.config.check == "off" or self._collective.processes == 1:
             return
         # By the round, so that the sample takes other entries each time.
@@ -73,8 +77,8 @@ class DivergenceChecks:
     def judge(self, numbers: Sequence[Sequence[float]], clock: Clock) -> None:
         """Compare the :meth:`numbers` of all workers, in order.
 
-        Collective: every worker must call this, in the same order; it sends something only if hashes differ, or if
-        workers have written different frozen tensors.
+        Collective: every worker must call this, in the same order; it sends something only if hashes differ, if
+        workers have written different frozen tensors, or if a worker of several members is not finite.
 
         Raises:
             WorkersDisagree: naming tensors that the last sync left unequal, or the members of a worker that differ.
@@ -95,6 +99,7 @@ class DivergenceChecks:
         self.left_out = ()
         if not found:
             return
+        found = self._where_it_began(found)
         # If all were left out, there would be nothing to take a mean of.
         if self._layout.config.non_finite == "raise" or len(workers_with) == self._collective.workers:
             raise NotFinite(self._describe(found, clock) + _WAY_OUT)
@@ -168,15 +173,40 @@ class DivergenceChecks:
                 return place
         return 0
 
+    def _where_it_began(self, found: Mapping[int, int]) -> dict[int, int]:
+        """Of ``found``, by rank, only the members whose own loss was the first of their worker that was not finite.
+
+        Collective where workers have several members: every worker must call this.
+        """
+        if self._collective.members == 1:
+            return dict(found)
+        rows = self._collective.gather_numbers([self.losses.step])
+        began: dict[int, int] = {}
+        for worker, of_worker in enumerate(self._collective.by_worker(rows)):
+            first = worker * self._collective.members
+            ranks = [rank for rank in found if rank // self._collective.members == worker]
+            sources = [first + member for member in earliest([int(step) for (step,) in of_worker])]
+            began |= {rank: found[rank] for rank in ranks if rank in sources or not set(ranks) & set(sources)}
+        return began
+
     def _describe(self, found: Mapping[int, int], clock: Clock) -> str:
         names = list(named_tensors(self._layout.module))
         places = []
         for rank, first in found.items():
             who = process_name(rank, self._collective.members)
             places.append(f"{who} in {self._layout.describe_tensor(names[first - 1])}")
-        who = "all workers have" if len(found) == self._collective.processes else "there is"
+        everywhere = len({rank // self._collective.members for rank in found}) == self._collective.workers
+        who = "all workers have" if everywhere else "there is"
         where = f"after local step {clock.step} of round {clock.round}"
-        return f"{who} NaN or infinity {where}: {', '.join(places)}."
+        return f"{who} NaN or infinity {where}: {', '.join(places)}.{self._spread()}"
+
+    def _spread(self) -> str:
+        """What the members of a worker that are not named have."""
+        if self._collective.members == 1:
+            return ""
+        return (
+            " A worker's members average their gradients in every step, so all of them have it from those named here."
+        )
 
 
 _WAY_OUT = (

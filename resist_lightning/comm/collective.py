@@ -42,7 +42,7 @@ class _Inside:
         """
 
     def gather_inside(self, text: bytes) -> list[bytes]:
-        """Bytes of the worker's members, in order; on the first member only, elsewhere nothing.
+        """Bytes of the worker's members, not empty, in order; on the first member only, elsewhere nothing.
 
         Collective: every member must call this, in the same order.
         """

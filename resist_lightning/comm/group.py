@@ -53,7 +53,7 @@ def _check_bound(device: torch.device) -> None:
         wrong = f"its process group is bound to {bound}"
     if bound.index != device.index:
         raise ValueError(
-            f"worker {dist.get_rank()}'s module is on {device}, and {wrong}. Call "
+            f"the module of rank {dist.get_rank()} is on {device}, and {wrong}. Call "
             f"torch.cuda.set_device({device.index}) and init_process_group('nccl', device_id=torch.device('{device}')) "
             "before the module is moved."
         )
@@ -140,7 +140,7 @@ def _not_joined(backend: str, store: str, worker: int, workers: int, error: Runt
     """What to look at when workers do not find one another."""
     variable = "NCCL_SOCKET_IFNAME" if backend in NCCL else "GLOO_SOCKET_IFNAME"
     return (
-        f"worker {worker} of {workers} could not join the others by {backend!r} at {store}: {first_line(str(error))}. "
+        f"rank {worker} of {workers} could not join the others by {backend!r} at {store}: {first_line(str(error))}. "
         "All of them must be started with this address, port and number. Between hosts, every host must reach every "
         f"other on all ports from 1024 on (the store's is MASTER_PORT, {backend} takes free ones), in a network that "
         "you trust: nothing is encrypted. A host with several networks, or whose name it resolves to itself (127.0.1.1 "

@@ -132,12 +132,22 @@ class MemberCollective(GroupCollective):
 
     @override
     def gather_inside(self, text: bytes) -> list[bytes]:
-        texts: list[bytes] | None = [b""] * self.members if self.member == 0 else None
-        dist.gather_object(text, texts, dst=self._ranks[0], group=self._inside)
-        if texts is None:
+        # Not by torch's gather_object: under NCCL it would wait for a lost member for ever.
+        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device)
+        lengths = torch.zeros(self.members, dtype=torch.int64, device=self._device)
+        length = torch.tensor([len(text)], device=self._device)
+        self._wait([dist.all_gather_into_tensor(lengths, length, group=self._inside, async_op=True)])
+        first, *others = self._ranks
+        if self.member > 0:
+            self._wait(dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, first, group=self._inside)]))
             self.inside_bytes["gathered"] += len(text)
             return []
-        return texts
+        flats = [mine.new_empty(size) for size in lengths.tolist()[1:]]
+        receives = [
+            dist.P2POp(dist.irecv, flat, rank, group=self._inside) for rank, flat in zip(others, flats, strict=True)
+        ]
+        self._wait(dist.batch_isend_irecv(receives))
+        return [text, *(flat.cpu().numpy().tobytes() for flat in flats)]
 
     @property
     def inside(self) -> dist.ProcessGroup:

@@ -42,18 +42,21 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
         across_hosts: whether the members of a worker may be on several hosts.
 
     Raises:
-        ValueError: if ``count`` does not divide the number of processes, or a worker is spread over hosts.
+        ValueError: on every process, if ``count`` does not divide their number or differs between them, or a worker is
+            spread over hosts.
     """
     found = members()
     if found is not None and found.count == count:
         return  # of an earlier training in the same group
     _splits.clear()
+    processes = dist.get_world_size()
+    # Before the groups are made: a process that came with another number would wait for groups that nobody makes.
+    hosts = _agree(count)
     if count == 1:
         return
-    processes = dist.get_world_size()
     check_count(count, processes)
     if not across_hosts:
-        check_hosts(_hosts(), count)
+        check_hosts(hosts, count)
     rank = dist.get_rank()
     ranks = range(processes)
     # Every process makes every group, in one order: torch numbers them by how many were made.
@@ -119,9 +122,19 @@ def check_hosts(hosts: Sequence[str], count: int) -> None:
         )
 
 
-def _hosts() -> list[str]:
-    """The host of each rank."""
+def _agree(count: int) -> list[str]:
+    """The host of each rank; raises on all processes if they have come with different counts."""
     name = socket.gethostname()
     with suppress(OSError):  # not Linux. Two hosts may have one name.
         name += f" (boot {Path('/proc/sys/kernel/random/boot_id').read_text()[:8]})"
-    return [text.decode() for text in GroupCollective().gather_bytes(name.encode())]
+    texts = [text.decode() for text in GroupCollective().gather_bytes(f"{count} {name}".encode())]
+    counts = [text.partition(" ")[0] for text in texts]
+    hosts = [text.partition(" ")[2] for text in texts]
+    if len(set(counts)) > 1:
+        different = ", ".join(f"{number} on {host}" for number, host in dict.fromkeys(zip(counts, hosts, strict=True)))
+        raise ValueError(
+            f"the processes were told different numbers of devices_per_worker: {different}. All workers must have "
+            "equally many members: start the same number of processes on each host (devices_per_worker='node' stands "
+            "for it), with the same settings."
+        )
+    return hosts

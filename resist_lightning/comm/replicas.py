@@ -33,14 +33,17 @@ class Replicas:
     Args:
         module: the user's.
         collective: the workers and their members.
+        partial: whether parameters leave and arrive between rounds.
 
     Attributes:
         find_unused_parameters: whether some parameters may get no gradient in a step; as in DDP.
     """
 
-    def __init__(self, module: nn.Module, collective: Collective) -> None:
+    def __init__(self, module: nn.Module, collective: Collective, *, partial: bool = False) -> None:
         self.find_unused_parameters = False
         self._module = module
+        self._partial = partial
+        self._calling = False
         self._collective = collective if isinstance(collective, MemberCollective) else None
         self._ddp: DistributedDataParallel | None = None
         self._reduced: list[nn.Parameter] = []  # that it was made with
@@ -64,7 +67,11 @@ class Replicas:
         if ddp.will_sync_module_buffers() and self._collective.member == 0:
             size = sum(buffer.nbytes for buffer in ddp.modules_buffers)
             self._collective.inside_bytes["buffers"] += size * (self._collective.members - 1)
-        result: Result = ddp(function, *args, **kwargs)
+        self._calling = True
+        try:
+            result: Result = ddp(function, *args, **kwargs)
+        finally:
+            self._calling = False
         return result
 
     def call_with_backward(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -85,6 +92,7 @@ class Replicas:
             return self.call(call_only, *args, **kwargs)
         finally:
             ddp.require_backward_grad_sync = True
+            ddp.require_forward_param_sync = True  # or the next forward would not share the first member's buffers
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Call it before a backward pass inside of :meth:`call_with_backward`."""
@@ -99,7 +107,8 @@ class Replicas:
     @contextmanager
     def local_gradients(self) -> Iterator[None]:
         """Inside, gradients are added up on each member and not averaged, as before the last batch of several."""
-        ddp = self.reducing()
+        # Within a training step parameters may be frozen for a moment: what averages this step's gradients must stay.
+        ddp = self._ddp if self._calling else self.reducing()
         if ddp is None:
             yield
             return
@@ -125,7 +134,7 @@ class Replicas:
         self.release()  # what it does not know would train on each member alone
         if not trained:
             return None
-        caller = _Caller(self._module)
+        caller = _Caller(self._module, hidden=self._partial)
         absent = [name for name, tensor in _named(caller) if tensor.is_meta]
         # Not by DDP's own function, which marks the tensors too: they will be present in another round.
         vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
@@ -190,15 +199,27 @@ class _Caller(nn.Module):
     """Calls a function instead of the module, whose parameters DDP finds here.
 
     DDP must see the call that computes the loss; and hooks on the user's module must not take that for its forward.
+
+    Args:
+        module: the user's.
+        hidden: whether torch.compile does not learn of DDP. It would cut graphs at DDP's buckets, and what does that
+            keeps references to parameters, which could then not leave.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, hidden: bool) -> None:
         super().__init__()
         self.module = module
+        self._hidden = hidden
 
     @override
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        if not self._hidden:
+            return function(*args, **kwargs)
+        ddp, DistributedDataParallel._active_ddp_module = DistributedDataParallel._active_ddp_module, None
+        try:
+            return function(*args, **kwargs)
+        finally:
+            DistributedDataParallel._active_ddp_module = ddp
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -76,12 +76,13 @@ class Engine:
         self.activity = Activity(self.clock)
         self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
+        self.losses = self._handshake.divergence.losses
         self.seconds = Seconds(self._device)
         self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device)  # by method
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
-        self.replicas = Replicas(module, self.collective)
+        self.replicas = Replicas(module, self.collective, partial=self.layout.partial)
         self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self.summary: dict[str, Any] = {}

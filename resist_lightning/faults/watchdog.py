@@ -267,7 +267,7 @@ class Watchdog:
             return
         with suppress(Exception):
             sys.stderr.write(
-                f"{self.error()!r}\nworker {self._own.worker} is ended: for {self._silence:.0f} s it has not ended by "
+                f"{self.error()!r}\n{self._own.name} is ended: for {self._silence:.0f} s it has not ended by "
                 f"itself. It was last doing: {self._own.doing}.\n"
             )
             sys.stderr.flush()

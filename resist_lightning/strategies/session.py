@@ -53,7 +53,8 @@ class FitSession:
         self._steps = steps
         self._has_trained = False
         self.patches = Patches()
-        self.signals = Signals(trainer)
+        collective = default_collective()
+        self.signals = Signals(trainer, collective.members)
         # A hook of the user's may make the training loaders and start their processes, long before the first batch.
         self._shield = LoaderShield(self.signals.handled)
         self._shield.install()
@@ -61,7 +62,7 @@ class FitSession:
         self.trainer_state = TrainerState(trainer, position)
         self._averages = Averages(trainer, self._running, self.patches)
         self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches)
-        self.loops = LoopPatches(trainer, position, self.signals, default_collective(), self.patches)
+        self.loops = LoopPatches(trainer, position, self.signals, collective, self.patches)
         order_validation(trainer, self._running, self._averages, self.patches)
 
     def make_engine(self) -> Engine:
@@ -134,6 +135,8 @@ class FitSession:
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Called before each backward pass."""
+        assert self.engine is not None
+        self.engine.losses.note(loss, self.engine.clock.step)
         if not self._trainer.lightning_module.automatic_optimization:
             self.replicas.prepare_backward(loss)
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.byte_formulas import KINDS, all_reduce_bytes
 from resist_lightning.comm.mean import start_mean
 from resist_lightning.comm.members import default_collective, split_into_workers
+from resist_lightning.comm.replicas import Replicas
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model, make_optimizer
 
@@ -158,3 +160,54 @@ def test_members_train_what_the_simulator_trains_with_batches_of_their_shards(na
     # Gradients of the parts that were held, in each step of each member.
     parameters = sum(p.numel() for p in make_model(run).parameters())
     assert 0 < results[0][2]["gradients"] <= run.steps * all_reduce_bytes(4 * parameters, members)
+
+
+def steps_by_hand(rank: int) -> dict[str, Any]:
+    """Two steps with a backward pass without a mean, then one of other parameters with it."""
+    split_into_workers(2)
+    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("first", "second")})
+    model.register_buffer("seen", torch.tensor(0.0))
+    replicas = Replicas(model, default_collective(), partial=True)
+    replicas.find_unused_parameters = True
+    x = torch.full((1, 2), rank + 1.0)
+    noted: dict[str, Any] = {"seen": [], "compiles for": set()}
+
+    def step() -> None:
+        noted["seen"].append(model.seen.item())
+        noted["compiles for"].add(DistributedDataParallel._get_active_ddp_module())
+        model.seen.fill_(10.0 * rank + 1)
+        # As toggle_optimizer does.
+        model["second"].requires_grad_(False)
+        with replicas.local_gradients():
+            model["first"](x).sum().backward()
+        model["second"].requires_grad_(True)
+        model["first"].requires_grad_(False)
+        loss = model["second"](x).sum()
+        replicas.prepare_backward(loss)
+        loss.backward()
+        model["first"].requires_grad_(True)
+
+    for _ in range(2):
+        replicas.call_with_backward(step)
+    return {**noted, "gradient": model["second"].weight.grad.tolist()}
+
+
+def test_steps_by_hand_average_all_they_should_share_buffers_and_hide_ddp_from_compiled_blocks() -> None:
+    """Up to 0.3, a reducer without the second layer was made in the middle of the step, and nobody averaged that."""
+    for result in run_workers(steps_by_hand, 2):
+        assert result == {"seen": [0, 1], "compiles for": {None}, "gradient": [[3.0, 3.0]]}
+
+
+def splits(rank: int) -> str:
+    try:
+        split_into_workers(1 if rank == 2 else 2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_were_told_different_numbers_say_so_instead_of_waiting() -> None:
+    said = run_workers(splits, 4)
+    assert len(set(said)) == 1
+    assert "told different numbers of devices_per_worker: 2 on " in said[0]
+    assert ", 1 on " in said[0]

@@ -3,14 +3,17 @@
 gloo forgives what NCCL does not. Here, as there:
 
 - a tensor on another device than the worker's, with gaps, or of an unknown data type is refused;
-- what a worker posts is executed in the order in which it was posted, one operation after the other; the messages of
-  one exchange are one operation, and run at once;
+- what a worker posts in a group is executed in the order in which it was posted, one operation after the other; the
+  messages of one exchange are one operation, and run at once;
 - tags are ignored: of the messages between two workers the first sent is the first received, whatever their tags;
 - a send ends when it is received, not before;
 - the memory of an operation may be neither read nor written from when it is posted until it was waited for; here a
   write is an error, there it is a race.
 
 Where all workers wait for what cannot happen, all of them raise, with what each has posted, instead of waiting.
+
+``StrictCollective`` speaks to it for workers of one process. For those of several members the package's own
+``MemberCollective`` runs on it: ``tests.helpers.strict_groups`` puts it in the place of torch.distributed.
 """
 
 from __future__ import annotations
@@ -48,12 +51,14 @@ class Operation:
     """One operation that a worker has posted.
 
     Args:
-        worker: whose.
+        worker: whose; by rank.
         what: that all workers must say alike, e.g. ``all_reduce``; ``exchange`` for messages.
         inputs: of a collective.
         outputs: of a collective.
         sends: messages, in order, with their targets.
         receives: messages, in order, with their sources.
+        group: ranks of those that take part; empty for all.
+        root: of a broadcast, its place in the group.
     """
 
     worker: int
@@ -62,13 +67,17 @@ class Operation:
     outputs: list[Tensor] = field(default_factory=list)
     sends: list[tuple[int, Tensor]] = field(default_factory=list)
     receives: list[tuple[int, Tensor]] = field(default_factory=list)
+    group: tuple[int, ...] = ()
+    root: int = 0
     done: bool = False
     awaited: bool = False
 
     def __post_init__(self) -> None:
         messages = [tensor for _, tensor in [*self.sends, *self.receives]]
         self.memory = [*self.inputs, *self.outputs, *messages]
-        self.signature = f"{self.what} {[_describe(tensor) for tensor in self.inputs]}"
+        where = f" in {self.group}" if self.group else ""
+        root = f" from {self.root}" if self.root else ""
+        self.signature = f"{self.what}{root}{where} {[_describe(tensor) for tensor in self.inputs]}"
         self._bits: list[Tensor] = []
 
     def note(self) -> None:
@@ -100,7 +109,9 @@ class Network:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self.log: list[tuple[int, str]] = []
-        self._queues: list[deque[Operation]] = [deque() for _ in range(workers)]
+        self._all = tuple(range(workers))
+        # By group, and by rank in it: operations of different groups do not wait for one another.
+        self._queues: dict[tuple[int, ...], dict[int, deque[Operation]]] = {}
         self._changed = threading.Condition()
         self._waiting: dict[int, Operation] = {}
         self._ended: set[int] = set()
@@ -112,7 +123,7 @@ class Network:
             self._raise_if_broken()
             operation.note()
             self.log.append((operation.worker, str(operation)))
-            self._queues[operation.worker].append(operation)
+            self._queue(operation).append(operation)
             self._advance()
 
     def wait(self, operation: Operation) -> None:
@@ -135,21 +146,26 @@ class Network:
             self._ended.add(worker)
             if error is not None:
                 self._fail(RuleBroken(f"worker {worker} raised {error!r}"))
-            elif self._queues[worker]:
-                self._fail(
-                    Deadlock(f"worker {worker} has ended, and nobody takes part in its {self._queues[worker][0]}")
-                )
+            for queues in self._queues.values():
+                if error is None and queues.get(worker):
+                    self._fail(Deadlock(f"worker {worker} has ended, and nobody takes part in its {queues[worker][0]}"))
             self._look_for_deadlock()
 
     def _advance(self) -> None:
         """Execute what can be executed now."""
-        while self._all_together() or self._messages():
-            self._changed.notify_all()
+        for queues in self._queues.values():
+            while self._all_together(queues) or self._messages(queues):
+                self._changed.notify_all()
 
-    def _all_together(self) -> bool:
-        """Execute a collective that all workers have come to; whether there was one."""
-        heads = [queue[0] for queue in self._queues if queue and queue[0].what != "exchange"]
-        if len(heads) < self.workers:
+    def _queue(self, operation: Operation) -> deque[Operation]:
+        """What its worker has posted in the group of an operation."""
+        group = operation.group or self._all
+        return self._queues.setdefault(group, {rank: deque() for rank in group})[operation.worker]
+
+    def _all_together(self, queues: Mapping[int, deque[Operation]]) -> bool:
+        """Execute a collective that all workers of a group have come to; whether there was one."""
+        heads = [queue[0] for queue in queues.values() if queue and queue[0].what != "exchange"]
+        if len(heads) < len(queues):
             return False
         if len({head.signature for head in heads}) > 1:
             self._fail(RuleBroken(f"the workers mix up their operations: {'; '.join(map(str, heads))}"))
@@ -157,14 +173,14 @@ class Network:
         for head in heads:
             head.check()
         _execute(heads)
-        for queue in self._queues:
+        for queue in queues.values():
             _finish(queue.popleft())
         return True
 
-    def _messages(self) -> bool:
+    def _messages(self, queues: Mapping[int, deque[Operation]]) -> bool:
         """Bring the messages that both ends have come to; whether there were some."""
         moved = False
-        heads = {queue[0].worker: queue[0] for queue in self._queues if queue and queue[0].what == "exchange"}
+        heads = {rank: queue[0] for rank, queue in queues.items() if queue and queue[0].what == "exchange"}
         for worker, head in heads.items():
             while (pair := self._next_pair(worker, head, heads)) is not None:
                 (target, sent), (source, received) = pair
@@ -180,7 +196,7 @@ class Network:
                 moved = True
         for head in heads.values():
             if not head.sends and not head.receives:
-                _finish(self._queues[head.worker].popleft())
+                _finish(queues[head.worker].popleft())
                 moved = True
         return moved
 
@@ -202,7 +218,9 @@ class Network:
     def _look_for_deadlock(self) -> None:
         blocked = {worker for worker, operation in self._waiting.items() if not operation.done}
         if blocked and len(blocked | self._ended) == self.workers:
-            stand = [f"worker {worker} waits in {self._queues[worker][0]}" for worker in sorted(blocked)]
+            # What its group has come to, which may be something that it posted before.
+            heads = {worker: self._queue(self._waiting[worker])[0] for worker in sorted(blocked)}
+            stand = [f"worker {worker} waits in {head}" for worker, head in heads.items()]
             stand += [f"worker {worker} has ended" for worker in sorted(self._ended)]
             self._fail(Deadlock("; ".join(stand)))
 
@@ -281,22 +299,32 @@ class StrictCollective(Collective):
         return gathered
 
     def _begin(self, operation: Operation) -> Finish:
-        for tensor in operation.memory:
-            if tensor.device != self._device:
-                raise RuleBroken(f"expected a tensor on {self._device}, but found {_describe(tensor)}")
-            if not tensor.is_contiguous() or tensor.dtype not in KNOWN:
-                raise RuleBroken(f"{_describe(tensor)}, strides {tensor.stride()}, cannot be sent")
-        self._network.post(operation)
+        post_checked(self._network, operation, self._device)
         return lambda: self._network.wait(operation)
+
+
+def post_checked(network: Network, operation: Operation, device: torch.device) -> None:
+    """Post an operation, unless NCCL would refuse its tensors."""
+    for tensor in operation.memory:
+        if tensor.device != device:
+            raise RuleBroken(f"expected a tensor on {device}, but found {_describe(tensor)}")
+        if not tensor.is_contiguous() or tensor.dtype not in KNOWN:
+            raise RuleBroken(f"{_describe(tensor)}, strides {tensor.stride()}, cannot be sent")
+    network.post(operation)
 
 
 def run_strictly(target: Callable[..., Any], workers: int, *args: Any) -> tuple[list[Any], Network]:
     """Call ``target(collective, *args)`` for each worker; returns the values in order, and the network."""
+    return run_on_network(lambda network, worker: target(StrictCollective(network, worker), *args), workers)
+
+
+def run_on_network(target: Callable[[Network, int], Any], workers: int) -> tuple[list[Any], Network]:
+    """Call ``target(network, worker)`` for each worker; returns the values in order, and the network."""
     network = Network(workers)
 
     def work(worker: int) -> Any:
         try:
-            value = target(StrictCollective(network, worker), *args)
+            value = target(network, worker)
         except BaseException as error:
             network.end(worker, error)
             raise
@@ -316,7 +344,7 @@ def _execute(operations: Sequence[Operation]) -> None:
             operation.outputs[0].copy_(torch.stack(inputs))
         return
     if operations[0].what == "broadcast":
-        result = inputs[0].clone()
+        result = inputs[operations[0].root].clone()
     else:
         stacked = torch.stack(inputs)
         result = stacked.sum(0) if stacked.is_floating_point() else stacked.max(0).values

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from typing_extensions import override
 
-from resist_lightning.errors import WorkerLost
+from resist_lightning.errors import WorkerLost, process_name
 from resist_lightning.faults.failure_detector import name_of_exit
 from resist_lightning.strategies.launching.stopping import Forwarder, ending, start_fork_server
 
@@ -124,15 +124,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
             join=False,
         )
         self.procs = workers.processes
+        members = strategy.options.members(strategy.num_processes)
         try:
             # The others have time to say what happened to them, and to save, before they are terminated.
-            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds())
+            forwarder = Forwarder(self.kill, strategy._timeout.total_seconds(), members)
             with forwarder.waiting(trainer):
                 while not workers.join(timeout=LOOK_SECONDS, grace_period=ENDING_SECONDS):
                     forwarder.check(workers.processes)
         except ProcessExitedException as error:  # one that raised has another exception, with its traceback
             raise WorkerLost(
-                f"worker {error.error_index} (host {socket.gethostname()}, pid {error.error_pid}) "
+                f"{process_name(error.error_index, members)} (host {socket.gethostname()}, pid {error.error_pid}) "
                 f"{name_of_exit(error.exit_code)}. What it was last doing, and how to resume, stands in the other "
                 "workers' errors above."
             ) from error

@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from resist_lightning.errors import process_name
+
 SAME_SECONDS = 2.0
 """Signals that come so soon after the first are taken for the same one: a terminal and torchrun both send them."""
 
@@ -29,14 +31,19 @@ class Signals:
     worker in another step. Here a worker notes the signal, tells the others at the next handshake, and all act upon it
     before the same batch. A second signal ends the worker at once.
 
+    Args:
+        trainer: of this process.
+        members: processes of each worker.
+
     Attributes:
         acting: whether all workers are ending together, so that they may still talk and save.
         handled: the signals that are noted.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, members: int = 1) -> None:
         self.acting = False
         self._trainer = trainer
+        self._members = members
         self._noted = self._agreed = 0
         self._first_at = 0.0
         self._originals: dict[int, Any] = {}
@@ -86,11 +93,11 @@ class Signals:
 
     def on_requests(self, requests: Iterable[int]) -> None:
         """Take the requests of all workers, by rank, at a handshake: now every worker knows them."""
-        for worker, request in enumerate(requests):
+        for rank, request in enumerate(requests):
             self._agreed |= request
             for number, bit in self._bits.items():
                 if request & bit:
-                    self._announce(worker, number)
+                    self._announce(rank, number)
 
     def act(self) -> None:
         """Act upon what all workers know. Collective: every worker must call this, at the same place.
@@ -130,7 +137,7 @@ class Signals:
                 self._first_at = time.monotonic()
         self._noted |= bit
 
-    def _announce(self, worker: int, number: int) -> None:
+    def _announce(self, rank: int, number: int) -> None:
         """Print a signal once for all workers: worker 0 does it, for those of others when a handshake brings them."""
         bit = self._bits[signal.Signals(number)]
         if self._trainer.global_rank != 0 or self._announced & bit:
@@ -143,4 +150,5 @@ class Signals:
             text = "all workers stop when this round ends. A second signal stops at once, without a checkpoint."
         self._announced |= bit
         # Not print(), which fails where the signal has interrupted another print().
-        os.write(2, f"worker {worker}: {signal.Signals(number).name}: {text}\n".encode())
+        name = process_name(rank, self._members)
+        os.write(2, f"{name}: {signal.Signals(number).name}: {text}\n".encode())

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.call import _interrupt
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from resist_lightning.errors import process_name
 from resist_lightning.strategies.launching.signals import SAME_SECONDS
 from resist_lightning.strategies.patches import Patches
 
@@ -30,11 +31,13 @@ class Forwarder:
     Args:
         kill: sends a signal to the workers that have been started.
         limit: seconds after the first signal in which the workers must have ended.
+        members: processes of each worker.
     """
 
-    def __init__(self, kill: Callable[[int], None], limit: float) -> None:
+    def __init__(self, kill: Callable[[int], None], limit: float, members: int = 1) -> None:
         self._kill = kill
         self._limit = limit
+        self._members = members
         self._originals: dict[int, Any] = {}
         self._received = 0
         self._first_at = 0.0
@@ -79,7 +82,10 @@ class Forwarder:
         if not self._received or time.monotonic() - self._first_at < self._limit:
             return
         # They may hang in a collective whose partner has ended.
-        late = [f"worker {number} (pid {worker.pid})" for number, worker in enumerate(workers) if worker.is_alive()]
+        late = []
+        for rank, worker in enumerate(workers):
+            if worker.is_alive():
+                late.append(f"{process_name(rank, self._members)} (pid {worker.pid})")
         sys.stderr.write(
             f"{', '.join(late)}: still running {self._limit:g} s (timeout=) after "
             f"{signal.Signals(self._received).name}: ended without a checkpoint.\n"

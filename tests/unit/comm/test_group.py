@@ -22,8 +22,8 @@ from resist_lightning.comm.group import check_backend, group_exists, interrupt_g
         ({"cuda": "nccl"}, "cpu", None, r"module is on cpu.*group has 'cuda:nccl' only.*Move the module"),
         ({"cpu": "mpi"}, "cpu", None, r"on cpu by 'mpi'.*only 'gloo' and 'nccl'.*init_process_group\('gloo'\)"),
         ({"xpu": "xccl"}, "xpu:0", None, r"on xpu:0 by 'xccl'"),
-        ({"cuda": "nccl"}, "cuda:1", None, r"worker 1's module is on cuda:1.*current device.*cuda:0.*set_device\(1\)"),
-        ({"cuda": "nccl"}, "cuda:1", "cuda:0", r"worker 1's module is on cuda:1.*bound to cuda:0.*set_device\(1\)"),
+        ({"cuda": "nccl"}, "cuda:1", None, r"module of rank 1 is on cuda:1.*current device.*cuda:0.*set_device\(1\)"),
+        ({"cuda": "nccl"}, "cuda:1", "cuda:0", r"module of rank 1 is on cuda:1.*bound to cuda:0.*set_device\(1\)"),
     ],
 )
 def test_a_group_that_cannot_serve_the_module_is_refused(monkeypatch, backends, device, bound, said):
@@ -48,7 +48,7 @@ def test_workers_that_do_not_find_one_another_are_told_what_to_look_at(monkeypat
     monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
-    said = f"worker 1 of 2 could not join the others by '{backend}' at 127.0.0.1:{port}: .*MASTER_PORT.*{variable}=INT"
+    said = f"rank 1 of 2 could not join the others by '{backend}' at 127.0.0.1:{port}: .*MASTER_PORT.*{variable}=INT"
     with pytest.raises(RuntimeError, match=said) as raised:
         join_group(backend, address="127.0.0.1", port=port, worker=1, workers=2, timeout=timedelta(seconds=0.1))
     assert raised.value.__cause__ is not None
