@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from experiments.app.build import build_network, check_section, files_of
 from experiments.choosing import tables
-from experiments.choosing.footprint import Part, Setting, divide, footprints, operations
+from experiments.choosing.footprint import WHOLE, Part, Setting, divide, footprints, operations
 from experiments.choosing.prediction import bytes_per_second, predict, recorded, scaled
 from experiments.harness import cli
 from experiments.harness.record import write_record
@@ -144,7 +144,8 @@ def run(_: Sequence[str], options: Options) -> None:
         "threads": torch.get_num_threads(),
     }
     out = Path(options.out)
-    content = {"settings": settings, "refused": refused, "rows": list(map(recorded, rows))}
+    frozen = sum(p.numel() for p in parts[WHOLE].module.parameters() if not p.requires_grad)
+    content = {"settings": settings, "frozen": frozen, "refused": refused, "rows": list(map(recorded, rows))}
     write_record(out / "advise.jsonl", content)
     show_and_write(out, tables.RESULTS, tables.STUDIES, ["advise"], [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from experiments.choosing.accuracy import TITLES, Cost, Study, costs_of, studies_for
 from experiments.choosing.footprint import Footprint, Setting, divide, footprints, operations
-from experiments.choosing.prediction import Advice, Row, advise, predict, scaled
+from experiments.choosing.prediction import Advice, Row, advise, bytes_per_second, predict, scaled
 from experiments.harness import tables
 from experiments.harness.tables import Content, Grid, machine, page_tables
 from experiments.harness.words import bytes_in_words, seconds_in_words
@@ -99,6 +100,8 @@ def explained(content: Content) -> str:
         lines.append(
             f"- Accuracy, points against DDP on equal samples, {study.name}: {study.words}; {_seeds(study, settings)}."
         )
+    if content["frozen"]:
+        lines.append(f"- {content['frozen']:,} parameters are frozen, and counted as if they trained.")
     for part, reason in content["refused"].items():
         lines.append(f"- No {'IST' if part == 'neurons' else 'ResIST'}: {reason}.")
     lines += [
@@ -175,47 +178,12 @@ def _in_short(row: Row, costs: Mapping[str, float]) -> str:
     return f"{TITLES[row.method]} ({row.speed:.1f} times as fast as DDP; {_costing(row.method, costs)})"
 
 
+Pair = tuple[float, Row, tables.Row]
+
+
 def check() -> str:
-    """The prediction against seconds that were measured over real links."""
-    content = tables.read(links.RESULTS, "links")
-    return tables.NOT_YET if content is None else checked(content).markdown()
-
-
-def off() -> str:
-    """How far off the predictions are, in a sentence."""
-    content = tables.read(links.RESULTS, "links")
-    if content is None:
-        return tables.NOT_YET
-    found = {
-        method: [
-            row.seconds / measured["seconds_per_step"] - 1
-            for _, row, measured in pairs(content)
-            if row.method == method
-        ]
-        for method in CHECKED
-    }
-    words = [f"{TITLES[method]} {signed(min(own))} to {signed(max(own))}" for method, own in found.items()]
-    return f"Predicted seconds are off by: {'; '.join(words)}.\n"
-
-
-def pairs(content: Content) -> list[tuple[float, Row, Row]]:
-    """By link and method, what is predicted and what was measured, of a result file of experiments/links.
-
-    Its own seconds of DDP's compute, without communication, are given as ``step_seconds``.
-    """
-    footprint, counted = closed_forms(content["settings"])
-    found = []
-    for gbit in filter(None, dict.fromkeys(row["bandwidth_gbit"] for row in content["rows"])):
-        measured = {row["method"]: row for row in content["rows"] if row["bandwidth_gbit"] == gbit}
-        compute = scaled(measured["ddp"]["compute_seconds"], counted)
-        rows = predict(footprint, compute, gbit * 1e9 / 8)
-        found += [(gbit, row, measured[row.method]) for row in rows if row.method in CHECKED]
-    return found
-
-
-def checked(content: Content) -> Grid:
-    """The prediction beside each measurement."""
-    lines = [_compared(*pair) for pair in pairs(content)]
+    """The prediction beside each measurement over real links."""
+    lines = [_compared(*pair) for pair in pairs()]
     header = [
         "link",
         "method",
@@ -225,10 +193,40 @@ def checked(content: Content) -> Grid:
         "of it compute: predicted",
         "measured",
     ]
-    return Grid("Prediction", [*header, "faster than DDP: predicted", "measured"], lines)
+    grid = Grid("Prediction", [*header, "faster than DDP: predicted", "measured"], lines)
+    return grid.markdown() if lines else tables.NOT_YET
+
+
+def off() -> str:
+    """How far off the predictions are, in a sentence."""
+    found: dict[str, list[float]] = {}
+    for _, row, measured in pairs():
+        found.setdefault(row.method, []).append(row.seconds / measured["seconds_per_step"] - 1)
+    words = [f"{TITLES[method]} {signed(min(own))} to {signed(max(own))}" for method, own in found.items()]
+    return f"Predicted seconds are off by: {'; '.join(words)}.\n" if words else tables.NOT_YET
+
+
+@cache
+def pairs() -> tuple[Pair, ...]:
+    """By link and method, what is predicted and what was measured, of the result file of experiments/links.
+
+    Its own seconds of DDP's compute, without communication, are given as ``step_seconds``.
+    """
+    content = tables.read(links.RESULTS, "links")
+    if content is None:
+        return ()
+    footprint, counted = closed_forms(content["settings"])
+    found: list[Pair] = []
+    for gbit in filter(None, dict.fromkeys(row["bandwidth_gbit"] for row in content["rows"])):
+        measured = {row["method"]: row for row in content["rows"] if row["bandwidth_gbit"] == gbit}
+        compute = scaled(measured["ddp"]["compute_seconds"], counted)
+        rows = predict(footprint, compute, bytes_per_second(f"{gbit}gbit"))
+        found += [(gbit, row, measured[row.method]) for row in rows if row.method in CHECKED]
+    return tuple(found)
 
 
 def closed_forms(settings: Mapping[str, Any]) -> tuple[list[Footprint], dict[str, int]]:
+    """Of a network of experiments/networks.py, without memory: the methods, and the operations of each part."""
     setting = Setting(settings["workers"], settings["local_steps"], settings["min_blocks"])
     image = torch.empty(settings["batch"], 3, 32, 32, device="meta")
     with torch.device("meta"):
