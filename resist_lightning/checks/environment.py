@@ -29,6 +29,7 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
             "workers": str(layout.workers),
             **layout.config.in_words(),
             **surroundings,
+            "total_steps": str(layout.total_steps),
             "order of tensors and blocks": _short(repr(order).encode()),
         },
         "optimizers": states.describe(),

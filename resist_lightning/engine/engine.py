@@ -49,6 +49,7 @@ class Engine:
         collective: the workers; by default those of torch.distributed's default group, or one alone.
         forward_context: a context in which recorded inputs are replayed, e.g. autocast.
         host: the surrounding framework, which may compare settings and stop all workers together.
+        total_steps: local steps of the run, where the settings need them (``finish_rounds``).
 
     Raises:
         ValueError: if settings, module or optimizers do not fit the method.
@@ -63,16 +64,16 @@ class Engine:
         collective: Collective | None = None,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         host: Host | None = None,
+        total_steps: int | None = None,
     ) -> None:
-        self.module = module
-        self.config = config
+        self.module, self.config = module, config
         self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.running, self._observed_kind = False, ""
         self.states = OptimizerStates(optimizers)
         self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers))
-        self.steps = StepWatch(module, self.states, self.clock)
+        self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
         self.activity = Activity(self.clock)
         self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
@@ -80,11 +81,11 @@ class Engine:
         self.seconds = Seconds(self._device)
         self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device)  # by method
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
-        self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation)
+        self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation, total_steps)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
         self.replicas = Replicas(module, self.collective, partial=self.layout.partial)
-        self._resume_state: dict[str, Any] = {}
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
+        self._resume_state: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
 
     @property
@@ -176,9 +177,8 @@ class Engine:
         Args:
             kind: how the bytes are counted: ``evaluation`` or ``checkpoint``.
         """
-        devices = [self._device] if self._device.type == "cuda" else []
         # An evaluation may draw random numbers, and the training must not notice.
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             self.begin_observation(kind)
             try:
                 yield self.module
@@ -208,8 +208,7 @@ class Engine:
         Collective: every worker must call this, in the same order.
         """
         self.activity.begin("finishing")
-        if self.collective.workers > 1 and self.config.trains_alone:
-            self.steps.warn_of_one_round()
+        self.steps.warn_of_one_round()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()  # while the observation still knows what it has scaled

@@ -25,11 +25,12 @@ class StepWatch:
             ``engine.after_step()``, and is warned if it forgets.
     """
 
-    def __init__(self, module: nn.Module, states: OptimizerStates, clock: Clock) -> None:
+    def __init__(self, module: nn.Module, states: OptimizerStates, clock: Clock, *, alone: bool) -> None:
         self.on_step: Callable[[], None] | None = None
         self._module = module
         self._ours = set(map(id, states.optimizers))
         self._clock = clock
+        self._alone = alone  # whether workers send nothing between two syncs
         self._handles: list[RemovableHandle] = []
         self._outermost: Optimizer | None = None  # steps now; it may step others that it has inside
         self._taken: Counter[int] = Counter()  # steps of each optimizer before the first local step was counted
@@ -75,10 +76,10 @@ class StepWatch:
             )
 
     def warn_of_one_round(self) -> None:
-        """Warn at the end of a plain loop whose workers trained alone that they averaged only once."""
+        """Warn, at the end of a plain loop, of workers that trained alone and averaged only once."""
         clock = self._clock
         # A strategy knows the length of the training, and has warned when it started.
-        if self.on_step is None and clock.round == 0 and 0 < clock.step < clock.local_steps:
+        if self._alone and self.on_step is None and clock.round == 0 and 0 < clock.step < clock.local_steps:
             warnings.warn(one_round(clock.step, clock), stacklevel=4)
 
     def check_batch(self, accumulated: int) -> None:

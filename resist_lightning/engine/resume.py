@@ -24,7 +24,13 @@ class Resumption:
     """Collects what a worker needs to resume, and takes it back."""
 
     def __init__(
-        self, layout: Layout, clock: Clock, states: OptimizerStates, sync: Sync[Any, Any], observation: Observation
+        self,
+        layout: Layout,
+        clock: Clock,
+        states: OptimizerStates,
+        sync: Sync[Any, Any],
+        observation: Observation,
+        total_steps: int | None,
     ) -> None:
         self._layout = layout
         self._clock = clock
@@ -34,6 +40,8 @@ class Resumption:
         self._members = sync.exchange.collective.members
         self._own: dict[str, Any] | None = None
         self._knows_length = False
+        self._total_steps = total_steps
+        layout.plan_end(clock, total_steps)
 
     def place(self) -> dict[str, Any]:
         """The round, the step and the partition; with the own states of all workers enough to resume."""
@@ -42,6 +50,7 @@ class Resumption:
             "identity": self._layout.identity(),
             "members": self._members,
             "held": self._layout.held(self._clock.round),
+            "held_next": self._layout.held(self._clock.round + 1),
             "table": self._layout.state_dict(),
             "round": self._clock.round,
             "step": self._clock.step,
@@ -80,7 +89,10 @@ class Resumption:
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
         same_members = state.get("members", 1) == self._members  # who have their batches and random numbers
         same_layout = same_members and state.get("identity") == self._layout.identity()
-        same = same_layout and state.get("held") == self._layout.held(self._clock.round)
+        self._layout.plan_end(self._clock, self._total_steps)
+        held, held_next = (self._layout.held(self._clock.round + ahead) for ahead in (0, 1))
+        # The next round too, by which it is decided who merges a block, and keeps what the outer optimizer has of it.
+        same = same_layout and state.get("held") == held and state.get("held_next", held_next) == held_next
         self._own = own if same else None
         # Another partition cannot begin in mid-round; the full model is what a sync would have made.
         if not same and self._clock.step:
@@ -105,6 +117,7 @@ class Resumption:
         """Decide the length of the round that the training begins in, unless the checkpoint had it."""
         if not self._knows_length:
             self._clock.begin_round()
+        self._layout.plan_end(self._clock, self._total_steps)
 
     @property
     def exact(self) -> bool:

@@ -61,6 +61,11 @@ class CommonConfig:
         check_choice("check", self.check, get_args(CheckPolicy))
         check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
 
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the division depends on how many local steps the run will have."""
+        return False
+
     def in_words(self) -> dict[str, str]:
         """Every setting by name, in words that are the same on workers with the same settings."""
         return {field.name: _in_words(getattr(self, field.name)) for field in fields(self)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import KnownTensors, check_tensors, named_tensors
 from resist_lightning.methods.config import CommonConfig
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.companion import Companion
 
@@ -68,6 +69,20 @@ class LayoutAbilities:
         """See an input of the network, a batch, before training starts.
 
         Collective: every worker must call this, in the same order.
+        """
+
+    total_steps: int | None = None
+    """Local steps of the run, where the division depends on them."""
+
+    def plan_end(self, clock: Clock, total_steps: int | None) -> None:
+        """See how long the run will be, before training starts; all workers must give the same.
+
+        Args:
+            clock: where the run is.
+            total_steps: local steps from its beginning to its end; None if that is not known.
+
+        Raises:
+            ValueError: if it is not known and the division depends on it.
         """
 
     def learn(self, round: int, seconds: Sequence[float]) -> None:

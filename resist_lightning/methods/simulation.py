@@ -97,6 +97,14 @@ def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:
     return torch.view_as_complex(mean) if values[0].is_complex() else mean.to(values[0].dtype)
 
 
+def mean_state(values: list[Any]) -> Any:
+    """The mean of optimizer state: of tensors, or of Python numbers in their own type."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values).mean(0)
+    mean = sum(values) / len(values)
+    return mean if isinstance(values[0], float) else type(values[0])(round(mean))
+
+
 def flat_of(tensors: Mapping[str, Tensor]) -> Tensor:
     """Some tensors in one, in the order of a compressed message."""
     return flatten(arrange(tensors.values()))

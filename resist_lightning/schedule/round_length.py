@@ -128,6 +128,16 @@ class PostLocal:
 LocalStepsRule: TypeAlias = int | QSR | PostLocal
 
 
+def rounds_in(rule: int | PostLocal, first: int, steps: int) -> int:
+    """How many rounds a training has from ``first`` local steps on, where a round begins, to its last of ``steps``."""
+    rounds = 0
+    if isinstance(rule, PostLocal):
+        short = max(0, -(-(min(rule.switch_step, steps) - first) // rule.first))
+        rounds, first = short, first + short * rule.first
+    length = rule if isinstance(rule, int) else rule.then
+    return rounds + max(0, -(-(steps - first) // length))
+
+
 def in_words(rule: LocalStepsRule) -> str:
     """The lengths of rounds in words, after "rounds of"."""
     return f"{rule} local steps" if isinstance(rule, int) else rule.describe()

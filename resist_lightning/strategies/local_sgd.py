@@ -29,6 +29,7 @@ class LocalSGDOptions(LocalTrainingOptions, Config):
     blocks_per_worker: BlockCounts = field(init=False, default="equal")
     blocks: BlockChoice = field(init=False, default_factory=list)
     warmup_rounds: int = field(init=False, default=0)
+    finish_rounds: int = field(init=False, default=0)
     test_scale: float | None = field(init=False, default=None)
 
     @override

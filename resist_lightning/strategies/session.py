@@ -16,7 +16,7 @@ from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.host import LightningHost
-from resist_lightning.strategies.launching.checks import warn_of_rounds
+from resist_lightning.strategies.launching.checks import total_steps, warn_of_rounds
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
@@ -75,6 +75,7 @@ class FitSession:
             self._config,
             forward_context=trainer.precision_plugin.forward_context,
             host=LightningHost(trainer, self.signals, self._data),
+            total_steps=total_steps(trainer, default_collective()) if self._config.needs_total_steps else None,
         )
         engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see

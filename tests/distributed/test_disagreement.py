@@ -26,6 +26,12 @@ def engine_for(config: Config = BASE, change: Callable[[nn.Module], None] | None
     return Engine(model, [torch.optim.SGD(model.parameters(), lr, momentum=0.9)], config)
 
 
+def until(steps: int) -> Engine:
+    model = small_preact()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return Engine(model, [optimizer], Config(local_steps=2, min_blocks=1, finish_rounds=2), total_steps=steps)
+
+
 def fill(engine: Engine, worker: int) -> dict[str, torch.Tensor]:
     """Give the worker weights of its own, and remember them."""
     with torch.no_grad():
@@ -123,6 +129,10 @@ SCENES: dict[str, tuple[str, Callable[[int], tuple[Engine, Callable[[], None]]]]
     "another learning rate": (
         "lr of optimizer 0, group 0: worker 0 0.1, worker 1 0.3, worker 2 0.1",
         lambda w: starts_with(w, lambda: engine_for(lr=0.3)),
+    ),
+    "another number of steps": (
+        "total_steps: worker 0 20, worker 1 21, worker 2 20",
+        lambda worker: (engine := until(20 + (worker == ODD)), engine.start),
     ),
     "another version of torch": ("torch: worker 0 ", another_version),
     "a layer frozen from the start": (

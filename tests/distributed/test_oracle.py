@@ -79,6 +79,10 @@ RUNS = {
         3,
         Run(Config(local_steps=2, blocks_per_worker=(4, 2, 1), wire="int8", warmup_rounds=2, **OUTER), steps=11),
     ),
+    "warm-up, finish, int8, outer": (
+        3,
+        Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=2, wire="int8", **OUTER), steps=11),
+    ),
     "outer, frozen": (2, Run(Config(local_steps=2, min_blocks=3, **OUTER), steps=7, frozen=("section3.2",))),
     "DiLoCo": (2, Run(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw")),
 }

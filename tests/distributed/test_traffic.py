@@ -15,6 +15,7 @@ from resist_lightning import Config, Engine
 from resist_lightning.comm.byte_formulas import SYNC_KINDS
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.processes import run_workers
@@ -38,6 +39,9 @@ RUNS = {
     "outer, overlap, warm-up": Run(Config(local_steps=1, min_blocks=3, warmup_rounds=2, outer="nesterov"), steps=5),
     "outer, int6, frozen": Run(
         Config(local_steps=1, min_blocks=1, wire="int6", outer="nesterov"), steps=4, frozen=("section3.2",)
+    ),
+    "travel, outer, finish": Run(
+        Config(local_steps=1, min_blocks=1, finish_rounds=2, momentum="travel", outer="nesterov"), steps=5
     ),
     "outer, AdamW travels": Run(
         Config(local_steps=1, min_blocks=0, momentum="travel", outer="nesterov"), steps=3, optimizer="adamw"
@@ -67,7 +71,7 @@ def talk(worker: int) -> dict[str, list[Sync]]:
 def talk_in(worker: int, run: Run) -> list[Sync]:
     model = make_model(run)
     optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config)
+    engine = Engine(model, [optimizer], run.config, total_steps=run.steps)
     engine.start()
     steps = []
     for step in range(run.steps):
@@ -103,6 +107,7 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said)
     for name, run in RUNS.items():
         model = make_model(run)
         layout = BlockLayout(model, run.config, workers)
+        layout.plan_end(Clock(1), run.steps)
         sizes = layout.sizes(OptimizerStates([make_optimizer(run, model)]))
         for worker in range(workers):
             for round, sync in enumerate(syncs_of(run, said[worker][name])):

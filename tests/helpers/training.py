@@ -83,7 +83,7 @@ def train_engine(
     """Train this process's worker to the end; returns the engine and the full model's state."""
     model = make_model(run)
     optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config, collective=collective)
+    engine = Engine(model, [optimizer], run.config, collective=collective, total_steps=run.steps)
     engine.start()
     for step in range(run.steps):
         train_step(model, optimizer, batch_of(worker, step))
@@ -100,7 +100,7 @@ def train_engine(
 
 def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None) -> Simulator:
     """The same training by the oracle; with a table, by the shares that real workers have measured."""
-    simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers)
+    simulator = Simulator(make_model(run), lambda model: make_optimizer(run, model), run.config, workers, run.steps)
     if table is not None:
         simulator.schedule = simulator.schedule.with_state_dict(table)
     for step in range(run.steps):

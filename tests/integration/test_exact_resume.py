@@ -72,6 +72,8 @@ def draw_case(number: int) -> Case:
         early=number % 2 == 1,
     )
     options["outer"] = drawn.choice(["none", "nesterov"])
+    if face == "resist" and case.loader == "shuffled" and not isinstance(options["local_steps"], QSR):
+        options["finish_rounds"] = 1
     return case
 
 

@@ -12,6 +12,8 @@ from typing_extensions import override
 from resist_lightning.methods.config import CommonConfig, OuterName, WireName, check_choice, check_integer
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.shares import check_counts
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import QSR, rounds_in
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -38,6 +40,8 @@ class Config(CommonConfig):
             paper, or the blocks of all sections where those are less than half of the parameters), a glob or several
             over module names, a predicate of (name, module), or an empty list (none: local SGD).
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
+        finish_rounds: last rounds with all blocks on all workers, scaled as at test time. Needs the number of local
+            steps of the run, so an end of the training by steps or epochs, and rounds of known lengths.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
@@ -58,6 +62,7 @@ class Config(CommonConfig):
     blocks_per_worker: BlockCounts = "equal"
     blocks: BlockChoice = None
     warmup_rounds: int = 0
+    finish_rounds: int = 0
     test_scale: float | None = None
     wire: WireName = "fp32"
     outer: OuterName = "none"
@@ -69,6 +74,12 @@ class Config(CommonConfig):
         """Check every value."""
         super().__post_init__()
         check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
+        check_integer("finish_rounds", self.finish_rounds, 0, "0 means no finish")
+        if self.needs_total_steps and isinstance(self.local_steps, QSR):
+            raise ValueError(
+                f"finish_rounds={self.finish_rounds} with local_steps={self.local_steps}: which rounds are the last is "
+                "not known, as their lengths follow from learning rates to come. Give a number or PostLocal."
+            )
         if self.min_blocks is not None:
             check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
         _check_counts(self.blocks_per_worker)
@@ -76,6 +87,11 @@ class Config(CommonConfig):
         self._check_outer()
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
+
+    @property
+    @override
+    def needs_total_steps(self) -> bool:
+        return self.finish_rounds > 0
 
     def _check_outer(self) -> None:
         check_choice("outer", self.outer, get_args(OuterName))
@@ -118,3 +134,26 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
         return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
+
+
+def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int | None) -> Schedule:
+    """The partitions of all rounds, where the settings treat the last ones apart.
+
+    Args:
+        schedule: from :func:`make_schedule`.
+        config: the settings.
+        clock: where the run is, at the beginning of a round or in it.
+        total_steps: local steps from the run's beginning to its end; None if that is not known.
+
+    Raises:
+        ValueError: if it is not known which rounds are the last.
+    """
+    rule = config.local_steps
+    if total_steps is None or isinstance(rule, QSR):
+        raise ValueError(
+            f"finish_rounds={config.finish_rounds} needs the number of local steps of the run, which is not known: set "
+            "max_steps, or max_epochs with data of known length (without Lightning: total_steps of Engine and "
+            "Simulator)."
+        )
+    left = rounds_in(rule, clock.steps_before, total_steps)
+    return replace(schedule, finish_from=clock.round + left - config.finish_rounds)

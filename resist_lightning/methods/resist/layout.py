@@ -22,13 +22,14 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import Block, BranchEnd, untrained
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
-from resist_lightning.methods.resist.config import Config, make_schedule
+from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -93,7 +94,8 @@ class BlockLayout(Layout):
     @override
     def identity(self) -> dict[str, Any]:
         # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
-        drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
+        drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=(), finish_from=None))
+        del drawn["finish_from"]  # a run may be prolonged; who holds what is compared
         kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
         if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
             kept["outer"] = True
@@ -110,6 +112,16 @@ class BlockLayout(Layout):
         schedule = self.schedule
         # Counts that were measured for other workers or blocks do not fit, and are measured again.
         self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
+
+    @override
+    def plan_end(self, clock: Clock, total_steps: int | None) -> None:
+        if self.config.needs_total_steps:
+            self.schedule = plan_end(self.schedule, self.config, clock, total_steps)
+            self.total_steps = total_steps
+
+    def training_scale(self, round: int) -> float:
+        """The factor on the residual branches of all blocks while they train in ``round``."""
+        return self.scaling.scale if self.schedule.is_whole(round) else 1.0
 
     def agree(self, collective: Collective, *, stepped: bool) -> None:
         """Tell all workers where the branches of blocks end that only their holders have seen.
@@ -212,14 +224,15 @@ class BlockLayout(Layout):
                 raise compiled_as_a_whole(f"block {block.name!r}", where)
 
     def _usual_partition(self) -> Partition:
-        """That of the first round after the warm-up."""
-        return self.schedule.partition(self.config.warmup_rounds)
+        """That of the first round after the warm-up, in a run that does not end there."""
+        return replace(self.schedule, finish_from=None).partition(self.config.warmup_rounds)
 
     def _rounds(self) -> str:
         wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
         rate, momentum = self.config.outer_rate, self.config.outer_momentum
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.config.outer != "none" else ""
-        return f"{in_words(self.config.local_steps)}{wire}{outer}"
+        finish = f", all blocks everywhere in the last {self.config.finish_rounds}" if self.config.finish_rounds else ""
+        return f"{in_words(self.config.local_steps)}{finish}{wire}{outer}"
 
     @override
     def warn_about_settings(self) -> None:

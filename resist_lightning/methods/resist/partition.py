@@ -16,9 +16,9 @@ class Schedule:
 
     Where counts follow speed, each measurement gives a new schedule, the same on all workers::
 
-        round         warm-up | 0      1    2     3    4     | 5      6 ...
-        blocks each   all       equal  few  many  few  many    equal  by the measured table
-        seconds       -         -      kept for each worker     -      -
+        round         warm-up | 0      1    2     3    4     | 5      6 ...                   | finish
+        blocks each   all       equal  few  many  few  many    equal  by the measured table     all
+        seconds       -         -      kept for each worker     -      -                        -
 
     The counts begin one round after they are known, so that the plan of a sync never changes once its round has begun.
 
@@ -28,6 +28,7 @@ class Schedule:
         min_blocks: least number of blocks per worker.
         seed: seed of the partitions.
         warmup_rounds: number of first rounds in which every worker holds every block.
+        finish_from: the round from which every worker holds every block again; None if none is known.
         counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
         measured_from: first of the rounds in which seconds are measured; None if none is.
         seconds: of the measured rounds so far, the round and each worker's seconds per local step.
@@ -38,13 +39,14 @@ class Schedule:
     min_blocks: int
     seed: int
     warmup_rounds: int = 0
+    finish_from: int | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     measured_from: int | None = None
     seconds: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     def partition(self, round: int) -> Partition:
         """The partition of ``round``."""
-        if self.is_warmup(round):
+        if self.is_whole(round):
             return everything(self.blocks, self.workers)
         if self._is_measured(round):
             return deal(self.blocks, (self._count_measured(round),) * self.workers, self.seed, round)
@@ -53,9 +55,9 @@ class Schedule:
                 return deal(self.blocks, counts, self.seed, round)
         return draw_partition(self.blocks, self.workers, self.min_blocks, self.seed, round)
 
-    def is_warmup(self, round: int) -> bool:
+    def is_whole(self, round: int) -> bool:
         """Whether ``round`` trains all blocks on all workers, scaled as at test time."""
-        return round < self.warmup_rounds
+        return round < self.warmup_rounds or (self.finish_from is not None and round >= self.finish_from)
 
     def measuring(self, round: int) -> Schedule:
         """The schedule that begins to measure after ``round``, in which caches are still cold.
@@ -76,7 +78,8 @@ class Schedule:
         if self.measured_from is None or self.counts or round < self.measured_from:
             return self
         known = self
-        if self._is_measured(round) and min(seconds) > 0:  # else a worker resumed, and has no time of this round
+        # None where a worker resumed, or where all hold all blocks.
+        if self._is_measured(round) and min(seconds) > 0 and not self.is_whole(round):
             known = replace(self, seconds=(*self.seconds, (round, tuple(seconds))))
         if round < self.measured_from + MEASURED_ROUNDS - 1:
             return known

@@ -61,7 +61,7 @@ class ScaleHook:
 class ScaleHooks:
     """Scales residual branches while the network runs, without touching a weight.
 
-    For warm-up rounds, and for the full model where a scale cannot be folded.
+    For rounds in which all workers hold all blocks, and for the full model where a scale cannot be folded.
 
     Args:
         blocks: the blocks to scale.

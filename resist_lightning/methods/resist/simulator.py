@@ -31,6 +31,7 @@ from resist_lightning.methods.simulation import (
     clock_of,
     flat_of,
     mean_or_maximum,
+    mean_state,
     pieces_of,
     recalibrate_together,
 )
@@ -58,6 +59,7 @@ class Simulator:
         make_optimizers: builds the optimizer(s) of a copy.
         config: the settings, as for the engine.
         workers: number of simulated workers, at least 1.
+        total_steps: local steps of the run, where the settings need them (``finish_rounds``).
 
     Raises:
         ValueError: if settings or module do not fit the method, or counts shall follow speed.
@@ -69,22 +71,24 @@ class Simulator:
         make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
         config: Config,
         workers: int,
+        total_steps: int | None = None,
     ) -> None:
         if config.blocks_per_worker == "auto":
             raise ValueError("blocks_per_worker='auto': simulated workers have no speed. List a count for each worker.")
         layout = BlockLayout(module, config, workers)
         self.config = config
-        self.schedule = layout.schedule
         self.scale = layout.scaling.scale
         self._template = copy.deepcopy(module)
         self._forwards: list[list[Any]] = []  # by worker and block; None where it is the class's
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
         self.clock = clock_of(config, self.workers)
+        layout.plan_end(self.clock, total_steps)
+        self.schedule = layout.schedule
         self._block_of: dict[str, int] = {}
         for number, block in enumerate(layout.blocks):
             self._block_of.update(dict.fromkeys(block.tensors(), number))
         self._partial = layout.partial
-        self._warmup_hooks: list[ScaleHooks] = []
+        self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
         self._before: dict[str, Tensor] = {}
         self._outer = SimulatedOuter(config)
@@ -145,7 +149,7 @@ class Simulator:
             moved = plan_outer(plan, following, len(self.workers))
             self._outer.send(self._wire, self.clock.round, self.workers[0].blocks, moved)
         momenta = self._block_momenta(before.held)
-        if self.schedule.is_warmup(self.clock.round):
+        if any(self.schedule.is_whole(self.clock.round + ahead) for ahead in (0, 1)):
             self._agree()
         self.clock.next_round()
         for index, worker in enumerate(self.workers):
@@ -245,7 +249,7 @@ class Simulator:
                     for slot, value in optimizer.state.get(parameter, {}).items():
                         if isinstance(value, Tensor | int | float):
                             gathered.setdefault((number, name, slot), []).append(value)
-        return {key: _mean(values) for key, values in gathered.items()}
+        return {key: mean_state(values) for key, values in gathered.items()}
 
     def _treat_momentum(
         self,
@@ -274,12 +278,10 @@ class Simulator:
         self._outer.begin_round(self.workers[0].module)
         if self._wire is not None:
             self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
-        for hooks in self._warmup_hooks:
+        for hooks in self._scale_hooks:
             hooks.remove()
-        warmup = self.schedule.is_warmup(self.clock.round)
-        self._warmup_hooks = (
-            [ScaleHooks(worker.blocks, self.scale, wait=True) for worker in self.workers] if warmup else []
-        )
+        scale = self.scale if self.schedule.is_whole(self.clock.round) else 1.0
+        self._scale_hooks = [ScaleHooks(worker.blocks, scale, wait=True) for worker in self.workers]
         for worker, forwards, held in zip(self.workers, self._forwards, partition.held, strict=True):
             for number, (block, own) in enumerate(zip(worker.blocks, forwards, strict=True)):
                 for parameter in block.module.parameters():
@@ -289,11 +291,3 @@ class Simulator:
                     vars(block.module)["forward"] = own
                 if number not in held:
                     block.module.forward = Bypass(block.name, block.module, block.seen, written=True)
-
-
-def _mean(values: list[Any]) -> Any:
-    """The mean of tensors, or of Python numbers in their own type."""
-    if isinstance(values[0], Tensor):
-        return torch.stack(values).mean(0)
-    mean = sum(values) / len(values)
-    return mean if isinstance(values[0], float) else type(values[0])(round(mean))

@@ -47,7 +47,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
             self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum)
-        self._warmup_hooks = ScaleHooks([], 1.0)
+        self._scale_hooks = ScaleHooks([], 1.0)
         self._first_forward = FirstForward([])
 
     @override
@@ -62,7 +62,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         super().end()
         if self._outer is not None:
             self._outer.begin_round([], {})  # frees what it keeps
-        self._warmup_hooks.remove()
+        self._scale_hooks.remove()
         self._first_forward.remove()
         self._subnet.end_early()
 
@@ -141,7 +141,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
 
-        if self._layout.schedule.is_warmup(round):
+        if any(self._layout.training_scale(each) != 1 for each in (round, round + 1)):
             # The hooks of the next round must be the same everywhere, whatever each worker has seen.
             self._layout.agree(self._collective, stepped=self._stepped)
         # Merging comes first: owners hand over the mean of what several workers held.
@@ -167,7 +167,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
-        self._warmup_hooks.remove()
+        self._scale_hooks.remove()
         self._layout.agree(self._collective, stepped=self._stepped)
         plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
         self._leave_out(plan)
@@ -179,7 +179,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold the blocks of ``round``, scaled if it is a warm-up round."""
+        """Hold the blocks of ``round``, scaled if all workers hold them all."""
         held = self._layout.partition(round).held[self._worker]
         # Of arriving blocks too: some optimizers make state of parameters without gradient, so of absent ones.
         self._states.drop(parameters_of(self._subnet.not_staying(held)))
@@ -189,9 +189,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._layout.companion.hold([*self._layout.shared, *names])
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
         self.guard.watch({block.name: block.module for block in absent})
-        self._warmup_hooks.remove()
-        if self._layout.schedule.is_warmup(round):
-            self._warmup_hooks = ScaleHooks(self._layout.blocks, self._layout.scaling.scale, wait=True)
+        self._scale_hooks.remove()
+        self._scale_hooks = ScaleHooks(self._layout.blocks, self._layout.training_scale(round), wait=True)
 
     def _where_is(self, block: int, round: int) -> str:
         holders = ", ".join(map(str, self._layout.partition(round).holders(block)))

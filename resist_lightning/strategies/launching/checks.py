@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parameter import is_lazy
 
+from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
@@ -42,6 +43,11 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             "every process is a worker: they have no effect. Set devices_per_worker, or leave them out."
         )
     check_callbacks(trainer, config)
+    if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        raise ValueError(
+            "max_epochs=-1 without max_steps: the training has no last rounds, which the strategy is to treat apart "
+            "(finish_rounds). Set max_steps or max_epochs, or leave that option out."
+        )
     check_shrinking(options)
     module = trainer.strategy.lightning_module
     if module is None or is_overridden("configure_model", module):
@@ -92,6 +98,21 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
                 "every step. Limit the training by steps or epochs instead."
             )
     check_averages(trainer, config)
+
+
+def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
+    """Local steps of a training from its beginning to its end, of the worker that has fewest; None if not known.
+
+    Collective: every worker must call this, in the same order.
+    """
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
+        steps = -1
+    known = steps if 0 <= steps < float("inf") else -1  # -1 for an endless loader too
+    # Epochs end together, with the shortest.
+    fewest = min(int(row[0]) for row in collective.gather_numbers([known]))
+    return fewest if fewest >= 0 else None
 
 
 def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resist_lightning import QSR, Config
+from resist_lightning import QSR, Config, PostLocal
 from resist_lightning.comm.collective import Collective
 from tests.helpers.strict_collective import run_strictly
 from tests.helpers.strict_groups import run_members_strictly
@@ -22,6 +22,21 @@ RUNS = {
     "outer, int4, frozen": (
         2,
         Run(Config(local_steps=2, min_blocks=3, wire="int4", outer="nesterov"), 5, frozen=("section3.2",)),
+    ),
+    "growing rounds, finish, outer, travel": (
+        3,
+        Run(
+            Config(
+                local_steps=PostLocal(1, 2, 3),
+                min_blocks=3,
+                warmup_rounds=1,
+                finish_rounds=2,
+                momentum="travel",
+                outer="nesterov",
+            ),
+            10,
+            observe_at=(7, 8),
+        ),
     ),
     "rounds that follow the rate": (
         3,

@@ -106,7 +106,7 @@ def write(module):
 
 def test_batches_that_change_parameters_without_an_optimizer_are_refused():
     module = nn.Linear(2, 2)
-    watch = StepWatch(module, engine_of()[0].states, Clock(3))
+    watch = StepWatch(module, engine_of()[0].states, Clock(3), alone=True)
     watch.begin()
     for _ in range(11):  # gradients of four batches are added up
         watch.check_batch(accumulated=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resist_lightning import QSR, Config, Engine, PostLocal
+from resist_lightning.comm.collective import SoloCollective
 from tests.helpers.training import (
     Run,
     assert_equal_states,
@@ -92,6 +93,37 @@ def test_where_a_run_was_is_resumed_with_the_length_of_its_round(rule, saved, le
     )
     state = engine.resumption.place()
     assert (state["round_steps"], state["steps_before"], state["local_steps"]) == (length, before, str(rule))
+
+
+def one_of_two(steps):
+    """The engine of one of two workers, for what is decided without the other: rounds of three, the last two whole."""
+    run = Run(Config(local_steps=3, min_blocks=1, finish_rounds=2), steps=0)
+    model, collective = make_model(run), SoloCollective()
+    collective.workers = 2
+    return Engine(model, [make_optimizer(run, model)], run.config, collective=collective, total_steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("round", "steps", "exact"),
+    [
+        *((round, 18, True) for round in range(6)),
+        (1, 30, True),
+        (3, 30, False),  # round 4, which was whole, decides who keeps what in round 3
+        (4, 19, False),
+        (5, 19, True),  # it is the last but one now
+        (5, 30, False),
+    ],
+)
+def test_a_run_that_is_prolonged_resumes_exactly_unless_its_last_rounds_had_begun(round, steps, exact):
+    before = one_of_two(18)
+    before.clock.round, before.clock.step, before.clock.steps_before = round, 1, 3 * round
+    engine = one_of_two(steps)
+    assert engine.restore({**before.resumption.place(), **FULL}) == exact
+    engine.resumption.begin_round()
+    clock = engine.clock
+    assert (clock.round, clock.total_steps) == (round + (not exact), 3 * round + 1)
+    rounds = clock.round + -(-(steps - clock.steps_before) // 3)
+    assert [engine.layout.schedule.is_whole(rounds - back) for back in (3, 2, 1)] == [False, True, True]
 
 
 def test_the_rate_that_is_set_before_the_start_counts():

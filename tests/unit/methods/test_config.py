@@ -36,6 +36,7 @@ def test_defaults_are_the_paper_s():
         ("seed", -1, "seed=-1 .*at least 0"),
         ("seed", None, "seed=None"),
         ("warmup_rounds", -1, "warmup_rounds=-1 .*at least 0"),
+        ("finish_rounds", -1, "finish_rounds=-1 .*at least 0"),
         ("recalibration_batches", 0, "recalibration_batches=0 .*at least 1"),
         ("momentum", "restart", "momentum='restart' .*'reset', 'keep', 'travel'"),
         ("momentum", None, "momentum=None"),
@@ -79,11 +80,16 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
         {"outer": "nesterov", "outer_rate": 1, "outer_momentum": 0},
         {"outer": "nesterov", "outer_rate": 1e-3, "outer_momentum": 0.999},
         {"outer": "none", "outer_rate": 0.7, "outer_momentum": 0.9},
-        {"momentum": "travel", "batch_norm": "batch", "warmup_rounds": 3},
+        {"momentum": "travel", "batch_norm": "batch", "warmup_rounds": 3, "finish_rounds": 2},
     ],
 )
 def test_values_at_the_limits_are_taken(options):
     assert {name: getattr(Config(**options), name) for name in options} == options
+
+
+def test_the_last_rounds_are_not_known_where_they_follow_the_rate():
+    with pytest.raises(ValueError, match=r"finish_rounds=2 with local_steps=QSR.* Give a number or PostLocal"):
+        Config(local_steps=QSR(4, 0.1), finish_rounds=2)
 
 
 def test_settings_cannot_change_during_a_run():

@@ -28,6 +28,7 @@ BAD = {
     "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
     "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
+    "finish_rounds": [(-1, "at least 0 (0 means no finish)")],
     "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
     "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],
     "outer": [("adam", "choose one of 'none', 'nesterov'")],
@@ -58,7 +59,8 @@ def test_an_unknown_option_is_refused(face: Callable[..., Any], option: str) -> 
 
 
 @pytest.mark.parametrize(
-    "option", ["min_blocks", "blocks_per_worker", "blocks", "seed", "batch_norm", "warmup_rounds", "test_scale"]
+    "option",
+    ["min_blocks", "blocks_per_worker", "blocks", "seed", "batch_norm", "warmup_rounds", "finish_rounds", "test_scale"],
 )
 def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
     with pytest.raises(TypeError, match=option):
@@ -98,8 +100,8 @@ def test_every_option_arrives() -> None:
 
     options = {
         "local_steps": 7, "min_blocks": 2, "blocks_per_worker": [2, 3], "blocks": third, "seed": 3, "momentum": "keep",
-        "batch_norm": "batch", "warmup_rounds": 4, "test_scale": 0.25, "wire": "int6", "outer": "nesterov",
-        "outer_rate": 0.5, "outer_momentum": 0.8,
+        "batch_norm": "batch", "warmup_rounds": 4, "finish_rounds": 2, "test_scale": 0.25, "wire": "int6",
+        "outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8,
     }  # fmt: skip
     strategy = ResISTStrategy(
         **options, process_group_backend="gloo", timeout=timedelta(seconds=5), start_method="fork"

@@ -9,21 +9,64 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resist_lightning import Config, PostLocal
+from resist_lightning.methods.resist.config import make_schedule, plan_end
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.schedule.partition import deal, draw_partition, everything
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import rounds_in
 
 
 def test_warm_up_rounds_have_everything_everywhere_and_then_the_deal_begins():
     schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=4, warmup_rounds=2)
-    assert [schedule.is_warmup(round) for round in range(4)] == [True, True, False, False]
+    assert [schedule.is_whole(round) for round in range(4)] == [True, True, False, False]
     assert [schedule.partition(round) for round in (0, 1)] == [everything(6, 3)] * 2
     assert [schedule.partition(round) for round in (2, 3)] == [draw_partition(6, 3, 1, 4, r) for r in (2, 3)]
 
 
+def test_in_the_last_rounds_all_hold_everything_again():
+    schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=4, warmup_rounds=1, finish_from=3)
+    assert [schedule.is_whole(round) for round in range(5)] == [True, False, False, True, True]
+    assert [schedule.partition(round) for round in (0, 3, 4)] == [everything(6, 3)] * 3
+    assert [schedule.partition(round) for round in (1, 2)] == [draw_partition(6, 3, 1, 4, r) for r in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "finish", "clock", "steps", "first"),
+    [
+        (10, 2, Clock(10), 100, 8),
+        (10, 2, Clock(10), 101, 9),  # the last round has one step
+        (10, 2, Clock(10), 5, -1),
+        (10, 2, Clock(10, round=4, step=3, steps_before=40), 100, 8),
+        (10, 2, Clock(10, round=9, step=3, steps_before=85), 100, 9),  # an early round was cut short
+        (PostLocal(2, 10, 7), 3, Clock(2), 38, 4),  # four rounds to step 8, and three more
+        (PostLocal(2, 10, 7), 4, Clock(2), 38, 3),
+        (PostLocal(2, 10, 70), 3, Clock(2), 38, 16),
+        (PostLocal(2, 10, 7), 1, Clock(10, round=5, steps_before=18), 38, 6),
+    ],
+)
+def test_the_last_rounds_follow_from_the_steps_that_are_left(rule, finish, clock, steps, first):
+    config = Config(local_steps=rule, finish_rounds=finish, min_blocks=1)
+    assert plan_end(make_schedule(config, 6, 3), config, clock, steps).finish_from == first
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 60), st.integers(0, 99))
+def test_rounds_to_come_are_as_many_as_a_clock_counts(short, long, switch, steps):
+    rule = PostLocal(short, long, switch)
+    clock, left = Clock.by(rule, lambda: None), []
+    for _ in range(steps):
+        if clock.step == 0:
+            left.append(rounds_in(rule, clock.steps_before, steps))
+        clock.tick()
+        if clock.due:
+            clock.next_round()
+    begun = clock.round + (clock.step > 0)
+    assert left == list(range(begun, 0, -1))
+
+
 def test_no_warm_up_by_default():
     schedule = Schedule(blocks=6, workers=3, min_blocks=1, seed=0)
-    assert not schedule.is_warmup(0)
+    assert not schedule.is_whole(0)
     assert schedule.partition(0) == draw_partition(6, 3, 1, 0, 0)
 
 

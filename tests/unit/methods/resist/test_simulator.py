@@ -153,6 +153,24 @@ def test_a_warm_up_trains_scaled_branches_on_all_workers():
         assert gradients[f"body.{index}.weight.weight"] == pytest.approx(expected)
 
 
+def test_a_run_that_is_all_finish_is_one_that_is_all_warm_up():
+    run = Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=7)
+    configs = [replace(run.config, warmup_rounds=4), replace(run.config, finish_rounds=4), run.config]
+    warm, finish, plain = [train_simulator(replace(run, config=c), 2).full_model().state_dict() for c in configs]
+    assert_equal_states(finish, warm, exactly=True)
+    assert any(not torch.equal(plain[name], warm[name]) for name in warm)
+
+
+def test_the_last_rounds_need_the_number_of_steps():
+    with pytest.raises(ValueError, match=r"finish_rounds=1 needs the number of local steps .*total_steps of"):
+        Simulator(
+            by_hand.chain(0.8, LINKS),
+            lambda net: torch.optim.SGD(net.parameters(), RATE),
+            Config(finish_rounds=1, blocks="body.*"),
+            2,
+        )
+
+
 def test_one_simulated_worker_is_plain_training_with_momentum_restarts():
     run = Run(Config(local_steps=3), steps=7)
     simulator = Simulator(make_model(run), lambda net: make_optimizer(run, net), run.config, 1)

@@ -24,8 +24,9 @@ from torch import nn
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
-from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, warn_of_rounds
+from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, total_steps, warn_of_rounds
 from tests.helpers.plain import Classifier, stream
+from tests.helpers.threads import ThreadCollective, run_threads
 
 MakeTrainer = Callable[..., L.Trainer]
 LAUNCHERS = ["popen", "spawn", "fork"]
@@ -73,6 +74,9 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     ),
     "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .* No residual block was recognised"),
     "tied weights": ({}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
+    "no end": (
+        {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds\)\. Set",
+    ),
     "lazy": ({}, lazy, ValueError, r"^net\.head\.weight, net\.head\.bias: no shape yet.* Call the module once"),
     "SyncBatchNorm": ({}, synchronised, ValueError, r"net\.section1\.0\.bn1 is a SyncBatchNorm.* Use BatchNorm"),
 }  # fmt: skip
@@ -83,8 +87,9 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
 def test_a_fit_that_cannot_work_is_refused(name: str, start_method: Any, trainer_with: MakeTrainer) -> None:
     options, make_module, error, message = BAD_FITS[name]
 
+    endless = {"max_epochs": -1} if name == "no end" else {}
     with pytest.raises(error, match=message):
-        trainer_with(ResISTStrategy(**options, start_method=start_method)).fit(make_module(), stream(0, 2))
+        trainer_with(ResISTStrategy(**options, start_method=start_method), **endless).fit(make_module(), stream(0, 2))
 
 
 @pytest.mark.parametrize("strategy", [ResISTStrategy, LocalSGDStrategy])
@@ -233,6 +238,18 @@ def test_a_training_of_unknown_length_is_not_warned_of() -> None:
         warnings.simplefilter("error")
         for rule in (50, PostLocal(1, 5, 100)):
             warn_of_rounds(trainer, Clock.by(rule, lambda: None))
+
+
+def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=estimates[collective.worker])
+    return total_steps(trainer, collective)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "steps"), [([80, 80], 80), ([80, 76], 76), ([80, float("inf")], None), ([80, -1], None), ([0, 80], 0)]
+)
+def test_a_run_has_as_many_steps_as_its_shortest_worker(estimates: list[float], steps: int | None) -> None:
+    assert run_threads(steps_of, 2, estimates)[0] == [steps, steps]
 
 
 @pytest.mark.parametrize(
