@@ -295,6 +295,13 @@ MUTANTS = (
         ("tests/unit/schedule/test_round_length.py",),
     ),
     Mutant(
+        "last rounds shifted by a round",
+        "methods/resist/config.py",
+        "clock.round + left - config.finish_rounds",
+        "clock.round + left - config.finish_rounds + 1",
+        ("tests/unit/methods/resist/test_partition.py",),
+    ),
+    Mutant(
         "a resumed round gets a new length",
         "engine/resume.py",
         "if not self._knows_length:",
