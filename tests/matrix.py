@@ -2,8 +2,8 @@
 
 For each version of torch an environment is made, used with each version of Lightning, and removed; it takes six GB and
 some ten minutes. The table in ``docs/versions.md`` keeps the last result of each combination. Arguments name versions
-of torch, as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest Python that is installed and the
-newest torch the newest Python.
+of torch, as ``2.10 2.15``; without one all are run. The oldest torch gets the oldest Python that is installed, the
+newest torch the newest, and those between what lies between.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,10 +114,9 @@ def installed_pythons() -> list[Path]:
 
 
 def python_for(torch: str, pythons: Sequence[Path]) -> Path:
-    """The interpreter for a version of torch."""
-    if torch == TORCH[0]:
-        return pythons[0]
-    return pythons[-1] if torch == TORCH[-1] else Path(sys.executable)
+    """The interpreter for a version of torch: all get their turn, the oldest and the newest at the ends."""
+    place = TORCH.index(torch) / (len(TORCH) - 1)
+    return pythons[round(place * (len(pythons) - 1))]
 
 
 def requirements() -> list[str]:
@@ -198,6 +198,8 @@ def main(arguments: Sequence[str]) -> None:
     unknown = set(arguments) - set(TORCH)
     if unknown:
         sys.exit(f"error: {', '.join(sorted(unknown))} is no version of torch here: {', '.join(TORCH)}.")
+    # Jobs in the background of a shell ignore Ctrl-C, and what they start does: tests of signals would fail.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pythons = installed_pythons()
     failed = 0
     for torch in arguments or TORCH:

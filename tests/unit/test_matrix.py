@@ -28,9 +28,12 @@ def test_the_key_is_the_combination() -> None:
 
 
 def test_the_oldest_torch_gets_the_oldest_python() -> None:
-    pythons = [Path("a"), Path("b"), Path("c")]
-    assert python_for(TORCH[0], pythons) == Path("a")
-    assert python_for(TORCH[-1], pythons) == Path("c")
+    pythons = [Path("a"), Path("b"), Path("c"), Path("d")]
+    chosen = [python_for(torch, pythons) for torch in TORCH]
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1]) == (pythons[0], pythons[-1])
+    assert set(chosen) == set(pythons)
+    assert python_for(TORCH[2], pythons[:1]) == pythons[0]
 
 
 def test_an_unknown_torch_is_refused() -> None:
