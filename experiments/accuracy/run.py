@@ -109,7 +109,7 @@ def run(names: Sequence[str], options: Options) -> None:
     studies = {name: opened(name, options) for name in names}
     if "check" in names:  # forks: it must be first
         real = studies["check"]
-        found = dict(check.compare(real.missing(check.cases(options)), options))
+        found = dict(check.compared(real.missing(check.cases(options)), options))
         real.fill(list(found), found.__getitem__, lambda row: f"largest difference {row['largest_difference']:.2g}")
     for name in trained:
         wanted = STUDIES[name](options)
