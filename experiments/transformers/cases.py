@@ -15,7 +15,7 @@ TITLES = {
 }  # fmt: skip
 PARTITIONING = ("resist", "resist_outer")
 OUTER = ("diloco", "resist_outer")
-WORKERS = (4, 2)
+BLOCKS = "blocks.[!0]*"  # all but the first: what `resist` chooses by default, but in very small networks
 RATES_SEED = 1000  # no other study uses it
 # What happens to Adam's state at a sync, by method; DiLoCo's paper keeps it.
 POLICIES = {
@@ -42,16 +42,16 @@ class Case(AnyCase):
 
 def config_of(case: Case, options: Any) -> Config:
     """The package's settings for a method with syncs."""
-    blocks: Any = None if case.method in PARTITIONING else []
+    blocks: Any = BLOCKS if case.method in PARTITIONING else []
     outer: Any = "nesterov" if case.method in OUTER else "none"
     momentum: Any = case.momentum
     return Config(local_steps=options.local_steps, seed=case.seed, blocks=blocks, momentum=momentum, outer=outer)
 
 
-def _methods(seed: int, lr: float, *, images: bool) -> list[Case]:
+def _methods(seed: int, lr: float, options: Any, *, images: bool) -> list[Case]:
     """All methods, the most workers first: an interrupted study has the most telling rows."""
     cases = [Case("single", 1, seed, lr, images=images)]
-    for workers in WORKERS:
+    for workers in sorted(options.workers, reverse=True):
         for method in TITLES:
             for momentum in POLICIES.get(method, ()):
                 cases.append(Case(method, workers, seed, lr, momentum, images=images))
@@ -61,21 +61,24 @@ def _methods(seed: int, lr: float, *, images: bool) -> list[Case]:
 
 def language(options: Any) -> list[Case]:
     """All methods on the language model, equal samples."""
-    return [case for seed in range(options.seeds) for case in _methods(seed, options.lr, images=False)]
+    return [case for seed in range(options.seeds) for case in _methods(seed, options.lr, options, images=False)]
 
 
 def images(options: Any) -> list[Case]:
     """All methods on the ViT, equal samples."""
-    return [case for seed in range(options.image_seeds) for case in _methods(seed, options.image_lr, images=True)]
+    return [
+        case for seed in range(options.image_seeds) for case in _methods(seed, options.image_lr, options, images=True)
+    ]
 
 
 def rates(options: Any) -> list[Case]:
     """Learning rates of short trainings of the language model, judged on the hold-out."""
+    most = max(options.workers)
     chosen = [
         Case("single", 1, RATES_SEED, 0.0),
-        Case("local_sgd", 4, RATES_SEED, 0.0, "keep"),
-        Case("resist", 4, RATES_SEED, 0.0, "keep"),
-        Case("resist", 4, RATES_SEED, 0.0, "reset"),
+        Case("local_sgd", most, RATES_SEED, 0.0, "keep"),
+        Case("resist", most, RATES_SEED, 0.0, "keep"),
+        Case("resist", most, RATES_SEED, 0.0, "reset"),
     ]
     return [replace(case, lr=lr) for lr in options.rates for case in chosen]
 

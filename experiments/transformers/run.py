@@ -26,7 +26,7 @@ from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.trainers import LARGEST_WORKERS, steps_of
 from experiments.transformers import check, tables
-from experiments.transformers.cases import STUDIES, WORKERS
+from experiments.transformers.cases import STUDIES
 from experiments.transformers.text import digest
 from experiments.transformers.training import measure, prepared
 
@@ -52,9 +52,10 @@ class Options(cli.Command):
     cache_dir: str = option("runs/cache", "where decoded images are kept")
     jobs: int = option(1, "cases at a time, one core each", least=1, most=64)
     fresh: bool = option(False, "true measures again what is there")
+    workers: list[int] = option([2, 4], "numbers of workers", least=2, most=LARGEST_WORKERS, smoke=[2])
     seeds: int = option(2, "of the language model", least=1, most=100, smoke=1)
     image_seeds: int = option(1, "of the ViT", least=1, most=100)
-    samples: int = option(8_192, "sequences that all workers of a case see together", least=1, smoke=128)
+    samples: int = option(6_144, "sequences that all workers of a case see together", least=1, smoke=128)
     image_samples: int = option(8_192, "images that all workers of a case see together", least=1, smoke=128)
     rate_samples: int = option(3_072, "sequences in the study of learning rates", least=1, smoke=64)
     check_samples: int = option(1_024, "sequences in the check against real processes", least=1, smoke=128)
@@ -62,7 +63,7 @@ class Options(cli.Command):
     context: int = option(64, "bytes of a sequence", least=2, smoke=16)
     evaluated: int | None = option(1_024, "sequences of an evaluation, null for all", least=1, smoke=16)
     width: int = option(64, "entries of a token's vector", least=1, smoke=16)
-    depth: int = option(5, "blocks; all but the first are partitioned", least=3, most=64)
+    depth: int = option(5, "blocks; all but the first are partitioned", least=3, most=64, smoke=3)
     heads: int = option(2, "of each attention", least=1)
     local_steps: int = option(25, "local steps per round", least=1, smoke=3)
     lr: float = option(0.004, "highest learning rate of the language model", above=0)
@@ -83,9 +84,9 @@ class Options(cli.Command):
             value = getattr(self, key)
             if value < step:
                 raise ConfigError(f"{key}={value}: must be at least batch x {LARGEST_WORKERS} = {step}; raise it")
-            if key != "check_samples" and steps_of(value, self.batch, max(WORKERS)) < self.local_steps:
+            if key != "check_samples" and steps_of(value, self.batch, max(self.workers)) < self.local_steps:
                 raise ConfigError(
-                    f"{key}={value}: {max(WORKERS)} workers never sync in so few; raise it, or lower "
+                    f"{key}={value}: {max(self.workers)} workers never sync in so few; raise it, or lower "
                     f"local_steps={self.local_steps}"
                 )
 
