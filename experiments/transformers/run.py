@@ -56,7 +56,7 @@ class Options(cli.Command):
     seeds: int = option(2, "of the language model", least=1, most=100, smoke=1)
     image_seeds: int = option(1, "of the ViT", least=1, most=100)
     samples: int = option(6_144, "sequences that all workers of a case see together", least=1, smoke=128)
-    image_samples: int = option(8_192, "images that all workers of a case see together", least=1, smoke=128)
+    image_samples: int = option(6_144, "images that all workers of a case see together", least=1, smoke=128)
     rate_samples: int = option(3_072, "sequences in the study of learning rates", least=1, smoke=64)
     check_samples: int = option(1_024, "sequences in the check against real processes", least=1, smoke=128)
     batch: int = option(4, "sequences or images per local step of one worker", least=1)
@@ -70,8 +70,8 @@ class Options(cli.Command):
     image_lr: float = option(0.001, "highest learning rate of the ViT", above=0)
     rates: list[float] = option([0.002, 0.004, 0.008], "learning rates", above=0, smoke=[0.004])
     limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
-    limit_test: int | None = option(None, "test images per class, null for all", least=1, smoke=5)
-    holdout: float = option(0.04, "share of the training images", above=0, below=1, smoke=0.1)
+    limit_test: int | None = option(300, "test images per class, null for all", least=1, smoke=5)
+    holdout: float = option(0.02, "share of the training images", above=0, below=1, smoke=0.1)
     # What the images of the accuracy study are asked for besides.
     shrink: ClassVar[int] = 1
     eval_batch: ClassVar[int] = 250
