@@ -102,8 +102,8 @@ class MemberCollective(GroupCollective):
 
     @override
     def connect(self) -> None:
-        super().connect()
         if not self._stage:
+            self._greet(self.members)  # a byte of each member, so that all pairs connect
             greeting = torch.zeros(1, dtype=torch.uint8, device=self._device)
             for group in (self._inside, self._between):
                 self._wait([dist.all_reduce(greeting, group=group, async_op=True)])

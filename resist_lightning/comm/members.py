@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
     ranks = range(processes)
     # Every process makes every group, in one order: torch numbers them by how many were made.
     with recording_group(add=True):
-        inside = [dist.new_group(list(ranks[first : first + count])) for first in range(0, processes, count)]
-        between = [dist.new_group(list(ranks[place::count])) for place in range(count)]
+        timeout = _timeout()
+        inside = [dist.new_group(list(ranks[first : first + count]), timeout) for first in range(0, processes, count)]
+        between = [dist.new_group(list(ranks[place::count]), timeout) for place in range(count)]
     worker, member = divmod(rank, count)
     own: Any = (inside[worker], between[member])
     _splits.append((weakref.ref(_get_default_group()), Members(count, *own)))
@@ -120,6 +122,14 @@ def check_hosts(hosts: Sequence[str], count: int) -> None:
             f"cross their link in every step. Processes: {on_hosts}. Choose a number that divides the processes of "
             "each host, or set across_hosts=True if the link is fast."
         )
+
+
+def _timeout() -> timedelta:
+    """That of the default group. By itself torch gives other groups 30 minutes (gloo), whatever the default one has."""
+    kind = dist.get_backend_config().split(":")[0]
+    group: Any = _get_default_group()
+    timeout: timedelta = group._get_backend(torch.device(kind)).options._timeout
+    return timeout
 
 
 def _agree(count: int) -> list[str]:

@@ -47,9 +47,11 @@ class Replicas:
         self._collective = collective if isinstance(collective, MemberCollective) else None
         self._ddp: DistributedDataParallel | None = None
         self._reduced: list[nn.Parameter] = []  # that it was made with
+        self._norms: dict[nn.SyncBatchNorm, Any] = {}  # with the groups that they had
         if self._collective is not None:
             for norm in module.modules():
                 if isinstance(norm, nn.SyncBatchNorm):
+                    self._norms[norm] = norm.process_group
                     norm.process_group = self._collective.inside  # never over the slow links
 
     def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -158,6 +160,13 @@ class Replicas:
         """Give up the reducer, which refers to the parameters. Sends nothing."""
         self._ddp = None
         self._reduced = []
+
+    def end(self) -> None:
+        """Called when training has ended. A module that refers to a group could be neither copied nor saved."""
+        self.release()
+        for norm, group in self._norms.items():
+            norm.process_group = group
+        self._norms = {}
 
     def _check_finished(self) -> None:
         """Raise if the last backward pass has left gradients without a mean: DDP sends buckets that are complete."""

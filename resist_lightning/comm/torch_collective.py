@@ -46,10 +46,7 @@ class GroupCollective(Collective):
     def connect(self) -> None:
         if self._stage:  # gloo has connected all pairs when the group was made
             return
-        peers = [worker for worker in range(self.workers) if worker != self.worker]
-        greeting = torch.zeros(1, dtype=torch.uint8, device=self._device)
-        answers = {peer: [torch.empty_like(greeting)] for peer in peers}
-        self.exchange({peer: [greeting] for peer in peers}, answers, {"start": len(peers)})
+        self._greet(1)
 
     @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
@@ -145,6 +142,13 @@ class GroupCollective(Collective):
             self._from_wire([landing], [flat])
 
         return finish
+
+    def _greet(self, size: int) -> None:
+        """Send some bytes to every other worker. Collective: every worker must call this, in the same order."""
+        peers = [worker for worker in range(self.workers) if worker != self.worker]
+        greeting = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        answers = {peer: [torch.empty_like(greeting)] for peer in peers}
+        self.exchange({peer: [greeting] for peer in peers}, answers, {"start": size * len(peers)})
 
     def _gather(self, mine: Tensor) -> Tensor:
         """The flat tensors of all processes, as rows."""

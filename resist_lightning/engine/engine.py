@@ -221,7 +221,7 @@ class Engine:
     def abandon(self) -> None:
         """Stop without sending anything, after an error. Absent blocks stay absent, and reading them raises."""
         self.steps.end()
-        self.replicas.release()
+        self.replicas.end()
         self.swaps.release()
         self.observation.end()
         self.sync.end()

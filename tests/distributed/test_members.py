@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.byte_formulas import KINDS, all_reduce_bytes
 from resist_lightning.comm.mean import start_mean
 from resist_lightning.comm.members import default_collective, split_into_workers
+from resist_lightning.comm.members import members as members_of_this
 from resist_lightning.comm.replicas import Replicas
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, assert_equal_states, batch_of, clone_state, make_model, make_optimizer
@@ -24,6 +27,10 @@ def verbs(rank: int, members: int, size: int) -> dict[str, Any]:
     split_into_workers(members)
     collective = default_collective()
     worker, workers = collective.worker, collective.workers
+    split = members_of_this()
+    assert split is not None
+    for group in (split.inside, split.between):  # not torch's own 30 minutes
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
     assert (worker, collective.member, collective.rank) == (rank // members, rank % members, rank)
 
     mean = torch.arange(size, dtype=torch.float32) + worker
@@ -167,7 +174,8 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
     split_into_workers(2)
     model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("first", "second")})
     model.register_buffer("seen", torch.tensor(0.0))
-    replicas = Replicas(model, default_collective(), partial=True)
+    collective: Any = default_collective()
+    replicas = Replicas(model, collective, partial=True)
     replicas.find_unused_parameters = True
     x = torch.full((1, 2), rank + 1.0)
     noted: dict[str, Any] = {"seen": [], "compiles for": set()}
@@ -189,6 +197,11 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
 
     for _ in range(2):
         replicas.call_with_backward(step)
+    norm = nn.SyncBatchNorm(1)
+    others = Replicas(norm, collective)
+    assert norm.process_group is collective.inside
+    others.end()
+    copy.deepcopy(norm)  # with a group in it that fails
     return {**noted, "gradient": model["second"].weight.grad.tolist()}
 
 

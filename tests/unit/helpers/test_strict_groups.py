@@ -36,7 +36,9 @@ def verbs(collective: MemberCollective) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("workers", "members"), [(2, 2), (3, 2), (2, 3)])
 def test_members_say_the_same_as_over_gloo(workers: int, members: int) -> None:
-    results, _ = run_members_strictly(verbs, workers, members)
+    results, network = run_members_strictly(verbs, workers, members)
+    greetings = [rank for rank, said in network.log if "send to" in said and "uint8[1]" in said]
+    assert set(greetings) == set(range(workers * members))  # all have connected
     for rank, result in enumerate(results):
         worker, member = divmod(rank, members)
         first = worker * members
