@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,7 @@ class LocalSGDOptions(LocalTrainingOptions, Config):
     blocks: BlockChoice = field(init=False, default_factory=list)
     warmup_rounds: int = field(init=False, default=0)
     finish_rounds: int = field(init=False, default=0)
+    growth: Sequence[float] | None = field(init=False, default=None)
     test_scale: float | None = field(init=False, default=None)
 
     @override

@@ -43,6 +43,9 @@ RUNS = {
     "travel, outer, finish": Run(
         Config(local_steps=1, min_blocks=1, finish_rounds=2, momentum="travel", outer="nesterov"), steps=5
     ),
+    "growth, travel, outer": Run(
+        Config(local_steps=1, growth=[0.25, 0.6, 1], momentum="travel", outer="nesterov"), steps=6
+    ),
     "outer, AdamW travels": Run(
         Config(local_steps=1, min_blocks=0, momentum="travel", outer="nesterov"), steps=3, optimizer="adamw"
     ),

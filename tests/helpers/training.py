@@ -147,12 +147,12 @@ def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any], *, exa
         torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-def engine_for(config=None, run=None):
+def engine_for(config=None, run=None, **options):
     """The engine of one worker alone, its model and optimizer."""
     run = run or Run(config or Config(local_steps=3), steps=0)
     model = make_model(run)
     optimizer = make_optimizer(run, model)
-    return Engine(model, [optimizer], run.config), model, optimizer
+    return Engine(model, [optimizer], run.config, **options), model, optimizer
 
 
 def trained_engine(run, steps, *, finish=True):

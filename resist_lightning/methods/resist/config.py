@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
@@ -13,7 +14,7 @@ from resist_lightning.methods.config import CommonConfig, OuterName, WireName, c
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.round_length import QSR, rounds_in
+from resist_lightning.schedule.round_length import QSR, in_words, rounds_in
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -42,6 +43,9 @@ class Config(CommonConfig):
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         finish_rounds: last rounds with all blocks on all workers, scaled as at test time. Needs the number of local
             steps of the run, so an end of the training by steps or epochs, and rounds of known lengths.
+        growth: shares of the blocks that each worker holds at least, each for an equal part of the rounds: ``(0.25,
+            0.5, 1)`` is thin at first, and whole at last; None: as many in all rounds. Branches are scaled by the first
+            share divided by the present one. Needs the number of local steps of the run, as ``finish_rounds`` does.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
@@ -63,6 +67,7 @@ class Config(CommonConfig):
     blocks: BlockChoice = None
     warmup_rounds: int = 0
     finish_rounds: int = 0
+    growth: Sequence[float] | None = None
     test_scale: float | None = None
     wire: WireName = "fp32"
     outer: OuterName = "none"
@@ -75,10 +80,12 @@ class Config(CommonConfig):
         super().__post_init__()
         check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
         check_integer("finish_rounds", self.finish_rounds, 0, "0 means no finish")
+        if self.growth is not None:
+            self._check_growth(self.growth)
         if self.needs_total_steps and isinstance(self.local_steps, QSR):
             raise ValueError(
-                f"finish_rounds={self.finish_rounds} with local_steps={self.local_steps}: which rounds are the last is "
-                "not known, as their lengths follow from learning rates to come. Give a number or PostLocal."
+                f"{self.by_total_steps} with local_steps={self.local_steps}: which rounds are the last is not known, "
+                "as their lengths follow from learning rates to come. Give a number or PostLocal."
             )
         if self.min_blocks is not None:
             check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
@@ -91,7 +98,35 @@ class Config(CommonConfig):
     @property
     @override
     def needs_total_steps(self) -> bool:
-        return self.finish_rounds > 0
+        return self.finish_rounds > 0 or self.growth is not None
+
+    @property
+    def by_total_steps(self) -> str:
+        """The setting that needs the number of local steps of the run, in words."""
+        return f"finish_rounds={self.finish_rounds}" if self.growth is None else f"growth={self.growth}"
+
+    def _check_growth(self, growth: object) -> None:
+        shares = list(growth) if isinstance(growth, Sequence) and not isinstance(growth, str) else []
+        if any(isinstance(share, bool) or not isinstance(share, int | float) for share in shares) or not shares:
+            raise ValueError(f"growth={growth!r} must be a list of shares of the blocks, such as [0.25, 0.5, 1].")
+        if not (shares[0] > 0 and shares == sorted(shares) and shares[-1] <= 1):
+            raise ValueError(f"growth={growth!r}: shares must lie in (0, 1] and not fall, such as [0.25, 0.5, 1].")
+        given = {"min_blocks": self.min_blocks, "test_scale": self.test_scale}
+        if self.blocks_per_worker != "equal":
+            given["blocks_per_worker"] = self.blocks_per_worker  # type: ignore[assignment]
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"growth={growth!r} says what {name}={value!r} would say too; leave one of them out.")
+
+    @property
+    def rounds_in_words(self) -> str:
+        """What a round is, after "rounds of"."""
+        wire = "" if self.wire == "fp32" else f", parameters sent as {self.wire}"
+        rate, momentum = self.outer_rate, self.outer_momentum
+        outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
+        finish = f", all blocks everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
+        growth = "" if self.growth is None else f", shares of {list(self.growth)} of the blocks in turn"
+        return f"{in_words(self.local_steps)}{growth}{finish}{wire}{outer}"
 
     def _check_outer(self) -> None:
         check_choice("outer", self.outer, get_args(OuterName))
@@ -126,6 +161,8 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     """
     given, least = config.blocks_per_worker, config.min_blocks
     listed = None if isinstance(given, str) else tuple(given)
+    if config.growth is not None:
+        least = _blocks_of(config.growth[0], blocks)
     if least is None:
         least = min(listed) if listed is not None else default_min_blocks(blocks)
     schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
@@ -151,9 +188,20 @@ def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int 
     rule = config.local_steps
     if total_steps is None or isinstance(rule, QSR):
         raise ValueError(
-            f"finish_rounds={config.finish_rounds} needs the number of local steps of the run, which is not known: set "
-            "max_steps, or max_epochs with data of known length (without Lightning: total_steps of Engine and "
-            "Simulator)."
+            f"{config.by_total_steps} needs the number of local steps of the run, which is not known: set max_steps, "
+            "or max_epochs with data of known length (without Lightning: total_steps of Engine and Simulator)."
         )
     left = rounds_in(rule, clock.steps_before, total_steps)
-    return replace(schedule, finish_from=clock.round + left - config.finish_rounds)
+    last = clock.round + left - config.finish_rounds
+    stages = []
+    shares = config.growth or ()
+    for number, share in enumerate(shares):
+        # Of equally many rounds, between the warm-up and the finish.
+        first = config.warmup_rounds + number * max(0, last - config.warmup_rounds) // len(shares)
+        stages.append((first, _blocks_of(share, schedule.blocks)))
+    return replace(schedule, finish_from=last if config.finish_rounds else None, stages=tuple(stages))
+
+
+def _blocks_of(share: float, blocks: int) -> int:
+    """A share of some blocks, at least one; 0.1 of ten blocks is one, whatever the last bit of 0.1 is."""
+    return max(min(1, blocks), math.ceil(share * blocks - 1e-9))

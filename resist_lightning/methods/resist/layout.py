@@ -30,7 +30,6 @@ from resist_lightning.methods.resist.overview_text import brief
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import has_outer_step, outer_bytes
@@ -94,9 +93,11 @@ class BlockLayout(Layout):
     @override
     def identity(self) -> dict[str, Any]:
         # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
-        drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=(), finish_from=None))
-        del drawn["finish_from"]  # a run may be prolonged; who holds what is compared
+        drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
+        del drawn["finish_from"], drawn["stages"]  # a run may be prolonged; who holds what is compared
         kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
+        if self.config.growth is not None:
+            kept["growth"] = list(self.config.growth)
         if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
             kept["outer"] = True
         return {**drawn, "blocks": [block.name for block in self.blocks], **kept}
@@ -121,7 +122,7 @@ class BlockLayout(Layout):
 
     def training_scale(self, round: int) -> float:
         """The factor on the residual branches of all blocks while they train in ``round``."""
-        return self.scaling.scale if self.schedule.is_whole(round) else 1.0
+        return self.schedule.training_scale(round, self.scaling.scale)
 
     def agree(self, collective: Collective, *, stepped: bool) -> None:
         """Tell all workers where the branches of blocks end that only their holders have seen.
@@ -203,13 +204,13 @@ class BlockLayout(Layout):
     def describe(self) -> str:
         workers = self.workers
         if not self.blocks:
-            return f"All parameters are shared by {workers} worker(s); rounds of {self._rounds()}."
+            return f"All parameters are shared by {workers} worker(s); rounds of {self.config.rounds_in_words}."
         counts = map(len, self._usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         sentence = (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
-            f"all else is shared. Rounds of {self._rounds()}; test-time scale {self.scaling.scale:.4g}."
+            f"all else is shared. Rounds of {self.config.rounds_in_words}; test-time scale {self.scaling.scale:.4g}."
         )
         if workers == 1:
             return sentence
@@ -225,14 +226,7 @@ class BlockLayout(Layout):
 
     def _usual_partition(self) -> Partition:
         """That of the first round after the warm-up, in a run that does not end there."""
-        return replace(self.schedule, finish_from=None).partition(self.config.warmup_rounds)
-
-    def _rounds(self) -> str:
-        wire = "" if self.config.wire == "fp32" else f", parameters sent as {self.config.wire}"
-        rate, momentum = self.config.outer_rate, self.config.outer_momentum
-        outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.config.outer != "none" else ""
-        finish = f", all blocks everywhere in the last {self.config.finish_rounds}" if self.config.finish_rounds else ""
-        return f"{in_words(self.config.local_steps)}{finish}{wire}{outer}"
+        return replace(self.schedule, finish_from=None, stages=()).partition(self.config.warmup_rounds)
 
     @override
     def warn_about_settings(self) -> None:

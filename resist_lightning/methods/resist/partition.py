@@ -28,6 +28,7 @@ class Schedule:
         min_blocks: least number of blocks per worker.
         seed: seed of the partitions.
         warmup_rounds: number of first rounds in which every worker holds every block.
+        stages: of a run that grows, least number of blocks per worker from a round on, until the next entry.
         finish_from: the round from which every worker holds every block again; None if none is known.
         counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
         measured_from: first of the rounds in which seconds are measured; None if none is.
@@ -39,6 +40,7 @@ class Schedule:
     min_blocks: int
     seed: int
     warmup_rounds: int = 0
+    stages: tuple[tuple[int, int], ...] = ()
     finish_from: int | None = None
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     measured_from: int | None = None
@@ -53,11 +55,38 @@ class Schedule:
         for first, counts in reversed(self.counts):  # the newest that applies
             if round >= first:
                 return deal(self.blocks, counts, self.seed, round)
-        return draw_partition(self.blocks, self.workers, self.min_blocks, self.seed, round)
+        return draw_partition(self.blocks, self.workers, self._least(round), self.seed, round)
 
     def is_whole(self, round: int) -> bool:
         """Whether ``round`` trains all blocks on all workers, scaled as at test time."""
         return round < self.warmup_rounds or (self.finish_from is not None and round >= self.finish_from)
+
+    def training_scale(self, round: int, scale: float) -> float:
+        """The factor on the residual branches of all blocks while they train in ``round``.
+
+        Times the share of the blocks that a worker holds it is the same in all rounds, where a run grows.
+
+        Args:
+            round: the round.
+            scale: the test-time scale: the share in a round that is neither whole nor in a later stage.
+        """
+        if self.is_whole(round):
+            return scale
+        return scale / self.share(round) if self.stages else 1.0
+
+    def share(self, round: int) -> float:
+        """Mean blocks per worker / number of blocks (1 if there are none)."""
+        if not self.blocks:
+            return 1.0
+        held = self.partition(round).held
+        return sum(map(len, held)) / (self.workers * self.blocks)
+
+    def _least(self, round: int) -> int:
+        """Least number of blocks per worker in a round."""
+        for first, least in reversed(self.stages):
+            if round >= first:
+                return least
+        return self.min_blocks
 
     def measuring(self, round: int) -> Schedule:
         """The schedule that begins to measure after ``round``, in which caches are still cold.

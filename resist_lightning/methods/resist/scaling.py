@@ -24,11 +24,8 @@ from resist_lightning.methods.resist.partition import Schedule
 
 
 def coverage(schedule: Schedule) -> float:
-    """The probability that a worker holds a block: mean blocks per worker / number of blocks (1 if there are none)."""
-    if not schedule.blocks:
-        return 1.0
-    held = schedule.partition(schedule.warmup_rounds).held
-    return sum(map(len, held)) / (schedule.workers * schedule.blocks)
+    """The probability that a worker holds a block, after the warm-up."""
+    return schedule.share(schedule.warmup_rounds)
 
 
 class ScaleHook:

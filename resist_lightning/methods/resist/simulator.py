@@ -149,7 +149,7 @@ class Simulator:
             moved = plan_outer(plan, following, len(self.workers))
             self._outer.send(self._wire, self.clock.round, self.workers[0].blocks, moved)
         momenta = self._block_momenta(before.held)
-        if any(self.schedule.is_whole(self.clock.round + ahead) for ahead in (0, 1)):
+        if any(self.schedule.training_scale(self.clock.round + ahead, self.scale) != 1 for ahead in (0, 1)):
             self._agree()
         self.clock.next_round()
         for index, worker in enumerate(self.workers):
@@ -280,7 +280,7 @@ class Simulator:
             self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
         for hooks in self._scale_hooks:
             hooks.remove()
-        scale = self.scale if self.schedule.is_whole(self.clock.round) else 1.0
+        scale = self.schedule.training_scale(self.clock.round, self.scale)
         self._scale_hooks = [ScaleHooks(worker.blocks, scale, wait=True) for worker in self.workers]
         for worker, forwards, held in zip(self.workers, self._forwards, partition.held, strict=True):
             for number, (block, own) in enumerate(zip(worker.blocks, forwards, strict=True)):

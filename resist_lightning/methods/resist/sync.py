@@ -179,7 +179,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold the blocks of ``round``, scaled if all workers hold them all."""
+        """Hold the blocks of ``round``, scaled if they are more than usual."""
         held = self._layout.partition(round).held[self._worker]
         # Of arriving blocks too: some optimizers make state of parameters without gradient, so of absent ones.
         self._states.drop(parameters_of(self._subnet.not_staying(held)))

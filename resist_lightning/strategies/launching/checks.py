@@ -46,7 +46,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise ValueError(
             "max_epochs=-1 without max_steps: the training has no last rounds, which the strategy is to treat apart "
-            "(finish_rounds). Set max_steps or max_epochs, or leave that option out."
+            "(finish_rounds, growth). Set max_steps or max_epochs, or leave those options out."
         )
     check_shrinking(options)
     module = trainer.strategy.lightning_module

@@ -38,6 +38,10 @@ RUNS = {
             observe_at=(7, 8),
         ),
     ),
+    "growth, int8": (
+        3,
+        Run(Config(local_steps=1, growth=[0.3, 0.6, 1], wire="int8", warmup_rounds=1), 7, observe_at=(3,)),
+    ),
     "rounds that follow the rate": (
         3,
         Run(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 13, decay=0.9, observe_at=(4,)),

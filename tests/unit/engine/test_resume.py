@@ -126,6 +126,14 @@ def test_a_run_that_is_prolonged_resumes_exactly_unless_its_last_rounds_had_begu
     assert [engine.layout.schedule.is_whole(rounds - back) for back in (3, 2, 1)] == [False, True, True]
 
 
+def test_a_checkpoint_of_other_growth_begins_a_new_round():
+    before, same, other, none = (
+        engine_for(Config(local_steps=3, growth=growth), total_steps=30)[0].resumption
+        for growth in ([0.25, 1], [0.25, 1], [0.25, 0.5, 1], None)
+    )
+    assert [each.restore({**before.place(), **FULL}, None) for each in (same, other, none)] == [True, False, False]
+
+
 def test_the_rate_that_is_set_before_the_start_counts():
     engine, _, optimizer = engine_for(Config(local_steps=QSR(1, 0.1)))
     optimizer.param_groups[0]["lr"] = 0.02

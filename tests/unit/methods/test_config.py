@@ -36,6 +36,13 @@ def test_defaults_are_the_paper_s():
         ("seed", -1, "seed=-1 .*at least 0"),
         ("seed", None, "seed=None"),
         ("warmup_rounds", -1, "warmup_rounds=-1 .*at least 0"),
+        ("growth", [], r"growth=\[\] must be a list of shares"),
+        ("growth", 0.5, r"growth=0\.5 must be a list"),
+        ("growth", [0.5, True], "must be a list of shares"),
+        ("growth", [0, 1], r"growth=\[0, 1\]: shares must lie in \(0, 1\] and not fall"),
+        ("growth", [0.5, 0.25], "not fall"),
+        ("growth", [0.5, 1.5], r"lie in \(0, 1\]"),
+        ("growth", [0.5, float("nan")], r"lie in \(0, 1\]"),
         ("finish_rounds", -1, "finish_rounds=-1 .*at least 0"),
         ("recalibration_batches", 0, "recalibration_batches=0 .*at least 1"),
         ("momentum", "restart", "momentum='restart' .*'reset', 'keep', 'travel'"),
@@ -79,6 +86,7 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
         {"test_scale": 1e-3},
         {"outer": "nesterov", "outer_rate": 1, "outer_momentum": 0},
         {"outer": "nesterov", "outer_rate": 1e-3, "outer_momentum": 0.999},
+        {"growth": (0.25, 0.25, 1), "warmup_rounds": 1},
         {"outer": "none", "outer_rate": 0.7, "outer_momentum": 0.9},
         {"momentum": "travel", "batch_norm": "batch", "warmup_rounds": 3, "finish_rounds": 2},
     ],
@@ -87,9 +95,17 @@ def test_values_at_the_limits_are_taken(options):
     assert {name: getattr(Config(**options), name) for name in options} == options
 
 
+@pytest.mark.parametrize("other", [{"min_blocks": 2}, {"test_scale": 0.5}, {"blocks_per_worker": [2, 3]}])
+def test_growth_stands_for_other_settings(other):
+    with pytest.raises(ValueError, match=r"growth=\[0\.5, 1\] says what .* would say too; leave one of them out"):
+        Config(growth=[0.5, 1], **other)
+
+
 def test_the_last_rounds_are_not_known_where_they_follow_the_rate():
     with pytest.raises(ValueError, match=r"finish_rounds=2 with local_steps=QSR.* Give a number or PostLocal"):
         Config(local_steps=QSR(4, 0.1), finish_rounds=2)
+    with pytest.raises(ValueError, match=r"growth=\(0\.5, 1\) with local_steps=QSR"):
+        Config(local_steps=QSR(4, 0.1), growth=(0.5, 1))
 
 
 def test_settings_cannot_change_during_a_run():

@@ -28,6 +28,7 @@ BAD = {
     "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
     "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
+    "growth": [([], "must be a list of shares of the blocks"), ([2.5], "shares must lie in (0, 1]")],
     "finish_rounds": [(-1, "at least 0 (0 means no finish)")],
     "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
     "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],
@@ -60,7 +61,17 @@ def test_an_unknown_option_is_refused(face: Callable[..., Any], option: str) -> 
 
 @pytest.mark.parametrize(
     "option",
-    ["min_blocks", "blocks_per_worker", "blocks", "seed", "batch_norm", "warmup_rounds", "finish_rounds", "test_scale"],
+    [
+        "min_blocks",
+        "blocks_per_worker",
+        "blocks",
+        "seed",
+        "batch_norm",
+        "warmup_rounds",
+        "finish_rounds",
+        "growth",
+        "test_scale",
+    ],
 )
 def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
     with pytest.raises(TypeError, match=option):

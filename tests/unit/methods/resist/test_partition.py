@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from resist_lightning import Config, PostLocal
 from resist_lightning.methods.resist.config import make_schedule, plan_end
 from resist_lightning.methods.resist.partition import Schedule
+from resist_lightning.methods.resist.scaling import coverage
 from resist_lightning.schedule.partition import deal, draw_partition, everything
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import rounds_in
@@ -48,6 +49,51 @@ def test_in_the_last_rounds_all_hold_everything_again():
 def test_the_last_rounds_follow_from_the_steps_that_are_left(rule, finish, clock, steps, first):
     config = Config(local_steps=rule, finish_rounds=finish, min_blocks=1)
     assert plan_end(make_schedule(config, 6, 3), config, clock, steps).finish_from == first
+
+
+def grown(clock, steps, **options):
+    config = Config(local_steps=10, **options)
+    return plan_end(make_schedule(config, 8, 4), config, clock, steps)
+
+
+def counts_of(schedule, rounds):
+    return [set(map(len, schedule.partition(round).held)) for round in range(rounds)]
+
+
+def test_a_run_grows_in_stages_of_equally_many_rounds_between_warm_up_and_finish():
+    schedule = grown(Clock(10), 95, growth=[0.25, 0.5, 1], warmup_rounds=1, finish_rounds=1)
+    assert schedule.stages == ((1, 2), (3, 4), (6, 8))  # of ten rounds eight grow
+    assert counts_of(schedule, 10) == [{8}, {2}, {2}, {4}, {4}, {4}, {8}, {8}, {8}, {8}]
+    assert [schedule.partition(round) for round in (1, 4)] == [
+        draw_partition(8, 4, n, 0, r) for n, r in ((2, 1), (4, 4))
+    ]
+    # By where the run is, not by how it came there.
+    assert (
+        grown(Clock(10, round=4, step=7, steps_before=40), 95, growth=[0.25, 0.5, 1], warmup_rounds=1, finish_rounds=1)
+        == schedule
+    )
+
+
+def test_a_branch_weighs_as_much_in_all_stages():
+    schedule = grown(Clock(10), 100, growth=[0.25, 0.5, 0.7, 1], warmup_rounds=2)
+    scale = coverage(schedule)
+    assert scale == 0.25
+    for round in range(10):
+        assert schedule.training_scale(round, scale) * schedule.share(round) == pytest.approx(scale)
+    assert [schedule.training_scale(round, scale) for round in (0, 2, 4, 9)] == [0.25, 1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("shares", "least"), [([0.01], 2), ([0.26], 3), ([0.3], 3), ([0.375], 3), ([1], 8)])
+def test_shares_are_rounded_up_and_every_block_is_held(shares, least):
+    schedule = grown(Clock(10), 50, growth=shares)
+    held = schedule.partition(3).held
+    assert {len(blocks) for blocks in held} == {least}
+    assert set().union(*held) == set(range(8))
+
+
+def test_runs_too_short_to_grow_end_whole():
+    assert counts_of(grown(Clock(10), 20, growth=[0.25, 0.5, 1]), 2) == [{4}, {8}]
+    assert counts_of(grown(Clock(10), 5, growth=[0.25, 0.5, 1], warmup_rounds=3), 1) == [{8}]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 60), st.integers(0, 99))

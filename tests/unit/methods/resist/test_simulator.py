@@ -161,6 +161,40 @@ def test_a_run_that_is_all_finish_is_one_that_is_all_warm_up():
     assert any(not torch.equal(plain[name], warm[name]) for name in warm)
 
 
+def test_growth_to_one_share_is_that_many_blocks_and_growth_to_all_is_a_warm_up():
+    run = Run(Config(local_steps=2, min_blocks=3, momentum="travel"), steps=7)
+    pairs = (
+        (run.config, replace(run.config, min_blocks=None, growth=[0.75, 0.75])),
+        # Half of four blocks at first: the scale of the first stage, and not that of three blocks.
+        (replace(run.config, min_blocks=2, finish_rounds=2), replace(run.config, min_blocks=None, growth=[0.5, 1])),
+    )
+    for plain, growing in pairs:
+        states = [train_simulator(replace(run, config=c), 2).full_model().state_dict() for c in (plain, growing)]
+        assert_equal_states(states[1], states[0], exactly=True)
+
+
+def test_a_later_stage_trains_scaled_branches():
+    """By hand: of five links a worker has three at first (shares of 0.5), and four later."""
+    config = Config(local_steps=1, blocks="body.*", growth=[0.5, 0.8])
+    simulator = Simulator(
+        by_hand.chain(0.8, LINKS), lambda net: torch.optim.SGD(net.parameters(), 0.0), config, 2, total_steps=2
+    )
+    factors = []
+    for round, scale in enumerate((1.0, 0.6 / 0.8)):
+        one_step(simulator, round)
+        for index, worker in enumerate(simulator.workers):
+            held = simulator.schedule.partition(round).held[index]
+            factors.append(len(held))
+            product = 1.0
+            for link in held:
+                product *= 1 + scale * LINKS[link]
+            gradient = worker.module.stem.weight.grad.item()
+            assert gradient == pytest.approx(product * by_hand.input_of(index, round))
+        simulator.after_step()
+    assert factors == [3, 3, 4, 4]
+    assert simulator.scale == 0.6
+
+
 def test_the_last_rounds_need_the_number_of_steps():
     with pytest.raises(ValueError, match=r"finish_rounds=1 needs the number of local steps .*total_steps of"):
         Simulator(
