@@ -302,6 +302,13 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_partition.py",),
     ),
     Mutant(
+        "branches of later stages not scaled",
+        "methods/resist/partition.py",
+        "return scale / self.share(round) if self.stages else 1.0",
+        "return 1.0",
+        ("tests/unit/methods/resist/test_partition.py",),
+    ),
+    Mutant(
         "a resumed round gets a new length",
         "engine/resume.py",
         "if not self._knows_length:",
