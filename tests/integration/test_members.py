@@ -25,6 +25,7 @@ from tests.helpers.plain import Classifier, batch_of, stream
 from tests.helpers.trainers import make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, unbroken_and_resumed
+from tests.integration.test_snapshots import Stops
 
 TWO = {"devices_per_worker": 2}
 FIND = {"find_unused_parameters": True}
@@ -131,16 +132,27 @@ def average(modules: list[Classifier]) -> None:
             state[name].copy_(mean)
 
 
-def resumed_as(rank: int, folder: str, options: dict[str, Any]) -> list[str]:
+def resumed_as(rank: int, path: str, options: dict[str, Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer(make_strategy(**options), max_epochs=EPOCHS)
         module = Classifier(seed=3)
-        trainer.fit(module, stream(rank, BATCHES), ckpt_path=f"{folder}/4.ckpt")
+        trainer.fit(module, stream(rank, BATCHES), ckpt_path=path)
         assert trainer.strategy.engine is not None
         assert trainer.strategy.engine.collective.workers == 4 // options.get("devices_per_worker", 1)
     assert all(torch.isfinite(tensor).all() for tensor in module.parameters())
     return [str(each.message) for each in caught if "own files" in str(each.message)]
+
+
+def stop_two_by_two(rank: int, folder: str) -> None:
+    strategy = make_strategy(**TWO, snapshots=folder)
+    with pytest.raises((KeyError, WorkerLost)):
+        make_trainer(strategy, max_epochs=EPOCHS, callbacks=[Stops(5)]).fit(Classifier(), stream(rank, BATCHES))
+
+
+def test_a_run_resumes_from_snapshots_with_another_number_of_members(tmp_path: Path) -> None:
+    run_trainers(stop_two_by_two, 4, f"{tmp_path}/snapshots")
+    assert run_trainers(resumed_as, 4, f"{tmp_path}/snapshots", {}) == [[]] * 4
 
 
 def save_two_by_two(rank: int, folder: str) -> None:
@@ -151,7 +163,7 @@ def save_two_by_two(rank: int, folder: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"devices_per_worker": 4}])
 def test_a_run_resumes_with_another_number_of_workers_and_members(options: dict[str, Any], tmp_path: Path) -> None:
     run_trainers(save_two_by_two, 4, str(tmp_path))
-    assert run_trainers(resumed_as, 4, str(tmp_path), options) == [[]] * 4
+    assert run_trainers(resumed_as, 4, f"{tmp_path}/4.ckpt", options) == [[]] * 4
 
 
 class Fails(Classifier):

@@ -37,6 +37,13 @@ def test_a_signal_is_noted_said_once_and_acted_upon_when_all_know_it(signals: Si
     assert signals.acting
 
 
+def test_a_signal_to_a_member_is_said_by_worker_and_rank(
+    trainer_with: Callable[..., L.Trainer], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Signals(trainer_with("auto", devices=1), members=2).on_requests([0, 0, 0, 1])
+    assert "worker 1 (rank 3): SIGTERM: all workers stop" in capfd.readouterr().err
+
+
 def test_all_workers_act_upon_the_same_signal_if_there_are_two(signals: Signals) -> None:
     signals.on_requests([2])
     with pytest.raises(KeyboardInterrupt):
