@@ -1,4 +1,4 @@
-"""The page of versions: a run replaces its row, and its ends are what pyproject.toml allows."""
+"""The page of versions: a run replaces its row, and the oldest and the newest torch that are allowed have one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.matrix import LIGHTNING, PART, ROOT, TORCH, Row, main, python_for, read, requirements, written
+from tests.matrix import LIGHTNING, PAGE, PART, ROOT, TORCH, Row, main, python_for, read, requirements, written
 
 ROW = Row("3.10.13", "2.10.0+cpu", "2.5.0", 700, 3, 0, 81, "2026-11-28", "")
 
@@ -41,10 +41,12 @@ def test_an_unknown_torch_is_refused() -> None:
         main(["1.13"])
 
 
-def test_its_ends_are_those_of_pyproject() -> None:
+def test_its_ends_are_those_of_pyproject_and_were_run() -> None:
     needed = {each.name: each.specifier for each in map(Requirement, requirements())}
     oldest = {name: min(Version(each.version) for each in needed[name]) for name in ("torch", "lightning")}
     assert oldest == {"torch": Version(TORCH[0]), "lightning": Version(LIGHTNING[0])}
+    tried = {(".".join(row.torch.split(".")[:2]), row.lightning[:3]) for row in read(PAGE.read_text())}
+    assert {(torch, lightning[:3]) for torch in (TORCH[0], TORCH[-1]) for lightning in LIGHTNING} <= tried
 
 
 def test_the_part_is_there() -> None:
