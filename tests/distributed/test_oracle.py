@@ -48,6 +48,10 @@ RUNS = {
         2,
         Run(Config(local_steps=1, min_blocks=1, blocks="body.*", warmup_rounds=6), steps=8, some_batches=True),
     ),
+    "workers that see different parts of blocks": (
+        2,
+        Run(Config(local_steps=1, min_blocks=1, blocks="body.*"), steps=6, some_batches=True),
+    ),
     "keep": (3, Run(Config(local_steps=2, min_blocks=2, momentum="keep"), steps=9)),
     "travel": (3, Run(Config(local_steps=2, min_blocks=2, momentum="travel"), steps=9)),
     "travel with AdamW": (2, Run(Config(local_steps=2, min_blocks=1, momentum="travel"), steps=9, optimizer="adamw")),
