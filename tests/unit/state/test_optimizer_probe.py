@@ -104,7 +104,7 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
     states = OptimizerStates([optimizer])
     optimizer.state[of_block(module)[0]]["hessian"] = torch.ones(3)
     with pytest.warns(UserWarning, match=r"what NeedsGraph keeps is not known.*trial step.*RuntimeError"):
-        states.warn_about_settings("reset", 3)
+        states.warn_about_settings("reset", "3 local steps")
     with pytest.raises(ValueError, match=r"'travel' cannot move the state of NeedsGraph.*'keep' or 'reset'"):
         states.check_travel()
     states.reset()
@@ -118,14 +118,14 @@ def test_an_optimizer_that_cannot_be_tried_is_named_and_can_be_reset():
 )
 def test_estimates_in_parameter_groups_are_named(momentum, said):
     with pytest.warns(UserWarning, match=said):
-        OptimizerStates([Own(small_preact().parameters())]).warn_about_settings(momentum, 3)
+        OptimizerStates([Own(small_preact().parameters())]).warn_about_settings(momentum, "3 local steps")
 
 
 def test_optimizers_of_a_library_are_tried_like_torch_s(recwarn):
     module = small_preact()
     made = [Lamb(module.parameters()), Adan(module.parameters()), Lookahead(torch.optim.AdamW(module.parameters()))]
     states = OptimizerStates(made)
-    states.warn_about_settings("reset", 3)
+    states.warn_about_settings("reset", "3 local steps")
     assert not recwarn.list
     parameter = of_block(module)[0]
     assert [len(kept.slots(0, parameter.dim())) for kept in states._tracked] == [2, 4, 0, 3]
