@@ -75,7 +75,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .* No residual block was recognised"),
     "tied weights": ({}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
     "no end": (
-        {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds, growth\)\. Set",
+        {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds, growth\)",
     ),
     "lazy": ({}, lazy, ValueError, r"^net\.head\.weight, net\.head\.bias: no shape yet.* Call the module once"),
     "SyncBatchNorm": ({}, synchronised, ValueError, r"net\.section1\.0\.bn1 is a SyncBatchNorm.* Use BatchNorm"),
