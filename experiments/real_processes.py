@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from experiments.harness.tables import Grid, Rows
 from experiments.harness.workers import forked
 from experiments.trainers import Recipe, Stream, Trainer, differences, set_rate, sgd_step, train
 from resist_lightning import Config, Engine
@@ -46,6 +47,19 @@ def compare(training: Training, simulation: Trainer, evaluate: Callable[[nn.Modu
         "test_simulated": evaluate(simulated),
         "test_real": evaluate(network),
     }
+
+
+def agreement(rows: Rows, named: Callable[[dict[str, Any]], str], measure: str, digits: int) -> Grid:
+    """The table of such rows; ``named`` says what a case is, and ``measure`` what was evaluated."""
+    return Grid.of("Real processes against the simulator", rows, {
+        "": lambda row: f"{named(row['case'])}, S = {row['case']['workers']}",
+        "local steps": lambda row: row["local_steps"],
+        "tensors equal bit for bit": lambda row: f"{row['equal_tensors']} of {row['tensors']}",
+        "largest difference": lambda row: f"{row['largest_difference']:.1e}",
+        "largest change by training": lambda row: f"{row['largest_change_by_training']:.1e}",
+        f"simulator, {measure}": lambda row: f"{row['test_simulated']:.{digits}f}",
+        f"real processes, {measure}": lambda row: f"{row['test_real']:.{digits}f}",
+    })  # fmt: skip
 
 
 def _train(worker: int, task: tuple[Path, Training, Stream[Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.accuracy.cases import TITLES
 from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, grouped, mean_of, page_tables, seeds
+from experiments.real_processes import agreement
 
 RESULTS = Path(__file__).parent / "results"
 SHORT = RESULTS / "short"
@@ -72,15 +73,7 @@ def main(content: Content) -> Grid:
 
 
 def check(content: Content) -> Grid:
-    return Grid.of("Real processes against the simulator", content["rows"], {
-        "": lambda row: f"{TITLES[row['case']['method']]}, S = {row['case']['workers']}",
-        "local steps": lambda row: row["local_steps"],
-        "tensors equal bit for bit": lambda row: f"{row['equal_tensors']} of {row['tensors']}",
-        "largest difference": lambda row: f"{row['largest_difference']:.1e}",
-        "largest change by training": lambda row: f"{row['largest_change_by_training']:.1e}",
-        "simulator, %": lambda row: f"{row['test_simulated']:.2f}",
-        "real processes, %": lambda row: f"{row['test_real']:.2f}",
-    })  # fmt: skip
+    return agreement(content["rows"], lambda case: TITLES[case["method"]], "%", 2)
 
 
 def design(content: Content) -> Grid:

@@ -21,6 +21,7 @@ from experiments.harness.tables import (
     spread,
 )
 from experiments.harness.words import bytes_in_words
+from experiments.real_processes import agreement
 from experiments.transformers.cases import TITLES
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,16 +125,7 @@ def rates(content: Content) -> Grid:
 
 
 def check(content: Content) -> Grid:
-    columns = {
-        "": lambda row: f"{_named(row['case'])}, S = {row['case']['workers']}",
-        "local steps": lambda row: row["local_steps"],
-        "tensors equal bit for bit": lambda row: f"{row['equal_tensors']} of {row['tensors']}",
-        "largest difference": lambda row: f"{row['largest_difference']:.1e}",
-        "largest change by training": lambda row: f"{row['largest_change_by_training']:.1e}",
-        "simulator, bits per byte": lambda row: f"{row['test_simulated']:.4f}",
-        "real processes, bits per byte": lambda row: f"{row['test_real']:.4f}",
-    }
-    return Grid.of("Real processes against the simulator", content["rows"], columns)
+    return agreement(content["rows"], _named, "bits per byte", 4)
 
 
 STUDIES = {
