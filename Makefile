@@ -6,7 +6,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test matrix mutants lint format clean
+.PHONY: help env demo test engines matrix mutants lint format clean
 .DELETE_ON_ERROR:
 
 BIN := $(VENV)/bin
@@ -39,6 +39,9 @@ demo: env ## the main job: ResIST on the digits with two worker processes on the
 # Workers wait a good part of the time, so more jobs than two cores. Each worker imports its test anew: compiled once.
 test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
+
+engines: env ## tests that need a server of an engine (SLURM, Ray), which say how to install it; ARGS="-k slurm" for some
+	$(BIN)/python -m pytest tests/engines $(ARGS)
 
 matrix: env ## a part of the tests with other versions of Python, torch, Lightning; ARGS="2.10 2.15" for some of torch (ten minutes and 6 GB each)
 	$(BIN)/python tests/matrix.py $(ARGS)
