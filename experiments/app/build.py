@@ -102,9 +102,7 @@ def strategy_name(strategy: DictConfig) -> str:
 
 def build_strategy(section: DictConfig) -> Any:
     """What ``Trainer(strategy=...)`` takes."""
-    devices = section.get("parallel_devices")
-    extra = {"parallel_devices": [torch.device(name) for name in devices]} if devices else {}
-    return make(section, "strategy", **extra)
+    return make(section, "strategy")
 
 
 def build_data(section: DictConfig, *, check: bool = True) -> Any:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +55,7 @@ class StrategyOptions:
         on_worker_loss: what happens when torchrun restarts with another number of workers: ``"stop"``, or ``"shrink"``
             (resume with the workers that are there; needs ``snapshots``).
         parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
-            several times.
+            several times: ``["cuda:0", "cuda:0"]``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
             workers on one GPU.
         timeout: timeout of collectives; must exceed the largest difference in time per round between workers.
@@ -75,7 +75,7 @@ class StrategyOptions:
     snapshots: str | os.PathLike[str] | None = None
     snapshot_every_n_rounds: int = 1
     on_worker_loss: WorkerLoss = "stop"
-    parallel_devices: list[torch.device] | None = None
+    parallel_devices: Sequence[str | torch.device] | None = None
     process_group_backend: str | None = None
     timeout: timedelta = timedelta(minutes=10)
     silence: timedelta = timedelta(seconds=30)
@@ -99,6 +99,7 @@ class StrategyOptions:
                 "on_worker_loss='shrink' takes the blocks of a lost worker from a snapshot: name a folder that all "
                 "workers can read, snapshots=FOLDER."
             )
+        self._devices()
         if self.silence < LEAST_SILENCE:
             raise ValueError(
                 f"silence={self.silence} must be at least {LEAST_SILENCE}: workers send a heartbeat every second, and "
@@ -107,12 +108,22 @@ class StrategyOptions:
 
     def for_lightning(self) -> dict[str, Any]:
         """Arguments of Lightning's own strategy."""
-        names = ("parallel_devices", "process_group_backend", "timeout", "start_method")
-        return {name: getattr(self, name) for name in names}
+        names = ("process_group_backend", "timeout", "start_method")
+        return {"parallel_devices": self._devices(), **{name: getattr(self, name) for name in names}}
 
     def members(self, processes_per_host: int) -> int:
         """Processes of each worker, where every host has ``processes_per_host``."""
         return processes_per_host if self.devices_per_worker == "node" else int(self.devices_per_worker)
+
+    def _devices(self) -> list[torch.device] | None:
+        """The devices as objects; a command line and a configuration file have only their names."""
+        try:
+            return None if self.parallel_devices is None else [torch.device(each) for each in self.parallel_devices]
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"parallel_devices={self.parallel_devices!r} must be a list of torch's devices, one for each worker of "
+                f"this host, such as ['cuda:0', 'cuda:0']: {str(error).partition('.')[0]}."
+            ) from None
 
     @property
     def snapshot_folder(self) -> Path | None:
