@@ -1,14 +1,18 @@
-"""Decides from heartbeats which worker is lost. Standard library only."""
+"""Decides from heartbeats and reports which worker is lost. Standard library only.
+
+Two workers are monitors: they read the heartbeats of all, and each publishes a report that every worker reads. So the
+others need not read S lines each, and a monitor that is lost is named by the other one.
+"""
 
 from __future__ import annotations
 
-import json
-import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
-from resist_lightning.errors import first_line, process_name
+from resist_lightning.errors import first_line
+from resist_lightning.faults.messages import Heartbeat, Process, Report, Verdict, last_of, make_report
+from resist_lightning.faults.monitors import choose_monitors, choose_neighbours
+from resist_lightning.faults.reasons import timed_out
 
 BEAT_SECONDS = 1.0
 """How often a worker posts a heartbeat."""
@@ -16,138 +20,91 @@ BEAT_SECONDS = 1.0
 NAP_SECONDS = 5.0
 """A watchdog that has not run for so long was stopped itself, and may not count that time against the others."""
 
-_BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl")
-# NCCL's errors of this worker alone, which no other one has caused.
-_OWN = ("out of memory", "duplicate gpu", "invalid usage", "invalid argument", "unhandled cuda error")
-_TIMED_OUT = ("timed out", "timeout")
-_APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
+SUSPICIOUS_BEATS = 3.0
+"""How many missed beats make a worker suspect when a connection broke."""
+
+
+M = TypeVar("M", Heartbeat, Report)
 
 _PARENT = -1  # stands among workers for the process without which this one must not run
-_LONGEST_LINE = 1_000_000  # some hundred bytes, and as many for each worker where one names those that are alive
-
-End: TypeAlias = Literal["", "done", "failed", "gave up"]
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What a worker posts about itself.
-
-    Args:
-        worker: its rank, which is its number where each worker is one process.
-        host: its host's name.
-        home: a name of the host's processes; workers with the same one can see each other's.
-        pid: its process.
-        beat: grows by one with each heartbeat.
-        what: one of :data:`resist_lightning.schedule.progress.ActivityName`.
-        doing: the same in words.
-        seconds: for how long it has been doing that.
-        round: the round in which it began.
-        step: local steps taken in the round by then.
-        end: ``""`` while it runs; how it ended otherwise.
-        text: its error, or the verdict with which it gave up.
-        members: processes of each worker.
-    """
-
-    worker: int
-    host: str
-    home: str
-    pid: int
-    beat: int = 0
-    what: str = "starting"
-    doing: str = "starting"
-    seconds: float = 0.0
-    round: int = 0
-    step: int = 0
-    end: End = ""
-    text: str = ""
-    members: int = 1
-
-    def write(self) -> str:
-        """As text, to be posted."""
-        return json.dumps(asdict(self))
-
-    @property
-    def name(self) -> str:
-        """The worker, where it runs."""
-        return f"{process_name(self.worker, self.members)} (host {self.host}, pid {self.pid})"
-
-
-def read_heartbeat(line: bytes, worker: int) -> Heartbeat | None:
-    """Parse the heartbeat of ``worker`` from its line; None if it is invalid, as anybody may write to the store.
-
-    Fields that are unknown, as of a newer version, are passed over.
-    """
-    if len(line) > _LONGEST_LINE:
-        return None
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError):  # ValueErrors are those of JSON and of UTF-8 too
-        return None
-    if not isinstance(given, dict) or given.get("worker") != worker:
-        return None
-    known = {name: value for name, value in given.items() if name in _TYPES}
-    # By the exact type: True would pass as an int.
-    if any(type(value) not in _TYPES[name] for name, value in known.items()):
-        return None
-    try:
-        return Heartbeat(**known)
-    except TypeError:  # something is missing
-        return None
-
-
-_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
-_TYPES = {field.name: _ACCEPTED.get(str(field.type), (str,)) for field in fields(Heartbeat)}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """That a worker is lost.
-
-    Args:
-        text: which one, and how, in words.
-        worker: its number, if known; else -1.
-        frozen: its process, if that may be frozen on this host, and so cannot end by itself; else 0.
-    """
-
-    text: str
-    worker: int = -1
-    frozen: int = 0
 
 
 class FailureDetector:
     """One worker's view of which others are alive. All times are those of one monotonic clock, in seconds.
 
+    A monitor judges by heartbeats, any other worker by reports and by what it sees of the processes of its host.
+
     Args:
-        mine: this worker's first heartbeat.
-        workers: how many there are.
+        worker: this worker's rank.
+        processes: all workers, by rank.
         silence: after how long without a heartbeat a worker counts as lost.
         store: who serves the store, in words.
         now: the time.
 
     Attributes:
-        heartbeats: the last one of each other worker.
+        monitoring: whether this worker is a monitor.
+        neighbours: the processes at which this worker looks.
+        heartbeats: the last one of each worker of which one was read, or posted: this worker's own, too.
+        reports: the last one of each monitor.
     """
 
-    def __init__(self, mine: Heartbeat, workers: int, silence: float, store: str, now: float) -> None:
+    def __init__(self, worker: int, processes: Sequence[Process], silence: float, store: str, now: float) -> None:
         self.heartbeats: dict[int, Heartbeat] = {}
-        self._mine = mine
+        self.reports: dict[int, Report] = {}
+        self.neighbours = choose_neighbours(processes, worker)
+        monitors = choose_monitors(processes)
+        self.monitoring = worker in monitors
+        self._own = processes[worker]
+        self._processes = processes
         self._silence = silence
         self._store = store
-        self._others = [worker for worker in range(workers) if worker != mine.worker]
-        # Times: of each other worker's last heartbeat, of the last reading, and when this process last ran.
-        self._last = dict.fromkeys(self._others, now)
-        self._read = self._awake = now
+        # Whose silence counts: of all others for a monitor, of the monitors for any other worker.
+        watched = range(len(processes)) if self.monitoring else monitors
+        self._watched = [other for other in watched if other != worker]
+        # Times: of each watched worker's last message, of the last reading and sync, and when this process last ran.
+        self._last = dict.fromkeys(self._watched, now)
+        self._read = self._met = self._awake = now
         self._gone_since: dict[int, float] = {}
 
-    def hear(self, heartbeats: Sequence[Heartbeat], now: float) -> None:
-        """Record heartbeats that were read from the store."""
-        for heartbeat in heartbeats:
-            worker = heartbeat.worker
-            # One that was read before does not show that its worker still runs.
-            if worker in self._last and self.heartbeats.get(worker) != heartbeat:
-                self.heartbeats[worker] = heartbeat
-                self._last[worker] = now
+    # What comes in.
+
+    def wanted(self) -> list[int]:
+        """The workers whose heartbeats are to be read: all others for a monitor, else neighbours that are gone.
+
+        Of one that is gone, the last heartbeat tells whether it had ended before.
+        """
+        return self._watched if self.monitoring else [worker for worker in self._gone_since if worker != _PARENT]
+
+    def hear(
+        self,
+        heartbeats: Mapping[int, Heartbeat],
+        now: float,
+        reports: Mapping[int, Report] | None = None,
+        tampered: Collection[int] = (),
+    ) -> None:
+        """Record what was read from the store.
+
+        Args:
+            heartbeats: by worker.
+            now: the time.
+            reports: by monitor.
+            tampered: workers in whose place a stranger has written; their silence is not counted, as they may post.
+        """
+        reports = reports or {}
+        overwritten = set(tampered)
+        overwritten.update(self._take_new(self.heartbeats, heartbeats, now, counts=self.monitoring))
+        overwritten.update(self._take_new(self.reports, reports, now, counts=not self.monitoring))
+        for worker in overwritten & self._last.keys():
+            self._last[worker] = now
         self._read = max(self._read, now)
+
+    def note_own(self, heartbeat: Heartbeat, now: float) -> None:
+        """Record what this worker posts. A round that has begun shows that all workers have come to a sync."""
+        before = self.heartbeats.get(self._own.worker)
+        self.heartbeats[self._own.worker] = heartbeat
+        if before is not None and heartbeat.round > before.round:
+            self._met = now
+            self._last = {worker: max(last, now) for worker, last in self._last.items()}
 
     def wake(self, now: float) -> None:
         """Call it every beat. Time in which this process was stopped is not counted against the others."""
@@ -157,88 +114,127 @@ class FailureDetector:
             self._read += nap
         self._awake = now
 
-    def neighbours(self) -> list[Heartbeat]:
-        """The running workers whose processes can be seen from here."""
-        home = self._mine.home
-        return [each for each in self.heartbeats.values() if not each.end and each.home == home]
+    # What comes out.
 
     def judge(self, now: float, gone: Mapping[int, str], orphaned: str = "") -> Verdict | None:
         """Name the lost worker, if any; certain knowledge comes first.
 
         Args:
             now: the time.
-            gone: workers whose process is gone, and how it ended. Their last heartbeat may still be on its way, so it
-                takes another look to count.
+            gone: neighbours whose process is gone, and how it ended. Their last heartbeat may still be on its way, so
+                it takes another look to count.
             orphaned: that the process has ended without which this one must not run, in words; or empty.
         """
-        heartbeats = self._sorted()
+        certain = self._certain(now, gone, orphaned)
+        if certain is not None:
+            return certain
+        for report in self._reports():
+            if report.verdict:
+                frozen = self._pid_here(report.lost) if report.silent else 0
+                return Verdict(report.verdict, report.lost, report.silent, frozen)
+        for _, each in self._others():
+            if each.text:
+                return Verdict(each.text, each.lost)
+        # Before silences: while the store does not answer, every worker seems silent.
+        unread = now - max(self._read, self._met)
+        if unread > self._silence:
+            first = self._processes[0]
+            host = f" Most likely lost: {first.name}." if first != self._own else ""
+            return Verdict(f"{self._store} has not answered for {unread:.0f} s.{host}{self._last_of(0)}")
+        return self._silent(self._silence)
+
+    def report(self, beat: int, verdict: Verdict | None) -> Report:
+        """What this monitor publishes.
+
+        Args:
+            beat: the report's number.
+            verdict: that of this worker, if it has one.
+        """
+        quiet = self._silent(SUSPICIOUS_BEATS * BEAT_SECONDS)
+        return make_report(beat, self._own, verdict, quiet, self.heartbeats, self._processes, self._gone_since.keys())
+
+    def suspect(self, error: str, timeout: float) -> Verdict:
+        """Name the most likely worker when a connection broke and nobody is known to be lost.
+
+        Args:
+            error: the text of what was raised.
+            timeout: after how long a worker that waits gives up, in seconds.
+        """
+        silent = self._silent(SUSPICIOUS_BEATS * BEAT_SECONDS)
+        if silent is not None and self.monitoring:
+            return silent
+        own = self._own.worker
+        reports = self._reports()
+        for each in reports:
+            if each.quiet not in (-1, own):
+                return Verdict(each.quiet_text, each.quiet, silent=True, frozen=self._pid_here(each.quiet))
+        if silent is not None:
+            return silent
+        for each in reports:
+            if each.late not in (-1, own) and timed_out(error):
+                return Verdict(
+                    f"{self._processes[each.late].name} is alive, but has not come to the handshake for {timeout:.0f} "
+                    f"s: it is still in {each.late_text}.",
+                    each.late,
+                )
+        doing = reports[0].doing if reports else "nothing that is known"
+        return Verdict(
+            f"a connection between the workers broke or timed out ({first_line(error)}), and no worker is known to be "
+            f"lost. The workers were last doing: {doing}. If one worker called what all must call (self.all_gather, "
+            "self.log(..., sync_dist=True), trainer.save_checkpoint), call it on all of them."
+        )
+
+    def have_read(self, beat: int, lost: Verdict | None) -> bool:
+        """Whether all that run, but a lost one, have read this worker's report of that number; worker 0 may ask."""
+        for worker in self._watched:
+            gone = worker in self._gone_since or self._has_ended(worker)
+            expected = not gone and (lost is None or worker != lost.worker)
+            if expected and self.heartbeats.get(worker, Heartbeat()).read < beat:
+                return False
+        return True
+
+    def _take_new(self, known: dict[int, M], found: Mapping[int, M], now: float, *, counts: bool) -> list[int]:
+        """Keep messages that are newer than those before; returns from whom there are older ones, put back there.
+
+        Args:
+            known: the last message of each worker.
+            found: those that were read.
+            now: the time.
+            counts: whether a message shows that its worker runs.
+        """
+        older = []
+        for worker, message in found.items():
+            before = known.get(worker)
+            if before is None or message.beat > before.beat:
+                known[worker] = message
+                if counts and worker in self._last:
+                    self._last[worker] = now
+            elif message.beat < before.beat:
+                older.append(worker)
+        return older
+
+    def _certain(self, now: float, gone: Mapping[int, str], orphaned: str) -> Verdict | None:
         # A worker's own error comes first: processes that are gone and workers that gave up are often its consequence.
-        for each in heartbeats:
+        for worker, each in self._others():
             if each.end == "failed":
-                return Verdict(f"{each.name} failed with {each.text}{self._last_of(each.worker)}", each.worker)
+                text = f"{self._processes[worker].name} failed with {each.text}{self._last_of(worker)}"
+                return Verdict(text, worker)
         missing = dict(gone)
         if orphaned:
             missing[_PARENT] = orphaned
         for worker in self._confirmed(now, missing):
             if worker == _PARENT:
                 return Verdict(orphaned)
-            lost = self.heartbeats[worker]
-            if not lost.end:
-                return Verdict(f"{lost.name} {gone[worker]}.{self._last_of(worker)}", worker)
-        for each in heartbeats:
-            if each.end == "gave up":
-                return Verdict(each.text)
-        # Before silences: while the store does not answer, every worker seems silent.
-        unread = now - self._read
-        if unread > self._silence:
-            host = f" Most likely lost: {self.heartbeats[0].name}." if 0 in self.heartbeats else ""
-            return Verdict(f"{self._store} has not answered for {unread:.0f} s.{host}{self._last_of(0)}")
-        return self._silent(self._silence)
+            if not self._has_ended(worker):
+                return Verdict(f"{self._processes[worker].name} {gone[worker]}.{self._last_of(worker)}", worker)
+        return None
 
-    def suspect(self, error: str, timeout: float, beats: float) -> Verdict:
-        """Name the most likely worker when a connection broke and nobody is known to be lost.
+    def _others(self) -> list[tuple[int, Heartbeat]]:
+        return [(worker, self.heartbeats[worker]) for worker in sorted(self.heartbeats) if worker != self._own.worker]
 
-        Args:
-            error: the text of what was raised.
-            timeout: after how long a worker that waits gives up, in seconds.
-            beats: how many missed beats make a worker suspect.
-        """
-        silent = self._silent(beats * BEAT_SECONDS)
-        if silent is not None:
-            return silent
-        apart = [heartbeat for heartbeat in self.running() if heartbeat.what in _APART]
-        if apart and any(word in error.lower() for word in _TIMED_OUT):
-            # The one furthest behind; among equals, the one that has been at it for longest.
-            late = min(apart, key=lambda heartbeat: (heartbeat.round, heartbeat.step, -heartbeat.seconds))
-            return Verdict(
-                f"{late.name} is alive, but has not come to the handshake for {timeout:.0f} s: it is still in "
-                f"{late.doing}, since {late.seconds:.0f} s.",
-                late.worker,
-            )
-        seen = [f"{each.name}: {'has ended' if each.end else each.doing}" for each in self._sorted()]
-        return Verdict(
-            f"a connection between the workers broke or timed out ({first_line(error)}), and no worker is known to be "
-            f"lost. The others were last doing: {'; '.join(seen) or 'nothing that is known'}. If one worker called "
-            "what all must call (self.all_gather, self.log(..., sync_dist=True), trainer.save_checkpoint), call it on "
-            "all of them."
-        )
-
-    def heard(self, beats: Mapping[int, int], lost: Verdict | None) -> bool:
-        """Whether all that run, but a lost one, have read the store since ``beats``: each posts, then reads."""
-        for each in self.running():
-            if lost is not None and each.worker == lost.worker:
-                continue
-            # Two beats: the first may have read the store before this worker has posted.
-            if each.beat < beats.get(each.worker, each.beat) + 2:
-                return False
-        return True
-
-    def running(self) -> list[Heartbeat]:
-        """The last heartbeats of workers that have not posted their end, and whose process is not gone."""
-        return [each for each in self._sorted() if not each.end and each.worker not in self._gone_since]
-
-    def _sorted(self) -> list[Heartbeat]:
-        return [self.heartbeats[worker] for worker in sorted(self.heartbeats)]
+    def _reports(self) -> list[Report]:
+        """A monitor's own comes first: it is the newest."""
+        return [self.reports[monitor] for monitor in sorted(self.reports, key=lambda each: each != self._own.worker)]
 
     def _confirmed(self, now: float, gone: Mapping[int, str]) -> list[int]:
         """Those that have been gone long enough: workers first, then the process without which this one may not run."""
@@ -253,42 +249,35 @@ class FailureDetector:
 
     def _silent(self, limit: float) -> Verdict | None:
         """The longest silence above the limit, as it was when the store was last read."""
-        silence, lost = limit, None
-        for worker in self._others:
-            ended = worker in self.heartbeats and self.heartbeats[worker].end
-            # Up to the last reading: a store that does not answer makes nobody silent.
-            if not ended and self._read - self._last[worker] > silence:
-                silence, lost = self._read - self._last[worker], worker
-        if lost is None:
+        silences = {}
+        for worker in self._watched:
+            if not self._has_ended(worker):
+                # Up to the last reading: a store that does not answer makes nobody silent.
+                silences[worker] = self._read - self._last[worker]
+        longest = max(silences, key=lambda worker: silences[worker], default=-1)
+        if longest == -1 or silences[longest] <= limit:
             return None
-        if lost not in self.heartbeats:
-            name = process_name(lost, self._mine.members)
-            return Verdict(f"{name} has not been heard of since the start, {silence:.0f} s ago.", lost)
-        last = self.heartbeats[lost]
-        return Verdict(
-            f"{last.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
-            f"{self._last_of(lost)}",
-            lost,
-            frozen=last.pid if last.home == self._mine.home else 0,
-        )
+        # One monitor is named by the other one; it is for the workers to notice where both are lost.
+        if not self.monitoring and min(silences.values()) <= limit:
+            return None
+        silence = silences[longest]
+        lost = self._processes[longest]
+        if longest not in self.heartbeats and longest not in self.reports:
+            text = f"{lost.name} has not been heard of since the start, {silence:.0f} s ago."
+        else:
+            text = (
+                f"{lost.name} has not been heard of for {silence:.0f} s: it is frozen, or its host cannot be reached."
+                f"{self._last_of(longest)}"
+            )
+        return Verdict(text, longest, silent=True, frozen=self._pid_here(longest))
+
+    def _has_ended(self, worker: int) -> bool:
+        return any(worker in known and known[worker].end != "" for known in (self.heartbeats, self.reports))
+
+    def _pid_here(self, worker: int) -> int:
+        """The worker's process, if it is one of this host; else 0."""
+        lost = self._processes[worker] if worker >= 0 else None
+        return lost.pid if lost is not None and lost.home == self._own.home else 0
 
     def _last_of(self, worker: int) -> str:
-        last = self.heartbeats.get(worker)
-        name = process_name(worker, self._mine.members).capitalize()
-        return f" {name} was last doing: {last.doing}." if last is not None else ""
-
-
-def is_broken_connection(text: str) -> bool:
-    """Whether the text of a RuntimeError is torch.distributed's, of a connection that broke or timed out."""
-    lower = text.lower()
-    return any(word in lower for word in _BROKEN) and not any(word in lower for word in _OWN)
-
-
-def name_of_exit(code: int) -> str:
-    """How a process ended, in words, e.g. ``was ended by signal 9 (SIGKILL)``."""
-    if code >= 0:
-        return f"ended with exit code {code} without a word"
-    try:
-        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"was ended by signal {-code}"
+        return last_of(self._processes[worker], self.heartbeats.get(worker))

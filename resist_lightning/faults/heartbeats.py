@@ -1,63 +1,162 @@
-"""Posts and reads heartbeats through the group's store: one line per worker."""
+"""Posts and reads heartbeats and reports through the group's store, signed with a key that the store never sees.
+
+Anybody who reaches the store's port can read, write and remove its lines. The key goes over the connections of the
+group, so a line that the workers believe is as genuine as the group itself.
+"""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 
 from resist_lightning.comm.group import clone_store
 from resist_lightning.comm.sockets import cut_connections, recording
+from resist_lightning.comm.torch_collective import GroupCollective
+from resist_lightning.faults.messages import Heartbeat, Process, Report, parse, to_line
+from resist_lightning.faults.monitors import choose_monitors
+from resist_lightning.faults.signature import Signature
 
 CONNECT_SECONDS = 5.0
 """Timeout of a new connection, and of reading a line that somebody has removed."""
 
+_KEY_BYTES = 32
 _instances = count()
 
 
-class Heartbeats:
-    """A connection of its own to the group's store; any thread may use it, one at a time. No call is a collective.
-
-    Calls raise RuntimeError if the store is gone, and do not return while its host is frozen.
+@dataclass
+class Lines:
+    """What was read from the store.
 
     Args:
-        worker: this process's rank.
-        workers: how many processes there are.
-        members: processes of each worker, for messages.
-        name: the same for all workers. By default the number of instances that this process has made, which is the
-            same if all workers make them equally often.
+        heartbeats: by worker; of those that have posted one.
+        reports: by monitor; of those that have published one.
+        tampered: workers and monitors in whose place there is a line that no worker has posted, or none any more.
     """
 
-    def __init__(self, worker: int, workers: int, name: str | None = None, *, members: int = 1) -> None:
-        self.members = members
-        self.worker = worker
+    heartbeats: dict[int, Heartbeat] = field(default_factory=dict)
+    reports: dict[int, Report] = field(default_factory=dict)
+    tampered: set[int] = field(default_factory=set)
+
+
+class Heartbeats:
+    """A connection of its own to the group's store; any thread may use it, one at a time.
+
+    Calls raise RuntimeError if the store is gone, and do not return while its host is frozen. Only :meth:`introduce`
+    is a collective.
+
+    Args:
+        own: this process.
+        workers: how many processes there are.
+        name: the same for all workers. By default the number of instances that this process has made, which is the
+            same if all workers make them equally often.
+
+    Attributes:
+        processes: all of them, by rank.
+        monitors: the ranks that read all heartbeats and publish reports.
+        tampered_lines: how many lines were found that no worker has posted there.
+    """
+
+    def __init__(self, own: Process, workers: int, name: str | None = None) -> None:
+        self.own = own
         self.workers = workers
+        self.processes: list[Process] = []
+        self.monitors: list[int] = []
+        self.tampered_lines = 0
         # The store outlives a fit, and the next one must not read its heartbeats.
-        name = name or str(next(_instances))
-        self._keys = [f"resist_lightning/heartbeats/{name}/{number}" for number in range(workers)]
+        self._prefix = f"resist_lightning/heartbeats/{name or next(_instances)}"
+        self._heard: set[str] = set()  # places where a signed line has been
+        self._doubtful = False  # whether some line may have been removed
         self._sockets: set[str] = set()
         with recording(self._sockets):
             self._store = clone_store()
         self._store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
-        self._present: list[int] = []
+        # Empty lines, so that after `introduce` each line is there: reading one that is not waits for it.
+        self._store.set(self._place_of(own.worker), "")
+        if own.worker == 0:
+            for number in range(2):
+                self._store.set(self._place_of_report(number), "")
 
-    def post(self, line: str) -> None:
-        """Post this worker's line, in the place of its last one."""
-        self._store.set(self._keys[self.worker], line)
+    def introduce(self) -> None:
+        """Learn who the others are, and the key of this run. Collective: every worker must call this."""
+        key = secrets.token_bytes(_KEY_BYTES) if self.own.worker == 0 else b""
+        # Over the connections of the group: the store is open to anybody.
+        told = GroupCollective().gather_bytes(key + to_line(self.own).encode())
+        self.begin([told[0][_KEY_BYTES:], *told[1:]], told[0][:_KEY_BYTES])
 
-    def read(self) -> dict[int, bytes]:
-        """The lines of all workers that have posted one, as they are: anybody who reaches the store can write there."""
-        if len(self._present) < self.workers:
-            # Reading a key that is not there would wait for it.
-            self._present = [worker for worker, key in enumerate(self._keys) if self._store.check([key])]
-        lines = self._store.multi_get([self._keys[worker] for worker in self._present])
-        return dict(zip(self._present, lines, strict=True))
+    def begin(self, introductions: list[bytes], key: bytes) -> None:
+        """Take in what :meth:`introduce` has learned."""
+        self._signature = Signature(key)
+        for line in introductions:
+            process = parse(Process, line.decode())
+            assert process is not None
+            self.processes.append(process)
+        self.monitors = choose_monitors(self.processes)
+
+    def post(self, heartbeat: Heartbeat) -> None:
+        """Post this worker's heartbeat, in the place of its last one."""
+        place = self._place_of(self.own.worker)
+        self._store.set(place, self._signature.sign(place, to_line(heartbeat)))
+
+    def publish(self, report: Report) -> None:
+        """Publish this monitor's report, in the place of its last one."""
+        place = self._place_of_report(self.monitors.index(self.own.worker))
+        self._store.set(place, self._signature.sign(place, to_line(report)))
+
+    def read(self, workers: Collection[int]) -> Lines:
+        """The reports of all monitors, and the heartbeats of some workers. One request."""
+        of_reports = {self._place_of_report(number): rank for number, rank in enumerate(self.monitors)}
+        of_workers = {self._place_of(worker): worker for worker in workers}
+        places = [*of_reports, *of_workers]
+        present = self._present(places) if self._doubtful else places
+        posted = dict(zip(present, self._store.multi_get(present) if present else [], strict=True))
+        lines = Lines()
+        for place in places:
+            rank = of_reports.get(place, of_workers.get(place, -1))
+            line = self._verified(place, posted.get(place))
+            if line is None:
+                lines.tampered.add(rank)
+            elif line and place in of_reports:
+                report = parse(Report, line)
+                if report is not None:
+                    lines.reports[rank] = report
+            elif line:
+                heartbeat = parse(Heartbeat, line)
+                if heartbeat is not None:
+                    lines.heartbeats[rank] = heartbeat
+        return lines
 
     def connect_again(self) -> None:
-        """After an error: make a new connection, and look again which lines there are."""
-        self._present = []
+        """After an error: make a new connection, and look which lines there are before the next reading."""
+        self._doubtful = True
         with recording(self._sockets):
             self._store = self._store.clone()
 
     def cut(self) -> None:
         """End a call of another thread that does not return; this object cannot be used any more."""
         cut_connections(self._sockets)
+
+    def _verified(self, place: str, posted: bytes | None) -> str | None:
+        """The text of a line: empty where none was posted so far, None if it is not its worker's."""
+        if posted == b"" and place not in self._heard:
+            return ""
+        line = self._signature.verify(place, posted) if posted is not None else None
+        if line is None:
+            self.tampered_lines += 1
+        else:
+            self._heard.add(place)
+        return line
+
+    def _present(self, places: list[str]) -> list[str]:
+        if self._store.check(places):
+            self._doubtful = False
+            return places
+        return [place for place in places if self._store.check([place])]
+
+    def _place_of(self, worker: int) -> str:
+        return f"{self._prefix}/{worker}"
+
+    def _place_of_report(self, number: int) -> str:
+        return f"{self._prefix}/report/{number}"

@@ -1,36 +1,28 @@
 """The watchdog: background threads that detect a lost worker and make this one end too.
 
 They talk through the group's store, over a connection of their own, and never take part in a collective. There are two,
-because a call to a store whose host is frozen does not return: one posts and reads heartbeats, the other judges.
+because a call to a store whose host is frozen does not return: one posts heartbeats and reads, the other judges.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import platform
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from resist_lightning.comm.group import interrupt_group
 from resist_lightning.comm.waiting import check_while_waiting, forget_check
 from resist_lightning.errors import WorkerLost
-from resist_lightning.faults.failure_detector import (
-    BEAT_SECONDS,
-    End,
-    FailureDetector,
-    Heartbeat,
-    Verdict,
-    is_broken_connection,
-    read_heartbeat,
-)
-from resist_lightning.faults.heartbeats import CONNECT_SECONDS, Heartbeats
+from resist_lightning.faults.failure_detector import BEAT_SECONDS, FailureDetector
+from resist_lightning.faults.heartbeats import CONNECT_SECONDS, Heartbeats, Lines
+from resist_lightning.faults.host import is_alive
+from resist_lightning.faults.messages import End, Heartbeat, Verdict
+from resist_lightning.faults.reasons import is_broken_connection
+from resist_lightning.faults.surroundings import Surroundings
 from resist_lightning.schedule.progress import Activity
 
 EXIT_CODE = 75
@@ -39,40 +31,16 @@ EXIT_CODE = 75
 PATIENCE_SECONDS = 5.0
 """For how long a worker whose connection broke asks who it was, and worker 0 waits until it is heard."""
 
-_SUSPICIOUS_BEATS = 3.0
-_REST_SECONDS = 0.05  # least time between two heartbeats: a round of few steps must not make the store busy
-
-
-def _nothing() -> None:
-    """Nothing to do."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Callbacks through which the watchdog learns about the program around it.
-
-    Args:
-        activity: what this worker is doing, or None as long as there is no engine.
-        store: who serves the store, in words.
-        how_to_resume: a sentence for the user.
-        how_ended: how the process ``pid`` ended, as far as its parent knows; None if it may be running.
-        orphaned: in words, which process has ended without which this one must not run; or empty.
-        before_exit: called before the process is ended hard.
-    """
-
-    activity: Callable[[], Activity | None]
-    store: str
-    how_to_resume: Callable[[], str]
-    how_ended: Callable[[int], str | None] = field(default=lambda _: None)
-    orphaned: Callable[[], str] = field(default=lambda: "")
-    before_exit: Callable[[], None] = _nothing
+# Least time between two heartbeats: a round of few steps must not make the store busy, nor many workers together.
+_REST_SECONDS = 0.05
+_HEARTBEATS_PER_SECOND = 2000  # of all workers together, at one store
 
 
 class Watchdog:
     """Posts heartbeats and judges those of the other workers, until :meth:`stop`.
 
     Args:
-        heartbeats: the connection through which they are posted and read.
+        heartbeats: the connection through which they are posted and read; it has been introduced.
         surroundings: what it must know of the program.
         silence: after how many seconds without a heartbeat a worker counts as lost; also the time that this worker
             has to end by itself when another one is lost.
@@ -88,10 +56,14 @@ class Watchdog:
         self._around = surroundings
         self._silence = silence
         self._timeout = timeout
-        self._own = Heartbeat(heartbeats.worker, socket.gethostname(), _home(), os.getpid(), members=heartbeats.members)
+        self._process = heartbeats.own
+        self._own = Heartbeat()
         self._detector = FailureDetector(
-            self._own, heartbeats.workers, silence, surroundings.store, now=time.monotonic()
+            self._process.worker, heartbeats.processes, silence, surroundings.store, now=time.monotonic()
         )
+        self._rest = min(BEAT_SECONDS, max(_REST_SECONDS, heartbeats.workers / _HEARTBEATS_PER_SECOND))
+        self._last_reading = 0.0
+        self._reports = 0  # published by this worker
         self._lock = threading.Lock()  # of the detector, which all threads use
         self._stopped = threading.Event()
         self._wake = threading.Event()  # post a heartbeat now
@@ -99,6 +71,8 @@ class Watchdog:
         self._reached = True  # the store, at the last try
         self._ending: tuple[End, str] = ("", "")
         self._posted: End = ""
+        self._said = False  # that strangers write to the store
+        self._urgent = False  # read whenever a heartbeat is posted
         self._beating = threading.Thread(target=self._beat, name="resist_lightning heartbeats", daemon=True)
         self._judging = threading.Thread(target=self._look_around, name="resist_lightning watchdog", daemon=True)
 
@@ -121,7 +95,7 @@ class Watchdog:
         self._arrived.set()
         self._wake.set()
         # A forked process has a copy of the connection, which it must not cut, and no threads.
-        if os.getpid() == self._own.pid and not self._ended(BEAT_SECONDS):
+        if os.getpid() == self._process.pid and not self._ended(BEAT_SECONDS):
             self._heartbeats.cut()
             self._ended(CONNECT_SECONDS + BEAT_SECONDS)
         atexit.unregister(self.stop)
@@ -147,7 +121,10 @@ class Watchdog:
     def error(self) -> WorkerLost:
         """The error that names the lost worker."""
         assert self.verdict is not None
-        return WorkerLost(f"{self.verdict.text} {self._around.how_to_resume()}")
+        strangers = ""
+        if self._heartbeats.tampered_lines:
+            strangers = f" {_strangers(self._heartbeats.tampered_lines, self._around.store)}"
+        return WorkerLost(f"{self.verdict.text}{strangers} {self._around.how_to_resume()}")
 
     def explain(self, error: BaseException) -> WorkerLost | None:
         """Convert an error of this worker into the one that names the lost worker; None if the error is its own.
@@ -160,6 +137,7 @@ class Watchdog:
             return error
         if not isinstance(error, RuntimeError) or not is_broken_connection(str(error)):
             return None
+        self._urgent = True
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.verdict is None and time.monotonic() < deadline:
             self._judge()
@@ -167,53 +145,84 @@ class Watchdog:
             time.sleep(BEAT_SECONDS / 4)
         if self.verdict is None:
             with self._lock:
-                self.verdict = self._detector.suspect(str(error), self._timeout, _SUSPICIOUS_BEATS)
+                self.verdict = self._detector.suspect(str(error), self._timeout)
         return self.error()
 
     def post_end(self, end: End, text: str = "") -> None:
         """Post how this worker ends, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
+        self._urgent = True
         self._ending = (end, text)
-        must_be_heard = end != "done" and self._own.worker == 0
-        beats: dict[int, int] = {}
+        must_be_heard = end != "done" and self._process.worker == 0
+        with_the_end = 0  # the number of the report that has it
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self._reached and self._beating.is_alive() and time.monotonic() < deadline:
             self._wake.set()
             if self._posted == end:
                 if not must_be_heard:
                     break
+                with_the_end = with_the_end or self._reports
                 with self._lock:
-                    # The others' beats when the end was posted: they have heard when these have moved on.
-                    beats = beats or {each.worker: each.beat for each in self._detector.running()}
-                    if self._detector.heard(beats, self.verdict):
+                    if self._detector.have_read(with_the_end, self.verdict):
                         break
             time.sleep(BEAT_SECONDS / 20)
         self.stop()
 
     def _beat(self) -> None:
-        """Post heartbeats, and read those of the others. May hang in a call until :meth:`stop`."""
+        """Post heartbeats, and read what the others post. May hang in a call until :meth:`stop`."""
         while not self._stopped.is_set():
             try:
-                own = self._next()
-                self._heartbeats.post(own.write())
-                lines = self._heartbeats.read()
-                found = [read_heartbeat(line, worker) for worker, line in lines.items()]
+                self._exchange()
             except Exception:  # noqa: BLE001 - the store cannot be reached; of anything else too, no thread may die here
                 self._reached = False
                 if not self._stopped.wait(2 * BEAT_SECONDS):
                     with suppress(Exception):
                         self._heartbeats.connect_again()
                 continue
-            with self._lock:
-                self._detector.hear(list(filter(None, found)), time.monotonic())
-            self._posted, self._reached = own.end, True
-            if len(lines) == self._heartbeats.workers:  # else a worker is about to post its first one
-                self._wake.wait(BEAT_SECONDS)
-                self._wake.clear()
-            self._stopped.wait(_REST_SECONDS)
+            self._reached = True
+            self._wake.wait(BEAT_SECONDS)
+            self._wake.clear()
+            self._stopped.wait(self._rest)
+
+    def _exchange(self) -> None:
+        """Post a heartbeat; unless that was done just now, also read what the others post, and publish a report."""
+        own = self._next()
+        with self._lock:
+            self._detector.note_own(own, time.monotonic())
+            wanted = self._detector.wanted()
+        self._heartbeats.post(own)
+        if self._urgent or time.monotonic() - self._last_reading >= BEAT_SECONDS / 2:
+            self._last_reading = time.monotonic()
+            self._hear(self._heartbeats.read(wanted))
+            if self._detector.monitoring:
+                with self._lock:
+                    report = self._detector.report(self._reports + 1, self.verdict)
+                self._heartbeats.publish(report)
+                self._reports += 1
+            self._posted = own.end
+        elif not self._detector.monitoring:
+            self._posted = own.end
+
+    def _hear(self, lines: Lines) -> None:
+        if lines.tampered and not self._said and self._detector.monitoring:
+            self._said = True
+            sys.stderr.write(f"{_strangers(self._heartbeats.tampered_lines, self._around.store)}\n")
+        with self._lock:
+            self._detector.hear(lines.heartbeats, time.monotonic(), lines.reports, lines.tampered)
 
     def _next(self) -> Heartbeat:
         end, text = self._ending
-        self._own = replace(self._own, beat=self._own.beat + 1, end=end, text=text)
+        read = self._detector.reports.get(0)
+        verdict = self.verdict
+        if verdict is not None and end != "failed":
+            text = verdict.text  # at once: the monitors tell it to those that cannot know it
+        self._own = replace(
+            self._own,
+            beat=self._own.beat + 1,
+            end=end,
+            text=text,
+            lost=verdict.worker if verdict is not None else -1,
+            read=read.beat if read is not None else 0,
+        )
         activity = self._around.activity()
         if activity is not None:
             if self._on_change not in activity.listeners:
@@ -248,16 +257,18 @@ class Watchdog:
         """Set the verdict, if there is one; the first stays."""
         with self._lock:
             gone = {}
-            for each in self._detector.neighbours():
+            for each in self._detector.neighbours:
                 how = self._how_gone(each.pid)
                 if how:
                     gone[each.worker] = how
             verdict = self._detector.judge(time.monotonic(), gone, self._around.orphaned())
             self.verdict = self.verdict or verdict
+        if self.verdict is not None:
+            self._wake.set()  # the others should know
 
     def _how_gone(self, pid: int) -> str:
         """How a process of this host ended; empty if it runs."""
-        return self._around.how_ended(pid) or ("" if _alive(pid) else "ended without a word")
+        return self._around.how_ended(pid) or ("" if is_alive(pid) else "ended without a word")
 
     def _end_this_worker(self) -> None:
         """Wake a main thread that waits for the lost worker; if it does not end by itself, end the process."""
@@ -267,7 +278,7 @@ class Watchdog:
             return
         with suppress(Exception):
             sys.stderr.write(
-                f"{self.error()!r}\n{self._own.name} is ended: for {self._silence:.0f} s it has not ended by "
+                f"{self.error()!r}\n{self._process.name} is ended: for {self._silence:.0f} s it has not ended by "
                 f"itself. It was last doing: {self._own.doing}.\n"
             )
             sys.stderr.flush()
@@ -276,23 +287,8 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
 
-def _home() -> str:
-    """A name for the processes that this one can see: host, its boot, and the namespace of process numbers."""
-    parts = [platform.node()]
-    with suppress(OSError):  # not Linux
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return "/".join(parts)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this host runs; one that only waits for its parent to notice its end does not."""
-    if not Path("/proc/self/stat").exists():  # not Linux: silence will tell
-        return True
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return False
-    # Behind the program's name, which may have spaces and parentheses itself.
-    state = stat.rpartition(b")")[2].split()[0]
-    return state not in (b"Z", b"X")
+def _strangers(lines: int, store: str) -> str:
+    return (
+        f"{lines} line(s) that no worker has written, or that somebody has removed, were found among the heartbeats in "
+        f"{store} and were ignored: whoever reaches its port can write there, so keep others out (SECURITY.md)."
+    )

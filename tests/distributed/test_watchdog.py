@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,17 @@ import torch.distributed as dist
 
 from resist_lightning.faults import heartbeats as heartbeats_module
 from resist_lightning.faults import watchdog as watchdog_module
-from resist_lightning.faults.failure_detector import Heartbeat
 from resist_lightning.faults.heartbeats import Heartbeats
-from resist_lightning.faults.watchdog import Surroundings, Watchdog
+from resist_lightning.faults.host import this_process
+from resist_lightning.faults.messages import Heartbeat, Process, to_line
+from resist_lightning.faults.surroundings import Surroundings
+from resist_lightning.faults.watchdog import Watchdog
 from tests.helpers.processes import run_workers
 
-KEY = "resist_lightning/heartbeats/test/1"
+PLACE = "resist_lightning/heartbeats/test/1"
+KEY = b"k" * 32
+ELSEWHERE = Process(1, "host", "elsewhere", pid=1)
+INTRODUCTIONS = [to_line(process).encode() for process in (Process(0, "here", "here", os.getpid()), ELSEWHERE)]
 SOON_SECONDS = 5.0
 
 
@@ -31,7 +37,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_garbage_and_a_removed_line_do_not_end_the_watchdog_and_the_end_of_the_program_does() -> None:
+def test_strangers_do_not_end_the_watchdog_and_the_end_of_the_program_does() -> None:
     assert run_workers(serve_or_watch, 2, timeout=40) == [None, None]
 
 
@@ -51,22 +57,29 @@ def serve_or_watch(worker: int) -> None:
 def watch_the_store(store: dist.TCPStore, server: int) -> None:
     heartbeats_module.clone_store = store.clone
     heartbeats_module.CONNECT_SECONDS, watchdog_module.BEAT_SECONDS = 0.2, 0.1
-    around = Surroundings(activity=lambda: None, store="the store", how_to_resume=lambda: "")
-    watchdog = Watchdog(Heartbeats(0, 2, "test"), around, silence=30, timeout=60)
+    watchdog, other = watching(0), Heartbeats(ELSEWHERE, 2, "test")
+    other.begin(INTRODUCTIONS, KEY)
     watchdog.start()
-    for beat, line in enumerate(["no heartbeat", '{"worker": 1, "mood": 5}', None]):
-        heartbeat = Heartbeat(1, "host", "elsewhere", pid=1, beat=beat)
-        store.set(KEY, heartbeat.write())
-        wait_for(lambda: watchdog._detector.heartbeats.get(1) == heartbeat)  # noqa: B023 - called at once
-        mine = watchdog._own.beat
+
+    def post(beat: int) -> None:
+        other.post(Heartbeat(beat))
+        wait_for(lambda: watchdog._detector.heartbeats.get(1) == Heartbeat(beat))
+
+    for beat, line in enumerate(["no heartbeat", to_line(Heartbeat(99, end="failed", text="a lie")), None], start=1):
+        post(beat)
+        mine, seen = watchdog._own.beat, watchdog._heartbeats.tampered_lines
         if line is None:
-            store.delete_key(KEY)
+            store.delete_key(PLACE)
             time.sleep(0.4)  # a call waits for it
         else:
-            store.set(KEY, line)
-            wait_for(lambda: watchdog._own.beat > mine + 2)  # noqa: B023
-    store.set(KEY, Heartbeat(1, "host", "elsewhere", pid=1, beat=9).write())
-    wait_for(lambda: watchdog._detector.heartbeats[1].beat == 9)
+            store.set(PLACE, line)
+            wait_for(lambda: watchdog._own.beat > mine + 2)  # noqa: B023 - called at once
+            wait_for(lambda: watchdog._heartbeats.tampered_lines > seen)  # noqa: B023
+    post(9)
+    assert watchdog.verdict is None
+
+    strangers(int(store.port), store)
+    post(10)
     assert watchdog.verdict is None
 
     os.kill(server, signal.SIGSTOP)
@@ -77,3 +90,23 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
         assert [thread.name for thread in threading.enumerate() if "resist_lightning" in thread.name] == []
     finally:
         os.kill(server, signal.SIGCONT)
+
+
+def watching(worker: int) -> Watchdog:
+    heartbeats = Heartbeats(this_process(worker), 2, "test")
+    heartbeats.begin(INTRODUCTIONS, KEY)
+    around = Surroundings(activity=lambda: None, store="the store", how_to_resume=lambda: "")
+    return Watchdog(heartbeats, around, silence=30, timeout=60)
+
+
+def strangers(port: int, store: dist.TCPStore) -> None:
+    """Somebody connects to the store, says nothing, garbage or HTTP, or hangs up in the middle of a word."""
+    idle = [socket.create_connection(("127.0.0.1", port), timeout=SOON_SECONDS) for _ in range(20)]
+    for number, connection in enumerate(idle[:12]):
+        connection.sendall([os.urandom(100), bytes(5000), b"GET / HTTP/1.1\r\n\r\n"][number % 3])
+    for connection in idle[:6]:
+        connection.close()
+    store.set("asked meanwhile", "answered")
+    assert store.get("asked meanwhile") == b"answered"
+    for connection in idle[6:]:
+        connection.close()

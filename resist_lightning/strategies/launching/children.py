@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal, TypeAlias
 
-from resist_lightning.faults.failure_detector import BEAT_SECONDS, name_of_exit
+from resist_lightning.faults.failure_detector import BEAT_SECONDS
+from resist_lightning.faults.reasons import name_of_exit
 
 State: TypeAlias = Literal["unwatched", "watched", "failed", "stopped"]
 

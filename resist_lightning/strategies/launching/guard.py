@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 
 from resist_lightning.engine.engine import Engine
 from resist_lightning.faults.heartbeats import Heartbeats
-from resist_lightning.faults.watchdog import Surroundings, Watchdog
+from resist_lightning.faults.host import this_process
+from resist_lightning.faults.surroundings import Surroundings
+from resist_lightning.faults.watchdog import Watchdog
 from resist_lightning.schedule.progress import Activity
 from resist_lightning.strategies.launching.children import Children, State
 
@@ -45,7 +47,7 @@ class Guard:
         return "watched" if self._watchdog is not None else "unwatched"
 
     def begin(self, trainer: pl.Trainer, engine: Callable[[], Engine | None], timeout: timedelta) -> None:
-        """Start the watchdog, unless this worker is alone; the process group must exist."""
+        """Start the watchdog, unless this worker is alone. Collective: every worker must call this, in the group."""
         if trainer.world_size == 1:
             return
         environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
@@ -57,8 +59,11 @@ class Guard:
             return running.activity if running is not None else None
 
         self._failed = self._stopped = False
+        own = this_process(trainer.global_rank, trainer.strategy.group.members)  # type: ignore[attr-defined]
+        heartbeats = Heartbeats(own, trainer.world_size)
+        heartbeats.introduce()
         self._watchdog = Watchdog(
-            Heartbeats(trainer.global_rank, trainer.world_size, members=trainer.strategy.group.members),  # type: ignore[attr-defined]
+            heartbeats,
             Surroundings(
                 activity=activity,
                 store=f"the store at {where}, which worker 0 or torchrun's agent serves,",

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from typing_extensions import override
 
 from resist_lightning.errors import WorkerLost, process_name
-from resist_lightning.faults.failure_detector import name_of_exit
+from resist_lightning.faults.reasons import name_of_exit
 from resist_lightning.strategies.launching.stopping import Forwarder, ending, start_fork_server
 
 ENDING_SECONDS = 15.0

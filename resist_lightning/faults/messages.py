@@ -1,0 +1,217 @@
+"""What is posted in the store: a worker's heartbeats, and the monitors' reports. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, TypeAlias, TypeVar
+
+from resist_lightning.errors import process_name
+
+End: TypeAlias = Literal["", "done", "failed", "gave up"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where a worker runs; it does not change.
+
+    Args:
+        worker: its rank, which is its number where each worker is one process.
+        host: its host's name.
+        home: a name of the host's processes; workers with the same one can see each other's.
+        pid: its process.
+        members: processes of each worker.
+    """
+
+    worker: int
+    host: str
+    home: str
+    pid: int
+    members: int = 1
+
+    @property
+    def short_name(self) -> str:
+        """The worker, without where it runs."""
+        return process_name(self.worker, self.members)
+
+    @property
+    def name(self) -> str:
+        """The worker, where it runs."""
+        return f"{self.short_name} (host {self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a worker posts about itself.
+
+    Args:
+        beat: grows by one with each heartbeat.
+        what: one of :data:`resist_lightning.schedule.progress.ActivityName`.
+        doing: the same in words.
+        seconds: for how long it has been doing that.
+        round: the round in which it began.
+        step: local steps taken in the round by then.
+        end: ``""`` while it runs; how it ended otherwise.
+        text: its error where it failed; else its verdict, if it has one.
+        lost: the worker that the verdict is about, if known; else -1.
+        read: the number of the last report of worker 0 that it has read.
+    """
+
+    beat: int = 0
+    what: str = "starting"
+    doing: str = "starting"
+    seconds: float = 0.0
+    round: int = 0
+    step: int = 0
+    end: End = ""
+    text: str = ""
+    lost: int = -1
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a monitor publishes about all workers; its size does not grow with their number.
+
+    Args:
+        beat: grows by one with each report.
+        end: as in the monitor's heartbeat.
+        verdict: that a worker is lost, in words; or empty.
+        lost: the worker that the verdict is about, if known; else -1.
+        silent: whether the verdict is about a worker that is silent, and so may be frozen.
+        quiet: the worker that has been silent for longest, where that is suspicious; else -1.
+        quiet_text: the same in words.
+        late: the worker that is furthest behind in what it does without the others; -1 if none does such things.
+        late_text: what it is still in, in words.
+        doing: what some of the workers were last doing, in words.
+    """
+
+    beat: int = 0
+    end: End = ""
+    verdict: str = ""
+    lost: int = -1
+    silent: bool = False
+    quiet: int = -1
+    quiet_text: str = ""
+    late: int = -1
+    late_text: str = ""
+    doing: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """That a worker is lost.
+
+    Args:
+        text: which one, and how, in words.
+        worker: its rank, if known; else -1.
+        silent: whether that is known by its silence, so that it may be frozen.
+        frozen: its process, if that may be frozen on this host, and so cannot end by itself; else 0.
+    """
+
+    text: str
+    worker: int = -1
+    silent: bool = False
+    frozen: int = 0
+
+
+_NAMED = 8  # workers of whom a report says what they were doing
+_APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
+
+
+def make_report(
+    beat: int,
+    own: Process,
+    verdict: Verdict | None,
+    quiet: Verdict | None,
+    heartbeats: Mapping[int, Heartbeat],
+    processes: Sequence[Process],
+    gone: Collection[int],
+) -> Report:
+    """A monitor's report.
+
+    Args:
+        beat: its number.
+        own: the monitor.
+        verdict: the monitor's, if it has one.
+        quiet: about the worker that has been silent for suspiciously long, if there is one.
+        heartbeats: the last one of each worker, the monitor's own among them.
+        processes: all workers, by rank.
+        gone: workers whose process is gone.
+    """
+    mine = heartbeats[own.worker]
+    if mine.end == "failed":
+        verdict = Verdict(f"{own.name} failed with {mine.text}{last_of(own, mine)}", own.worker)
+    verdict, quiet = verdict or Verdict(""), quiet or Verdict("")
+    late = _latest(heartbeats, gone)
+    doing = []
+    for worker in sorted(heartbeats)[:_NAMED]:
+        each = heartbeats[worker]
+        doing.append(f"{processes[worker].name}: {'has ended' if each.end else each.doing}")
+    if len(processes) > len(doing):
+        doing.append(f"and {len(processes) - len(doing)} more")
+    return Report(
+        beat=beat,
+        end=mine.end,
+        verdict=verdict.text,
+        lost=verdict.worker,
+        silent=verdict.silent,
+        quiet=quiet.worker,
+        quiet_text=quiet.text,
+        late=late,
+        late_text=f"{heartbeats[late].doing}, since {heartbeats[late].seconds:.0f} s" if late >= 0 else "",
+        doing="; ".join(doing),
+    )
+
+
+def last_of(process: Process, heartbeat: Heartbeat | None) -> str:
+    """What a worker was last doing, as a sentence behind others; empty if that is not known."""
+    if heartbeat is None:
+        return ""
+    return f" {process.short_name.capitalize()} was last doing: {heartbeat.doing}."
+
+
+def _latest(heartbeats: Mapping[int, Heartbeat], gone: Collection[int]) -> int:
+    """The worker furthest behind in what it does without the others; among equals, the one longest at it."""
+    apart = []
+    for worker, each in heartbeats.items():
+        if each.what in _APART and not each.end and worker not in gone:
+            apart.append((each.round, each.step, -each.seconds, worker))
+    return min(apart)[3] if apart else -1
+
+
+Message = TypeVar("Message", Process, Heartbeat, Report)
+
+_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+_TYPES: dict[type, dict[str, tuple[type, ...]]] = {
+    kind: {field.name: _ACCEPTED.get(str(field.type), (str,)) for field in fields(kind)}
+    for kind in (Process, Heartbeat, Report)
+}
+
+
+def to_line(message: Process | Heartbeat | Report) -> str:
+    """A message as a line of text, to be posted."""
+    return json.dumps(asdict(message))
+
+
+def parse(kind: type[Message], line: str) -> Message | None:
+    """Parse the line of a message; None if it is none.
+
+    Fields that are unknown, as of a newer version, are passed over.
+    """
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(given, dict):
+        return None
+    types = _TYPES[kind]
+    known = {name: value for name, value in given.items() if name in types}
+    # By the exact type: True would pass as an int.
+    if any(type(value) not in types[name] for name, value in known.items()):
+        return None
+    try:
+        return kind(**known)
+    except TypeError:  # something is missing
+        return None

@@ -1,0 +1,43 @@
+"""Who watches whom, so that all workers together cost the store O(workers) a second. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from resist_lightning.faults.messages import Process
+
+NEIGHBOURS = 8
+"""How many processes of its host a worker looks at: all of them on usual hosts. A monitor looks at all on any."""
+
+
+def choose_monitors(processes: Sequence[Process]) -> list[int]:
+    """The ranks that read all heartbeats: worker 0, and one that is unlikely to be lost together with it."""
+    first = processes[0]
+    elsewhere = [process.worker for process in processes if process.home != first.home]
+    others = elsewhere or [process.worker for process in processes[1:]]
+    return [first.worker, *others[:1]]
+
+
+def choose_neighbours(processes: Sequence[Process], worker: int) -> list[Process]:
+    """The processes of its host that ``worker`` looks at: the next ones, in a ring."""
+    here = [process for process in processes if process.home == processes[worker].home]
+    own = here.index(processes[worker])
+    others = here[own + 1 :] + here[:own]
+    return others if worker in choose_monitors(processes) else others[:NEIGHBOURS]
+
+
+def operations_per_beat(workers: int) -> dict[str, int]:
+    """What all workers together ask of the store in a second (:data:`BEAT_SECONDS`) in which all is well.
+
+    Returns:
+        Requests, and keys that they read or write. With each worker reading all lines, as before, these were
+        ``2 S`` requests and ``S + S²`` keys.
+    """
+    monitors = min(workers, 2)
+    posted = workers + monitors  # each worker's heartbeat, and the reports
+    reports_read = workers * monitors
+    heartbeats_read = monitors * (workers - 1)
+    return {
+        "requests": workers + monitors + workers,  # a worker reads everything that it reads by one request
+        "keys": posted + reports_read + heartbeats_read,
+    }
