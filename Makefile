@@ -6,7 +6,7 @@ ARGS ?=
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test engines matrix mutants lint format clean
+.PHONY: help env demo docs test engines matrix mutants lint format clean
 .DELETE_ON_ERROR:
 
 BIN := $(VENV)/bin
@@ -35,6 +35,12 @@ $(MADE):
 
 demo: env ## the main job: ResIST on the digits with two worker processes on the CPU
 	$(BIN)/python experiments/train.py experiment=demo $(ARGS)
+
+# Sphinx is not in the environment that trains and tests. A broken link and a docstring that cannot be read are errors.
+docs: env ## the documentation site, in build/site
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs . build/site
+	@echo "build/site/index.html"
 
 # Workers wait a good part of the time, so more jobs than two cores. Each worker imports its test anew: compiled once.
 test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other

@@ -96,6 +96,29 @@ def test_a_model_of_ones_own_is_inspected_and_its_branch_end_declared() -> None:
     assert {block.branch_end for block in blocks} == {"conv2"}
 
 
+def test_the_first_training_is_the_file_and_prints_what_the_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs/start.md").read_text()
+    program = ROOT / "docs/examples/first_training.py"
+    (shown,) = snippets("docs/start.md")
+    (printed,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+
+    assert shown == program.read_text()
+    assert printed in run_program([str(program)], tmp_path, PL_TRAINER_MAX_STEPS="2")
+
+
+def test_the_reference_has_everything_public_with_an_example_that_runs() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    entries = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE))
+    without = {name for name, text in entries.items() if "```python" not in text}
+    errors = {name for name in entries if isinstance(getattr(resist_lightning, name, None), type(Exception))}
+    errors = {name for name in errors if issubclass(getattr(resist_lightning, name), Exception)}
+
+    assert set(resist_lightning.__all__) <= set(entries)
+    assert without == errors | {"Inspection"}
+    for example in snippets("docs/api.md"):
+        exec(example, {})
+
+
 def test_tables_show_their_result_files() -> None:
     for page in tables.PAGES:
         text = page.read_text()

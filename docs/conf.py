@@ -1,0 +1,53 @@
+"""Sphinx's settings of the documentation site, which is built from the pages as they lie in the repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parent.parent
+
+project = "resist-lightning"
+author = "The maintainers of resist-lightning"
+release = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+
+# The source folder is the whole repository, so that a link between two pages is good in both places.
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "experiments/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autoclass_content = "both"  # the options of a strategy stand in the text of its constructor
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100
+
+html_theme = "furo"
+html_title = project
+html_show_sphinx = False
+html_additional_pages = {"index": "to_docs.html"}
+templates_path = ["_templates"]
+
+# Pages that are lists already would show a second one on a code host, so their part of the navigation is added here.
+_CHILDREN = {"docs/decisions/README": "0*", "experiments/README": "*/README"}
+
+
+def _add_children(_app: Sphinx, page: str, source: list[str]) -> None:
+    if page in _CHILDREN:
+        source[0] += f"\n```{{toctree}}\n:hidden:\n:glob:\n{_CHILDREN[page]}\n```\n"
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _add_children)
