@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_group, _get_default_store, _world
 from torch.distributed.rendezvous import rendezvous
 
+from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check_hosts, with_port
 from resist_lightning.comm.sockets import cut_connections, recording, recording_group
-from resist_lightning.comm.torchrun import attempt
+from resist_lightning.comm.torchrun import attempt, shares_store, started_by_torchrun
 from resist_lightning.errors import first_line
 
 NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
@@ -77,6 +78,7 @@ def join_group(
     workers: int,
     timeout: timedelta,
     device: torch.device | None = None,
+    node: int = 0,
 ) -> None:
     """Make torch.distributed's default group. Collective: every worker must call this, equally often.
 
@@ -92,17 +94,22 @@ def join_group(
         workers: how many there are.
         timeout: for the making of the group and for everything said in it.
         device: of this worker, where the backend should bind to it.
+        node: number of this worker's host.
 
     Raises:
+        HostsCannotMeet: if those of another host cannot be reached, within seconds.
         RuntimeError: if the workers do not find one another, with what to look at.
     """
     if backend in NCCL:
         # An operation that fails ends with an error; by default NCCL's watchdog would end the process by SIGABRT.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     try:
+        await_store(address, port, node=node, served=shares_store(), by_torchrun=started_by_torchrun())
         _join(backend, address, port, worker, workers, timeout, device)
+    except HostsCannotMeet:
+        raise
     except RuntimeError as error:
-        raise RuntimeError(_not_joined(backend, f"{address}:{port}", worker, workers, error)) from error
+        raise RuntimeError(_not_joined(backend, with_port(address, port), worker, workers, error)) from error
 
 
 def _join(
@@ -125,10 +132,13 @@ def _join(
     store = _stores[key]
     store.set_timeout(timeout)
     _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
+    own = PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store)
+    if workers > 1:
+        check_hosts(PrefixStore("hosts", own), worker, workers, nccl=backend in NCCL)
     with recording_group():
         dist.init_process_group(
             backend,
-            store=PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store),
+            store=own,
             rank=worker,
             world_size=workers,
             timeout=timeout,

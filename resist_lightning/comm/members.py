@@ -8,13 +8,10 @@
 
 from __future__ import annotations
 
-import socket
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_group
 
 from resist_lightning.comm.collective import Collective, SoloCollective
 from resist_lightning.comm.group import group_exists
+from resist_lightning.comm.hosts import host_name
 from resist_lightning.comm.member_collective import MemberCollective, Members
 from resist_lightning.comm.sockets import recording_group
 from resist_lightning.comm.torch_collective import GroupCollective
@@ -134,10 +132,7 @@ def _timeout() -> timedelta:
 
 def _agree(count: int) -> list[str]:
     """The host of each rank; raises on all processes if they have come with different counts."""
-    name = socket.gethostname()
-    with suppress(OSError):  # not Linux. Two hosts may have one name.
-        name += f" (boot {Path('/proc/sys/kernel/random/boot_id').read_text()[:8]})"
-    texts = [text.decode() for text in GroupCollective().gather_bytes(f"{count} {name}".encode())]
+    texts = [text.decode() for text in GroupCollective().gather_bytes(f"{count} {host_name()}".encode())]
     counts = [text.partition(" ")[0] for text in texts]
     hosts = [text.partition(" ")[2] for text in texts]
     if len(set(counts)) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,32 @@ REMEDY = (
 def started_by_torchrun() -> bool:
     """Whether this process is a worker of torchrun."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_processes(variables: Mapping[str, str], devices: int, nodes: int) -> None:
+    """Check that torchrun has started as many processes on this host as the Trainer expects of each.
+
+    Lightning compares the sum over all hosts only: 3 + 1 processes are no 2 + 2.
+
+    Args:
+        variables: the environment of this process.
+        devices: of ``Trainer(devices=...)``, for each host.
+        nodes: of ``Trainer(num_nodes=...)``.
+
+    Raises:
+        ValueError: if this host has another number of processes than ``devices``.
+    """
+    here = int(variables.get("LOCAL_WORLD_SIZE", devices))
+    agents = int(variables.get("GROUP_WORLD_SIZE", nodes))
+    # Lightning has one way to say that hosts have different numbers: one node with all of the processes.
+    if here == devices or (nodes == 1 and agents > 1):
+        return
+    raise ValueError(
+        f"torchrun has started {here} process(es) on this host (--nproc-per-node), and Trainer(devices={devices}, "
+        f"num_nodes={nodes}) stands for {devices} on each. Start equally many on every host; on CPUs, hosts may have "
+        f"different numbers if all processes are said to be on one node: Trainer(devices={devices * nodes}, "
+        "num_nodes=1)."
+    )
 
 
 def shares_store() -> bool:

@@ -54,6 +54,7 @@ class ProcessGroup:
                 workers=environment.world_size(),
                 timeout=self._options.timeout,
                 device=device if device.type == "cuda" else None,
+                node=environment.node_rank(),
             )
 
     def split(self, processes_per_host: int) -> None:

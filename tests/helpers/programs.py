@@ -126,12 +126,13 @@ def _be_agent(target: Callable[..., None], args: tuple[Any, ...], max_restarts: 
         min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=max_restarts, start_method="fork", run_id="none",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
-    elastic_launch(config, _be_worker)(target, args)
+    elastic_launch(config, be_worker)(target, args)
 
 
-def _be_worker(target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def be_worker(target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call ``target(*args)`` in a process that torchrun's agent has forked."""
     rank_zero_only.rank = int(os.environ["RANK"])  # as if Lightning had been imported with this variable
-    target(*args)
+    return target(*args)
 
 
 def refusal(program: Callable[[], object], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
@@ -15,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn.parameter import is_lazy
 
+from resist_lightning.comm import slurm, torchrun
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import check_count
 from resist_lightning.engine.registry import make_layout
@@ -76,6 +80,18 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
             "start_method='popen' re-runs the command line in every worker, and in a Hydra sweep (--multirun) each "
             "worker would run the whole sweep. Use start_method='spawn' (strategy='resist_spawn' or 'local_sgd_spawn')."
         )
+
+
+def check_processes(environment: ClusterEnvironment, devices: int, nodes: int) -> None:
+    """Check that as many processes as the Trainer expects were started, where Lightning does not start them.
+
+    Raises:
+        ValueError: naming both numbers, and how to start as many.
+    """
+    if isinstance(environment, SLURMEnvironment):
+        slurm.check_tasks(os.environ, devices, nodes)
+    elif isinstance(environment, TorchElasticEnvironment):
+        torchrun.check_processes(os.environ, devices, nodes)
 
 
 def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:

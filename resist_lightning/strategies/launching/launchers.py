@@ -12,7 +12,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from resist_lightning.strategies.launching.checks import refuse_launch
+from resist_lightning.strategies.launching.checks import check_processes, refuse_launch
 from resist_lightning.strategies.launching.children import Children
 from resist_lightning.strategies.launching.guard import PARENT
 from resist_lightning.strategies.launching.processes import ProcessLauncher
@@ -35,6 +35,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         if trainer is not None:
             self._strategy.check_before_launch(trainer)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        check_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         guard = self._strategy.guard
         if not self.cluster_environment.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())

@@ -42,3 +42,17 @@ def test_an_agent_is_the_same_for_the_same_fit_of_its_workers(monkeypatch: pytes
     assert 0 < torchrun.agent(1) < 2**53  # it travels as a float64
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert torchrun.agent(1) == 0
+
+
+def test_a_host_with_another_number_of_processes_than_devices_is_refused() -> None:
+    two_and_two = {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    torchrun.check_processes(two_and_two, 2, 2)
+    said = r"started 3 process\(es\) on this host.*devices=2, num_nodes=2\).*Trainer\(devices=4, num_nodes=1\)"
+    with pytest.raises(ValueError, match=said):  # 3 + 1, which Lightning takes for 2 + 2
+        torchrun.check_processes({**two_and_two, "LOCAL_WORLD_SIZE": "3"}, 2, 2)
+
+
+def test_hosts_may_have_different_numbers_where_all_are_said_to_be_on_one_node() -> None:
+    torchrun.check_processes({"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2"}, 3, 1)
+    with pytest.raises(ValueError, match="started 1 process"):
+        torchrun.check_processes({"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}, 3, 1)
