@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger
-from torch import nn
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from resist_lightning.callbacks import SUMMARY_FILE, RoundMonitor
 from resist_lightning.schedule.partition import draw_partition
@@ -49,12 +52,39 @@ def handed_over(before: list[list[int]], after: list[list[int]], worker: int) ->
     return BLOCK_BYTES * len((set(after[other]) - set(before[other])) & set(before[worker]))
 
 
-def monitored(worker: int, folder: str, face: str) -> None:
-    monitor = RoundMonitor(every_n_rounds=2)
-    fit(
-        worker, Classifier(), STEPS, make_strategy(face), callbacks=[monitor], default_root_dir=folder,
-        logger=CSVLogger(folder, name="", version=""), log_every_n_steps=1,
+class AtBorders(Callback):
+    """Keeps the shared parameters at the beginning of each round, and before the sync that ends it."""
+
+    def __init__(self) -> None:
+        self.begun: list[Tensor] = []
+        self.ended: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.strategy.engine.clock.due:
+            self.ended.append(shared_parameters(trainer))
+
+    def on_before_backward(self, trainer: Any, *_: Any) -> None:
+        if trainer.strategy.engine.clock.step == 0:
+            self.begun.append(shared_parameters(trainer))
+
+
+def shared_parameters(trainer: Any) -> Tensor:
+    """Every entry that the monitor looks at: one in 64 of large tensors."""
+    shared = trainer.strategy.engine.layout.shared.values()
+    flat = [tensor.detach().flatten() for tensor in shared if isinstance(tensor, nn.Parameter)]
+    return torch.cat([tensor[:: 64 if len(tensor) >= 4096 else 1] for tensor in flat])
+
+
+def monitored(worker: int, folder: str, face: str) -> AtBorders:
+    monitor, borders = RoundMonitor(every_n_rounds=2, picture_every_n_rounds=1), AtBorders()
+    loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="board")]
+    trainer = fit(
+        worker, Classifier(), STEPS, make_strategy(face), callbacks=[monitor, borders], default_root_dir=folder,
+        logger=loggers, log_every_n_steps=1,
     )  # fmt: skip
+    assert trainer.progress_bar_metrics["round"] == 2
+    assert "round" not in trainer.logged_metrics
+    return borders
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
@@ -63,7 +93,7 @@ def logged(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:
-    run_trainers(monitored, 2, str(tmp_path), "resist")
+    borders = run_trainers(monitored, 2, str(tmp_path), "resist")
 
     summary = json.loads((tmp_path / SUMMARY_FILE).read_text())
     partitions = [[list(held) for held in draw_partition(4, 2, 1, 0, number).held] for number in range(3)]
@@ -105,7 +135,19 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert float(row["sync/round"]) == 2
     assert 0 < float(row["sync/share_of_time"]) < 1
     assert float(row["sync/sent_MB_per_round"]) == pytest.approx((2 * SHARED_BYTES + moved[0]) / 2 / 1e6)
+    assert float(row["sync/shared_MB_per_round"]) == pytest.approx(SHARED_BYTES / 1e6)
+    assert float(row["sync/hand_over_MB_per_round"]) == pytest.approx(moved[0] / 2 / 1e6)
     assert int(row["step"]) == 6  # as Lightning counts: batches before this one
+
+    own, other = (border.ended[1] - border.begun[1] for border in borders)
+    together = (own + other) / 2
+    assert float(row["sync/alignment"]) == pytest.approx(float(cosine_similarity(own, together, 0)), abs=1e-4)
+    change = together.norm() / (borders[0].begun[1] + together).norm()
+    assert float(row["sync/change"]) == pytest.approx(float(change), rel=1e-3)
+    assert 0 < float(row["sync/alignment"]) < 0.9999
+
+    board = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
+    assert [picture.step for picture in board.Images("sync/partition")] == [3, 6]
 
 
 def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:

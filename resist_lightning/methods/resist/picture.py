@@ -1,4 +1,4 @@
-"""Draws which worker holds which block in the first rounds. Needs matplotlib, which is imported when it draws."""
+"""Draws which worker holds which block in some rounds. Needs matplotlib, which is imported when it draws."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _SHARED, _ABSENT = "#B8BEC8", "#F1F2F4"
 _MOST_WORKERS, _MOST_LABELS = 16, 40
 
 
-def draw_partition(layout: BlockLayout, rounds: int = 3) -> Figure:
-    """A grid for each of the first rounds after the warm-up: a row for each worker, a column for each block.
+def draw_partition(layout: BlockLayout, rounds: int = 3, first: int | None = None) -> Figure:
+    """A grid for each of some rounds: a row for each worker, a column for each block.
 
     Args:
         layout: the blocks, and who holds them.
         rounds: number of rounds.
+        first: the first of them; None: the one after the warm-up.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
@@ -41,7 +42,7 @@ def draw_partition(layout: BlockLayout, rounds: int = 3) -> Figure:
     axes = figure.add_subplot()
     total = sum(parameter.numel() for parameter in layout.module.parameters())
     for index in range(rounds):
-        round = layout.config.warmup_rounds + index
+        round = (layout.config.warmup_rounds if first is None else first) + index
         held = layout.partition(round).held
         parameters = layout.held_parameters(round)
         for worker in range(workers):

@@ -1,27 +1,29 @@
-"""Callbacks for the strategies: a monitor of rounds, and different seeds per worker. They send nothing."""
+"""A callback that shows and logs the rounds of a training, and writes a summary at its end."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import time
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
+from resist_lightning.checks.alignment import Alignment
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS, ddp_bytes, local_sgd_bytes
 from resist_lightning.engine.engine import Engine
-from resist_lightning.methods.config import CommonConfig
 from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.picture import draw_partition
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.state.random_state import seed_generators
 from resist_lightning.strategies.base import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
@@ -30,24 +32,40 @@ DRAWN_AGAIN_ROUNDS = 1000
 
 
 class RoundMonitor(Callback):
-    """Logs round, share of time in sync and bytes per round, and writes a summary at the end of ``fit``.
+    """Shows and logs each round while it trains, and writes a summary at the end of ``fit``. It sends nothing.
 
-    Logged to the trainer's loggers, from worker 0: ``sync/round``, ``sync/share_of_time`` (of the time in batches, 0 to
-    1) and ``sync/sent_MB_per_round`` (10^6 bytes); of stages also ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k),
-    ``auxnet/speedup_predicted`` and ``auxnet/speedup_measured``, which all workers find alike. The summary is
-    ``resist_summary.json`` in the trainer's ``default_root_dir``.
+    The progress bar shows the round. Logged to the trainer's loggers, from worker 0:
+
+    - ``sync/round``; ``sync/share_of_time`` (of the time in batches, 0 to 1);
+    - ``sync/sent_MB_per_round`` (10^6 bytes), and of it each kind that was sent, as ``sync/hand_over_MB_per_round``;
+    - ``sync/alignment`` (cosine between worker 0's change of the shared parameters and the mean change of all workers:
+      1 where they went the same way, about 1 / sqrt(workers) where they had nothing in common) and ``sync/change`` (the
+      length of the mean change, as a share of the parameters' length); not with an outer optimizer;
+    - to TensorBoard, once in ``picture_every_n_rounds``, ``sync/partition``: who holds which block;
+    - of stages ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k), ``auxnet/speedup_predicted`` and
+      ``auxnet/speedup_measured``, which all workers find alike.
+
+    The summary is ``resist_summary.json`` in the trainer's ``default_root_dir``.
 
     Args:
         every_n_rounds: log once in so many rounds, at least 1.
+        picture_every_n_rounds: log a picture once in so many rounds; 0: none. Needs matplotlib and a TensorBoardLogger.
 
     Raises:
-        ValueError: if ``every_n_rounds`` is below 1.
+        ValueError: if ``every_n_rounds`` is below 1, or ``picture_every_n_rounds`` below 0.
+        ModuleNotFoundError: when ``fit`` starts, if pictures are asked for and matplotlib is not installed.
     """
 
-    def __init__(self, every_n_rounds: int = 1) -> None:
+    def __init__(self, every_n_rounds: int = 1, picture_every_n_rounds: int = 0) -> None:
         if every_n_rounds < 1:
             raise ValueError(f"every_n_rounds={every_n_rounds} must be at least 1.")
+        if picture_every_n_rounds < 0:
+            raise ValueError(f"picture_every_n_rounds={picture_every_n_rounds} must not be below 0.")
         self._every_n_rounds = every_n_rounds
+        self._picture_every_n_rounds = picture_every_n_rounds
+        self._alignment = Alignment()
+        self._apart: dict[str, float] = {}
+        self._measured_round = -1
         self._batch_start = 0.0
         self._training_seconds = 0.0
         self._sent_by_round: list[list[int]] = []
@@ -64,6 +82,9 @@ class RoundMonitor(Callback):
         self._first = None
         self._partitions = {}
         self._held_parameters_max = 0
+        self._alignment, self._apart, self._measured_round = Alignment(), {}, -1
+        if self._picture_every_n_rounds:
+            _check_pictures(trainer)
         if _engine(trainer) is None:
             rank_zero_warn(f"RoundMonitor has nothing to report under {type(trainer.strategy).__name__}.")
 
@@ -79,6 +100,21 @@ class RoundMonitor(Callback):
             self._first = copy.copy(engine.clock)
             self._seen_round = engine.clock.round
             self._note_partition(engine)
+            self._show_round(pl_module, engine)
+        if engine is not None and engine.clock.due and _averages(engine):
+            self._alignment.end(_shared(engine))
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Called after the sync, and before the optimizer changes anything."""
+        engine = _engine(trainer)
+        if engine is None or not _averages(engine):
+            return
+        at_border = engine.clock.step == 0 and engine.clock.round != self._measured_round
+        if not at_border:
+            return
+        self._measured_round = engine.clock.round
+        self._apart = self._alignment.measure(_shared(engine))
 
     @override
     def on_train_batch_end(
@@ -91,11 +127,14 @@ class RoundMonitor(Callback):
             return
         self._seen_round = engine.clock.round
         self._note_partition(engine)
+        self._show_round(pl_module, engine)
         # Evaluations and checkpoints are the user's choice, so their bytes are not the method's.
         sent = sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS)
         self._sent_by_round.append([engine.clock.steps_before, sent])
         if len(self._sent_by_round) % self._every_n_rounds == 0:
             self._log(trainer, engine, sent)
+        if self._picture_every_n_rounds and len(self._sent_by_round) % self._picture_every_n_rounds == 0:
+            self._log_picture(trainer, engine)
 
     @override
     @rank_zero_only
@@ -178,54 +217,57 @@ class RoundMonitor(Callback):
             return layout.held(round)
         return [[] for _ in range(layout.workers)]
 
+    def _show_round(self, pl_module: pl.LightningModule, engine: Engine) -> None:
+        pl_module.log("round", float(engine.clock.round), prog_bar=True, logger=False)
+
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:
+        per_round = 1 / len(self._sent_by_round) / 1e6
+        by_kind = {kind: engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS}
         metrics = {
             "sync/round": float(engine.clock.round),
             "sync/share_of_time": engine.seconds.sync / max(self._training_seconds, 1e-9),
-            "sync/sent_MB_per_round": sent / len(self._sent_by_round) / 1e6,
+            "sync/sent_MB_per_round": sent * per_round,
+            **{f"sync/{kind}_MB_per_round": bytes * per_round for kind, bytes in by_kind.items() if bytes},
+            **{f"sync/{name}": value for name, value in self._apart.items()},
             **engine.sync.metrics(),
         }
-        # As Lightning counts what it logs in this batch, which it does next: loggers drop what goes back.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=_step(trainer))
+
+    @rank_zero_only
+    def _log_picture(self, trainer: pl.Trainer, engine: Engine) -> None:
+        if not isinstance(engine.layout, BlockLayout):
+            return
+        for logger in _tensor_boards(trainer):
+            figure = draw_partition(engine.layout, rounds=1, first=engine.clock.round)
+            logger.experiment.add_figure("sync/partition", figure, _step(trainer))
 
 
-class SeedPerWorker(Callback):
-    """Gives every worker random numbers of its own: dropout, augmentation, whatever is drawn in training.
+def _step(trainer: pl.Trainer) -> int:
+    """As Lightning counts what it logs in this batch, which it does next: loggers drop what goes back."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
-    Without it workers that are seeded alike draw alike, as under DDP. When ``fit`` starts, the global generators of
-    Python, NumPy and torch are seeded by ``(seed, rank)``; the initial weights stay those of worker 0. A run that
-    resumes exactly continues with the random state that each worker had.
 
-    Args:
-        seed: not below 0; the same on all workers.
+def _shared(engine: Engine) -> list[Tensor]:
+    """Parameters that train, and that all workers hold."""
+    return [tensor for tensor in engine.layout.shared.values() if tensor.requires_grad]
 
-    Raises:
-        ValueError: if ``seed`` is below 0; when ``fit`` starts, under AuxNet, whose workers must draw alike.
-    """
 
-    def __init__(self, seed: int) -> None:
-        if seed < 0:
-            raise ValueError(f"seed={seed} must not be below 0.")
-        self._seed = seed
+def _averages(engine: Engine) -> bool:
+    """Whether a round begins with the means of the workers' shared parameters."""
+    return engine.config.trains_alone and getattr(engine.config, "outer", "none") == "none"
 
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a strategy whose workers must draw alike."""
-        config = getattr(trainer.strategy, "config", None)
-        if stage == "fit" and trainer.world_size > 1 and isinstance(config, CommonConfig) and not config.trains_alone:
-            raise ValueError(
-                "SeedPerWorker contradicts AuxNet: its workers train stages of one network on the same batches, so "
-                "they must draw the same random numbers. Remove the callback."
-            )
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seed this worker's generators."""
-        # A hash: seeds of workers and of runs that are close together give unrelated numbers.
-        digest = hashlib.sha256(repr((self._seed, trainer.global_rank)).encode()).digest()
-        seed_generators(int.from_bytes(digest[:8], "big"))
+def _tensor_boards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _check_pictures(trainer: pl.Trainer) -> None:
+    """Raise, or warn, where pictures are asked for and cannot be logged."""
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("RoundMonitor(picture_every_n_rounds=...) needs matplotlib: pip install matplotlib")
+    if not _tensor_boards(trainer):
+        rank_zero_warn("RoundMonitor logs its pictures to a TensorBoardLogger, and the trainer has none.")
 
 
 def _engine(trainer: pl.Trainer) -> Engine | None:

@@ -20,6 +20,11 @@ def test_it_logs_at_least_once_in_a_number_of_rounds(every_n_rounds: int) -> Non
     RoundMonitor(1)
 
 
+def test_pictures_are_not_below_none() -> None:
+    with pytest.raises(ValueError, match="picture_every_n_rounds=-1 must not be below 0"):
+        RoundMonitor(picture_every_n_rounds=-1)
+
+
 @pytest.mark.parametrize(("width", "step"), [(6, 1), (64, 1), (65, 2), (640, 10), (700, 11)])
 def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, step: int) -> None:
     net = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2))
