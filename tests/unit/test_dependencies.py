@@ -20,6 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for folder in ("resist_lightning", "hydra_plugins") for path in (ROOT / folder).rglob("*.py"))
+EXTRAS = {"resist_lightning/strategies/ray.py": "ray"}  # modules that the package does not import, and their extra
 WHEN_IT_DRAWS = {"matplotlib"}  # imported within functions, whose error says what to install
 
 
@@ -48,7 +49,8 @@ def imports(tree: ast.AST, *, in_functions: bool) -> Iterator[str]:
 
 
 def of_package(*, in_functions: bool) -> set[str]:
-    found = {name for path in FILES for name in imports(ast.parse(path.read_text()), in_functions=in_functions)}
+    always = [path for path in FILES if path.relative_to(ROOT).as_posix() not in EXTRAS]
+    found = {name for path in always for name in imports(ast.parse(path.read_text()), in_functions=in_functions)}
     return found - sys.stdlib_module_names - {"resist_lightning"}
 
 
@@ -71,6 +73,16 @@ def test_the_search_itself(source: str, at_import: set[str], in_all: set[str]) -
 def test_dependencies_are_what_the_package_imports() -> None:
     assert of_package(in_functions=False) == declared()
     assert of_package(in_functions=True) - declared() == WHEN_IT_DRAWS
+
+
+@pytest.mark.parametrize(("file", "extra"), EXTRAS.items())
+def test_a_module_for_those_who_have_an_extra_is_imported_by_no_other(file: str, extra: str) -> None:
+    needs = set(imports(ast.parse((ROOT / file).read_text()), in_functions=True)) - sys.stdlib_module_names
+    assert needs - declared() - {"resist_lightning"} == {extra}
+    assert [Requirement(text).name for text in project()["optional-dependencies"][extra]] == [extra]
+    module = file.removesuffix(".py").replace("/", ".")
+    everywhere = "\n".join(path.read_text() for path in FILES)
+    assert not re.search(rf"^\s*(from|import) {re.escape(module)}\b", everywhere, re.MULTILINE)
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -39,7 +39,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     resolve_file_urls(trainer)
     if trainer.state.fn != TrainerFn.FITTING:
         return
-    members = options.members(trainer.num_devices)
+    strategy: Any = trainer.strategy
+    members = options.members(strategy.num_processes)
     check_count(members, processes)
     if options.devices_per_worker == 1 and (options.find_unused_parameters or options.across_hosts):
         rank_zero_warn(
@@ -53,7 +54,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             "(finish_rounds, growth). Set max_steps or max_epochs, or leave those options out."
         )
     check_shrinking(options)
-    module = trainer.strategy.lightning_module
+    module = strategy.lightning_module
     if module is None or is_overridden("configure_model", module):
         return  # the workers make the model, after the launch
     completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())

@@ -129,6 +129,8 @@ class Guard:
 def how_to_resume(trainer: pl.Trainer) -> str:
     """Tells the user how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
     strategy: Any = trainer.strategy
+    if strategy.saver.collected:
+        return "Ray starts the workers again if FailureConfig(max_failures=...) allows it; see get_checkpoint()."
     snapshots = strategy.resumer.snapshot_folder
     if snapshots is not None:
         again = "torchrun resumes from there by itself if it may start the workers again; otherwise resume"

@@ -38,10 +38,12 @@ class Saver:
 
     Attributes:
         last_written: the newest checkpoint that exists; callbacks name theirs before it is written.
+        collected: whether somebody else (Ray) collects the files of a checkpoint from every worker's own path.
     """
 
     def __init__(self, *, forgiving: bool) -> None:
         self.last_written = ""
+        self.collected = False
         self._forgiving = forgiving
         self._failed = False  # the newest checkpoint could not be written
         self._written_as: dict[str, str] = {}  # worker 0's names of checkpoints, by this worker's
@@ -96,7 +98,8 @@ class Saver:
     ) -> None:
         """Write the full model, and beside it what each worker has taken.
 
-        Collective: every worker must call this, in the same order; all files go where worker 0 says.
+        Collective: every worker must call this, in the same order; all files go where worker 0 says, unless they are
+        collected.
 
         Args:
             checkpoint: Lightning's, of the state dict that was just taken.
@@ -124,7 +127,7 @@ class Saver:
             checkpoint[CHECKPOINT_KEY] = saved
         if own is not None:
             check_loadable(own["host"])
-        path = checkpoint_files.agree_on_path(filepath, collective)
+        path = str(filepath) if self.collected else checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
         # Who writes a file of its own tells the others that it is busy.
         busy = engine.activity.during("saving") if engine is not None and own is not None else nullcontext()

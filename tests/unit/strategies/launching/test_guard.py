@@ -26,7 +26,8 @@ def test_the_newest_checkpoint_that_still_exists_is_named(tmp_path: Path):
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
     callback = SimpleNamespace(last_model_path=str(old), best_model_path=str(tmp_path / "removed.ckpt"))
-    strategy = SimpleNamespace(resumer=SimpleNamespace(snapshot_folder=None), saver=SimpleNamespace(last_written=""))
+    saver = SimpleNamespace(last_written="", collected=False)
+    strategy = SimpleNamespace(resumer=SimpleNamespace(snapshot_folder=None), saver=saver)
     callbacks = [callback, SimpleNamespace(best_model_path=str(new))]
     trainer: Any = SimpleNamespace(checkpoint_callbacks=callbacks, strategy=strategy)
     assert how_to_resume(trainer) == f"Resume with Trainer.fit(..., ckpt_path='{new}')."
@@ -34,3 +35,5 @@ def test_the_newest_checkpoint_that_still_exists_is_named(tmp_path: Path):
     assert "save_last=True" in how_to_resume(trainer)
     strategy.resumer.snapshot_folder = "snapshots"
     assert "ckpt_path='snapshots'" in how_to_resume(trainer)
+    saver.collected = True  # Ray's checkpoints are elsewhere by now
+    assert "FailureConfig(max_failures=...)" in how_to_resume(trainer)
