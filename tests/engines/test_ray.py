@@ -57,7 +57,6 @@ def test_a_run_that_ray_starts_again_ends_with_the_weights_of_one_that_was_not_d
     output = (on_ray / "output.txt").read_text()
     assert "resumes exactly where the checkpoint was written" in output
     assert "name this checkpoint differently" not in output
-    assert "FailureConfig(max_failures=...)" in output, "the other worker says who is lost, and who starts again"
 
 
 def test_a_sweep_over_local_steps(on_ray: Path) -> None:
