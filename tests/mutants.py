@@ -71,8 +71,8 @@ MUTANTS = (
     ),
     Mutant(
         "momentum kept at a sync",
-        "engine/engine.py",
-        'if self.config.momentum == "reset":',
+        "engine/round_end.py",
+        'if self._layout.config.momentum == "reset":',
         "if False:",
         ("tests/unit/engine/test_engine.py",),
     ),
@@ -253,10 +253,10 @@ MUTANTS = (
     ),
     Mutant(
         "hand-over before the average has begun, on worker 1 only",
-        "engine/engine.py",
-        "finish_average = self.sync.start_average(plan)",
-        "finish_average = (lambda: self.sync.start_average(plan)()) "
-        "if self.collective.worker == 1 else self.sync.start_average(plan)",
+        "engine/round_end.py",
+        "finish_average = self._sync.start_average(plan)",
+        "finish_average = (lambda: self._sync.start_average(plan)()) "
+        "if self._collective.worker == 1 else self._sync.start_average(plan)",
         ("tests/unit/engine/test_by_the_rules_of_nccl.py",),
     ),
     Mutant(
@@ -279,6 +279,13 @@ MUTANTS = (
         "return isinstance(tensor, nn.Parameter) and tensor.requires_grad and is_continuous(tensor.dtype)",
         "return is_continuous(tensor.dtype)",
         ("tests/unit/state/test_outer.py",),
+    ),
+    Mutant(
+        "what was learned while a sync was under way is lost",
+        "methods/resist/transit.py",
+        "if key in stayed and key in self._own:",
+        "if False:",
+        ("tests/unit/methods/resist/test_overlapped_sync.py",),
     ),
     Mutant(
         "velocities of blocks stay behind",

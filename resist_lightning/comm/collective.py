@@ -93,6 +93,13 @@ class Collective(_Inside, ABC):
         """
 
     @abstractmethod
+    def beside(self) -> Collective:
+        """The same workers over connections of their own, so that another thread may talk to them meanwhile.
+
+        Bytes that it sends are counted here. Collective: every worker must call this, in the same order.
+        """
+
+    @abstractmethod
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Numbers of all processes, by rank. Collective: every worker must call this, in the same order."""
 
@@ -165,6 +172,10 @@ class SoloCollective(Collective):
 
     def __init__(self) -> None:
         super().__init__(worker=0, workers=1)
+
+    @override
+    def beside(self) -> Collective:
+        return self
 
     @override
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:

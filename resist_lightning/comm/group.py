@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -189,6 +190,35 @@ def messages_sent() -> int:
         return int(group._get_sequence_number_for_group())
     except RuntimeError:  # a backend that does not count
         return 0
+
+
+def group_timeout() -> timedelta:
+    """That of the default group. By itself torch gives other groups 30 minutes (gloo), whatever the default one has."""
+    kind = dist.get_backend_config().split(":")[0]
+    group: Any = _get_default_group()
+    timeout: timedelta = group._get_backend(torch.device(kind)).options._timeout
+    return timeout
+
+
+# At most one, with the default group that it stands beside: the next one of this process has another.
+# By weak references: who keeps a group keeps its connections.
+_second: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
+
+
+def second_group() -> dist.ProcessGroup:
+    """A group of the same processes as the default one, with connections of its own; made once.
+
+    Collective: every process must call this, in the same order.
+    """
+    default = _get_default_group()
+    for beside, second in _second:
+        group = second()
+        if beside() is default and isinstance(group, dist.ProcessGroup):
+            return group
+    with recording_group(add=True):
+        made: Any = dist.new_group(timeout=group_timeout())
+    _second[:] = [(weakref.ref(default), weakref.ref(made))]
+    return cast(dist.ProcessGroup, made)
 
 
 def clone_store() -> Store:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -74,6 +75,14 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     _write_back(numbers, own)
 
 
+def move_by(own: Tensor, start: Tensor, end: Tensor) -> None:
+    """Add to ``own`` the difference between ``start`` and ``end``; none of them of integers."""
+    own = own.detach()
+    numbers = summable(own)
+    numbers.add_(summable(end) - summable(start))
+    _write_back(numbers, own)
+
+
 def _write_back(numbers: Tensor, tensor: Tensor) -> None:
     """Write the :func:`summable` numbers of a tensor into it, where they are a wider copy and no view."""
     own = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -101,10 +110,17 @@ class CompressedMean:
         self._wire = wire
         self._before: dict[int, Tensor] = {}
 
-    def begin(self, tensors: Iterable[Tensor]) -> None:
-        """Remember tensors that are equal on all workers now; it costs a copy of them."""
+    def begin(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """Remember tensors that are equal on all workers now; it costs a copy of them.
+
+        Args:
+            tensors: of the module.
+            copies: by identity, what to remember in the place of a copy.
+        """
         self._before = {}  # never two copies at once
-        self._before = {id(tensor): tensor.detach().clone() for tensor in tensors}
+        for tensor in tensors:
+            key = id(tensor)
+            self._before[key] = copies[key] if key in copies else tensor.detach().clone()
 
     def load(self, before: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Remember of some tensors, and of no others, what they were when the round began."""
@@ -118,22 +134,36 @@ class CompressedMean:
         """Whether a tensor was remembered."""
         return id(tensor) in self._before
 
-    def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        kind: str,
+        left_out: Sequence[int] = (),
+        copies: Sequence[Tensor] | None = None,
+    ) -> None:
         """Replace tensors that :meth:`begin` was given by what they were plus the mean change.
 
         Collective: every worker must call this, in the same order, with the same tensors.
+
+        Args:
+            tensors: of the module.
+            kind: how the bytes are counted.
+            left_out: workers that take part, but whose changes do not count.
+            copies: of the tensors, which are averaged in their place.
         """
+        values = arrange(tensors if copies is None else copies)
         tensors = arrange(tensors)
         workers = self._collective.workers
         if not tensors or workers == 1:
             return
-        change = flatten(tensor.detach() - self._before[id(tensor)] for tensor in tensors)
+        pairs = list(zip(tensors, values, strict=True))
+        change = flatten(value.detach() - self._before[id(tensor)] for tensor, value in pairs)
         if self._collective.worker in left_out:
             change.zero_()
         mean = self._mean(change, kind, workers - len(left_out))
-        for tensor, piece in zip(tensors, split(mean, tensors), strict=True):
+        for (tensor, value), piece in zip(pairs, split(mean, tensors), strict=True):
             old = self._before[id(tensor)]
-            tensor.detach().copy_(old + piece.to(old.dtype))
+            value.detach().copy_(old + piece.to(old.dtype))
 
     def _mean(self, change: Tensor, kind: str, counted: int) -> Tensor:
         """The sum of all workers' changes divided by how many count, as float32."""

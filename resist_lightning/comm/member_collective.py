@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes, share_of
-from resist_lightning.comm.collective import Finish, Messages
+from resist_lightning.comm.collective import Collective, Finish, Messages
 from resist_lightning.comm.torch_collective import GroupCollective
 
 
@@ -50,6 +50,12 @@ class MemberCollective(GroupCollective):
         self._between = split.between
         first = self.worker * self.members
         self._ranks = range(first, first + self.members)
+
+    @override
+    def beside(self) -> Collective:
+        raise ValueError(
+            "a sync beside the training needs workers of one process each: set devices_per_worker=1, or overlap=0."
+        )
 
     @override
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:

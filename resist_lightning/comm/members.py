@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_group
 
 from resist_lightning.comm.collective import Collective, SoloCollective
-from resist_lightning.comm.group import group_exists
+from resist_lightning.comm.group import group_exists, group_timeout
 from resist_lightning.comm.hosts import host_name
 from resist_lightning.comm.member_collective import MemberCollective, Members
 from resist_lightning.comm.sockets import recording_group
@@ -60,7 +59,7 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
     ranks = range(processes)
     # Every process makes every group, in one order: torch numbers them by how many were made.
     with recording_group(add=True):
-        timeout = _timeout()
+        timeout = group_timeout()
         inside = [dist.new_group(list(ranks[first : first + count]), timeout) for first in range(0, processes, count)]
         between = [dist.new_group(list(ranks[place::count]), timeout) for place in range(count)]
     worker, member = divmod(rank, count)
@@ -120,14 +119,6 @@ def check_hosts(hosts: Sequence[str], count: int) -> None:
             f"cross their link in every step. Processes: {on_hosts}. Choose a number that divides the processes of "
             "each host, or set across_hosts=True if the link is fast."
         )
-
-
-def _timeout() -> timedelta:
-    """That of the default group. By itself torch gives other groups 30 minutes (gloo), whatever the default one has."""
-    kind = dist.get_backend_config().split(":")[0]
-    group: Any = _get_default_group()
-    timeout: timedelta = group._get_backend(torch.device(kind)).options._timeout
-    return timeout
 
 
 def _agree(count: int) -> list[str]:

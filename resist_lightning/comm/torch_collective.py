@@ -11,24 +11,27 @@ from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.comm.collective import Collective, Finish, Messages
-from resist_lightning.comm.group import check_backend
+from resist_lightning.comm.group import check_backend, second_group
 from resist_lightning.comm.waiting import Operation, wait_polling
 
 
 class GroupCollective(Collective):
-    """The workers of torch.distributed's default group. Creates no group of its own.
+    """The workers of torch.distributed's default group. Creates no group of its own but for :meth:`beside`.
 
     Under NCCL every operation is waited for on the host, where it raises if a worker is lost; gloo raises by itself.
 
     Args:
         device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
         members: processes of each worker.
+        group: of the same processes in the same order; by default the default group.
 
     Raises:
         ValueError: if the group cannot send tensors of ``device`` by gloo or NCCL.
     """
 
-    def __init__(self, device: torch.device | None = None, members: int = 1) -> None:
+    def __init__(
+        self, device: torch.device | None = None, members: int = 1, group: dist.ProcessGroup | None = None
+    ) -> None:
         worker, member = divmod(dist.get_rank(), members)
         super().__init__(worker, dist.get_world_size() // members, member, members)
         # E.g. "cpu:gloo,cuda:nccl".
@@ -41,6 +44,14 @@ class GroupCollective(Collective):
         # Gloo serves GPUs in some operations only, so with it everything goes through the CPU.
         self._stage = backend == "gloo"
         self._device = torch.device("cpu") if self._stage else device
+        self._group = group
+
+    @override
+    def beside(self) -> Collective:
+        other = GroupCollective(self._device, group=second_group())
+        # One thread at a time counts bytes of one kind.
+        other.sent_bytes = self.sent_bytes
+        return other
 
     @override
     def connect(self) -> None:
@@ -72,7 +83,7 @@ class GroupCollective(Collective):
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
         operation = dist.ReduceOp.SUM if flat.is_floating_point() else dist.ReduceOp.MAX
         (wire,) = self._to_wire([flat])
-        work = dist.all_reduce(wire, op=operation, async_op=True)
+        work = dist.all_reduce(wire, op=operation, group=self._group, async_op=True)
         self.sent_bytes[kind] += all_reduce_bytes(flat.nbytes, self.workers)
 
         def finish() -> Tensor:
@@ -84,7 +95,7 @@ class GroupCollective(Collective):
     @override
     def broadcast_(self, flat: Tensor, kind: str) -> None:
         (wire,) = self._to_wire([flat])
-        self._wait([dist.broadcast(wire, src=0, async_op=True)])
+        self._wait([dist.broadcast(wire, src=0, group=self._group, async_op=True)])
         self._from_wire([wire], [flat])
         if self.worker == 0:
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
@@ -101,7 +112,7 @@ class GroupCollective(Collective):
                 landing = self._landing(flat)
                 landings.append(landing)
                 arriving.append(flat)
-                operations.append(dist.P2POp(dist.irecv, landing, peer, tag=tag))
+                operations.append(dist.P2POp(dist.irecv, landing, peer, self._group, tag))
         # Brought to the host once, where several peers get the same buffer.
         leaving = {id(flat): flat for flats in sends.values() for flat in flats}
         wires = dict(zip(leaving, self._to_wire(list(leaving.values())), strict=True))
@@ -109,7 +120,7 @@ class GroupCollective(Collective):
         for peer, flats in sorted(sends.items()):
             for tag, flat in enumerate(flats):
                 sent += flat.nbytes
-                operations.append(dist.P2POp(dist.isend, wires[id(flat)], peer, tag=tag))
+                operations.append(dist.P2POp(dist.isend, wires[id(flat)], peer, self._group, tag))
         assert sum(kinds.values()) == sent
         if operations:
             self._wait(dist.batch_isend_irecv(operations))
@@ -120,7 +131,7 @@ class GroupCollective(Collective):
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:
         self._refuse_nccl()
         (wire,) = self._to_wire([flat.contiguous()])
-        work = dist.isend(wire, target, tag=tag)
+        work = dist.isend(wire, target, self._group, tag)
         assert work is not None
         self.sent_bytes[kind] += flat.nbytes
 
@@ -134,7 +145,7 @@ class GroupCollective(Collective):
     def start_receive(self, flat: Tensor, source: int, tag: int) -> Finish:
         self._refuse_nccl()
         landing = self._landing(flat)
-        work = dist.irecv(landing, source, tag=tag)
+        work = dist.irecv(landing, source, self._group, tag)
         assert work is not None
 
         def finish() -> None:
@@ -153,7 +164,7 @@ class GroupCollective(Collective):
     def _gather(self, mine: Tensor) -> Tensor:
         """The flat tensors of all processes, as rows."""
         gathered = torch.empty(self.processes * len(mine), dtype=mine.dtype, device=mine.device)
-        self._wait([dist.all_gather_into_tensor(gathered, mine, async_op=True)])
+        self._wait([dist.all_gather_into_tensor(gathered, mine, group=self._group, async_op=True)])
         self.sent_bytes["control"] += mine.nbytes * (self.processes - self.members)
         self.inside_bytes["control"] += mine.nbytes * (self.members - 1)
         return gathered.view(self.processes, -1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ from resist_lightning.engine.evaluation import Observation
 from resist_lightning.engine.optimizer_steps import StepWatch
 from resist_lightning.engine.registry import detach_hooks, make_layout, make_sync
 from resist_lightning.engine.resume import Resumption
+from resist_lightning.engine.round_end import RoundEnd
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.methods.sync import Plan
-from resist_lightning.schedule.progress import Activity, Clock, StepTimer
+from resist_lightning.schedule.progress import Activity, Clock
 from resist_lightning.state.optimizer_state import OptimizerStates, first_rate
 from resist_lightning.state.timing import Seconds
 from resist_lightning.state.weight_swaps import SwappingOptimizers
@@ -72,18 +72,27 @@ class Engine:
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.running, self._observed_kind = False, ""
         self.states = OptimizerStates(optimizers)
-        self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers))
+        self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), config.overlapped_steps)
         self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
         self.activity = Activity(self.clock)
-        self._step_timer = StepTimer(self.activity)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)
         self.losses = self._handshake.divergence.losses
         self.seconds = Seconds(self._device)
         self.sync: Any = make_sync(self.layout, self.states, self.collective, self._device)  # by method
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation, total_steps)
-        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
         self.replicas = Replicas(module, self.collective, partial=self.layout.partial)
+        self._round_end = RoundEnd(
+            self.layout,
+            self.clock,
+            self.states,
+            self.sync,
+            self._handshake,
+            self.observation,
+            self.replicas,
+            self.activity,
+        )
+        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self._resume_state: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
@@ -125,12 +134,13 @@ class Engine:
             self.resumption.forget_own()
             self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
         self.collective.connect()
+        self.sync.connect()
         self._handshake.divergence.begin()
         self.observation.start()
         self.sync.begin(self.clock.round)
         # A file has the tensors of this worker's part, and what was noted when the round began refers to them.
         self.resumption.load_tensors()
-        self._begin_round()
+        self._round_end.begin_round()
         self.resumption.load_rest()
         self.running = True
         self.steps.begin()
@@ -157,15 +167,18 @@ class Engine:
         self.activity.begin("local steps")
 
     def sync_if_due(self) -> bool:
-        """Sync if the round is complete. Collective at the end of a round: every worker must call this.
+        """Sync if the round is complete, or begin to where syncs overlap. Collective then: every worker must call this.
 
         Returns:
             Whether a new round has begun.
         """
+        if self._round_end.sync_must_begin:
+            with self.seconds.timed("sync"):
+                self._round_end.begin_sync()
         if not self.clock.due:
             return False
         with self.seconds.timed("sync"):
-            self._end_round()
+            (self._round_end.apply_sync if self.sync.under_way else self._round_end.sync)()
         return True
 
     @contextmanager
@@ -253,6 +266,7 @@ class Engine:
 
         Collective: every worker must call this, in the same order. Raises WorkersDisagree.
         """
+        self.sync.wait()
         self._handshake.run(Purpose.HOST, self.clock)
 
     def _on_own_weights(self, act: Callable[[], Any]) -> None:
@@ -261,39 +275,11 @@ class Engine:
         act()
         self.begin_observation(self._observed_kind)
 
-    def _end_round(self) -> None:
-        self.replicas.end_steps()
-        self.activity.begin("handshake")
-        reports = self._handshake.run(Purpose.SYNC, self.clock, [self._step_timer.take()])
-        ended = self.clock.round
-        # Before `learn`: the plan must not depend on what was just measured.
-        plan = self._next_plan()
-        self.layout.learn(ended, [max(rows)[0] for rows in self.collective.by_worker(reports)])  # slowest members
-        self.activity.begin("averaging")
-        finish_average = self.sync.start_average(plan)
-        self.activity.begin("hand_over")
-        # Before optimizers restart, which may move the learning rate that the handshake has compared.
-        self.clock.next_round()
-        if self.config.momentum == "reset":
-            self.states.reset()
-        # Blocks are packed and sent while the average of the shared tensors is under way.
-        self.sync.hand_over(plan, ended)
-        finish_average()
-        # From here on replicas are equal, which the next handshake verifies by these hashes.
-        self._handshake.divergence.note(self.sync.replicated_tensors(self.clock.round), self.clock.round)
-        self._begin_round()
-        self.activity.begin("local steps")
-
     def _assemble(self, purpose: Purpose, kind: str, *, keep: bool) -> None:
         if not self.running:
             raise RuntimeError("the engine is not running: call start() first.")
         self.steps.check_counted(finished=not keep)
         self.replicas.end_steps()
-        self.observation.assemble(purpose, self.clock, self._next_plan, kind, keep=keep)
-
-    def _next_plan(self) -> Plan:
-        return cast(Plan, self.sync.plan(self.clock.round, self._handshake.divergence.left_out))
-
-    def _begin_round(self) -> None:
-        self.sync.begin_round(self.clock.round)
-        self.observation.begin_round()
+        # It is applied when it is due, whoever looks at the full model before.
+        self.sync.wait()
+        self.observation.assemble(purpose, self.clock, self._round_end.next_plan, kind, keep=keep)

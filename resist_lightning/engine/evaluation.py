@@ -141,8 +141,9 @@ class Observation:
         self._writes_unsynced = self._writes() - self._writes_at_start
         changes = clock.step + self._writes_unsynced
         companion = self._layout.companion
-        if companion is not None and companion.shown:
-            changes += 1  # the workers' copies differ between two rounds too
+        differ_between_rounds = companion is not None and companion.shown  # the workers' copies
+        if differ_between_rounds or self._layout.config.overlapped_steps:
+            changes += 1
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
         plan = sync_plan()
         if keep:

@@ -7,7 +7,7 @@ The names of strategies for ``Trainer(strategy=...)`` are registered in ``strate
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,15 +30,15 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import block_at
 from resist_lightning.methods.resist.config import Config
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.overlapped_sync import make_block_sync
 from resist_lightning.methods.resist.scaling import ScaleHooks, remove_scale_hooks
-from resist_lightning.methods.resist.sync import BlockSync
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.round_length import in_words
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics, remove_batch_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 
-_METHODS: dict[type[CommonConfig], tuple[type[Layout], type[Sync[Any, Any]]]] = {
-    Config: (BlockLayout, BlockSync),
+_METHODS: dict[type[CommonConfig], tuple[type[Layout], Callable[..., Sync[Any, Any]]]] = {
+    Config: (BlockLayout, make_block_sync),
     NeuronConfig: (NeuronLayout, NeuronSync),
     StageConfig: (StageLayout, StageSync),
 }
@@ -69,7 +69,7 @@ def make_sync(layout: Layout, states: OptimizerStates, collective: Collective, d
     return sync(layout, states, collective, device)
 
 
-def _method_of(config: CommonConfig) -> tuple[type[Layout], type[Sync[Any, Any]]]:
+def _method_of(config: CommonConfig) -> tuple[type[Layout], Callable[..., Sync[Any, Any]]]:
     # Users may derive a config from ours.
     return next(_METHODS[base] for base in type(config).__mro__ if base in _METHODS)
 

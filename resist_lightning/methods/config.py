@@ -66,6 +66,11 @@ class CommonConfig:
         """Whether the division depends on how many local steps the run will have."""
         return False
 
+    @property
+    def overlapped_steps(self) -> int:
+        """Local steps of each round during which its sync is under way; 0 where a sync holds up the training."""
+        return 0
+
     def in_words(self) -> dict[str, str]:
         """Every setting by name, in words that are the same on workers with the same settings."""
         return {field.name: _in_words(getattr(self, field.name)) for field in fields(self)}

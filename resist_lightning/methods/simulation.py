@@ -41,6 +41,10 @@ class SimulatedWorker:
         """Parameters and buffers by name."""
         return named_tensors(self.module)
 
+    def copies(self) -> dict[str, Tensor]:
+        """Copies of :meth:`tensors`."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
     def __post_init__(self) -> None:
         # By optimizer and group: values that steps have changed, as they were before.
         self._first: list[list[dict[str, Any]]] = [[{} for _ in o.param_groups] for o in self.optimizers]
@@ -85,7 +89,7 @@ def clock_of(config: CommonConfig, workers: Sequence[SimulatedWorker]) -> Clock:
             raise ValueError(f"local_steps={config.local_steps}: the workers' learning rates differ ({rates}).")
         return rates[0]
 
-    return Clock.by(config.local_steps, rate)
+    return Clock.by(config.local_steps, rate, config.overlapped_steps)
 
 
 def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:

@@ -35,6 +35,39 @@ class SyncAbilities:
     def end_step(self) -> None:
         """Called after each local step."""
 
+    def connect(self) -> None:
+        """Connect the workers for what is sent beside the training; called once, when it starts.
+
+        Collective: every worker must call this, in the same order.
+        """
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a sync has begun beside the training that is not applied yet; the same on all workers."""
+        return False
+
+    def start(self, plan: Any, round: int) -> None:
+        """Begin the sync at the end of ``round`` beside the training, from copies of what this worker has now.
+
+        Collective: every worker must call this, in the same order. Only where the settings overlap syncs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
+
+    def wait(self) -> None:
+        """Wait until everything under way has arrived; what it has brought is not applied. Sends nothing more.
+
+        Raises:
+            Exception: what went wrong beside the training.
+        """
+
+    def apply(self, round: int) -> dict[str, Tensor]:
+        """Wait for the sync under way, hold the parts of ``round``, which begins, and put in what has arrived.
+
+        Returns:
+            By name, what the sync has made equal on all workers, before each adds what it has learned meanwhile.
+        """
+        raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
+
     def metrics(self) -> dict[str, float]:
         """What to log of the round that ended, by name; the same on all workers."""
         return {}

@@ -112,6 +112,7 @@ class Clock:
         steps_before: local steps taken in the rounds before it.
         rule: decides how many local steps the next round has; None: as many as this one.
         rate: gives the learning rate now; None where no optimizer has one.
+        overlap: local steps at the end of each round during which its sync is under way; fewer than any round has.
 
     Raises:
         ValueError: if the rule needs a learning rate and there is none.
@@ -123,14 +124,15 @@ class Clock:
     steps_before: int = 0
     rule: QSR | PostLocal | None = None
     rate: Callable[[], float | None] = field(default=lambda: None, repr=False)
+    overlap: int = 0
     _rate_at_first: float = field(default=float("inf"), init=False, repr=False, compare=False)
 
     @classmethod
-    def by(cls, setting: LocalStepsRule, rate: Callable[[], float | None]) -> Clock:
-        """A clock at the beginning of a run, by the setting ``local_steps``."""
+    def by(cls, setting: LocalStepsRule, rate: Callable[[], float | None], overlap: int = 0) -> Clock:
+        """A clock at the beginning of a run, by the settings ``local_steps`` and ``overlap``."""
         if isinstance(setting, int):
-            return cls(setting)
-        clock = cls(setting.shortest, rule=setting, rate=rate)
+            return cls(setting, overlap=overlap)
+        clock = cls(setting.shortest, rule=setting, rate=rate, overlap=overlap)
         clock.begin_round()
         return clock
 
@@ -146,6 +148,11 @@ class Clock:
     def due(self) -> bool:
         """Whether the round is complete, so that a sync must come before the next local step."""
         return self.step >= self.local_steps
+
+    @property
+    def at_border(self) -> bool:
+        """Whether the sync of this round must have begun: ``overlap`` local steps before the round is complete."""
+        return self.step >= self.local_steps - self.overlap
 
     @property
     def total_steps(self) -> int:

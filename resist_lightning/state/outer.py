@@ -78,12 +78,22 @@ class OuterOptimizer:
                 velocity[key] = self._velocity[key]
         self._start, self._velocity = start, velocity
 
-    def step(self, tensors: Iterable[Tensor]) -> None:
-        """Take a step with those of some tensors that were noted; they are their means now. Sends nothing."""
-        for tensor in tensors:
+    def step(self, tensors: Iterable[Tensor], means: Iterable[Tensor] | None = None) -> None:
+        """Take a step with those of some tensors that were noted. Sends nothing.
+
+        Args:
+            tensors: of the module.
+            means: their means, which take the step; None where the tensors are their means now.
+        """
+        tensors = list(tensors)
+        for tensor, mean in zip(tensors, tensors if means is None else means, strict=True):
             start = self._start.pop(id(tensor), None)
             if start is not None:
-                self._step(tensor.detach(), start, self.velocity(tensor))
+                self._step(mean.detach(), start, self.velocity(tensor))
+
+    def take(self, tensor: Tensor, velocity: Tensor) -> None:
+        """Keep a velocity that has arrived before its parameter."""
+        self._velocity[id(tensor)] = velocity
 
     def _step(self, mean: Tensor, start: Tensor, velocity: Tensor) -> None:
         wide = mean.to(velocity.dtype)
@@ -128,13 +138,16 @@ class OuterOptimizer:
                 state["start"][name] = start.cpu()
         return state
 
-    def load_state_dict(self, state: OuterState, tensors: Mapping[str, Tensor], copies: Mapping[int, Tensor]) -> None:
+    def load_state_dict(
+        self, state: OuterState, tensors: Mapping[str, Tensor], copies: Mapping[int, Tensor], device: torch.device
+    ) -> None:
         """Resume in the middle of a round, after :meth:`begin_round`.
 
         Args:
             state: from :meth:`state_dict`.
             tensors: of the module, by name, with their values in training.
             copies: as for :meth:`begin_round`.
+            device: of velocities.
         """
         self._start = {}
         for name in state["steps"]:
@@ -144,4 +157,4 @@ class OuterOptimizer:
             else:
                 self._start[id(tensor)] = copies[id(tensor)] if id(tensor) in copies else tensor.detach().clone()
         for name, velocity in state["velocity"].items():
-            self.velocity(tensors[name]).copy_(velocity)
+            self.take(tensors[name], velocity.to(device, copy=True))

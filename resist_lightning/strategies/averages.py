@@ -24,7 +24,8 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
     """Refuse averaging callbacks that cannot work with the settings.
 
     Raises:
-        ValueError: for several callbacks that average, and for one where neurons are dealt out or workers left out.
+        ValueError: for several callbacks that average, and for one where neurons are dealt out, workers left out or
+            syncs overlapped.
     """
     names = [type(callback).__name__ for callback in _averaging_callbacks(trainer)]
     if not names:
@@ -35,6 +36,11 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
         raise ValueError(
             f"{names[0]} averages the weights of every step, and under IST a worker has other neurons in every round. "
             "Remove it, or average checkpoints after the training."
+        )
+    if config.overlapped_steps:
+        raise ValueError(
+            f"{names[0]} keeps an average of every step, which an overlapped sync would have to move with the weights. "
+            "Use overlap=0, or average checkpoints after the training."
         )
     if config.non_finite == "drop":
         raise ValueError(

@@ -115,7 +115,9 @@ class FitSession:
         # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
         if engine.sync_if_due():
             self._resumer.write_snapshot(engine, self.trainer_state, ending=self.signals.ending)
-        self.signals.act()
+        # Not between the border of an overlapped sync and its end, when it is applied and the snapshot has it.
+        if not engine.sync.under_way:
+            self.signals.act()
         if batch_idx == 1:  # the first batch has logged its metrics
             warn_of_metrics(self._trainer)
         self._steps.begin_batch()

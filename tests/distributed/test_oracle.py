@@ -89,6 +89,14 @@ RUNS = {
     ),
     "growth, outer": (3, Run(Config(local_steps=2, growth=[0.25, 0.6, 1], **OUTER), steps=11)),
     "outer, frozen": (2, Run(Config(local_steps=2, min_blocks=3, **OUTER), steps=7, frozen=("section3.2",))),
+    "syncs beside the training, warm-up": (
+        2,
+        Run(Config(local_steps=3, overlap=2, min_blocks=1, warmup_rounds=1), steps=9, observe_at=(4,)),
+    ),
+    "syncs beside the training, int8, outer, overlap": (
+        3,
+        Run(Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", momentum="keep", **OUTER), steps=10),
+    ),
     "DiLoCo": (2, Run(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw")),
 }
 

@@ -74,19 +74,27 @@ def train(
     beta: float = 0.0,
     momentum: str = "reset",
     outer: Outer | None = None,
+    overlap: int = 0,
 ) -> tuple[float, list[float]]:
-    """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders."""
+    """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders.
+
+    What a sync sends is taken ``overlap`` steps before the end of its round.
+    """
     workers = [Worker(stem, {block: links[block] for block in held}) for held in rounds[0]]
     step = 0
     if outer is not None:
         outer.start = {"stem": stem, **dict(enumerate(links))}
     for number, held in enumerate(rounds):
-        for _ in range(local_steps):
+        for taken in range(local_steps):
+            if number + 1 < len(rounds) and taken == local_steps - overlap:
+                sent = _send(workers, held, len(links), outer)
             for index, worker in enumerate(workers):
                 _step(worker, input_of(index, step), lr, beta)
             step += 1
         if number + 1 < len(rounds):
-            _sync(workers, held, rounds[number + 1], len(links), momentum, outer)
+            if not overlap:
+                sent = _send(workers, held, len(links), outer)
+            _receive(workers, held, rounds[number + 1], sent, momentum)
     return _mean([w.stem for w in workers]), [_mean([w.links[b] for w in workers if b in w.links]) for b in _all(links)]
 
 
@@ -104,7 +112,17 @@ def _step(worker: Worker, x: float, lr: float, beta: float) -> None:
         worker.links[block] -= lr * worker.velocity[block]
 
 
-def _sync(workers: list[Worker], before: HELD, after: HELD, blocks: int, momentum: str, outer: Outer | None) -> None:
+@dataclass
+class Sent:
+    """What a sync makes of what the workers have when it begins, and what each of them has then."""
+
+    stem: float
+    links: dict[int, float]
+    speeds: dict[int, float]
+    own: list[Worker]
+
+
+def _send(workers: list[Worker], before: HELD, blocks: int, outer: Outer | None) -> Sent:
     stem = _mean([worker.stem for worker in workers])
     holders = {block: [i for i, held in enumerate(before) if block in held] for block in range(blocks)}
     links = {block: _mean([workers[i].links[block] for i in who]) for block, who in holders.items()}
@@ -112,15 +130,24 @@ def _sync(workers: list[Worker], before: HELD, after: HELD, blocks: int, momentu
         stem = outer.step("stem", stem)
         links = {block: outer.step(block, mean) for block, mean in links.items()}
     speeds = {block: _mean([workers[i].velocity.get(block, 0.0) for i in who]) for block, who in holders.items()}
-    for worker, old, new in zip(workers, before, after, strict=True):
-        worker.stem = stem
-        worker.links = {block: links[block] for block in new}
+    return Sent(stem, links, speeds, [Worker(worker.stem, dict(worker.links)) for worker in workers])
+
+
+def _receive(workers: list[Worker], before: HELD, after: HELD, sent: Sent, momentum: str) -> None:
+    for worker, own, old, new in zip(workers, sent.own, before, after, strict=True):
+        worker.stem += sent.stem - own.stem
+        links = {}
+        for block in new:
+            # What it has learned of a block since then stays with it, unless the block comes from somebody else.
+            since = worker.links[block] - own.links[block] if block in old else 0.0
+            links[block] = sent.links[block] + since
+        worker.links = links
         kept: dict[int | str, float] = {}
         if momentum != "reset":
             kept["stem"] = worker.velocity["stem"]
             kept.update({block: worker.velocity[block] for block in set(old) & set(new)})
         if momentum == "travel":
-            kept.update({block: speeds[block] for block in new})
+            kept.update({block: sent.speeds[block] for block in new})
         worker.velocity = kept
 
 

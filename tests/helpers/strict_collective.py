@@ -116,6 +116,15 @@ class Network:
         self._waiting: dict[int, Operation] = {}
         self._ended: set[int] = set()
         self._error: RuleBroken | None = None
+        self._beside: Network | None = None
+
+    def beside(self) -> Network:
+        """Other connections of the same workers: their operations and these do not wait for one another."""
+        with self._changed:
+            if self._beside is None:
+                self._beside = Network(self.workers)
+                self._beside.log = self.log
+            return self._beside
 
     def post(self, operation: Operation) -> None:
         """Begin an operation, behind those that its worker has begun before."""
@@ -142,6 +151,8 @@ class Network:
 
     def end(self, worker: int, error: BaseException | None) -> None:
         """The worker posts nothing more."""
+        if self._beside is not None:
+            self._beside.end(worker, error)
         with self._changed:
             self._ended.add(worker)
             if error is not None:
@@ -246,6 +257,11 @@ class StrictCollective(Collective):
         super().__init__(worker, network.workers)
         self._network = network
         self._device = device or torch.device("cpu")
+
+    def beside(self) -> Collective:
+        other = StrictCollective(self._network.beside(), self.worker, self._device)
+        other.sent_bytes = self.sent_bytes
+        return other
 
     def connect(self) -> None:
         peers = [worker for worker in range(self.workers) if worker != self.worker]

@@ -49,6 +49,15 @@ class Room:
         self.log: list[tuple[int, str, str]] = []
         self.boxes: dict[tuple[int, int, int], Queue[Tensor]] = {}
         self._lock = threading.Lock()
+        self._beside: Room | None = None
+
+    def beside(self) -> Room:
+        """Another room with the same workers and the same log."""
+        with self._lock:
+            if self._beside is None:
+                self._beside = Room(self.workers)
+                self._beside.log = self.log
+            return self._beside
 
     def box(self, source: int, target: int, tag: int) -> Queue[Tensor]:
         """Messages of one tag from one worker to another."""
@@ -71,6 +80,11 @@ class ThreadCollective(Collective):
     def __init__(self, room: Room, worker: int) -> None:
         super().__init__(worker, room.workers)
         self.room = room
+
+    def beside(self) -> Collective:
+        other = ThreadCollective(self.room.beside(), self.worker)
+        other.sent_bytes = self.sent_bytes
+        return other
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         self.room.log.append((self.worker, "gather_numbers", "control"))

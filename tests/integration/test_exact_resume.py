@@ -72,6 +72,8 @@ def draw_case(number: int) -> Case:
         early=number % 2 == 1,
     )
     options["outer"] = drawn.choice(["none", "nesterov"])
+    if options["local_steps"] == 3 and options["momentum"] != "travel":
+        options["overlap"] = 2  # a stop may then fall between the border of a sync and its end
     if face == "resist" and case.loader == "shuffled" and not isinstance(options["local_steps"], QSR):
         options["finish_rounds"] = 1
     return case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -55,6 +55,9 @@ class Config(CommonConfig):
             copies of the shared parameters and of the blocks that a worker merges.
         outer_rate: learning rate of the outer optimizer, above 0; 1 goes to the mean itself.
         outer_momentum: momentum of the outer optimizer, in [0, 1).
+        overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
+            the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
+            and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync.
 
     The others are those of :class:`CommonConfig`.
 
@@ -73,6 +76,7 @@ class Config(CommonConfig):
     outer: OuterName = "none"
     outer_rate: float = 0.7
     outer_momentum: float = 0.9
+    overlap: int = 0
 
     @override
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class Config(CommonConfig):
         _check_counts(self.blocks_per_worker)
         check_choice("wire", self.wire, get_args(WireName))
         self._check_outer()
+        self._check_overlap()
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 
@@ -99,6 +104,11 @@ class Config(CommonConfig):
     @override
     def needs_total_steps(self) -> bool:
         return self.finish_rounds > 0 or self.growth is not None
+
+    @property
+    @override
+    def overlapped_steps(self) -> int:
+        return self.overlap
 
     @property
     def by_total_steps(self) -> str:
@@ -126,7 +136,8 @@ class Config(CommonConfig):
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
         finish = f", all blocks everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
         growth = "" if self.growth is None else f", shares of {list(self.growth)} of the blocks in turn"
-        return f"{in_words(self.local_steps)}{growth}{finish}{wire}{outer}"
+        overlap = f", each sync under way during the last {self.overlap}" if self.overlap else ""
+        return f"{in_words(self.local_steps)}{overlap}{growth}{finish}{wire}{outer}"
 
     def _check_outer(self) -> None:
         check_choice("outer", self.outer, get_args(OuterName))
@@ -140,6 +151,32 @@ class Config(CommonConfig):
                 raise ValueError(
                     f"{name}={value!r} has no effect with outer='none'; set outer='nesterov', or leave {name} out."
                 )
+
+    def _check_overlap(self) -> None:
+        check_integer("overlap", self.overlap, 0, "0: the training waits for each sync")
+        if not self.overlap:
+            return
+        shortest = self.local_steps if isinstance(self.local_steps, int) else self.local_steps.shortest
+        if self.overlap >= shortest:
+            raise ValueError(
+                f"overlap={self.overlap} with local_steps={self.local_steps}: a sync begins `overlap` local steps "
+                f"before the end of its round, and the shortest round has {shortest}. Choose an overlap below that, or "
+                "longer rounds."
+            )
+        for name, value, instead in self._without_overlap():
+            raise ValueError(
+                f"overlap={self.overlap} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
+            )
+
+    def _without_overlap(self) -> Iterator[tuple[str, object, str]]:
+        """Settings that an overlap refuses, with their values and what to use instead."""
+        if self.momentum == "travel":
+            # State of a block that stays has seen steps that the state which comes to it has not.
+            yield "momentum", self.momentum, "'keep' or 'reset'"
+        if self.non_finite == "drop":
+            yield "non_finite", self.non_finite, "'raise'"
+        if self.blocks_per_worker == "auto":
+            yield "blocks_per_worker", self.blocks_per_worker, "a list with a count for each worker"
 
 
 def _check_counts(value: object) -> None:

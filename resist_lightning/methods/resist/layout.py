@@ -98,6 +98,8 @@ class BlockLayout(Layout):
         kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
         if self.config.growth is not None:
             kept["growth"] = list(self.config.growth)
+        if self.config.overlap:  # replicas differ between two rounds
+            kept["overlap"] = True
         if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
             kept["outer"] = True
         return {**drawn, "blocks": [block.name for block in self.blocks], **kept}

@@ -26,12 +26,12 @@ class SimulatedOuter:
         self._start: dict[str, Tensor] = {}  # of the parameters that trained when the round began
         self._velocities: dict[str, Tensor] = {}
 
-    def begin_round(self, module: nn.Module) -> None:
-        """Note what the parameters are, of a worker that has all of them."""
+    def begin_round(self, module: nn.Module, agreed: Mapping[str, Tensor]) -> None:
+        """Note where the next steps of the parameters that train now begin: at what all workers know alike."""
         if self._config.outer == "none":
             return
         named = module.named_parameters()
-        self._start = {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+        self._start = {name: agreed[name] for name, parameter in named if parameter.requires_grad}
 
     def step(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What becomes of some means, by name: each must be given once in a round."""

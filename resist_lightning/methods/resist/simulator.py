@@ -8,7 +8,7 @@ encoding and the owners of blocks; the rest of the engine is tested against it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.simulated_outer import SimulatedOuter
+from resist_lightning.methods.resist.simulated_overlap import SimulatedTransit
 from resist_lightning.methods.simulation import (
     SimulatedWorker,
     clock_of,
@@ -90,15 +91,18 @@ class Simulator:
         self._partial = layout.partial
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
-        self._before: dict[str, Tensor] = {}
+        self._before: Mapping[str, Tensor] = {}
         self._outer = SimulatedOuter(config)
-        self._begin_round()
+        self._transit: SimulatedTransit | None = None
+        self._begin_round(self.workers[0].copies())
 
     def after_step(self) -> None:
         """Count a local step of all workers, and sync if the round is complete."""
         self.clock.tick()
-        if self.clock.due:
-            self._sync()
+        if self.clock.at_border and self._transit is None:
+            self._transit = self._begin_sync()
+        if self.clock.due and self._transit is not None:
+            self._end_sync(self._transit)
 
     def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
         """A copy of the full model: mean over holders, scaled, with batch-norm statistics by the policy.
@@ -137,7 +141,7 @@ class Simulator:
         self._forwards.append([vars(block.module).get("forward") for block in blocks])
         return SimulatedWorker(module, optimizers, blocks, recorder)
 
-    def _sync(self) -> None:
+    def _begin_sync(self) -> SimulatedTransit:
         before = self.schedule.partition(self.clock.round)
         after = self.schedule.partition(self.clock.round + 1)
         plan = plan_sync(before, after)
@@ -151,12 +155,14 @@ class Simulator:
         momenta = self._block_momenta(before.held)
         if any(self.schedule.training_scale(self.clock.round + ahead, self.scale) != 1 for ahead in (0, 1)):
             self._agree()
+        own = [worker.copies() for worker in self.workers] if self.config.overlap else None
+        return SimulatedTransit(before, after, plan, state, momenta, own, self._block_of)
+
+    def _end_sync(self, transit: SimulatedTransit) -> None:
+        before, after, self._transit = transit.before, transit.after, None
         self.clock.next_round()
         for index, worker in enumerate(self.workers):
-            # Absent blocks too, which costs nothing here: only held ones are trained.
-            with torch.no_grad():
-                for name, tensor in worker.tensors().items():
-                    tensor.copy_(state[name])
+            transit.apply(index, worker.tensors())
             stays = set(before.held[index]) & set(after.held[index])
             everywhere: set[int] = set()
             for block in stays:
@@ -164,8 +170,8 @@ class Simulator:
                     everywhere.add(block)
             # Under "travel", each block comes with the mean state, but for blocks that do not move at all.
             kept = stays if self.config.momentum == "keep" else everywhere
-            self._treat_momentum(worker, kept, set(after.held[index]), momenta)
-        self._begin_round()
+            self._treat_momentum(worker, kept, set(after.held[index]), transit.momenta)
+        self._begin_round(transit.values)
 
     def _agree(self) -> None:
         """Let all workers know the branch ends that the first of them has seen who saw all of a block."""
@@ -273,11 +279,12 @@ class Simulator:
                 if slots:
                     optimizer.state[parameter] = slots
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, agreed: Mapping[str, Tensor]) -> None:
+        """Begin a round with what all workers know alike: what their changes and outer steps begin from."""
         partition = self.schedule.partition(self.clock.round)
-        self._outer.begin_round(self.workers[0].module)
+        self._outer.begin_round(self.workers[0].module, agreed)
         if self._wire is not None:
-            self._before = {name: tensor.detach().clone() for name, tensor in self.workers[0].tensors().items()}
+            self._before = agreed
         for hooks in self._scale_hooks:
             hooks.remove()
         scale = self.schedule.training_scale(self.clock.round, self.scale)

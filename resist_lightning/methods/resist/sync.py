@@ -22,7 +22,7 @@ from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.outer import OuterOptimizer
+from resist_lightning.state.outer import OuterOptimizer, has_outer_step
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
@@ -47,6 +47,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
             self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum)
+        # By identity, what a sync beside the training has brought, until the round has begun with it.
+        self._arrived: dict[int, Tensor] = {}
         self._scale_hooks = ScaleHooks([], 1.0)
         self._first_forward = FirstForward([])
 
@@ -77,10 +79,11 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._outer.forget_start()  # before the new copies, so that there are never two at once
         super().begin_round(round)
         if self._compressed_mean is not None:
-            self._compressed_mean.begin(filter(compressible, self.replicated_tensors(round).values()))
+            replicated = self._alike(self.replicated_tensors(round).values())
+            self._compressed_mean.begin(filter(compressible, replicated), self._arrived)
         if self._outer is not None:
             plan = self.plan(round, ())
-            tensors = self._with_blocks([*plan.averaged, *self._owned_blocks(plan)]).values()
+            tensors = self._alike(self._with_blocks([*plan.averaged, *self._owned_blocks(plan)]).values())
             self._outer.begin_round(tensors, self._copies(tensors))
 
     @override
@@ -106,7 +109,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if self._compressed_mean is not None:
             self._compressed_mean.load((tensors[name], value) for name, value in own["before"].items())
         if self._outer is not None:
-            self._outer.load_state_dict(own["outer"], tensors, self._copies(tensors.values()))
+            self._outer.load_state_dict(own["outer"], tensors, self._copies(tensors.values()), self._device)
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
@@ -141,25 +144,31 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         def payload(block: int) -> Payload:
             return self.payload(block, round=round)
 
-        if any(self._layout.training_scale(each) != 1 for each in (round, round + 1)):
-            # The hooks of the next round must be the same everywhere, whatever each worker has seen.
-            self._layout.agree(self._collective, stepped=self._stepped)
+        self.agree_on_branches(round)
         # Merging comes first: owners hand over the mean of what several workers held.
         self.exchange.merge(plan, payload, Kinds())
         if self._outer is not None:
-            plan = self._step_blocks(self._outer, plan, round)
+            # What a worker that is left out owns is what it alone held: it was put back to where the round began.
+            for index in self._owned_blocks(plan) if self._worker not in plan.left_out else ():
+                self._outer.step(self._layout.blocks[index].tensors().values())
+            plan = self.with_velocities(plan, round)
         self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
         self._states.take_numbers()
 
-    def _step_blocks(self, outer: OuterOptimizer, plan: SyncPlan, round: int) -> SyncPlan:
-        """Take the outer step with the blocks that this worker owns; returns the plan with the hand-over of velocities.
+    def agree_on_branches(self, round: int) -> None:
+        """Let all workers know where branches end, if they are scaled in ``round`` or the next one.
+
+        Collective: every worker must call this, in the same order.
+        """
+        if any(self._layout.training_scale(each) != 1 for each in (round, round + 1)):
+            # The hooks of the next round must be the same everywhere, whatever each worker has seen.
+            self._layout.agree(self._collective, stepped=self._stepped)
+
+    def with_velocities(self, plan: SyncPlan, round: int) -> SyncPlan:
+        """The plan of the sync at the end of ``round`` with the hand-over of what the outer optimizer keeps of blocks.
 
         Velocities are numbered after the blocks: the one of block b of n has the number n + b.
         """
-        # What a worker that is left out owns is what it alone held: it was put back to where the round began.
-        if self._worker not in plan.left_out:
-            for index in self._owned_blocks(plan):
-                outer.step(self._layout.blocks[index].tensors().values())
         travelling = plan_outer(plan, self.plan(round + 1, ()), self._layout.workers)
         first = len(self._layout.blocks)
         numbered = [transfer._replace(block=first + transfer.block) for transfer in travelling]
@@ -219,14 +228,21 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def _velocity_payload(self, number: int, round: int) -> Payload:
         """What is sent of the outer optimizer's velocity of a block."""
         assert self._outer is not None
-        tensors = list(self._layout.blocks[number - len(self._layout.blocks)].tensors().values())
+        tensors = self._layout.blocks[number - len(self._layout.blocks)].tensors().values()
+        plain, compressed = map(self._outer.velocities, self.split_velocities(tensors))
         if self._compressed_mean is None:
-            return Payload(self._outer.velocities(tensors), kind="outer")
-        # As the block itself: else it would cost four times as much as the block in int8.
+            return Payload(plain, kind="outer")
         noise = noise_for(self._layout.config.seed, round, number, self._worker, self._device)
-        plain = self._outer.velocities(tensor for tensor in tensors if not compressible(tensor))
-        compressed = self._outer.velocities(filter(compressible, tensors))
         return Payload(plain, (), compressed, noise, kind="outer")
+
+    def split_velocities(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of a block's tensors whose velocity travels as it is, and those whose velocity is compressed."""
+        stepping = list(filter(has_outer_step, tensors))
+        if self._compressed_mean is None:
+            return stepping, []
+        # As the block itself: else it would cost four times as much as the block in int8.
+        plain = [tensor for tensor in stepping if not compressible(tensor)]
+        return plain, list(filter(compressible, stepping))
 
     def _owned_blocks(self, plan: SyncPlan) -> list[int]:
         """The blocks that this worker merges."""
@@ -234,7 +250,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     def _copies(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
         """By identity, copies of some tensors from the beginning of the round that are kept anyway."""
-        copies = {id(tensor): copy for tensor, copy in self._as_received}
+        copies = {**self._arrived, **{id(tensor): copy for tensor, copy in self._as_received}}
         for tensor in tensors:
             before = self._compressed_mean.before(tensor) if self._compressed_mean is not None else None
             if before is not None:
@@ -249,11 +265,24 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def _start_average(self, tensors: list[Tensor], plan: SyncPlan) -> Finish:
         if self._compressed_mean is None:
             return super()._start_average(tensors, plan)
-        # Other tensors than parameters, and blocks that not all workers held when the round began, travel exactly.
-        compressed = [t for t in tensors if compressible(t) and self._compressed_mean.known(t)]
+        compressed, exact = self.split_averaged(tensors)
         self._compressed_mean.average(compressed, "shared", plan.left_out)
-        done = set(map(id, compressed))
-        return super()._start_average([t for t in tensors if id(t) not in done], plan)
+        return super()._start_average(exact, plan)
+
+    def split_averaged(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of some tensors whose mean is compressed, and the others."""
+        compressed: list[Tensor] = []
+        exact: list[Tensor] = []
+        for tensor in tensors:
+            # Other tensors than parameters, and blocks that not all workers held when the round began, travel exactly.
+            mean = self._compressed_mean
+            small = mean is not None and compressible(tensor) and mean.known(tensor)
+            (compressed if small else exact).append(tensor)
+        return compressed, exact
+
+    def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some tensors of which all workers know the same value when a round begins."""
+        return list(tensors)
 
     def _with_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
         """Shared tensors, and the tensors of some blocks, that may have changed in this round."""

@@ -47,6 +47,11 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             "find_unused_parameters and across_hosts say how the processes of one worker work together, and here "
             "every process is a worker: they have no effect. Set devices_per_worker, or leave them out."
         )
+    if members > 1 and config.overlapped_steps:
+        raise ValueError(
+            f"overlap={config.overlapped_steps} with devices_per_worker={options.devices_per_worker!r}: a sync beside "
+            "the training needs workers of one process each. Set devices_per_worker=1, or overlap=0."
+        )
     check_callbacks(trainer, config)
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise ValueError(

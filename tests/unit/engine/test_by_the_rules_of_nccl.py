@@ -46,6 +46,10 @@ RUNS = {
         3,
         Run(Config(local_steps=QSR(2, 0.09), min_blocks=3, warmup_rounds=1), 13, decay=0.9, observe_at=(4,)),
     ),
+    "syncs beside the training, outer, int8": (
+        3,
+        Run(Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", outer="nesterov"), 7, observe_at=(1,)),
+    ),
     "local SGD": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running"), 5, observe_at=(2,))),
 }
 

@@ -60,6 +60,9 @@ def test_defaults_are_the_paper_s():
         ("outer_momentum", float("nan"), "outer_momentum=nan"),
         ("outer_momentum", "0.9", "outer_momentum='0.9'"),
         ("outer_momentum", 0, "outer_momentum=0 has no effect"),
+        ("overlap", 1.5, "overlap=1.5 .*whole number of at least 0"),
+        ("overlap", True, "overlap=True"),
+        ("overlap", 50, "overlap=50 with local_steps=50: .*the shortest round has 50. Choose an overlap below that"),
         ("test_scale", 0.0, r"test_scale=0\.0 .*\(0, 1\]"),
         ("test_scale", 1.5, r"test_scale=1\.5"),
         ("test_scale", -0.5, r"test_scale=-0\.5"),
@@ -83,6 +86,8 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
         {"blocks_per_worker": "auto"},
         {"blocks_per_worker": (4, 0)},
         {"test_scale": 1.0},
+        {"overlap": 49},
+        {"overlap": 3, "local_steps": PostLocal(9, 4, 100), "wire": "int8", "outer": "nesterov", "growth": (0.5, 1)},
         {"test_scale": 1e-3},
         {"outer": "nesterov", "outer_rate": 1, "outer_momentum": 0},
         {"outer": "nesterov", "outer_rate": 1e-3, "outer_momentum": 0.999},
@@ -93,6 +98,21 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
 )
 def test_values_at_the_limits_are_taken(options):
     assert {name: getattr(Config(**options), name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("other", "way_out"),
+    [
+        ({"local_steps": PostLocal(9, 3, 100)}, "shortest round has 3"),
+        ({"local_steps": QSR(3, 0.1)}, "shortest round has 3"),
+        ({"momentum": "travel"}, "momentum='travel' yet: use 'keep' or 'reset', or overlap=0"),
+        ({"non_finite": "drop"}, "non_finite='drop' yet: use 'raise', or overlap=0"),
+        ({"blocks_per_worker": "auto"}, "blocks_per_worker='auto' yet: use a list with a count for each worker"),
+    ],
+)
+def test_an_overlap_names_what_it_cannot_work_with(other, way_out):
+    with pytest.raises(ValueError, match=f"overlap=3 .*{way_out}"):
+        Config(overlap=3, **other)
 
 
 @pytest.mark.parametrize("other", [{"min_blocks": 2}, {"test_scale": 0.5}, {"blocks_per_worker": [2, 3]}])

@@ -121,7 +121,7 @@ def test_what_is_saved_in_the_middle_of_a_round_is_loaded_to_the_bit():
     assert outer.state_dict({"w": weight}, ("w",), in_training=True)["start"] == {}
     twin.data.fill_(0.1)
     other.begin_round([], {})  # it may be frozen, until the resumed run unfreezes it as the first one did
-    other.load_state_dict(state, {"w": twin}, {})
+    other.load_state_dict(state, {"w": twin}, {}, twin.device)
     for each, step in ((weight, outer), (twin, other)):
         each.data.fill_(0.2)
         step.step([each])

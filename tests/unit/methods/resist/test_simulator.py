@@ -77,6 +77,32 @@ def test_the_outer_optimizer_steps_from_where_the_round_began(workers, least, ra
     assert stem != pytest.approx(without, abs=1e-3)
 
 
+@pytest.mark.parametrize("outer", [None, by_hand.Outer(0.7, 0.9)], ids=["mean", "outer"])
+@pytest.mark.parametrize(("workers", "least", "overlap"), [(1, 0, 2), (2, 0, 1), (2, 3, 3), (3, 3, 2), (4, 5, 1)])
+def test_an_overlapped_sync_brings_what_was_sent_at_its_border_and_keeps_what_was_learned_since(
+    workers, least, overlap, outer
+):
+    settings = (
+        {} if outer is None else {"outer": "nesterov", "outer_rate": outer.rate, "outer_momentum": outer.momentum}
+    )
+    config = Config(local_steps=4, overlap=overlap, min_blocks=least, blocks="body.*", momentum="keep", **settings)
+    rounds = [draw_partition(5, workers, least, 0, round).held for round in range(5)]
+    simulator = simulate(config, workers, len(rounds), beta=0.7)
+    trained = {}
+    for ahead in (overlap, 0):
+        again = None if outer is None else by_hand.Outer(outer.rate, outer.momentum)
+        trained[ahead] = by_hand.train(
+            0.8, LINKS, rounds, 4, lr=RATE, beta=0.7, momentum="keep", outer=again, overlap=ahead
+        )
+
+    full = simulator.full_model(scale=1.0)
+    stem, links = trained[overlap]
+    assert full.stem.weight.item() == pytest.approx(stem, abs=1e-12)
+    assert [link.weight.weight.item() for link in full.body] == pytest.approx(links, abs=1e-12)
+    if workers > 1 or outer is not None:
+        assert links != pytest.approx(trained[0][1], abs=1e-4)  # an overlap is not without effect
+
+
 @pytest.mark.parametrize("wire", ["fp32", "int8"])
 def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
     plain = Run(Config(local_steps=2, min_blocks=3, wire=wire, warmup_rounds=1), steps=7)

@@ -1,0 +1,116 @@
+"""Ends the rounds of a run: the sync for which the training waits, or the two ends of one beside it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from resist_lightning.checks.handshake import Handshake
+from resist_lightning.checks.header import Purpose
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.replicas import Replicas
+from resist_lightning.engine.evaluation import Observation
+from resist_lightning.methods.layout import Layout
+from resist_lightning.methods.sync import Plan
+from resist_lightning.schedule.progress import Activity, Clock, StepTimer
+from resist_lightning.state.optimizer_state import OptimizerStates
+
+
+class RoundEnd:
+    """Takes a worker from one round to the next. Every method but :meth:`begin_round` is collective.
+
+    Args:
+        layout: the model's parts and the settings.
+        clock: where the run is.
+        states: the optimizers' state.
+        sync: the method's.
+        handshake: compares what the workers must have alike.
+        observation: learns when a round begins.
+        replicas: the members of this worker.
+        activity: tells others what this worker does.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        clock: Clock,
+        states: OptimizerStates,
+        sync: Any,
+        handshake: Handshake,
+        observation: Observation,
+        replicas: Replicas,
+        activity: Activity,
+    ) -> None:
+        self._layout = layout
+        self._clock = clock
+        self._states = states
+        self._sync = sync
+        self._collective: Collective = sync.exchange.collective
+        self._handshake = handshake
+        self._observation = observation
+        self._replicas = replicas
+        self._activity = activity
+        self._step_timer = StepTimer(activity)
+
+    @property
+    def sync_must_begin(self) -> bool:
+        """Whether a sync beside the training must begin before the next local step."""
+        return self._clock.overlap > 0 and self._clock.at_border and not self._sync.under_way
+
+    def sync(self) -> None:
+        """Sync, and begin the next round. Collective: every worker must call this."""
+        ended, plan = self._meet()
+        self._activity.begin("averaging")
+        finish_average = self._sync.start_average(plan)
+        self._activity.begin("hand_over")
+        self._next_round()
+        # Blocks are packed and sent while the average of the shared tensors is under way.
+        self._sync.hand_over(plan, ended)
+        finish_average()
+        # From here on replicas are equal, which the next handshake verifies by these hashes.
+        self._handshake.divergence.note(self._sync.replicated_tensors(self._clock.round), self._clock.round)
+        self.begin_round()
+        self._activity.begin("local steps")
+
+    def begin_sync(self) -> None:
+        """Begin the sync of this round beside the training. Collective: every worker must call this."""
+        ended, plan = self._meet()
+        self._sync.start(plan, ended)
+        self._activity.begin("local steps")
+
+    def apply_sync(self) -> None:
+        """Begin the next round with what :meth:`begin_sync` has begun; waits if it must. Sends nothing more."""
+        self._activity.begin("averaging")
+        self._sync.wait()
+        self._layout.tensors.keep()  # as the handshake does, before a sync for which the training waits
+        self._next_round()
+        agreed = self._sync.apply(self._clock.round)
+        # Each worker has learned something else meanwhile; what has arrived must be equal, and is compared.
+        self._handshake.divergence.note(agreed, self._clock.round)
+        self.begin_round()
+        self._activity.begin("local steps")
+
+    def begin_round(self) -> None:
+        """Note what the round begins with. Sends nothing."""
+        self._sync.begin_round(self._clock.round)
+        self._observation.begin_round()
+
+    def next_plan(self) -> Plan:
+        """Plan the sync at the end of this round."""
+        return cast(Plan, self._sync.plan(self._clock.round, self._handshake.divergence.left_out))
+
+    def _meet(self) -> tuple[int, Plan]:
+        """Compare what the workers must have alike before they sync; returns the round that ends, and the plan."""
+        self._replicas.end_steps()
+        self._activity.begin("handshake")
+        reports = self._handshake.run(Purpose.SYNC, self._clock, [self._step_timer.take()])
+        ended = self._clock.round
+        # Before `learn`: the plan must not depend on what was just measured.
+        plan = self.next_plan()
+        self._layout.learn(ended, [max(rows)[0] for rows in self._collective.by_worker(reports)])  # slowest members
+        return ended, plan
+
+    def _next_round(self) -> None:
+        # Before optimizers restart, which may move the learning rate that the handshake has compared.
+        self._clock.next_round()
+        if self._layout.config.momentum == "reset":
+            self._states.reset()

@@ -1,0 +1,228 @@
+"""The sync of ResIST beside the training: from copies at the border of a round, applied some local steps later.
+
+::
+
+    step of the round   0 ......... border ......................... end
+    training            the partition of this round                  the next one
+    beside it                       copies: average, merge, hand over
+    applied                                                          weight + (value - own copy), or what arrives
+
+(docs/decisions/0043-overlap.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from resist_lightning.comm.background import Background
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.exchange import Exchange, Kinds, Payload
+from resist_lightning.comm.mean import CompressedMean
+from resist_lightning.comm.tensors import named_tensors
+from resist_lightning.comm.unit_vectors import normalise, unit_vectors
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.sync import BlockSync
+from resist_lightning.methods.resist.transit import Transit
+from resist_lightning.schedule.transfers import SyncPlan
+from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.outer import has_outer_step
+
+_LEAVING_SECONDS = 10.0  # in which what is under way ends by itself, unless a worker is lost
+
+
+@dataclass(frozen=True)
+class _Departure:
+    """What a sync beside the training does, as decided at its border; tensors are the module's.
+
+    Args:
+        plan: its plan, with the velocities of the outer optimizer.
+        payloads: what is sent and received of each block, and of each velocity behind them.
+        compressed: what all workers average in fewer bits.
+        exact: what they average as it is.
+        stepping: what takes a step of the outer optimizer here.
+        unit_vectors: what must have the length 1 after it was averaged or merged.
+        velocities: parameters that are absent, whose velocity arrives, with its stand-in in a payload.
+    """
+
+    plan: SyncPlan
+    payloads: Mapping[int, Payload]
+    compressed: Sequence[Tensor]
+    exact: Sequence[Tensor]
+    stepping: Sequence[Tensor]
+    unit_vectors: Sequence[Tensor]
+    velocities: Sequence[tuple[Tensor, Tensor]]
+
+
+class OverlappedSync(BlockSync):
+    """A worker's side of the syncs of a run with ``overlap``: begun at the border, applied at the end of the round."""
+
+    def __init__(
+        self, layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
+    ) -> None:
+        super().__init__(layout, states, collective, device)
+        self._beside = self.exchange
+        self._transit: Transit | None = None
+        self._background: Background | None = None
+        self._changing_at_border: set[str] = set()
+
+    @property
+    @override
+    def under_way(self) -> bool:
+        return self._transit is not None
+
+    @override
+    def connect(self) -> None:
+        # A message of the host's or of a metric could otherwise pair with one that is sent beside the training.
+        collective = self._collective.beside()
+        collective.connect()
+        self._beside = Exchange(collective, self._device, self._quantizer)
+        if self._quantizer is not None:
+            self._compressed_mean = CompressedMean(collective, self._quantizer)
+
+    @override
+    def start(self, plan: SyncPlan, round: int) -> None:
+        self.agree_on_branches(round)
+        self._changing_at_border = self._changing | self._layout.changing()
+        self._transit, departure = self._depart(plan, round)
+        self._background = Background(partial(self._send, departure, self._transit), self._device)
+
+    def _depart(self, plan: SyncPlan, round: int) -> tuple[Transit, _Departure]:
+        """Copy what this worker sends, and decide all that training on could change: parameters may be frozen."""
+        owned: list[int] = []
+        if self._outer is not None:
+            owned = self._owned_blocks(plan)
+            plan = self.with_velocities(plan, round)
+        transfers = (*plan.merge, *plan.hand_over)
+        mine = {each.block for each in transfers if self._worker in (each.source, each.target)}
+        payloads = {block: self.payload(block, round=round) for block in sorted(mine)}
+        averaged = list(self._averaged(plan).values())
+        stepping = list(filter(has_outer_step, [*averaged, *self._tensors_of(owned)])) if self._outer else []
+        held = self._layout.partition(round).held[self._worker]
+        leaving = [tensor for block in mine.intersection(held) for tensor in payloads[block].tensors]
+        merged = self._tensors_of({each.block for each in plan.merge if each.target == self._worker})
+        compressed, exact = self.split_averaged(averaged)
+        departure = _Departure(
+            plan=plan,
+            payloads=payloads,
+            compressed=compressed,
+            exact=exact,
+            stepping=stepping,
+            unit_vectors=self._unit_vectors([*averaged, *merged]),
+            velocities=self._arriving_velocities(payloads),
+        )
+        return Transit([*averaged, *leaving, *stepping], self.replicated_tensors(round + 1)), departure
+
+    def _send(self, departure: _Departure, transit: Transit) -> None:
+        """Do the whole sync, on copies. In another thread: nothing here looks at the module's values."""
+        plan, payloads = departure.plan, departure.payloads
+
+        def payload(block: int) -> Payload:
+            found = payloads[block]
+            return replace(found, block=transit.of(found.block), compressed=transit.of(found.compressed))
+
+        def make_room() -> None:
+            for each in payloads.values():
+                transit.make_room(each.tensors, self._device)
+
+        if self._compressed_mean is not None:
+            compressed = departure.compressed
+            self._compressed_mean.average(compressed, "shared", plan.left_out, transit.of(compressed))
+        self._beside.average(transit.of(departure.exact), "shared", plan.left_out)
+        self._beside.merge(plan, payload, Kinds())
+        normalise(transit.of(departure.unit_vectors))
+        if self._outer is not None:
+            self._outer.step(departure.stepping, transit.of(departure.stepping))
+        self._beside.hand_over(plan, payload, Kinds(), make_room)
+        if self._outer is not None:
+            for tensor, velocity in departure.velocities:
+                self._outer.take(tensor, transit.pop(velocity))
+
+    @override
+    def wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+            self._background = None
+
+    @override
+    def apply(self, round: int) -> dict[str, Tensor]:
+        self.wait()
+        assert self._transit is not None
+        transit, self._transit = self._transit, None
+        stayed = {id(tensor) for tensor in named_tensors(self._layout.module).values() if not tensor.is_meta}
+        self.make_room(round)
+        transit.apply(stayed)
+        self._arrived = transit.values()
+        return transit.agreed()
+
+    @override
+    def begin_round(self, round: int) -> None:
+        super().begin_round(round)
+        self._arrived = {}
+        # What was frozen after the border has trained since then, on each worker for itself.
+        self._changing |= self._changing_at_border
+
+    @override
+    def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        # After a sync each worker has learned something else; and of what was frozen at the border, all of it.
+        return [tensor for tensor in tensors if not self._arrived or id(tensor) in self._arrived]
+
+    @override
+    def end(self) -> None:
+        if self._background is not None:
+            self._background.leave(_LEAVING_SECONDS)
+        self._background, self._transit = None, None
+        self._beside = self.exchange  # its group shall not live on with this object
+        super().end()
+
+    @override
+    def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
+        self.wait()
+        state = super().state_dict(with_full_model=with_full_model)
+        if self._transit is not None:
+            names = {id(tensor): name for name, tensor in named_tensors(self._layout.module).items()}
+            state["transit"] = self._transit.state_dict(names)
+            state["changing_at_border"] = sorted(self._changing_at_border)
+        return state
+
+    @override
+    def load_state_dict(self, own: dict[str, Any]) -> None:
+        super().load_state_dict(own)
+        if "transit" in own:
+            self._transit = Transit.load(own["transit"], named_tensors(self._layout.module), self._device)
+            self._changing_at_border = set(own["changing_at_border"])
+
+    def _tensors_of(self, blocks: Iterable[int]) -> list[Tensor]:
+        return [tensor for block in blocks for tensor in self._layout.blocks[block].tensors().values()]
+
+    def _arriving_velocities(self, payloads: Mapping[int, Payload]) -> list[tuple[Tensor, Tensor]]:
+        """Parameters of blocks whose velocity comes to this worker before the block is in the module, and stand-ins."""
+        first = len(self._layout.blocks)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for number in filter(lambda number: number >= first, payloads):
+            payload = payloads[number]
+            plain, compressed = self.split_velocities(self._tensors_of([number - first]))
+            pairs += zip(plain, payload.block, strict=True)
+            pairs += zip(compressed, payload.compressed, strict=True)
+        return [(tensor, velocity) for tensor, velocity in pairs if velocity.is_meta]
+
+    def _unit_vectors(self, averaged: list[Tensor]) -> list[Tensor]:
+        """Those of some tensors whose mean must have the length 1."""
+        if self._layout.workers == 1:
+            return []
+        among = set(map(id, averaged))
+        return [vector for vector in unit_vectors(self._layout.module).values() if id(vector) in among]
+
+
+def make_block_sync(
+    layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
+) -> BlockSync:
+    """The sync that the settings ask for: one for which the training waits, or one beside it."""
+    kind: Callable[..., BlockSync] = OverlappedSync if layout.config.overlap else BlockSync
+    return kind(layout, states, collective, device)

@@ -1,0 +1,111 @@
+"""What is in transit while the training goes on: copies of what a sync sends, and what it has brought."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from resist_lightning.comm.mean import move_by
+from resist_lightning.comm.tensors import is_continuous
+
+
+class TransitState(TypedDict):
+    """What a checkpoint has of a sync under way, by name."""
+
+    values: dict[str, Tensor]
+    own: dict[str, Tensor]
+    agreed: list[str]
+
+
+class Transit:
+    """Copies of the module's tensors that a sync changes beside the training, until they are put into the module.
+
+    Args:
+        tensors: what this worker has now of what is averaged, merged and sent.
+        agreed: by name, the tensors whose copies will be equal on all workers.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], agreed: Mapping[str, Tensor]) -> None:
+        self._agreed = dict(agreed)
+        # By identity of the module's tensor, which is the same object in all rounds, present or absent.
+        self._tensors = {id(tensor): tensor for tensor in tensors}
+        self._values = {key: tensor.detach().clone() for key, tensor in self._tensors.items()}
+        # What the training changes from here on is the difference to these.
+        self._own: dict[int, Tensor] = {}
+        for key, tensor in self._tensors.items():
+            if _keeps_what_it_learns(tensor):
+                self._own[key] = tensor.detach().clone()
+
+    def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The copies of some of the module's tensors; those that have none, as they are absent, themselves."""
+        return [self._values.get(id(tensor), tensor) for tensor in tensors]
+
+    def make_room(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+        """Allocate copies of those of some tensors that are absent, for the caller to fill."""
+        for tensor in tensors:
+            if not tensor.is_meta:
+                continue
+            self._tensors[id(tensor)] = tensor
+            self._values[id(tensor)] = torch.empty_strided(
+                tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
+            )
+
+    def pop(self, tensor: Tensor) -> Tensor:
+        """Take out what has arrived in the place of a tensor."""
+        del self._tensors[id(tensor)]
+        return self._values.pop(id(tensor))
+
+    def values(self) -> dict[int, Tensor]:
+        """The copies, by identity of the module's tensor."""
+        return dict(self._values)
+
+    def agreed(self) -> dict[str, Tensor]:
+        """By name, what the sync has made equal on all workers."""
+        return {name: self._values[id(tensor)] for name, tensor in self._agreed.items()}
+
+    def apply(self, stayed: Collection[int]) -> None:
+        """Put what has arrived into the module's tensors; what was learned since the copies were made stays in them.
+
+        Args:
+            stayed: by identity, the tensors that this worker has held since then; the others have no value yet.
+        """
+        for key, tensor in self._tensors.items():
+            if tensor.is_meta:  # handed over
+                continue
+            if key in stayed and key in self._own:
+                move_by(tensor, self._own[key], self._values[key])
+            else:
+                # Of buffers the steps since then are lost: a variance that is shifted may become negative.
+                tensor.detach().copy_(self._values[key])
+
+    def state_dict(self, names: Mapping[int, str]) -> TransitState:
+        """What :meth:`load` needs, on the CPU; everything must have arrived.
+
+        Args:
+            names: of the module's tensors, by identity.
+        """
+        values = {names[key]: value.cpu() for key, value in self._values.items()}
+        own = {names[key]: value.cpu() for key, value in self._own.items()}
+        return {"values": values, "own": own, "agreed": sorted(self._agreed)}
+
+    @classmethod
+    def load(cls, state: TransitState, tensors: Mapping[str, Tensor], device: torch.device) -> Transit:
+        """Undo :meth:`state_dict`.
+
+        Args:
+            state: of a worker that held the same.
+            tensors: of the module, by name.
+            device: of the copies.
+        """
+        transit = cls([], {name: tensors[name] for name in state["agreed"]})
+        transit._tensors = {id(tensors[name]): tensors[name] for name in state["values"]}
+        transit._values = {id(tensors[name]): value.to(device, copy=True) for name, value in state["values"].items()}
+        transit._own = {id(tensors[name]): value.to(device, copy=True) for name, value in state["own"].items()}
+        return transit
+
+
+def _keeps_what_it_learns(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype)

@@ -1,0 +1,238 @@
+"""Syncs beside the training, of workers as threads; by processes: ``tests/distributed/test_oracle.py``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resist_lightning import Config, Engine, PostLocal
+from resist_lightning.comm.byte_formulas import SYNC_KINDS
+from resist_lightning.comm.collective import Collective
+from resist_lightning.errors import WorkersDisagree
+from resist_lightning.methods.resist.layout import BlockLayout
+from tests.helpers.threads import run_threads
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    batch_of,
+    clone_state,
+    make_model,
+    make_optimizer,
+    present_state,
+    train_engine,
+    train_simulator,
+    train_step,
+)
+
+State = dict[str, Tensor]
+
+OUTER: dict[str, Any] = {"outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one step": (2, {"min_blocks": 1, "overlap": 1}),
+    "rounds that change, keep": (2, {"min_blocks": 1, "local_steps": PostLocal(3, 4, 5), "momentum": "keep"}),
+    "listed counts, warm-up and finish": (3, {"blocks_per_worker": (4, 2, 1), "warmup_rounds": 1, "finish_rounds": 1}),
+    "growth, int8": (2, {"growth": [0.5, 1], "wire": "int8"}),
+    "outer, blocks on several workers": (3, {"blocks_per_worker": (4, 2, 1), "momentum": "keep", **OUTER}),
+    "outer, int4": (3, {"min_blocks": 1, "wire": "int4", **OUTER}),
+    "DiLoCo, int8": (2, {"blocks": [], "batch_norm": "running", "momentum": "keep", "wire": "int8", **OUTER}),
+    "local SGD": (3, {"blocks": [], "batch_norm": "running"}),
+}
+
+
+def run_of(options: dict[str, Any], steps: int = 10) -> Run:
+    return Run(Config(**{"local_steps": 3, "overlap": 2, **options}), steps=steps)
+
+
+def begin(collective: Collective, run: Run, initial: State | None = None) -> tuple[Engine, Any]:
+    model = make_model(run)
+    if initial is not None:
+        model.load_state_dict(initial)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
+    engine.start()
+    return engine, optimizer
+
+
+def train(engine: Engine, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        train_step(engine.module, optimizer, batch_of(engine.collective.worker, step))
+        engine.after_step()
+
+
+def trained(collective: Collective, run: Run) -> State:
+    return train_engine(collective.worker, run, collective=collective)[1]
+
+
+@pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
+def test_workers_train_what_the_simulator_trains(workers: int, options: dict[str, Any]) -> None:
+    run = run_of(options)
+    states, _ = run_threads(trained, workers, run)
+    expected = train_simulator(run, workers).full_model().state_dict()
+    assert_equal_states(states[0], expected)
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+    without = train_simulator(replace(run, config=replace(run.config, overlap=0)), workers).full_model().state_dict()
+    assert any(not torch.allclose(without[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+
+
+STATE_IN_TRANSIT = {"blocks_per_worker": (4, 2, 1), "momentum": "keep", "wire": "int8", "warmup_rounds": 1, **OUTER}
+ROUND = 4
+
+
+def run_in_transit() -> Run:
+    return Run(Config(local_steps=ROUND, overlap=3, **STATE_IN_TRANSIT), steps=11)
+
+
+def resumed(collective: Collective, stops: tuple[int, ...], initial: State) -> dict[int, State]:
+    """At the end of a training that was stopped after some steps and resumed by a new engine; 0: never."""
+    run = run_in_transit()
+    found: dict[int, State] = {}
+    for stop in (0, *stops):
+        # Threads share a generator, so the weights come from the test.
+        engine, optimizer = begin(collective, run, initial)
+        train(engine, optimizer, range(stop))
+        with engine.full_model("checkpoint"):
+            full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
+            own = copy.deepcopy(own)
+        engine.abandon()
+        model = make_model(run)
+        model.load_state_dict(full)
+        optimizer = make_optimizer(run, model)
+        engine = Engine(model, [optimizer], run.config, collective=collective)
+        assert engine.restore(place, own)
+        assert engine.start()
+        train(engine, optimizer, range(stop, run.steps))
+        engine.finish()
+        found[stop] = clone_state(model)
+    return found
+
+
+def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
+    stops = (ROUND + 2, 2 * ROUND)  # in transit, and between two rounds
+    initial = clone_state(make_model(run_in_transit()))
+    for states in run_threads(resumed, 3, stops, initial)[0]:
+        for stop in stops:
+            assert_equal_states(states[stop], states[0], exactly=True)
+
+
+def test_a_checkpoint_of_a_run_with_overlap_does_not_continue_one_without() -> None:
+    net = make_model(run_in_transit())
+    ahead, waiting = (BlockLayout(net, Config(min_blocks=1, overlap=steps), 2).identity() for steps in (1, 0))
+    assert ahead != waiting
+    assert "overlap" not in waiting  # as in checkpoints from before
+
+
+def looked_at(collective: Collective, run: Run) -> tuple[State, State, State]:
+    """What a worker holds in transit, before and after an observation; and the full model that it saw."""
+    engine, optimizer = begin(collective, run)
+    train(engine, optimizer, range(ROUND - 1))
+    assert engine.sync.under_way
+    before = present_state(engine.module)
+    with engine.full_model():
+        full = clone_state(engine.module)
+    assert engine.sync.under_way
+    after = present_state(engine.module)
+    engine.abandon()
+    return before, after, full
+
+
+def test_the_full_model_in_transit_is_the_mean_of_what_the_workers_have_now() -> None:
+    run = replace(run_in_transit(), config=Config(local_steps=ROUND, overlap=3, min_blocks=1, batch_norm="running"))
+    seen, _ = run_threads(looked_at, 3, run)
+    for before, after, full in seen:
+        assert_equal_states(after, before, exactly=True)
+        stem = torch.stack([held["stem.weight"] for held, _, _ in seen]).mean(0)
+        torch.testing.assert_close(full["stem.weight"], stem)
+    observed, _ = run_threads(trained, 3, replace(run, observe_at=(1, 3, 4, 6, 7)))
+    plain, _ = run_threads(trained, 3, run)
+    for one, other in zip(observed, plain, strict=True):
+        assert_equal_states(one, other, exactly=True)
+
+
+def sent(collective: Collective, run: Run) -> dict[str, int]:
+    engine, optimizer = begin(collective, run)
+    train(engine, optimizer, range(run.steps))
+    engine.abandon()
+    return {kind: engine.collective.sent_bytes[kind] for kind in SYNC_KINDS}
+
+
+@pytest.mark.parametrize("options", [{}, {"wire": "int6", "warmup_rounds": 1, **OUTER}], ids=["fp32", "outer, int6"])
+def test_the_bytes_are_those_of_syncs_for_which_the_training_waits(options: dict[str, Any]) -> None:
+    ahead = Run(Config(local_steps=2, overlap=1, min_blocks=3, momentum="keep", **options), steps=8)
+    waiting = replace(ahead, config=replace(ahead.config, overlap=0))
+    expected, _ = run_threads(sent, 3, waiting)
+    assert run_threads(sent, 3, ahead)[0] == expected
+    assert all(sum(worker.values()) for worker in expected)
+
+
+def broken(collective: Collective, run: Run) -> str:
+    engine, optimizer = begin(collective, run)
+    engine.sync._beside.collective.exchange = lambda *_: 1 / 0
+    train(engine, optimizer, range(ROUND - 1))
+    with pytest.raises(ZeroDivisionError):
+        train(engine, optimizer, range(ROUND - 1, ROUND))
+    engine.abandon()
+    return engine.activity.what
+
+
+def test_what_goes_wrong_beside_the_training_is_raised_where_the_sync_would_be_applied() -> None:
+    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1), steps=ROUND)
+    assert run_threads(broken, 2, run)[0] == ["averaging", "averaging"]
+
+
+def unequal(collective: Collective, run: Run) -> None:
+    engine, optimizer = begin(collective, run)
+    train(engine, optimizer, range(ROUND - 1))
+    engine.sync.wait()
+    if collective.worker == 1:
+        engine.sync._transit.agreed()["stem.weight"].add_(1)  # a value that got lost on its way
+    train(engine, optimizer, range(ROUND - 1, 2 * ROUND))
+    engine.abandon()
+
+
+def test_workers_compare_what_has_arrived_although_each_has_learned_something_else_since() -> None:
+    run = Run(Config(local_steps=ROUND, overlap=2, min_blocks=1, check="full"), steps=0)
+    with pytest.raises(WorkersDisagree, match=r"stem\.weight"):
+        run_threads(unequal, 2, run)
+
+
+class Drifting(nn.Module):
+    """A shared layer, with a buffer that it replaces in each forward by an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0]))
+        self.register_buffer("variance", torch.tensor([10.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.variance = self.variance * 0.5 + x.mean() * 0.5
+        return self.weight * x
+
+
+def drift(collective: Collective) -> list[list[float]]:
+    """Weight and buffer after each of four steps, of which the sync of the second has the border at the first."""
+    net = Drifting()
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    engine = Engine(net, [optimizer], Config(local_steps=2, overlap=1, blocks=[]), collective=collective)
+    engine.start()
+    seen = []
+    for step in range(2):
+        optimizer.zero_grad()
+        net(torch.full((1,), float(1 + collective.worker + 2 * step))).sum().backward()
+        optimizer.step()
+        engine.after_step()
+        seen.append([net.weight.item(), net.variance.item()])
+    engine.abandon()
+    return seen
+
+
+def test_weights_keep_what_they_have_learned_and_buffers_take_what_has_arrived() -> None:
+    """By hand. Gradients are the inputs: 1 and 3 on worker 0, 2 and 4 on worker 1."""
+    first, second = run_threads(drift, 2)[0]
+    assert first == [[0.0, 5.5], [-0.5 - 3.0, 5.75]]
+    assert second == [[-1.0, 6.0], [-0.5 - 4.0, 5.75]]
