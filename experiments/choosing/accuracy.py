@@ -110,10 +110,12 @@ def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
 def studies_for(*, neurons_only: bool, workers: int) -> list[Study]:
     """The studies that tell most of a network: of fully connected ones, or of residual ones with as many workers.
 
-    The trainings at full height count as soon as they compare a method with DDP, and the short ones until then.
+    Of residual ones the study that compares most methods with DDP: that of full height as soon as it has as many as the
+    short one.
     """
     if neurons_only:
         return neuron_studies()
     telling = [study for study in residual_studies() if study.costs(workers)]
     large = [study for study in telling if any(cost.workers >= workers for cost in study.costs(workers).values())]
-    return (large or telling)[:1]
+    # The first of those that are level: they come by height.
+    return sorted(large or telling, key=lambda study: -len(study.costs(workers)))[:1]

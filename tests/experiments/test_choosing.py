@@ -190,7 +190,7 @@ def test_costs_are_means_over_the_seeds_that_ddp_has_too(tmp_path: Path) -> None
     assert tables.cost_in_words("ist", {}, 3) == "not measured"
 
 
-def test_the_study_at_full_height_counts_where_it_compares_as_many_workers(
+def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = record(tmp_path / "full", ("single", 1, 0, 90.0), ("ddp", 2, 0, 90.0), ("resist", 2, 0, 89.0))
@@ -201,6 +201,11 @@ def test_the_study_at_full_height_counts_where_it_compares_as_many_workers(
     assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
     assert accuracy.studies_for(neurons_only=False, workers=8) == [second]
     assert accuracy.studies_for(neurons_only=False, workers=64) == [first]
+
+    more = record(tmp_path / "more", ("ddp", 2, 0, 45.0), ("resist", 2, 0, 40.0), ("local_sgd", 2, 0, 41.0))
+    (third,) = accuracy.residual_studies([more])
+    monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, third])
+    assert accuracy.studies_for(neurons_only=False, workers=2) == [third]
 
 
 def test_the_example_of_the_page_has_the_closed_forms_of_its_settings() -> None:
