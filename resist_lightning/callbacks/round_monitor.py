@@ -38,9 +38,11 @@ class RoundMonitor(Callback):
 
     - ``sync/round``; ``sync/share_of_time`` (of the time in batches, 0 to 1);
     - ``sync/sent_MB_per_round`` (10^6 bytes), and of it each kind that was sent, as ``sync/hand_over_MB_per_round``;
+    - ``sync/slowest_worker``, for which the others wait, and ``sync/slowest_step``, the mean time of its local steps in
+      the last round against that of all workers (1: all are equally fast);
     - ``sync/alignment`` (cosine between worker 0's change of the shared parameters and the mean change of all workers:
       1 where they went the same way, about 1 / sqrt(workers) where they had nothing in common) and ``sync/change`` (the
-      length of the mean change, as a share of the parameters' length); not with an outer optimizer;
+      length of the mean change, as a share of the parameters' length); not with an outer optimizer or ``overlap``;
     - to TensorBoard, once in ``picture_every_n_rounds``, ``sync/partition``: who holds which block;
     - of stages ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k), ``auxnet/speedup_predicted`` and
       ``auxnet/speedup_measured``, which all workers find alike.
@@ -229,6 +231,7 @@ class RoundMonitor(Callback):
             "sync/sent_MB_per_round": sent * per_round,
             **{f"sync/{kind}_MB_per_round": bytes * per_round for kind, bytes in by_kind.items() if bytes},
             **{f"sync/{name}": value for name, value in self._apart.items()},
+            **_slowest(engine.step_seconds),
             **engine.sync.metrics(),
         }
         for logger in trainer.loggers:
@@ -243,6 +246,17 @@ class RoundMonitor(Callback):
             logger.experiment.add_figure("sync/partition", figure, _step(trainer))
 
 
+def _slowest(step_seconds: list[float]) -> dict[str, float]:
+    """Which worker the others wait for, and how slow it is against the mean of all."""
+    if not step_seconds or not sum(step_seconds):
+        return {}
+    slowest = max(step_seconds)
+    return {
+        "sync/slowest_worker": float(step_seconds.index(slowest)),
+        "sync/slowest_step": slowest * len(step_seconds) / sum(step_seconds),
+    }
+
+
 def _step(trainer: pl.Trainer) -> int:
     """As Lightning counts what it logs in this batch, which it does next: loggers drop what goes back."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -255,7 +269,8 @@ def _shared(engine: Engine) -> list[Tensor]:
 
 def _averages(engine: Engine) -> bool:
     """Whether a round begins with the means of the workers' shared parameters."""
-    return engine.config.trains_alone and getattr(engine.config, "outer", "none") == "none"
+    config = engine.config
+    return config.trains_alone and not config.overlapped_steps and getattr(config, "outer", "none") == "none"
 
 
 def _tensor_boards(trainer: pl.Trainer) -> list[TensorBoardLogger]:

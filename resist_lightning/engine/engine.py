@@ -98,6 +98,11 @@ class Engine:
         self.summary: dict[str, Any] = {}
 
     @property
+    def step_seconds(self) -> list[float]:
+        """Of each worker, the mean seconds of a local step in the last round; empty in the first one."""
+        return self._round_end.step_seconds
+
+    @property
     def partition(self) -> Any:
         """The partition of this round."""
         return self.layout.partition(self.clock.round)

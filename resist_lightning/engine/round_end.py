@@ -27,6 +27,9 @@ class RoundEnd:
         observation: learns when a round begins.
         replicas: the members of this worker.
         activity: tells others what this worker does.
+
+    Attributes:
+        step_seconds: of each worker, the mean seconds of a local step in the last round; empty in the first one.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class RoundEnd:
         self._replicas = replicas
         self._activity = activity
         self._step_timer = StepTimer(activity)
+        self.step_seconds: list[float] = []
 
     @property
     def sync_must_begin(self) -> bool:
@@ -106,7 +110,8 @@ class RoundEnd:
         ended = self._clock.round
         # Before `learn`: the plan must not depend on what was just measured.
         plan = self.next_plan()
-        self._layout.learn(ended, [max(rows)[0] for rows in self._collective.by_worker(reports)])  # slowest members
+        self.step_seconds = [max(rows)[0] for rows in self._collective.by_worker(reports)]  # of the slowest members
+        self._layout.learn(ended, self.step_seconds)
         return ended, plan
 
     def _next_round(self) -> None:

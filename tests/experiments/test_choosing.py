@@ -195,15 +195,14 @@ def test_the_study_at_full_height_counts_where_it_compares_as_many_workers_and_m
 ) -> None:
     full = record(tmp_path / "full", ("single", 1, 0, 90.0), ("ddp", 2, 0, 90.0), ("resist", 2, 0, 89.0))
     short = record(tmp_path / "short", ("ddp", 2, 0, 45.0), ("resist", 8, 0, 40.0))
-    first, second = accuracy.residual_studies([full, short])
+    more = record(tmp_path / "more", ("ddp", 2, 0, 45.0), ("resist", 2, 0, 40.0), ("local_sgd", 2, 0, 41.0))
+    first, second, third = accuracy.residual_studies([full, short, more])
     monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, second])
 
     assert accuracy.studies_for(neurons_only=False, workers=2) == [first]
     assert accuracy.studies_for(neurons_only=False, workers=8) == [second]
     assert accuracy.studies_for(neurons_only=False, workers=64) == [first]
 
-    more = record(tmp_path / "more", ("ddp", 2, 0, 45.0), ("resist", 2, 0, 40.0), ("local_sgd", 2, 0, 41.0))
-    (third,) = accuracy.residual_studies([more])
     monkeypatch.setattr(accuracy, "residual_studies", lambda: [first, third])
     assert accuracy.studies_for(neurons_only=False, workers=2) == [third]
 

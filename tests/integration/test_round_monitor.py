@@ -139,6 +139,9 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
     assert float(row["sync/hand_over_MB_per_round"]) == pytest.approx(moved[0] / 2 / 1e6)
     assert int(row["step"]) == 6  # as Lightning counts: batches before this one
 
+    assert row["sync/slowest_worker"] in ("0.0", "1.0")
+    assert 1 <= float(row["sync/slowest_step"]) <= 2
+
     own, other = (border.ended[1] - border.begun[1] for border in borders)
     together = (own + other) / 2
     assert float(row["sync/alignment"]) == pytest.approx(float(cosine_similarity(own, together, 0)), abs=1e-4)

@@ -7,6 +7,7 @@ from torch import nn
 
 from resist_lightning import Config, NeuronConfig
 from resist_lightning.callbacks import RoundMonitor
+from resist_lightning.callbacks.round_monitor import _slowest
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -42,3 +43,8 @@ def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, ste
 def test_blocks_are_not_neurons() -> None:
     layout = BlockLayout(preact_resnet(14, width_multiplier=1 / 16), Config(min_blocks=0), 2)
     assert layout.holders_for_summary(3) is None
+
+
+def test_the_slowest_worker_is_compared_with_the_mean() -> None:
+    assert _slowest([0.1, 0.3, 0.2]) == {"sync/slowest_worker": 1, "sync/slowest_step": pytest.approx(1.5)}
+    assert _slowest([]) == _slowest([0.0, 0.0]) == {}
