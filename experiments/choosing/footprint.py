@@ -205,7 +205,7 @@ def _in_neurons(module: nn.Module, example: Tensor, setting: Setting) -> Part:
     held = layout.held_parameters(0)
 
     def hold() -> None:
-        NeuronSubnet(layout, held.index(max(held))).hold()
+        NeuronSubnet(layout, held.index(max(held))).hold(0)
         # It has memory without values now; numbers near 0 would be slow.
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.02)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+from typing_extensions import override
+
 from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal
+from resist_lightning.schedule.stages import check_growth
 
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
@@ -74,6 +77,62 @@ class CommonConfig:
     def in_words(self) -> dict[str, str]:
         """Every setting by name, in words that are the same on workers with the same settings."""
         return {field.name: _in_words(getattr(self, field.name)) for field in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowingConfig(CommonConfig):
+    """Settings of a run in which every worker has a part of the network that may change in size.
+
+    Args:
+        finish_rounds: last rounds in which every worker holds everything. Needs the number of local steps of the run,
+            so an end of the training by steps or epochs, and rounds of known lengths.
+        growth: shares of the parts that each worker holds at least, each for an equal part of the rounds: ``(0.25,
+            0.5, 1)`` is thin at first, and whole at last; None: as many in all rounds. Needs the number of local steps
+            of the run, as ``finish_rounds`` does.
+
+    Raises:
+        ValueError: if a value is outside its limits.
+    """
+
+    finish_rounds: int = 0
+    growth: Sequence[float] | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        check_integer("finish_rounds", self.finish_rounds, 0, "0 means no finish")
+        if self.growth is not None:
+            check_growth(self.growth)
+        if self.needs_total_steps and isinstance(self.local_steps, QSR):
+            raise ValueError(
+                f"{self.by_total_steps} with local_steps={self.local_steps}: which rounds are the last is not known, "
+                "as their lengths follow from learning rates to come. Give a number or PostLocal."
+            )
+
+    @property
+    @override
+    def needs_total_steps(self) -> bool:
+        return self.finish_rounds > 0 or self.growth is not None
+
+    @property
+    def by_total_steps(self) -> str:
+        """The setting that needs the number of local steps of the run, in words."""
+        return f"finish_rounds={self.finish_rounds}" if self.growth is None else f"growth={self.growth}"
+
+    def refuse_beside_growth(self, **given: object) -> None:
+        """Raise a ValueError where ``growth`` and another setting both say how much a worker holds.
+
+        Args:
+            **given: the other settings by name, None where they are not set.
+        """
+        if self.growth is None:
+            return
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"growth={self.growth!r} says what {name}={value!r} would say too; leave one of them out."
+                )
 
 
 def _in_words(value: Any) -> str:

@@ -44,7 +44,9 @@ class SyncPlan:
     left_out: tuple[int, ...] = ()
 
 
-def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = ()) -> SyncPlan:
+def plan_sync(
+    before: Partition, after: Partition, left_out: tuple[int, ...] = (), *, all_reduce: bool = True
+) -> SyncPlan:
     """Plan the blocks' part of a sync.
 
     A block travels straight from its last holder to its next ones. Where several workers held it, one of them (the
@@ -55,6 +57,7 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
         before: the partition of the round that ends.
         after: the partition of the next round.
         left_out: workers that do not count as holders of blocks that others hold too.
+        all_reduce: whether what all workers hold before and after is averaged; else it has an owner as all the others.
 
     Returns:
         The plan, the same on every worker.
@@ -78,7 +81,7 @@ def plan_sync(before: Partition, after: Partition, left_out: tuple[int, ...] = (
         if not old or not new:
             raise ValueError(f"block {block} has no holder {'after' if old else 'before'} the sync: it would be lost.")
         # What all hold before and after is cheaper in the all-reduce than collected at one owner.
-        if len(old) == len(new) == before.workers > 1:
+        if all_reduce and len(old) == len(new) == before.workers > 1:
             averaged.append(block)
             continue
         root = _owner(old, new, owned)

@@ -253,7 +253,7 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
             for step in trained[worker][name].steps:
                 expected = 0
                 for key, parameter in net.named_parameters():
-                    shape = layout.held_shape(key, worker) if key in layout.shapes else parameter.shape
+                    shape = layout.held_shape(key, worker, 0) if key in layout.shapes else parameter.shape
                     copies = 2 + SLOTS[run.optimizer] if parameter.requires_grad else 1
                     expected += copies * 4 * prod(shape)
                     expected += 4 * parameter.requires_grad * (run.optimizer == "adamw")  # counts its steps

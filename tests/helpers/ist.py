@@ -123,7 +123,7 @@ def start_engine(run: Run, collective: Collective | None = None) -> tuple[Engine
     with ONE_AT_A_TIME:
         net = make_net(run)
         optimizer = make_optimizer(run, net)
-        engine = Engine(net, [optimizer], run.config, collective=collective)
+        engine = Engine(net, [optimizer], run.config, collective=collective, total_steps=run.steps)
     engine.start()
     return engine, optimizer
 
@@ -158,7 +158,7 @@ def train_simulator(
     run: Run, workers: int, each_step: Callable[[NeuronSimulator, int], None] | None = None
 ) -> NeuronSimulator:
     """The same training by the reference."""
-    simulator = NeuronSimulator(make_net(run), lambda net: make_optimizer(run, net), run.config, workers)
+    simulator = NeuronSimulator(make_net(run), lambda net: make_optimizer(run, net), run.config, workers, run.steps)
     for step in range(run.steps):
         for number, worker in enumerate(simulator.workers):
             train_step(worker.module, worker.optimizers[0], batch_of(run, number, step))

@@ -111,7 +111,7 @@ def test_the_trainer_trains_what_the_plain_loop_trains(name: str) -> None:
     for worker, result in enumerate(results):
         assert_equal_states(result["state"], expected[0], exactly=True)
         names = ("net.0.weight", "net.5.weight", "net.8.weight")
-        widths = tuple(layout.held_shape(name, worker)[0] if name in layout.shapes else 6 for name in names)
+        widths = tuple(layout.held_shape(name, worker, 0)[0] if name in layout.shapes else 6 for name in names)
         assert result["widths"] == [widths] * case.steps
         assert result["steps"] == case.steps
         assert result["same objects"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.plan import NeuronPlan
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.transfers import Transfer
 
 
 def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
@@ -13,16 +17,51 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
 
     With neurons on one side, a worker sends those that it does not keep. With neurons on both sides it sends, of its
     slice, the entries of the next holder or the keeper of the row, and of its store, those that others begin to train.
+    Where neurons have several holders it sends, after the means, the neurons that it owns to each of their next
+    holders, and of its store all that others will have.
     """
     if cut.rows is not None and cut.columns is not None:
+        if plan.overlapping:
+            return _kept_by_others(cut.rows, cut.columns, plan.after, from_keepers=True)
         return _inner_entries(cut.rows, cut.columns, plan)
     layer = cut.rows if cut.rows is not None else cut.columns
     assert layer is not None
+    if plan.overlapping:
+        return _sent_by(plan.owners[layer].hand_over, plan)
     before, after = plan.before[layer], plan.after[layer]
     sent = []
     for worker in range(before.workers):
         leaving = set(before.held[worker]) - set(after.held[worker])
         sent.append(len(leaving))
+    return sent
+
+
+def merged_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
+    """As :func:`sent_entries`, what a worker sends before that, for the means of what several workers hold."""
+    if not plan.overlapping:
+        return [0] * plan.before[0].workers
+    if cut.rows is not None and cut.columns is not None:
+        return _kept_by_others(cut.rows, cut.columns, plan.before, from_keepers=False)
+    layer = cut.rows if cut.rows is not None else cut.columns
+    assert layer is not None
+    return _sent_by(plan.owners[layer].merge, plan)
+
+
+def _sent_by(transfers: Sequence[Transfer], plan: NeuronPlan) -> list[int]:
+    sent = Counter(transfer.source for transfer in transfers)
+    return [sent[worker] for worker in range(plan.before[0].workers)]
+
+
+def _kept_by_others(row_layer: int, column_layer: int, held: Sequence[Partition], *, from_keepers: bool) -> list[int]:
+    """Entries of slices whose row another worker keeps: counted at the holder, or at the keeper."""
+    rows, columns = held[row_layer], held[column_layer]
+    sent = [0] * rows.workers
+    for holder in range(rows.workers):
+        for keeper in range(rows.workers):
+            if keeper != holder:
+                kept = kept_rows(rows.blocks, rows.workers, keeper)
+                entries = sum(row in kept for row in rows.held[holder]) * len(columns.held[holder])
+                sent[keeper if from_keepers else holder] += entries
     return sent
 
 

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import nn
+from typing_extensions import override
 
-from resist_lightning.methods.config import CommonConfig
+from resist_lightning.methods.config import GrowingConfig
+from resist_lightning.methods.ist.partition import NeuronSchedule
+from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import in_words
+from resist_lightning.schedule.stages import plan_stages
 
 LayerChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
+DEFAULT_MIN_SHARE = 0.0
+"""One holder for each neuron, as in the paper."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronConfig(CommonConfig):
+class NeuronConfig(GrowingConfig):
     """Settings of a run that partitions hidden neurons (IST).
 
     Args:
         layers: whose neurons are dealt out: None (those of all hidden layers), a glob or several over the names of
             layers, or a predicate of (name, module).
+        min_share: least share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above 1 / workers,
+            several workers hold a neuron, and what they made of it is averaged at a sync; 0: one holder for each, as in
+            the paper.
+        finish_rounds: last rounds with all neurons on all workers, as in local SGD. Needs the number of local steps of
+            the run, so an end of the training by steps or epochs, and rounds of known lengths.
+        growth: shares of the neurons that each worker holds at least, each for an equal part of the rounds: ``(0.25,
+            0.5)`` is thin at first; None: ``min_share`` in all rounds. Needs the number of local steps of the run, as
+            ``finish_rounds`` does.
 
     The others are those of :class:`CommonConfig`.
 
@@ -28,3 +44,43 @@ class NeuronConfig(CommonConfig):
     """
 
     layers: LayerChoice = None
+    min_share: float | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        share: object = self.min_share
+        if share is None:
+            return
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(
+                f"min_share={share!r} must be a number from 0 (one holder for each neuron) to 1 (every worker holds "
+                "all neurons, as in local SGD)."
+            )
+        self.refuse_beside_growth(min_share=share)
+
+    @property
+    def rounds_in_words(self) -> str:
+        """What a round is, after "rounds of"."""
+        growth = "" if self.growth is None else f", shares of {list(self.growth)} of the neurons in turn"
+        finish = f", all neurons everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
+        return f"{in_words(self.local_steps)}{growth}{finish}"
+
+
+def make_schedule(config: NeuronConfig, widths: tuple[int, ...], workers: int) -> NeuronSchedule:
+    """The partitions of all rounds, by the settings; of a run whose end is not planned yet, those of its beginning."""
+    share = config.min_share if config.growth is None else config.growth[0]
+    return NeuronSchedule(widths, workers, config.seed, DEFAULT_MIN_SHARE if share is None else share)
+
+
+def plan_end(schedule: NeuronSchedule, config: NeuronConfig, clock: Clock, total_steps: int | None) -> NeuronSchedule:
+    """The partitions of all rounds, where the settings treat the last ones apart.
+
+    Raises:
+        ValueError: if it is not known which rounds are the last.
+    """
+    stages = plan_stages(
+        config.growth or (), config.finish_rounds, config.local_steps, clock, total_steps, by=config.by_total_steps
+    )
+    return replace(schedule, stages=stages)

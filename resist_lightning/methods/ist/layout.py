@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -14,16 +13,16 @@ from typing_extensions import override
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.errors import CheckpointError, LayerSelectionError
-from resist_lightning.methods.ist.bytes import sent_entries
-from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.methods.ist.bytes import merged_entries, sent_entries
+from resist_lightning.methods.ist.config import NeuronConfig, make_schedule, plan_end
 from resist_lightning.methods.ist.network.discovery import describe, find_neurons
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.partition import draw_neurons
+from resist_lightning.methods.ist.overlap import whole_pieces
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, full_pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, overlapping
 from resist_lightning.methods.layout import Layout
-from resist_lightning.schedule.partition import Partition, blocks_per_worker
-from resist_lightning.schedule.round_length import in_words
+from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
@@ -48,12 +47,13 @@ class NeuronLayout(Layout):
         super().__init__(module, config, workers, trained)
         self.config: NeuronConfig = config
         self.neurons = find_neurons(module, config.layers)
-        for layer in self.neurons.layers:
-            if layer.width < workers:
+        self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
+        for layer, counts in zip(self.neurons.layers, self.schedule.counts(0), strict=True):
+            if min(counts) == 0:
                 raise LayerSelectionError(
                     f"layer {layer.name!r} has {layer.width} neurons for {workers} workers, and each worker needs one "
-                    f"of every layer. Use at most {layer.width} workers, or leave the layer whole: choose others with "
-                    "`layers`."
+                    f"of every layer. Use at most {layer.width} workers, let several hold a neuron (min_share), or "
+                    "leave the layer whole: choose others with `layers`."
                 )
         self._refuse_single_neurons()
         tensors = named_tensors(module)
@@ -61,14 +61,16 @@ class NeuronLayout(Layout):
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in cuts}
         # Kept, as the tensors themselves shrink to slices in training.
         self.shapes: Mapping[str, Size] = {name: tensors[name].shape for name in cuts}
-        self._widths = tuple(layer.width for layer in self.neurons.layers)
-        self._shares = [blocks_per_worker(width, workers, 0) for width in self._widths]
-        # A sync asks again and again for the partitions of two rounds.
-        self._draw = lru_cache(maxsize=3)(self._draw_neurons)
 
     @override
     def partition(self, round: int) -> tuple[Partition, ...]:
-        return self._draw(round)
+        return self.schedule.partitions(round)
+
+    @override
+    def plan_end(self, clock: Clock, total_steps: int | None) -> None:
+        if self.config.needs_total_steps:
+            self.schedule = plan_end(self.schedule, self.config, clock, total_steps)
+            self.total_steps = total_steps
 
     @override
     def held(self, round: int) -> list[Any]:
@@ -85,23 +87,23 @@ class NeuronLayout(Layout):
         counts = [0] * self.workers
         for name, parameter in self.module.named_parameters():
             for worker in range(self.workers):
-                shape = self.held_shape(name, worker) if name in self.shapes else parameter.shape
+                shape = self.held_shape(name, worker, round) if name in self.shapes else parameter.shape
                 counts[worker] += prod(shape)
         return counts
 
-    def held_shape(self, name: str, worker: int) -> tuple[int, ...]:
-        """The shape of a worker's slice of a tensor, the same in all rounds."""
+    def held_shape(self, name: str, worker: int, round: int) -> tuple[int, ...]:
+        """The shape of a worker's slice of a tensor in ``round``."""
         cut = self.neurons.cuts[name]
         shape = list(self.shapes[name])
         if cut.rows is not None:
-            shape[0] = self.share(cut.rows, worker)
+            shape[0] = self.share(cut.rows, worker, round)
         if cut.columns is not None:
-            shape[1] = self.share(cut.columns, worker) * cut.repeat
+            shape[1] = self.share(cut.columns, worker, round) * cut.repeat
         return tuple(shape)
 
-    def share(self, layer: int, worker: int) -> int:
-        """How many neurons of a hidden layer a worker holds, the same in all rounds."""
-        return self._shares[layer][worker]
+    def share(self, layer: int, worker: int, round: int) -> int:
+        """How many neurons of a hidden layer a worker holds in ``round``; the same in all that do not grow or end."""
+        return self.schedule.counts(round)[layer][worker]
 
     def inner(self) -> dict[str, Cut]:
         """The tensors with hidden neurons on both sides, by name; their slices together are only a part of them."""
@@ -132,6 +134,10 @@ class NeuronLayout(Layout):
         }
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    @override
     def parts(self) -> list[str]:
         return [layer.name for layer in self.neurons.layers]
 
@@ -153,7 +159,7 @@ class NeuronLayout(Layout):
                 part = Part(cut, shape, worker, own["tensors"][name], own["store"].get(name))
                 tensors.setdefault(name, torch.empty(shape, dtype=part.tensor.dtype))
                 full = Part(cut, shape, worker, tensors[name])
-                for piece in full_pieces(cut, held, worker):
+                for piece in self.full_pieces(cut, NeuronPlan(held, held), worker):
                     full.put(piece, held, part.take(piece, held))
         return tensors
 
@@ -161,31 +167,38 @@ class NeuronLayout(Layout):
         """The plan of the sync between ``round`` and the next."""
         return NeuronPlan(self.partition(round), self.partition(round + 1), left_out)
 
+    def full_pieces(self, cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
+        """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere."""
+        if overlapping(plan.before):
+            return whole_pieces(cut, plan, worker)
+        return full_pieces(cut, plan.before, worker)
+
     def hand_over_bytes(self, round: int, states: OptimizerStates) -> list[dict[str, int]]:
         """By closed form, the bytes that each worker sends at the end of ``round`` to hand over its slices.
 
         Returns:
-            For each worker, the bytes of the kinds ``hand_over`` and ``state``.
+            For each worker, the bytes of the kinds ``merge``, ``hand_over`` and ``state``.
         """
         plan = self.plan(round)
         tensors = named_tensors(self.module)
-        sent = [{"hand_over": 0, "state": 0} for _ in range(self.workers)]
+        sent = [{"merge": 0, "hand_over": 0, "state": 0} for _ in range(self.workers)]
         for name, cut in self.neurons.cuts.items():
             tensor = tensors[name]
             state_bytes = 0
             if self.config.momentum == "travel" and isinstance(tensor, nn.Parameter):
                 state_bytes = sum(slot.dtype.itemsize for slot in states.slots([tensor]))
-            for worker, moved in enumerate(sent_entries(cut, plan)):
-                entries = moved * self.rest(name)
-                sent[worker]["hand_over"] += entries * tensor.element_size()
-                sent[worker]["state"] += entries * state_bytes
+            for kind, counts in (("merge", merged_entries(cut, plan)), ("hand_over", sent_entries(cut, plan))):
+                for worker, moved in enumerate(counts):
+                    entries = moved * self.rest(name)
+                    sent[worker][kind] += entries * tensor.element_size()
+                    sent[worker]["state"] += entries * state_bytes
         return sent
 
     @override
     def describe(self) -> str:
         return (
             f"the neurons of {len(self.neurons.layers)} hidden layer(s) are dealt out to {self.workers} worker(s); "
-            f"rounds of {in_words(self.config.local_steps)}.\n{describe(self.neurons)}"
+            f"{self._holders_in_words()}rounds of {self.config.rounds_in_words}.\n{describe(self.neurons)}"
         )
 
     @override
@@ -198,9 +211,14 @@ class NeuronLayout(Layout):
         holders = []
         for round in range(min(rounds, SHOWN_ROUNDS)):
             partition = self.partition(round)[0]
-            # A neuron has one holder.
+            # Of several holders the first.
             holders.append([partition.holders(neuron)[0] for neuron in shown])
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
+
+    def _holders_in_words(self) -> str:
+        held = sum(map(len, self.partition(0)[0].held))
+        several = held / self.neurons.layers[0].width
+        return "" if several == 1 else f"each has {several:.3g} holders; "
 
     def _partitions_of(self, place: Mapping[str, Any]) -> tuple[Partition, ...]:
         """The partitions by which a snapshot's slices were cut."""
@@ -212,19 +230,17 @@ class NeuronLayout(Layout):
                 f"those of {ours}. Resume with the same model and the same `layers`."
             )
         # Not this run's: the snapshot may be of another number of workers.
-        return draw_neurons(self._widths, identity["workers"], identity["seed"], place["round"])
+        schedule = self.schedule.of(identity["workers"], identity["seed"], place["table"])
+        return schedule.partitions(place["round"])
 
     def _refuse_single_neurons(self) -> None:
         # A layer norm over a single neuron gives zero, whatever the neuron computes.
         for size in self.neurons.sizes:
             layer = self.neurons.layers[size.layer]
             over_neurons = size.attribute in ("normalized_shape", "num_channels")
-            if over_neurons and self.workers > 1 and layer.width < 2 * self.workers:
+            if over_neurons and self.workers > 1 and min(self.schedule.counts(0)[size.layer]) < 2:
                 raise LayerSelectionError(
                     f"layer {layer.name!r} has {layer.width} neurons for {self.workers} workers, and {size.module} "
                     "normalises over those of a worker: of one alone nothing is left. Use at most "
                     f"{layer.width // 2} workers, or leave the layer whole: choose others with `layers`."
                 )
-
-    def _draw_neurons(self, round: int) -> tuple[Partition, ...]:
-        return draw_neurons(self._widths, self.workers, self.config.seed, round)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.packing import empty_like_packed, pack, unpack
 from resist_lightning.comm.tensors import all_sendable
+from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import Piece, full_pieces
+from resist_lightning.methods.ist.plan import Piece
 from resist_lightning.schedule.partition import Partition
 
 KeyedPiece: TypeAlias = tuple[str, Piece]
 """A piece of the divided tensor of this key."""
+PiecesOf: TypeAlias = Callable[[Cut, int], Sequence[Piece]]
+"""Gives the pieces of a tensor that a worker sends to make it whole elsewhere."""
 Arrived: TypeAlias = tuple[KeyedPiece, Tensor]
 """A piece to write on this worker, and its values, flat."""
 
@@ -31,11 +34,21 @@ class Messages:
         self._device = device
 
     def transfer(
-        self, parts: Mapping[str, Part], pieces: Iterable[KeyedPiece], held: Sequence[Partition]
+        self,
+        parts: Mapping[str, Part],
+        pieces: Iterable[KeyedPiece],
+        held: Sequence[Partition],
+        kind: str = "hand_over",
     ) -> list[Arrived]:
         """Send and receive the pieces that leave or reach this worker, in an order that both ends agree upon.
 
         Collective: every worker must call this, in the same order; only pairs with a piece talk.
+
+        Args:
+            parts: this worker's, by key.
+            pieces: what moves, by key.
+            held: the partitions by which slices are cut.
+            kind: how the bytes of all but optimizer state are counted.
 
         Returns:
             The pieces to write here; those that stay on this worker are copies, too.
@@ -54,24 +67,26 @@ class Messages:
                 stays.append(((key, piece), values))
             else:
                 outgoing[piece.target].append(values)
-                kinds[parts[key].kind] += values.nbytes
+                kinds["state" if parts[key].is_state else kind] += values.nbytes
         sends = {}
         for peer in list(outgoing):
             # Popped, so that the pieces are freed once packed: there is one copy of what is sent.
             sends[peer] = self._pack(outgoing.pop(peer))
         return stays + self._exchange(sends, expected, parts, kinds)
 
-    def spread(self, parts: Mapping[str, Part], held: Sequence[Partition], kind: str) -> list[Arrived]:
+    def spread(
+        self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition], kind: str
+    ) -> list[Arrived]:
         """Send all parts of this worker to all others, and receive theirs.
 
         Collective: every worker must call this, in the same order.
         """
         mine: list[Arrived] = []
-        for key, piece in _all_pieces(parts, held, self._worker):
+        for key, piece in _all_pieces(parts, pieces_of, self._worker):
             values = parts[key].take(piece, held)
             mine.append(((key, piece), values))
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
-        expected = {peer: _all_pieces(parts, held, peer) for peer in peers}
+        expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in peers}
         # All peers get the same buffers, so they are packed once.
         flats = self._pack([values for _, values in mine]) if peers else []
         sends = dict.fromkeys(peers, flats)
@@ -104,10 +119,10 @@ class Messages:
         return list(pack(tensors, self._device).values())
 
 
-def _all_pieces(parts: Mapping[str, Part], held: Sequence[Partition], worker: int) -> list[KeyedPiece]:
+def _all_pieces(parts: Mapping[str, Part], pieces_of: PiecesOf, worker: int) -> list[KeyedPiece]:
     """All pieces that make a worker's parts, in an order that all workers agree upon."""
     found = []
     for key, part in parts.items():
-        for piece in full_pieces(part.cut, held, worker):
+        for piece in pieces_of(part.cut, worker):
             found.append((key, piece))
     return found

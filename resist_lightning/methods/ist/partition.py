@@ -2,32 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from resist_lightning.schedule.partition import Partition, blocks_per_worker, deal
+from resist_lightning.schedule.stages import NO_STAGES, Stages, parts_of
 
 
-def draw_neurons(widths: Sequence[int], workers: int, seed: int, round: int) -> tuple[Partition, ...]:
+@dataclass(frozen=True)
+class NeuronSchedule:
+    """The partitions of all rounds of a run; immutable, and equal on all workers.
+
+    Args:
+        widths: neurons of each hidden layer.
+        workers: number of workers.
+        seed: seed of the whole run.
+        min_share: least share of the neurons of each layer that a worker holds.
+        stages: shares of rounds that are dealt otherwise, by growth or at the end.
+    """
+
+    widths: tuple[int, ...]
+    workers: int
+    seed: int
+    min_share: float = 0.0
+    stages: Stages = NO_STAGES
+
+    def partitions(self, round: int) -> tuple[Partition, ...]:
+        """The partition of each layer in ``round``."""
+        return _drawn(self.widths, self.workers, self.seed, round, self._share(round))
+
+    def counts(self, round: int) -> list[tuple[int, ...]]:
+        """For each layer, how many neurons each worker holds in ``round``."""
+        return [neurons_per_worker(width, self.workers, self._share(round)) for width in self.widths]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how many neurons a worker holds, as plain data for a checkpoint; empty for equal shares."""
+        if self == NeuronSchedule(self.widths, self.workers, self.seed):
+            return {}
+        stages = self.stages
+        shares = [list(entry) for entry in stages.shares]
+        return {"min_share": self.min_share, "shares": shares, "finish_from": stages.finish_from}
+
+    def of(self, workers: int, seed: int, table: Mapping[str, Any]) -> NeuronSchedule:
+        """The schedule of another run of the same network, from its :meth:`state_dict`."""
+        shares = tuple((int(first), float(share)) for first, share in table.get("shares", []))
+        stages = Stages(shares, table.get("finish_from"))
+        return NeuronSchedule(self.widths, workers, seed, table.get("min_share", 0.0), stages)
+
+    def _share(self, round: int) -> float:
+        return self.stages.least(round, self.min_share)
+
+
+def neurons_per_worker(width: int, workers: int, min_share: float) -> tuple[int, ...]:
+    """How many neurons of a layer each worker holds: an equal share, but never less than the least one."""
+    least = parts_of(min_share, width) if min_share else 0
+    return blocks_per_worker(width, workers, least)
+
+
+def draw_neurons(
+    widths: Sequence[int], workers: int, seed: int, round: int, min_share: float = 0.0
+) -> tuple[Partition, ...]:
     """Deal the neurons of every hidden layer (section 2.1 of the specification of IST).
 
-    Each neuron goes to exactly one worker, each layer is dealt in an order of its own, and shares differ by at most
-    one neuron.
+    Each neuron goes to exactly one worker, or, where ``min_share`` is above 1 / workers, to several, as evenly as can
+    be. Each layer is dealt in an order of its own, and shares differ by at most one neuron.
 
     Args:
         widths: neurons of each hidden layer, at least as many as workers.
         workers: number of workers, at least 1.
         seed: seed of the whole run.
         round: number of the round, counted from 0.
+        min_share: least share of the neurons of each layer that a worker holds, from 0 to 1.
 
     Returns:
         One partition per layer; the same on every machine.
     """
     partitions = []
     for layer, width in enumerate(widths):
-        counts = blocks_per_worker(width, workers, 0)
+        counts = neurons_per_worker(width, workers, min_share)
         # The number, not the name: the order of a layer must survive a renaming.
         partitions.append(deal(width, counts, seed, round, f"neuron of layer {layer}"))
     return tuple(partitions)
+
+
+@lru_cache(maxsize=8)  # a sync asks again and again for the partitions of two rounds
+def _drawn(widths: tuple[int, ...], workers: int, seed: int, round: int, min_share: float) -> tuple[Partition, ...]:
+    return draw_neurons(widths, workers, seed, round, min_share)
 
 
 def kept_rows(width: int, workers: int, worker: int) -> range:

@@ -26,7 +26,7 @@ class Part:
         worker: the worker.
         tensor: the slice, or the full tensor.
         store: the rows that this worker keeps, with all columns, on the CPU; None if it keeps none.
-        kind: how its bytes are counted.
+        is_state: whether it is optimizer state.
     """
 
     cut: Cut
@@ -34,7 +34,7 @@ class Part:
     worker: int
     tensor: Tensor
     store: Tensor | None = None
-    kind: str = "hand_over"
+    is_state: bool = False
 
     def take(self, piece: Piece, held: Sequence[Partition]) -> Tensor:
         """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
@@ -69,7 +69,8 @@ class Part:
             columns = len(piece.columns)
         return rows * columns * rest
 
-    def _in(self, frame: Frame) -> Tensor:
+    def tensor_of(self, frame: Frame) -> Tensor:
+        """The tensor of this worker in which a piece is."""
         tensor = self.store if frame == "store" else self.tensor
         assert tensor is not None
         return tensor.detach()
@@ -78,7 +79,7 @@ class Part:
         self, piece: Piece, frame: Frame, held: Sequence[Partition]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Where a piece is: a view of the tensor whose second dimension is that of columns, and the places in both."""
-        view = self._in(frame)
+        view = self.tensor_of(frame)
         if self.cut.columns is not None:
             # A view in every memory format; to fold the other dimensions would copy channels_last.
             view = view.unflatten(1, (view.shape[1] // self.cut.repeat, self.cut.repeat))

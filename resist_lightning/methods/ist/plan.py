@@ -6,17 +6,21 @@ worker that keeps its row (:func:`~resist_lightning.methods.ist.partition.kept_r
                         columns that w will hold     the others
     columns that a held   slice a ──► slice w     slice a ──► store         of the rows that go
     the others            store   ──► slice w     stays in the store        from worker a to worker w
+
+Where neurons have several holders, :mod:`~resist_lightning.methods.ist.overlap` plans instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.transfers import SyncPlan, plan_sync
 
 Indices: TypeAlias = tuple[int, ...]
 Frame: TypeAlias = Literal["slice", "store", "full"]
@@ -58,6 +62,25 @@ class NeuronPlan:
     after: tuple[Partition, ...]
     left_out: tuple[int, ...] = ()
 
+    @cached_property
+    def overlapping(self) -> bool:
+        """Whether some neuron has several holders before or after the sync."""
+        return overlapping(self.before) or overlapping(self.after)
+
+    @cached_property
+    def owners(self) -> tuple[SyncPlan, ...]:
+        """For each layer, which holder of a neuron takes the mean over its holders, and who sends it to whom."""
+        # Each neuron has an owner, where all hold all too: owners are spread, so that it costs what an all-reduce does.
+        return tuple(
+            plan_sync(before, after, self.left_out, all_reduce=False)
+            for before, after in zip(self.before, self.after, strict=True)
+        )
+
+
+def overlapping(held: Sequence[Partition]) -> bool:
+    """Whether some neuron has several holders."""
+    return any(sum(map(len, layer.held)) > layer.blocks for layer in held)
+
 
 def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
     """The pieces of a tensor that leave or reach ``worker``, in an order that both ends of every pair agree upon."""
@@ -81,7 +104,7 @@ def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piec
         kept = kept_rows(row_layer.blocks, row_layer.workers, worker)
         # Of a row that this worker keeps, its store has the columns that the row's holder does not train.
         for holder in range(row_layer.workers):
-            stored = _common(row_layer.held[holder], kept)
+            stored = common(row_layer.held[holder], kept)
             others = _without(range(column_layer.blocks), column_layer.held[holder])
             found.append(Piece(worker, 0, stored, others, "store", "full"))
     return [piece for piece in found if piece.rows != () and piece.columns != ()]
@@ -96,7 +119,7 @@ def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
         for target in range(before.workers):
             if worker not in (source, target):
                 continue
-            moved = _common(before.held[source], set(after.held[target]))
+            moved = common(before.held[source], set(after.held[target]))
             # An empty piece would be an empty message.
             if not moved:
                 continue
@@ -113,26 +136,27 @@ def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: in
     kept = [kept_rows(rows_before.blocks, len(workers), keeper) for keeper in workers]
     for holder in workers:
         for next_holder in workers:
-            rows = _common(rows_before.held[holder], set(rows_after.held[next_holder]))
+            rows = common(rows_before.held[holder], set(rows_after.held[next_holder]))
             if not rows:
                 continue
             old, new = columns_before.held[holder], columns_after.held[next_holder]
             # The columns of these rows: trained before and after, before only, after only.
-            both = _common(old, set(new))
+            both = common(old, set(new))
             gone, begun = _without(old, both), _without(new, both)
             if both:
                 yield Piece(holder, next_holder, rows, both)
             # A worker that has no part in the rows takes part as their keeper only.
             keepers = workers if worker in (holder, next_holder) else (worker,)
             for keeper in keepers:
-                here = _common(rows, kept[keeper])
+                here = common(rows, kept[keeper])
                 if here and gone:
                     yield Piece(holder, keeper, here, gone, enters="store")
                 if here and begun:
                     yield Piece(keeper, next_holder, here, begun, leaves="store")
 
 
-def _common(indices: Sequence[int], others: Collection[int]) -> Indices:
+def common(indices: Sequence[int], others: Collection[int]) -> Indices:
+    """The numbers of ``indices`` that are among ``others``, in their order."""
     return tuple(index for index in indices if index in others)
 
 

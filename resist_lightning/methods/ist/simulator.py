@@ -7,7 +7,7 @@ engine it shares the partition, the choice of layers and recalibration, and noth
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,9 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.config import NormPolicy
-from resist_lightning.methods.ist.config import NeuronConfig
+from resist_lightning.methods.ist.config import NeuronConfig, make_schedule, plan_end
 from resist_lightning.methods.ist.network.discovery import find_neurons
-from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.simulation import SimulatedWorker, clock_of, mean_or_maximum, recalibrate_together
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
@@ -39,6 +38,7 @@ class NeuronSimulator:
         make_optimizers: builds the optimizer(s) of a copy.
         config: the settings, as for the engine.
         workers: number of simulated workers, at least 1.
+        total_steps: local steps of the run, where the settings need them (``finish_rounds``).
 
     Raises:
         LayerSelectionError: if the layers cannot be cut as asked.
@@ -50,6 +50,7 @@ class NeuronSimulator:
         make_optimizers: Callable[[nn.Module], Optimizer | Sequence[Optimizer]],
         config: NeuronConfig,
         workers: int,
+        total_steps: int | None = None,
     ) -> None:
         self.config = config
         self.neurons = find_neurons(module, config.layers)
@@ -61,6 +62,9 @@ class NeuronSimulator:
         for _ in range(workers):
             self.workers.append(self._make_worker(copy.deepcopy(module), make_optimizers))
         self.clock = clock_of(config, self.workers)
+        self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
+        if config.needs_total_steps:
+            self.schedule = plan_end(self.schedule, config, self.clock, total_steps)
         self._hooks: list[RemovableHandle] = []
         self._travelling: dict[Slot, Tensor] = {}
         self._begin_round([{} for _ in self.workers])
@@ -71,7 +75,7 @@ class NeuronSimulator:
         if self.clock.due:
             self.full = self._written_back()
             # Read before the partition changes with the round.
-            states = [self._state_of(index) for index in range(len(self.workers))]
+            states = self._states()
             self.clock.next_round()
             self._begin_round(states)
 
@@ -97,8 +101,7 @@ class NeuronSimulator:
 
     def partitions(self) -> tuple[Partition, ...]:
         """The partitions of the hidden layers in this round."""
-        widths = [layer.width for layer in self.neurons.layers]
-        return draw_neurons(widths, len(self.workers), self.config.seed, self.clock.round)
+        return self.schedule.partitions(self.clock.round)
 
     def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
         made = make_optimizers(module)
@@ -148,8 +151,9 @@ class NeuronSimulator:
         copies = [worker.tensors() for worker in self.workers]
         for name, tensor in full.items():
             if name in self.neurons.cuts:
-                for worker, tensors in enumerate(copies):
-                    tensor[self._index(name, worker)] = tensors[name].detach()
+                full[name] = self._mean_of_holders(
+                    name, tensor, dict(enumerate(tensors[name].detach() for tensors in copies))
+                )
             else:
                 tensor.copy_(mean_or_maximum([tensors[name] for tensors in copies]))
         if len(copies) > 1:
@@ -158,31 +162,58 @@ class NeuronSimulator:
             normalise(tensor for name, tensor in full.items() if name in vectors)
         return full
 
-    def _state_of(self, index: int) -> dict[Slot, Tensor]:
-        """Optimizer state of a worker's neurons, in tensors of the full shapes; nothing where it is reset."""
+    def _mean_of_holders(self, name: str, full: Tensor, slices: Mapping[int, Tensor]) -> Tensor:
+        """The full tensor, with the mean of the workers' slices where some worker has one."""
+        wide = torch.promote_types(full.dtype, torch.float32)
+        first, offset = torch.zeros_like(full, dtype=wide), torch.zeros_like(full, dtype=wide)
+        holders = torch.zeros_like(full, dtype=torch.float32)
+        for worker, held in slices.items():
+            index = self._index(name, worker)
+            first[index] = torch.where(holders[index] == 0, held.to(wide), first[index])
+            # As an offset from the first, the mean of equal values is that value.
+            offset[index] += held.to(wide) - first[index]
+            holders[index] += 1
+        mean = first + offset / holders.clamp(min=1)
+        return torch.where(holders > 0, mean.to(full.dtype), full)
+
+    def _states(self) -> list[dict[Slot, Tensor]]:
+        """For each worker, optimizer state that it goes on with, in tensors of the full shapes; none if it is reset."""
         if self.config.momentum == "reset":
-            return {}
-        # Under "travel" all workers write into the same tensors.
-        state: dict[Slot, Tensor] = self._travelling if self.config.momentum == "travel" else {}
-        worker = self.workers[index]
+            return [{} for _ in self.workers]
+        by_worker = [self._slices_of_state(worker) for worker in self.workers]
+        if self.config.momentum == "travel":
+            self._travelling = {slot: whole for slot, whole in self._travelling.items() if self._trains(slot)}
+            for slot in dict.fromkeys(slot for slices in by_worker for slot in slices):
+                slices = {index: own[slot] for index, own in enumerate(by_worker) if slot in own}
+                # Zeros where nobody has trained yet.
+                whole = self._travelling.get(slot, torch.zeros_like(self.full[slot[1]]))
+                self._travelling[slot] = self._mean_of_holders(slot[1], whole, slices)
+            return [self._travelling for _ in self.workers]
+        kept: list[dict[Slot, Tensor]] = []
+        for index, own in enumerate(by_worker):
+            wholes = {slot: torch.zeros_like(self.full[slot[1]]) for slot in own}
+            for slot, value in own.items():
+                wholes[slot][self._index(slot[1], index)] = value
+            kept.append(wholes)
+        return kept
+
+    def _trains(self, slot: Slot) -> bool:
+        return self.workers[0].module.get_parameter(slot[1]).requires_grad
+
+    def _slices_of_state(self, worker: SimulatedWorker) -> dict[Slot, Tensor]:
+        """A worker's optimizer state of divided parameters; that of frozen ones is dropped."""
+        slices: dict[Slot, Tensor] = {}
         for name, parameter in worker.module.named_parameters():
             if name not in self.neurons.cuts:
                 continue
-            if not parameter.requires_grad:
-                # A frozen parameter's state does not move along, and would meet other neurons.
-                for slot in [slot for slot in state if slot[1] == name]:
-                    del state[slot]
-                for optimizer in worker.optimizers:
-                    optimizer.state.pop(parameter, None)
-                continue
             for number, optimizer in enumerate(worker.optimizers):
+                if not parameter.requires_grad:
+                    # A frozen parameter's state does not move along, and would meet other neurons.
+                    optimizer.state.pop(parameter, None)
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor) and value.dim():
-                        # Zeros where nobody has trained yet.
-                        zeros = torch.zeros_like(self.full[name])
-                        whole = state.setdefault((number, name, key), zeros)
-                        whole[self._index(name, index)] = value
-        return state
+                        slices[number, name, key] = value
+        return slices
 
     def _give_state(self, worker: SimulatedWorker, index: int, state: dict[Slot, Tensor]) -> None:
         parameters = dict(worker.module.named_parameters())

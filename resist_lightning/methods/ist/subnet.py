@@ -39,19 +39,25 @@ class Subnet:
         self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._orders = {name: _order_in_memory(tensor) for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
+        self._widths: list[int] = []
 
-    def hold(self) -> None:
-        """Make the module this worker's subnet; where it is the full model, with memory that the caller must fill.
+    def hold(self, round: int) -> bool:
+        """Make the module this worker's subnet of ``round``.
+
+        Returns:
+            Whether it has other memory now, which the caller must fill: it was the full model, or of another width.
 
         Raises:
             RuntimeError: if a tensor is still in use by an autograd graph.
         """
-        if self._hooks is not None:
-            return
         layout = self._layout
         layers = layout.neurons.layers
-        widths = [layout.share(layer, self._worker) for layer in range(len(layers))]
-        shapes = {name: layout.held_shape(name, self._worker) for name in self.tensors}
+        widths = [layout.share(layer, self._worker, round) for layer in range(len(layers))]
+        if self._hooks is not None and widths == self._widths:
+            return False
+        self._unhook()
+        self._widths = widths
+        shapes = {name: layout.held_shape(name, self._worker, round) for name in self.tensors}
         self._resize(shapes, widths)
         # Only now: torch refuses a gradient of another shape than the parameter's.
         for name, gradient in self.gradients.items():
@@ -63,6 +69,7 @@ class Subnet:
             self._hook(name, _Scaled(layers[layer].width / widths[layer]))
         for name, values in layout.neurons.assumed:
             self._hook(name, _AsTraced(name, values))
+        return True
 
     def hold_all(self) -> None:
         """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""

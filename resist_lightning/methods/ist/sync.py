@@ -5,7 +5,8 @@ Only tensors that all workers hold whole are averaged (section 2.4 of the specif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.merging import write_means
 from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
 from resist_lightning.methods.ist.network.neurons import Cut
+from resist_lightning.methods.ist.overlap import handed_over_pieces, merged_pieces, staying_pieces
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, overlapping, pieces
 from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.partition import Partition
@@ -57,7 +60,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        self._subnet.hold()
+        self._subnet.hold(round)
         if self._layout.workers > 1:
             owners = {name.rpartition(".")[0] for name in self._subnet.tensors}
             module = self._layout.module
@@ -92,16 +95,21 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
         state = self._moving_state()
-        moving = {**self._parts(), **state}
-        arrived = self._messages.transfer(moving, self._moving_pieces(moving, plan), plan.before)
+        parts = {**self._parts(), **state}
+        if plan.overlapping:
+            self._merge(self._parts() if self._keeps else parts, plan, "merge")
+        arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before)
         self._forget_others(state)
-        # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
-        for part in state.values():
-            part.tensor.zero_()
-        self._put(moving, arrived, plan)
         # Gradients belong to the neurons that have left.
         for tensor in self._subnet.tensors.values():
             tensor.grad = None
+        counters = self._counters({_parameter_of(key) for key in state})
+        if self._subnet.hold(round + 1):
+            state = self._new_state(counters)
+        # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
+        for part in state.values():
+            part.tensor.zero_()
+        self._put({**self._parts(), **state}, arrived, plan)
         self._states.take_numbers()
 
     @override
@@ -111,8 +119,12 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if unequal:
             replicas = list(self._averaged(plan).values())
             self.exchange.average(replicas, kind, plan.left_out)
+        if unequal and overlapping(plan.before):
+            self._merge(self._parts(), plan, kind)
         # Taken from the slices, before they become whole tensors.
-        arrived = self._messages.spread(self._parts(), plan.before, kind)
+        arrived = self._messages.spread(
+            self._parts(), lambda cut, worker: self._layout.full_pieces(cut, plan, worker), plan.before, kind
+        )
         self._subnet.hold_all()
         self.guard.release()
         self._put(self._parts(), arrived, plan)
@@ -146,6 +158,21 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         for key, rows in own["store"].items():
             self._store[key] = rows.clone()
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether optimizer state stays with its worker, or is forgotten."""
+        return self._layout.config.momentum != "travel"
+
+    def _merge(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
+        """Give what several workers hold its mean over them, in the slice of its owner or the store of its keeper."""
+        by_cut = _Planned(lambda cut: merged_pieces(cut, plan, self._worker))
+        moving = [(key, piece) for key, part in parts.items() for piece in by_cut[part.cut]]
+        arrived: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
+        for (key, piece), values in self._messages.transfer(parts, moving, plan.before, kind):
+            arrived[key].append((piece, values))
+        for key, sent in arrived.items():
+            write_means(parts[key], sent, plan.before, plan.left_out)
+
     def _parts(self) -> dict[str, Part]:
         """This worker's part of every divided tensor, by name."""
         parts = {}
@@ -170,27 +197,19 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if self._layout.workers == 1 or not inner:
             return False
         # Under "keep", only state of entries that stay in a slice is kept.
-        return part.kind != "state" or self._layout.config.momentum == "travel"
+        return not (part.is_state and self._keeps)
 
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
         """The pieces that leave or reach this worker, by key, in the same order on all workers."""
-        planned: dict[Cut, list[Piece]] = {}
+        all_moves = handed_over_pieces if plan.overlapping else pieces
+        moved = _Planned(lambda cut: all_moves(cut, plan, self._worker))
+        stayed = _Planned(lambda cut: staying_pieces(cut, plan, self._worker))
         moving = []
         for key, part in parts.items():
-            # Many tensors are cut alike, and planning takes time that grows with the square of the workers.
-            if part.cut not in planned:
-                planned[part.cut] = pieces(part.cut, plan, self._worker)
-            for piece in planned[part.cut]:
-                if self._moves(part, piece):
-                    moving.append((key, piece))
+            # Under "keep", optimizer state moves within this worker's slice only.
+            planned = stayed if part.is_state and self._keeps else moved
+            moving += [(key, piece) for piece in planned[part.cut]]
         return moving
-
-    def _moves(self, part: Part, piece: Piece) -> bool:
-        """Whether a piece moves: under ``keep``, optimizer state only within this worker's slice."""
-        if part.kind != "state" or self._layout.config.momentum == "travel":
-            return True
-        stays = piece.source == piece.target
-        return stays and piece.leaves == piece.enters == "slice"
 
     def _moving_state(self) -> dict[str, Part]:
         """Optimizer state that travels with its entries, by key."""
@@ -222,7 +241,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             shape = tuple(self._layout.shapes[name])
             for key, slot in self._slots(name).items():
                 store = self._store.get(key)
-                parts[key] = Part(cut, shape, self._worker, slot, store, "state")
+                parts[key] = Part(cut, shape, self._worker, slot, store, is_state=True)
         return parts
 
     def _slots(self, name: str) -> dict[str, Tensor]:
@@ -251,6 +270,18 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, values)
+
+
+class _Planned(dict[Cut, list[Piece]]):
+    """Pieces by cut: many tensors are cut alike, and planning takes time that grows with the square of the workers."""
+
+    def __init__(self, plan: Callable[[Cut], list[Piece]]) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def __missing__(self, cut: Cut) -> list[Piece]:
+        self[cut] = self._plan(cut)
+        return self[cut]
 
 
 def _parameter_of(key: str) -> str:

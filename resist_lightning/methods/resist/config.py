@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
@@ -10,11 +9,12 @@ from typing import Literal, TypeAlias, get_args
 from torch import nn
 from typing_extensions import override
 
-from resist_lightning.methods.config import CommonConfig, OuterName, WireName, check_choice, check_integer
+from resist_lightning.methods.config import GrowingConfig, OuterName, WireName, check_choice, check_integer
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.shares import check_counts
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.round_length import QSR, in_words, rounds_in
+from resist_lightning.schedule.round_length import in_words
+from resist_lightning.schedule.stages import parts_of, plan_stages
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
 BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -29,7 +29,7 @@ def default_min_blocks(blocks: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonConfig):
+class Config(GrowingConfig):
     """Settings of a run whose residual blocks are partitioned, or, with ``blocks=[]``, nothing (local SGD).
 
     Args:
@@ -59,7 +59,7 @@ class Config(CommonConfig):
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
             and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync.
 
-    The others are those of :class:`CommonConfig`.
+    The others are those of :class:`GrowingConfig`.
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -69,8 +69,6 @@ class Config(CommonConfig):
     blocks_per_worker: BlockCounts = "equal"
     blocks: BlockChoice = None
     warmup_rounds: int = 0
-    finish_rounds: int = 0
-    growth: Sequence[float] | None = None
     test_scale: float | None = None
     wire: WireName = "fp32"
     outer: OuterName = "none"
@@ -83,14 +81,8 @@ class Config(CommonConfig):
         """Check every value."""
         super().__post_init__()
         check_integer("warmup_rounds", self.warmup_rounds, 0, "0 means no warm-up")
-        check_integer("finish_rounds", self.finish_rounds, 0, "0 means no finish")
-        if self.growth is not None:
-            self._check_growth(self.growth)
-        if self.needs_total_steps and isinstance(self.local_steps, QSR):
-            raise ValueError(
-                f"{self.by_total_steps} with local_steps={self.local_steps}: which rounds are the last is not known, "
-                "as their lengths follow from learning rates to come. Give a number or PostLocal."
-            )
+        counts = None if self.blocks_per_worker == "equal" else self.blocks_per_worker
+        self.refuse_beside_growth(min_blocks=self.min_blocks, test_scale=self.test_scale, blocks_per_worker=counts)
         if self.min_blocks is not None:
             check_integer("min_blocks", self.min_blocks, 0, "0 allows workers without any block")
         _check_counts(self.blocks_per_worker)
@@ -102,31 +94,8 @@ class Config(CommonConfig):
 
     @property
     @override
-    def needs_total_steps(self) -> bool:
-        return self.finish_rounds > 0 or self.growth is not None
-
-    @property
-    @override
     def overlapped_steps(self) -> int:
         return self.overlap
-
-    @property
-    def by_total_steps(self) -> str:
-        """The setting that needs the number of local steps of the run, in words."""
-        return f"finish_rounds={self.finish_rounds}" if self.growth is None else f"growth={self.growth}"
-
-    def _check_growth(self, growth: object) -> None:
-        shares = list(growth) if isinstance(growth, Sequence) and not isinstance(growth, str) else []
-        if any(isinstance(share, bool) or not isinstance(share, int | float) for share in shares) or not shares:
-            raise ValueError(f"growth={growth!r} must be a list of shares of the blocks, such as [0.25, 0.5, 1].")
-        if not (shares[0] > 0 and shares == sorted(shares) and shares[-1] <= 1):
-            raise ValueError(f"growth={growth!r}: shares must lie in (0, 1] and not fall, such as [0.25, 0.5, 1].")
-        given = {"min_blocks": self.min_blocks, "test_scale": self.test_scale}
-        if self.blocks_per_worker != "equal":
-            given["blocks_per_worker"] = self.blocks_per_worker  # type: ignore[assignment]
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"growth={growth!r} says what {name}={value!r} would say too; leave one of them out.")
 
     @property
     def rounds_in_words(self) -> str:
@@ -199,7 +168,7 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     given, least = config.blocks_per_worker, config.min_blocks
     listed = None if isinstance(given, str) else tuple(given)
     if config.growth is not None:
-        least = _blocks_of(config.growth[0], blocks)
+        least = parts_of(config.growth[0], blocks)
     if least is None:
         least = min(listed) if listed is not None else default_min_blocks(blocks)
     schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
@@ -222,23 +191,14 @@ def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int 
     Raises:
         ValueError: if it is not known which rounds are the last.
     """
-    rule = config.local_steps
-    if total_steps is None or isinstance(rule, QSR):
-        raise ValueError(
-            f"{config.by_total_steps} needs the number of local steps of the run, which is not known: set max_steps, "
-            "or max_epochs with data of known length (without Lightning: total_steps of Engine and Simulator)."
-        )
-    left = rounds_in(rule, clock.steps_before, total_steps)
-    last = clock.round + left - config.finish_rounds
-    stages = []
-    shares = config.growth or ()
-    for number, share in enumerate(shares):
-        # Of equally many rounds, between the warm-up and the finish.
-        first = config.warmup_rounds + number * max(0, last - config.warmup_rounds) // len(shares)
-        stages.append((first, _blocks_of(share, schedule.blocks)))
-    return replace(schedule, finish_from=last if config.finish_rounds else None, stages=tuple(stages))
-
-
-def _blocks_of(share: float, blocks: int) -> int:
-    """A share of some blocks, at least one; 0.1 of ten blocks is one, whatever the last bit of 0.1 is."""
-    return max(min(1, blocks), math.ceil(share * blocks - 1e-9))
+    found = plan_stages(
+        config.growth or (),
+        config.finish_rounds,
+        config.local_steps,
+        clock,
+        total_steps,
+        by=config.by_total_steps,
+        first=config.warmup_rounds,
+    )
+    stages = tuple((first, parts_of(share, schedule.blocks)) for first, share in found.shares)
+    return replace(schedule, finish_from=found.finish_from, stages=stages)

@@ -65,7 +65,7 @@ def test_slices_have_the_shapes_of_the_neurons_that_a_worker_holds(net, workers)
                     shape[0] = len(held[cut.rows].held[worker])
                 if cut.columns is not None:
                     shape[1] = len(held[cut.columns].held[worker]) * cut.repeat
-                assert layout.held_shape(name, worker) == tuple(shape)
+                assert layout.held_shape(name, worker, round) == tuple(shape)
     assert set(named) == set(layout.shared) | set(layout.shapes)
     assert not set(layout.shared) & set(layout.shapes)
 
@@ -90,7 +90,7 @@ def test_bytes_to_hand_over_are_those_of_all_entries_that_change_their_worker(ne
     slots = {"sgd": 1, "adamw": 2}[optimizer] if momentum == "travel" else 0
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for round in range(3):
-        expected = [{"hand_over": 0, "state": 0} for _ in range(workers)]
+        expected = [{"merge": 0, "hand_over": 0, "state": 0} for _ in range(workers)]
         before, after = ([_holders(layout, round + next) for next in (0, 1)][next] for next in (0, 1))
         for name, cut in layout.neurons.cuts.items():
             tensor = named[name]

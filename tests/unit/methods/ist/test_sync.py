@@ -29,6 +29,9 @@ from tests.helpers.training import assert_equal_states, clone_state, train_step
 MOMENTA = ("reset", "keep", "travel")
 NETS = ("paper", "mixed", "biased", "plain", "conv")
 
+HOLDERS = ({}, {}, {"min_share": 0.6}, {"min_share": 1}, {"growth": (0.1, 0.5, 0.8)}, {"finish_rounds": 1})
+"""One holder for each neuron; several; all; and more and more of them."""
+
 
 @st.composite
 def runs(draw):
@@ -40,6 +43,7 @@ def runs(draw):
         momentum=draw(st.sampled_from(MOMENTA)),
         batch_norm=draw(st.sampled_from(["recalibrate", "running", "batch"])),
         layers=draw(st.sampled_from([None, "0"])),
+        **draw(st.sampled_from(HOLDERS)),
     )
     # Of a bias before batch norm the gradient is rounding, which Adam blows up to steps of full length.
     optimizer = draw(st.sampled_from(["sgd"] if net == "biased" else ["sgd", "adamw"]))

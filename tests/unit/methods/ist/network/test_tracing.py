@@ -72,7 +72,7 @@ def test_a_module_must_be_called_in_training_as_it_was_when_its_neurons_were_fol
     net = Switched()
     layout = NeuronLayout(net, NeuronConfig(), 2)
     subnet = Subnet(layout, 0)
-    subnet.hold()
+    subnet.hold(0)
     net(torch.ones(2, 6))
     net(torch.ones(2, 6), return_features=False)
     with pytest.raises(ValueError, match=r"called with return_features=True, .* found with return_features=False"):

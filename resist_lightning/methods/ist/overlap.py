@@ -1,0 +1,117 @@
+"""Plans a sync where neurons have several holders: means first, at one place for each entry, then the hand-over.
+
+Of a tensor with hidden neurons on one side, the mean of a neuron is taken by its owner, one of its holders. Of one with
+neurons on both sides, by the keeper of the row (:func:`~resist_lightning.methods.ist.partition.kept_rows`), whose store
+then has all columns as they are::
+
+                     merge                  hand over
+    one side    holders ──► owner      owner ──► next holders       the owner's slice has the mean
+    both sides  holders ──► keeper     keeper ──► next holders      the keeper's store has the mean
+
+Pure functions, standard library only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from resist_lightning.methods.ist.network.neurons import Cut
+from resist_lightning.methods.ist.partition import kept_rows
+from resist_lightning.methods.ist.plan import Indices, NeuronPlan, Piece, common
+
+
+def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
+    """The pieces that leave or reach ``worker`` for the means, its own included, in an order that all agree upon."""
+    if cut.rows is not None and cut.columns is not None:
+        found = _to_keepers(cut.rows, cut.columns, plan)
+    else:
+        owners = plan.owners[_layer_of(cut)]
+        several = dict.fromkeys(block for _, _, block in owners.merge)
+        own = ((owners.owner[neuron], owners.owner[neuron], neuron) for neuron in several)
+        found = _grouped(cut, [*owners.merge, *own])
+    return [piece for piece in found if worker in (piece.source, piece.target)]
+
+
+def handed_over_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
+    """The pieces that leave or reach ``worker`` after the means, in an order that all agree upon."""
+    if cut.rows is not None and cut.columns is not None:
+        found = _from_keepers(cut.rows, cut.columns, plan)
+    else:
+        layer = _layer_of(cut)
+        owners = plan.owners[layer]
+        stays = []
+        for neuron, owner in owners.owner.items():
+            if owner in plan.after[layer].holders(neuron):
+                stays.append((owner, owner, neuron))
+        found = _grouped(cut, [*owners.hand_over, *stays])
+    return [piece for piece in found if worker in (piece.source, piece.target)]
+
+
+def staying_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
+    """What ``worker`` holds before and after the sync."""
+    rows = columns = None
+    if cut.rows is not None:
+        rows = common(plan.before[cut.rows].held[worker], set(plan.after[cut.rows].held[worker]))
+    if cut.columns is not None:
+        columns = common(plan.before[cut.columns].held[worker], set(plan.after[cut.columns].held[worker]))
+    return _not_empty([Piece(worker, worker, rows, columns)])
+
+
+def whole_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
+    """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere; the target is 0."""
+    if cut.rows is not None and cut.columns is not None:
+        kept = _kept(cut.rows, plan, worker)
+        everything = tuple(range(plan.before[cut.columns].blocks))
+        return _not_empty([Piece(worker, 0, kept, everything, "store", "full")])
+    owned = tuple(neuron for neuron, owner in plan.owners[_layer_of(cut)].owner.items() if owner == worker)
+    return _not_empty([_piece(cut, worker, 0, owned, enters="full")])
+
+
+def _to_keepers(row_layer: int, column_layer: int, plan: NeuronPlan) -> Iterator[Piece]:
+    rows, columns = plan.before[row_layer], plan.before[column_layer]
+    for holder in range(rows.workers):
+        for keeper in range(rows.workers):
+            here = common(rows.held[holder], _kept(row_layer, plan, keeper))
+            if here and columns.held[holder]:
+                yield Piece(holder, keeper, here, columns.held[holder], enters="store")
+
+
+def _from_keepers(row_layer: int, column_layer: int, plan: NeuronPlan) -> Iterator[Piece]:
+    rows, columns = plan.after[row_layer], plan.after[column_layer]
+    for keeper in range(rows.workers):
+        for holder in range(rows.workers):
+            here = common(rows.held[holder], _kept(row_layer, plan, keeper))
+            if here and columns.held[holder]:
+                yield Piece(keeper, holder, here, columns.held[holder], leaves="store")
+
+
+def _grouped(cut: Cut, transfers: Iterable[tuple[int, int, int]]) -> Iterator[Piece]:
+    """One piece for each pair of workers."""
+    moved: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for source, target, neuron in transfers:
+        moved[source, target].append(neuron)
+    for source, target in sorted(moved):
+        yield _piece(cut, source, target, tuple(sorted(moved[source, target])))
+
+
+def _piece(cut: Cut, source: int, target: int, neurons: Indices, **more: str) -> Piece:
+    """A piece of a tensor with hidden neurons on one side."""
+    rows = neurons if cut.rows is not None else None
+    columns = neurons if cut.columns is not None else None
+    return Piece(source, target, rows, columns, **more)  # type: ignore[arg-type]
+
+
+def _layer_of(cut: Cut) -> int:
+    layer = cut.rows if cut.rows is not None else cut.columns
+    assert layer is not None
+    return layer
+
+
+def _kept(row_layer: int, plan: NeuronPlan, worker: int) -> Indices:
+    layer = plan.before[row_layer]
+    return tuple(kept_rows(layer.blocks, layer.workers, worker))
+
+
+def _not_empty(found: Iterable[Piece]) -> list[Piece]:
+    return [piece for piece in found if piece.rows != () and piece.columns != ()]
