@@ -168,6 +168,20 @@ MUTANTS = (
         ("tests/unit/methods/ist/test_plan.py",),
     ),
     Mutant(
+        "a keeper counts a holder twice",
+        "methods/ist/merging.py",
+        "counts.put(place, held, seen + (is_first if piece.source in left_out else 1))",
+        "counts.put(place, held, seen + 1 + seen)",
+        ("tests/unit/methods/ist/test_merging.py",),
+    ),
+    Mutant(
+        "the owner of a neuron does not send it on",
+        "methods/ist/overlap.py",
+        "found = _grouped(cut, [*owners.hand_over, *stays])",
+        "found = _grouped(cut, stays)",
+        ("tests/unit/methods/ist/test_overlap.py",),
+    ),
+    Mutant(
         "a worker that is left out counts",
         "comm/mean.py",
         "total.mul_(collective.workers / (collective.workers - len(left_out)))",
@@ -303,10 +317,10 @@ MUTANTS = (
     ),
     Mutant(
         "last rounds shifted by a round",
-        "methods/resist/config.py",
-        "clock.round + left - config.finish_rounds",
-        "clock.round + left - config.finish_rounds + 1",
-        ("tests/unit/methods/resist/test_partition.py",),
+        "schedule/stages.py",
+        "clock.round + left - finish_rounds",
+        "clock.round + left - finish_rounds + 1",
+        ("tests/unit/schedule/test_stages.py",),
     ),
     Mutant(
         "branches of later stages not scaled",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from resist_lightning import NeuronConfig
 from resist_lightning.comm.byte_formulas import SYNC_KINDS, all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_engine, train_simulator
 from tests.helpers.memory import storage_bytes
@@ -38,6 +40,8 @@ RUNS = {
     "no norm, a sync after every step": Run(NeuronConfig(local_steps=1, momentum="travel"), 6, "plain"),
     "frozen, travel": Run(NeuronConfig(local_steps=2, momentum="travel"), 7, frozen=("0.weight", "3.weight", "8.bias")),
     "a choice of layers": Run(NeuronConfig(local_steps=2, layers=["3", "6"]), 5),
+    "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.6), 7),
+    "more and more holders, at last all": Run(NeuronConfig(local_steps=1, growth=(0.1, 0.6), finish_rounds=1), 5),
     "one layer": Run(NeuronConfig(local_steps=2, layers="0", momentum="travel"), 5),
 }
 
@@ -107,7 +111,13 @@ def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
 
 
 def layout_of(run: Run, workers: int) -> NeuronLayout:
-    return NeuronLayout(make_net(run), run.config, workers)
+    layout = NeuronLayout(make_net(run), run.config, workers)
+    layout.plan_end(Clock.by(run.config.local_steps, lambda: None), run.steps)
+    return layout
+
+
+def has_several_holders(run: Run) -> bool:
+    return run.config.min_share is not None or run.config.growth is not None
 
 
 # ------------------------------------------------------------------ what is trained
@@ -151,7 +161,7 @@ def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
         elif name != "biases, running statistics, keep":  # before batch norm they have no gradient
             assert (final[~never] != first[key][~never]).float().mean() > 0.95
         untouched += int(never.sum())
-    assert (untouched > 0) == bool(layout.inner())
+    assert (untouched > 0) == (bool(layout.inner()) and run.config.finish_rounds == 0)
 
 
 def test_parameters_are_the_same_objects_all_the_time(trained: list[dict[str, History]]) -> None:
@@ -184,7 +194,7 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(train
                 kinds.update(expected)
                 others = {kind for kind, count in sync.counted.items() if count} - set(SYNC_KINDS)
                 assert others == {"control"}
-    assert all(kinds[kind] > 0 for kind in ("shared", "hand_over", "state"))
+    assert all(kinds[kind] > 0 for kind in ("shared", "merge", "hand_over", "state"))
 
 
 def test_bytes_counted_are_those_that_crossed_the_wire(trained: list[dict[str, History]]) -> None:
@@ -193,7 +203,7 @@ def test_bytes_counted_are_those_that_crossed_the_wire(trained: list[dict[str, H
             for step in history.steps:
                 wire = sent_bytes(step.syncing, worker, len(trained))
                 assert step.counted["shared"] == wire["allreduce_"]
-                assert step.counted["hand_over"] + step.counted["state"] == wire["send"]
+                assert sum(step.counted[kind] for kind in ("merge", "hand_over", "state")) == wire["send"]
                 assert step.counted["control"] == wire["_allgather_base_"]
                 assert sum(step.counted.values()) == sum(wire.values())
 
@@ -214,8 +224,8 @@ def test_between_two_syncs_nobody_says_a_word_and_no_group_is_ever_made(trained:
 
 
 def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(trained: list[dict[str, History]]) -> None:
-    """However many tensors there are; and every receive is posted before any send."""
-    sent, received = Counter[Any](), Counter[Any]()
+    """However many tensors there are; and every receive is posted before any send. Before that, one for the means."""
+    sent, received, times = Counter[Any](), Counter[Any](), Counter[Any]()
     for worker, histories in enumerate(trained):
         for name, history in histories.items():
             for round, sync in enumerate(syncs(RUNS[name], history)):
@@ -224,14 +234,18 @@ def test_a_worker_sends_every_other_at_most_one_message_of_each_data_type(traine
                 assert verbs.count("_allgather_base_") == 1
                 assert verbs.count("allreduce_") <= 2  # of numbers, and of the batches that batch norm has counted
                 messages = [verb for verb in verbs if verb in ("send", "recv_")]
-                assert messages == sorted(messages)  # "recv_" before "send"
+                begins = [verb for verb, _ in groupby(messages)]  # "recv_" before "send", once or twice
+                assert begins == ["recv_", "send"] * (len(begins) // 2)
+                assert len(begins) <= (4 if has_several_holders(RUNS[name]) else 2)
                 for call in sync.syncing:
                     if call.verb == "send":
                         sent[name, round, worker, call.peer, call.payload_bytes, call.dtype] += 1
+                        times[name, round, worker, call.peer, call.dtype] += 1
                     elif call.verb == "recv_":
                         received[name, round, call.peer, worker, call.payload_bytes, call.dtype] += 1
     assert sent == received
-    assert len({(*key[:4], key[5]) for key in sent}) == sent.total() > 0
+    assert sent.total() > 0
+    assert all(count <= 1 + has_several_holders(RUNS[name]) for (name, *_), count in times.items())
 
 
 # ------------------------------------------------------------------ what is kept
@@ -250,10 +264,10 @@ def test_after_every_step_a_worker_keeps_its_slices_with_gradients_and_state_and
         together = any(isinstance(tensor, nn.Parameter) for tensor in shared)  # with buffers, in one memory
         buffers = [tensor for tensor in shared if not isinstance(tensor, nn.Parameter) and tensor.is_floating_point()]
         for worker in range(workers):
-            for step in trained[worker][name].steps:
-                expected = 0
+            for number, step in enumerate(trained[worker][name].steps):
+                expected, round = 0, number // run.config.local_steps
                 for key, parameter in net.named_parameters():
-                    shape = layout.held_shape(key, worker, 0) if key in layout.shapes else parameter.shape
+                    shape = layout.held_shape(key, worker, round) if key in layout.shapes else parameter.shape
                     copies = 2 + SLOTS[run.optimizer] if parameter.requires_grad else 1
                     expected += copies * 4 * prod(shape)
                     expected += 4 * parameter.requires_grad * (run.optimizer == "adamw")  # counts its steps
@@ -266,6 +280,8 @@ def test_of_matrices_between_hidden_layers_a_worker_keeps_the_square_of_its_shar
 ) -> None:
     workers = len(trained)
     for name, run in RUNS.items():
+        if has_several_holders(run):
+            continue
         layout = layout_of(run, workers)
         most = 0
         for key, cut in layout.inner().items():

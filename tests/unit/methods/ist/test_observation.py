@@ -30,6 +30,10 @@ RUNS = {
     "keep, running statistics": Run(NeuronConfig(local_steps=3, momentum="keep", batch_norm="running"), STEPS),
     "travel, AdamW": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, optimizer="adamw"),
     "no norm": Run(NeuronConfig(local_steps=2), STEPS, "plain"),
+    "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.5), STEPS, "conv"),
+    "more and more holders, at last all, keep": Run(
+        NeuronConfig(local_steps=1, momentum="keep", growth=(0.1, 0.6), finish_rounds=2), STEPS
+    ),
     "convolutions": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, "conv"),
     "rounds that follow the rate": Run(NeuronConfig(local_steps=QSR(1, 0.06), momentum="travel"), STEPS, decay=0.8),
     "rounds that grow": Run(NeuronConfig(local_steps=PostLocal(1, 3, 2)), STEPS),
@@ -195,7 +199,7 @@ def resume(collective, run, checkpoints, exact):
             nn.init.constant_(parameter, 7.0)
         net.load_state_dict(whole)
         optimizer = make_optimizer(run, net)
-        engine = Engine(net, [optimizer], run.config, collective=collective)
+        engine = Engine(net, [optimizer], run.config, collective=collective, total_steps=run.steps)
     engine.restore(state, own if exact else None)
     engine.start()
     first = engine.clock.total_steps

@@ -5,11 +5,14 @@ With real processes: tests/distributed/test_ist_training.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resist_lightning import Engine, NeuronConfig
+from resist_lightning.methods.ist.layout import NeuronLayout
 from tests.helpers.ist import (
     Run,
     batch_of,
@@ -82,14 +85,16 @@ def travel_without_training(collective, run):
 @settings(max_examples=15)
 @given(runs())
 def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn):
-    """Check 3 of section 8, over as many rounds as there are steps."""
+    """Check 3 of section 8, over as many rounds as there are steps; of shared tensors a mean may round."""
     run, workers = drawn
-    run = Run(NeuronConfig(local_steps=1, seed=run.config.seed, batch_norm="running"), run.steps, run.net)
+    run = replace(run, config=replace(run.config, local_steps=1, momentum="reset", batch_norm="running", layers=None))
     expected = clone_state(make_net(run))
+    divided = NeuronLayout(make_net(run), run.config, workers).shapes.keys() & expected.keys()
     for states in run_threads(travel_without_training, workers, run)[0]:
         assert len(states) == 2 * run.steps + 1
         for state in states:
-            assert_equal_states(state, expected, exactly=True)
+            assert_equal_states(state, expected)
+            assert all(torch.equal(state[name], expected[name]) for name in divided)
 
 
 def note_slices(collective, run):
