@@ -12,6 +12,8 @@ LOCAL_STEPS = 20  # the authors' code; its curves show 20, 40 and 60
 LENGTHS = (5, 10, 20, 40, 80)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
 ABLATED = 4  # workers of the ablations
+# Shares of the neurons that a worker holds, and last rounds with all of them: in all rounds half; a quarter, then half.
+HOLDERS = (("0.5", 0), ("0.25, 0.5", 0), ("0.5", 1))
 RATES_SEED = 1000  # learning rates are judged on the hold-out, with a seed that no other table uses
 
 
@@ -54,7 +56,9 @@ class Case(AnyCase):
     output_norm: bool = False  # a batch norm without parameters on the outputs
     # constant (the paper's) or multistep (a tenth after half of the steps, a hundredth after three quarters)
     schedule: str = "constant"
-    finish: bool = False  # whether the last tenth of the steps is local SGD on the full model
+    finish: bool = False  # whether the last tenth of the steps is a second training, local SGD on the full model
+    shares: str = ""  # of the neurons, that a worker holds at least: one in all rounds, or several in turn
+    finish_rounds: int = 0  # last rounds with all neurons on all workers
 
 
 def base(task: str, method: str, workers: int, seed: int) -> Case:
@@ -85,11 +89,14 @@ def _methods(workers: list[int]) -> list[tuple[str, int]]:
 
 
 def _main(task: str, seed: int, workers: list[int]) -> Iterator[Case]:
-    """All methods on equal samples; and IST with a finish."""
+    """All methods on equal samples; and IST with a finish, and with several holders for each neuron."""
     for method, count in _methods(workers):
         yield base(task, method, count, seed)
         if method == "ist":
             yield replace(base(task, method, count, seed), finish=True)
+            # With two workers half of the neurons is what each has anyway.
+            for shares, last in HOLDERS if count > 2 else ():
+                yield replace(base(task, method, count, seed), shares=shares, finish_rounds=last)
 
 
 def _ablations(usual: Case) -> Iterator[Case]:

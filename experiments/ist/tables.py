@@ -21,7 +21,7 @@ from experiments.harness.tables import (
     seeds,
 )  # fmt: skip
 from experiments.harness.words import bytes_in_words
-from experiments.ist.cases import ABLATED, LOCAL_STEPS, RATES_SEED, TASKS, rate_of
+from experiments.ist.cases import ABLATED, HOLDERS, LOCAL_STEPS, RATES_SEED, TASKS, rate_of
 from experiments.ist.memory import closed_form
 from experiments.ist.shapes import BATCH, GBITS, speed_up
 from experiments.links import tables as links
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 TITLES = {"single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "ist": "IST"}
 USUAL = {
     "local_steps": LOCAL_STEPS, "momentum": "reset", "sgd_momentum": 0.0, "norm": "batch", "output_norm": False,
-    "schedule": "constant", "finish": False,
+    "schedule": "constant", "finish": False, "shares": "", "finish_rounds": 0,
 }  # fmt: skip
 
 
@@ -88,6 +88,32 @@ def finish(content: Content) -> Grid:
         lines.append([task, workers, *cells, len(without), _sent(without), _sent(with_it)])
     header = ["task", "S", "IST, %", "IST, the last tenth as local SGD, %", "local SGD, %", "n"]
     return Grid("A finish", [*header, "sent by a worker: IST", "with the finish"], lines)
+
+
+def holders(content: Content) -> Grid:
+    lines = []
+    for (task, workers), _ in grouped(chosen(content["rows"], method="ist", shares="0.5"), "task", "workers"):
+        of = partial(usual, content["rows"], task=task, workers=workers)
+        base = of(method="local_sgd")
+        lines.append([task, workers, "local SGD", mean_of(base, "last"), "-", len(base), _sent(base), "1.00"])
+        for shares, last in (("", 0), *HOLDERS):
+            own = of(method="ist", shares=shares, finish_rounds=last)
+            if not own:
+                continue
+            lost = mean(row["last"] for row in base) - mean(row["last"] for row in own)
+            part = mean(row["sent_bytes"] for row in own) / mean(row["sent_bytes"] for row in base)
+            cells = [mean_of(own, "last"), f"{lost:.2f}", len(own), _sent(own), f"{part:.2f}"]
+            lines.append([task, workers, _setting(shares, last), *cells])
+    header = ["task", "S", "IST with", "test, %", "points lost", "n", "sent by a worker", "part of local SGD's"]
+    return Grid("Several holders for each neuron", header, lines)
+
+
+def _setting(shares: str, finish_rounds: int) -> str:
+    """The options that stand for it."""
+    if not shares:
+        return "one holder (the paper's)"
+    text = f"`growth=[{shares}]`" if "," in shares else f"`min_share={shares}`"
+    return f"{text}, `finish_rounds={finish_rounds}`" if finish_rounds else text
 
 
 def _sent(rows: Rows) -> str:
@@ -254,7 +280,7 @@ def paper_speed_up() -> str:
 
 
 STUDIES = {
-    "accuracy": (conditions, accuracy, finish, local_steps, schedule, norm, momentum, batch_norm, rates),
+    "accuracy": (conditions, accuracy, holders, finish, local_steps, schedule, norm, momentum, batch_norm, rates),
     "memory": (memory,),
     "shapes": (step_conditions, shapes, speed),
 }

@@ -33,6 +33,7 @@ from experiments.trainers import train as train_by
 from resist_lightning import Config, NeuronConfig, NeuronSimulator, Simulator
 from resist_lightning.comm.byte_formulas import ddp_bytes, local_sgd_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -109,7 +110,7 @@ def train(
 
     stream = prepared(case.task, size).stream(TASKS[case.task].batch, case.seed)
     rates = [rate(case.lr, step, steps) if case.schedule == "multistep" else case.lr for step in range(steps)]
-    return train_by(make_trainer(case, make_start(case, size)), stream, case.workers, rates, after_step)
+    return train_by(make_trainer(case, make_start(case, size), steps), stream, case.workers, rates, after_step)
 
 
 def make_start(case: Case, size: str) -> nn.Module:
@@ -124,17 +125,26 @@ def make_optimizer(module: nn.Module, case: Case) -> torch.optim.SGD:
     return torch.optim.SGD(module.parameters(), case.lr, momentum=case.sgd_momentum)
 
 
-def make_trainer(case: Case, network: nn.Module) -> Trainer:
-    """What trains ``case``."""
+def make_trainer(case: Case, network: nn.Module, steps: int) -> Trainer:
+    """What trains ``case`` for so many local steps."""
     if case.method in ("single", "ddp"):
         return DataParallel(network, make_optimizer(network, case), case.workers)
     if case.method == "local_sgd":
         return finisher(case, network)
-    return Simulated(NeuronSimulator(network, lambda copied: make_optimizer(copied, case), _config(case), case.workers))
+    config = _config(case)
+    return Simulated(NeuronSimulator(network, lambda copied: make_optimizer(copied, case), config, case.workers, steps))
 
 
 def _config(case: Case) -> NeuronConfig:
-    return NeuronConfig(local_steps=case.local_steps, seed=case.seed, momentum=case.momentum)  # type: ignore[arg-type]
+    shares = tuple(float(share) for share in case.shares.split(",") if share)
+    return NeuronConfig(
+        local_steps=case.local_steps,
+        seed=case.seed,
+        momentum=case.momentum,  # type: ignore[arg-type]
+        min_share=shares[0] if len(shares) == 1 else 0.0,
+        growth=shares if len(shares) > 1 else None,
+        finish_rounds=case.finish_rounds,
+    )
 
 
 def finisher(case: Case, network: nn.Module) -> Simulated:
@@ -154,6 +164,7 @@ def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
     if case.method == "local_sgd":
         return local_sgd_bytes(whole, case.workers, (steps - 1) // case.local_steps)
     layout = NeuronLayout(network, _config(case), case.workers)
+    layout.plan_end(Clock(case.local_steps), steps)
     states = OptimizerStates([make_optimizer(network, case)])
     rounds = (finish_at - 1) // case.local_steps  # the last round is followed by no sync: the training is over
     sent = sum(mean(neuron_bytes(layout, states, number)) for number in range(rounds))

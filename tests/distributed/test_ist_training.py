@@ -117,7 +117,7 @@ def layout_of(run: Run, workers: int) -> NeuronLayout:
 
 
 def has_several_holders(run: Run) -> bool:
-    return run.config.min_share is not None or run.config.growth is not None
+    return run.config.min_share > 0 or run.config.growth is not None
 
 
 # ------------------------------------------------------------------ what is trained

@@ -17,9 +17,6 @@ from resist_lightning.schedule.stages import plan_stages
 
 LayerChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
-DEFAULT_MIN_SHARE = 0.0
-"""One holder for each neuron, as in the paper."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronConfig(GrowingConfig):
@@ -44,21 +41,19 @@ class NeuronConfig(GrowingConfig):
     """
 
     layers: LayerChoice = None
-    min_share: float | None = None
+    min_share: float = 0.0
 
     @override
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
         share: object = self.min_share
-        if share is None:
-            return
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(
                 f"min_share={share!r} must be a number from 0 (one holder for each neuron) to 1 (every worker holds "
                 "all neurons, as in local SGD)."
             )
-        self.refuse_beside_growth(min_share=share)
+        self.refuse_beside_growth(min_share=share or None)
 
     @property
     def rounds_in_words(self) -> str:
@@ -71,7 +66,7 @@ class NeuronConfig(GrowingConfig):
 def make_schedule(config: NeuronConfig, widths: tuple[int, ...], workers: int) -> NeuronSchedule:
     """The partitions of all rounds, by the settings; of a run whose end is not planned yet, those of its beginning."""
     share = config.min_share if config.growth is None else config.growth[0]
-    return NeuronSchedule(widths, workers, config.seed, DEFAULT_MIN_SHARE if share is None else share)
+    return NeuronSchedule(widths, workers, config.seed, share)
 
 
 def plan_end(schedule: NeuronSchedule, config: NeuronConfig, clock: Clock, total_steps: int | None) -> NeuronSchedule:
