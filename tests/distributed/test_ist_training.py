@@ -161,7 +161,8 @@ def test_entries_that_were_in_no_slice_are_what_they_were_bit_for_bit(
         elif name != "biases, running statistics, keep":  # before batch norm they have no gradient
             assert (final[~never] != first[key][~never]).float().mean() > 0.95
         untouched += int(never.sum())
-    assert (untouched > 0) == (bool(layout.inner()) and run.config.finish_rounds == 0)
+    # With several holders, every entry may have met one in so many rounds.
+    assert has_several_holders(run) or (untouched > 0) == bool(layout.inner())
 
 
 def test_parameters_are_the_same_objects_all_the_time(trained: list[dict[str, History]]) -> None:

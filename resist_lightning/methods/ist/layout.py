@@ -28,6 +28,9 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
 """The most neurons and rounds whose holders a summary lists."""
 
+FEW = 0.25
+"""Below this share of the neurons, a subnet of our tasks learns far less than local SGD (decision 47)."""
+
 
 class NeuronLayout(Layout):
     """The hidden neurons of a model, and which worker trains which of them in each round.
@@ -216,9 +219,11 @@ class NeuronLayout(Layout):
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
     def _holders_in_words(self) -> str:
-        held = sum(map(len, self.partition(0)[0].held))
-        several = held / self.neurons.layers[0].width
-        return "" if several == 1 else f"each has {several:.3g} holders; "
+        share = sum(map(len, self.partition(0)[0].held)) / self.neurons.layers[0].width / self.workers
+        several = f"each has {share * self.workers:.3g} holders; " if share > 1 / self.workers else ""
+        if share >= FEW:
+            return several
+        return f"{several}each worker has {share:.2g} of them: below a quarter, accuracy falls (min_share); "
 
     def _partitions_of(self, place: Mapping[str, Any]) -> tuple[Partition, ...]:
         """The partitions by which a snapshot's slices were cut."""

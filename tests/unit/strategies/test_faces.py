@@ -28,7 +28,7 @@ BAD = {
     "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
     "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
-    "growth": [([], "must be a list of shares of the blocks"), ([2.5], "shares must lie in (0, 1]")],
+    "growth": [([], "must be a list of shares"), ([2.5], "shares must lie in (0, 1]")],
     "finish_rounds": [(-1, "at least 0 (0 means no finish)")],
     "test_scale": [(0, "must lie in (0, 1]; None takes the share"), (1.5, "must lie in (0, 1]")],
     "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],

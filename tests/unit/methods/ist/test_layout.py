@@ -13,8 +13,10 @@ from torch import nn
 from resist_lightning import Engine, ISTStrategy, LayerSelectionError, NeuronConfig
 from resist_lightning.errors import CheckpointError
 from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.partition import kept_rows
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
-from tests.helpers.ist import NETS, Run, make_net, make_optimizer
+from tests.helpers.ist import NETS, Run, make_net, make_optimizer, slice_of
 from tests.helpers.nets import on_meta
 from tests.helpers.neuron_plans import keeper
 
@@ -160,6 +162,17 @@ def test_it_says_in_words_what_was_chosen():
     assert layout.describe_tensor("8.bias") == "shared tensor 8.bias"
 
 
+def test_it_says_in_words_how_many_hold_a_neuron_and_what_changes():
+    layout = layout_of(make_net(Run(NeuronConfig(), 0)), 4, local_steps=7, growth=(0.5, 1), finish_rounds=2)
+    assert layout.describe().startswith(
+        "the neurons of 3 hidden layer(s) are dealt out to 4 worker(s); each has 2.18 holders; rounds of 7 local "
+        "steps, shares of [0.5, 1] of the neurons in turn, all neurons everywhere in the last 2.\n0 (11"
+    )
+    thin = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert "each worker has 0.2 of them: below a quarter, accuracy falls" in layout_of(thin, 5).describe()
+    assert "accuracy falls" not in layout_of(thin, 5, min_share=0.25).describe()
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -173,6 +186,43 @@ def test_fewer_neurons_than_workers_are_refused_with_the_layer_and_ways_out():
     assert "Use at most 5 workers" in said
     assert "`layers`" in said
     assert layout_of(module, 6, layers="0").parts() == ["0"]
+    assert all(layout_of(module, 6, min_share=0.4).partition(0)[1].held), "two neurons each"
+
+
+def test_growth_and_finish_need_the_end_of_the_run_and_the_share_once():
+    net = make_net(Run(NeuronConfig(), 0))
+    with pytest.raises(ValueError, match=r"finish_rounds=1 needs the number of local steps"):
+        Engine(net, [torch.optim.SGD(net.parameters(), 0.1)], NeuronConfig(finish_rounds=1))
+    with pytest.raises(ValueError, match=r"growth=\[0.5, 1\] says what min_share=0.3 would say too"):
+        NeuronConfig(growth=[0.5, 1], min_share=0.3)
+
+
+def test_a_run_that_grows_and_ends_whole_holds_more_and_more():
+    layout = layout_of(make_net(Run(NeuronConfig(), 0)), 4, growth=(0.1, 0.5), finish_rounds=1, local_steps=2)
+    layout.plan_end(Clock(2), 10)
+    first = [[len(held) for held in layout.partition(round)[0].held] for round in range(6)]
+    assert first == [[3, 3, 3, 2]] * 2 + [[6] * 4] * 2 + [[11] * 4] * 2
+    shapes = [layout.held_shape("3.weight", 0, round) for round in (0, 2, 4)]
+    assert shapes == [(4, 3), (7, 6), (13, 11)]
+
+
+def test_a_snapshot_of_a_run_with_other_shares_is_put_together_by_those_shares():
+    """Its file says them; this run may deal out other shares to other workers."""
+    net = make_net(Run(NeuronConfig(), 0))
+    written = layout_of(net, 3, min_share=0.6)
+    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    states = []
+    for worker in range(3):
+        tensors = {name: slice_of(written, t.detach(), name, written.partition(4), worker) for name, t in named.items()}
+        store = {}
+        for name in written.inner():
+            rows = kept_rows(len(named[name]), 3, worker)
+            store[name] = named[name].detach()[rows.start : rows.stop]
+        place = {"identity": written.identity(), "round": 4, "table": written.state_dict()}
+        states.append({"place": place, "own": {"tensors": tensors, "store": store}})
+    found = layout_of(net, 2).full_tensors(states)
+    assert found.keys() == named.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in named.items())
 
 
 def test_batch_norm_that_communicates_is_refused():
@@ -187,6 +237,9 @@ BAD = {
     "momentum": ("nesterov", "choose one of 'reset', 'keep', 'travel'"),
     "batch_norm": ("sync", "choose one of 'recalibrate', 'running', 'batch'"),
     "check": ("always", "choose one of 'sampled', 'full', 'off'"),
+    "min_share": (1.5, "every worker holds all neurons"),
+    "finish_rounds": (-1, "0 means no finish"),
+    "growth": ([1, 0.5], "not fall"),
     "non_finite": ("ignore", "choose one of 'raise', 'drop'"),
 }
 

@@ -5,8 +5,10 @@ With real processes: tests/distributed/test_ist_training.py.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,3 +215,39 @@ def test_modules_know_their_widths_in_the_subnet_and_in_the_full_model():
         for seen, after, hooks in run_threads(watch_sizes, 3, run)[0]:
             assert seen == after == expected
             assert hooks == 0, "a scale is left on the module"
+
+
+def drop_one(collective, run):
+    """Worker 1 comes to the sync with NaN: what each had when the round began and ended, and the full model after."""
+    engine, optimizer = start_engine(run, collective)
+    began = full_state(engine)
+    train_step(engine.module, optimizer, batch_of(run, collective.worker, 0))
+    if collective.worker == 1:
+        with torch.no_grad():
+            engine.module[0].weight.fill_(torch.nan)
+    had = clone_state(engine.module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Left out"
+        engine.after_step()
+    full = full_state(engine)
+    engine.abandon()
+    return engine.layout, began, had, full
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_worker_that_is_left_out_does_not_count_where_another_holds_the_neuron(share):
+    run = Run(NeuronConfig(local_steps=1, batch_norm="running", non_finite="drop", min_share=share), 2)
+    told, _ = run_threads(drop_one, 3, run)
+    layout, began, _, full = told[0]
+    held, alone = layout.partition(0), 0
+    for name in ("0.weight", "3.weight", "8.weight"):
+        total, count = torch.zeros_like(full[name]), torch.zeros_like(full[name])
+        numbers = torch.arange(total.numel()).reshape(total.shape)
+        for worker in (0, 2):
+            mine = slice_of(layout, numbers, name, held, worker).flatten()
+            total.view(-1)[mine] += told[worker][2][name].flatten()
+            count.view(-1)[mine] += 1
+        expected = torch.where(count > 0, total / count.clamp(min=1), began[name])
+        torch.testing.assert_close(full[name], expected)
+        alone += int((count == 0).sum())
+    assert (alone > 0) == (share < 1), "of what nobody else holds, the beginning of the round stays"
