@@ -176,10 +176,10 @@ MUTANTS = (
     ),
     Mutant(
         "the owner of a neuron does not send it on",
-        "methods/ist/overlap.py",
+        "methods/ist/holders.py",
         "found = _grouped(cut, [*owners.hand_over, *stays])",
         "found = _grouped(cut, stays)",
-        ("tests/unit/methods/ist/test_overlap.py",),
+        ("tests/unit/methods/ist/test_holders.py",),
     ),
     Mutant(
         "a worker that is left out counts",
@@ -299,7 +299,7 @@ MUTANTS = (
         "methods/resist/transit.py",
         "if key in stayed and key in self._own:",
         "if False:",
-        ("tests/unit/methods/resist/test_overlapped_sync.py",),
+        ("tests/unit/methods/resist/test_holdersped_sync.py",),
     ),
     Mutant(
         "velocities of blocks stay behind",

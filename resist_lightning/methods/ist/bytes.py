@@ -21,12 +21,12 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
     holders, and of its store all that others will have.
     """
     if cut.rows is not None and cut.columns is not None:
-        if plan.overlapping:
+        if plan.several_holders:
             return _kept_by_others(cut.rows, cut.columns, plan.after, from_keepers=True)
         return _inner_entries(cut.rows, cut.columns, plan)
     layer = cut.rows if cut.rows is not None else cut.columns
     assert layer is not None
-    if plan.overlapping:
+    if plan.several_holders:
         return _sent_by(plan.owners[layer].hand_over, plan)
     before, after = plan.before[layer], plan.after[layer]
     sent = []
@@ -38,7 +38,7 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
 
 def merged_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
     """As :func:`sent_entries`, what a worker sends before that, for the means of what several workers hold."""
-    if not plan.overlapping:
+    if not plan.several_holders:
         return [0] * plan.before[0].workers
     if cut.rows is not None and cut.columns is not None:
         return _kept_by_others(cut.rows, cut.columns, plan.before, from_keepers=False)

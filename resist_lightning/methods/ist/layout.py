@@ -15,11 +15,11 @@ from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.errors import CheckpointError, LayerSelectionError
 from resist_lightning.methods.ist.bytes import merged_entries, sent_entries
 from resist_lightning.methods.ist.config import NeuronConfig, make_schedule, plan_end
+from resist_lightning.methods.ist.holders import whole_pieces
 from resist_lightning.methods.ist.network.discovery import describe, find_neurons
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.overlap import whole_pieces
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, overlapping
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, have_several_holders
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
@@ -172,7 +172,7 @@ class NeuronLayout(Layout):
 
     def full_pieces(self, cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
         """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere."""
-        if overlapping(plan.before):
+        if have_several_holders(plan.before):
             return whole_pieces(cut, plan, worker)
         return full_pieces(cut, plan.before, worker)
 

@@ -7,7 +7,7 @@ worker that keeps its row (:func:`~resist_lightning.methods.ist.partition.kept_r
     columns that a held   slice a ──► slice w     slice a ──► store         of the rows that go
     the others            store   ──► slice w     stays in the store        from worker a to worker w
 
-Where neurons have several holders, :mod:`~resist_lightning.methods.ist.overlap` plans instead.
+Where neurons have several holders, :mod:`~resist_lightning.methods.ist.holders` plans instead.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class NeuronPlan:
     left_out: tuple[int, ...] = ()
 
     @cached_property
-    def overlapping(self) -> bool:
+    def several_holders(self) -> bool:
         """Whether some neuron has several holders before or after the sync."""
-        return overlapping(self.before) or overlapping(self.after)
+        return have_several_holders(self.before) or have_several_holders(self.after)
 
     @cached_property
     def owners(self) -> tuple[SyncPlan, ...]:
@@ -77,7 +77,7 @@ class NeuronPlan:
         )
 
 
-def overlapping(held: Sequence[Partition]) -> bool:
+def have_several_holders(held: Sequence[Partition]) -> bool:
     """Whether some neuron has several holders."""
     return any(sum(map(len, layer.held)) > layer.blocks for layer in held)
 

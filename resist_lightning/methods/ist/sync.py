@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.methods.ist.holders import handed_over_pieces, merged_pieces, staying_pieces
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.merging import write_means
 from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.overlap import handed_over_pieces, merged_pieces, staying_pieces
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, overlapping, pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, have_several_holders, pieces
 from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.partition import Partition
@@ -96,7 +96,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
         state = self._moving_state()
         parts = {**self._parts(), **state}
-        if plan.overlapping:
+        if plan.several_holders:
             self._merge(self._parts() if self._keeps else parts, plan, "merge")
         arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before)
         self._forget_others(state)
@@ -119,7 +119,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if unequal:
             replicas = list(self._averaged(plan).values())
             self.exchange.average(replicas, kind, plan.left_out)
-        if unequal and overlapping(plan.before):
+        if unequal and have_several_holders(plan.before):
             self._merge(self._parts(), plan, kind)
         # Taken from the slices, before they become whole tensors.
         arrived = self._messages.spread(
@@ -201,7 +201,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
         """The pieces that leave or reach this worker, by key, in the same order on all workers."""
-        all_moves = handed_over_pieces if plan.overlapping else pieces
+        all_moves = handed_over_pieces if plan.several_holders else pieces
         moved = _Planned(lambda cut: all_moves(cut, plan, self._worker))
         stayed = _Planned(lambda cut: staying_pieces(cut, plan, self._worker))
         moving = []

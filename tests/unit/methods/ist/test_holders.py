@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resist_lightning.methods.ist.bytes import merged_entries, sent_entries
+from resist_lightning.methods.ist.holders import handed_over_pieces, merged_pieces, staying_pieces, whole_pieces
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.overlap import handed_over_pieces, merged_pieces, staying_pieces, whole_pieces
 from resist_lightning.methods.ist.partition import draw_neurons
 from resist_lightning.methods.ist.plan import NeuronPlan
 from tests.helpers.neuron_plans import CUTS, INNER, entries, keeper, members
@@ -19,7 +19,7 @@ KINDS = st.sampled_from(list(CUTS.values()))
 
 
 @st.composite
-def overlapping_plans(draw):
+def plans(draw):
     """Plans of two layers in which some neuron has several holders: as they are drawn, or any."""
     workers = draw(st.integers(2, 5))
     widths = draw(st.tuples(st.integers(workers, 9), st.integers(workers, 9)))
@@ -66,7 +66,7 @@ def counting(cut, plan, entry):
     return old - set(plan.left_out) or old
 
 
-@given(overlapping_plans(), KINDS)
+@given(plans(), KINDS)
 def test_after_the_means_and_the_hand_over_every_holder_has_the_mean_of_all_holders(plan, cut):
     gathered = defaultdict(set)  # by place and entry, whose values arrived
     for piece in everywhere(merged_pieces, cut, plan):
@@ -90,9 +90,9 @@ def test_after_the_means_and_the_hand_over_every_holder_has_the_mean_of_all_hold
             assert arrived[worker, entry] == (worker in holders(cut, plan.after, entry))
 
 
-@given(overlapping_plans(), KINDS)
+@given(plans(), KINDS)
 def test_the_closed_form_counts_what_goes_to_another_worker(plan, cut):
-    if not plan.overlapping:
+    if not plan.several_holders:
         return
     whole = 1 if cut in INNER else 2  # `entries` gives a side without neurons two rows or columns
     for planned, formula in ((merged_pieces, merged_entries), (handed_over_pieces, sent_entries)):
@@ -102,7 +102,7 @@ def test_the_closed_form_counts_what_goes_to_another_worker(plan, cut):
         assert [whole * count for count in formula(cut, plan)] == sent
 
 
-@given(overlapping_plans(), KINDS)
+@given(plans(), KINDS)
 def test_every_entry_of_the_full_model_comes_from_one_worker(plan, cut):
     found = [piece for worker in range(plan.before[0].workers) for piece in whole_pieces(cut, plan, worker)]
     assert Counter(e for piece in found for e in members(piece, cut)) == Counter(entries(cut, plan.before))
@@ -111,7 +111,7 @@ def test_every_entry_of_the_full_model_comes_from_one_worker(plan, cut):
         assert (piece.leaves == "store") == (cut in INNER)
 
 
-@given(overlapping_plans(), KINDS)
+@given(plans(), KINDS)
 def test_what_stays_is_what_a_worker_holds_before_and_after(plan, cut):
     for worker in range(plan.before[0].workers):
         found = Counter(e for piece in staying_pieces(cut, plan, worker) for e in members(piece, cut))
