@@ -79,7 +79,9 @@ def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round:
     return deal(blocks, blocks_per_worker(blocks, workers, min_blocks), seed, round)
 
 
-def deal(blocks: int, counts: Sequence[int], seed: int, round: int, what: str = "block") -> Partition:
+def deal(
+    blocks: int, counts: Sequence[int], seed: int, round: int, what: str = "block", *, turns: str = "worker"
+) -> Partition:
     """Draw the partition of a round by the circular deal.
 
     The blocks are laid on a circle in a random order; worker after worker, in a random order, takes the next ones::
@@ -94,21 +96,22 @@ def deal(blocks: int, counts: Sequence[int], seed: int, round: int, what: str = 
         seed: seed of the whole run; 0 is a seed.
         round: number of the round, counted from 0.
         what: is dealt; of different things in a round, each lies in an order of its own.
+        turns: names the order in which workers take; of different things in a round it may be the same.
 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
     """
-    return _dealt(blocks, tuple(counts), seed, round, what)
+    return _dealt(blocks, tuple(counts), seed, round, what, turns)
 
 
 @lru_cache(maxsize=64)  # a sync asks several times for the partitions of two rounds; IST has one for each layer
-def _dealt(blocks: int, counts: tuple[int, ...], seed: int, round: int, what: str) -> Partition:
+def _dealt(blocks: int, counts: tuple[int, ...], seed: int, round: int, what: str, turns: str) -> Partition:
     workers = len(counts)
     circle = _shuffled(blocks, f"{seed}/{round}/{what}")
     held: list[tuple[int, ...]] = [()] * workers
     start = 0
     # In a random order too: otherwise the same workers would always share their blocks.
-    for worker in _shuffled(workers, f"{seed}/{round}/worker"):
+    for worker in _shuffled(workers, f"{seed}/{round}/{turns}"):
         end = start + counts[worker]
         dealt = [circle[place % blocks] for place in range(start, end)]
         held[worker] = tuple(sorted(dealt))

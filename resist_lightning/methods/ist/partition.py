@@ -83,7 +83,10 @@ def draw_neurons(
     for layer, width in enumerate(widths):
         counts = neurons_per_worker(width, workers, min_share)
         # The number, not the name: the order of a layer must survive a renaming.
-        partitions.append(deal(width, counts, seed, round, f"neuron of layer {layer}"))
+        what = f"neuron of layer {layer}"
+        # Or the same workers would share neurons in all layers: fewer entries would train, by more workers each.
+        turns = f"worker of layer {layer}" if sum(counts) > width else "worker"
+        partitions.append(deal(width, counts, seed, round, what, turns=turns))
     return tuple(partitions)
 
 

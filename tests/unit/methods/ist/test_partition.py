@@ -103,3 +103,26 @@ def test_every_row_has_one_keeper_and_keepers_have_equal_shares(width, workers):
     kept = [kept_rows(width, workers, worker) for worker in range(workers)]
     assert [row for rows in kept for row in rows] == list(range(width))
     assert max(map(len, kept)) - min(map(len, kept)) <= 1
+
+
+@given(drawn(), st.floats(0, 1))
+def test_with_a_least_share_neurons_have_as_many_holders_as_one_another_or_one_more(setting, share):
+    widths, workers, seed, round = setting
+    for width, partition in zip(widths, draw_neurons(widths, workers, seed, round, share), strict=True):
+        sizes = {len(held) for held in partition.held}
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= share * width - 1e-6
+        holders = [len(partition.holders(neuron)) for neuron in range(width)]
+        assert min(holders) >= 1
+        assert max(holders) - min(holders) <= 1
+    assert draw_neurons(widths, workers, seed, round, 1.0)[0].held == (tuple(range(widths[0])),) * workers
+
+
+def test_workers_that_share_neurons_in_a_layer_are_not_those_that_share_them_in_the_next():
+    """Or in a round 7 of 8 entries of an inner matrix would train, where 69 of 70 can."""
+    trained, rounds = 0, 40
+    for round in range(rounds):
+        rows, columns = draw_neurons([16, 16], 8, 3, round, 0.5)
+        pairs = {(row, column) for w in range(8) for row in rows.held[w] for column in columns.held[w]}
+        trained += len(pairs)
+    assert trained / rounds / 256 > 0.92
