@@ -299,7 +299,7 @@ MUTANTS = (
         "methods/resist/transit.py",
         "if key in stayed and key in self._own:",
         "if False:",
-        ("tests/unit/methods/resist/test_holdersped_sync.py",),
+        ("tests/unit/methods/resist/test_overlapped_sync.py",),
     ),
     Mutant(
         "velocities of blocks stay behind",
