@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from resist_lightning.strategies.auxnet import AuxNetStrategy
@@ -27,21 +28,27 @@ def register_strategies() -> None:
                 override=True,
                 start_method=start_method,
             )
-    _refuse_pytorch_lightning()
-
-
-def _refuse_pytorch_lightning() -> None:
-    """Register names that raise in `pytorch_lightning`, whose classes differ from those of `lightning`."""
+    _refuse(
+        STRATEGY_REGISTRY,
+        "this strategy is one for Trainer. In Fabric's own loop the engine does its work: let Fabric start the workers "
+        "(Fabric(devices=2), without a strategy of ours), do not pass the network to fabric.setup(), and call "
+        "engine.after_step() after optimizer.step(); docs/tools.md#fabric has such a program.",
+    )
     other: Any = sys.modules.get("pytorch_lightning.strategies")  # not imported where the user has not
-    if other is None:
-        return
+    if other is not None:
+        _refuse(
+            other.StrategyRegistry,
+            "resist-lightning works with `import lightning as L`, whose classes differ from those of "
+            "`pytorch_lightning`. Use lightning.Trainer, and lightning.LightningModule for your module.",
+        )
+
+
+def _refuse(registry: Any, why: str) -> None:
+    """Register the names where they cannot work, so that they raise a ValueError with the way out."""
 
     def refuse(**_: Any) -> None:
-        raise ValueError(
-            "resist-lightning works with `import lightning as L`, whose classes differ from those of "
-            "`pytorch_lightning`. Use lightning.Trainer, and lightning.LightningModule for your module."
-        )
+        raise ValueError(why)
 
     for strategy in _STRATEGIES:
         for suffix in _LAUNCHERS:
-            other.StrategyRegistry.register(strategy.strategy_name + suffix, refuse, override=True)
+            registry.register(strategy.strategy_name + suffix, refuse, override=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from experiments.harness import tables
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.strategies.saving.restarts import check_shrinking
 from tests.helpers.programs import ROOT, run_program
+from tests.helpers.trainers import run_trainers
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")])
 
@@ -104,6 +109,22 @@ def test_the_first_training_is_the_file_and_prints_what_the_page_says(tmp_path: 
 
     assert shown == program.read_text()
     assert printed in run_program([str(program)], tmp_path, PL_TRAINER_MAX_STEPS="2")
+
+
+def test_the_loop_with_fabric_is_the_file_and_learns() -> None:
+    program = ROOT / "docs/examples/fabric_loop.py"
+    assert program.read_text() in snippets("docs/tools.md")
+    printed, nothing = run_trainers(fabric_loop, 2, str(program))
+    assert not nothing
+    assert float(printed.removeprefix("accuracy")) > 0.5  # one in ten by chance
+
+
+def fabric_loop(_: int, program: str) -> str:
+    """What a worker prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        L.Fabric(accelerator="cpu", devices=2).launch(runpy.run_path(program)["train"])
+    return printed.getvalue().strip()
 
 
 def test_the_reference_has_everything_public_with_an_example_that_runs() -> None:

@@ -116,13 +116,14 @@ class ProcessLauncher(_MultiProcessingLauncher):
         if self._start_method == "forkserver":
             start_fork_server()
         strategy: Any = self._strategy
-        workers: Any = start_processes(
-            self._wrapping_function,
-            args=given,
-            nprocs=strategy.num_processes,
-            start_method=self._start_method,
-            join=False,
-        )
+        with _start_method_of_python(self._start_method):
+            workers: Any = start_processes(
+                self._wrapping_function,
+                args=given,
+                nprocs=strategy.num_processes,
+                start_method=self._start_method,
+                join=False,
+            )
         self.procs = workers.processes
         members = strategy.options.members(strategy.num_processes)
         try:
@@ -204,6 +205,23 @@ class ProcessLauncher(_MultiProcessingLauncher):
         strategy.saver.last_written = extra["last_written"]
         for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
             vars(callback).update(facts)
+
+
+@contextmanager
+def _start_method_of_python(start_method: str) -> Iterator[None]:
+    """Tell the workers a start method that they know: they begin by making this process's default theirs.
+
+    That of a process of joblib is its own, ``"loky"``, which is unknown where joblib is not imported.
+    """
+    usual: str | None = multiprocessing.get_start_method(allow_none=True)
+    known = usual in (None, "fork", "forkserver", "spawn")
+    if not known:
+        multiprocessing.set_start_method(start_method, force=True)
+    try:
+        yield
+    finally:
+        if not known:
+            multiprocessing.set_start_method(usual, force=True)
 
 
 class Results:

@@ -53,3 +53,10 @@ def test_a_name_has_the_defaults_of_its_class(trainer_with: Callable[..., L.Trai
     assert trainer_with("resist").strategy.config == ResISTStrategy().config
     assert trainer_with("ist").strategy.config == ISTStrategy().config
     assert trainer_with("local_sgd").strategy.config == LocalSGDStrategy().config
+
+
+@pytest.mark.parametrize("name", ["resist", "ist_spawn", "auxnet", "local_sgd_notebook"])
+def test_fabric_is_told_of_the_engine(name: str) -> None:
+    """Up to version 0.1 Fabric said that the name is invalid."""
+    with pytest.raises(ValueError, match=r"one for Trainer.*engine\.after_step\(\).*docs/tools\.md#fabric"):
+        L.Fabric(strategy=name, accelerator="cpu", devices=2)
