@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from resist_lightning.comm.hosts import Place, first_of_hosts, judge, listen, this_place, try_to_reach
@@ -107,6 +108,7 @@ def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
     store.set(f"place/{rank}", place.to_json())
     if rank == 0:
         names = [f"place/{each}" for each in range(processes)]
+        _note_who_is_late(store, names)
         places = [Place.from_json(text.decode()) for text in store.multi_get(names)]
         problem = judge(places)
         store.set("verdict", problem)
@@ -127,6 +129,21 @@ def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
         results = [text.decode() for text in store.multi_get([f"tried/{each}" for each in tries])]
         store.set("reached", next((text for text in results if text), ""))
     _raise(store, store.get("reached").decode(), processes, rank)
+
+
+def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
+    """Wait a little for these keys, and then say whose are not there: no error of theirs may reach this host."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while not store.check(names):
+        if time.monotonic() > deadline:
+            late = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+            shown = ", ".join(late[:8]) + (", ..." if len(late) > 8 else "")
+            sys.stderr.write(
+                f"rank 0 waits for {len(late)} of {len(names)} processes, which have not come yet: rank {shown}. Their "
+                "errors, if any, are printed on their hosts.\n"
+            )
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _raise(store: Any, problem: str, processes: int, rank: int) -> None:

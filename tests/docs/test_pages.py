@@ -127,6 +127,12 @@ def fabric_loop(_: int, program: str) -> str:
     return printed.getvalue().strip()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("train.py", "python"), ("train.sbatch", "bash")])
+def test_files_to_copy_for_clusters_are_those_that_tests_run(name: str, kind: str) -> None:
+    shown = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
+    assert (ROOT / "docs/examples" / name).read_text() in shown
+
+
 def test_the_reference_has_everything_public_with_an_example_that_runs() -> None:
     page = (ROOT / "docs/api.md").read_text()
     entries = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Trainings under SLURM, by the files of docs/clusters, on a cluster of one node."""
+"""Trainings under SLURM, by the files of docs/examples, on a cluster of one node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.engines.slurm.one_node import INSTALL, PROGRAMS, Cluster, one_node
 pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ROOT / "docs" / "clusters"
+FILES = ROOT / "docs" / "examples"
 TWO = ("--nodes=1", "--ntasks-per-node=2")
 
 EPOCHS = 4  # as train.py has by itself

@@ -99,6 +99,14 @@ def test_a_store_that_is_served_already_must_answer_and_another_one_may_be_late(
     await_store("127.0.0.1", port, node=0, served=True, by_torchrun=True)  # the store's own host does not ask
 
 
+def test_processes_that_do_not_come_are_named(impatient: None, capfd: pytest.CaptureFixture[str]) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=0.1))
+    store.set("place/1", "it has come")
+    with pytest.raises(RuntimeError):
+        compare_places(store, 0, 12, Place("a"))
+    assert "rank 0 waits for 10 of 12 processes" in capfd.readouterr().err
+
+
 def test_addresses_of_ipv6_are_told_apart_from_their_port() -> None:
     assert with_port("fd77::1", 29500) == "[fd77::1]:29500"
     assert with_port("10.0.0.1", 29500) == "10.0.0.1:29500"
