@@ -195,6 +195,24 @@ def receives_first(content: Content) -> Grid:
     })  # fmt: skip
 
 
+def overlap(content: Content) -> Grid:
+    """Seconds of a local step, the share of a sync included, by what the training does meanwhile."""
+    settings, seconds = content["settings"], content["seconds"]
+    rounds = settings["repeats"] + 1  # one before the link was shaped
+    ways = {
+        "none": "no communication", "waits": "waits for each sync", "overlaps": f"overlap={settings['overlap']}",
+    }  # fmt: skip
+    return Grid.of("A sync beside the training", ways.items(), {
+        "rounds": lambda way: way[1],
+        "s per local step": lambda way: f"{mean(seconds[way[0]]) / settings['local_steps']:.3f}",
+        "against no communication": lambda way: f"{mean(seconds[way[0]]) / mean(seconds['none']):.2f}",
+        "of single rounds": lambda way: " ".join(
+            f"{mine / none:.2f}" for mine, none in zip(seconds[way[0]], seconds["none"], strict=True)
+        ),
+        "sent per sync": lambda way: _megabytes(max(content["sent_bytes"][way[0]]) / rounds),
+    })  # fmt: skip
+
+
 def _seconds(value: float | None) -> str:
     if value is None:
         return "-"
@@ -215,5 +233,6 @@ STUDIES = {
     "links": (links_claim, links_summary, links_speed, links_bytes),
     "nodes": (nodes_claim, nodes),
     "receives_first": (receives_first,),
+    "overlap": (overlap,),
 }
 TABLES = page_tables(RESULTS, STUDIES)

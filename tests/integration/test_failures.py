@@ -121,48 +121,58 @@ class Signalled(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def fit_until_signalled(worker: int, folder: str, callback: str, batches: int, number: int, *args: Any) -> None:
+def fit_until_signalled(
+    worker: int, folder: str, callback: str, batches: int, overlap: int, number: int, *args: Any
+) -> None:
     callbacks: list[L.Callback] = [OnExceptionCheckpoint(folder)]
     if callback == "save_on_exception":
         callbacks = [ModelCheckpoint(folder, filename="on_exception", save_on_exception=True)]
-    trainer = make_trainer(make_strategy(), max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
+    strategy = make_strategy(overlap=overlap)
+    trainer = make_trainer(strategy, max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
     trainer.fit(Signalled(number, *args), stream(worker, batches, num_workers=1))
 
 
-def fit_on(worker: int, path: str, batches: int) -> tuple[int, dict[str, torch.Tensor]]:
-    module, trainer = Classifier(), make_trainer(make_strategy(), max_epochs=1)
+def fit_on(worker: int, path: str, batches: int, overlap: int) -> tuple[int, dict[str, torch.Tensor]]:
+    module, trainer = Classifier(), make_trainer(make_strategy(overlap=overlap), max_epochs=1)
     trainer.fit(module, stream(worker, batches), ckpt_path=path)
     return trainer.global_step, clone_state(module)
 
 
-def fit_in_one_go(worker: int, batches: int) -> dict[str, torch.Tensor]:
+def fit_in_one_go(worker: int, batches: int, overlap: int) -> dict[str, torch.Tensor]:
     module = Classifier()
-    fit(worker, module, batches)
+    fit(worker, module, batches, make_strategy(overlap=overlap))
     return clone_state(module)
 
 
 @pytest.mark.parametrize(
-    ("number", "workers", "callback", "batches", "error"),
+    ("number", "workers", "callback", "batches", "overlap", "error"),
     [
-        (signal.SIGTERM, (1,), "OnExceptionCheckpoint", 8, SIGTERMException),
-        (signal.SIGTERM, (0, 1), "save_on_exception", 7, SIGTERMException),
-        (signal.SIGINT, (0,), "save_on_exception", 8, SystemExit),
+        (signal.SIGTERM, (1,), "OnExceptionCheckpoint", 8, 0, SIGTERMException),
+        (signal.SIGTERM, (0, 1), "save_on_exception", 7, 0, SIGTERMException),
+        # Told one step before the round ends, when its sync begins.
+        (signal.SIGINT, (0,), "save_on_exception", 8, 1, SystemExit),
     ],
-    ids=["SIGTERM to one", "SIGTERM to all, before an epoch's last batch", "Ctrl-C"],
+    ids=["SIGTERM to one", "SIGTERM to all, before an epoch's last batch", "Ctrl-C before a sync under way"],
 )
 def test_a_signal_ends_all_workers_when_the_round_ends_with_a_checkpoint_to_resume_from(
-    number: int, workers: tuple[int, ...], callback: str, batches: int, error: type[BaseException], tmp_path: Path
+    number: int,
+    workers: tuple[int, ...],
+    callback: str,
+    batches: int,
+    overlap: int,
+    error: type[BaseException],
+    tmp_path: Path,
 ) -> None:
     outcomes = run_trainers_to_the_end(
-        fit_until_signalled, 2, str(tmp_path), callback, batches, int(number), workers, timeout=60
+        fit_until_signalled, 2, str(tmp_path), callback, batches, overlap, int(number), workers, timeout=60
     )
 
     assert [type(outcome.error) for outcome in outcomes] == [error, error]
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert (saved["global_step"], saved["resist_lightning"]["round"], saved["resist_lightning"]["step"]) == (6, 2, 0)
     Classifier().load_state_dict(saved["state_dict"], strict=True)
-    resumed = run_trainers(fit_on, 2, str(tmp_path / "on_exception.ckpt"), batches)
-    unbroken = run_trainers(fit_in_one_go, 2, batches)
+    resumed = run_trainers(fit_on, 2, str(tmp_path / "on_exception.ckpt"), batches, overlap)
+    unbroken = run_trainers(fit_in_one_go, 2, batches, overlap)
     for (steps, state), expected in zip(resumed, unbroken, strict=True):
         assert steps == batches
         assert_equal_states(state, expected, exactly=True)
@@ -170,7 +180,7 @@ def test_a_signal_ends_all_workers_when_the_round_ends_with_a_checkpoint_to_resu
 
 def test_a_second_signal_ends_the_worker_at_once_and_the_others_learn_of_it(tmp_path: Path) -> None:
     outcomes = run_trainers_to_the_end(
-        fit_until_signalled, 2, str(tmp_path), "OnExceptionCheckpoint", 8, int(signal.SIGTERM), (1,), 2, timeout=60
+        fit_until_signalled, 2, str(tmp_path), "OnExceptionCheckpoint", 8, 0, int(signal.SIGTERM), (1,), 2, timeout=60
     )
 
     assert isinstance(outcomes[1].error, SIGTERMException)

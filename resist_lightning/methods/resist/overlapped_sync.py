@@ -117,7 +117,11 @@ class OverlappedSync(BlockSync):
             unit_vectors=self._unit_vectors([*averaged, *merged]),
             velocities=self._arriving_velocities(payloads),
         )
-        return Transit([*averaged, *leaving, *stepping], self.replicated_tensors(round + 1)), departure
+        transit = Transit([*averaged, *leaving, *stepping], self.replicated_tensors(round + 1))
+        # One after the other, so that there are never three copies: an average of copies in one buffer needs no other.
+        self._beside.put_together(transit.of(exact))
+        transit.keep_own()
+        return transit, departure
 
     def _send(self, departure: _Departure, transit: Transit) -> None:
         """Do the whole sync, on copies. In another thread: nothing here looks at the module's values."""
@@ -158,6 +162,7 @@ class OverlappedSync(BlockSync):
         stayed = {id(tensor) for tensor in named_tensors(self._layout.module).values() if not tensor.is_meta}
         self.make_room(round)
         transit.apply(stayed)
+        self._beside.put_together([])  # forgets the buffer, which goes with the copies
         self._arrived = transit.values()
         return transit.agreed()
 

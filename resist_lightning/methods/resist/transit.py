@@ -33,10 +33,12 @@ class Transit:
         # By identity of the module's tensor, which is the same object in all rounds, present or absent.
         self._tensors = {id(tensor): tensor for tensor in tensors}
         self._values = {key: tensor.detach().clone() for key, tensor in self._tensors.items()}
-        # What the training changes from here on is the difference to these.
         self._own: dict[int, Tensor] = {}
+
+    def keep_own(self) -> None:
+        """Copy once more the weights, as they are now: what they change from here on is the difference to these."""
         for key, tensor in self._tensors.items():
-            if _keeps_what_it_learns(tensor):
+            if isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype):
                 self._own[key] = tensor.detach().clone()
 
     def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -105,7 +107,3 @@ class Transit:
         transit._values = {id(tensors[name]): value.to(device, copy=True) for name, value in state["values"].items()}
         transit._own = {id(tensors[name]): value.to(device, copy=True) for name, value in state["own"].items()}
         return transit
-
-
-def _keeps_what_it_learns(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype)

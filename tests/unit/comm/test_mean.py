@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resist_lightning.comm.mean import mean_into, start_mean
+from resist_lightning.comm.mean import mean_into, move_by, start_mean
 from resist_lightning.comm.tensors import averaged_bytes
 from tests.helpers.threads import run_threads
 
@@ -58,3 +58,11 @@ def test_complex_numbers_of_16_bits_are_averaged_in_place():
         return flat.tolist()
 
     assert run_threads(mean, 3)[0] == [[complex(86, 2)]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+def test_a_shift_keeps_what_is_learned_meanwhile(dtype):
+    start, end, own = (torch.tensor([value, 2 * value]).to(dtype) for value in (1.0, 3.0, 1.5))
+    move_by(own, start, end)
+    assert own.dtype == dtype
+    assert own.to(torch.complex64).real.tolist() == [3.5, 7.0]

@@ -77,6 +77,10 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
     "no end": (
         {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds, growth\)",
     ),
+    "overlap of workers of two processes": (
+        {"overlap": 1, "devices_per_worker": 2}, Classifier, ValueError,
+        r"overlap=1 with devices_per_worker=2: .* Set devices_per_worker=1, or overlap=0",
+    ),
     "lazy": ({}, lazy, ValueError, r"^net\.head\.weight, net\.head\.bias: no shape yet.* Call the module once"),
     "SyncBatchNorm": ({}, synchronised, ValueError, r"net\.section1\.0\.bn1 is a SyncBatchNorm.* Use BatchNorm"),
 }  # fmt: skip
@@ -116,6 +120,7 @@ if hasattr(L.pytorch.callbacks, "WeightAveraging"):  # of Lightning 2.6
             [EMAWeightAveraging],
             "Use non_finite='raise'",
         ),
+        "syncs beside the training": (partial(LocalSGDStrategy, overlap=1), [WeightAveraging], "Use overlap=0"),
     }
 
 
