@@ -142,6 +142,15 @@ def test_workers_of_two_processes_send_each_byte_over_the_slow_link_once(tmp_pat
 
 
 @needs_namespaces
+def test_rounds_that_overlap_their_sync_send_what_others_send(tmp_path: Path) -> None:
+    run_module("experiments.links.overlap", "size=smoke", f"out={tmp_path}")
+    measured = read_record(tmp_path / "overlap.jsonl")
+    assert measured["sent_bytes"]["none"] == [0, 0]
+    assert measured["sent_bytes"]["overlaps"] == measured["sent_bytes"]["waits"] != [0, 0]
+    assert all(len(seconds) == 1 for seconds in measured["seconds"].values())
+
+
+@needs_namespaces
 def test_all_bytes_went_through_the_shapers(measured: dict[str, Any]) -> None:
     for item in measured["runs"]:
         assert [shaper["options"]["rate"] for shaper in item["shapers"]] == [12_500_000] * 4

@@ -68,9 +68,9 @@ def trained(collective, block, config):
 
 
 @pytest.mark.parametrize("block", [OldBlock, NewBlock])
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_they_have_unit_length_at_all_times_as_in_the_simulator(block, workers):
-    config = Config(local_steps=2, blocks="body.*", min_blocks=2, test_scale=1.0)
+@pytest.mark.parametrize(("workers", "overlap"), [(1, 0), (2, 0), (3, 0), (3, 1)])
+def test_they_have_unit_length_at_all_times_as_in_the_simulator(block, workers, overlap):
+    config = Config(local_steps=2, overlap=overlap, blocks="body.*", min_blocks=2, test_scale=1.0)
     simulator = Simulator(make(block), lambda net: torch.optim.SGD(net.parameters(), 0.5), config, workers)
     for number in range(STEPS):
         for index, worker in enumerate(simulator.workers):

@@ -127,27 +127,32 @@ def test_a_checkpoint_of_a_run_with_overlap_does_not_continue_one_without() -> N
     assert "overlap" not in waiting  # as in checkpoints from before
 
 
-def looked_at(collective: Collective, run: Run) -> tuple[State, State, State]:
-    """What a worker holds in transit, before and after an observation; and the full model that it saw."""
+def looked_at(collective: Collective, run: Run) -> list[tuple[State, State, State]]:
+    """In transit, and when a sync was applied: what a worker holds before and after it looks at the full model."""
     engine, optimizer = begin(collective, run)
-    train(engine, optimizer, range(ROUND - 1))
-    assert engine.sync.under_way
-    before = present_state(engine.module)
-    with engine.full_model():
-        full = clone_state(engine.module)
-    assert engine.sync.under_way
-    after = present_state(engine.module)
+    seen = []
+    for first, last, under_way in ((0, ROUND - 1, True), (ROUND - 1, ROUND, False)):
+        train(engine, optimizer, range(first, last))
+        assert engine.sync.under_way == under_way
+        before = present_state(engine.module)
+        with engine.full_model():
+            full = clone_state(engine.module)
+        assert engine.sync.under_way == under_way
+        seen.append((before, present_state(engine.module), full))
     engine.abandon()
-    return before, after, full
+    return seen
 
 
-def test_the_full_model_in_transit_is_the_mean_of_what_the_workers_have_now() -> None:
+def test_the_full_model_is_the_mean_of_what_the_workers_have_now() -> None:
     run = replace(run_in_transit(), config=Config(local_steps=ROUND, overlap=3, min_blocks=1, batch_norm="running"))
     seen, _ = run_threads(looked_at, 3, run)
-    for before, after, full in seen:
-        assert_equal_states(after, before, exactly=True)
-        stem = torch.stack([held["stem.weight"] for held, _, _ in seen]).mean(0)
-        torch.testing.assert_close(full["stem.weight"], stem)
+    for moment in zip(*seen, strict=True):
+        held = torch.stack([before["stem.weight"] for before, _, _ in moment])
+        assert not torch.equal(held[0], held[1])
+        for before, after, full in moment:
+            assert_equal_states(after, before, exactly=True)
+            torch.testing.assert_close(full["stem.weight"], held.mean(0))
+            assert_equal_states(full, moment[0][2], exactly=True)
     observed, _ = run_threads(trained, 3, replace(run, observe_at=(1, 3, 4, 6, 7)))
     plain, _ = run_threads(trained, 3, run)
     for one, other in zip(observed, plain, strict=True):
