@@ -107,6 +107,16 @@ def read_sealed(path: Path) -> Any:
     Raises:
         CheckpointError: if it cannot be read, or its content is not what its name says.
     """
+    check_sealed(path)
+    return read_file(path)
+
+
+def check_sealed(path: Path) -> None:
+    """Check that the content of a file of :func:`write_sealed` is what its name says.
+
+    Raises:
+        CheckpointError: if it is not, or cannot be read.
+    """
     _, _, expected = path.name.removesuffix(SEALED_SUFFIX).rpartition(".")
     try:
         found = f"{_checksum(path):08x}"
@@ -116,17 +126,20 @@ def read_sealed(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is damaged: its checksum is {found} and should be {expected} ({path.stat().st_size} bytes)."
         )
-    return read_file(path)
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path, *, mapped: bool = False) -> Any:
     """Read a file of torch.save on the CPU, with ``weights_only=True``.
+
+    Args:
+        path: of the file.
+        mapped: read the values of a tensor only when they are used. The file must stay until then.
 
     Raises:
         CheckpointError: if it cannot be read; the message says what the file is.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise CheckpointError(explain(path, error)) from error
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resist_lightning.checkpoint.files import read_sealed, write_sealed
+from resist_lightning.checkpoint.files import check_sealed, write_sealed
 from resist_lightning.errors import CheckpointError
 
 KEPT_ROUNDS = 2
@@ -142,8 +142,18 @@ class SnapshotFolder:
 
 
 def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
-    """The rounds that this worker could resume from, newest first: its own file, or else all files, are whole."""
-    return [snapshot.round for snapshot in snapshots if _whole(needed(snapshot, worker, workers))]
+    """The rounds that this worker could resume from, newest first: it sees what it needs, and its share is whole.
+
+    Where the number of workers has changed, each needs all files, and checks its share of them, so that together they
+    read each file once: a round is whole if all workers find it usable.
+    """
+    found = []
+    for snapshot in snapshots:
+        files = needed(snapshot, worker, workers)
+        share = files if snapshot.workers == workers else files[worker::workers]
+        if files and _whole(share):
+            found.append(snapshot.round)
+    return found
 
 
 def needed(snapshot: Snapshot, worker: int, workers: int) -> list[Path]:
@@ -157,10 +167,10 @@ def needed(snapshot: Snapshot, worker: int, workers: int) -> list[Path]:
 def _whole(files: list[Path]) -> bool:
     try:
         for file in files:
-            read_sealed(file)
+            check_sealed(file)
     except CheckpointError:
         return False
-    return bool(files)
+    return True
 
 
 def _remove(files: Iterable[Path], folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from resist_lightning.checkpoint.files import read_sealed
+from resist_lightning.checkpoint.files import read_file
 from resist_lightning.checkpoint.snapshots import Snapshot, SnapshotFolder, needed, usable
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.group import groups_joined
@@ -107,8 +107,8 @@ class Restarts:
             )
         # There may be several of a round, of different numbers of workers.
         self.chosen = next(s for s in snapshots if s.round == round and needed(s, worker, workers))
-        files = needed(self.chosen, worker, workers)
-        first: dict[str, Any] = read_sealed(files[0])
+        # All checksums have been looked at, by some worker each.
+        first: dict[str, Any] = read_file(needed(self.chosen, worker, workers)[0])
         return first
 
     def _readable_by_worker(self, mine: list[int]) -> list[set[int]]:
@@ -119,7 +119,9 @@ class Restarts:
         return [{int(number) for number in row if number >= 0} for row in rows]
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """The chosen snapshot of each worker, by rank; only one is in memory at a time.
+        """The chosen snapshot of each worker, by rank; values are read from the disk only when they are used.
+
+        So what all files have, the shared tensors, is read from one of them.
 
         Raises:
             CheckpointError: if this worker cannot read all files of it.
@@ -133,7 +135,7 @@ class Restarts:
                 f"{missing}, whose part is in no other. Keep snapshots in a folder that all workers can read."
             )
         for worker in range(self.chosen.workers):
-            yield read_sealed(self.chosen.files[worker])
+            yield read_file(self.chosen.files[worker], mapped=True)
 
     def begin(self) -> None:
         """Claim the folder for this run. Collective: every worker must call this, in the same order.

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 
+from resist_lightning.checkpoint import snapshots
 from resist_lightning.checkpoint.snapshots import SnapshotFolder, needed, usable
 
 
@@ -61,6 +64,34 @@ def test_damaged_rounds_are_not_usable(tmp_path: Path) -> None:
     assert usable(folder.newest_first(), 0, 2) == [4, 3]
     assert usable(folder.newest_first(), 1, 2) == [3]
     assert usable(folder.newest_first(), 0, 1) == [3]
+
+
+def test_after_a_change_of_workers_together_they_read_each_file_once_to_check_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each worker read all files of all rounds: S² times the shared tensors.
+    folder = SnapshotFolder(tmp_path)
+    write(folder, 3, 5)
+    write(folder, 4, 5)
+    checked: Counter[Path] = Counter()
+    monkeypatch.setattr(snapshots, "check_sealed", lambda path: checked.update([path]))
+    for worker in range(3):
+        assert usable(folder.newest_first(), worker, 3) == [4, 3]
+    assert len(checked) == 10
+    assert set(checked.values()) == {1}
+
+
+def test_a_damaged_file_makes_its_round_unusable_for_one_of_fewer_workers(tmp_path: Path) -> None:
+    folder = SnapshotFolder(tmp_path)
+    write(folder, 3, 3)
+    (snapshot,) = folder.newest_first()
+    for worker, path in snapshot.files.items():
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        found = [usable(folder.newest_first(), each, 2) for each in range(2)]
+        assert [] in found, worker
+        path.write_bytes(whole)
+    assert [usable(folder.newest_first(), each, 2) for each in range(2)] == [[3], [3]]
 
 
 def test_rounds_that_a_run_went_back_behind_are_forgotten(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from resist_lightning import CheckpointError
 from resist_lightning.strategies.options import StrategyOptions
@@ -65,3 +67,28 @@ def test_snapshots_of_another_run_are_left_alone(tmp_path: Path) -> None:
 
     run_threads(begin, 2)
     assert len(list(tmp_path.glob("round=*/*.pt"))) == 2
+
+
+def test_shared_tensors_are_read_from_one_file_however_many_workers_have_written_them(tmp_path: Path) -> None:
+    # What is not used is not read: after a change of the number of workers each reads the files of all.
+    for worker in range(3):
+        restarts = Restarts(tmp_path, StrategyOptions(), SimpleNamespace(worker=worker, workers=3, member=0))  # type: ignore[arg-type]
+        tensors = {
+            "shared": torch.full((1_000_000,), float(worker)),
+            f"own{worker}": torch.full((1000,), float(worker)),
+        }
+        restarts.write({"own": {"tensors": tensors}}, 1)
+    resident = Path("/proc/self/statm")
+
+    def megabytes() -> float:
+        return int(resident.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    restarts = Restarts(tmp_path, StrategyOptions(), SimpleNamespace(worker=0, workers=2, member=0))  # type: ignore[arg-type]
+    restarts.chosen = restarts.folder.newest_first()[0]
+    before = megabytes()
+    tensors = {}
+    for state in restarts.states():
+        tensors.update(state["own"]["tensors"])
+    assert megabytes() - before < 4
+    assert [float(tensors[f"own{worker}"].mean()) for worker in range(3)] == [0, 1, 2]
+    assert float(tensors["shared"].mean()) == 2
