@@ -6,10 +6,10 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from resist_lightning.comm.rendezvous import HostsCannotMeet, await_store, check_hosts, with_port
-from resist_lightning.comm.sockets import cut_connections, recording, recording_group
+from resist_lightning.comm.sockets import cut_connections, open_sockets, recording, recording_group
 from resist_lightning.comm.torchrun import attempt, shares_store, started_by_torchrun
 from resist_lightning.errors import first_line
 
 NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
 """The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
 
+_TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 _ABORT_SECONDS = 10.0  # after which an abort is left to itself
 
 
@@ -66,7 +67,10 @@ def group_exists() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+StoreConnection: TypeAlias = Store
+
 _stores: dict[tuple[int, str, int], Store] = {}
+_store_sockets: set[str] = set()
 _groups_joined: Counter[tuple[int, str, int]] = Counter()
 
 
@@ -124,16 +128,17 @@ def _join(
 ) -> None:
     # By process, as a forked one must not talk over its parent's connection.
     key = (os.getpid(), address, port)
+    name = next_group(address, port)
     if key not in _stores:
         # Where torch's rendezvous looks for them.
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         # Not as the group's sockets: the store must outlive a cut, as heartbeats go through it.
-        with recording(set()):
+        with recording(_store_sockets):
             _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
     _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
-    own = PrefixStore(f"resist_lightning/{attempt()}/{_groups_joined[key]}", store)
+    own = PrefixStore(f"resist_lightning/{name}", store)
     if workers > 1:
         check_hosts(PrefixStore("hosts", own), worker, workers, nccl=backend in NCCL)
     with recording_group():
@@ -219,6 +224,30 @@ def second_group() -> dist.ProcessGroup:
         made: Any = dist.new_group(timeout=group_timeout())
     _second[:] = [(weakref.ref(default), weakref.ref(made))]
     return cast(dist.ProcessGroup, made)
+
+
+def next_group(address: str, port: int) -> str:
+    """A name for the group that this process will join next through a store; it is the same on all workers.
+
+    Raises:
+        RuntimeError: if torchrun has restarted the workers in a way that leaves no such name.
+    """
+    return f"{attempt()}/{_groups_joined[os.getpid(), address, port] + 1}"
+
+
+def connect_to_store(address: str, port: int, timeout: timedelta) -> StoreConnection:
+    """A connection of its own to a store, for another thread while :func:`join_group` makes the group."""
+    store: StoreConnection = _TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return store
+
+
+def interrupt_joining(before: Collection[str]) -> None:
+    """Make :func:`join_group` raise in another thread: cut all connections that it uses.
+
+    Args:
+        before: the sockets that were open before it was called.
+    """
+    cut_connections((open_sockets() - set(before)) | _store_sockets)
 
 
 def clone_store() -> Store:

@@ -34,11 +34,11 @@ def recording_group(*, add: bool = False) -> Iterator[None]:
 @contextmanager
 def recording(made: set[str]) -> Iterator[None]:
     """Add the names of the sockets that are made inside to ``made``, after an error too."""
-    before = set(_sockets())
+    before = open_sockets()
     try:
         yield
     finally:
-        new = set(_sockets()) - before
+        new = open_sockets() - before
         made.update(new)
         _recorded.update(new)
 
@@ -75,6 +75,11 @@ def cut_connections(made: set[str] | None = None) -> int:
             connection.shutdown(socket.SHUT_RDWR)
             cut += 1
     return cut
+
+
+def open_sockets() -> set[str]:
+    """The names of the sockets of this process that are open now."""
+    return set(_sockets())
 
 
 def _sockets() -> dict[str, int]:

@@ -17,7 +17,11 @@ from resist_lightning.comm.group import (
     join_group,
 )
 from resist_lightning.comm.members import split_into_workers
-from resist_lightning.strategies.launching.guard import Guard
+from resist_lightning.comm.rendezvous import HostsCannotMeet
+from resist_lightning.errors import WorkerLost
+from resist_lightning.faults.host import this_process
+from resist_lightning.faults.start_watch import StartWatch
+from resist_lightning.strategies.launching.guard import Guard, parent_watcher
 from resist_lightning.strategies.options import StrategyOptions
 
 
@@ -46,16 +50,31 @@ class ProcessGroup:
                 "you see. process_group_backend='gloo' sends the same numbers through the hosts' memory."
             )
         if self._owned:
-            join_group(
-                backend,
-                address=environment.main_address,
-                port=environment.main_port,
-                worker=environment.global_rank(),
-                workers=environment.world_size(),
-                timeout=self._options.timeout,
-                device=device if device.type == "cuda" else None,
-                node=environment.node_rank(),
-            )
+            self._make(environment, backend, device)
+
+    def _make(self, environment: ClusterEnvironment, backend: str, device: torch.device) -> None:
+        own = this_process(environment.global_rank())
+        address, port, workers = environment.main_address, environment.main_port, environment.world_size()
+        watch = StartWatch(own, workers, address, port, parent_watcher())
+        try:
+            with watch:
+                join_group(
+                    backend,
+                    address=address,
+                    port=port,
+                    worker=own.worker,
+                    workers=workers,
+                    timeout=self._options.timeout,
+                    device=device if device.type == "cuda" else None,
+                    node=environment.node_rank(),
+                )
+        except RuntimeError as error:
+            if watch.lost:
+                raise WorkerLost(watch.lost) from error
+            missing = "" if isinstance(error, HostsCannotMeet) else watch.missing()
+            if missing:
+                raise RuntimeError(f"{missing} {error}") from error
+            raise
 
     def split(self, processes_per_host: int) -> None:
         """Divide the processes into workers. Collective: every process must call this, after :meth:`join`."""

@@ -213,7 +213,7 @@ def _by_hand_first(
 def _with_environment(worker: int, target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Leave the group of ``run_workers`` and set the variables by which Lightning makes one of its own."""
     workers = dist.get_world_size()
-    port = _agree_on_a_port(worker)
+    port = agree_on_a_port(worker)
     dist.destroy_process_group()
     variables = {
         "OMP_NUM_THREADS": "1",  # or Lightning would choose, and threads change the last bit
@@ -229,7 +229,7 @@ def _with_environment(worker: int, target: Callable[..., Any], args: tuple[Any, 
     return target(worker, *args)
 
 
-def _agree_on_a_port(worker: int) -> int:
+def agree_on_a_port(worker: int) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = torch.tensor([free.getsockname()[1]])

@@ -27,10 +27,18 @@ class Children:
         grace: seconds that worker 0 has to end by itself when a child has failed under its watch, and that the children
             have when worker 0 has failed.
         state: whether worker 0 watches the others, whether it has failed, and whether all have agreed to stop.
+        first_rank: of the children.
     """
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], grace: float, state: Callable[[], State]) -> None:
+    def __init__(
+        self,
+        processes: Sequence[subprocess.Popen[bytes]],
+        grace: float,
+        state: Callable[[], State],
+        first_rank: int = 1,
+    ) -> None:
         self._processes = processes
+        self._first_rank = first_rank
         self._grace = grace
         self._state = state
         self._pid = os.getpid()
@@ -75,7 +83,9 @@ class Children:
         self.kill()
         # Worker 0 did not fail by itself: it may hang in a call that waits for the child.
         if self._state() != "failed":
-            sys.stderr.write(f"a worker (pid {failed[0].pid}) {name_of_exit(failed[0].returncode)}; all are ended.\n")
+            child = failed[0]
+            rank = self._first_rank + self._processes.index(child)
+            sys.stderr.write(f"rank {rank} (pid {child.pid}) {name_of_exit(child.returncode)}; all are ended.\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -69,7 +69,7 @@ class Guard:
                 store=f"the store at {where}, which worker 0 or torchrun's agent serves,",
                 how_to_resume=lambda: how_to_resume(trainer),
                 how_ended=children.how_ended if children is not None else lambda _: None,
-                orphaned=_parent_watcher(),
+                orphaned=parent_watcher(),
                 before_exit=children.kill if children is not None else lambda: None,
             ),
             silence=self.silence.total_seconds(),
@@ -154,7 +154,7 @@ def _one_line(error: BaseException) -> str:
     return f"{text}." if len(text) <= _LONGEST else f"{text[:_LONGEST]}...."
 
 
-def _parent_watcher() -> Callable[[], str]:
+def parent_watcher() -> Callable[[], str]:
     """A function that says whether the process that started this worker, and must outlive it, has ended."""
     main = multiprocessing.parent_process()
     parent = os.getppid()

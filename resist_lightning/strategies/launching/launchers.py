@@ -41,7 +41,9 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
             del os.environ[PARENT]  # programs that this worker starts later are no workers
-            guard.children = Children(self.procs, 2 * guard.silence.total_seconds(), lambda: guard.state)
+            grace = 2 * guard.silence.total_seconds()
+            first_rank = self.cluster_environment.node_rank() * self.num_processes + 1
+            guard.children = Children(self.procs, grace, lambda: guard.state, first_rank)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         with guard.around(self._strategy.ends_together):
             return function(*args, **kwargs)

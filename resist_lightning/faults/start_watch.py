@@ -1,0 +1,149 @@
+"""Watches the others while the workers find one another, which ends otherwise only with the timeout of the group.
+
+There is no group yet, so workers introduce themselves in the store, unsigned: until the group is made, everything
+depends on the store, and a stranger who writes there can keep the workers from starting, but not end a training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+
+from resist_lightning.comm.group import StoreConnection, connect_to_store, interrupt_joining, next_group
+from resist_lightning.comm.sockets import open_sockets
+from resist_lightning.faults.failure_detector import BEAT_SECONDS
+from resist_lightning.faults.host import is_alive
+from resist_lightning.faults.messages import Process, parse, to_line
+from resist_lightning.faults.monitors import NEIGHBOURS
+
+SLOW_SECONDS = 30.0
+"""After so long worker 0 says for whom it waits."""
+
+_CALL_SECONDS = 2.0  # timeout of each call to the store
+_GRACE_SECONDS = 5.0  # in which the main thread should raise, after its connections were cut
+_NAMED = 16  # missing workers that are named
+_EXIT_CODE = 75
+
+
+class StartWatch:
+    """Inside, this worker looks for others that end before the group is made, and then raises soon.
+
+    Args:
+        own: this process.
+        workers: how many processes there are.
+        address: of the store.
+        port: of the store.
+        orphaned: in words, which process has ended without which this one must not run; or empty.
+
+    Attributes:
+        lost: who is lost, in words; or empty.
+    """
+
+    def __init__(self, own: Process, workers: int, address: str, port: int, orphaned: Callable[[], str]) -> None:
+        self.lost = ""
+        self._own = own
+        self._workers = workers
+        self._where = (address, port)
+        self._orphaned = orphaned
+        self._began = time.monotonic()
+        self._store: StoreConnection | None = None
+        self._named = False  # for whom this worker waits
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_around, name="resist_lightning start", daemon=True)
+
+    def __enter__(self) -> StartWatch:
+        self._before = open_sockets()
+        self._prefix = f"resist_lightning/start/{next_group(*self._where)}"
+        if self._workers > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None and self._thread.is_alive():
+            # A connection that broke may be what the others' end has done: find out who it was.
+            deadline = time.monotonic() + 2 * BEAT_SECONDS
+            while not self.lost and time.monotonic() < deadline:
+                time.sleep(BEAT_SECONDS / 10)
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * _CALL_SECONDS)
+
+    def missing(self) -> str:
+        """Who has not come to the store, as a sentence; empty if all have, or the store does not answer."""
+        absent = []
+        with suppress(Exception):
+            assert self._store is not None
+            absent = [rank for rank in range(self._workers) if not self._store.check([self._place(rank)])]
+        if not absent:
+            return ""
+        named = ", ".join(str(rank) for rank in absent[:_NAMED])
+        more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+        return (
+            f"Of {self._workers} ranks these have not come to the store at {self._where[0]}:{self._where[1]}: {named}"
+            f"{more}. They were not started, have ended, or do not reach it."
+        )
+
+    def _look_around(self) -> None:
+        while not self._ended.is_set():
+            found = self._orphaned()
+            with suppress(Exception):  # the store is not there yet, or not any more
+                self._introduce()
+                found = found or self._find_lost()
+                self._tell_who_is_missing()
+            if found:
+                self._end_this_worker(found)
+                return
+            self._ended.wait(BEAT_SECONDS)
+
+    def _introduce(self) -> None:
+        if self._store is None:
+            store = connect_to_store(*self._where, timedelta(seconds=_CALL_SECONDS))
+            store.set(self._place(self._own.worker), to_line(self._own))
+            self._store = store
+
+    def _find_lost(self) -> str:
+        """Who has ended: a process of this host among the next ranks, or what another worker has found."""
+        assert self._store is not None
+        told = f"{self._prefix}/lost"
+        if self._store.check([told]):
+            return self._store.get(told).decode(errors="replace")[:500]
+        for step in range(1, min(NEIGHBOURS, self._workers - 1) + 1):
+            place = self._place((self._own.worker + step) % self._workers)
+            if not self._store.check([place]):
+                continue
+            other = parse(Process, self._store.get(place).decode(errors="replace"))
+            if other is not None and other.home == self._own.home and not is_alive(other.pid):
+                found = f"{other.name} has ended while the workers were starting; its own output says why."
+                self._store.set(told, found)
+                return found
+        return ""
+
+    def _tell_who_is_missing(self) -> None:
+        if self._own.worker == 0 and not self._named and time.monotonic() - self._began > SLOW_SECONDS:
+            self._named = True
+            sys.stderr.write(f"Waiting for {SLOW_SECONDS:.0f} s. {self.missing()}\n")
+
+    def _end_this_worker(self, found: str) -> None:
+        """Wake the main thread; if it does not end by itself, end the process."""
+        self.lost = found
+        if self._own.worker == 0:
+            self._ended.wait(2 * BEAT_SECONDS)  # the store ends with this process: the others should read it first
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            # Again and again: a client that cannot connect tries anew.
+            interrupt_joining(self._before)
+            if self._ended.wait(BEAT_SECONDS / 2):
+                return
+        with suppress(Exception):
+            sys.stderr.write(f"{found} {self._own.name} is ended, as it does not end by itself.\n")
+            sys.stderr.flush()
+        os._exit(_EXIT_CODE)
+
+    def _place(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}"
