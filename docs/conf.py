@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 
 autoclass_content = "both"  # the options of a strategy stand in the text of its constructor
 autodoc_typehints = "description"
+toc_object_entries = False  # each has a heading already
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100
 
