@@ -15,12 +15,13 @@ class Background:
 
     Args:
         work: the function. It must talk to others over connections of its own: see :meth:`Collective.beside`.
-        device: on which it makes tensors; a thread begins with the first GPU as its current one.
+        device: on which it makes tensors. On a GPU it works in the stream that is the current one here, behind what
+            was put there; a thread would begin with the default one of the first GPU.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:
         self._work = work
-        self._device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._error: BaseException | None = None
         # Not to be waited for at the end of the program: after an error it may wait for a worker that is gone.
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
@@ -38,9 +39,8 @@ class Background:
 
     def _run(self) -> None:
         try:
-            with torch.no_grad():
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)
+            # None: the stream stays.
+            with torch.no_grad(), torch.cuda.stream(self._stream):
                 self._work()
         except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
             self._error = error

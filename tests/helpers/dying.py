@@ -91,12 +91,14 @@ def train(
     start_method: Any = "popen",
     workers: int = 2,
     face: str = "resist",
+    overlap: int = 0,
     **options: Any,
 ) -> None:
     """Fit, and write how that ended."""
     if harm.startswith("SIG"):
         options.update(callbacks=[OnExceptionCheckpoint(folder)], enable_checkpointing=True)
-    strategy = make_strategy(face, silence=SILENCE, timeout=TIMEOUT, start_method=start_method)
+    more = {"overlap": overlap} if overlap else {}
+    strategy = make_strategy(face, silence=SILENCE, timeout=TIMEOUT, start_method=start_method, **more)
     trainer = L.Trainer(**{**QUIET, "strategy": strategy, "devices": workers, "max_epochs": 1, **options})
     try:
         trainer.fit(Harmed(harm, worker, folder, kind_for(face)))

@@ -33,16 +33,19 @@ pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 # Processes that exist already, as under torchrun.
 
 
-def train(worker: int, harm: str, doomed: int, folder: str, workers: int, timeout: float, face: str) -> None:
+def train(
+    worker: int, harm: str, doomed: int, folder: str, workers: int, timeout: float, face: str, overlap: int
+) -> None:
     dying.TIMEOUT = dying.timedelta(seconds=timeout)
     saving = ModelCheckpoint(folder, every_n_train_steps=dying.AT_STEP // 2, save_last=True)
-    dying.train(harm, doomed, folder, workers=workers, face=face, callbacks=[saving], enable_checkpointing=True)
+    options = {"face": face, "overlap": overlap, "callbacks": [saving], "enable_checkpointing": True}
+    dying.train(harm, doomed, folder, workers=workers, **options)
 
 
 def harm(
-    what: str, doomed: int, folder: Path, workers: int = 2, limit: float = 60.0, face: str = "resist"
+    what: str, doomed: int, folder: Path, workers: int = 2, limit: float = 60.0, face: str = "resist", overlap: int = 0
 ) -> list[Outcome]:
-    arguments = what, doomed, str(folder), workers, limit, face
+    arguments = what, doomed, str(folder), workers, limit, face, overlap
     return run_trainers_to_the_end(train, workers, *arguments, timeout=PATIENCE_SECONDS)
 
 
@@ -55,9 +58,12 @@ def assert_lost(outcome: Outcome, worker: int, how: str, folder: Path) -> None:
     assert said.endswith(f"Resume with Trainer.fit(..., ckpt_path='{folder}/last.ckpt').")
 
 
-@pytest.mark.parametrize("face", ["resist", "ist"])
-def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resume(face: str, tmp_path: Path) -> None:
-    outcomes = harm("kill", 1, tmp_path, workers=3, face=face)
+# With an overlap of two steps the worker dies in the step in which the sync of its round is under way.
+@pytest.mark.parametrize(("face", "overlap"), [("resist", 2), ("ist", 0)])
+def test_a_killed_worker_is_named_by_all_others_with_what_it_did_and_how_to_resume(
+    face: str, overlap: int, tmp_path: Path
+) -> None:
+    outcomes = harm("kill", 1, tmp_path, workers=3, face=face, overlap=overlap)
 
     assert outcomes[1].end == "SIGKILL"
     for other in (0, 2):
