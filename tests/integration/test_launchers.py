@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, ResISTStrategy, WorkerLost
+from resist_lightning.strategies.launching.processes import end_idle_threads
 from tests.helpers import dying, ordinary
 from tests.helpers.interrupted import fit_twice
 from tests.helpers.launched import STEPS, Data, train
@@ -236,3 +238,24 @@ def fork_and_leave(_: int, folder: str) -> list[str]:
 
 def test_workers_that_leave_by_themselves_do_not_keep_the_main_process_waiting(tmp_path: Path) -> None:
     assert run_workers(fork_and_leave, 1, str(tmp_path))[0] == []
+
+
+def compute() -> None:
+    torch.set_num_threads(2)
+    torch.relu(torch.randn(4_000_000)).sum()
+
+
+def compute_in_a_fork(_: int) -> int | None:
+    compute()
+    end_idle_threads()
+    child = multiprocessing.get_context("fork").Process(target=compute)
+    child.start()
+    child.join(20)
+    child.kill()
+    child.join()
+    return child.exitcode
+
+
+def test_forked_workers_compute_when_the_main_process_has_computed() -> None:
+    """As in a notebook. They hung in the first forward, waiting for threads of OpenMP that a fork does not have."""
+    assert run_workers(compute_in_a_fork, 1) == [0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,8 @@ ENDING_SECONDS = 15.0
 
 LOOK_SECONDS = 1.0
 """How often the main process checks for workers that were told to stop and are late."""
+
+_OMP_PAUSE_SOFT = 1  # in omp.h: settings stay
 
 _CHECKPOINT_FACTS = ("best_model_path", "best_model_score", "last_model_path", "kth_best_model_path", "best_k_models")
 
@@ -115,6 +118,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
             given.append(_GlobalStateSnapshot.capture())
         if self._start_method == "forkserver":
             start_fork_server()
+        if self._start_method == "fork":
+            end_idle_threads()
         strategy: Any = self._strategy
         with _start_method_of_python(self._start_method):
             workers: Any = start_processes(
@@ -205,6 +210,16 @@ class ProcessLauncher(_MultiProcessingLauncher):
         strategy.saver.last_written = extra["last_written"]
         for callback, facts in zip(trainer.checkpoint_callbacks, extra["checkpoints"], strict=True):
             vars(callback).update(facts)
+
+
+def end_idle_threads() -> None:
+    """End the idle threads of OpenMP before a fork, which does not have them and would wait for them for ever.
+
+    They are there once this process has computed, as in a notebook; when they are needed again, new ones start.
+    """
+    pause: Any = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    if pause is not None:  # an OpenMP of 2018 or newer
+        pause(_OMP_PAUSE_SOFT)
 
 
 @contextmanager
