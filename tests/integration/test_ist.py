@@ -151,7 +151,9 @@ def monitored(worker: int, folder: str) -> tuple[dict[str, float], dict[str, flo
         default_root_dir=folder,
         val_dataloaders=held_out(worker),
     )
-    logged = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
+    # RoundMonitor tells the round, too.
+    validated = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    logged = {key.removeprefix("val/"): float(value) for key, value in validated.items()}
     return logged, evaluate(module, 2), clone_state(module)
 
 
