@@ -104,6 +104,8 @@ def holders(content: Content) -> Grid:
             part = mean(row["sent_bytes"] for row in own) / mean(row["sent_bytes"] for row in base)
             cells = [mean_of(own, "last"), f"{lost:.2f}", len(own), _sent(own), f"{part:.2f}"]
             lines.append([task, workers, _setting(shares, last), *cells])
+    # Seeds of one task may have been trained before those of another.
+    lines.sort(key=lambda line: list(TASKS).index(str(line[0])))
     header = ["task", "S", "IST with", "test, %", "points lost", "n", "sent by a worker", "part of local SGD's"]
     return Grid("Several holders for each neuron", header, lines)
 
