@@ -79,14 +79,17 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def await_end(self, number: str, seconds: float) -> dict[str, str]:
-        """Wait for the end of a job. One that was requeued is started at once: SLURM would let it wait two minutes."""
+        """Wait for the end of a job. One that was requeued starts at once, and with more time.
+
+        SLURM would hold it back for two minutes. A busy machine may need so long to start Python that a short limit would signal it before it trains.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             job = self.job(number)
             if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
                 return job
             if job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
-                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", "TimeLimit=60")
             time.sleep(_POLL_SECONDS)
         raise AssertionError(f"job {number} still runs after {seconds:g} s: {self.job(number)}")
 
