@@ -121,6 +121,13 @@ def first_of_hosts(places: Sequence[Place]) -> list[int]:
     return list(firsts.values())
 
 
+def who_tries_whom(firsts: Sequence[int]) -> dict[int, int]:
+    """The ranks that try to reach another one: a ring, so that each host is once on either side. Pure."""
+    if len(firsts) == 1:
+        return {}
+    return dict(zip(firsts, [*firsts[1:], firsts[0]], strict=True))
+
+
 def listen(place: Place) -> socket.socket | None:
     """Listen at the place's address, so that others can try to reach it; None where that is not known."""
     if not place.address:

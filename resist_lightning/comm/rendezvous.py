@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from resist_lightning.comm.hosts import Place, first_of_hosts, judge, listen, this_place, try_to_reach
+from resist_lightning.comm.hosts import Place, first_of_hosts, judge, listen, this_place, try_to_reach, who_tries_whom
 
 _READING_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0
@@ -113,10 +113,8 @@ def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
         problem = judge(places)
         store.set("verdict", problem)
         _raise(store, problem, processes, rank)
-        firsts = first_of_hosts(places)
-        ring = dict(zip(firsts, firsts[1:] + firsts[:1], strict=True)) if len(firsts) > 1 else {}
-        # Each host tries the next one: any host is once the one that reaches, and once the one that is reached.
-        tries = {each: places[next_].to_json() for each, next_ in ring.items() if places[next_].port}
+        pairs = who_tries_whom(first_of_hosts(places))
+        tries = {rank: places[other].to_json() for rank, other in pairs.items() if places[other].port}
         store.set("tries", json.dumps(tries))
     else:
         _raise(store, store.get("verdict").decode(), processes, rank)

@@ -81,7 +81,8 @@ class Cluster:
     def await_end(self, number: str, seconds: float) -> dict[str, str]:
         """Wait for the end of a job. One that was requeued starts at once, and with more time.
 
-        SLURM would hold it back for two minutes. A busy machine may need so long to start Python that a short limit would signal it before it trains.
+        SLURM would hold it back for two minutes. A busy machine may need so long to start Python that a short limit
+        would signal it before it trains.
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -7,7 +7,15 @@ import socket
 import pytest
 
 from resist_lightning.comm import hosts
-from resist_lightning.comm.hosts import Place, first_of_hosts, in_words, interface_addresses, judge, this_place
+from resist_lightning.comm.hosts import (
+    Place,
+    first_of_hosts,
+    in_words,
+    interface_addresses,
+    judge,
+    this_place,
+    who_tries_whom,
+)
 
 
 def place(host: str, address: str, reason: str = "its name resolves to it", **more: str) -> Place:
@@ -36,6 +44,11 @@ def test_an_address_that_only_its_host_reaches_is_refused_between_hosts_and_fine
 def test_hosts_that_both_take_the_address_of_a_bridge_of_their_own_are_refused() -> None:
     said = judge([A, place("b", "172.17.0.1"), place("c", "172.17.0.1")])
     assert said.startswith("b and c (rank 2) would both be reached at 172.17.0.1")
+
+
+def test_each_host_tries_the_next_and_one_alone_tries_nobody() -> None:
+    assert who_tries_whom([0, 2, 5]) == {0: 2, 2: 5, 5: 0}
+    assert who_tries_whom([0]) == {}
 
 
 def test_nccl_has_no_address_that_could_be_judged() -> None:
