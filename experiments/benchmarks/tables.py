@@ -134,6 +134,39 @@ def recovery_steps(content: Content) -> Grid:
     })  # fmt: skip
 
 
+def heartbeats_counted(content: Content) -> Grid:
+    """What all workers ask of the store in a second."""
+    return Grid.of("Asked of the store in a second", content["counted"], {
+        "workers": lambda row: f"{row['workers']:,}",
+        "requests": lambda row: f"{row['requests']:,}",
+        "keys": lambda row: f"{row['keys']:,}",
+        "sent to and from the store": lambda row: megabytes(row["bytes"]),
+        "keys where each worker reads all lines": lambda row: f"{row['former_keys']:,}",
+    })  # fmt: skip
+
+
+def heartbeats_busy(content: Content) -> Grid:
+    """How long a real store works on the heartbeats of a second."""
+    return Grid.of("A real store is busy in a second for", content["busy"], {
+        "workers": lambda row: f"{row['workers']:,}",
+        "with two monitors": lambda row: f"{1e3 * row['busy_seconds']:.0f} ms",
+        "where each worker reads all lines": lambda row: f"{1e3 * row['former_busy_seconds']:.0f} ms",
+    })  # fmt: skip
+
+
+def heartbeats_lost(content: Content) -> Grid:
+    """When the others knew of a lost process."""
+    words = {"SIGSTOP": "frozen", "SIGKILL": "killed"}
+    return Grid.of("Light processes on one machine", content["lost"], {
+        "processes": lambda row: row["processes"],
+        "one is": lambda row: words[row["how"]],
+        "`silence`": lambda row: f"{row['silence']:.0f} s",
+        "the first knew after": lambda row: f"{row['first_knew_seconds']:.1f} s",
+        "the last knew after": lambda row: f"{row['last_knew_seconds']:.1f} s",
+        "store busy before": lambda row: f"{100 * row['store_busy']:.1f} %",
+    })  # fmt: skip
+
+
 def policies(content: Content) -> Grid:
     """Test accuracy by momentum and batch-norm policy, at the default scale, and by scale at the default policies."""
     found = {(row["momentum"], row["batch_norm"], row["scale"]): row["test_accuracy"] for row in content["rows"]}
@@ -152,6 +185,7 @@ STUDIES = {
     "overhead": (overhead,),
     "check_cost": (check_cost,),
     "recovery": (recovery_snapshots, recovery_checkpoints, recovery_steps),
+    "heartbeats": (heartbeats_counted, heartbeats_busy, heartbeats_lost),
     "policies_digits": (policies,),
 }
 TABLES: dict[str, Callable[[], str]] = {

@@ -84,16 +84,14 @@ class Heartbeats:
         key = secrets.token_bytes(_KEY_BYTES) if self.own.worker == 0 else b""
         # Over the connections of the group: the store is open to anybody.
         told = GroupCollective().gather_bytes(key + to_line(self.own).encode())
-        self.begin([told[0][_KEY_BYTES:], *told[1:]], told[0][:_KEY_BYTES])
+        processes = [parse(Process, line.decode()) for line in [told[0][_KEY_BYTES:], *told[1:]]]
+        self.begin([process for process in processes if process is not None], told[0][:_KEY_BYTES])
 
-    def begin(self, introductions: list[bytes], key: bytes) -> None:
+    def begin(self, processes: list[Process], key: bytes) -> None:
         """Take in what :meth:`introduce` has learned."""
+        self.processes = processes
+        self.monitors = choose_monitors(processes)
         self._signature = Signature(key)
-        for line in introductions:
-            process = parse(Process, line.decode())
-            assert process is not None
-            self.processes.append(process)
-        self.monitors = choose_monitors(self.processes)
 
     def post(self, heartbeat: Heartbeat) -> None:
         """Post this worker's heartbeat, in the place of its last one."""

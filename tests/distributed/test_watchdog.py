@@ -26,7 +26,7 @@ from tests.helpers.processes import run_workers
 PLACE = "resist_lightning/heartbeats/test/1"
 KEY = b"k" * 32
 ELSEWHERE = Process(1, "host", "elsewhere", pid=1)
-INTRODUCTIONS = [to_line(process).encode() for process in (Process(0, "here", "here", os.getpid()), ELSEWHERE)]
+PROCESSES = [Process(0, "here", "here", os.getpid()), ELSEWHERE]
 SOON_SECONDS = 5.0
 
 
@@ -58,7 +58,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
     heartbeats_module.clone_store = store.clone
     heartbeats_module.CONNECT_SECONDS, watchdog_module.BEAT_SECONDS = 0.2, 0.1
     watchdog, other = watching(0), Heartbeats(ELSEWHERE, 2, "test")
-    other.begin(INTRODUCTIONS, KEY)
+    other.begin(PROCESSES, KEY)
     watchdog.start()
 
     def post(beat: int) -> None:
@@ -94,7 +94,7 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
 
 def watching(worker: int) -> Watchdog:
     heartbeats = Heartbeats(this_process(worker), 2, "test")
-    heartbeats.begin(INTRODUCTIONS, KEY)
+    heartbeats.begin(PROCESSES, KEY)
     around = Surroundings(activity=lambda: None, store="the store", how_to_resume=lambda: "")
     return Watchdog(heartbeats, around, silence=30, timeout=60)
 

@@ -166,7 +166,7 @@ def train_in_one_process(
     else:
         simulator = Simulator(module, lambda copy: copy.configure_optimizers(), config, workers)
         simulator.clock.round = first_step // config.local_steps
-        simulator._begin_round()
+        simulator._begin_round(simulator.workers[0].copies())
     for step in range(first_step, first_step + steps):
         for number, worker in enumerate(simulator.workers):
             assert isinstance(worker.module, Classifier)

@@ -29,7 +29,7 @@ def introduced(workers: int, name: str | None = "run") -> list[Heartbeats]:
     own = [Process(worker, "alpha", "alpha", 100 + worker) for worker in range(workers)]
     made = [Heartbeats(process, workers, name) for process in own]
     for each in made:
-        each.begin([to_line(process).encode() for process in own], KEY)
+        each.begin(own, KEY)
     return made
 
 
