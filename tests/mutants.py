@@ -350,6 +350,34 @@ MUTANTS = (
         "replace_memory(name, tensor, empty.permute(places).contiguous())",
         ("tests/unit/methods/ist/test_odd_trainings.py",),
     ),
+    Mutant(
+        "a heartbeat that is not signed is believed",
+        "faults/signature.py",
+        "if not hmac.compare_digest(tag, self._tag(place, line).encode()):",
+        "if False:",
+        ("tests/unit/faults/test_signature.py", "tests/unit/faults/test_heartbeats.py"),
+    ),
+    Mutant(
+        "a line of a stranger makes its worker silent",
+        "faults/failure_detector.py",
+        "for worker in overwritten & self._last.keys():",
+        "for worker in set[int]():",
+        ("tests/unit/faults/test_failure_detector.py",),
+    ),
+    Mutant(
+        "every worker reads all heartbeats",
+        "faults/failure_detector.py",
+        "return self._watched if self.monitoring else",
+        "return self._watched if True else",
+        ("tests/unit/faults/test_failure_detector.py",),
+    ),
+    Mutant(
+        "a worker that is killed at the start is waited for",
+        "faults/start_watch.py",
+        "other.home == self._own.home and not is_alive(other.pid)",
+        "False",
+        ("tests/unit/faults/test_start_watch.py",),
+    ),
 )
 
 
