@@ -51,7 +51,7 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
     counted: list[int] = option([64, 256, 1000, 4096], "workers that are counted", least=2, smoke=[2, 16])
     busy: list[int] = option([64, 256, 1000], "workers whose beats a real store serves", least=2, smoke=[16])
-    beats: int = option(20, "that the real store serves", least=1, smoke=2)
+    beats: int = option(10, "that the real store serves", least=1, smoke=2)
     processes: int = option(64, "real light processes", least=3, smoke=4)
     seconds: int = option(20, "that they run before one is lost", least=2, smoke=2)
     silence: float = option(10.0, "after which a silent worker is lost, in seconds", least=3.0, smoke=3.0)
@@ -176,7 +176,7 @@ def serve_beats(workers: int, beats: int) -> dict[str, float]:
         busy = (server.cpu_seconds - before) / beats
         keys = [f"resist_lightning/heartbeats/busy/{worker}" for worker in range(workers)]
         line = client.get(keys[0])
-        former_beats = max(1, min(beats, 4000 // workers))  # each takes the square
+        former_beats = max(1, min(beats, 1000 // workers))  # each takes the square
         before = server.cpu_seconds
         for key in keys * former_beats:
             client.set(key, line)
@@ -252,7 +252,9 @@ def lose_one(options: Options, how: signal.Signals) -> dict[str, Any]:
 def run(_: Sequence[str], options: Options) -> None:
     """Measure; what forks comes first, as long as there is no thread."""
     lost = [lose_one(options, how) for how in (signal.SIGSTOP, signal.SIGKILL)]
+    print("measured: light processes", flush=True)
     busy = [serve_beats(workers, options.beats) for workers in options.busy]
+    print("measured: a real store", flush=True)
     counted = [count(workers) for workers in options.counted]
     out = Path(options.out)
     settings = options.take("beats", "processes", "seconds", "silence")

@@ -12,10 +12,11 @@ NEIGHBOURS = 8
 
 def choose_monitors(processes: Sequence[Process]) -> list[int]:
     """The ranks that read all heartbeats: worker 0, and one that is unlikely to be lost together with it."""
-    first = processes[0]
-    elsewhere = [process.worker for process in processes if process.home != first.home]
-    others = elsewhere or [process.worker for process in processes[1:]]
-    return [first.worker, *others[:1]]
+    first, *others = processes
+    if not others:
+        return [first.worker]
+    second = next((process for process in others if process.home != first.home), others[0])
+    return [first.worker, second.worker]
 
 
 def choose_neighbours(processes: Sequence[Process], worker: int) -> list[Process]:
