@@ -1,6 +1,6 @@
 """What do heartbeats cost the store, and how soon is a lost worker known, with many workers?
 
-python experiments/benchmarks/heartbeats.py                         (all parts, about two minutes)
+python experiments/benchmarks/heartbeats.py                         (all parts, some three minutes)
 python experiments/benchmarks/heartbeats.py size=smoke out=FOLDER   (to see that it works)
 
 `counted`: everything that S workers ask of the store in one beat, counted in a store that only counts, with the package's
@@ -51,9 +51,9 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/benchmarks")
     counted: list[int] = option([64, 256, 1000, 4096], "workers that are counted", least=2, smoke=[2, 16])
     busy: list[int] = option([64, 256, 1000], "workers whose beats a real store serves", least=2, smoke=[16])
-    beats: int = option(10, "that the real store serves", least=1, smoke=2)
+    beats: int = option(20, "that the real store serves", least=1, smoke=2)
     processes: int = option(64, "real light processes", least=3, smoke=4)
-    seconds: int = option(20, "that they run before one is lost", least=2, smoke=2)
+    seconds: int = option(10, "that they run before one is lost", least=2, smoke=2)
     silence: float = option(10.0, "after which a silent worker is lost, in seconds", least=3.0, smoke=3.0)
 
 
@@ -176,7 +176,7 @@ def serve_beats(workers: int, beats: int) -> dict[str, float]:
         busy = (server.cpu_seconds - before) / beats
         keys = [f"resist_lightning/heartbeats/busy/{worker}" for worker in range(workers)]
         line = client.get(keys[0])
-        former_beats = max(1, min(beats, 1000 // workers))  # each takes the square
+        former_beats = max(1, min(beats, 4000 // workers))  # each takes the square
         before = server.cpu_seconds
         for key in keys * former_beats:
             client.set(key, line)
