@@ -18,7 +18,7 @@ from resist_lightning.faults.host import this_process
 from resist_lightning.faults.messages import Process, to_line
 from resist_lightning.faults.start_watch import StartWatch
 
-LONG = timedelta(seconds=60)
+LONG = timedelta(seconds=20)
 PLACE = "resist_lightning/start/0/1"
 
 
