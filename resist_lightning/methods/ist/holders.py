@@ -61,7 +61,7 @@ def staying_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 def whole_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
     """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere; the target is 0."""
     if cut.rows is not None and cut.columns is not None:
-        kept = _kept(cut.rows, plan, worker)
+        kept = tuple(_kept(cut.rows, plan, worker))
         everything = tuple(range(plan.before[cut.columns].blocks))
         return _not_empty([Piece(worker, 0, kept, everything, "store", "full")])
     owned = tuple(neuron for neuron, owner in plan.owners[_layer_of(cut)].owner.items() if owner == worker)
@@ -108,9 +108,10 @@ def _layer_of(cut: Cut) -> int:
     return layer
 
 
-def _kept(row_layer: int, plan: NeuronPlan, worker: int) -> Indices:
+def _kept(row_layer: int, plan: NeuronPlan, worker: int) -> range:
+    # A range, as a search through thousands of numbers for each row would take seconds.
     layer = plan.before[row_layer]
-    return tuple(kept_rows(layer.blocks, layer.workers, worker))
+    return kept_rows(layer.blocks, layer.workers, worker)
 
 
 def _not_empty(found: Iterable[Piece]) -> list[Piece]:
