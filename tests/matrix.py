@@ -37,7 +37,7 @@ LIGHTNING = ("2.5.0", "2.6.*")
 
 PART = (
     *("tests/unit/checkpoint", "tests/unit/checks", "tests/unit/comm", "tests/unit/engine", "tests/unit/faults"),
-    *("tests/unit/methods/resist", "tests/unit/state", "tests/unit/strategies", "tests/unit/test_callbacks.py"),
+    *("tests/unit/methods/resist", "tests/unit/state", "tests/unit/strategies", "tests/unit/callbacks"),
     "tests/integration/test_fit.py",
 )
 """What touches torch and Lightning most closely, and trainings of two processes."""

@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer": ("nesterov", "nesterov"),
         "outer_rate": ("1", 1.0),
         "outer_momentum": ("0.8", 0.8),
+        "overlap": ("2", 2),
     },
     "ISTStrategy": {
         **LOCAL,
@@ -73,6 +74,9 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "batch_norm": ("batch", "batch"),
         "recalibration_batches": ("4", 4),
         "layers": ("classifier.*", "classifier.*"),
+        "min_share": ("0.5", 0.5),
+        "growth": ("[0.25, 0.5, 1]", [0.25, 0.5, 1.0]),
+        "finish_rounds": ("3", 3),
     },
     "AuxNetStrategy": {
         **COMMON,
@@ -101,19 +105,23 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer": ("nesterov", "nesterov"),
         "outer_rate": ("0.5", 0.5),
         "outer_momentum": ("0.8", 0.8),
+        "overlap": ("2", 2),
     },
 }
-# The strategy, and what it is not given: growth says what the counts of blocks and their scale would say too; in AuxNet
-# a worker is one process, and gloo the only backend.
+# The strategy, and what it is not given: growth says what the counts of blocks and their scale would say too, overlap
+# does without state that travels and workers that are dropped; in AuxNet a worker is one process, and gloo the only
+# backend.
 RUNS: list[tuple[str, set[str]]] = [
-    ("ResISTStrategy", {"growth"}),
-    ("ResISTStrategy", {"min_blocks", "blocks_per_worker", "test_scale"}),
-    ("ISTStrategy", set()),
+    ("ResISTStrategy", {"growth", "overlap"}),
+    ("ResISTStrategy", {"min_blocks", "blocks_per_worker", "test_scale", "momentum", "non_finite"}),
+    ("ISTStrategy", {"growth"}),
+    ("ISTStrategy", {"min_share"}),
     (
         "AuxNetStrategy",
         {"devices_per_worker", "across_hosts", "find_unused_parameters", "process_group_backend", "aux_network"},
     ),
-    ("LocalSGDStrategy", set()),
+    ("LocalSGDStrategy", {"overlap"}),
+    ("LocalSGDStrategy", {"non_finite"}),
 ]
 
 
