@@ -28,7 +28,7 @@ from resist_lightning.strategies.base import SubnetStrategy
 
 SUMMARY_FILE = "resist_summary.json"
 DRAWN_AGAIN_ROUNDS = 1000
-"""Rounds before a run was resumed whose partitions the summary draws again, at most."""
+"""Of the rounds before a resume, the summary draws at most this many partitions again."""
 
 
 class RoundMonitor(Callback):
@@ -65,8 +65,12 @@ class RoundMonitor(Callback):
             raise ValueError(f"picture_every_n_rounds={picture_every_n_rounds} must not be below 0.")
         self._every_n_rounds = every_n_rounds
         self._picture_every_n_rounds = picture_every_n_rounds
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what an earlier ``fit`` has left."""
         self._alignment = Alignment()
-        self._apart: dict[str, float] = {}
+        self._alignment_metrics: dict[str, float] = {}
         self._measured_round = -1
         self._batch_start = 0.0
         self._training_seconds = 0.0
@@ -79,12 +83,7 @@ class RoundMonitor(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset the counters; warn if the trainer has another strategy."""
-        self._training_seconds = 0.0
-        self._sent_by_round = []
-        self._first = None
-        self._partitions = {}
-        self._held_parameters_max = 0
-        self._alignment, self._apart, self._measured_round = Alignment(), {}, -1
+        self._reset()
         if self._picture_every_n_rounds:
             _check_pictures(trainer)
         if _engine(trainer) is None:
@@ -94,7 +93,7 @@ class RoundMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called just before the strategy syncs."""
+        """Start timing the batch; before a sync, note what the round has changed."""
         self._batch_start = time.perf_counter()  # the time of a sync is a part of the batch's
         engine = _engine(trainer)
         if self._first is None and engine is not None:
@@ -108,7 +107,7 @@ class RoundMonitor(Callback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Called after the sync, and before the optimizer changes anything."""
+        """After a sync, compare worker 0's change with the mean change; the optimizer has changed nothing yet."""
         engine = _engine(trainer)
         if engine is None or not _averages(engine):
             return
@@ -116,13 +115,13 @@ class RoundMonitor(Callback):
         if not at_border:
             return
         self._measured_round = engine.clock.round
-        self._apart = self._alignment.measure(_shared(engine))
+        self._alignment_metrics = self._alignment.measure(_shared(engine))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each batch; report once a round."""
+        """Note a round that has begun with this batch, and log what was asked for."""
         self._training_seconds += time.perf_counter() - self._batch_start
         engine = _engine(trainer)
         if engine is None or engine.clock.round == self._seen_round:
@@ -223,14 +222,14 @@ class RoundMonitor(Callback):
         pl_module.log("round", float(engine.clock.round), prog_bar=True, logger=False)
 
     def _log(self, trainer: pl.Trainer, engine: Engine, sent: int) -> None:
-        per_round = 1 / len(self._sent_by_round) / 1e6
+        to_mb_per_round = 1 / len(self._sent_by_round) / 1e6
         by_kind = {kind: engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS}
         metrics = {
             "sync/round": float(engine.clock.round),
             "sync/share_of_time": engine.seconds.sync / max(self._training_seconds, 1e-9),
-            "sync/sent_MB_per_round": sent * per_round,
-            **{f"sync/{kind}_MB_per_round": bytes * per_round for kind, bytes in by_kind.items() if bytes},
-            **{f"sync/{name}": value for name, value in self._apart.items()},
+            "sync/sent_MB_per_round": sent * to_mb_per_round,
+            **{f"sync/{kind}_MB_per_round": bytes * to_mb_per_round for kind, bytes in by_kind.items() if bytes},
+            **{f"sync/{name}": value for name, value in self._alignment_metrics.items()},
             **_slowest(engine.step_seconds),
             **engine.sync.metrics(),
         }

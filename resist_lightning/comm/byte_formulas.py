@@ -1,5 +1,6 @@
-"""Predicts the bytes that each worker sends, by closed form; `Collective.sent_bytes` counts them as they are sent.
+"""Closed forms of bytes that workers send, of which `methods/*/bytes.py` make those of a sync.
 
+`Collective.sent_bytes` counts them as they are sent.
 Bytes are decimal and count what a worker *sends*; what it receives is the same in total. Standard library only.
 """
 

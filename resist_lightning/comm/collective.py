@@ -27,7 +27,7 @@ Messages: TypeAlias = Mapping[int, Sequence[Tensor]]
 
 
 class _Inside:
-    """What the members of a worker tell one another: nothing where a worker has one."""
+    """Communication among the members of one worker; none where a worker is one process."""
 
     def mean_inside(self, flat: Tensor, kind: str) -> None:
         """Replace ``flat`` by its mean over the members of this worker.
@@ -42,7 +42,7 @@ class _Inside:
         """
 
     def gather_inside(self, text: bytes) -> list[bytes]:
-        """Bytes of the worker's members, not empty, in order; on the first member only, elsewhere nothing.
+        """Gather bytes, not empty, from this worker's members, in order; only the first member gets any.
 
         Collective: every member must call this, in the same order.
         """

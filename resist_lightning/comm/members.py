@@ -24,12 +24,12 @@ from resist_lightning.comm.member_collective import MemberCollective, Members
 from resist_lightning.comm.sockets import recording_group
 from resist_lightning.comm.torch_collective import GroupCollective
 
-# At most one, with the default group that was split: the next one of this process is not.
+# At most one: the default group that was split, and its members. A later default group is another one, not split.
 _splits: list[tuple[weakref.ref[Any], Members]] = []
 
 
 def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
-    """Let each ``count`` ranks of the default group that follow one another be the members of one worker.
+    """Make every ``count`` consecutive ranks of the default group the members of one worker.
 
     From here on :func:`default_collective` speaks of these workers. Groups are created here only, never later.
 

@@ -1,4 +1,4 @@
-"""Ends the rounds of a run: the sync for which the training waits, or the two ends of one beside it."""
+"""Ends the rounds of a run: the sync for which the training waits, or the two ends of one in the background."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RoundEnd:
 
     @property
     def sync_must_begin(self) -> bool:
-        """Whether a sync beside the training must begin before the next local step."""
+        """Whether a sync in the background must begin before the next local step."""
         return self._clock.overlap > 0 and self._clock.at_border and not self._sync.under_way
 
     def sync(self) -> None:
@@ -65,6 +65,7 @@ class RoundEnd:
         ended, plan = self._meet()
         self._activity.begin("averaging")
         finish_average = self._sync.start_average(plan)
+        # Before the clock moves on: the activity of a sync names the round that ends.
         self._activity.begin("hand_over")
         self._next_round()
         # Blocks are packed and sent while the average of the shared tensors is under way.
@@ -76,7 +77,7 @@ class RoundEnd:
         self._activity.begin("local steps")
 
     def begin_sync(self) -> None:
-        """Begin the sync of this round beside the training. Collective: every worker must call this."""
+        """Begin the sync of this round in the background. Collective: every worker must call this."""
         ended, plan = self._meet()
         self._sync.start(plan, ended)
         self._activity.begin("local steps")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from resist_lightning.errors import first_line
-from resist_lightning.faults.messages import Heartbeat, Process, Report, Verdict, last_of, make_report
+from resist_lightning.faults.messages import NOBODY, Heartbeat, Process, Report, Verdict, last_of, make_report
 from resist_lightning.faults.monitors import choose_monitors, choose_neighbours
 from resist_lightning.faults.reasons import timed_out
 
@@ -26,7 +26,7 @@ SUSPICIOUS_BEATS = 3.0
 
 M = TypeVar("M", Heartbeat, Report)
 
-_PARENT = -1  # stands among workers for the process without which this one must not run
+_PARENT = -2  # stands among workers for the process without which this one must not run
 
 
 class FailureDetector:
@@ -61,9 +61,10 @@ class FailureDetector:
         # Whose silence counts: of all others for a monitor, of the monitors for any other worker.
         watched = range(len(processes)) if self.monitoring else monitors
         self._watched = [other for other in watched if other != worker]
-        # Times: of each watched worker's last message, of the last reading and sync, and when this process last ran.
-        self._last = dict.fromkeys(self._watched, now)
-        self._read = self._met = self._awake = now
+        self._last = dict.fromkeys(self._watched, now)  # when each watched worker was last heard of
+        self._read = now  # when the store was last read
+        self._met = now  # when all workers last came to a sync
+        self._awake = now  # when this process last ran
         self._gone_since: dict[int, float] = {}
 
     # What comes in.
@@ -128,10 +129,12 @@ class FailureDetector:
         certain = self._certain(now, gone, orphaned)
         if certain is not None:
             return certain
+        # The monitors' reports next: they have read the heartbeats of all.
         for report in self._reports():
             if report.verdict:
                 frozen = self._pid_here(report.lost) if report.silent else 0
                 return Verdict(report.verdict, report.lost, report.silent, frozen)
+        # Then what another worker has found out, as of a process of its own host.
         for _, each in self._others():
             if each.text:
                 return Verdict(each.text, each.lost)
@@ -166,12 +169,12 @@ class FailureDetector:
         own = self._own.worker
         reports = self._reports()
         for each in reports:
-            if each.quiet not in (-1, own):
+            if each.quiet not in (NOBODY, own):
                 return Verdict(each.quiet_text, each.quiet, silent=True, frozen=self._pid_here(each.quiet))
         if silent is not None:
             return silent
         for each in reports:
-            if each.late not in (-1, own) and timed_out(error):
+            if each.late not in (NOBODY, own) and timed_out(error):
                 return Verdict(
                     f"{self._processes[each.late].name} is alive, but has not come to the handshake for {timeout:.0f} "
                     f"s: it is still in {each.late_text}.",
@@ -185,7 +188,7 @@ class FailureDetector:
         )
 
     def have_read(self, beat: int, lost: Verdict | None) -> bool:
-        """Whether all that run, but a lost one, have read this worker's report of that number; worker 0 may ask."""
+        """Whether all running workers, the lost one aside, have read report ``beat``; only worker 0 may ask."""
         for worker in self._watched:
             gone = worker in self._gone_since or self._has_ended(worker)
             expected = not gone and (lost is None or worker != lost.worker)
@@ -194,7 +197,7 @@ class FailureDetector:
         return True
 
     def _take_new(self, known: dict[int, M], found: Mapping[int, M], now: float, *, counts: bool) -> list[int]:
-        """Keep messages that are newer than those before; returns from whom there are older ones, put back there.
+        """Keep newer messages; returns the workers whose message is older than one already read, so overwritten.
 
         Args:
             known: the last message of each worker.
@@ -254,8 +257,8 @@ class FailureDetector:
             if not self._has_ended(worker):
                 # Up to the last reading: a store that does not answer makes nobody silent.
                 silences[worker] = self._read - self._last[worker]
-        longest = max(silences, key=lambda worker: silences[worker], default=-1)
-        if longest == -1 or silences[longest] <= limit:
+        longest = max(silences, key=lambda worker: silences[worker], default=NOBODY)
+        if longest == NOBODY or silences[longest] <= limit:
             return None
         # One monitor is named by the other one; it is for the workers to notice where both are lost.
         if not self.monitoring and min(silences.values()) <= limit:

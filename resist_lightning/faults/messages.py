@@ -11,6 +11,9 @@ from resist_lightning.errors import process_name
 
 End: TypeAlias = Literal["", "done", "failed", "gave up"]
 
+NOBODY = -1
+"""Stands for a worker where there is none to name."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -66,7 +69,7 @@ class Heartbeat:
     step: int = 0
     end: End = ""
     text: str = ""
-    lost: int = -1
+    lost: int = NOBODY
     read: int = 0
 
 
@@ -90,11 +93,11 @@ class Report:
     beat: int = 0
     end: End = ""
     verdict: str = ""
-    lost: int = -1
+    lost: int = NOBODY
     silent: bool = False
-    quiet: int = -1
+    quiet: int = NOBODY
     quiet_text: str = ""
-    late: int = -1
+    late: int = NOBODY
     late_text: str = ""
     doing: str = ""
 
@@ -111,7 +114,7 @@ class Verdict:
     """
 
     text: str
-    worker: int = -1
+    worker: int = NOBODY
     silent: bool = False
     frozen: int = 0
 

@@ -134,7 +134,7 @@ class Layout(LayoutAbilities, ABC):
         self.module = module
         self.config = config
         self.workers = workers
-        self._trained = trained
+        self.trained = trained
         self._digested: tuple[Any, int] = ((), 0)
 
     @property

@@ -86,7 +86,10 @@ def clock_of(config: CommonConfig, workers: Sequence[SimulatedWorker]) -> Clock:
     def rate() -> float | None:
         rates = [first_rate(worker.optimizers) for worker in workers]
         if len(set(rates)) > 1:
-            raise ValueError(f"local_steps={config.local_steps}: the workers' learning rates differ ({rates}).")
+            raise ValueError(
+                f"local_steps={config.local_steps}: the workers' learning rates differ ({rates}). Give all of them the "
+                "same schedule, or local_steps a number."
+            )
         return rates[0]
 
     return Clock.by(config.local_steps, rate, config.overlapped_steps)

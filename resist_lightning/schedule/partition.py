@@ -92,11 +92,11 @@ def deal(
 
     Args:
         blocks: number of partitionable blocks, 0 or more.
-        counts: how many of them each worker takes, at most ``blocks``, and together at least so many.
+        counts: how many blocks each worker takes: at most ``blocks`` each, and together at least ``blocks``.
         seed: seed of the whole run; 0 is a seed.
         round: number of the round, counted from 0.
-        what: is dealt; of different things in a round, each lies in an order of its own.
-        turns: names the order in which workers take; of different things in a round it may be the same.
+        what: name of what is dealt, a part of the random key: things of different names lie in different orders.
+        turns: name of the order in which workers take: things dealt with the same ``turns`` share it.
 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.

@@ -65,7 +65,7 @@ class QSR:
         return f"({self.coefficient:g} / learning rate)² local steps, at least {self.base}{warmup}"
 
     def unused(self, steps: int) -> str:
-        """A warning of what has no effect in a training of so many local steps; empty if all has."""
+        """A warning of settings without effect in a run of ``steps`` local steps; empty if there are none."""
         if self.warmup_steps < steps:
             return ""
         return (
@@ -116,7 +116,7 @@ class PostLocal:
         return f"{self.first} local steps, and of {self.then} from step {self.switch_step} on"
 
     def unused(self, steps: int) -> str:
-        """A warning of what has no effect in a training of so many local steps; empty if all has."""
+        """A warning of settings without effect in a run of ``steps`` local steps; empty if there are none."""
         if self.switch_step < steps or self.first == self.then:
             return ""
         return (

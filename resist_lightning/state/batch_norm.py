@@ -92,7 +92,7 @@ def _replay(
 
 _CANNOT_REPLAY = (
     "batch norm cannot be re-estimated: {!r} of the full model fails on an input that it had in training. Where "
-    "neurons are dealt out, what one part of a network gives to another has those of one worker only: call the "
+    "neurons are dealt out, an input recorded inside the network has the neurons of one worker only: call the "
     "network as a whole in training, e.g. self(x), or choose batch_norm='running' or 'batch'."
 )
 

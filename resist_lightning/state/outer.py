@@ -12,7 +12,7 @@ from resist_lightning.comm.tensors import is_continuous
 
 
 class OuterState(TypedDict):
-    """What a checkpoint has of an outer optimizer, by name: who takes the next step, from where, and velocities."""
+    """An outer optimizer in a checkpoint, by name of the parameter: which step next, from which values, velocities."""
 
     steps: list[str]
     start: dict[str, Tensor]
@@ -30,7 +30,7 @@ def outer_bytes(tensor: Tensor) -> int:
 
 
 def has_outer_step(tensor: Tensor) -> bool:
-    """Whether an outer step is for this tensor: a parameter that trains. Buffers and frozen ones are means."""
+    """Whether this tensor takes outer steps: a parameter that trains. Buffers and frozen ones just become the mean."""
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad and is_continuous(tensor.dtype)
 
 
@@ -91,7 +91,7 @@ class OuterOptimizer:
             if start is not None:
                 self._step(mean.detach(), start, self.velocity(tensor))
 
-    def take(self, tensor: Tensor, velocity: Tensor) -> None:
+    def receive_velocity(self, tensor: Tensor, velocity: Tensor) -> None:
         """Keep a velocity that has arrived before its parameter."""
         self._velocity[id(tensor)] = velocity
 
@@ -132,9 +132,9 @@ class OuterOptimizer:
             if start is None:
                 continue
             state["steps"].append(name)
-            # Between two rounds the parameter itself tells it.
-            told = in_training and torch.equal(start, tensor)
-            if name not in elsewhere and not told:
+            # At the start of a round the parameter still has this value: no need to save it twice.
+            saved_already = in_training and torch.equal(start, tensor)
+            if name not in elsewhere and not saved_already:
                 state["start"][name] = start.cpu()
         return state
 
@@ -157,4 +157,4 @@ class OuterOptimizer:
             else:
                 self._start[id(tensor)] = copies[id(tensor)] if id(tensor) in copies else tensor.detach().clone()
         for name, velocity in state["velocity"].items():
-            self.take(tensors[name], velocity.to(device, copy=True))
+            self.receive_velocity(tensors[name], velocity.to(device, copy=True))

@@ -24,11 +24,9 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
         if plan.several_holders:
             return _kept_by_others(cut.rows, cut.columns, plan.after, from_keepers=True)
         return _inner_entries(cut.rows, cut.columns, plan)
-    layer = cut.rows if cut.rows is not None else cut.columns
-    assert layer is not None
     if plan.several_holders:
-        return _sent_by(plan.owners[layer].hand_over, plan)
-    before, after = plan.before[layer], plan.after[layer]
+        return _sent_by(plan.owners[cut.layer].hand_over, plan)
+    before, after = plan.before[cut.layer], plan.after[cut.layer]
     sent = []
     for worker in range(before.workers):
         leaving = set(before.held[worker]) - set(after.held[worker])
@@ -42,9 +40,7 @@ def merged_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
         return [0] * plan.before[0].workers
     if cut.rows is not None and cut.columns is not None:
         return _kept_by_others(cut.rows, cut.columns, plan.before, from_keepers=False)
-    layer = cut.rows if cut.rows is not None else cut.columns
-    assert layer is not None
-    return _sent_by(plan.owners[layer].merge, plan)
+    return _sent_by(plan.owners[cut.layer].merge, plan)
 
 
 def _sent_by(transfers: Sequence[Transfer], plan: NeuronPlan) -> list[int]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
-from resist_lightning.methods.ist.plan import Indices, NeuronPlan, Piece, common
+from resist_lightning.methods.ist.plan import Frame, Indices, NeuronPlan, Piece, common
 
 
 def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
@@ -26,7 +26,7 @@ def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
     if cut.rows is not None and cut.columns is not None:
         found = _to_keepers(cut.rows, cut.columns, plan)
     else:
-        owners = plan.owners[_layer_of(cut)]
+        owners = plan.owners[cut.layer]
         several = dict.fromkeys(block for _, _, block in owners.merge)
         own = ((owners.owner[neuron], owners.owner[neuron], neuron) for neuron in several)
         found = _grouped(cut, [*owners.merge, *own])
@@ -38,11 +38,10 @@ def handed_over_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
     if cut.rows is not None and cut.columns is not None:
         found = _from_keepers(cut.rows, cut.columns, plan)
     else:
-        layer = _layer_of(cut)
-        owners = plan.owners[layer]
+        owners = plan.owners[cut.layer]
         stays = []
         for neuron, owner in owners.owner.items():
-            if owner in plan.after[layer].holders(neuron):
+            if owner in plan.after[cut.layer].holders(neuron):
                 stays.append((owner, owner, neuron))
         found = _grouped(cut, [*owners.hand_over, *stays])
     return [piece for piece in found if worker in (piece.source, piece.target)]
@@ -59,12 +58,12 @@ def staying_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def whole_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere; the target is 0."""
+    """The pieces of a tensor, after the means, that ``worker`` sends to make it whole elsewhere."""
     if cut.rows is not None and cut.columns is not None:
         kept = tuple(_kept(cut.rows, plan, worker))
         everything = tuple(range(plan.before[cut.columns].blocks))
         return _not_empty([Piece(worker, 0, kept, everything, "store", "full")])
-    owned = tuple(neuron for neuron, owner in plan.owners[_layer_of(cut)].owner.items() if owner == worker)
+    owned = tuple(neuron for neuron, owner in plan.owners[cut.layer].owner.items() if owner == worker)
     return _not_empty([_piece(cut, worker, 0, owned, enters="full")])
 
 
@@ -95,17 +94,11 @@ def _grouped(cut: Cut, transfers: Iterable[tuple[int, int, int]]) -> Iterator[Pi
         yield _piece(cut, source, target, tuple(sorted(moved[source, target])))
 
 
-def _piece(cut: Cut, source: int, target: int, neurons: Indices, **more: str) -> Piece:
+def _piece(cut: Cut, source: int, target: int, neurons: Indices, enters: Frame = "slice") -> Piece:
     """A piece of a tensor with hidden neurons on one side."""
     rows = neurons if cut.rows is not None else None
     columns = neurons if cut.columns is not None else None
-    return Piece(source, target, rows, columns, **more)  # type: ignore[arg-type]
-
-
-def _layer_of(cut: Cut) -> int:
-    layer = cut.rows if cut.rows is not None else cut.columns
-    assert layer is not None
-    return layer
+    return Piece(source, target, rows, columns, enters=enters)
 
 
 def _kept(row_layer: int, plan: NeuronPlan, worker: int) -> range:

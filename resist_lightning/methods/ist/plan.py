@@ -92,7 +92,7 @@ def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piece]:
-    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is always 0."""
+    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is a placeholder, 0."""
     rows = columns = None
     if cut.rows is not None:
         rows = before[cut.rows].held[worker]
@@ -112,9 +112,7 @@ def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piec
 
 def _moves(cut: Cut, plan: NeuronPlan, worker: int) -> Iterator[Piece]:
     """A tensor with hidden neurons on one side: a neuron takes all of its row or column along."""
-    layer = cut.rows if cut.rows is not None else cut.columns
-    assert layer is not None
-    before, after = plan.before[layer], plan.after[layer]
+    before, after = plan.before[cut.layer], plan.after[cut.layer]
     for source in range(before.workers):
         for target in range(before.workers):
             if worker not in (source, target):

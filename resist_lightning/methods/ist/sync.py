@@ -97,7 +97,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         state = self._moving_state()
         parts = {**self._parts(), **state}
         if plan.several_holders:
-            self._merge(self._parts() if self._keeps else parts, plan, "merge")
+            self._merge(self._parts() if self._no_state_travels else parts, plan, "merge")
         arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before)
         self._forget_others(state)
         # Gradients belong to the neurons that have left.
@@ -148,8 +148,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
         # The full model has the stored parameters, but not their optimizer state.
-        known = self._layout.shapes if with_full_model else {}
-        store = {key: rows for key, rows in self._store.items() if key not in known}
+        already_saved = self._layout.shapes if with_full_model else {}
+        store = {key: rows for key, rows in self._store.items() if key not in already_saved}
         return {**super().state_dict(with_full_model=with_full_model), "store": store}
 
     @override
@@ -159,8 +159,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self._store[key] = rows.clone()
 
     @property
-    def _keeps(self) -> bool:
-        """Whether optimizer state stays with its worker, or is forgotten."""
+    def _no_state_travels(self) -> bool:
+        """Whether optimizer state never leaves its worker: it stays ("keep") or is forgotten ("reset")."""
         return self._layout.config.momentum != "travel"
 
     def _merge(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
@@ -197,7 +197,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if self._layout.workers == 1 or not inner:
             return False
         # Under "keep", only state of entries that stay in a slice is kept.
-        return not (part.is_state and self._keeps)
+        return not (part.is_state and self._no_state_travels)
 
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
         """The pieces that leave or reach this worker, by key, in the same order on all workers."""
@@ -207,7 +207,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         moving = []
         for key, part in parts.items():
             # Under "keep", optimizer state moves within this worker's slice only.
-            planned = stayed if part.is_state and self._keeps else moved
+            planned = stayed if part.is_state and self._no_state_travels else moved
             moving += [(key, piece) for piece in planned[part.cut]]
         return moving
 

@@ -1,4 +1,4 @@
-"""Finds by numbers where the residual branches of a block end, so that a scale folds into weights there.
+"""Finds numerically where the residual branches of a block end, so that a scale folds into weights there.
 
 A group of tensors, such as the weight and bias of a layer, ends a branch if the block's output is linear in a factor on
 the group: output(s) = output(0) + s (output(1) - output(0)). The block runs with random weights, the same on all
@@ -70,7 +70,7 @@ def find_branch_ends(
     """
     with trial(body, x.device, random_weights(), dtype=dtype, statistics=_STATISTICS):
         search = _Search(Runs(body, x.to(dtype), call), torch.finfo(dtype).eps)
-        ends = [_End(end.tensors, "".join(end.divided)) for end in hint]
+        ends = [_End(end.tensors, next(iter(end.divided), "")) for end in hint]
         if not ends or not search.verify(ends):
             ends = search.search()
         if not ends or not search.verify(ends):
@@ -124,7 +124,7 @@ class _Search:
         return all(self._apart(end, later, ends) for index, end in enumerate(ends) for later in ends[:index])
 
     def module_of(self, end: _End, off: Sequence[_End]) -> str | None:
-        """Name of the innermost submodule whose output they scale, so that a hook there scales the branch; else None.
+        """Name of the innermost submodule whose output a factor on ``end`` scales, for a hook there; else None.
 
         Without a gate that is the tensors' own or one around it; with a gate, one that returns after the gate.
         """
@@ -146,7 +146,7 @@ class _Search:
         return None
 
     def _next(self, pending: list[Group], off: Sequence[_End], order: Sequence[str]) -> _End | None:
-        """The end of the last branch that is not off; without a gate if possible."""
+        """The end of the last branch that is not off, without a gate if possible; what ends none leaves ``pending``."""
         full = self._runs.run({}, _groups(off)).value
         for group in list(pending):
             linear = self._is_linear(_End(group), off, self._runs.x, full)

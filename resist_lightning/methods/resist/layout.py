@@ -232,14 +232,14 @@ class BlockLayout(Layout):
 
     @override
     def warn_about_settings(self) -> None:
-        unused = left_out(self.module, self.config.blocks, self._trained)
+        unused = left_out(self.module, self.config.blocks, self.trained)
         if unused:
             warnings.warn(
                 f"{summary(unused)} match `blocks` but stay shared: they seem to change the shape of their input, are "
                 "single layers or chains of layers, or are of a network that does not train.",
                 stacklevel=3,
             )
-        still = untrained(self.module, self.blocks, self._trained)
+        still = untrained(self.module, self.blocks, self.trained)
         if still:
             warnings.warn(
                 f"nothing trains now in the network of {summary([block.name for block in still])}, and `blocks` deals "
@@ -261,7 +261,7 @@ class BlockLayout(Layout):
         if any(not held for held in self._usual_partition().held):
             warnings.warn(
                 f"{self.workers} workers for {len(self.blocks)} blocks with min_blocks=0: some workers train "
-                "shared layers only in each round.",
+                "shared layers only in each round. Set min_blocks=1 or more, or start fewer workers.",
                 stacklevel=3,
             )
 

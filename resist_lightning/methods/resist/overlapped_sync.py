@@ -146,7 +146,7 @@ class OverlappedSync(BlockSync):
         self._beside.hand_over(plan, payload, Kinds(), make_room)
         if self._outer is not None:
             for tensor, velocity in departure.velocities:
-                self._outer.take(tensor, transit.pop(velocity))
+                self._outer.receive_velocity(tensor, transit.pop(velocity))
 
     @override
     def wait(self) -> None:

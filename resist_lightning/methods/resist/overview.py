@@ -24,7 +24,7 @@ from resist_lightning.schedule.partition import blocks_per_worker
 from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 
-if TYPE_CHECKING:  # which shows an overview itself
+if TYPE_CHECKING:  # it imports this module
     from resist_lightning.methods.resist.layout import BlockLayout
 
 ROUNDS = 8
@@ -163,7 +163,7 @@ def alternatives(layout: BlockLayout) -> list[Alternative]:
     """The other choices that the default is taken from, each once."""
     seen = [{block.name for block in layout.blocks}]
     found = []
-    for rule, blocks in zip(_OTHER_CHOICES, default_choices(layout.module, layout._trained), strict=True):
+    for rule, blocks in zip(_OTHER_CHOICES, default_choices(layout.module, layout.trained), strict=True):
         names = [block.name for block in blocks]
         if names and set(names) not in seen:
             seen.append(set(names))
@@ -221,7 +221,8 @@ def _ends(block: Block) -> tuple[bool | None, tuple[str, ...]]:
         return True, tuple(_layer(end) for end in reversed(block.seen.ends))
     if foldable(block):
         return True, (str(block.branch_end),)
-    return None if block.seen.ends is None else False, ()
+    folds = None if block.seen.ends is None else False  # None: no forward has shown it yet
+    return folds, ()
 
 
 def _layer(end: BranchEnd) -> str:
@@ -231,7 +232,7 @@ def _layer(end: BranchEnd) -> str:
 
 
 def _globs(layout: BlockLayout, names: Sequence[str]) -> tuple[str, ...]:
-    return short_globs(names, lambda globs: names_chosen(layout.module, globs, layout._trained))
+    return short_globs(names, lambda globs: names_chosen(layout.module, globs, layout.trained))
 
 
 def _share_held(layout: BlockLayout, blocks: Sequence[Block]) -> float:

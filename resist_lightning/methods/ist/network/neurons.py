@@ -39,6 +39,13 @@ class Cut:
     columns: int | None
     repeat: int = 1
 
+    @property
+    def layer(self) -> int:
+        """The one hidden layer of a tensor that has neurons on one side only."""
+        layer = self.rows if self.rows is not None else self.columns
+        assert layer is not None
+        return layer
+
 
 @dataclass(frozen=True)
 class Size:
