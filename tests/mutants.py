@@ -252,6 +252,20 @@ MUTANTS = (
         ("tests/distributed/test_members.py", "tests/integration/test_members.py"),
     ),
     Mutant(
+        "codes packed in the wrong order",
+        "comm/quantize.py",
+        "packed |= (words >> place * (8 - bits)) & _mask(place * bits, bits)",
+        "packed |= (words >> (3 - place) * (8 - bits)) & _mask(place * bits, bits)",
+        ("tests/unit/comm/test_quantize.py",),
+    ),
+    Mutant(
+        "a piece of a compressed mean begins where the last one began",
+        "comm/packing.py",
+        "first = last",
+        "first = last if last == size else first + 1",
+        ("tests/unit/comm/test_packing.py", "tests/unit/comm/test_compressed_mean.py"),
+    ),
+    Mutant(
         "16-bit numbers summed in 16 bits",
         "comm/tensors.py",
         "return numbers.to(_SUMMED.get(numbers.dtype, numbers.dtype))",

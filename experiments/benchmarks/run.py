@@ -5,8 +5,8 @@ python experiments/benchmarks/run.py held_memory workers=[2,4]   (some of them)
 python experiments/benchmarks/run.py policies folder=FOLDER      (train/<class>/*, test/<class>/*; digits by default)
 python experiments/benchmarks/run.py size=smoke out=FOLDER       (to see that it works)
 
-Studies: held_memory check_cost step_time overhead policies speech_shaped. Options are key=value: see `Options`. Prints
-tables and writes a result file for each study. Snapshots and checkpoints are measured by recovery.py.
+Studies: held_memory check_cost wires step_time overhead policies speech_shaped. Options are key=value: see `Options`.
+Prints tables and writes a result file for each study. Snapshots and checkpoints are measured by recovery.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments.benchmarks import policies, speech_shaped, steps, tables
+from experiments.benchmarks import policies, speech_shaped, steps, tables, wires
 from experiments.harness import cli
 from experiments.harness.record import write_record
 from experiments.harness.settings import option
@@ -36,6 +36,7 @@ class Options(cli.Command):
     turns: int = option(20, "of the syncs", least=1, smoke=2)
     step_turns: int = option(4, "of the step times", least=1, smoke=1)
     steps: int = option(12, "that are timed per turn", least=4, smoke=4)
+    before: str | None = option(None, "another checkout of this repository, whose syncs are measured beside (wires)")
     folder: str = option("digits", "of images for the policies; digits are scikit-learn's")
     cache_dir: str = option("runs/cache", "where decoded images are kept")
     limit: int | None = option(None, "training images per class", least=1, smoke=20)
@@ -54,6 +55,8 @@ def run(names: Sequence[str], options: Options) -> None:
             measured[f"held_memory_{workers}"] = {"workers": workers, **found[0]}
     if "check_cost" in names:
         measured["check_cost"] = forked(steps.check_cost, settings, 2)[0]
+    if "wires" in names:
+        measured["wires"] = wires.measure(settings)
     if "step_time" in names:
         measured["step_time"] = forked(steps.step_time, settings, 2)[0]
     if "overhead" in names:
@@ -66,12 +69,14 @@ def run(names: Sequence[str], options: Options) -> None:
             "rows": [speech_shaped.measure(seed, options.examples) for seed in range(options.seeds)]
         }
     out = Path(options.out)
-    kept = {key: value for key, value in settings.items() if key not in ("out", "size", "folder", "cache_dir")}
+    kept = {
+        key: value for key, value in settings.items() if key not in ("out", "size", "folder", "cache_dir", "before")
+    }
     for name, content in measured.items():
         write_record(out / f"{name}.jsonl", {"settings": kept, **content})
     show_and_write(out, tables.RESULTS, tables.STUDIES, [name for name in measured if name in tables.STUDIES], [])
 
 
 if __name__ == "__main__":
-    studies = ["held_memory", "check_cost", "step_time", "overhead", "policies", "speech_shaped"]
+    studies = ["held_memory", "check_cost", "wires", "step_time", "overhead", "policies", "speech_shaped"]
     sys.exit(cli.run(run, Options, __doc__, studies))

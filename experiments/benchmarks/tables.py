@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
 from experiments.harness.record import read_record
 from experiments.harness.tables import Content, Grid, page_tables
@@ -81,6 +82,22 @@ def check_cost(content: Content) -> Grid:
     ]
     search = ["search for NaN (always)", "", "", f"{1e3 * content['median_search_seconds']:.1f} ms"]
     return Grid("Checks", ["", "median sync", "ratio", "alone"], [*rows, search])
+
+
+def wires(content: Content) -> Grid:
+    """Seconds that a worker computes in a sync, by what numbers are on the wire."""
+    exact = next(row for row in content["rows"] if row["wire"] == "fp32")
+    before = any(row["before"] for row in content["rows"])
+    columns: dict[str, Callable[[Any], Any]] = {
+        "wire": lambda row: f"`{row['wire']}`",
+        "sent by a worker": lambda row: f"{row['sent_bytes'] / 1e6:.2f} MB",
+        "of fp32": lambda row: f"{row['sent_bytes'] / exact['sent_bytes']:.3f}",
+        "computes": lambda row: f"{row['seconds']:.3f} s",
+    }
+    if before:
+        columns["before"] = lambda row: f"{row['before']['seconds']:.3f} s" if row["before"] else "-"
+        columns["ratio"] = lambda row: f"{row['seconds'] / row['before']['seconds']:.2f}" if row["before"] else "-"
+    return Grid.of("A sync", content["rows"], columns)
 
 
 def recovery_snapshots(content: Content) -> Grid:
@@ -184,6 +201,7 @@ STUDIES = {
     "step_time": (step_time,),
     "overhead": (overhead,),
     "check_cost": (check_cost,),
+    "wires": (wires,),
     "recovery": (recovery_snapshots, recovery_checkpoints, recovery_steps),
     "heartbeats": (heartbeats_counted, heartbeats_busy, heartbeats_lost),
     "policies_digits": (policies,),

@@ -50,6 +50,28 @@ def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return views
 
 
+def cut(sizes: Iterable[int], length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut flat tensors that are laid end to end into pieces of ``length`` entries; the last one may be shorter.
+
+    Yields:
+        For each piece the parts of tensors in it: which tensor, its first entry, and the one after its last.
+    """
+    piece: list[tuple[int, int, int]] = []
+    free = length
+    for index, size in enumerate(sizes):
+        first = 0
+        while first < size:
+            last = min(size, first + free)
+            piece.append((index, first, last))
+            free -= last - first
+            first = last
+            if not free:
+                yield piece
+                piece, free = [], length
+    if piece:
+        yield piece
+
+
 def pack(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.dtype, Tensor]:
     """Copy tensors into one flat buffer on ``device`` per data type."""
     return {dtype: flatten(group, device) for dtype, group in by_dtype(tensors).items()}

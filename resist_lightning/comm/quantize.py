@@ -16,11 +16,13 @@ from torch import Tensor
 
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS, WireFormat
 
-_PACKED_ENTRIES = 8  # eight entries of b bits are b bytes
+# Entries that are encoded or decoded at once. What lies between stays in a CPU's cache; a GPU wants large kernels.
+_PIECE_ENTRIES = 2**18
+_PIECE_ENTRIES_ON_DEVICE = 2**24
 
 
 class Quantizer:
-    """Encodes and decodes flat tensors."""
+    """Encodes and decodes flat tensors, piece by piece, so that neither needs memory of the size of the message."""
 
     def __init__(self, format: WireFormat) -> None:
         self.format = format
@@ -32,15 +34,31 @@ class Quantizer:
             values: flat, floating point.
             noise: for rounding up or down at random; None rounds to the nearest.
         """
-        values = values.float()
+        message = torch.empty(self.format.bytes(len(values)), dtype=torch.uint8, device=values.device)
+        groups = message.view(-1, self.format.group_bytes)
+        piece = piece_entries(values.device)
+        for part, target in zip(values.split(piece), groups.split(piece // self.format.group), strict=True):
+            self.encode_into(target, part, noise)
+        return message
+
+    def encode_into(self, groups: Tensor, values: Tensor, noise: torch.Generator | None = None) -> None:
+        """Write the message for a few values.
+
+        Args:
+            groups: bytes, a row for each group.
+            values: flat; a last group that they do not fill is filled up with zeros, which change no scale.
+            noise: as for :meth:`encode`.
+        """
         if not len(values):
-            return torch.empty(0, dtype=torch.uint8, device=values.device)
+            return
+        values = values.float()
         if self.format.scale_bytes == 0:
-            return _to_bfloat16(values, noise).view(torch.uint8)
-        # The last group is filled up with zeros, which change no scale.
-        padding = self.format.groups(len(values)) * self.format.group - len(values)
-        padded = torch.nn.functional.pad(values, (0, padding))
-        grouped = padded.view(-1, self.format.group)
+            groups.copy_(_to_bfloat16(values, noise).view(torch.uint8).view(groups.shape))
+            return
+        padding = groups.shape[0] * self.format.group - len(values)
+        if padding:
+            values = torch.nn.functional.pad(values, (0, padding))
+        grouped = values.view(-1, self.format.group)
         largest = self._largest_code
         scale = grouped.abs().amax(1, keepdim=True) / largest
         # A group of zeros has no scale: its entries would become NaN.
@@ -50,21 +68,38 @@ class Quantizer:
         steps += 0.5 if noise is None else torch.rand(steps.shape, generator=noise, device=steps.device)
         # Codes are not negative, as they are packed without a sign.
         codes = steps.floor_().add_(largest).clamp_(0, 2 * largest)
-        packed = _pack(codes.to(torch.uint8), self.format.bits)
-        return torch.cat([scale.view(torch.uint8), packed], 1).flatten()
+        groups[:, : self.format.scale_bytes] = scale.view(torch.uint8)
+        # By way of int32: torch converts floats to bytes one by one.
+        groups[:, self.format.scale_bytes :] = _pack(codes.int().byte(), self.format.bits)
 
     def decode(self, message: Tensor, entries: int) -> Tensor:
         """The values of a message, as float32."""
-        if not entries:
-            return torch.empty(0, device=message.device)
+        values = torch.empty(entries, device=message.device)
+        groups = message.view(-1, self.format.group_bytes)
+        piece = piece_entries(message.device)
+        for target, part in zip(values.split(piece), groups.split(piece // self.format.group), strict=True):
+            self.decode_into(target, part)
+        return values
+
+    def decode_into(self, values: Tensor, groups: Tensor) -> None:
+        """Write the values of a few groups; of the last one, as many as are wanted.
+
+        Args:
+            values: float32, flat.
+            groups: bytes, a row for each group.
+        """
+        if not len(values):
+            return
         if self.format.scale_bytes == 0:
-            return message.view(torch.bfloat16)[:entries].float()
-        grouped = message.view(-1, self.format.group_bytes)
-        scale_bytes = self.format.scale_bytes
-        scale = grouped[:, :scale_bytes].contiguous().view(torch.float32)
-        codes = _unpack(grouped[:, scale_bytes:].contiguous(), self.format.bits)
-        values = codes.float().sub_(self._largest_code).mul_(scale)
-        return values.flatten()[:entries]
+            values.copy_(groups.flatten().view(torch.bfloat16))
+            return
+        scale = groups[:, : self.format.scale_bytes].contiguous().view(torch.float32)
+        codes = _unpack(groups[:, self.format.scale_bytes :], self.format.bits)
+        whole = len(values) == codes.numel()
+        decoded = values.view(codes.shape) if whole else torch.empty(codes.shape, device=values.device)
+        decoded.copy_(codes).sub_(self._largest_code).mul_(scale)
+        if not whole:
+            values.copy_(decoded.flatten()[: len(values)])
 
     def through(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """What a receiver makes of some values."""
@@ -74,6 +109,11 @@ class Quantizer:
     def _largest_code(self) -> int:
         # Symmetric, so that zero is a code of its own and stays zero.
         return int(2 ** (self.format.bits - 1) - 1)
+
+
+def piece_entries(device: torch.device) -> int:
+    """How many entries to encode or decode at once: whole groups of any format."""
+    return _PIECE_ENTRIES if device.type == "cpu" else _PIECE_ENTRIES_ON_DEVICE
 
 
 def make_quantizer(name: str) -> Quantizer | None:
@@ -111,24 +151,35 @@ def _to_bfloat16(values: Tensor, noise: torch.Generator | None) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Write eight codes of ``bits`` bits into as many bytes, by way of one 64-bit word."""
+    """Write the codes of each row behind one another, of ``bits`` bits each, the lowest first.
+
+    ::
+
+        four codes of a byte each    ......33 ......22 ......11 ......00    an int32 (here of two bits)
+        behind one another           ........ ........ ........ 33221100    its first bytes
+    """
     if bits == 8:
         return codes
-    places = torch.arange(_PACKED_ENTRIES, device=codes.device) * bits
-    eights = codes.view(len(codes), -1, _PACKED_ENTRIES)
-    words = (eights.long() << places).sum(2)
-    byte_places = torch.arange(bits, device=codes.device) * 8
-    packed = (words.unsqueeze(2) >> byte_places) & 255
-    return packed.byte().flatten(1)
+    words = codes.view(torch.int32)
+    packed = torch.zeros_like(words)
+    for place in range(4):
+        packed |= (words >> place * (8 - bits)) & _mask(place * bits, bits)
+    return packed.view(torch.uint8).view(len(codes), -1, 4)[..., : bits // 2].flatten(1)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """Undo :func:`_pack`."""
     if bits == 8:
         return packed
-    byte_places = torch.arange(bits, device=packed.device) * 8
-    grouped = packed.view(len(packed), -1, bits)
-    words = (grouped.long() << byte_places).sum(2)
-    places = torch.arange(_PACKED_ENTRIES, device=packed.device) * bits
-    codes: Tensor = (words.unsqueeze(2) >> places) & (2**bits - 1)
-    return codes.flatten(1)
+    words = packed.new_zeros(len(packed), packed.shape[1] // (bits // 2), 4)
+    words[..., : bits // 2] = packed.view(len(packed), -1, bits // 2)
+    four = words.view(torch.int32).squeeze(2)
+    codes = torch.zeros_like(four)
+    for place in range(4):
+        codes |= (four & _mask(place * bits, bits)) << place * (8 - bits)
+    return codes.view(torch.uint8)
+
+
+def _mask(place: int, bits: int) -> int:
+    """A word in which only so many bits from a place on are set."""
+    return int(2**bits - 1) << place

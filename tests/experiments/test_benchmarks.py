@@ -12,7 +12,7 @@ from tests.helpers.programs import run_module
 def test_every_study_is_measured_and_has_its_table(tmp_path: Path) -> None:
     output = run_module("experiments.benchmarks.run", "size=smoke", f"out={tmp_path}")
 
-    names = ["check_cost", "held_memory_2", "overhead", "policies_digits", "speech_shaped", "step_time"]
+    names = ["check_cost", "held_memory_2", "overhead", "policies_digits", "speech_shaped", "step_time", "wires"]
     found = {path.stem: read_record(path) for path in sorted(tmp_path.iterdir())}
     assert list(found) == names
     for name in set(names) & tables.STUDIES.keys():
@@ -25,3 +25,5 @@ def test_every_study_is_measured_and_has_its_table(tmp_path: Path) -> None:
     assert len(found["policies_digits"]["rows"]) == 3 * 9
     assert all(0 <= accuracy <= 100 for row in found["policies_digits"]["rows"] for accuracy in row["test_accuracy"])
     assert found["step_time"]["ratio"] > 0
+    sent = {row["wire"]: row["sent_bytes"] for row in found["wires"]["rows"]}
+    assert 0.25 < sent["int8"] / sent["fp32"] < 0.28

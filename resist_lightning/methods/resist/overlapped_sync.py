@@ -23,8 +23,8 @@ from typing_extensions import override
 
 from resist_lightning.comm.background import Background
 from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.compressed_mean import CompressedMean
 from resist_lightning.comm.exchange import Exchange, Kinds, Payload
-from resist_lightning.comm.mean import CompressedMean
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.resist.layout import BlockLayout

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective, Finish
+from resist_lightning.comm.compressed_mean import CompressedMean
 from resist_lightning.comm.exchange import Kinds, Payload
-from resist_lightning.comm.mean import CompressedMean
 from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.resist.first_forward import FirstForward

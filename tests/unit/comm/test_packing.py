@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resist_lightning.comm.packing import copy_into, empty_like_packed, pack, packed_bytes, unpack
+from resist_lightning.comm.packing import copy_into, cut, empty_like_packed, pack, packed_bytes, unpack
 
 CPU = torch.device("cpu")
 
@@ -44,3 +44,14 @@ def test_packing_copies_and_unpacking_does_not():
     unpack(flats, [one])[0].zero_()
     assert one.item() == 8.0
     assert flats[torch.float32].item() == 0.0
+
+
+def test_tensors_end_to_end_are_cut_into_pieces_of_a_length():
+    assert list(cut([3, 0, 4, 1], 2)) == [
+        [(0, 0, 2)],
+        [(0, 2, 3), (2, 0, 1)],
+        [(2, 1, 3)],
+        [(2, 3, 4), (3, 0, 1)],
+    ]
+    assert list(cut([3], 2)) == [[(0, 0, 2)], [(0, 2, 3)]]
+    assert list(cut([0, 0], 2)) == []

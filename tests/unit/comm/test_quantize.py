@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from resist_lightning.comm import quantize
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.quantize import arrange, make_quantizer, noise_for
 
@@ -80,6 +81,18 @@ def test_zeros_stay_zeros_and_what_is_not_a_number_is_seen(name):
 def test_other_data_types_are_sent_too(name):
     x = values(256).double()
     torch.testing.assert_close(make_quantizer(name).through(x), make_quantizer(name).through(x.float()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("entries", [1, 511, 512, 513, 2000])
+def test_pieces_change_no_bit_of_a_message(monkeypatch, name, entries):
+    wire, x = make_quantizer(name), values(entries)
+    whole = [wire.encode(x), wire.encode(x, noise_for(0, 0, 0, 0, CPU))]
+    decoded = wire.decode(whole[0], entries)
+    monkeypatch.setattr(quantize, "_PIECE_ENTRIES", 512)
+    assert torch.equal(wire.encode(x), whole[0])
+    assert torch.equal(wire.encode(x, noise_for(0, 0, 0, 0, CPU)), whole[1])
+    assert torch.equal(wire.decode(whole[0], entries), decoded)
 
 
 def test_messages_have_matrices_first_and_keep_the_order_otherwise():

@@ -1,0 +1,166 @@
+"""The mean over the workers of tensors that travel in fewer bits: of what has changed since they were equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.packing import cut
+from resist_lightning.comm.quantize import Quantizer, arrange, piece_entries
+
+
+class CompressedMean:
+    """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
+
+    Every worker averages an equal share of the entries for all: first each sends the others their shares of its
+    change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
+    with the same, bit for bit.
+    """
+
+    def __init__(self, collective: Collective, wire: Quantizer) -> None:
+        self._collective = collective
+        self._wire = wire
+        self._before: dict[int, Tensor] = {}
+
+    def begin(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """Remember tensors that are equal on all workers now; it costs a copy of them.
+
+        Args:
+            tensors: of the module.
+            copies: by identity, what to remember in the place of a copy.
+        """
+        earlier, self._before = self._before, {}
+        for tensor in tensors:
+            key = id(tensor)
+            self._before[key] = copies[key] if key in copies else _copied(tensor.detach(), earlier.pop(key, None))
+
+    def load(self, before: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Remember of some tensors, and of no others, what they were when the round began."""
+        self._before = {id(tensor): value.to(tensor.device, copy=True) for tensor, value in before}
+
+    def before(self, tensor: Tensor) -> Tensor | None:
+        """What a tensor was when the round began, if it was remembered."""
+        return self._before.get(id(tensor))
+
+    def known(self, tensor: Tensor) -> bool:
+        """Whether a tensor was remembered."""
+        return id(tensor) in self._before
+
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        kind: str,
+        left_out: Sequence[int] = (),
+        copies: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Replace tensors that :meth:`begin` was given by what they were plus the mean change.
+
+        Collective: every worker must call this, in the same order, with the same tensors.
+
+        Args:
+            tensors: of the module.
+            kind: how the bytes are counted.
+            left_out: workers that take part, but whose changes do not count.
+            copies: of the tensors, which are averaged in their place.
+        """
+        values = [value.detach() for value in arrange(tensors if copies is None else copies)]
+        tensors = arrange(tensors)
+        workers = self._collective.workers
+        if not tensors or workers == 1:
+            return
+        before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]
+        # Views, but for the few tensors whose entries do not lie in their order in memory.
+        flats = [value.reshape(-1) for value in values]
+        change = self._encoded_change(flats, before, counts=self._collective.worker not in left_out)
+        mean = self._mean(change, kind, workers - len(left_out))
+        self._apply(mean, flats, before)
+        for value, flat in zip(values, flats, strict=True):
+            if value.data_ptr() != flat.data_ptr():
+                value.copy_(flat.view(value.shape))
+
+    def _encoded_change(self, values: Sequence[Tensor], before: Sequence[Tensor], *, counts: bool) -> Tensor:
+        """The message with the own change, a row for each group."""
+        entries = sum(map(len, before))
+        form, device = self._wire.format, before[0].device
+        message = torch.empty(form.groups(entries), form.group_bytes, dtype=torch.uint8, device=device)
+        change = torch.zeros(min(entries, piece_entries(device)), device=device)
+        for rows, places in self._pieces(message, values):
+            size = 0
+            for index, first, last in places:
+                target = change[size : size + last - first]
+                if counts:
+                    torch.sub(values[index][first:last], before[index][first:last], out=target)
+                size += last - first
+            self._wire.encode_into(rows, change[:size])
+        return message
+
+    def _mean(self, message: Tensor, kind: str, counted: int) -> Tensor:
+        """The message with the sum of all workers' changes divided by how many count."""
+        me, workers = self._collective.worker, self._collective.workers
+        peers = [worker for worker in range(workers) if worker != me]
+        # Shares are whole groups, so that a group's scale always travels with its entries.
+        form = self._wire.format
+        shares = [slice(*form.share(len(message) * form.group, worker, workers)) for worker in range(workers)]
+
+        # First the others' shares to them, and their parts of the own share here.
+        own_part = message[shares[me]]
+        sends = {peer: message[shares[peer]] for peer in peers}
+        parts = {peer: torch.empty_like(own_part) for peer in peers}
+        self._exchange(sends, parts, kind)
+        parts[me] = own_part
+        # Then the mean of the own share to all, and the others' means here.
+        result = torch.empty_like(message)
+        means = {worker: result[shares[worker]] for worker in range(workers)}
+        own_mean = means.pop(me)
+        self._average(own_mean, [parts[worker] for worker in range(workers)], counted)
+        self._exchange(dict.fromkeys(peers, own_mean), means, kind)
+        # The own mean is decoded as well: all apply what was sent, rounding included.
+        return result
+
+    def _average(self, mean: Tensor, parts: Sequence[Tensor], counted: int) -> None:
+        """Write the message with the mean of what the messages of some workers say."""
+        piece = piece_entries(mean.device) // self._wire.format.group
+        for rows, *others in zip(mean.split(piece), *(part.split(piece) for part in parts), strict=True):
+            # In the order of workers, so that the sum does not depend on whose share it is.
+            total = self._decode(others[0])
+            for other in others[1:]:
+                total += self._decode(other)
+            self._wire.encode_into(rows, total.div_(counted))
+
+    def _apply(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Make the values what they were before plus the mean change."""
+        for rows, places in self._pieces(mean, values):
+            change, size = self._decode(rows), 0
+            for index, first, last in places:
+                old = before[index][first:last]
+                own_change = change[size : size + last - first].to(old.dtype)
+                torch.add(old, own_change, out=values[index][first:last])
+                size += last - first
+
+    def _pieces(self, message: Tensor, flats: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
+        """Some rows of a message at a time, with the parts of flat tensors that are in them, by :func:`cut`."""
+        piece = piece_entries(message.device)
+        return zip(message.split(piece // self._wire.format.group), cut(map(len, flats), piece), strict=True)
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        values = torch.empty(len(rows) * self._wire.format.group, device=rows.device)
+        self._wire.decode_into(values, rows)
+        return values
+
+    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
+        """Send what is not empty, receive what is not empty."""
+        outgoing = {peer: [rows.view(-1)] for peer, rows in sends.items() if len(rows)}
+        incoming = {peer: [rows.view(-1)] for peer, rows in receives.items() if len(rows)}
+        sent_bytes = sum(flat.nbytes for (flat,) in outgoing.values())
+        self._collective.exchange(outgoing, incoming, {kind: sent_bytes})
+
+
+def _copied(tensor: Tensor, copy: Tensor | None) -> Tensor:
+    """A copy of a tensor, in the memory of an earlier one where it fits: new memory costs as much as the copy."""
+    if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype or copy.device != tensor.device:
+        return tensor.clone()
+    return copy.copy_(tensor)
