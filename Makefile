@@ -43,16 +43,16 @@ docs: env ## the documentation site, in build/site
 	@echo "build/site/index.html"
 
 # Workers wait a good part of the time, so more jobs than two cores. Each worker imports its test anew: compiled once.
-test: env ## all tests; ARGS="-k partition" for some, JOBS=0 for one after the other
+test: env ## the tests that need no server, download or ten minutes; ARGS="-k partition" for some, JOBS=0 for one after the other
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(ARGS)
 
-engines: env ## tests that need a server of an engine (SLURM, Ray), which say how to install it; ARGS="-k slurm" for some
+engines: env ## tests that need an engine (SLURM, Ray, Hydra's plugins), which say how to install it; ARGS="-k slurm" for some
 	$(BIN)/python -m pytest tests/engines $(ARGS)
 
 matrix: env ## a part of the tests with other versions of Python, torch, Lightning; ARGS="2.10 2.15" for some of torch (ten minutes and 6 GB each)
 	$(BIN)/python tests/matrix.py $(ARGS)
 
-mutants: env ## break the code on purpose in some twenty places, and see the tests go red; ARGS="scale" for some (half an hour)
+mutants: env ## break the code on purpose, in one place at a time, and see the tests go red; ARGS="scale" for some (half an hour)
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: env ## style, types, layers

@@ -1,4 +1,4 @@
-"""Breaks the code on purpose, some two dozen times, and reports which tests notice: ``make mutants``.
+"""Breaks the code on purpose, in one place at a time, and reports which tests notice: ``make mutants``.
 
 Each mutant is a copy of the repository with one small change. Its tests must fail (killed); where they pass, the mutant
 has survived and a contract has lost its test. ``tests/unit/test_mutants.py`` keeps the changes applicable.

@@ -49,7 +49,7 @@ class Engine:
         collective: the workers; by default those of torch.distributed's default group, or one alone.
         forward_context: a context in which recorded inputs are replayed, e.g. autocast.
         host: the surrounding framework, which may compare settings and stop all workers together.
-        total_steps: local steps of the run, where the settings need them (``finish_rounds``).
+        total_steps: local steps of the run, where the settings need them (``finish_rounds``, ``growth``).
 
     Raises:
         ValueError: if settings, module or optimizers do not fit the method.

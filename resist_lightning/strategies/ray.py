@@ -1,6 +1,6 @@
 """The strategies in workers that Ray Train starts: ``from resist_lightning.strategies.ray import RayResISTStrategy``.
 
-The only module that imports Ray (``pip install resist-lightning[ray]``); the package does not import it.
+The only module that imports Ray (the package's extra ``[ray]``); the package does not import it.
 """
 
 from __future__ import annotations

@@ -6,12 +6,15 @@ import contextlib
 import io
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 import resist_lightning
 from experiments.harness import tables
@@ -157,3 +160,36 @@ def test_tables_show_their_result_files() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+class Parsed(LightningCLI):
+    """A program as on the page of tools, whose subcommand runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """What is looked at is the strategy that would train."""
+
+
+def test_command_lines_of_lightning_cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page had the help of a class without the subcommand, which a program that runs one refuses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI warns of those of pytest
+    saved = tmp_path / "lightning_logs" / "version_0" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("trainer: {strategy: {class_path: resist_lightning.ResISTStrategy}, devices: 2}\n")
+    lines = re.findall(
+        r"^python train\.py (.*--(?:trainer|config).*)$", (ROOT / "docs/tools.md").read_text(), re.MULTILINE
+    )
+    assert len(lines) == 4
+    for line in lines:
+        arguments = shlex.split(line)
+        if ".help=" in line:
+            with pytest.raises(SystemExit, match="0"):
+                Parsed(BoringModel, BoringDataModule, args=arguments)
+            assert "--trainer.strategy.local_steps" in capsys.readouterr().out
+        else:
+            cli = Parsed(
+                BoringModel, BoringDataModule, args=[*arguments[:1], "--trainer.accelerator=cpu", *arguments[1:]]
+            )
+            assert isinstance(cli.trainer.strategy, resist_lightning.ResISTStrategy)
