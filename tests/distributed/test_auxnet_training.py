@@ -1,8 +1,8 @@
 """Stages in real gloo processes train what one process does that computes the same schedule (check 6 of section 8).
 
 All is in double precision. In steps that wait for each other, and for one worker, the numbers are those of plain
-back-propagation bit for bit. In the other steps engine and simulator round differently, since one of them computes in
-units of the guess.
+back-propagation bit for bit, and with late gradients those of the simulator. In the other steps engine and simulator
+round differently, since one of them computes in units of the guess.
 """
 
 from __future__ import annotations
@@ -47,6 +47,21 @@ RUNS = {
         )
         for method in METHODS
     },
+    **{
+        f"delayed, {net}": Run(StageConfig(method="delayed", local_steps=4), 9, net)
+        for net in ("tanh", "preact", "positions", "vit")
+    },
+    "delayed, AdamW, two steps late, looked at now and then": Run(
+        StageConfig(method="delayed", delay=2, local_steps=3),
+        12,
+        "preact",
+        optimizer="adamw",
+        milestones=(5,),
+        observe_at=(0, 2, 3, 7),
+    ),
+    "delayed, frozen beginning": Run(StageConfig(method="delayed"), 6, frozen=("stem", "body.0")),
+    "delayed, frozen last stage": Run(StageConfig(method="delayed"), 6, frozen=("body.3", "head")),
+    "delayed, not late": Run(StageConfig(method="delayed", delay=0), 6, "preact"),
     "no warm-up, no batch norm": Run(StageConfig(warmup_steps=0, beta=50.0, aux_width=4), 5, "convolutions"),
     "falling rate and growing beta": Run(
         StageConfig(method="al-net", beta=20.0, beta_growth=3.0, warmup_steps=3, multiplier_every=1),
@@ -84,7 +99,7 @@ RUNS = {
     "warm-up only": Run(StageConfig(warmup_steps=100), 6, "preact"),
     "serial always": Run(StageConfig(warmup_steps=0, serial_every=1), 6, "preact"),
 }
-SERIAL = ("warm-up only", "serial always", "tensors of its own, serial")
+SERIAL = ("warm-up only", "serial always", "tensors of its own, serial", "delayed, not late")
 
 
 @dataclass
@@ -154,6 +169,10 @@ def test_auxiliary_networks_and_stored_guesses_become_those_of_the_simulator(
     trained: list[dict[str, Trained]], name: str
 ) -> None:
     _, _, boundaries = simulated(name, len(trained))
+    if RUNS[name].config.delayed:
+        assert boundaries == []
+        assert all(worker[name].guesses == {} for worker in trained)
+        return
     assert len(boundaries) == len(trained) - 1
     assert trained[0][name].guesses == {}
     for worker, boundary in zip(trained[1:], boundaries, strict=True):
@@ -172,12 +191,23 @@ def test_auxiliary_networks_and_stored_guesses_become_those_of_the_simulator(
             assert found["values"].shape[1] == 1
 
 
+@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if run.config.delayed])
+def test_late_gradients_are_those_of_the_simulator_bit_for_bit(trained: list[dict[str, Trained]], name: str) -> None:
+    expected, losses, _ = simulated(name, len(trained))
+    for worker in trained:
+        assert worker[name].losses == losses
+        for key, value in expected.items():
+            if "running" not in key:  # which are means of all workers, estimated anew
+                assert torch.equal(worker[name].state[key], value), key
+
+
 def test_steps_that_wait_for_each_other_are_plain_back_propagation_bit_for_bit(
     trained: list[dict[str, Trained]],
 ) -> None:
     for name, run in RUNS.items():
         _, losses = plain_training(run)
-        serial = run.steps if name in SERIAL else min(run.config.warmup_steps, run.steps)
+        warmup = 0 if run.config.delayed else run.config.warmup_steps
+        serial = run.steps if name in SERIAL else min(warmup, run.steps)
         assert trained[0][name].losses[:serial] == losses[:serial], name
     for name in SERIAL:
         state, _ = plain_training(RUNS[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 from torch import nn
@@ -12,7 +12,11 @@ from typing_extensions import override
 
 from resist_lightning.methods.config import CommonConfig, MomentumPolicy, check_choice, check_integer
 
-AuxMethod: TypeAlias = Literal["penalty", "al-net", "penalty-store", "al-store"]
+AuxMethod: TypeAlias = Literal["penalty", "al-net", "penalty-store", "al-store", "delayed"]
+_OF_GUESSES = (
+    *("beta", "beta_growth", "lambda_step", "multiplier_every", "warmup_steps", "serial_every"),
+    *("aux_network", "aux_width", "aux_learning_rate"),
+)
 AuxFactory: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]
 
 
@@ -35,6 +39,8 @@ class StageConfig(CommonConfig):
             the auxiliary networks learn the true inputs of the stages.
         serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
             price of speed. 4 makes every fourth step wait; 0 is never, 1 always: back-propagation.
+        delay: steps by which a gradient is late for each stage that it comes through, with ``delayed``; 1 is enough on
+            a fast link, 2 hides a slow one, 0 is back-propagation.
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
             balances the stages by measured time.
         network: name of the network in the module; None finds it by its residual blocks.
@@ -63,6 +69,7 @@ class StageConfig(CommonConfig):
     multiplier_every: int = 10
     warmup_steps: int = 200
     serial_every: int = 0
+    delay: int = 1
     cuts: Sequence[str] | None = None
     network: str | None = None
     aux_network: AuxFactory | None = None
@@ -81,6 +88,7 @@ class StageConfig(CommonConfig):
         check_integer("warmup_steps", self.warmup_steps, 0, "0 means no warm-up")
         check_integer("serial_every", self.serial_every, 0, "0 means never, 1 means always")
         check_integer("aux_width", self.aux_width, 1, "32 is the default")
+        check_integer("delay", self.delay, 0, "1 is the default, 0 back-propagation")
         _check_above("beta", self.beta, 0)
         _check_above("aux_learning_rate", self.aux_learning_rate, 0)
         if not self.beta_growth >= 1:
@@ -90,10 +98,16 @@ class StageConfig(CommonConfig):
         # A string is a sequence of strings, too.
         if isinstance(self.cuts, str):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names, e.g. ['layer2'].")
+        self._refuse_without_effect()
 
     @override
     def in_words(self) -> dict[str, str]:
         return {**super().in_words(), "aux_network": _name_of(self.aux_network)}
+
+    @property
+    def delayed(self) -> bool:
+        """Whether gradients are late, and there are no guesses."""
+        return self.method == "delayed"
 
     @property
     def stored(self) -> bool:
@@ -102,10 +116,24 @@ class StageConfig(CommonConfig):
 
     def serial(self, step: int) -> bool:
         """Whether the stages wait for each other in this step; ``step`` counts from 0."""
+        if self.delayed:
+            return False
         after_warmup = step - self.warmup_steps
         if after_warmup < 0:
             return True
         return self.serial_every > 0 and after_warmup % self.serial_every == 0
+
+    def _refuse_without_effect(self) -> None:
+        """Raise a ValueError for settings of guesses where there are none, and of delays likewise."""
+        names = _OF_GUESSES if self.delayed else ("delay",)
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
+        if given:
+            why = "guesses nothing" if self.delayed else "delays nothing"
+            raise ValueError(
+                f"method={self.method!r} {why}, so {', '.join(given)} would do nothing; leave it out, or take another "
+                "method."
+            )
 
     @property
     def multipliers(self) -> bool:

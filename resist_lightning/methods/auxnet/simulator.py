@@ -22,6 +22,7 @@ from resist_lightning.methods.auxnet.config import StageConfig
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.network.aux_networks import make_aux_network
 from resist_lightning.methods.auxnet.simulated_boundary import Boundary, NetworkBoundary, Pair, StoredBoundary
+from resist_lightning.methods.auxnet.simulated_delay import LateGradients
 from resist_lightning.methods.auxnet.step.equations import growth
 from resist_lightning.methods.config import NormPolicy
 from resist_lightning.state.batch_norm import BatchStatistics, Call, norms_with_statistics, recalibrate
@@ -51,7 +52,7 @@ class StageSimulator:
     Attributes:
         module: the copy, all of whose stages train.
         optimizers: those of the copy.
-        boundaries: make the guesses of each boundary, from the first.
+        boundaries: make the guesses of each boundary, from the first; none where nothing is guessed.
         steps: how many were taken.
 
     Raises:
@@ -77,6 +78,7 @@ class StageSimulator:
         self._network = layout.chain.name if layout.chain else config.network or ""
         # One worker's stage is the whole network.
         self._stages = self._stages or [self.module.get_submodule(self._network)]
+        self._late = LateGradients(self._stages, config.delay) if config.delayed else None
         self._step_size = config.lambda_step or (0.1 if config.stored and workers > 2 else 1.0)
         self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
         self._still: list[str] = []
@@ -120,13 +122,15 @@ class StageSimulator:
         full.zero_grad()
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
-        elif batch_norm == "recalibrate" and self.boundaries and self._inputs:
+        elif batch_norm == "recalibrate" and len(self._stages) > 1 and self._inputs:
             network = full.get_submodule(self._network)
             calls: list[Call] = [(network, (x,), {}) for x in self._inputs]
             recalibrate(full, calls, torch.no_grad, self._still)
         return full
 
     def _compute(self, x: Tensor, loss_of_output: LossOfOutput, share: float) -> tuple[Tensor, list[Pair]]:
+        if self._late is not None:
+            return self._late.step(x, loss_of_output), []
         known = all(boundary.knows(x) for boundary in self.boundaries)
         if self.config.serial(self.steps) or not known:
             return self._serial(x, loss_of_output, share)
@@ -204,7 +208,7 @@ class StageSimulator:
 
 
 def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], list[Boundary]]:
-    """Stages and boundaries; none with one worker."""
+    """Stages, and boundaries where inputs are guessed; none with one worker."""
     if layout.chain is None:
         return [], []
     stages: list[nn.Module] = []
@@ -212,6 +216,8 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
         first, last = layout.units(worker)
         stages.append(layout.chain.stage(first, last))
     boundaries: list[Boundary] = []
+    if config.delayed:
+        return stages, boundaries
     shapes = layout.boundary_shapes
     device = next(layout.module.parameters()).device
     for number, shape in enumerate(shapes.boundaries):

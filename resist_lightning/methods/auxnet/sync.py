@@ -80,6 +80,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
+        # Gradients are saved, and graphs cannot be.
+        self._settle()
         stage = self.stage_worker.state_dict() if self.stage_worker is not None else {}
         return {**super().state_dict(with_full_model=with_full_model), "stage": stage}
 
@@ -114,6 +116,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if self.stage_worker is not None:
             # Messages of the last batch may still be under way.
             self.stage_worker.finish()
+            self._settle()
             self.stage_worker.spans.pause()
         plan = plan_observation(plan, self._worker, self._layout.workers)
         if unequal:
@@ -151,7 +154,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if not self._reports:
             return {}
         found = {}
-        for boundary in range(1, self._layout.workers):
+        guessed = not self._layout.config.delayed
+        for boundary in range(1, self._layout.workers if guessed else 1):
             found[f"auxnet/mismatch_{boundary}"] = self._reports[boundary][0]
         spans = self._span_seconds()
         seconds = step_seconds(spans)
@@ -168,8 +172,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             return {}
         recent = json.dumps(list(self.stage_worker.spans.recent)).encode()
         rows = self._collective.gather_bytes(recent)
-        guesses = self.stage_worker.guesses
-        held = self._collective.gather_numbers([guesses.held_bytes if guesses is not None else 0])
+        held = self._collective.gather_numbers([self.stage_worker.held_bytes])
         return {
             "stages": layout.parts(),
             "shapes": [list(shape) for shape in layout.boundary_shapes.boundaries],
@@ -179,6 +182,11 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             "seconds": self._span_seconds(),
             "timeline": typical_step([json.loads(row) for row in rows]),
         }
+
+    def _settle(self) -> None:
+        """Compute backward passes to come. Collective: every worker must call this, in the same order."""
+        if self.stage_worker is not None and self.stage_worker.delayed is not None:
+            self.stage_worker.delayed.settle()
 
     def _span_seconds(self) -> list[dict[str, float]]:
         """For each worker the mean seconds of its spans in a step of the round that ended."""

@@ -33,11 +33,16 @@ class Stage(nn.Module):
         self.parts = parts
         self._network = (network,)  # a tuple, so that it is not taken for a submodule
 
+    @property
+    def network(self) -> nn.Module:
+        """The network that it is a part of."""
+        return self._network[0]
+
     @override
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last unit for ``x``, an input of the first."""
         # With the network as `self`, the generated code finds what the network has now.
-        output: Tensor = type(self.parts).forward(self._network[0], x)
+        output: Tensor = type(self.parts).forward(self.network, x)
         return output
 
 

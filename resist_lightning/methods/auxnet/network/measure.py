@@ -105,7 +105,7 @@ def measure_entries(config: StageConfig, measured: Measured, example: Tensor) ->
     Returns:
         Seconds for each unit, of the first 0; infinity where there can be no auxiliary network.
     """
-    if config.stored:
+    if config.stored or config.delayed:
         return (0.0,) * len(measured.shapes)
     boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
     # Most boundaries look like others, whose times are theirs too.

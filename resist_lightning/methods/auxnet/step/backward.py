@@ -23,10 +23,11 @@ class Batch:
     Args:
         size: samples.
         serial: whether the stages wait for each other.
+        true_input: whether the stage is given the previous one's output, and not a guess.
         share: the learning rate as a share of the highest, when the batch came.
         x: the network's input.
         truth: the previous stage's output; None for the first stage.
-        reply: the next worker's target, or (serial) its gradient; None for the last stage.
+        reply: the next worker's target, or (with true input) its gradient; None for the last stage.
         output: the network's output; None on the last worker.
         given: the input that the stage took instead of the image; None for the first stage.
         multiplier: u, in units of the guess.
@@ -35,6 +36,7 @@ class Batch:
 
     size: int
     serial: bool
+    true_input: bool
     share: float
     x: Samples
     truth: Expected | None
@@ -66,6 +68,26 @@ class ReplacedGradient(torch.autograd.Function):
         ctx.worker.begin_backward(ctx.batch)
         gradient = ctx.worker.reply_gradient(ctx.batch, ctx.made)
         return gradient.to(ctx.made.dtype), None, None, None, None
+
+
+class LateGradients(torch.autograd.Function):
+    """Forward, the network's output; backward, the stage's parameters get the gradients of an earlier batch."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, anchor: Tensor, output: Tensor, worker: StageWorker, batch: Batch, *parameters: Tensor
+    ) -> Tensor:
+        """The network's output."""
+        ctx.worker, ctx.batch = worker, batch
+        return output.clone()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *_: Any) -> Any:
+        """The gradients that are due."""
+        ctx.worker.begin_backward(ctx.batch)
+        return None, None, None, None, *ctx.worker.delayed.take_gradients()
 
 
 class NotedBackward(torch.autograd.Function):

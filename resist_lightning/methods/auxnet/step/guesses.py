@@ -138,9 +138,9 @@ def make_guesses(
     collective: Collective,
     device: torch.device,
 ) -> Guesses | None:
-    """Choose a worker's source of guesses by the settings; None on worker 0, which has the image."""
+    """Choose a worker's source of guesses by the settings; None where there are none: worker 0 has the image."""
     boundary, stages = collective.worker, collective.workers
-    if boundary == 0:
+    if boundary == 0 or config.delayed:
         return None
     if config.stored:
         return StoredGuesses(config, stages, device)

@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.chain import Stage
 from resist_lightning.methods.auxnet.step.agreement import check_equal
-from resist_lightning.methods.auxnet.step.backward import Batch, NotedBackward, ReplacedGradient
+from resist_lightning.methods.auxnet.step.backward import Batch, LateGradients, NotedBackward, ReplacedGradient
+from resist_lightning.methods.auxnet.step.delayed import make_delayed
 from resist_lightning.methods.auxnet.step.equations import Penalty
 from resist_lightning.methods.auxnet.step.guesses import make_guesses
 from resist_lightning.methods.auxnet.step.messages import Messages, Shapes
@@ -43,14 +45,15 @@ class StageWorker:
     Attributes:
         accumulate: batches whose gradients are added up before a step.
         epoch_batches: batches of all the data, after which a method that stores guesses must see samples again.
-        guesses: makes the guesses of this stage's input; None on worker 0, which has the image.
+        delayed: trains this stage with gradients that arrive late; None on the last worker, and for other methods.
+        guesses: makes the guesses of this stage's input; None where there are none, as on worker 0: it has the image.
         steps: how many were taken.
         spans: when it computed, and when it waited.
     """
 
     def __init__(
         self,
-        stage: nn.Module,
+        stage: Stage,
         shapes: Shapes,
         nonnegative: bool,
         config: StageConfig,
@@ -68,6 +71,7 @@ class StageWorker:
         self._config = config
         self._collective = collective
         self._messages = Messages(collective, shapes, device)
+        self.delayed = make_delayed(stage, config, self._messages, self.spans, collective, device)
         self.guesses = make_guesses(config, shapes, nonnegative, collective=collective, device=device)
         self._first = collective.worker == 0
         self._last = collective.worker == collective.workers - 1
@@ -104,16 +108,21 @@ class StageWorker:
         stage_input = self._stage_input(batch)
         if not self._first:
             self.spans.begin("forward")
-        made: Tensor = self._stage(stage_input).to(self._shapes.dtype)
+        made = self._pass_forward(stage_input, batch).to(self._shapes.dtype)
         if self._last:
             self._messages.send_output(made)
             self.spans.begin("loss")
             return NotedBackward.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
         self._messages.send_truth(made)
+        if self.delayed is not None:
+            # Before the output is waited for: the stages behind work on this batch meanwhile.
+            self.delayed.work_off()
         self.spans.begin("wait for output")
         assert batch.output is not None
         output = batch.output.take()
         self.spans.begin("loss")
+        if self.delayed is not None:
+            return LateGradients.apply(self._anchor, output, self, batch, *self.delayed.parameters)  # type: ignore[no-any-return]
         return ReplacedGradient.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
 
     def end_step(self) -> None:
@@ -130,6 +139,8 @@ class StageWorker:
             )
         self._called = False
         self.steps += 1
+        if self.delayed is not None:
+            self.delayed.end_step()
 
     def finish(self) -> None:
         """Finish the last batch: receive what is under way, and correct the guess. Waits for the neighbours."""
@@ -137,7 +148,8 @@ class StageWorker:
         if batch is None:
             return
         given = batch.given
-        if batch.serial and given is not None and given.grad is None:
+        at_once = batch.true_input and self.delayed is None
+        if at_once and given is not None and given.grad is None:
             # Nothing flowed back, and the previous worker waits for a gradient.
             self._messages.send_gradient(torch.zeros_like(given))
         # Also of a batch that is not trained on: a message left behind would be taken for the next batch's.
@@ -153,6 +165,11 @@ class StageWorker:
                 self._seen.update(batch.x.names)
         self.spans.end_step(counts=not batch.serial)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory between two steps beside the stage: of guesses, or of what is late."""
+        return sum(part.held_bytes for part in (self.guesses, self.delayed) if part is not None)
+
     def report(self) -> list[float]:
         """Mean mismatch of this worker's boundary since the last call, and mean seconds of each span."""
         mismatch = self.guesses.take_mismatch() if self.guesses is not None else 0.0
@@ -167,6 +184,7 @@ class StageWorker:
             "misses": self._misses,
             "seen": sorted(name.hex() for name in self._seen),
             "guesses": self.guesses.state_dict() if self.guesses is not None else {},
+            "delayed": self.delayed.state_dict() if self.delayed is not None else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,23 +196,35 @@ class StageWorker:
         self._seen = {bytes.fromhex(name) for name in state["seen"]}
         if self.guesses is not None:
             self.guesses.load_state_dict(state["guesses"])
+        if self.delayed is not None:
+            self.delayed.load_state_dict(state["delayed"])
+
+    def _pass_forward(self, stage_input: Tensor, batch: Batch) -> Tensor:
+        if self.delayed is None:
+            made: Tensor = self._stage(stage_input)
+            return made
+        assert batch.reply is not None
+        # Taken when it is due, in a later batch.
+        reply, batch.reply = batch.reply, None
+        return self.delayed.forward(stage_input, reply, self.accumulate)
 
     def _open(self, x: Tensor) -> Batch:
         """Post the receives of a batch."""
         samples = Samples(x)
         size, serial = len(x), self._is_serial(samples)
+        true_input = serial or self._config.delayed
         truth = None if self._first else self._messages.expect_truth(size)
         reply = output = None
         if not self._last:
-            reply = self._messages.expect_gradient(size) if serial else self._messages.expect_target(size)
+            reply = self._messages.expect_gradient(size) if true_input else self._messages.expect_target(size)
             output = self._messages.expect_output(size)
-        return Batch(size, serial, self._rate_share(), samples, truth, reply, output)
+        return Batch(size, serial, true_input, self._rate_share(), samples, truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
-        """The image, the guess, or (serial) the previous stage's output; the guess is sent to the previous worker."""
+        """The image, the previous stage's output, or the guess; the guess is sent to the previous worker."""
         if self._first:
             return batch.x.images
-        if batch.serial:
+        if batch.true_input:
             assert batch.truth is not None
             self.spans.begin("wait for truth")
             given = batch.truth.take().clone().requires_grad_()

@@ -1,0 +1,240 @@
+"""Computes a stage whose gradients arrive some steps late, while the stages behind it work on the same batches.
+
+Two stages, a delay of one step; F and B are forward and backward passes, numbered by batch::
+
+    stage 0   F0     F1 B0     F2 B1     F3 B2
+    stage 1      F0 B0     F1 B1     F2 B2
+
+Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, has no delay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.methods.auxnet.config import StageConfig
+from resist_lightning.methods.auxnet.network.chain import Stage
+from resist_lightning.methods.auxnet.step.messages import Expected, Messages
+from resist_lightning.methods.auxnet.step.spans import Spans
+
+Gradients: TypeAlias = dict[str, Tensor]
+"""By the name of a parameter in the network; without those that a batch has no gradient for."""
+
+
+@dataclass
+class Pending:
+    """A forward pass whose backward pass is still to come.
+
+    Args:
+        given: the stage's input.
+        made: its output, with the graph.
+        weights: those of the forward pass, by name.
+        reply: the gradient at the output, from the next worker.
+    """
+
+    given: Tensor
+    made: Tensor
+    weights: dict[str, Tensor]
+    reply: Expected
+
+
+class DelayedStage:
+    """A stage whose gradient of a batch is used some batches later.
+
+    Both passes over a batch use the same weights, a copy made in the forward pass. The copy is ahead of the weights by
+    as many steps as the gradient will be late, each taken to be like the last one: so the gradient is that of weights
+    near those that it will change (SpecTrain, arXiv 1809.02839).
+
+    Args:
+        stage: the worker's stage.
+        delay: batches between a forward pass and the step that takes its gradient.
+        messages: this worker's.
+        spans: when it computes, and when it waits.
+        device: of the stage.
+        first: whether the stage is the first, which sends no gradient on.
+    """
+
+    def __init__(
+        self, stage: Stage, delay: int, messages: Messages, spans: Spans, device: torch.device, *, first: bool
+    ) -> None:
+        self._stage = stage
+        self._delay = delay
+        self._messages = messages
+        self._spans = spans
+        self._device = device
+        self._first = first
+        self._weights = _Weights(stage)
+        # By batch, the oldest first: backward passes still to come, or the gradients they have given.
+        self._late: deque[Pending | Gradients] = deque()
+        self._due: list[Gradients] = []
+        # Weights of this step's forward passes; made at the first one.
+        self._ahead: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the weights before the last step
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that train now."""
+        return list(self._weights.trained().values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Of copies of weights, and of gradients that wait, between two steps."""
+        kept = [*self._before.values()]
+        for late in self._late:
+            kept += (late.weights if isinstance(late, Pending) else late).values()
+        return sum(tensor.nbytes for tensor in kept)
+
+    def forward(self, given: Tensor, reply: Expected, accumulate: int) -> Tensor:
+        """The stage's output for a batch.
+
+        Args:
+            given: the stage's input.
+            reply: the gradient at the output, when it will have come.
+            accumulate: batches of a step.
+        """
+        if not self._ahead:
+            self._ahead = self._look_ahead(self._delay / accumulate)
+        made: Tensor = self._weights.use(self._ahead, lambda: self._stage(given))
+        self._late.append(Pending(given, made, self._ahead, reply))
+        return made
+
+    def work_off(self) -> None:
+        """Compute the backward passes whose gradients this step takes. Waits for the next worker."""
+        while len(self._late) > self._delay:
+            late = self._late.popleft()
+            self._due.append(self._backward(late) if isinstance(late, Pending) else late)
+
+    def settle(self) -> None:
+        """Compute all backward passes to come; their gradients are used when they are due.
+
+        Collective: every worker must call this, between two batches.
+        """
+        self._late = deque(self._backward(late) if isinstance(late, Pending) else late for late in self._late)
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """For each of :attr:`parameters` the gradient that is due, if there is one."""
+        due, self._due = self._due, []
+        found: list[Tensor | None] = []
+        for name in self._weights.trained():
+            parts = [gradients[name] for gradients in due if name in gradients]
+            found.append(sum(parts[1:], start=parts[0]) if parts else None)
+        return found
+
+    def end_step(self) -> None:
+        """The optimizer has taken its step: the next forward pass makes new copies."""
+        self._ahead = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gradients that wait, and the weights before the last step. Only after :meth:`settle`."""
+        cpu = torch.device("cpu")
+        late = [_moved(gradients, cpu) for gradients in self._late if not isinstance(gradients, Pending)]
+        return {"late": late, "before": _moved(self._before, cpu)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what :meth:`state_dict` returned."""
+        self._late = deque(_moved(late, self._device) for late in state["late"])
+        self._before = _moved(state["before"], self._device)
+
+    def _look_ahead(self, steps: float) -> dict[str, Tensor]:
+        """Copies of the trained weights, as many steps ahead."""
+        ahead: dict[str, Tensor] = {}
+        now = self._weights.trained()
+        for name, weight in now.items():
+            copy = weight.detach().clone()
+            if name in self._before:
+                copy += steps * (weight.detach() - self._before[name])
+            ahead[name] = copy.requires_grad_()
+        self._before = {name: weight.detach().clone() for name, weight in now.items()}
+        return ahead
+
+    # A batch may be settled inside an evaluation, where no gradients are recorded.
+    @torch.inference_mode(mode=False)
+    @torch.enable_grad()
+    def _backward(self, late: Pending) -> Gradients:
+        with self._spans.inside("wait for target"):
+            gradient = late.reply.take()
+        wanted = late.weights if self._first else {**late.weights, "": late.given}
+        found: Gradients = {}
+        if late.made.requires_grad and wanted:
+            # With the weights in place, as a block that saves memory computes its forward pass again.
+            parts = self._weights.use(
+                late.weights,
+                lambda: torch.autograd.grad(
+                    late.made, list(wanted.values()), gradient.to(late.made.dtype), allow_unused=True
+                ),
+            )
+            found = {name: part for name, part in zip(wanted, parts, strict=True) if part is not None}
+        if not self._first:
+            before = found.pop("", None)
+            self._messages.send_gradient(torch.zeros_like(late.given) if before is None else before)
+        return found
+
+
+def make_delayed(
+    stage: Stage,
+    config: StageConfig,
+    messages: Messages,
+    spans: Spans,
+    collective: Collective,
+    device: torch.device,
+) -> DelayedStage | None:
+    """For each stage but the last, where the settings delay gradients."""
+    behind = collective.workers - 1 - collective.worker
+    if not config.delayed or behind == 0:
+        return None
+    return DelayedStage(stage, config.delay * behind, messages, spans, device, first=collective.worker == 0)
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+class _Weights:
+    """The parameters of a stage by name, and other tensors in their place for a moment."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._network = stage.network
+        self._names = [name for name, _ in stage.parts.named_parameters(remove_duplicate=False)]
+        self._holder = _Holder(self._network)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Those that train now, each by the first of its names."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name in self._names:
+            weight = self._network.get_parameter(name)
+            if weight.requires_grad:
+                found.setdefault(id(weight), (name, weight))
+        return dict(found.values())
+
+    def use(self, weights: dict[str, Tensor], act: Callable[[], Any]) -> Any:
+        """Call ``act`` with these tensors in the place of the parameters of the same name."""
+        replaced = {id(self._network.get_parameter(name)): weight for name, weight in weights.items()}
+        placed: dict[str, Tensor] = {}
+        # Under all of its names, where weights are tied.
+        for name in self._names:
+            number = id(self._network.get_parameter(name))
+            if number in replaced:
+                placed[f"network.{name}"] = replaced[number]
+        return functional_call(self._holder, placed, (act,), tie_weights=False)
+
+
+class _Holder(nn.Module):
+    """Calls what it is given: for `functional_call`, which puts tensors in place while a module is called."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @override
+    def forward(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` returns."""
+        return act()
