@@ -16,7 +16,8 @@ AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"
 HYBRID = "hybrid"  # the penalty method with a step of back-propagation now and then
 HYBRID_EVERY = 4
-WITH_THREE = ("penalty", "al-net", HYBRID)  # methods that are trained on three workers too
+DELAYED = "delayed"  # true gradients that arrive late
+WITH_THREE = ("penalty", "al-net", HYBRID, DELAYED)  # methods that are trained on three workers too
 SWEEP_SEED = 1000  # settings are judged on the hold-out, with a seed that no other table uses
 SWEEP_WORKERS = 2
 STEP_WORKERS = 3  # of the step of the guesses, which from three stages on is a question
@@ -29,6 +30,7 @@ TITLES = {
     HYBRID: f"AuxNet, every {HYBRID_EVERY}th step serial",
     "penalty-store": "penalty, stored guesses",
     "al-store": "augmented Lagrangian, stored guesses",
+    DELAYED: "AuxNet, late gradients",
     "pipeline": "pipeline (torch's)",
     SERIAL_STAGES: "stages in series (AuxNet's warm-up)",
 }
@@ -112,7 +114,7 @@ class Case(AnyCase):
     """One training. What a method does not have is None."""
 
     task: str  # a key of `ALL`
-    method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, or one of `AUXNET`
+    method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, `DELAYED`, or one of `AUXNET`
     workers: int  # number of processes, of one thread each
     seed: int  # of weights, order and augmentation
     lr: float  # learning rate at the start
@@ -223,8 +225,8 @@ def timing(options: Any) -> list[Case]:
         for network in options.networks:
             found.append(base(network, "serial", 1, turn))
             for method in (name for name in options.methods if name not in ("serial", "pipeline")):
-                case = replace(base(network, method, 2, turn), warmup_steps=2)
-                found.append(case)
+                case = base(network, method, 2, turn)
+                found.append(case if method == DELAYED else replace(case, warmup_steps=2))
             found += _pipelines(options, network, turn)
     return found
 

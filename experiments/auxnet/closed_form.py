@@ -24,9 +24,17 @@ def sent_bytes(method: str, batch: int, elements: Sequence[int], classes: int) -
     return sent
 
 
-def held_bytes(parameters: Sequence[int], aux_parameters: Sequence[int]) -> list[int]:
-    """Bytes of parameters, gradients and momentum of each worker: of its stage and of its auxiliary network."""
-    return [3 * ITEM * (own + aux) for own, aux in zip(parameters, aux_parameters, strict=True)]
+def held_bytes(parameters: Sequence[int], aux_parameters: Sequence[int], *, delayed: bool = False) -> list[int]:
+    """Bytes of parameters, gradients and momentum of each worker: of its stage and of its auxiliary network.
+
+    With late gradients, copies of the weights too: of every batch whose gradient is to come, and before the last step.
+    """
+    held = [3 * ITEM * (own + aux) for own, aux in zip(parameters, aux_parameters, strict=True)]
+    if delayed:
+        for stage in range(len(parameters) - 1):
+            late = len(parameters) - 1 - stage
+            held[stage] += (late + 1) * ITEM * parameters[stage]
+    return held
 
 
 def hybrid_speed_up(speed_up: float, every: int) -> float:

@@ -174,8 +174,11 @@ class Layered(Method):
             yield model
 
     def held_bytes(self) -> int:
-        """Of the stage and of the auxiliary network."""
+        """Of the stage, of the auxiliary network, and of what is late."""
         own, guesses = held_bytes(self.network, self.optimizer), self._guesses
+        worker = self.engine.sync.stage_worker
+        if worker is not None and worker.delayed is not None:
+            own += worker.delayed.held_bytes
         return own + (held_bytes(guesses.network, guesses.optimizer) if isinstance(guesses, NetworkGuesses) else 0)
 
     def explained(self, data: Prepared) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from experiments.harness.study import Study
 from experiments.harness.tables import Row, show_and_write
 from experiments.links.rig import UNSHAPED, check_bandwidths
 
-METHODS = ("serial", "penalty", "al-net", "hybrid", "penalty-store", "al-store", "pipeline")
+METHODS = ("serial", "penalty", "al-net", "hybrid", "delayed", "penalty-store", "al-store", "pipeline")
 # What the results of a study depend on, besides their cases.
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",), "links": ("link_steps",),
