@@ -10,7 +10,19 @@ from matplotlib.axes import Axes
 from experiments.app.timeline_figure import draw_timeline
 from experiments.auxnet.cases import TITLES, title
 from experiments.auxnet.link_tables import by_link, methods_of
-from experiments.harness.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, draw_spread, panels
+from experiments.harness.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    draw_spread,
+    panels,
+)
 from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, values
 from experiments.links.tables import bandwidth
 

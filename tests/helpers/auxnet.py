@@ -42,10 +42,10 @@ def pictures(**options: Any) -> DataLoader[Any]:
 
 
 def make_stages(**options: Any) -> AuxNetStrategy:
-    """A strategy with small auxiliary networks, that warms up for one step and meets after every three."""
-    return AuxNetStrategy(
-        **{"aux_width": 4, "warmup_steps": 1, "check_every_n_steps": 3, "aux_learning_rate": 0.02, **options}
-    )
+    """A strategy that meets after every three steps; with auxiliary networks small ones, and one step of warm-up."""
+    guessing = {"aux_width": 4, "warmup_steps": 1, "aux_learning_rate": 0.02}
+    usual = {} if options.get("method") == "delayed" else guessing
+    return AuxNetStrategy(**{"check_every_n_steps": 3, **usual, **options})
 
 
 def fit_stages(

@@ -217,6 +217,12 @@ CASES = {
     "al-store, cut where the user says": Case(
         {"method": "al-store", "multiplier_every": 2, "cuts": ["section2"]}, stops=(5, 7)
     ),
+    "late gradients, three workers, cut by time": Case(
+        {"method": "delayed"}, workers=3, optimizer="adamw", stops=(1, 5, 9), network=residual_mlp
+    ),
+    "late gradients that add up": Case(
+        {"method": "delayed", "delay": 2, "cuts": ["section2"]}, accumulate=2, stops=(3, 7)
+    ),
     "al-net, beta grows, loader processes": Case(
         {"method": "al-net", "beta_growth": 3.0}, processes=True, stops=(3, 7), network=partial(SmallViT, dropout=0.2)
     ),

@@ -90,6 +90,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "multiplier_every": ("20", 20),
         "warmup_steps": ("7", 7),
         "serial_every": ("4", 4),
+        "delay": ("2", 2),
         "cuts": ("[layer2]", ["layer2"]),
         "network": ("net", "net"),
         "aux_width": ("16", 16),
@@ -109,17 +110,20 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
     },
 }
 # The strategy, and what it is not given: growth says what the counts of blocks and their scale would say too, overlap
-# does without state that travels and workers that are dropped; in AuxNet a worker is one process, and gloo the only
-# backend.
+# does without state that travels and workers that are dropped; in AuxNet a worker is one process, gloo its backend,
+# and what is said of guesses and of delays belongs to different methods.
+ONE_PROCESS = {"devices_per_worker", "across_hosts", "find_unused_parameters", "process_group_backend"}
+OF_GUESSES = {
+    *("beta", "beta_growth", "lambda_step", "multiplier_every", "warmup_steps", "serial_every"),
+    *("aux_network", "aux_width", "aux_learning_rate"),
+}
 RUNS: list[tuple[str, set[str]]] = [
     ("ResISTStrategy", {"growth", "overlap"}),
     ("ResISTStrategy", {"min_blocks", "blocks_per_worker", "test_scale", "momentum", "non_finite"}),
     ("ISTStrategy", {"growth"}),
     ("ISTStrategy", {"min_share"}),
-    (
-        "AuxNetStrategy",
-        {"devices_per_worker", "across_hosts", "find_unused_parameters", "process_group_backend", "aux_network"},
-    ),
+    ("AuxNetStrategy", {*ONE_PROCESS, "delay", "aux_network"}),
+    ("AuxNetStrategy", {*ONE_PROCESS, *OF_GUESSES}),
     ("LocalSGDStrategy", {"overlap"}),
     ("LocalSGDStrategy", {"non_finite"}),
 ]
@@ -166,6 +170,8 @@ def test_every_option_by_class_path_and_from_the_saved_configuration(
     name: str, without: set[str], tmp_path: Path
 ) -> None:
     given = {option: value for option, value in OPTIONS[name].items() if option not in without}
+    if "delay" in given:
+        given["method"] = ("delayed", "delayed")
     assert set(inspect.signature(FACES[name]).parameters) - set(given) == without
     init_args = [f"--trainer.strategy.init_args.{option}={typed}" for option, (typed, _) in given.items()]
     cli = command_line(f"--trainer.strategy.class_path=resist_lightning.{name}", *init_args)

@@ -19,12 +19,13 @@ from resist_lightning import StageConfig
         ({"warmup_steps": 3, "serial_every": 4}, [0, 1, 2, 3, 7, 11]),
         ({"warmup_steps": 0, "serial_every": 5}, [0, 5, 10]),
         ({"warmup_steps": 2, "serial_every": 1}, list(range(12))),
+        ({"method": "delayed"}, []),
     ],
 )
 def test_serial_steps_are_those_of_the_warm_up_and_corrections_behind_it(
-    options: dict[str, int], serial: list[int]
+    options: dict[str, Any], serial: list[int]
 ) -> None:
-    config = StageConfig(**options)  # type: ignore[arg-type]
+    config = StageConfig(**options)
     assert [step for step in range(12) if config.serial(step)] == serial
 
 
@@ -49,6 +50,12 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
         ({"serial_every": 2.5}, "serial_every=2.5 must be a whole number"),
         ({"aux_width": 0}, "aux_width=0 must be a whole number of at least 1"),
         ({"aux_learning_rate": float("inf")}, "aux_learning_rate=inf must be a finite number"),
+        ({"delay": -1}, "delay=-1 must be a whole number of at least 0.*0 back-propagation"),
+        ({"delay": 2}, "method='penalty' delays nothing, so delay=2 would do nothing; leave it out"),
+        (
+            {"method": "delayed", "beta": 2.0, "warmup_steps": 0, "aux_width": 8},
+            "method='delayed' guesses nothing, so beta=2.0, warmup_steps=0, aux_width=8 would do nothing",
+        ),
         ({"cuts": "layer2"}, "cuts='layer2' must be a list of names"),
         ({"momentum": "reset"}, "momentum='reset' is not known"),
         ({"non_finite": "drop"}, "non_finite='drop' is not known"),

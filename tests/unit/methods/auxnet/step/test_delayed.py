@@ -1,0 +1,240 @@
+"""A stage whose gradients are late: in threads, against gradients of plain back-propagation that are kept by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from resist_lightning import StageConfig
+from resist_lightning.methods.auxnet.step.worker import StageWorker
+from tests.helpers.nets import mlp
+from tests.helpers.stages import CLASSES, ONE_AT_A_TIME, TanhBlock, make_chain, make_staged
+from tests.helpers.threads import ThreadCollective, run_threads
+
+CUTS = {2: ["body.1"], 3: ["body.0", "body.2"], 4: ["body.0", "body.1", "body.2"]}
+SIZES = (4, 2, 5, 3, 4, 4, 2)
+
+
+class Recomputed(TanhBlock):
+    """It saves memory: its backward pass computes the forward pass again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Tied(TanhBlock):
+    """One weight under two names."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.again = nn.Linear(width, width)
+        self.again.weight = self.out.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.again(torch.tanh(self.out(x))))
+
+
+@dataclass(frozen=True)
+class Training:
+    """Some batches of a network."""
+
+    workers: int = 2
+    delay: int = 1
+    accumulate: int = 1
+    block: type[TanhBlock] = TanhBlock
+    untrained: tuple[int, ...] = ()  # batches without a backward pass
+    saved_at: int | None = None  # a batch behind which each worker is replaced by one that resumes
+    settled: tuple[int, ...] = ()  # batches behind which the full model is looked at
+
+    @property
+    def config(self) -> StageConfig:
+        return StageConfig(cuts=CUTS[self.workers], method="delayed", delay=self.delay)
+
+    def net(self) -> nn.Module:
+        with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            return mlp(self.block, width=3).double()
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(SIZES[number], 3, dtype=torch.float64, generator=generator)
+        return x, torch.randint(0, CLASSES, (SIZES[number],), generator=generator)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, y) / self.accumulate
+
+
+def make_optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
+
+
+def by_stages(collective: ThreadCollective, training: Training) -> tuple[dict[str, Tensor], Counter[str], int]:
+    """This worker's part of the network, what it has sent, and what it holds beside its stage."""
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    optimizer, worker = make_optimizer(staged.net), staged.worker
+    worker.accumulate = training.accumulate
+    for number in range(len(SIZES)):
+        x, y = training.batch(number)
+        if number % training.accumulate == 0:
+            optimizer.zero_grad()
+        output = worker(x)
+        if number not in training.untrained:
+            training.loss(output, y).backward()
+        if (number + 1) % training.accumulate == 0:
+            optimizer.step()
+            worker.end_step()
+        if number in (*training.settled, training.saved_at, len(SIZES) - 1):
+            worker.finish()
+            if worker.delayed is not None:
+                worker.delayed.settle()
+        if number == training.saved_at:
+            worker = resumed(worker, collective, training)
+    names = staged.layout.stage_tensors(collective.worker)
+    state = {name: tensor for name, tensor in staged.net.state_dict().items() if name in names}
+    return state, collective.sent_bytes, worker.held_bytes
+
+
+def resumed(worker: StageWorker, collective: ThreadCollective, training: Training) -> StageWorker:
+    """Another worker of the same stage, with the state of this one."""
+    cpu = torch.device("cpu")
+    made = StageWorker(
+        worker._stage, worker._shapes, False, training.config, collective=collective, device=cpu, rate=lambda: 0.1
+    )
+    made.accumulate = training.accumulate
+    made.load_state_dict(worker.state_dict())
+    return made
+
+
+def by_hand(training: Training) -> dict[str, Tensor]:
+    """Plain back-propagation; a list keeps the gradients of every batch."""
+    net = training.net()
+    stages = make_chain(net, training.config, training.workers)
+    optimizer = make_optimizer(net)
+    late = {}
+    for k, stage in enumerate(stages):
+        late.update(dict.fromkeys(stage.parameters(), training.delay * (training.workers - 1 - k)))
+    found: list[dict[Tensor, Tensor]] = []  # by batch
+    history = [{p: p.detach().clone() for p in late}]  # weights before each step
+    for number in range(len(SIZES)):
+        x, y = training.batch(number)
+        if number % training.accumulate == 0:
+            optimizer.zero_grad()
+        now, before = history[-1], history[max(len(history) - 2, 0)]
+        put({p: now[p] + steps / training.accumulate * (now[p] - before[p]) for p, steps in late.items()})
+        gradients = torch.autograd.grad(training.loss(net(x), y), list(late))
+        found.append(dict(zip(late, gradients, strict=True)))
+        put(now)
+        for p, batches in late.items():
+            if number >= batches:
+                gradient = found[number - batches][p]
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        if (number + 1) % training.accumulate == 0:
+            optimizer.step()
+            history.append({p: p.detach().clone() for p in late})
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+@torch.no_grad()
+def put(values: dict[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)
+
+
+def assert_equal(training: Training) -> None:
+    found, _ = run_threads(by_stages, training.workers, training)
+    trained = {name: value for state, _, _ in found for name, value in state.items()}
+    expected = by_hand(training)
+    assert trained.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_a_stage_takes_the_gradient_of_an_earlier_batch_at_weights_ahead(workers: int, delay: int) -> None:
+    assert_equal(Training(workers, delay))
+
+
+@pytest.mark.parametrize("block", [Recomputed, Tied])
+def test_both_passes_use_the_same_weights_under_all_their_names(block: type[TanhBlock]) -> None:
+    assert_equal(Training(3, block=block))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_gradients_that_add_up_are_late_by_batches(workers: int) -> None:
+    assert_equal(Training(workers, accumulate=2))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_looking_and_resuming_change_nothing(accumulate: int) -> None:
+    assert_equal(Training(3, accumulate=accumulate, settled=(1, 3)))
+    assert_equal(Training(3, 2, accumulate=accumulate, saved_at=3))
+
+
+def test_a_batch_without_a_backward_pass_leaves_no_message() -> None:
+    """It counts as one without gradients; those that came to nothing in its step come in the next."""
+    found, room = run_threads(by_stages, 3, Training(3, untrained=(2,)))
+    assert all(box.empty() for box in room.boxes.values())
+    assert all(value.isfinite().all() for state, _, _ in found for value in state.values())
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_bytes_are_those_of_a_pipeline_and_the_output(workers: int) -> None:
+    found, room = run_threads(by_stages, workers, Training(workers))
+    boundary, output = 8 * 3 * sum(SIZES), 8 * CLASSES * sum(SIZES)
+    for worker, (_, sent, _) in enumerate(found):
+        neighbours = 1 if worker in (0, workers - 1) else 2
+        assert sent["boundary"] == boundary * neighbours
+        assert sent["output"] == (output * (workers - 1) if worker == workers - 1 else 0)
+    assert all(box.empty() for box in room.boxes.values())
+
+
+def test_what_is_held_beside_the_stage_is_weights_before_and_gradients_that_wait() -> None:
+    training = Training(3, 1)
+    found, _ = run_threads(by_stages, 3, training)
+    sizes = [sum(p.nbytes for p in stage.parameters()) for stage in make_chain(training.net(), training.config, 3)]
+    assert [held for _, _, held in found] == [3 * sizes[0], 2 * sizes[1], 0]
+
+
+def outputs(collective: ThreadCollective, training: Training) -> list[Tensor]:
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    found: list[Tensor] = []
+    for number in range(2):
+        x, y = training.batch(number)
+        output = staged.worker(x)
+        found.append(output.detach())
+        training.loss(output, y).backward()
+        staged.worker.end_step()
+    return found
+
+
+def test_every_worker_has_the_output_of_its_own_batch() -> None:
+    training = Training(3)
+    found, _ = run_threads(outputs, 3, training)
+    for worker in found:
+        torch.testing.assert_close(worker[0], training.net()(training.batch(0)[0]))
+        assert all(torch.equal(mine, first) for mine, first in zip(worker, found[0], strict=True))
+        assert len(worker[1]) == SIZES[1]
+
+
+def frozen(collective: ThreadCollective) -> Any:
+    training = Training(2)
+    net = training.net().requires_grad_(False)
+    net.get_submodule("head").requires_grad_(True)
+    staged = make_staged(collective, net, training.config, training.batch(0)[0])
+    for number in range(3):
+        x, y = training.batch(number)
+        training.loss(staged.worker(x), y).backward()
+        staged.worker.end_step()
+    return staged.stage_gradients.keys()
+
+
+def test_a_frozen_stage_passes_batches_on() -> None:
+    found, _ = run_threads(frozen, 2)
+    assert [set(names) for names in found] == [set(), {"head.weight", "head.bias"}]
