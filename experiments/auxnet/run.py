@@ -6,7 +6,7 @@ python experiments/auxnet/run.py size=smoke out=FOLDER           (seconds)
 
 Studies: accuracy, sweep, timing, links. Options are key=value: see `Options`. Every method trains in real processes of one
 thread each, on the same images in the same order, in the same loop; nothing else should run on the machine, as all of it is
-timed. Prints tables, and writes a result file for each study and pictures; the full size into experiments/auxnet/results,
+timed. But accuracies of late gradients come from the reference simulator. Prints tables, and writes a result file for each study and pictures; the full size into experiments/auxnet/results,
 and its tables into README.md. A training that was measured is not measured again, unless fresh=true. Links need root and
 iproute2: without, they are unshaped only.
 """
@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from experiments.auxnet import tables
-from experiments.auxnet.cases import ALL, STUDIES, TASKS, TIMED
+from experiments.auxnet.cases import ALL, DELAYED, STUDIES, TASKS, TIMED
 from experiments.auxnet.figure import draw_all
 from experiments.auxnet.links import over_links
-from experiments.auxnet.training import measure
+from experiments.auxnet.training import measure, simulate
 from experiments.harness import cli
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.study import Study
@@ -100,7 +100,7 @@ def run(names: Sequence[str], options: Options) -> None:
                     [case for case in wanted if case.bandwidth_gbit in possible], partial(_kept, study, work), _ended
                 )
         else:
-            work = partial(measure, options=options, steps=options.steps if name == "timing" else None)
+            work = partial(_measure_or_simulate, options=options, steps=options.steps if name == "timing" else None)
             study.fill(wanted, partial(_kept, study, work), _ended)
     show_and_write(out, tables.RESULTS, tables.STUDIES, names, draw_all(out))
 
@@ -115,6 +115,11 @@ def _check_folder(names: Sequence[str], options: Options) -> None:
         )
 
 
+def _measure_or_simulate(case: Any, options: Options, steps: int | None) -> Row:
+    """In processes; accuracies of late gradients by the simulator, whose numbers are theirs bit for bit."""
+    return simulate(case, options) if steps is None and case.method == DELAYED else measure(case, options, steps=steps)
+
+
 def _kept(study: Study, work: Any, case: Any) -> Row:
     """A row; the picture shows one step of each network, and a timeline is long, so that one is enough."""
     found = work(case)
@@ -127,7 +132,9 @@ def _ended(found: Row) -> str:
     if found.get("diverged"):
         return "diverged"
     what = f"{found['last']:.2f} %, " if "last" in found else ""
-    return f"{what}{1000 * found['step_seconds']:.1f} ms per step, {found['seconds']:.0f} s"
+    if "step_seconds" in found:
+        what += f"{1000 * found['step_seconds']:.1f} ms per step, "
+    return f"{what}{found['seconds']:.0f} s"
 
 
 if __name__ == "__main__":

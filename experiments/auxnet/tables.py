@@ -60,7 +60,8 @@ def accuracy(content: Content) -> Grid:
 def speed(content: Content) -> Grid:
     cores, lines = content["machine"]["cores"], []
     for (task, method, workers, augment), own in kinds(content):
-        if workers == 1 and method != "serial":
+        simulated = "step_seconds" not in own[0]
+        if simulated or (workers == 1 and method != "serial"):
             continue
         epoch = mean(row["step_seconds"] * row["steps_per_epoch"] for row in own)
         many = f"{workers} (oversubscribed)" if workers > cores else workers
@@ -75,7 +76,7 @@ def sizes(content: Content) -> Grid:
     """Of the worker that holds, or sends, the most."""
     lines = []
     for (task, method, workers, augment), own in kinds(content):
-        if not augment and method == "serial":
+        if "held_bytes" not in own[0] or (not augment and method == "serial"):
             continue
         row, several = own[0], workers > 1
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import mean, median
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
+from torch.nn import functional
 
-from experiments.auxnet.cases import ALL, DELAYED, SERIAL_STAGES, Case, Scale, stored
+from experiments.auxnet.cases import ALL, DELAYED, SERIAL_STAGES, Case, Scale, settings_of, stored
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
 from experiments.auxnet.methods import Layered, Method, Pipelined, Serial, boundary_elements, parameters_of
 from experiments.data import Digits, Fake, ImageFolder
@@ -21,9 +22,9 @@ from experiments.data.module import ImageData
 from experiments.harness.settings import ConfigError
 from experiments.harness.workers import forked
 from experiments.networks import SmallImageResNet
-from experiments.trainers import Prepared, Stream, rate
+from experiments.trainers import Prepared, Stream, accuracy, make_optimizer, rate, set_rate
 from experiments.trainers import stops as stops_of
-from resist_lightning import NotFinite
+from resist_lightning import NotFinite, StageConfig, StageSimulator
 
 CLASSES = 10
 # What every worker tells of itself, and what worker 0 tells of all.
@@ -158,6 +159,43 @@ def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launc
         "steps_per_epoch": per_epoch,
         **{key: [worker.get(key) for worker in workers] for key in ("held_bytes", *EACH)},
         **by_formula(case, options.size, [worker["aux_parameters"] for worker in workers]),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def simulate(case: Case, options: Any) -> dict[str, Any]:
+    """Train ``case`` by the reference simulator, and evaluate it: a row without seconds and counted bytes."""
+    started = time.perf_counter()
+    data = prepared(case.task, options.size, options.folder, options.cache_dir)
+    scale = scale_of(case.task, options.size)
+    stream = stream_of(Job(case, options.size, data, 0, frozenset(), 0))
+    per_epoch = stream.pass_length // scale.batch
+    steps = per_epoch * (options.epochs or scale.epochs)
+    config = StageConfig(cuts=cuts_of(case, options.size), seed=case.seed, **settings_of(case))
+    simulator = StageSimulator(
+        make_network(case.task, options.size, case.seed).train(),
+        lambda module: make_optimizer(module, case.lr),
+        config,
+        case.workers,
+        stream.batch(0, 0, 1)[0],
+    )
+    curve = []
+    for step in range(steps):
+        x, y = stream.batch(step, 0, 1)
+        set_rate(simulator.optimizers[0], rate(case.lr, step, steps))
+        simulator.step(x, partial(functional.cross_entropy, target=y))
+        if step + 1 in stops_of(steps, options.evaluations):
+            curve.append({"step": step + 1, **data.accuracies(simulator.full_model())})
+    return {
+        "last": curve[-1]["test"],
+        "last_holdout": curve[-1]["holdout"],
+        "curve": curve,
+        "running": accuracy(simulator.full_model("running"), data.test),
+        "aux_fed": None,
+        "mismatch": None,
+        "steps": steps,
+        "steps_per_epoch": per_epoch,
+        **by_formula(case, options.size, [0] * case.workers),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
