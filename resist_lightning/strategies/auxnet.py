@@ -69,7 +69,9 @@ class AuxNetStrategy(SubnetStrategy):
     The network is cut by depth. Each stage but the first is fed by a small auxiliary network, which guesses from the
     image what the stages before would give it, so no stage waits for another's forward pass; and each but the last is
     trained to give what the next one wants, so none waits for another's backward pass. In a step, neighbours exchange
-    the guess and the true boundary, overlapped with computing. Every worker sees the same batches, augmented alike.
+    the guess and the true boundary, overlapped with computing. With ``method="delayed"`` nothing is guessed: stages
+    work on different batches at the same time, and take true gradients some steps late. Every worker sees the same
+    batches, augmented alike.
 
     The module's `training_step` runs on every worker, once a batch, and calls the network once: what the network
     returns there is its true output (the last worker sends it to the others), so losses, logs and metrics are true and

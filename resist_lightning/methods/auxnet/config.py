@@ -28,7 +28,9 @@ class StageConfig(CommonConfig):
         method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty``; ``al-net``
             (augmented Lagrangian, multipliers by a second head of the auxiliary networks); ``penalty-store`` and
             ``al-store`` (no auxiliary networks: guesses and multipliers are kept for each sample, and random transforms
-            of the data set are frozen; the first epoch is serial).
+            of the data set are frozen; the first epoch is serial); ``delayed`` (nothing is guessed: a stage works on
+            the true output of the one before, and takes its true gradients some steps late; options of guesses are
+            refused).
         beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
         beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
             least 1.

@@ -187,6 +187,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         """Compute backward passes to come. Collective: every worker must call this, in the same order."""
         if self.stage_worker is not None and self.stage_worker.delayed is not None:
             self.stage_worker.delayed.settle()
+            self.stage_worker.spans.pause()
 
     def _span_seconds(self) -> list[dict[str, float]]:
         """For each worker the mean seconds of its spans in a step of the round that ended."""

@@ -52,7 +52,7 @@ class DelayedStage:
 
     Both passes over a batch use the same weights, a copy made in the forward pass. The copy is ahead of the weights by
     as many steps as the gradient will be late, each taken to be like the last one: so the gradient is that of weights
-    near those that it will change (SpecTrain, arXiv 1809.02839).
+    near those that it will change (as SpecTrain does, arXiv 1809.02839).
 
     Args:
         stage: the worker's stage.
@@ -111,6 +111,7 @@ class DelayedStage:
         """Compute the backward passes whose gradients this step takes. Waits for the next worker."""
         while len(self._late) > self._delay:
             late = self._late.popleft()
+            self._spans.begin("backward")
             self._due.append(self._backward(late) if isinstance(late, Pending) else late)
 
     def settle(self) -> None:

@@ -7,8 +7,9 @@ anew in each epoch is never seen twice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,42 @@ def contents(x: Tensor) -> list[bytes]:
         digest = hashlib.blake2b(row.tobytes(), digest_size=16)
         names.append(digest.digest())
     return names
+
+
+class SeenSamples:
+    """Which samples have been seen, on every worker alike."""
+
+    def __init__(self) -> None:
+        self._names: set[bytes] = set()
+        self._misses = 0  # batches in a row without a known sample
+
+    def add(self, x: Samples) -> None:
+        """These have been seen now."""
+        self._names.update(x.names)
+
+    def lacks(self, x: Samples, epoch_batches: int) -> bool:
+        """Whether one of a batch has not been seen.
+
+        Raises:
+            ValueError: if none was seen in more batches than an epoch has: every step would be serial.
+        """
+        self._misses = 0 if self._names.intersection(x.names) else self._misses + 1
+        if self._misses > epoch_batches:
+            raise ValueError(
+                f"guesses are kept by sample, and of {self._misses} batches, more than all the data have, no sample "
+                "was ever seen before: they are augmented anew. Take random transforms out of the collate function and "
+                "the training_step (those of the data set are frozen), or use method='penalty' or 'al-net'."
+            )
+        return not self._names.issuperset(x.names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The names as text."""
+        return {"misses": self._misses, "seen": sorted(name.hex() for name in self._names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what :meth:`state_dict` returned, among other things."""
+        self._misses = state["misses"]
+        self._names = {bytes.fromhex(name) for name in state["seen"]}
 
 
 class SampleStore:

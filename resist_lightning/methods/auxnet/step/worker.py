@@ -20,8 +20,9 @@ from resist_lightning.methods.auxnet.step.delayed import make_delayed
 from resist_lightning.methods.auxnet.step.equations import Penalty
 from resist_lightning.methods.auxnet.step.guesses import make_guesses
 from resist_lightning.methods.auxnet.step.messages import Messages, Shapes
+from resist_lightning.methods.auxnet.step.rate_share import RateShare
 from resist_lightning.methods.auxnet.step.spans import Spans
-from resist_lightning.methods.auxnet.step.store import Samples
+from resist_lightning.methods.auxnet.step.store import Samples, SeenSamples
 
 CHECKED_STEPS = 3
 """First steps of a run in which the workers compare their batches."""
@@ -75,14 +76,11 @@ class StageWorker:
         self.guesses = make_guesses(config, shapes, nonnegative, collective=collective, device=device)
         self._first = collective.worker == 0
         self._last = collective.worker == collective.workers - 1
-        self._rate = rate
-        self._highest_rate = 0.0
-        self._share = 1.0
+        self._rate_share = RateShare(rate)
         # A forward pass opens the batch, and the next one, or the end of the step, finishes it.
         self._batch: Batch | None = None
         self._called = False
-        self._seen: set[bytes] = set()
-        self._misses = 0
+        self._seen = SeenSamples()
         self._checks = CHECKED_STEPS
         # With it, the output requires a gradient where the stage itself is frozen.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -162,7 +160,7 @@ class StageWorker:
         if batch.trained:
             self._correct_guess(batch)
             if self._config.stored:
-                self._seen.update(batch.x.names)
+                self._seen.add(batch.x)
         self.spans.end_step(counts=not batch.serial)
 
     @property
@@ -179,10 +177,8 @@ class StageWorker:
         """What this worker needs to resume, beside its stage: numbers, strings, lists and tensors."""
         return {
             "steps": self.steps,
-            "highest_rate": self._highest_rate,
-            "share": self._share,
-            "misses": self._misses,
-            "seen": sorted(name.hex() for name in self._seen),
+            **self._rate_share.state_dict(),
+            **self._seen.state_dict(),
             "guesses": self.guesses.state_dict() if self.guesses is not None else {},
             "delayed": self.delayed.state_dict() if self.delayed is not None else {},
         }
@@ -190,10 +186,8 @@ class StageWorker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from what :meth:`state_dict` returned."""
         self.steps = state["steps"]
-        self._highest_rate = state["highest_rate"]
-        self._share = state["share"]
-        self._misses = state["misses"]
-        self._seen = {bytes.fromhex(name) for name in state["seen"]}
+        self._rate_share.load_state_dict(state)
+        self._seen.load_state_dict(state)
         if self.guesses is not None:
             self.guesses.load_state_dict(state["guesses"])
         if self.delayed is not None:
@@ -211,14 +205,16 @@ class StageWorker:
     def _open(self, x: Tensor) -> Batch:
         """Post the receives of a batch."""
         samples = Samples(x)
-        size, serial = len(x), self._is_serial(samples)
+        size, serial = len(x), self._config.serial(self.steps)
+        if not serial and self._config.stored:
+            serial = self._seen.lacks(samples, self.epoch_batches)
         true_input = serial or self._config.delayed
         truth = None if self._first else self._messages.expect_truth(size)
         reply = output = None
         if not self._last:
             reply = self._messages.expect_gradient(size) if true_input else self._messages.expect_target(size)
             output = self._messages.expect_output(size)
-        return Batch(size, serial, true_input, self._rate_share(), samples, truth, reply, output)
+        return Batch(size, serial, true_input, self._rate_share.now(), samples, truth, reply, output)
 
     def _stage_input(self, batch: Batch) -> Tensor:
         """The image, the previous stage's output, or the guess; the guess is sent to the previous worker."""
@@ -285,33 +281,6 @@ class StageWorker:
         else:
             guess = given, batch.multiplier
             self.guesses.correct(batch.x, guess, truth, of_sample, share=batch.share, step=self.steps + 1)
-
-    def _is_serial(self, x: Samples) -> bool:
-        """Whether the stages wait for each other in this batch; every worker finds the same."""
-        if self._config.serial(self.steps):
-            return True
-        if not self._config.stored:
-            return False
-        self._misses = 0 if self._seen.intersection(x.names) else self._misses + 1
-        # A whole epoch without a known sample: every step would be serial.
-        if self._misses > self.epoch_batches:
-            raise ValueError(
-                f"method={self._config.method!r} keeps guesses by sample, and of {self._misses} batches, more than all "
-                "the data have, no sample was ever seen before: they are augmented anew. Take random transforms out of "
-                "the collate function and the training_step (those of the data set are frozen), or use "
-                "method='penalty' or 'al-net'."
-            )
-        return not self._seen.issuperset(x.names)
-
-    def _rate_share(self) -> float:
-        """The learning rate as a share of the highest so far; asked once per batch, on every worker."""
-        rate = self._rate()
-        # A schedule that ends at 0 leaves the share where it was: it must not let beta grow without bounds.
-        if rate <= 0 < self._highest_rate:
-            return self._share
-        self._highest_rate = max(self._highest_rate, rate)
-        self._share = rate / self._highest_rate if self._highest_rate else 1.0
-        return self._share
 
     def _check(self, x: Tensor) -> None:
         given, expected = tuple(x.shape[1:]), self._shapes.input.shape

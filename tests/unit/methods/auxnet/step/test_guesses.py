@@ -61,7 +61,7 @@ def resumed(collective: ThreadCollective, problem: Problem) -> float:
         one.end_step()
     other = make_staged(collective, problem.net, problem.config, problem.x, lambda: 0.0).worker
     other.load_state_dict(one.state_dict())
-    return other._rate_share()
+    return other._rate_share.now()
 
 
 def test_a_run_that_goes_on_at_a_rate_of_0_keeps_its_beta() -> None:
