@@ -212,7 +212,7 @@ MUTANTS = (
     Mutant(
         "a worker that is left out counts",
         "comm/mean.py",
-        "total.mul_(collective.workers / (collective.workers - len(left_out)))",
+        "total.mul_(workers / (workers - len(left_out)))",
         "pass",
         ("tests/unit/comm/test_mean.py",),
     ),
@@ -342,6 +342,27 @@ MUTANTS = (
         "if key in stayed and key in self._own:",
         "if False:",
         ("tests/unit/methods/resist/test_overlapped_sync.py",),
+    ),
+    Mutant(
+        "worker 0 collects blocks from their owners only",
+        "schedule/transfers.py",
+        "return {block: tuple(found) for block, found in holders.items()}",
+        "return {block: tuple(found[:1]) for block, found in holders.items()}",
+        ("tests/unit/schedule/test_transfers.py",),
+    ),
+    Mutant(
+        "worker 0 adds up and does not divide",
+        "comm/mean.py",
+        "_divide(numbers, collective.workers, left_out)",
+        "pass",
+        ("tests/unit/comm/test_mean.py", "tests/distributed/test_observation.py"),
+    ),
+    Mutant(
+        "metrics stay on worker 0",
+        "strategies/first.py",
+        "self._take(self._tell(None), engine)",
+        "self._tell(None)",
+        ("tests/integration/test_first.py",),
     ),
     Mutant(
         "velocities of blocks stay behind",

@@ -93,7 +93,7 @@ class RoundMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start timing the batch; before a sync, note what the round has changed."""
+        """Start timing the batch."""
         self._batch_start = time.perf_counter()  # the time of a sync is a part of the batch's
         engine = _engine(trainer)
         if self._first is None and engine is not None:
@@ -102,8 +102,6 @@ class RoundMonitor(Callback):
             self._seen_round = engine.clock.round
             self._note_partition(engine)
             self._show_round(pl_module, engine)
-        if engine is not None and engine.clock.due and _averages(engine):
-            self._alignment.end(_shared(engine))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -121,9 +119,11 @@ class RoundMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note a round that has begun with this batch, and log what was asked for."""
+        """Note what a complete round has changed, and a round that has begun; log what was asked for."""
         self._training_seconds += time.perf_counter() - self._batch_start
         engine = _engine(trainer)
+        if engine is not None and engine.clock.due and _averages(engine):
+            self._alignment.end(_shared(engine))  # before the sync: of the next batch, or of a validation before it
         if engine is None or engine.clock.round == self._seen_round:
             return
         self._seen_round = engine.clock.round

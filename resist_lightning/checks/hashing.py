@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,3 +110,20 @@ def _shifted(values: Tensor, places: int) -> Tensor:
     """To the right, with zeros from the left."""
     mask: int = 2 ** (64 - places) - 1
     return (values >> places) & mask
+
+
+_MARKS = Hasher(share=1)  # one for all, as it keeps tables
+
+
+def mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
+    """A mark by which a later write to a tensor is noticed: its data type and a hash of its bits.
+
+    Args:
+        tensor: of any device and memory format.
+        like: an earlier mark, of a tensor that may have been converted since.
+    """
+    dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
+    # In one memory format, as a hash is of the order of memory.
+    converted = tensor.detach().to(dtype).contiguous()
+    (number,) = as_numbers(_MARKS.hashes([converted]))
+    return [str(dtype).removeprefix("torch."), int(number)]

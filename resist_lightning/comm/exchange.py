@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from resist_lightning.comm.bucket import Bucket, make_buckets
 from resist_lightning.comm.collective import Collective, Finish
-from resist_lightning.comm.mean import mean_into, start_mean
+from resist_lightning.comm.mean import mean_at_first, mean_into, start_mean
 from resist_lightning.comm.packing import (
     by_dtype,
     copy_into,
@@ -26,59 +25,11 @@ from resist_lightning.comm.packing import (
     split,
     unpack,
 )
+from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.comm.quantize import Quantizer, arrange
 from resist_lightning.comm.tensors import all_sendable, sendable
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What travels of a block. Tensors of an absent block are on the meta device: a shape and a data type.
-
-    Args:
-        block: its parameters and buffers, but for those that are compressed.
-        state: its optimizer state, if that travels.
-        compressed: parameters that travel in fewer bits.
-        noise: random numbers for rounding these.
-        kind: under which kind the bytes of the block are counted; "" where its transfer says it.
-    """
-
-    block: Sequence[Tensor]
-    state: Sequence[Tensor] = ()
-    compressed: Sequence[Tensor] = ()
-    noise: torch.Generator | None = None
-    kind: str = ""
-
-    @property
-    def plain(self) -> list[Tensor]:
-        """What travels as it is, in the order of travel."""
-        return [*self.block, *self.state]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All of it, in the order of travel."""
-        return [*self.plain, *arrange(self.compressed)]
-
-    @property
-    def entries(self) -> int:
-        """Numbers that travel in fewer bits."""
-        return sum(tensor.numel() for tensor in self.compressed)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Under which kind the bytes are counted."""
-
-    shared: str = "shared"
-    merge: str = "merge"
-    hand_over: str = "hand_over"
-    state: str = "state"
-
-    @classmethod
-    def all(cls, kind: str) -> Kinds:
-        """Everything under one kind."""
-        return cls(kind, kind, kind, kind)
 
 
 class Exchange:
@@ -100,13 +51,13 @@ class Exchange:
     ) -> None:
         self._module = module
         self.collective = collective
-        self._device = device
+        self.device = device
         self._wire = wire
         self._buckets: dict[torch.dtype, Bucket] = {}
 
     def put_together(self, tensors: Iterable[Tensor]) -> None:
         """Move tensors that will be averaged together again and again into one buffer per data type. Sends nothing."""
-        self._buckets = make_buckets(tensors, self._device)
+        self._buckets = make_buckets(tensors, self.device)
 
     def take_apart(self) -> None:
         """Give the tensors of :meth:`put_together` memory of their own again."""
@@ -140,21 +91,42 @@ class Exchange:
                 begun += [start_mean(self.collective, bucket.flat, kind, left_out), bucket.spread]
             else:
                 # Awaited at once: its buffer would otherwise stay allocated beside those of a hand-over.
-                flat = flatten(group, self._device)
+                flat = flatten(group, self.device)
                 start_mean(self.collective, flat, kind, left_out)()
                 copy_into(group, split(flat, group))
 
         def finish() -> None:
             for step in begun:
                 step()
-            self._normalise(tensors)
+            self.normalise(tensors)
 
         return finish
+
+    def average_at_first(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
+        """:meth:`average` on worker 0; on the others the tensors stay as they are.
+
+        Collective: every worker must call this, in the same order, with tensors of the same shapes.
+        """
+        first = self.collective.worker == 0
+        for dtype, group in by_dtype(tensors).items():
+            bucket = self._buckets.get(dtype)
+            if bucket is not None and not bucket.holds(group):
+                bucket = None
+            if bucket is not None:
+                bucket.collect()
+            flat = bucket.flat if bucket is not None else flatten(group, self.device)
+            mean_at_first(self.collective, flat, kind, left_out)
+            if first and bucket is not None:
+                bucket.spread()
+            elif first:
+                copy_into(group, split(flat, group))
+        if first:
+            self.normalise(tensors)
 
     def broadcast(self, tensors: Sequence[Tensor], kind: str) -> None:
         """Replace tensors by worker 0's. Collective: every worker must call this, in the same order."""
         for part in in_parts(tensors):
-            flat = flatten(part, self._device)
+            flat = flatten(part, self.device)
             self.collective.broadcast_(sendable(flat), kind)
             copy_into(part, split(flat, part))
 
@@ -172,7 +144,7 @@ class Exchange:
             own = payload_of(block).tensors
             for tensor, values in zip(own, zip(*others, strict=True), strict=True):
                 mean_into(tensor, values)
-            self._normalise(own)
+            self.normalise(own)
 
     def hand_over(
         self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds, make_room: Callable[[], None]
@@ -192,7 +164,8 @@ class Exchange:
             if payload.compressed and not payload.compressed[0].is_meta:
                 copy_into(arrange(payload.compressed), self._decompressed(message, payload))
 
-    def _normalise(self, averaged: Iterable[Tensor]) -> None:
+    def normalise(self, averaged: Iterable[Tensor]) -> None:
+        """Give those of some tensors that are unit vectors the length 1, which a mean of them has not."""
         if self._module is None or self.collective.workers == 1:
             return
         vectors = {id(vector) for vector in unit_vectors(self._module).values()}
@@ -249,17 +222,17 @@ class Exchange:
 
     def _message(self, payloads: Sequence[Payload], messages: Sequence[Tensor]) -> list[Tensor]:
         """The buffers for one peer: one per data type, then one with everything that is compressed."""
-        flats = list(pack(_plain(payloads), self._device).values())
+        flats = list(pack(_plain(payloads), self.device).values())
         compressed = torch.cat(list(messages))
         # An empty buffer is not sent: it would be a message of its own.
         return [*flats, compressed] if len(compressed) else flats
 
     def _empty_message(self, payloads: Sequence[Payload]) -> list[Tensor]:
         """Allocate the buffers that :meth:`_message` of the sender returns."""
-        flats = list(empty_like_packed(_plain(payloads), self._device).values())
+        flats = list(empty_like_packed(_plain(payloads), self.device).values())
         compressed = sum(map(self._compressed_bytes, payloads))
         if compressed:
-            flats.append(torch.empty(compressed, dtype=torch.uint8, device=self._device))
+            flats.append(torch.empty(compressed, dtype=torch.uint8, device=self.device))
         return flats
 
     def _unpack(self, payloads: Sequence[Payload], flats: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -282,7 +255,7 @@ class Exchange:
 
     def _compressed(self, payload: Payload) -> Tensor:
         if self._wire is None or not payload.compressed:
-            return torch.empty(0, dtype=torch.uint8, device=self._device)
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
         return self._wire.encode(flatten(arrange(payload.compressed)), payload.noise)
 
     def _compressed_bytes(self, payload: Payload) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.packing import by_dtype, copy_into, flatten, split
-from resist_lightning.comm.tensors import summable
+from resist_lightning.comm.tensors import sendable, summable
 
 
 def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
@@ -33,16 +33,68 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
 
     def finish_mean() -> None:
         total = finish_sum()
-        if total.is_floating_point():
-            # Divided where it was summed up: a GPU rounds quotients otherwise than a CPU, and gloo serves both.
-            total.div_(collective.workers)
-            if left_out:
-                total.mul_(collective.workers / (collective.workers - len(left_out)))
+        # Divided where it was summed up: a GPU rounds quotients otherwise than a CPU, and gloo serves both.
+        _divide(total, collective.workers, left_out)
         if total is not numbers:
             numbers.copy_(total)
         _write_back(numbers, flat)
 
     return finish_mean
+
+
+def mean_at_first(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> None:
+    """Replace worker 0's ``flat`` by the mean of :func:`start_mean`; the others send theirs, and keep it as it is.
+
+    They send one after the other, so that worker 0 needs one more buffer, however many they are.
+
+    Collective: every worker must call this, in the same order.
+    """
+    numbers = summable(flat) if collective.worker == 0 else flat
+    if collective.worker == 0 and 0 in left_out:
+        numbers.fill_(_neutral(numbers.dtype))
+    for peer in range(1, collective.workers):
+        if peer in left_out:
+            continue
+        arrived = torch.empty_like(flat) if collective.worker == 0 else flat
+        send_to_first(collective, peer, [arrived], kind)
+        if collective.worker > 0:
+            continue
+        values = summable(arrived)
+        if numbers.is_floating_point():
+            numbers.add_(values)
+        else:
+            numbers.copy_(torch.maximum(numbers, values))
+    if collective.worker == 0:
+        _divide(numbers, collective.workers, left_out)
+        _write_back(numbers, flat)
+
+
+def send_to_first(collective: Collective, peer: int, flats: Sequence[Tensor], kind: str) -> None:
+    """Send flat buffers from one worker to worker 0, whose own are filled; nobody else's are touched.
+
+    Collective: every worker must call this, in the same order; only these two talk.
+
+    Args:
+        collective: the workers.
+        peer: who sends.
+        flats: on these two, of the same sizes and data types.
+        kind: how the bytes are counted.
+    """
+    messages = list(map(sendable, flats))
+    if collective.worker == 0:
+        collective.exchange({}, {peer: messages}, {})
+    elif collective.worker == peer:
+        collective.exchange({0: messages}, {}, {kind: sum(flat.nbytes for flat in flats)})
+    else:
+        collective.exchange({}, {}, {})
+
+
+def _divide(total: Tensor, workers: int, left_out: Sequence[int]) -> None:
+    """Turn a sum over all workers but those left out into a mean; integers stay."""
+    if total.is_floating_point():
+        total.div_(workers)
+        if left_out:
+            total.mul_(workers / (workers - len(left_out)))
 
 
 def mean_inside(collective: Collective, tensors: Sequence[Tensor]) -> None:

@@ -71,6 +71,7 @@ class Engine:
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.running, self._observed_kind = False, ""
+        self.ended_on_first = False  # with the full model on worker 0 alone
         self.states = OptimizerStates(optimizers)
         self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), config.overlapped_steps)
         self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
@@ -92,7 +93,7 @@ class Engine:
             self.replicas,
             self.activity,
         )
-        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights)
+        self.swaps = SwappingOptimizers(optimizers, self._on_own_weights, alone=config.first_evaluates)
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self._resume_state: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
@@ -111,6 +112,11 @@ class Engine:
     def observing(self) -> bool:
         """Whether the module is the full model."""
         return self.observation.active
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the training has ended, and this worker has only a part."""
+        return self.ended_on_first and self.collective.worker > 0
 
     def prepare(self, example: Tensor) -> None:
         """Show the method an input batch of the network; AuxNet needs it before :meth:`start`.
@@ -190,6 +196,8 @@ class Engine:
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
         """Inside, the module is the full model, as if the round ended here; training then continues unchanged.
 
+        With ``evaluate_on="first"`` it is so on worker 0; on the others it stays their part.
+
         Collective: every worker must enter and leave it, in the same order.
 
         Args:
@@ -221,7 +229,7 @@ class Engine:
         self.activity.begin("local steps")
 
     def finish(self) -> None:
-        """End the training: the module becomes the full model on every worker, ready to use or save.
+        """End the training: the module becomes the full model, ready to use or save, on every worker or the first.
 
         Collective: every worker must call this, in the same order.
         """
@@ -230,6 +238,7 @@ class Engine:
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
             self._resume_state = self.checkpoint_state()  # while the observation still knows what it has scaled
+            self.ended_on_first = self.config.first_ends and self.layout.workers > 1
             self.observation.settle()
             self.abandon()
         self.summary = self.sync.summary()

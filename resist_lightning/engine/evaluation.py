@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from resist_lightning.checks.handshake import Handshake
-from resist_lightning.checks.hashing import Hasher, as_numbers
+from resist_lightning.checks.hashing import mark
 from resist_lightning.checks.header import Purpose
 from resist_lightning.comm.mean import mean_inside
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan, Sync
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.state.absent import ENDED_ELSEWHERE
 from resist_lightning.state.batch_norm import BatchStatistics, Call, norms_with_statistics, recalibrate
 from resist_lightning.state.input_recorder import InputRecorder
 from resist_lightning.state.own_tensors import OwnTensors, versions
 
-_HASHER = Hasher(share=1)  # one for all, as it keeps tables
 _NOT_RECORDED = (
     "batch norm keeps its running statistics: the network was called without gradients only, so no input was recorded "
     "to re-estimate them. Under checkpoint(..., use_reentrant=True) of the whole network use use_reentrant=False."
@@ -35,7 +35,8 @@ class Observation:
     The full model differs from the mean of the workers' weights in its test-time scale and batch-norm statistics.
 
     Attributes:
-        active: whether the module is the full model now.
+        active: whether the full model is assembled now.
+        whole: whether it is assembled here; else worker 0 alone has it, and this worker's module stays its part.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Observation:
         device: torch.device,
         forward_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.active = False
+        self.active = self.whole = False
         self._layout = layout
         self._sync = sync
         self._handshake = handshake
@@ -64,7 +65,7 @@ class Observation:
     def start(self) -> None:
         """Begin to record inputs where batch norm will be re-estimated; called once, when training starts."""
         config = self._layout.config
-        if config.batch_norm == "recalibrate" and self._layout.partial:
+        if config.batch_norm == "recalibrate" and self._layout.partial and not self._elsewhere(config.first_evaluates):
             self._recorder = InputRecorder(self._layout.module, config.recalibration_batches)
 
     def end(self) -> None:
@@ -82,13 +83,12 @@ class Observation:
         """This worker's tensors as in training, and what an evaluation needs of it."""
         unsynced = self._writes_unsynced
         # While the module is the full model, the worker's own tensors lie beside it.
-        own = self._own.as_in_training() if self.active else None
-        tensors = {}
-        for name, tensor in named_tensors(self._layout.module).items():
-            if own is None and not tensor.is_meta:
-                tensors[name] = tensor
-            elif own is not None and id(tensor) in own:
-                tensors[name] = own[id(tensor)]
+        own = self._own.as_in_training() if self.whole else None
+        named = named_tensors(self._layout.module)
+        if own is None:
+            tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+        else:
+            tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
         if self.active:
             unsynced += len(self._own.written())
         return {
@@ -110,6 +110,8 @@ class Observation:
 
     def note_weights(self) -> None:
         """Copy the weights before code runs that may exchange them for an evaluation. Sends nothing."""
+        if self._elsewhere(self._layout.config.first_evaluates):
+            return  # nothing will be put back here
         with torch.inference_mode(False):
             self._layout.tensors.keep()
             self._own.note(self._own_tensors())
@@ -146,44 +148,68 @@ class Observation:
             changes += 1
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
         plan = sync_plan()
-        if keep:
+        at_first = self._at_first(purpose)
+        elsewhere = self._elsewhere(at_first)
+        if keep and (not elsewhere or plan.left_out):
             self._own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
         # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
         unequal = any(changes for _, changes in reports)
-        self._sync.assemble(plan, kind, unequal=unequal)
-        # Estimates are averaged over the workers, so that each needs inputs of its own.
-        all_recorded = all(recorded for recorded, _ in reports)
+        (self._sync.assemble_at_first if at_first else self._sync.assemble)(plan, kind, unequal=unequal)
+        self.active, self.whole = True, not elsewhere
+        if elsewhere:
+            return
+        # Each worker that estimates needs inputs of its own.
+        if self._layout.config.first_evaluates:
+            reports = reports[: self._sync.exchange.collective.members]
+        estimate = all(recorded for recorded, _ in reports)
         # Before they are estimated, for resuming from a checkpoint of this full model.
         buffers = self._norm_buffers()
         self._statistics = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         self._originals = self._layout.scaling.apply()
         # Statistics are estimated last, as they depend on the scale.
-        self._set_batch_norm(calls if all_recorded else [], still, kind, plan.left_out)
+        if self._layout.config.batch_norm == "batch":
+            self._batch_statistics = BatchStatistics(norms_with_statistics(self._layout.module).values())
+        elif estimate:
+            estimated = recalibrate(self._layout.module, calls, self._forward_context, still) if calls else []
+            self._share_estimates(estimated, None if at_first else kind, plan.left_out)
         self._own.watch(self._layout.scaling.tensors().keys() | buffers.keys())
-        self.active = True
 
     def put_back(self, round: int) -> None:
         """Return to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
         self._writes_unsynced += len(self._own.written())
+        whole = self.whole
         self._batch_statistics.remove()
         self._layout.scaling.take_off()
         # Before make_room, which gives tensors new memory, as a write by the user's code would.
         written = self._close()
         if self._layout.companion is not None:
             self._layout.companion.keep(written)
-        self._sync.make_room(round)
+        if whole:
+            self._sync.make_room(round)
         self._own.restore()
         self._writes_at_start = self._writes() - self._writes_unsynced
 
     def settle(self) -> None:
         """End the observation without a way back: the module stays the full model, with its hooks."""
-        self._close()
-        if self._layout.companion is not None:
+        if not self.whole:
+            self._sync.incomplete = ENDED_ELSEWHERE
+        elif self._layout.companion is not None:
             self._layout.companion.settle()
+        self._close()
 
     def written(self) -> Collection[str]:
         """Names of the tensors that the user's code has written in this observation, and that stay so."""
         return self._own.written().keys()
+
+    def written_values(self) -> dict[str, Tensor]:
+        """The values of :meth:`written`, on the CPU."""
+        return {name: tensor.detach().cpu() for name, tensor in self._own.written().items()}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Write what worker 0's :meth:`written_values` has, where this worker has a place for it."""
+        present = self._own.write(values)
+        if self._layout.companion is not None:
+            self._layout.companion.keep(present)
 
     def full_state(self) -> dict[str, Any]:
         """What :meth:`undo` and :func:`attach_hooks` need, beside the weights of the full model."""
@@ -192,7 +218,7 @@ class Observation:
             "batch_statistics": self._layout.config.batch_norm == "batch",
             "originals": {name: tensor.cpu() for name, tensor in self._originals.items()},
             "norm_statistics": {name: tensor.cpu() for name, tensor in self._statistics.items()},
-            "left": {name: _mark(tensor) for name, tensor in self._not_as_trained().items()},
+            "left": {name: mark(tensor) for name, tensor in self._not_as_trained().items()},
         }
 
     def undo(self, state: Mapping[str, Any]) -> None:
@@ -213,7 +239,7 @@ class Observation:
     def _untouched(self, marks: Mapping[str, list[Any]], tensors: Mapping[str, Tensor]) -> set[str]:
         """Names of the tensors that have not been written since they were marked; warns if only some have been."""
         present = [name for name in marks if name in tensors]
-        untouched = {name for name in present if _mark(tensors[name], marks[name]) == marks[name]}
+        untouched = {name for name in present if mark(tensors[name], marks[name]) == marks[name]}
         written = sorted(set(present) - untouched)
         if untouched and written and self._sync.exchange.collective.rank == 0:
             warnings.warn(
@@ -228,21 +254,18 @@ class Observation:
     def _close(self) -> Collection[str]:
         """End the observation; returns the names of tensors that the user's code has written in it."""
         self._originals, self._statistics = {}, {}
-        self.active = False
+        self.active = self.whole = False
         return self._own.stop_watching()
 
-    def _set_batch_norm(
-        self, calls: Sequence[Call], still: Collection[str], kind: str, left_out: Sequence[int]
-    ) -> None:
-        """Give the full model its batch-norm statistics: of each batch, re-estimated, or those that it has."""
-        layout = self._layout
-        if layout.config.batch_norm == "batch":
-            self._batch_statistics = BatchStatistics(norms_with_statistics(layout.module).values())
-        elif calls:
-            estimated = recalibrate(layout.module, calls, self._forward_context, still)
-            # The members of a worker have seen other batches; what is sent between workers must be equal on them.
-            mean_inside(self._sync.exchange.collective, estimated)
-            self._sync.exchange.average(estimated, kind, left_out)
+    def _share_estimates(self, estimated: list[Tensor], kind: str | None, left_out: Sequence[int]) -> None:
+        """Give the full model batch-norm statistics that all who have it share; ``kind`` is None on worker 0 alone."""
+        exchange = self._sync.exchange
+        # The members of a worker have seen other batches; what is sent between workers must be equal on them.
+        mean_inside(exchange.collective, estimated)
+        if kind is not None and self._layout.config.first_evaluates:
+            exchange.broadcast(list(self._norm_buffers().values()), kind)
+        elif kind is not None:
+            exchange.average(estimated, kind, left_out)
 
     def _not_as_trained(self) -> dict[str, Tensor]:
         """By name, the tensors that in the full model are not what they are in training."""
@@ -260,22 +283,18 @@ class Observation:
                 found[f"{name}.{key}" if name else key] = buffer
         return found
 
+    def _at_first(self, purpose: Purpose) -> bool:
+        """Whether worker 0 alone gets the full model."""
+        config = self._layout.config
+        alone = config.first_ends if purpose == Purpose.FINISH else config.first_evaluates
+        return alone and self._layout.workers > 1
+
+    def _elsewhere(self, at_first: bool) -> bool:
+        """Whether the full model is not assembled here, where worker 0 alone may get it."""
+        return at_first and self._sync.exchange.collective.worker > 0
+
     def _writes(self) -> int:
         return versions(self._layout.shared.values())
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self._layout.shared.values(), *self._sync.owned_tensors()]
-
-
-def _mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
-    """A mark by which a later write to a tensor is noticed: its data type and a hash of its bits.
-
-    Args:
-        tensor: of any device and memory format.
-        like: an earlier mark, of a tensor that may have been converted since.
-    """
-    dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
-    # In one memory format, as a hash is of the order of memory.
-    converted = tensor.detach().to(dtype).contiguous()
-    (number,) = as_numbers(_HASHER.hashes([converted]))
-    return [str(dtype).removeprefix("torch."), int(number)]

@@ -65,7 +65,7 @@ class Resumption:
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
-        sync = self._sync.state_dict(with_full_model=self._observation.active)
+        sync = self._sync.state_dict(with_full_model=self._observation.whole)
         own = {"optimizers": self._states.state_dict(), **sync, **self._observation.state_dict()}
         companion = self._layout.companion
         if companion is not None:

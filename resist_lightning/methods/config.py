@@ -17,6 +17,7 @@ WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
 CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
 NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
 OuterName: TypeAlias = Literal["none", "nesterov"]
+WorkersChoice: TypeAlias = Literal["all", "first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,21 @@ class CommonConfig:
     def overlapped_steps(self) -> int:
         """Local steps of each round during which its sync is under way; 0 where a sync holds up the training."""
         return 0
+
+    @property
+    def sync_before_evaluation(self) -> bool:
+        """Whether a sync that is due may come before an evaluation: it makes what the evaluation would show."""
+        return self.trains_alone and not isinstance(self.local_steps, QSR)  # whose rates may change in between
+
+    @property
+    def first_evaluates(self) -> bool:
+        """Whether the full model of evaluations and checkpoints is assembled on worker 0 alone."""
+        return False
+
+    @property
+    def first_ends(self) -> bool:
+        """Whether worker 0 alone has the full model when the training has ended."""
+        return False
 
     def in_words(self) -> dict[str, str]:
         """Every setting by name, in words that are the same on workers with the same settings."""

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.errors import PartialModelError
-from resist_lightning.state.absent import ENDED_EARLY, NEW_MODULE
+from resist_lightning.state.absent import NEW_MODULE
 from resist_lightning.state.compiled import is_exporting
 
 _WAY_OUT = (
@@ -39,6 +39,7 @@ class PartGuard:
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
         self._way_out = _WAY_OUT
+        self._open = False
 
     def watch(self, modules: Mapping[str, nn.Module]) -> None:
         """Guard these modules, by name, and no others."""
@@ -53,9 +54,9 @@ class PartGuard:
             handle.remove()
         self._handles = []
 
-    def end(self) -> None:
-        """End the training: a module that is incomplete now, after an error, stays so."""
-        self._way_out = f"It stays so: {ENDED_EARLY}. {NEW_MODULE}"
+    def end(self, reason: str) -> None:
+        """End the training: a module that is incomplete now stays so."""
+        self._way_out = f"It stays so: {reason}. {NEW_MODULE}"
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
@@ -73,8 +74,18 @@ class PartGuard:
             f"to {what} it. {self._way_out}"
         )
 
-    def _refuse_state_dict(self, name: str, *_: object) -> NoReturn:
-        self.refuse(name, "save")
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, ``state_dict()`` may be asked for names and shapes."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def _refuse_state_dict(self, name: str, *_: object) -> None:
+        if not self._open:
+            self.refuse(name, "save")
 
     def check(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Refuse or warn, before a forward of a guarded module that does not look like training."""

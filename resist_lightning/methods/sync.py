@@ -14,6 +14,7 @@ from resist_lightning.comm.quantize import Quantizer
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.part_guard import PartGuard
+from resist_lightning.state.absent import ENDED_EARLY
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 
@@ -31,6 +32,9 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 class SyncAbilities:
     """What only some methods do. Each of these does nothing until a method overrides it."""
+
+    incomplete = ENDED_EARLY
+    """Why a module that lacks something when the training has ended will never get it."""
 
     def end_step(self) -> None:
         """Called after each local step."""
@@ -67,6 +71,15 @@ class SyncAbilities:
             By name, what the sync has made equal on all workers, before each adds what it has learned meanwhile.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
+
+    def assemble_at_first(self, plan: Any, kind: str, *, unequal: bool) -> None:
+        """Make worker 0's module the full model; the others send it what it lacks, and keep their part as it is.
+
+        A worker that the plan leaves out may have what it had when the round began afterwards.
+
+        Collective: every worker must call this, in the same order. The arguments are those of :meth:`Sync.assemble`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} assembles the full model on every worker only.")
 
     def metrics(self) -> dict[str, float]:
         """What to log of the round that ended, by name; the same on all workers."""
@@ -124,7 +137,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
     def end(self) -> None:
         """Release everything; called once, when training has ended. Every tensor gets memory of its own again."""
         self.exchange.take_apart()
-        self.guard.end()
+        self.guard.end(self.incomplete)
         self._as_received = []
 
     def begin_round(self, round: int) -> None:

@@ -132,7 +132,7 @@ def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
     return replace(partition, held=tuple(held))
 
 
-def plan_observation(sync: SyncPlan, worker: int, workers: int) -> SyncPlan:
+def plan_observation(sync: SyncPlan, worker: int, workers: int, *, unequal: bool = True) -> SyncPlan:
     """Plan one worker's part in assembling the full model on every worker, as if the round ended here.
 
     Averages and merges as ``sync`` would, at the same owners, so that what is seen equals what the sync would make of
@@ -142,12 +142,38 @@ def plan_observation(sync: SyncPlan, worker: int, workers: int) -> SyncPlan:
         sync: the plan of the sync that would come next.
         worker: whose part; all parts together have (workers - 1) transfers of every block, too many to be made here.
         workers: number of workers.
+        unequal: whether the holders of a block may have different values; else they need none from its owner.
     """
     others = [other for other in range(workers) if other != worker]
     spread: list[Transfer] = []
+    has: set[tuple[int, int]] = set()
+    if not unequal:
+        has = {(source, block) for source, _, block in sync.merge}
     for block, root in sync.owner.items():
         if root == worker:
-            spread.extend(Transfer(root, other, block) for other in others)
-        else:
+            spread.extend(Transfer(root, other, block) for other in others if (other, block) not in has)
+        elif (worker, block) not in has:
             spread.append(Transfer(root, worker, block))
     return replace(sync, hand_over=tuple(spread))
+
+
+def plan_collection(sync: SyncPlan, *, unequal: bool) -> dict[int, tuple[int, ...]]:
+    """Plan how the full model is assembled on worker 0 alone, as if the round ended here.
+
+    Every holder sends its value of a block to worker 0, which takes the mean as the block's owner would at the sync.
+    So nobody else receives or changes anything.
+
+    Args:
+        sync: the plan of the sync that would come next.
+        unequal: whether the holders of a block may have different values.
+
+    Returns:
+        For each block that is not averaged with the shared layers, the workers of whose values worker 0 takes the mean:
+        the owner, then the others. None where worker 0 holds what it needs; worker 0 itself may be among them.
+    """
+    holders = {block: [root] for block, root in sync.owner.items()}
+    for source, _, block in sync.merge:
+        holders[block].append(source)
+    if unequal:
+        return {block: tuple(found) for block, found in holders.items()}
+    return {block: () if 0 in found else (found[0],) for block, found in holders.items()}

@@ -20,6 +20,7 @@ from typing_extensions import override
 from resist_lightning.errors import PartialModelError
 
 ENDED_EARLY = "the training ended with an error, before the workers put the full model together"
+ENDED_ELSEWHERE = "the training has ended, and worker 0 alone has the full model (full_model_on='first')"
 NEW_MODULE = "Load a checkpoint into a new module."
 
 
@@ -39,9 +40,9 @@ class Absence:
         "what is absent: its `is_meta` is True."
     )
 
-    def end_early(self) -> None:
+    def end(self, reason: str) -> None:
         """Change the reason: the values will never arrive."""
-        self.reason, self.way_out = ENDED_EARLY, NEW_MODULE
+        self.reason, self.way_out = reason, NEW_MODULE
 
 
 _aten = torch.ops.aten

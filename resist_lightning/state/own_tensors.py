@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,15 @@ class OwnTensors:
             if name in self._watched and _differs(tensor, self._watched[name]):
                 found[name] = tensor
         return found
+
+    def write(self, values: Mapping[str, Tensor]) -> set[str]:
+        """Write values into the module's tensors of these names that are present, and return their names."""
+        named = named_tensors(self._module)
+        present = {name for name in values if not named[name].is_meta}
+        with torch.no_grad():
+            for name in present:
+                named[name].copy_(values[name])
+        return present
 
     def as_in_training(self) -> dict[int, Tensor]:
         """What this worker's tensors will be after :meth:`restore`, by the identity of the module's tensors."""

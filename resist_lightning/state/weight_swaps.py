@@ -16,9 +16,13 @@ class SwappingOptimizers:
     Args:
         optimizers: the user's; those without the two methods are left alone.
         on_own_weights: calls a function while the module holds this worker's part. Collective.
+        alone: whether others take no part in an evaluation, so that ``on_own_weights`` cannot be called in one.
     """
 
-    def __init__(self, optimizers: Iterable[Any], on_own_weights: Callable[[Callable[[], Any]], None]) -> None:
+    def __init__(
+        self, optimizers: Iterable[Any], on_own_weights: Callable[[Callable[[], Any]], None], *, alone: bool = False
+    ) -> None:
+        self._alone = alone
         self._optimizers = list(optimizers)
         self._on_own_weights = on_own_weights
         self._caught: list[tuple[Any, str]] = []
@@ -45,6 +49,12 @@ class SwappingOptimizers:
 
     def _redirected(self, usual: Callable[..., Any]) -> Callable[..., None]:
         def on_own_weights(*args: Any, **kwargs: Any) -> None:
+            if self._alone:
+                raise RuntimeError(
+                    "an optimizer's eval() or train() within an evaluation changes the weights of all workers, and "
+                    "evaluate_on='first' leaves them out of it. Call it in on_validation_start and on_validation_end, "
+                    "or set evaluate_on='all'."
+                )
             self._on_own_weights(lambda: usual(*args, **kwargs))
 
         return on_own_weights

@@ -42,6 +42,11 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
             f"{names[0]} keeps an average of every step, which an overlapped sync would have to move with the weights. "
             "Use overlap=0, or average checkpoints after the training."
         )
+    if config.first_ends:
+        raise ValueError(
+            f"{names[0]} ends with its average in the place of the full model, on every worker, and "
+            "full_model_on='first' has that on worker 0 alone. Use full_model_on='all'."
+        )
     if config.non_finite == "drop":
         raise ValueError(
             f"{names[0]} would keep the NaN or infinity of a worker that non_finite='drop' leaves out. Use "

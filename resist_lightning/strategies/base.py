@@ -11,23 +11,22 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from resist_lightning.comm.group import group_exists
-from resist_lightning.comm.torch_collective import gather_tensor
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.memory import present_to_cpu
 from resist_lightning.strategies.data.shards import own_order
+from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
 from resist_lightning.strategies.launching.checks import check_callbacks, check_run
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.launchers import make_launcher
 from resist_lightning.strategies.launching.processes import ProcessLauncher
 from resist_lightning.strategies.local_steps import LocalSteps, take_step, unwrapped
+from resist_lightning.strategies.messages import MessagesStrategy
 from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.process_group import ProcessGroup
 from resist_lightning.strategies.saving.checkpoint_io import or_atomic
@@ -36,7 +35,7 @@ from resist_lightning.strategies.saving.saver import Saver
 from resist_lightning.strategies.session import FitSession
 
 
-class SubnetStrategy(DDPStrategy):
+class SubnetStrategy(MessagesStrategy):
     """Base of the strategies: every worker trains its part of the module and syncs once a round.
 
     Lightning shards data and reduces metrics for subclasses of ``DDPStrategy`` only; the module is never wrapped in
@@ -56,8 +55,10 @@ class SubnetStrategy(DDPStrategy):
         self.saver = Saver(forgiving=options.on_save_error == "warn")
         self.steps = LocalSteps()
         self.session: FitSession | None = None  # of the newest `fit`
+        self.first: FirstEvaluates | None = None
 
     @property
+    @override
     def engine(self) -> Engine | None:
         """Trains and syncs this worker's part; there is none before the first ``fit``."""
         return self.session.engine if self.session is not None else None
@@ -70,6 +71,7 @@ class SubnetStrategy(DDPStrategy):
 
     def check_before_launch(self, trainer: pl.Trainer) -> None:
         """Called by the launcher, before any process starts: raise for what cannot work."""
+        check_full_model(trainer, self.engine)
         check_run(trainer, self.config, self.options, self.num_nodes * self.num_processes)
 
     @override
@@ -81,7 +83,10 @@ class SubnetStrategy(DDPStrategy):
             self.group.split(self.num_processes)
             self.guard.begin(trainer, lambda: self.engine, self.options.timeout)
             self.session = FitSession(trainer, self.config, self._data, self.guard, self.resumer, self.steps)
+            self.first = self.session.first
             self.resumer.begin_fit(trainer, self.session.patches)
+        else:
+            self.first = evaluate_alone(trainer, self.config)
 
     @override
     def setup_distributed(self) -> None:
@@ -102,8 +107,9 @@ class SubnetStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Asked for each loader: a shard per process, or all of it in a worker-specific order, shared by members."""
         kwargs = super().distributed_sampler_kwargs
-        copied = self._data == "copy" and self._making_training_loaders
-        return own_order(kwargs, self.group.members, self.config.seed) if copied else kwargs
+        if not self._making_training_loaders:
+            return self.first.whole_data(kwargs) if self.first is not None else kwargs
+        return own_order(kwargs, self.group.members, self.config.seed) if self._data == "copy" else kwargs
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -113,7 +119,10 @@ class SubnetStrategy(DDPStrategy):
             check_callbacks(trainer, self.config)  # again: the module may have added some
         else:
             refuse_lazy(trainer.lightning_module)
-        super().setup(trainer)
+        if fitting or self.first is None:
+            super().setup(trainer)
+        else:
+            self.first.set_up(self, trainer)
         if fitting:
             self._session().make_engine()
 
@@ -168,30 +177,6 @@ class SubnetStrategy(DDPStrategy):
         if self.session is not None:
             self.session.end_validation()
 
-    # Messages of Lightning, callbacks and users: none after an error.
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._may_talk():
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return super().broadcast(obj, src) if self._may_talk() else obj
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return super().reduce(tensor, group, reduce_op) if self._may_talk() else tensor
-
-    @override
-    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        if group_exists() and not self._may_talk():
-            return tensor.detach()[None]
-        self.steps.note_gathering(self.engine, with_gradients=sync_grads)
-        if group_exists() and not sync_grads:
-            return gather_tensor(tensor.detach(), group)  # torch deprecates Lightning's way, and warns each time
-        return super().all_gather(tensor, group=group, sync_grads=sync_grads)
-
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         self.guard.check()  # for every batch of every loop, so a lost worker ends validations and tests too
@@ -241,13 +226,16 @@ class SubnetStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if not self.resumer.from_snapshot:  # which has no full model, but each worker's part
+        # A snapshot has no full model, but each worker's part; and who has only a part has no place for one.
+        if not self.resumer.from_snapshot and not (self.engine is not None and self.engine.incomplete):
             super().load_model_state_dict(checkpoint, strict=strict)
         self.resumer.take(checkpoint, self._trainer())
 
     @override
     def teardown(self) -> None:
         """Called at the end, after an error too: leave the group, and move to the CPU what this worker has."""
+        if self.first is not None:
+            self.first.remove()
         if self.session is not None:
             self.session.remove()
         self.saver.end(self.checkpoint_io)
@@ -266,6 +254,7 @@ class SubnetStrategy(DDPStrategy):
             self._launcher.restore_interrupt()
 
     @property
+    @override
     def interrupted(self) -> bool:
         """Whether an error or the user has ended the run, so that nothing may be sent any more."""
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
@@ -289,12 +278,3 @@ class SubnetStrategy(DDPStrategy):
 
     def _prepare(self, engine: Engine) -> None:
         """Called before the engine starts from what was loaded. Collective: every worker must call this."""
-
-    def _may_talk(self) -> bool:
-        """False after an error. In training, first shake hands, so that nothing pairs with another worker's sync."""
-        if self.interrupted:
-            return False
-        self.steps.explain_message()
-        if self.engine is not None and self.engine.running:
-            self.engine.meet()
-        return True

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -15,17 +16,19 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
 from resist_lightning.strategies.data.loader_processes import LoaderShield
+from resist_lightning.strategies.first import FirstEvaluates
 from resist_lightning.strategies.host import LightningHost
 from resist_lightning.strategies.launching.checks import total_steps, warn_of_rounds
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
 from resist_lightning.strategies.loop_patches import LoopPatches
-from resist_lightning.strategies.patches import Patches
+from resist_lightning.strategies.patches import Patches, after
 from resist_lightning.strategies.saving.checkpoint_callbacks import CheckpointCallbacks
 from resist_lightning.strategies.saving.data_position import Position
 from resist_lightning.strategies.saving.resumer import Resumer
 from resist_lightning.strategies.saving.trainer_state import TrainerState
+from resist_lightning.strategies.summary import sent_in_words
 from resist_lightning.strategies.validation import order_validation
 
 
@@ -36,6 +39,7 @@ class FitSession:
         engine: of this worker; None until the module is complete.
         patches: undone by :meth:`remove`.
         signals: the signal handlers of this worker.
+        first: the validations that worker 0 runs alone; None where all workers evaluate.
         trainer_state: what the trainer must get back to resume exactly.
         checkpoint_callbacks: learn of a failure to save.
         loops: the patched loops.
@@ -52,6 +56,7 @@ class FitSession:
         self._resumer = resumer
         self._steps = steps
         self._has_trained = False
+        self._synced_early = False
         self.patches = Patches()
         collective = default_collective()
         self.signals = Signals(trainer, collective.members)
@@ -62,8 +67,15 @@ class FitSession:
         self.trainer_state = TrainerState(trainer, position)
         self._averages = Averages(trainer, self._running, self.patches)
         self.checkpoint_callbacks = CheckpointCallbacks(trainer, self.patches)
+        val_loop = trainer.fit_loop.epoch_loop.val_loop
+        self.first = FirstEvaluates(trainer, self._running, self.patches) if config.first_evaluates else None
+        if self.first is not None:
+            self.first.patch_run(val_loop)  # before its random numbers are set apart, on all workers
         self.loops = LoopPatches(trainer, position, self.signals, collective, self.patches)
         order_validation(trainer, self._running, self._averages, self.patches)
+        if self.first is not None:
+            self.first.patch_end(val_loop)
+        self.patches.replace(val_loop, "on_run_start", after(self._sync_early, val_loop.on_run_start))
 
     def make_engine(self) -> Engine:
         """Make the engine, when the module is complete and its optimizers are made."""
@@ -113,7 +125,8 @@ class FitSession:
         engine.steps.check_batch(self._trainer.accumulate_grad_batches)
         self._guard.check()
         # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
-        if engine.sync_if_due():
+        if engine.sync_if_due() or self._synced_early:
+            self._synced_early = False
             self._resumer.write_snapshot(engine, self.trainer_state, ending=self.signals.ending)
         # Not between the border of an overlapped sync and its end, when it is applied and the snapshot has it.
         if not engine.sync.under_way:
@@ -152,6 +165,8 @@ class FitSession:
         """Called after the training, unless it was interrupted: the module becomes the full model."""
         if (engine := self._running()) is not None:
             engine.finish()
+            if engine.collective.workers > 1:
+                rank_zero_info(f"{type(self._trainer.strategy).__name__}: {sent_in_words(engine)}")
             self._resumer.finish(engine)
             self.signals.act()
 
@@ -180,9 +195,16 @@ class FitSession:
             self.engine.abandon()
         self.signals.remove()
 
+    def _sync_early(self) -> None:
+        """Called before a validation and its hooks: after a sync that is due, it finds shared layers equal."""
+        engine = self._running()
+        if engine is not None and self._config.sync_before_evaluation:
+            with torch.inference_mode(False):
+                self._synced_early |= engine.sync_if_due()
+
     def _running(self) -> Engine | None:
         """The engine while it trains."""
         return self.engine if self.engine is not None and self.engine.running else None
 
     def _sync_is_due(self) -> bool:
-        return self.engine is not None and self.engine.clock.due
+        return self.engine is not None and (self.engine.clock.due or self._synced_early)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS
+from resist_lightning.methods.resist.bytes import observation_bytes
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.observed import observed
+from resist_lightning.schedule.transfers import plan_sync
 from tests.helpers.processes import run_workers
 from tests.helpers.training import (
     Run,
@@ -31,18 +35,24 @@ RUNS = {
     "running statistics": Run(Config(local_steps=3, min_blocks=0, batch_norm="running"), steps=STEPS),
     "warm-up": Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1), steps=STEPS),
     "batch statistics": Run(Config(local_steps=2, min_blocks=1, batch_norm="batch"), steps=STEPS),
+    "first": Run(Config(local_steps=3, min_blocks=3, momentum="travel", evaluate_on="first"), steps=STEPS),
+    "first, warm-up, int8, outer": Run(
+        Config(local_steps=2, min_blocks=1, warmup_rounds=1, wire="int8", outer="nesterov", evaluate_on="first"),
+        steps=STEPS,
+    ),
 }
 
 
 @dataclass
 class History:
-    """What a worker had after each step, and what it saw of the full model there."""
+    """What a worker had after each step, what it saw of the full model there, and what it sent for it, and when."""
 
     trained: list[dict[str, Tensor]]
     random: Tensor
     full: list[dict[str, Tensor]]
     logits: list[Tensor]
     silent_ends: bool
+    sent: list[tuple[int, int, int]]
 
 
 def train(worker: int, run: Run, *, observe: bool) -> History:
@@ -51,7 +61,7 @@ def train(worker: int, run: Run, *, observe: bool) -> History:
     optimizer = make_optimizer(run, model)
     engine = Engine(model, [optimizer], run.config)
     engine.start()
-    history = History([], torch.empty(0), [], [], True)
+    history = History([], torch.empty(0), [], [], True, [])
     for step in range(run.steps):
         train_step(model, optimizer, batch_of(worker, step))
         engine.count_step()
@@ -59,7 +69,7 @@ def train(worker: int, run: Run, *, observe: bool) -> History:
             look(engine, history, worker)
         engine.sync_if_due()
         if observe and step % 2:
-            look(engine, History([], torch.empty(0), [], [], True), worker)
+            look(engine, History([], torch.empty(0), [], [], True, history.sent), worker)
         history.trained.append(all_that_is_trained(model, optimizer))
     torch.rand(worker + 1)
     history.random = torch.get_rng_state()
@@ -70,15 +80,24 @@ def train(worker: int, run: Run, *, observe: bool) -> History:
 def look(engine: Engine, history: History, worker: int) -> None:
     """Evaluate as users do: evaluation mode, no gradient, random numbers drawn, and back to training."""
     sent = [engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS]
+    before_it = sent_for_full_models(engine)
     with engine.full_model("checkpoint" if len(history.full) % 2 else "evaluation") as full:
         torch.rand(worker + 3)
-        with torch.no_grad():
-            history.logits.append(full.eval()(batch_of(0, 99)[0]))
-        history.full.append(clone_state(full))
-        full.train()
+        if engine.observation.whole:
+            with torch.no_grad():
+                history.logits.append(full.eval()(batch_of(0, 99)[0]))
+            history.full.append(clone_state(full))
+            full.train()
+        else:
+            history.full.append(present_state(full))
         before = collectives_so_far()
     history.silent_ends &= collectives_so_far() == before
     assert [engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS] == sent
+    history.sent.append((engine.clock.round, engine.clock.step, sent_for_full_models(engine) - before_it))
+
+
+def sent_for_full_models(engine: Engine) -> int:
+    return engine.collective.sent_bytes["evaluation"] + engine.collective.sent_bytes["checkpoint"]
 
 
 def all_that_is_trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -118,8 +137,28 @@ def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(
         first = histories[0][name][1].full[step]
         assert_equal_states(first, state)
         for worker in histories:
+            if name.startswith("first"):  # which alone has it
+                torch.testing.assert_close(histories[0][name][1].logits[step], logits, rtol=1e-3, atol=1e-4)
+                break
             assert_equal_states(worker[name][1].full[step], first, exactly=True)
             torch.testing.assert_close(worker[name][1].logits[step], logits, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_full_model_sends_is_the_closed_form(histories):
+    equal = set()
+    for name, run in RUNS.items():
+        layout = BlockLayout(make_model(run), run.config, 3)
+        at_first = run.config.evaluate_on == "first"
+        for worker, history in enumerate(histories):
+            sent = history[name][1].sent
+            assert len(sent) == STEPS + STEPS // 2
+            for round, step, size in sent:
+                plan = plan_sync(layout.partition(round), layout.partition(round + 1))
+                expected = observation_bytes(plan, observed(layout), 3, unequal=step > 0, at_first=at_first)
+                assert size == expected[worker], (name, worker, round, step)
+                if step == 0:
+                    equal.add(at_first)
+    assert equal == {True, False}  # right after a sync
 
 
 def simulated(run: Run, workers: int) -> list[tuple[dict[str, Tensor], Tensor]]:

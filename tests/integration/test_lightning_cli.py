@@ -65,6 +65,8 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer_rate": ("1", 1.0),
         "outer_momentum": ("0.8", 0.8),
         "overlap": ("2", 2),
+        "evaluate_on": ("first", "first"),
+        "full_model_on": ("first", "first"),
     },
     "ISTStrategy": {
         **LOCAL,
@@ -107,6 +109,8 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer_rate": ("0.5", 0.5),
         "outer_momentum": ("0.8", 0.8),
         "overlap": ("2", 2),
+        "evaluate_on": ("first", "first"),
+        "full_model_on": ("first", "first"),
     },
 }
 # The strategy, and what it is not given: growth says what the counts of blocks and their scale would say too, overlap

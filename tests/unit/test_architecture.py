@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "resist_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TALKING = ("torch_collective", "member_collective", "members", "group", "replicas")
+TALKING = ("alone", "torch_collective", "member_collective", "members", "group", "replicas")
 TALKS = {PACKAGE / "comm" / f"{name}.py" for name in TALKING}
 
 LINES_OF_A_FILE = 300

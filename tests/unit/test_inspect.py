@@ -206,3 +206,7 @@ def test_a_few_lines_are_printed_before_training():
     assert len(lines) <= 6
     assert "A worker holds" in lines[1]
     assert "MB per sync" in lines[2]
+    assert "For an evaluation it sends" in lines[3]
+    lines = BlockLayout(small_preact(), Config(blocks=[], evaluate_on="first"), 2).describe().splitlines()
+    assert "MB per sync. For an evaluation it sends" in lines[1]
+    assert "worker 0 nothing" in lines[1]

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.exchange import Kinds, Payload
+from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.step.spans import NAMES, measured_speedup, step_seconds, typical_step
@@ -71,7 +71,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         super().end()
         self._restore_forward()
         for memory in self._absent.values():
-            memory.absence.end_early()
+            memory.absence.end(self.incomplete)
 
     @override
     def end_step(self) -> None:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.layout import NeuronLayout
-from resist_lightning.state.absent import Absence
+from resist_lightning.state.absent import ENDED_EARLY, Absence
 from resist_lightning.state.memory import make_absent, replace_memory
 
 
@@ -88,7 +88,7 @@ class Subnet:
             return
         self._unhook()
         absence = Absence()
-        absence.end_early()
+        absence.end(ENDED_EARLY)
         for name, tensor in self.tensors.items():
             shape = self._layout.shapes[name]
             empty = torch.empty(shape, dtype=tensor.dtype, device="meta")

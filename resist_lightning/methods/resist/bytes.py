@@ -1,4 +1,4 @@
-"""The bytes of a ResIST sync, by closed form. Standard library only."""
+"""The bytes of a ResIST sync, and of an assembly of the full model, by closed form. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resist_lightning.comm.byte_formulas import WireFormat, all_reduce_bytes
-from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_outer
+from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_collection, plan_observation, plan_outer
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,64 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int, following: SyncPlan |
         }
         for worker in range(workers)
     ]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Bytes of a model's parts in the assembly of the full model, which sends them as they are, whatever the wire.
+
+    Args:
+        shared: bytes that an all-reduce of the shared tensors sums up, by name of the data type.
+        shared_packed: bytes of the same tensors in a message.
+        blocks: bytes of each partitionable block in a message.
+        averaged: as ``shared``, of what may change in each block.
+        averaged_packed: as ``shared_packed``, of what may change in each block.
+        norms: as ``shared``, of the batch-norm statistics that are re-estimated.
+    """
+
+    shared: Mapping[str, int]
+    shared_packed: int
+    blocks: tuple[int, ...]
+    averaged: tuple[Mapping[str, int], ...]
+    averaged_packed: tuple[int, ...]
+    norms: Mapping[str, int]
+
+
+def observation_bytes(plan: SyncPlan, sizes: Observed, workers: int, *, unequal: bool, at_first: bool) -> list[int]:
+    """Bytes that each worker sends to assemble the full model, exactly.
+
+    Args:
+        plan: the plan of the sync that would come next.
+        sizes: bytes of the model's parts.
+        workers: number of workers.
+        unequal: whether somebody has stepped since the last sync.
+        at_first: whether worker 0 alone gets it.
+    """
+    if at_first:
+        return _collected(plan, sizes, workers, unequal=unequal)
+    reduced = Counter(sizes.shared)
+    for block in plan.averaged:
+        reduced.update(sizes.averaged[block])
+    together = sum(all_reduce_bytes(size, workers) for size in reduced.values()) if unequal else 0
+    together += sum(all_reduce_bytes(size, workers) for size in sizes.norms.values())
+    merge = _sent(plan.merge if unequal else (), sizes.blocks)
+    spread: Counter[int] = Counter()
+    for worker in range(workers):
+        own = plan_observation(plan, worker, workers, unequal=unequal).hand_over
+        spread[worker] = _sent([each for each in own if each.source == worker], sizes.blocks)[worker]
+    return [together + merge[worker] + spread[worker] for worker in range(workers)]
+
+
+def _collected(plan: SyncPlan, sizes: Observed, workers: int, *, unequal: bool) -> list[int]:
+    sent = [0] * workers
+    together = sizes.shared_packed + sum(sizes.averaged_packed[block] for block in plan.averaged)
+    for worker in range(1, workers):
+        if unequal and worker not in plan.left_out:
+            sent[worker] += together
+    for block, holders in plan_collection(plan, unequal=unequal).items():
+        for worker in set(holders) - {0}:
+            sent[worker] += sizes.blocks[block]
+    return sent
 
 
 def _compressed_mean(plan: SyncPlan, sizes: Sizes, worker: int, workers: int) -> int:

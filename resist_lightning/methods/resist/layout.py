@@ -26,7 +26,7 @@ from resist_lightning.methods.resist.config import Config, make_schedule, plan_e
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
-from resist_lightning.methods.resist.overview_text import brief
+from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
@@ -206,7 +206,8 @@ class BlockLayout(Layout):
     def describe(self) -> str:
         workers = self.workers
         if not self.blocks:
-            return f"All parameters are shared by {workers} worker(s); rounds of {self.config.rounds_in_words}."
+            sentence = f"All parameters are shared by {workers} worker(s); rounds of {self.config.rounds_in_words}."
+            return sentence if workers == 1 else f"{sentence}\n{brief_of_shared(costs(self))}"
         counts = map(len, self._usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         sentence = (

@@ -24,7 +24,8 @@ from typing_extensions import override
 from resist_lightning.comm.background import Background
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.compressed_mean import CompressedMean
-from resist_lightning.comm.exchange import Exchange, Kinds, Payload
+from resist_lightning.comm.exchange import Exchange
+from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -80,7 +81,7 @@ class OverlappedSync(BlockSync):
     @override
     def connect(self) -> None:
         # A message of the host's or of a metric could otherwise pair with one that is sent beside the training.
-        collective = self._collective.beside()
+        collective = self.exchange.collective.beside()
         collective.connect()
         self._beside = Exchange(collective, self._device, self._quantizer)
         if self._quantizer is not None:

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from resist_lightning.comm.byte_formulas import local_sgd_bytes
 from resist_lightning.comm.tensors import averaged_bytes
 from resist_lightning.methods.residual import Block, BranchEnd, find_blocks
-from resist_lightning.methods.resist.bytes import sync_bytes
+from resist_lightning.methods.resist.bytes import observation_bytes, sync_bytes
 from resist_lightning.methods.resist.config import default_min_blocks
 from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.network import default_choices, names_chosen
+from resist_lightning.methods.resist.observed import observed
 from resist_lightning.methods.resist.short_globs import short_globs
 from resist_lightning.methods.resist.structure import repeated_blocks
 from resist_lightning.schedule.partition import blocks_per_worker
@@ -74,6 +75,9 @@ class Costs:
         slowest: bytes per sync of the worker that sends the most in it, as a mean over rounds: who the others wait for.
         local_sgd: bytes that it would send if nothing was partitioned and compressed.
         computed: share of the forward's operations that a worker does; None if it is not known.
+        evaluation: bytes that it sends for an evaluation in the middle of a round, as a mean, where all workers
+            evaluate and where the first does.
+        evaluate_on: which of the two it is.
     """
 
     parameters: int
@@ -82,6 +86,8 @@ class Costs:
     slowest: float
     local_sgd: int
     computed: float | None
+    evaluation: tuple[float, float]
+    evaluate_on: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
     sent: list[int] = []
     slowest: list[int] = []
     absent: list[int] = []
+    evaluation: tuple[list[int], list[int]] = ([], [])
+    parts = observed(layout)
     for round in range(first, first + ROUNDS):
         partition = layout.partition(round)
         held += layout.held_parameters(round)
@@ -144,6 +152,8 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
         by_worker = [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers, following)]
         sent += by_worker
         slowest.append(max(by_worker))
+        for at_first in (False, True):
+            evaluation[at_first].extend(observation_bytes(plan, parts, layout.workers, unequal=True, at_first=at_first))
         if flops is not None:
             computed = [sum(flops[layout.blocks[index].name] for index in indices) for indices in partition.held]
             everything = sum(flops[block.name] for block in layout.blocks)
@@ -156,6 +166,8 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
         slowest=_mean(slowest),
         local_sgd=local_sgd_bytes(whole, layout.workers, 1),
         computed=None if flops is None else 1 - _mean(absent) / max(flops[""], 1),
+        evaluation=(_mean(evaluation[0]), _mean(evaluation[1])),
+        evaluate_on=layout.config.evaluate_on,
     )
 
 

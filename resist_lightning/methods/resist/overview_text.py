@@ -25,8 +25,11 @@ def costs_in_words(costs: Costs) -> str:
     """A sentence, on a few lines, about what a worker holds, sends and computes."""
     lines = [f"A worker {_held(costs)}", _sent(costs)]
     if costs.computed is None:
-        return "\n".join(lines) + "."
-    return "\n".join([*lines[:-1], f"{lines[-1]},", f"and computes {costs.computed:.0%} of the forward on average."])
+        lines[-1] += "."
+    else:
+        lines[-1] += ","
+        lines.append(f"and computes {costs.computed:.0%} of the forward on average.")
+    return "\n".join([*lines, evaluation_in_words(costs)])
 
 
 def list_of(alternatives: Sequence[Alternative]) -> str:
@@ -39,12 +42,17 @@ def list_of(alternatives: Sequence[Alternative]) -> str:
 
 
 def brief(costs: Costs, alternatives: Sequence[Alternative]) -> str:
-    """At most five lines, to be printed before training."""
-    lines = [f"  A worker {_held(costs)}", f"  and {_sent(costs)}."]
+    """At most six lines, to be printed before training."""
+    lines = [f"  A worker {_held(costs)}", f"  and {_sent(costs)}.", f"  {evaluation_in_words(costs)}"]
     for other in alternatives:
         line = f"  Or blocks={_option(other.globs)}: {other.blocks} blocks, a worker holds {other.held:.0%}"
         lines.append(f"{line} ({other.rule}).")
     return "\n".join(lines)
+
+
+def brief_of_shared(costs: Costs) -> str:
+    """A line to be printed before a training in which every worker holds everything."""
+    return f"  A worker sends {costs.sent[0] / 1e6:.3g} MB per sync. {evaluation_in_words(costs)}"
 
 
 def _held(cost: Costs) -> str:
@@ -61,6 +69,14 @@ def _sent(cost: Costs) -> str:
     mean, least, most = cost.sent
     spread = "" if least == most else f", from {least / 1e6:.3g} to {most / 1e6:.3g} MB"
     return f"sends {mean / 1e6:.3g} MB per sync on average{spread} (local SGD: {cost.local_sgd / 1e6:.3g} MB)"
+
+
+def evaluation_in_words(cost: Costs) -> str:
+    """A sentence about what an evaluation sends."""
+    everywhere, first = (sent / 1e6 for sent in cost.evaluation)
+    if cost.evaluate_on == "first":
+        return f"For an evaluation it sends {first:.3g} MB on average, worker 0 nothing (evaluate_on='first')."
+    return f"For an evaluation it sends {everywhere:.3g} MB (with evaluate_on='first' {first:.3g} MB on average)."
 
 
 def _option(globs: Sequence[str], most: int = 4) -> str:

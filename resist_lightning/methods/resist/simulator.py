@@ -128,7 +128,7 @@ class Simulator:
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
         elif batch_norm == "recalibrate" and self._partial and all(w.recorder.calls for w in self.workers):
-            recalibrate_together(self.workers, full)
+            recalibrate_together(self.workers[:1] if self.config.first_evaluates else self.workers, full)
         return full
 
     def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:

@@ -104,10 +104,10 @@ class Subnet:
         for subnet in self._blocks:
             subnet.bypass.written = written.get(subnet.block.name)
 
-    def end_early(self) -> None:
+    def end(self, reason: str) -> None:
         """Let errors for reading an absent block say that its values will never arrive."""
         for subnet in self._blocks:
-            subnet.absence.end_early()
+            subnet.absence.end(reason)
 
     def hold_all(self) -> None:
         """Allocate every absent block; the caller fills them."""

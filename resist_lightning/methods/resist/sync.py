@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from resist_lightning.comm.assembly import collect
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.compressed_mean import CompressedMean
-from resist_lightning.comm.exchange import Kinds, Payload
+from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.resist.first_forward import FirstForward
@@ -20,7 +21,7 @@ from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
-from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_outer, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_collection, plan_observation, plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import OuterOptimizer, has_outer_step
 
@@ -29,18 +30,13 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     """A worker's side of the syncs of a run whose residual blocks are partitioned, or (local SGD) nothing."""
 
     def __init__(
-        self,
-        layout: BlockLayout,
-        states: OptimizerStates,
-        collective: Collective,
-        device: torch.device,
+        self, layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
     ) -> None:
         quantizer = make_quantizer(layout.config.wire)
         super().__init__(layout, states, collective, device, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
         self._device = device
-        self._collective = collective
         self._stepped = False
         self._subnet = Subnet(layout.blocks)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
@@ -66,7 +62,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._outer.begin_round([], {})  # frees what it keeps
         self._scale_hooks.remove()
         self._first_forward.remove()
-        self._subnet.end_early()
+        self._subnet.end(self.incomplete)
 
     @override
     def end_step(self) -> None:
@@ -162,7 +158,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         """
         if any(self._layout.training_scale(each) != 1 for each in (round, round + 1)):
             # The hooks of the next round must be the same everywhere, whatever each worker has seen.
-            self._layout.agree(self._collective, stepped=self._stepped)
+            self._layout.agree(self.exchange.collective, stepped=self._stepped)
 
     def with_velocities(self, plan: SyncPlan, round: int) -> SyncPlan:
         """The plan of the sync at the end of ``round`` with the hand-over of what the outer optimizer keeps of blocks.
@@ -177,14 +173,27 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     @override
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         self._scale_hooks.remove()
-        self._layout.agree(self._collective, stepped=self._stepped)
-        plan, kinds = plan_observation(plan, self._worker, self._layout.workers), Kinds.all(kind)
+        self._layout.agree(self.exchange.collective, stepped=self._stepped)
+        workers, kinds = self._layout.workers, Kinds.all(kind)
+        plan = plan_observation(plan, self._worker, workers, unequal=unequal)
         self._leave_out(plan)
         if unequal:
             self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
             self.exchange.merge(plan, self.payload, kinds)
         self.exchange.hand_over(plan, self.payload, kinds, self._subnet.hold_all)
         self.guard.release()
+
+    @override
+    def assemble_at_first(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
+        self._layout.agree(self.exchange.collective, stepped=self._stepped)
+        self._leave_out(plan)
+        if unequal:
+            self.exchange.average_at_first(list(self._averaged(plan).values()), kind, plan.left_out)
+        if self._worker == 0:
+            self._scale_hooks.remove()
+            self._subnet.hold_all()
+            self.guard.release()
+        collect(self.exchange, plan_collection(plan, unequal=unequal), lambda block: self.payload(block).tensors, kind)
 
     @override
     def make_room(self, round: int) -> None:
@@ -212,10 +221,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             assert round is not None
             return self._velocity_payload(index, round)
         block = blocks[index]
-        tensors = list(block.tensors().values())
+        tensors, config = list(block.tensors().values()), self._layout.config
         if round is None:
             return Payload(tensors)
-        config = self._layout.config
         state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else []
         if self._layout.companion is not None:
             state = [*state, *self._layout.companion.tensors(block.tensors())]

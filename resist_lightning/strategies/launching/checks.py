@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -113,6 +113,11 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
                 f"{type(callback).__name__} adds an epoch without steps, and saves worker 0's average alone. Use "
                 "WeightAveraging (of Lightning 2.6), whose should_update() can choose the ends of epochs, or average "
                 "checkpoints after the training."
+            )
+        if isinstance(callback, LearningRateFinder) and config.first_ends:
+            raise ValueError(
+                f"{type(callback).__name__} trains before the training, and full_model_on='first' would leave the full "
+                "model of that on worker 0 alone. Set full_model_on='all', or search in a run of its own."
             )
         if isinstance(callback, Timer) or getattr(callback, "_train_time_interval", None) is not None:
             rank_zero_warn(

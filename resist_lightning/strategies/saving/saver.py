@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
@@ -67,6 +68,8 @@ class Saver:
         engine = session.engine
         if engine is None or not engine.running:
             self._saved = session.trainer_state.with_modes(resume_state)
+            if engine is not None and engine.incomplete:
+                return _without_values(engine, partial=True)
             return module.state_dict()
         if interrupted or session.trainer_state.dumping:
             return {}
@@ -79,11 +82,12 @@ class Saver:
         self._saved = trainer_state.with_modes(engine.checkpoint_state())
         self._own = gather_members(trainer_state.of_worker(engine), engine.collective)
         # Only one process writes the file; a full model in the memory of each would fill that of a host of eight.
-        place = "cpu" if engine.collective.rank == 0 else "meta"
+        if engine.collective.rank > 0:
+            return _without_values(engine, partial=not engine.observation.whole)
         copies = {}
         for name, value in engine.module.state_dict().items():
             # When the file is written, the module is this worker's part again.
-            copies[name] = value.detach().to(place, copy=True) if isinstance(value, Tensor) else value
+            copies[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         return copies
 
     def save(
@@ -165,3 +169,19 @@ class Saver:
         """Wait for a plugin that writes in a thread, and forgive it; called at the end of a run."""
         if self._forgiving:
             forgive_thread(plugin, wait=True)
+
+
+def _without_values(engine: Engine, *, partial: bool) -> dict[str, Any]:
+    """The state dict of the full model with tensors on the meta device.
+
+    Args:
+        engine: of this worker.
+        partial: whether it has only a part, so that tensors must not be touched.
+    """
+    found: dict[str, Any] = {}
+    with engine.sync.guard.open():
+        state = engine.module.state_dict(keep_vars=True) if partial else engine.module.state_dict()
+    for name, value in state.items():
+        is_tensor = isinstance(value, Tensor)
+        found[name] = torch.empty(value.shape, dtype=value.dtype, device="meta") if is_tensor else value
+    return found

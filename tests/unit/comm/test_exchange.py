@@ -10,7 +10,8 @@ from hypothesis import settings as examples
 
 from resist_lightning.comm import packing
 from resist_lightning.comm.collective import SoloCollective
-from resist_lightning.comm.exchange import Exchange, Kinds, Payload
+from resist_lightning.comm.exchange import Exchange
+from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.schedule.partition import draw_partition, everything
 from resist_lightning.schedule.transfers import plan_observation, plan_sync
 from tests.helpers.partitions import two_partitions

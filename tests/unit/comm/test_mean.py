@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resist_lightning.comm.mean import mean_into, move_by, start_mean
+from resist_lightning.comm.mean import mean_at_first, mean_into, move_by, start_mean
 from resist_lightning.comm.tensors import averaged_bytes
 from tests.helpers.threads import run_threads
 
@@ -35,6 +35,19 @@ def test_values_of_workers_that_are_left_out_do_not_count(values, left_out, dtyp
     results, _ = run_threads(mean_of, 3, values, left_out, dtype)
     assert results == [results[0]] * 3
     assert results[0] == pytest.approx([expected, 1])
+
+    firsts, _ = run_threads(mean_of_first, 3, values, left_out, dtype)
+    assert firsts[0][0] == pytest.approx([expected, 1])
+    for worker in (1, 2):
+        kept, sent = firsts[worker]
+        torch.testing.assert_close(kept, torch.tensor([values[worker], 1], dtype=dtype), rtol=0, atol=0, equal_nan=True)
+        assert sent == (0 if worker in left_out else 2 * dtype.itemsize)
+
+
+def mean_of_first(collective, values, left_out, dtype):
+    flat = torch.tensor([values[collective.worker], 1], dtype=dtype)
+    mean_at_first(collective, flat, "shared", left_out)
+    return (flat.tolist() if collective.worker == 0 else flat), collective.sent_bytes["shared"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

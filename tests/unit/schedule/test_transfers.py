@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from resist_lightning.schedule.partition import Partition, draw_partition, everything
-from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_observation, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_collection, plan_observation, plan_sync
 from tests.helpers.partitions import of_holders, settings, two_partitions
 
 Values = dict[tuple[int, int], Fraction]
@@ -141,6 +141,23 @@ def test_an_observation_gives_everyone_what_the_sync_would_make(partitions):
     assert max(Counter(plan.hand_over).values(), default=1) == 1
     for worker, part in enumerate(parts):
         assert [t for t in plan.hand_over if worker in (t.source, t.target)] == sorted(part.hand_over, key=by_block)
+
+
+@given(two_partitions())
+def test_worker_0_collects_what_it_lacks_from_the_holders_and_the_mean_is_the_syncs(partitions):
+    before, after = partitions
+    values, sync = trained(before), plan_sync(before, after)
+    unequal, equal = (plan_collection(sync, unequal=each) for each in (True, False))
+    assert unequal.keys() == equal.keys() == set(range(before.blocks)) - set(sync.averaged)
+    for block, workers in unequal.items():
+        old = before.holders(block)
+        assert workers[0] == sync.owner[block]
+        assert sorted(workers) == sorted(old)
+        assert sum(values[worker, block] for worker in workers) / len(workers) == sum(
+            values[worker, block] for worker in old
+        ) / len(old)
+        # Where all holders are equal, one of them sends, and only if worker 0 is none of them.
+        assert equal[block] == (() if 0 in old else (sync.owner[block],))
 
 
 def by_block(transfer: Transfer) -> tuple[int, int]:

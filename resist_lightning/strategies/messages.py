@@ -1,0 +1,71 @@
+"""Messages of Lightning, callbacks and users, which a strategy passes on: none after an error, none beside a sync."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from resist_lightning.comm.group import group_exists
+from resist_lightning.comm.torch_collective import gather_tensor
+from resist_lightning.engine.engine import Engine
+from resist_lightning.strategies.first import FirstEvaluates
+from resist_lightning.strategies.local_steps import LocalSteps
+
+
+class MessagesStrategy(DDPStrategy):
+    """The operations by which everybody but the engine talks to other workers.
+
+    Attributes:
+        steps: told of messages within a local step.
+        first: the evaluations that worker 0 runs alone; None where all workers evaluate.
+    """
+
+    steps: LocalSteps
+    first: FirstEvaluates | None
+
+    @property
+    @abstractmethod
+    def engine(self) -> Engine | None:
+        """Trains and syncs this worker's part; there is none before the first ``fit``."""
+
+    @property
+    @abstractmethod
+    def interrupted(self) -> bool:
+        """Whether an error or the user has ended the run, so that nothing may be sent any more."""
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._may_talk():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return super().broadcast(obj, src) if self._may_talk() else obj
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        return super().reduce(tensor, group, reduce_op) if self._may_talk() else tensor
+
+    @override
+    def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
+        if group_exists() and not self._may_talk():
+            return tensor.detach()[None]
+        self.steps.note_gathering(self.engine, with_gradients=sync_grads)
+        if group_exists() and not sync_grads:
+            return gather_tensor(tensor.detach(), group)  # torch deprecates Lightning's way, and warns each time
+        return super().all_gather(tensor, group=group, sync_grads=sync_grads)
+
+    def _may_talk(self) -> bool:
+        """False after an error. In training, first shake hands, so that nothing pairs with another worker's sync."""
+        if self.interrupted:
+            return False
+        if self.first is not None and self.first.alone:
+            return True  # to itself
+        self.steps.explain_message()
+        if self.engine is not None and self.engine.running:
+            self.engine.meet()
+        return True

@@ -1,0 +1,21 @@
+"""What the user is told when a training has ended."""
+
+from __future__ import annotations
+
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
+from resist_lightning.engine.engine import Engine
+
+
+def sent_in_words(engine: Engine) -> str:
+    """What a worker has sent on average, in training and for full models; the engine must have finished."""
+    by_kind = {kind: sum(sent) / len(sent) / 1e6 for kind, sent in engine.sent_bytes_by_worker.items()}
+    training = sum(by_kind[kind] for kind in TRAINING_KINDS)
+    full_models = by_kind["evaluation"] + by_kind["checkpoint"]
+    less = full_models > training and getattr(engine.config, "evaluate_on", "") == "all"
+    return (
+        f"a worker has sent {training:.3g} MB in training, and {full_models:.3g} MB to assemble full models for "
+        f"evaluations, checkpoints and the end, on average.{_LESS if less else ''}"
+    )
+
+
+_LESS = " With evaluate_on='first' that would be at most half; fewer validations send less, too."
