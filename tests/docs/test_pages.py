@@ -130,9 +130,16 @@ def fabric_loop(_: int, program: str) -> str:
     return printed.getvalue().strip()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("train.py", "python"), ("train.sbatch", "bash")])
-def test_files_to_copy_for_clusters_are_those_that_tests_run(name: str, kind: str) -> None:
-    shown = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "name", "kind"),
+    [
+        ("clusters.md", "train.py", "python"),
+        ("clusters.md", "train.sbatch", "bash"),
+        ("tools.md", "optuna_pruning.py", "python"),
+    ],
+)
+def test_files_to_copy_are_those_that_tests_of_engines_run(page: str, name: str, kind: str) -> None:
+    shown = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert (ROOT / "docs/examples" / name).read_text() in shown
 
 
