@@ -24,7 +24,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.app.build import build_data, build_module, build_strategy, check_train, make, strategy_name
+from experiments.app.build import (
+    build_data,
+    build_module,
+    build_strategy,
+    check_train,
+    count_workers,
+    make,
+    strategy_name,
+)
 from experiments.app.launch import check_command_line
 from experiments.app.quiet import hush
 from experiments.app.results import write_run
@@ -76,7 +84,7 @@ def run(cfg: DictConfig) -> float:
         Path(cfg.output_dir),
         {
             "strategy": strategy_name(cfg.strategy),
-            "workers": cfg.trainer.devices * cfg.trainer.num_nodes,
+            "workers": count_workers(trainer.strategy, cfg.trainer),
             "seed": cfg.seed,
             "full_parameters": full_parameters,
             "wall_seconds": wall_seconds,

@@ -28,8 +28,10 @@ from experiments.app import schema
 from experiments.app.classifier import LitClassifier
 from experiments.data.module import Loading
 from experiments.harness.settings import WORDS, ConfigError, Limit, check_keys, check_value, unknown_key
+from resist_lightning.comm.members import check_count
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.models import PreActResNet
+from resist_lightning.strategies.base import SubnetStrategy
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # Whose arguments a ``**loading`` or ``**options`` of ours stands for.
@@ -59,13 +61,8 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
     data = build_data(cfg.data, check=False)
     with torch.device("meta"):
         module = build_module(cfg, data)
-    if strategy_name(cfg.strategy) == "auxnet" and _is_fully_connected(cfg):
-        raise ConfigError(
-            f"strategy=auxnet with {cfg.model._target_}: the auxiliary networks make images; take model=preact, or "
-            "strategy=ist, which divides hidden neurons"
-        )
-    if hasattr(strategy, "config"):
-        _check_layout(module, strategy.config, cfg)
+    if isinstance(strategy, SubnetStrategy):
+        _check_layout(module, strategy, cfg)
 
 
 def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
@@ -156,17 +153,33 @@ def make(node: DictConfig, key: str, **arguments: Any) -> Any:
         raise ConfigError(f"{key}.{said}" if named else f"{key}: {said}") from error
 
 
-def _check_layout(module: nn.Module, config: Any, cfg: DictConfig) -> None:
+def count_workers(strategy: Any, trainer: DictConfig) -> int:
+    """How many workers a run has; in this package's strategies one may be several processes.
+
+    Args:
+        strategy: what `build_strategy` gives, or the trainer has made of it.
+        trainer: the section of that name.
+    """
+    processes = int(trainer.devices * trainer.num_nodes)
+    if not isinstance(strategy, SubnetStrategy):
+        return processes
+    members = strategy.options.members(trainer.devices)
+    check_count(members, processes)
+    return processes // members
+
+
+def _check_layout(module: nn.Module, strategy: SubnetStrategy, cfg: DictConfig) -> None:
     """The method can divide this network among so many workers."""
     try:
-        make_layout(module, config, cfg.trainer.devices * cfg.trainer.num_nodes)
+        make_layout(module, strategy.config, count_workers(strategy, cfg.trainer))
     except ValueError as error:
         name = strategy_name(cfg.strategy)
         model = cfg.model._target_.rpartition(".")[2]
         way_out = ""
-        if _is_fully_connected(cfg) != (name == "ist"):
+        if name in ("resist", "ist") and _is_fully_connected(cfg) != (name == "ist"):
             way_out = (
-                "; strategy=resist and auxnet divide residual networks, strategy=ist fully connected ones (model=mlp)"
+                "; strategy=resist divides residual networks, strategy=ist fully connected ones (model=mlp), and "
+                "strategy=auxnet both"
             )
         raise ConfigError(
             f"strategy={name} with {model} and trainer.devices={cfg.trainer.devices}: {error}{way_out}"
@@ -189,7 +202,7 @@ def _check_workers(cfg: DictConfig) -> None:
     if shared is not None and len(shared) != devices:
         raise ConfigError(
             f"strategy.parallel_devices={list(shared)}: must name one device for each of the "
-            f"trainer.devices={devices} workers"
+            f"trainer.devices={devices} processes"
         )
     found = torch.cuda.device_count() if shared is None and cfg.trainer.accelerator in ("auto", "gpu", "cuda") else 0
     if found and devices > found:

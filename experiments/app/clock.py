@@ -42,7 +42,7 @@ class Clock(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         measured = {
-            "workers": trainer.world_size,
+            "processes": trainer.world_size,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "training_seconds": self._training_seconds,

@@ -33,7 +33,7 @@ BAD = {
     "strategy.seed=${nope}": r"strategy\.seed: cannot be resolved",
     "strategy=ist": r"strategy=ist with preact_resnet.*refuses residual networks.*fully connected ones \(model=mlp\)",
     "model=mlp": r"strategy=resist with mlp .*No residual block.*strategy=ist fully connected ones",
-    "model=mlp strategy=auxnet": r"strategy=auxnet with .*mlp: .* make images; take model=preact",
+    "strategy.devices_per_worker=2 trainer.devices=3": r"devices_per_worker=2 does not divide the 3 processes",
     "strategy=auxnet strategy.local_steps=5": r"local_steps=5: unknown key; strategy=auxnet has .*method, beta",
     "strategy=auxnet strategy.method=al": r"strategy\.method=al: must be one of penalty, al-net, penalty-store",
     "strategy=auxnet strategy.beta=0": r"strategy\.beta=0 must be a finite number above 0",
@@ -97,6 +97,8 @@ GOOD = [
     "callbacks.progress_bar=null logger=none trainer.accelerator=cpu",
     "experiment=ist_digits strategy.momentum=travel",
     "experiment=ist_speech_shaped strategy=local_sgd trainer.accelerator=cpu",
+    "experiment=ist_digits strategy=auxnet",
+    "trainer.devices=4 strategy.devices_per_worker=2 strategy.blocks_per_worker=[5,9] trainer.accelerator=cpu",
     "strategy=ist strategy.layers=*.conv1 trainer.accelerator=cpu",
     "strategy.local_steps={_target_:resist_lightning.QSR,base:4,coefficient:0.1} trainer.accelerator=cpu",
     "strategy=local_sgd strategy.local_steps={_target_:resist_lightning.PostLocal,first:1,then:9,switch_step:70} "

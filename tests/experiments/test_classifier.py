@@ -90,7 +90,7 @@ def test_accuracy_is_the_share_of_right_answers_and_loss_the_mean_over_images() 
 def test_the_clock_counts_what_the_trainer_did(tmp_path: Path) -> None:
     fitted(tmp_path, "constant", max_epochs=3)
     measured = json.loads((tmp_path / CLOCK_FILE).read_text())
-    assert (measured["workers"], measured["steps"], measured["epochs"]) == (1, 30, 3)
+    assert (measured["processes"], measured["steps"], measured["epochs"]) == (1, 30, 3)
     assert measured["training_seconds"] > 0
     assert measured["validation_seconds"] > 0
 

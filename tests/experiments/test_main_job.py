@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from experiments.app.build import count_workers
 from experiments.train import cpu_threads
+from resist_lightning import LocalSGDStrategy
 from resist_lightning.methods.ist.partition import draw_neurons
 from tests.helpers.programs import ROOT, run_module, run_program
 
@@ -30,6 +33,15 @@ def train(*arguments: str) -> str:
 
 def read(folder: Path, name: str = "results.json") -> dict[str, Any]:
     return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize(("devices_per_worker", "workers"), [(1, 8), (2, 4), ("node", 2)])
+def test_workers_of_several_processes_are_counted_once(devices_per_worker: Any, workers: int) -> None:
+    """Each process was taken for a worker, in the check of the counts of blocks and in run.json."""
+    place = OmegaConf.create({"devices": 4, "num_nodes": 2})
+    strategy = LocalSGDStrategy(devices_per_worker=devices_per_worker)
+    assert count_workers(strategy, place) == workers
+    assert count_workers("auto", place) == 8  # not ours, as Lightning's DDP
 
 
 def check_evaluations(results: dict[str, Any], strategy: str, folder: Path) -> None:
@@ -132,7 +144,7 @@ def test_a_sweep_gives_every_job_its_own_folder_workers_and_results(tmp_path: Pa
     for folder in sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir()):
         results, clock = read(folder), read(folder, "clock.json")
         key = (results["local_steps_per_round"], results["workers"])
-        found[key] = (clock["workers"], results["rounds"])
+        found[key] = (clock["processes"], results["rounds"])
         assert 0 <= results["test"]["accuracy"] <= 1
         assert (folder / "report.txt").exists()
     steps = {1: math.ceil(135 / 32), 2: math.ceil(68 / 32)}

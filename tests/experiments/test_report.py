@@ -35,7 +35,7 @@ SUMMARY = {
     "partitions": [[[0], [1, 2]], [[0, 1], [2]], [[0, 1, 2], [0]]],
     "sent_by_round": [[10, 2000], [20, 5000]],
 }  # fmt: skip
-CLOCK = {"workers": 2, "steps": 25, "epochs": 5, "training_seconds": 9.0, "validation_seconds": 3.0}
+CLOCK = {"processes": 2, "steps": 25, "epochs": 5, "training_seconds": 9.0, "validation_seconds": 3.0}
 METRICS = """step,train/loss,val/loss,val/acc,lr-SGD
 4,2.0,,,0.1
 9,1.0,,,0.1
