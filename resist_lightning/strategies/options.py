@@ -54,7 +54,7 @@ class StrategyOptions:
         snapshot_every_n_rounds: rounds between two snapshots, at least 1.
         on_worker_loss: what happens when torchrun restarts with another number of workers: ``"stop"``, or ``"shrink"``
             (resume with the workers that are there; needs ``snapshots``).
-        parallel_devices: devices of this host's workers where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
+        parallel_devices: devices of this host's processes where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
             several times: ``["cuda:0", "cuda:0"]``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
             workers on one GPU.
@@ -121,8 +121,8 @@ class StrategyOptions:
             return None if self.parallel_devices is None else [torch.device(each) for each in self.parallel_devices]
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"parallel_devices={self.parallel_devices!r} must be a list of torch's devices, one for each worker of "
-                f"this host, such as ['cuda:0', 'cuda:0']: {str(error).partition('.')[0]}."
+                f"parallel_devices={self.parallel_devices!r} must be a list of torch's devices, one for each process "
+                f"of this host, such as ['cuda:0', 'cuda:0']: {str(error).partition('.')[0]}."
             ) from None
 
     @property

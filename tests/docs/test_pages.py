@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -154,6 +155,17 @@ def test_the_reference_has_everything_public_with_an_example_that_runs() -> None
     assert without == errors | {"Inspection"}
     for example in snippets("docs/api.md"):
         exec(example, {})
+
+
+def test_what_is_public_in_other_modules_is_in_the_reference() -> None:
+    contributing, page = (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "docs/api.md").read_text()
+    (public,) = re.findall(r"\*\*What is public:\*\*(.*?)\n\n", contributing, re.DOTALL)
+    on_ray = ast.parse((ROOT / "resist_lightning/strategies/ray.py").read_text())  # Ray need not be installed
+    (names,) = (ast.literal_eval(part.value) for part in on_ray.body if ast.unparse(part).startswith("__all__"))
+    assert "resist_lightning.strategies.ray" in public
+    assert len(names) == 4
+    for name in [*names, *re.findall(r"`(\w+)`", public)]:
+        assert f"`{name}`" in page or f"### {name}\n" in page, name
 
 
 def test_tables_show_their_result_files() -> None:

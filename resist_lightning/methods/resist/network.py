@@ -117,7 +117,8 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
         _refuse_untrained(module, [*_paper_rule(module), *repeated_blocks(module)], trained)
         raise BlockSelectionError(
             "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
-            f"{candidates(module)}"
+            f"{candidates(module)} Or take a strategy that needs no such blocks: 'ist' deals out hidden neurons, "
+            "'auxnet' cuts by depth, 'local_sgd' divides nothing."
         )
     shares = [share_of(module, blocks) for blocks in choices]
     enough = min(_PARTITIONED, max(shares) - _CLOSE)

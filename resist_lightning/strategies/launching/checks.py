@@ -79,12 +79,12 @@ def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_me
     if start_method != "popen" and environment.creates_processes_externally:
         raise ValueError(
             f"start_method={start_method!r} would start workers a second time: {type(environment).__name__} has "
-            "started them already. Use start_method='popen' (strategy='resist' or 'local_sgd') there."
+            "started them already. Use start_method='popen' (the strategy's plain name, such as 'resist') there."
         )
     if start_method == "popen" and _in_hydra_sweep() and not environment.creates_processes_externally:
         raise ValueError(
             "start_method='popen' re-runs the command line in every worker, and in a Hydra sweep (--multirun) each "
-            "worker would run the whole sweep. Use start_method='spawn' (strategy='resist_spawn' or 'local_sgd_spawn')."
+            "worker would run the whole sweep. Use start_method='spawn' (its name with _spawn, such as 'resist_spawn')."
         )
 
 
