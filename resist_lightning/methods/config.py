@@ -105,6 +105,11 @@ class GrowingConfig(CommonConfig):
         growth: shares of the parts that each worker holds at least, each for an equal part of the rounds: ``(0.25,
             0.5, 1)`` is thin at first, and whole at last; None: as many in all rounds. Needs the number of local steps
             of the run, as ``finish_rounds`` does.
+        evaluate_on: who evaluates, and has the full model then: ``all`` (every worker, a shard of the data each) or
+            ``first`` (worker 0 alone, all of the data; the others send it what it lacks, keep their part, and wait, so
+            ``timeout`` must exceed an evaluation). Checkpoints are assembled there too.
+        full_model_on: who has the full model when the training has ended: ``all`` or ``first`` (worker 0 alone; the
+            others keep their part). ``first`` needs ``evaluate_on="first"``.
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -112,6 +117,8 @@ class GrowingConfig(CommonConfig):
 
     finish_rounds: int = 0
     growth: Sequence[float] | None = None
+    evaluate_on: WorkersChoice = "all"
+    full_model_on: WorkersChoice = "all"
 
     @override
     def __post_init__(self) -> None:
@@ -124,6 +131,26 @@ class GrowingConfig(CommonConfig):
             raise ValueError(
                 f"{self.by_total_steps} with local_steps={self.local_steps}: which rounds are the last is not known, "
                 "as their lengths follow from learning rates to come. Give a number or PostLocal."
+            )
+        self._check_first()
+
+    @property
+    @override
+    def first_evaluates(self) -> bool:
+        return self.evaluate_on == "first"
+
+    @property
+    @override
+    def first_ends(self) -> bool:
+        return self.full_model_on == "first"
+
+    def _check_first(self) -> None:
+        check_choice("evaluate_on", self.evaluate_on, get_args(WorkersChoice))
+        check_choice("full_model_on", self.full_model_on, get_args(WorkersChoice))
+        if self.first_ends and not self.first_evaluates:
+            raise ValueError(
+                "full_model_on='first' with evaluate_on='all': after the training every worker would be asked to test "
+                "a model that worker 0 alone has. Set evaluate_on='first' too, or full_model_on='all'."
             )
 
     @property

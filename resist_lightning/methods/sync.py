@@ -33,6 +33,9 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 class SyncAbilities:
     """What only some methods do. Each of these does nothing until a method overrides it."""
 
+    writes_to_assemble = False
+    """Whether :meth:`assemble_at_first` writes into the tensors of workers that keep their part."""
+
     incomplete = ENDED_EARLY
     """Why a module that lacks something when the training has ended will never get it."""
 

@@ -77,6 +77,8 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "recalibration_batches": ("4", 4),
         "layers": ("classifier.*", "classifier.*"),
         "min_share": ("0.5", 0.5),
+        "evaluate_on": ("first", "first"),
+        "full_model_on": ("first", "first"),
         "growth": ("[0.25, 0.5, 1]", [0.25, 0.5, 1.0]),
         "finish_rounds": ("3", 3),
     },

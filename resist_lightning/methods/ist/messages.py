@@ -75,9 +75,15 @@ class Messages:
         return stays + self._exchange(sends, expected, parts, kinds)
 
     def spread(
-        self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition], kind: str
+        self,
+        parts: Mapping[str, Part],
+        pieces_of: PiecesOf,
+        held: Sequence[Partition],
+        kind: str,
+        *,
+        at_first: bool = False,
     ) -> list[Arrived]:
-        """Send all parts of this worker to all others, and receive theirs.
+        """Send all parts of this worker to all others, or to worker 0 alone, and receive theirs.
 
         Collective: every worker must call this, in the same order.
         """
@@ -86,11 +92,13 @@ class Messages:
             values = parts[key].take(piece, held)
             mine.append(((key, piece), values))
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
-        expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in peers}
+        sources = peers if not at_first or self._worker == 0 else []
+        targets = [peer for peer in peers if not at_first or peer == 0]
+        expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in sources}
         # All peers get the same buffers, so they are packed once.
-        flats = self._pack([values for _, values in mine]) if peers else []
-        sends = dict.fromkeys(peers, flats)
-        sent = len(peers) * sum(flat.nbytes for flat in flats)
+        flats = self._pack([values for _, values in mine]) if targets else []
+        sends = dict.fromkeys(targets, flats)
+        sent = len(targets) * sum(flat.nbytes for flat in flats)
         return mine + self._exchange(sends, expected, parts, Counter({kind: sent}))
 
     def _exchange(

@@ -96,7 +96,7 @@ class NeuronSimulator:
         if batch_norm == "batch":
             BatchStatistics(norms_with_statistics(full).values())
         elif batch_norm == "recalibrate" and len(self.workers) > 1 and recorded:
-            recalibrate_together(self.workers, full)
+            recalibrate_together(self.workers[:1] if self.config.first_evaluates else self.workers, full)
         return full
 
     def partitions(self) -> tuple[Partition, ...]:

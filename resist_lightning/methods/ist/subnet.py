@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.layout import NeuronLayout
-from resist_lightning.state.absent import ENDED_EARLY, Absence
+from resist_lightning.state.absent import Absence
 from resist_lightning.state.memory import make_absent, replace_memory
 
 
@@ -81,14 +81,14 @@ class Subnet:
         widths = [layer.width for layer in self._layout.neurons.layers]
         self._resize(self._layout.shapes, widths)
 
-    def leave(self) -> None:
-        """After an error in training: make what is left of the subnet raise where it is read."""
+    def leave(self, reason: str) -> None:
+        """Where the module will not become the full one: make what is left of the subnet raise where it is read."""
         # A module that is whole can be used as it is.
         if self._hooks is None or self._layout.workers == 1:
             return
         self._unhook()
         absence = Absence()
-        absence.end(ENDED_EARLY)
+        absence.end(reason)
         for name, tensor in self.tensors.items():
             shape = self._layout.shapes[name]
             empty = torch.empty(shape, dtype=tensor.dtype, device="meta")

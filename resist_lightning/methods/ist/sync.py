@@ -31,12 +31,10 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     """A worker's side of the syncs of an IST run; see :class:`Sync`."""
 
+    writes_to_assemble = True  # means of what several workers hold, at their owners
+
     def __init__(
-        self,
-        layout: NeuronLayout,
-        states: OptimizerStates,
-        collective: Collective,
-        device: torch.device,
+        self, layout: NeuronLayout, states: OptimizerStates, collective: Collective, device: torch.device
     ) -> None:
         super().__init__(layout, states, collective, device)
         if layout.config.momentum != "reset":
@@ -114,17 +112,28 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
+        self._assemble(plan, kind, unequal=unequal, at_first=False)
+
+    @override
+    def assemble_at_first(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
+        self._assemble(plan, kind, unequal=unequal, at_first=True)
+
+    def _assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
         self._leave_out(plan)
         # Between two syncs only: right after one, replicas are equal.
         if unequal:
-            replicas = list(self._averaged(plan).values())
-            self.exchange.average(replicas, kind, plan.left_out)
+            average = self.exchange.average_at_first if at_first else self.exchange.average
+            average(list(self._averaged(plan).values()), kind, plan.left_out)
         if unequal and have_several_holders(plan.before):
             self._merge(self._parts(), plan, kind)
+
+        def pieces_of(cut: Cut, worker: int) -> list[Piece]:
+            return self._layout.full_pieces(cut, plan, worker)
+
         # Taken from the slices, before they become whole tensors.
-        arrived = self._messages.spread(
-            self._parts(), lambda cut, worker: self._layout.full_pieces(cut, plan, worker), plan.before, kind
-        )
+        arrived = self._messages.spread(self._parts(), pieces_of, plan.before, kind, at_first=at_first)
+        if self._worker > 0 and at_first:
+            return
         self._subnet.hold_all()
         self.guard.release()
         self._put(self._parts(), arrived, plan)
@@ -133,7 +142,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def end(self) -> None:
         super().end()
         # After an error, the module is still the subnet.
-        self._subnet.leave()
+        self._subnet.leave(self.incomplete)
         self._store = {}
         self._subnet.gradients = {}
         # Optimizer state of slices does not fit the full model.

@@ -13,7 +13,6 @@ from resist_lightning.methods.config import (
     GrowingConfig,
     OuterName,
     WireName,
-    WorkersChoice,
     check_choice,
     check_integer,
 )
@@ -65,11 +64,6 @@ class Config(GrowingConfig):
         overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
             and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync.
-        evaluate_on: who evaluates, and has the full model then: ``all`` (every worker, a shard of the data each) or
-            ``first`` (worker 0 alone, all of the data; the others send it what it lacks, keep their part, and wait, so
-            ``timeout`` must exceed an evaluation). Checkpoints are assembled there too.
-        full_model_on: who has the full model when the training has ended: ``all`` or ``first`` (worker 0 alone; the
-            others keep their part). ``first`` needs ``evaluate_on="first"``.
 
     The others are those of :class:`GrowingConfig`.
 
@@ -87,8 +81,6 @@ class Config(GrowingConfig):
     outer_rate: float = 0.7
     outer_momentum: float = 0.9
     overlap: int = 0
-    evaluate_on: WorkersChoice = "all"
-    full_model_on: WorkersChoice = "all"
 
     @override
     def __post_init__(self) -> None:
@@ -103,7 +95,6 @@ class Config(GrowingConfig):
         check_choice("wire", self.wire, get_args(WireName))
         self._check_outer()
         self._check_overlap()
-        self._check_first()
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 
@@ -118,16 +109,6 @@ class Config(GrowingConfig):
         # At the end of a training there would be no sync: so none that rounds, or steps beyond the mean.
         exact = self.wire == "fp32" and self.outer == "none" and not self.overlap
         return exact and super().sync_before_evaluation
-
-    @property
-    @override
-    def first_evaluates(self) -> bool:
-        return self.evaluate_on == "first"
-
-    @property
-    @override
-    def first_ends(self) -> bool:
-        return self.full_model_on == "first"
 
     @property
     def rounds_in_words(self) -> str:
@@ -167,15 +148,6 @@ class Config(GrowingConfig):
         for name, value, instead in self._without_overlap():
             raise ValueError(
                 f"overlap={self.overlap} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
-            )
-
-    def _check_first(self) -> None:
-        check_choice("evaluate_on", self.evaluate_on, get_args(WorkersChoice))
-        check_choice("full_model_on", self.full_model_on, get_args(WorkersChoice))
-        if self.first_ends and not self.first_evaluates:
-            raise ValueError(
-                "full_model_on='first' with evaluate_on='all': after the training every worker would be asked to test "
-                "a model that worker 0 alone has. Set evaluate_on='first' too, or full_model_on='all'."
             )
 
     def _without_overlap(self) -> Iterator[tuple[str, object, str]]:

@@ -134,7 +134,7 @@ def test_every_option_arrives() -> None:
 def test_every_option_of_ist_arrives() -> None:
     options = {
         "local_steps": 7, "layers": ["net.*"], "seed": 3, "momentum": "travel", "batch_norm": "batch", "check": "off",
-        "non_finite": "drop",
+        "non_finite": "drop", "evaluate_on": "first", "full_model_on": "first",
     }  # fmt: skip
     strategy = ISTStrategy(**options, data="copy", timeout=timedelta(seconds=5), start_method="fork")
 

@@ -251,3 +251,54 @@ def test_a_worker_that_is_left_out_does_not_count_where_another_holds_the_neuron
         torch.testing.assert_close(full[name], expected)
         alone += int((count == 0).sum())
     assert (alone > 0) == (share < 1), "of what nobody else holds, the beginning of the round stays"
+
+
+def watch_evaluations(collective, run):
+    """After each step: what this worker has, before and after it looked; the full model if it saw it; bytes sent."""
+    found = []
+
+    def look(engine, step):
+        had, sent = clone_state(engine.module), collective.sent_bytes["evaluation"]
+        with engine.full_model():
+            seen = clone_state(engine.module) if engine.observation.whole else None
+        assert_equal_states(clone_state(engine.module), had, exactly=True)
+        found.append((had, seen, collective.sent_bytes["evaluation"] - sent))
+
+    return found, train_engine(run, collective.worker, look, collective)[1]
+
+
+@pytest.mark.parametrize("holders", HOLDERS[1:])
+def test_worker_0_may_assemble_the_full_model_alone(holders):
+    """What is trained and what is seen is what it is where all workers assemble it, for fewer bytes."""
+    config = NeuronConfig(local_steps=2, momentum="travel", batch_norm="running", **holders)
+    everywhere, first = (
+        run_threads(watch_evaluations, 3, Run(replace(config, evaluate_on=where), 6, "mixed"))[0]
+        for where in ("all", "first")
+    )
+    sent = {"all": 0, "first": 0}
+    for worker in range(3):
+        for (expected, full, bytes_of_all), (had, seen, bytes_of_first) in zip(
+            everywhere[worker][0], first[worker][0], strict=True
+        ):
+            assert_equal_states(had, expected, exactly=True)
+            assert (seen is None) == (worker > 0)
+            if seen is not None:
+                assert_equal_states(seen, full)
+            sent["all"] += bytes_of_all
+            sent["first"] += bytes_of_first
+        assert_equal_states(first[worker][1], everywhere[worker][1], exactly=True)
+    assert 0 < sent["first"] < sent["all"]
+
+
+def end_on_first(collective, run):
+    engine, optimizer = start_engine(run, collective)
+    train_step(engine.module, optimizer, batch_of(run, collective.worker, 0))
+    engine.after_step()
+    engine.finish()
+    absent = [name for name, parameter in engine.module.named_parameters() if parameter.is_meta]
+    return engine.incomplete, bool(absent)
+
+
+def test_after_the_training_worker_0_may_have_the_full_model_alone():
+    run = Run(NeuronConfig(local_steps=2, evaluate_on="first", full_model_on="first"), 2, "mixed")
+    assert run_threads(end_on_first, 3, run)[0] == [(False, False), (True, True), (True, True)]
