@@ -142,7 +142,19 @@ def train_both(worker: int, folder: str) -> dict[str, Any]:
         options = {"evaluate_on": "first", "full_model_on": where}
         runs[where] = train(worker, Path(folder, where), options, validate=True)
     runs["plain"] = train(worker, Path(folder), {}, validate=False)
+    runs["ist"] = train_neurons(worker, Path(folder, "ist"))
     return {**runs, "aligned": [train_aligned(worker, validate=each) for each in (True, False)]}
+
+
+def train_neurons(worker: int, folder: Path) -> dict[str, Any]:
+    """IST, whose slices fit no full tensor."""
+    module = Classifier("chain")
+    strategy = make_strategy("ist", min_share=0.5, evaluate_on="first", full_model_on="first")
+    trainer = make_trainer(strategy, max_epochs=2)
+    trainer.fit(module, stream(worker, 4), examples())
+    tested = trainer.test(module, examples())
+    trainer.save_checkpoint(folder / "after.ckpt")
+    return {"test": tested, "state": present_state(module)}
 
 
 def train_aligned(worker: int, *, validate: bool) -> dict[str, Any]:
@@ -231,6 +243,16 @@ def test_full_model_on_first_leaves_the_others_their_part(workers: Any) -> None:
         assert "worker 0 alone has the full model (full_model_on='first')" in saved
     assert found[0]["first"]["refused"][0] == found[1]["first"]["refused"][0]
     assert found[0]["first"]["refused"][2] == ""
+
+
+def test_neurons_are_assembled_on_worker_0_too(workers: Any) -> None:
+    found, folder = workers
+    first, *others = [each["ist"] for each in found]
+    for other in others:
+        assert other["test"] == first["test"]
+        assert not other["state"].keys() & {"net.0.weight", "net.3.weight"}
+    loaded = Classifier.load_from_checkpoint(folder / "ist" / "after.ckpt", strict=True)
+    assert_equal_states(present_state(loaded), first["state"], exactly=True)
 
 
 def test_a_sync_that_is_due_comes_before_a_validation_which_then_averages_nothing(workers: Any) -> None:
