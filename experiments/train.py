@@ -40,8 +40,7 @@ from experiments.evaluate import evaluate
 from experiments.harness.cli import readable_errors
 from experiments.harness.settings import ConfigError
 from experiments.report import report
-
-ROUND_STRATEGIES = ("resist", "ist", "auxnet", "local_sgd")
+from resist_lightning.strategies.base import SubnetStrategy
 
 hush()
 
@@ -116,16 +115,16 @@ def cpu_threads(threads: int | None) -> Iterator[None]:
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The trainer with its strategy, callbacks and loggers; an entry that is null is left out."""
-    name = strategy_name(cfg.strategy)
+    strategy = build_strategy(cfg.strategy)
     chosen = {key: node for key, node in (cfg.callbacks or {}).items() if node is not None}
-    if name not in ROUND_STRATEGIES:
+    if not isinstance(strategy, SubnetStrategy):
         chosen.pop("round_monitor", None)  # it would warn that there is nothing to report
     callbacks = [make(node, f"callbacks.{key}") for key, node in chosen.items()]
     loggers = [make(node, f"logger.{key}") for key, node in (cfg.logger or {}).items() if node is not None]
     return make(
         cfg.trainer,
         "trainer",
-        strategy=build_strategy(cfg.strategy),
+        strategy=strategy,
         callbacks=callbacks,
         logger=loggers or False,
         enable_checkpointing="model_checkpoint" in chosen,

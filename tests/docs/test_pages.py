@@ -175,6 +175,24 @@ def test_tables_show_their_result_files() -> None:
         assert tables.filled(text) == text, "run python experiments/harness/tables.py"
 
 
+def test_every_decision_is_listed_by_its_number() -> None:
+    """The numbers were those of a Markdown list, which counts on from the first one: "decision 46" was shown as 44."""
+    page = (ROOT / "docs/decisions/README.md").read_text().partition("## All of them")[2]
+    listed = re.findall(r"^- \[(\d+) .*\]\((\d{4}-.*\.md)\)$", page, re.MULTILINE)
+    assert len(listed) == len(page.split("\n- ")) - 1
+    assert [int(number) for number, _ in listed] == [int(file[:4]) for _, file in listed]
+    assert [file for _, file in listed] == sorted(path.name for path in (ROOT / "docs/decisions").glob("0*.md"))
+
+
+def test_the_changelog_has_its_sections_in_the_order_that_contributing_says() -> None:
+    (said,) = re.findall(r"with (\*Added\*.*?) in this order", (ROOT / "CONTRIBUTING.md").read_text())
+    order = re.findall(r"\*(\w+)\*", said)
+    for version in (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1:]:
+        sections = re.findall(r"^### (\w+)$", version, re.MULTILINE)
+        assert sections
+        assert sections == [name for name in order if name in sections]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
