@@ -8,6 +8,7 @@ import io
 import re
 import runpy
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 import resist_lightning
 from experiments.harness import tables
+from resist_lightning.comm import hosts
+from resist_lightning.comm.hosts import Place
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.strategies.saving.restarts import check_shrinking
 from tests.helpers.programs import ROOT, run_program
@@ -142,6 +145,23 @@ def fabric_loop(_: int, program: str) -> str:
 def test_files_to_copy_are_those_that_tests_of_engines_run(page: str, name: str, kind: str) -> None:
     shown = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert (ROOT / "docs/examples" / name).read_text() in shown
+
+
+def test_errors_of_hosts_are_quoted_as_they_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who searches the page for an error must find it. It had host names without the boot's id, and without ranks."""
+    monkeypatch.setattr(hosts, "host_name", lambda: "host-1 (boot 1a2b3c4d)")
+    first = Place("host-0 (boot 9f8e7d6c)", "0", "172.17.0.1")
+    loopback = replace(first, host=hosts.host_name(), network="1", address="127.0.1.1", interfaces="eth0 (10.77.0.2)")
+    loopback = replace(loopback, reason="its name 'host-1' resolves to it")
+    no_interface = hosts.this_place({"GLOO_SOCKET_IFNAME": "eth7"}, nccl=False)
+    same_address = replace(first, host=hosts.host_name(), network="1")
+    said = [hosts.judge([first, second]) for second in (loopback, no_interface, same_address)]
+
+    quoted = re.findall(r"\| `([^`|]*host-1 \(boot[^`]*)`", (ROOT / "docs/clusters.md").read_text())
+    quoted = [text for text in quoted if "cannot reach" not in text]  # has torch's words
+    assert len(quoted) == len(said)
+    for text, message in zip(quoted, said, strict=True):
+        assert re.match(".*".join(map(re.escape, text.split("..."))), message), (text, message)
 
 
 def test_the_reference_has_everything_public_with_an_example_that_runs() -> None:
