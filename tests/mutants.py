@@ -50,10 +50,31 @@ MUTANTS = (
     ),
     Mutant(
         "no broadcast at the start",
-        "engine/engine.py",
-        'self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")',
+        "methods/resist/start.py",
+        "exchange.broadcast(list(layout.shared.values()), KIND)",
         "pass",
         ("tests/distributed/test_means.py", "tests/distributed/test_by_hand.py", "tests/distributed/test_agreement.py"),
+    ),
+    Mutant(
+        "whole module on every worker until the start has ended",
+        "methods/resist/sync.py",
+        "self.make_room(round)  # what is given to others goes before anything arrives",
+        "pass",
+        ("tests/distributed/test_memory.py",),
+    ),
+    Mutant(
+        "every block to every worker at the start",
+        "methods/resist/start.py",
+        "for holder in partition.holders(block) if holder != 0",
+        "for holder in range(1, partition.workers)",
+        ("tests/unit/methods/resist/test_start.py",),
+    ),
+    Mutant(
+        "random numbers of a form",
+        "strategies/building.py",
+        "if begun_first.get(name) == state]",
+        "if False]",
+        ("tests/integration/test_modules.py",),
     ),
     Mutant(
         "lost block",

@@ -47,9 +47,15 @@ class DivergenceChecks:
         self._masks: set[str] = set()
 
     def begin(self) -> None:
-        """Note which buffers are not finite when training starts, such as masks of -inf: they are never checked."""
-        buffers = dict(self._layout.module.named_buffers())
-        self._masks = {name for name, buffer in buffers.items() if not _finite(buffer)}
+        """Note which buffers are not finite when training starts, such as masks of -inf: they are never checked.
+
+        Collective: every worker must call this, in the same order.
+        """
+        present = {name: buffer for name, buffer in self._layout.module.named_buffers() if not buffer.is_meta}
+        masks = [name for name, buffer in present.items() if not _finite(buffer)]
+        # Of the others too: a worker has only its own part, and another one's may come to it.
+        told = self._collective.gather_bytes(json.dumps(masks).encode())
+        self._masks = {name for text in told for name in json.loads(text)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
         """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing."""

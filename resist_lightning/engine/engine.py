@@ -36,6 +36,7 @@ from resist_lightning.methods.config import CommonConfig
 from resist_lightning.schedule.progress import Activity, Clock
 from resist_lightning.state.optimizer_state import OptimizerStates, first_rate
 from resist_lightning.state.timing import Seconds
+from resist_lightning.state.unmade import initialise, present_device
 from resist_lightning.state.weight_swaps import SwappingOptimizers
 
 
@@ -43,13 +44,15 @@ class Engine:
     """Trains this worker's part of a network in rounds: residual blocks, neurons, a stage, or all of it.
 
     Args:
-        module: the user's module, complete and on its device.
+        module: the user's module, complete and on its device; or, but for its buffers, on the meta device: then it gets
+            memory for what this worker holds, and worker 0 makes the values (``reset_parameters`` of each part).
         optimizers: its optimizers, built on the complete module.
         config: the settings of the run.
         collective: the workers; by default those of torch.distributed's default group, or one alone.
         forward_context: a context in which recorded inputs are replayed, e.g. autocast.
         host: the surrounding framework, which may compare settings and stop all workers together.
         total_steps: local steps of the run, where the settings need them (``finish_rounds``, ``growth``).
+        device: of a module that is on the meta device.
 
     Raises:
         ValueError: if settings, module or optimizers do not fit the method.
@@ -65,9 +68,10 @@ class Engine:
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         host: Host | None = None,
         total_steps: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.module, self.config = module, config
-        self._device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        self._device = present_device(module, device)
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.running, self._observed_kind = False, ""
@@ -83,16 +87,8 @@ class Engine:
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation, total_steps)
         self.replicas = Replicas(module, self.collective, partial=self.layout.partial)
-        self._round_end = RoundEnd(
-            self.layout,
-            self.clock,
-            self.states,
-            self.sync,
-            self._handshake,
-            self.observation,
-            self.replicas,
-            self.activity,
-        )
+        watched = (self._handshake, self.observation, self.replicas, self.activity)
+        self._round_end = RoundEnd(self.layout, self.clock, self.states, self.sync, *watched)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights, alone=config.first_evaluates)
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self._resume_state: dict[str, Any] = {}
@@ -126,7 +122,7 @@ class Engine:
         self.layout.prepare(example.to(self._device), self.collective)
 
     def start(self) -> bool:
-        """Begin with worker 0's weights, or resume with what :meth:`restore` was given, and free other workers' parts.
+        """Begin with worker 0's weights, or resume with what :meth:`restore` was given; hold this worker's part only.
 
         Collective: every worker must call this, in the same order.
 
@@ -136,6 +132,8 @@ class Engine:
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
+        if self.collective.worker == 0:
+            initialise(self.module, self._device)
         detach_hooks(self.module)  # it may have been a full model
         self.resumption.begin_round()
         reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
@@ -143,7 +141,7 @@ class Engine:
         exact = all(has_own for has_own, _ in reports)
         if not exact:
             self.resumption.forget_own()
-            self.sync.exchange.broadcast([*self.module.parameters(), *self.module.buffers()], "start")
+            self.sync.distribute(self.clock.round)
         self.collective.connect()
         self.sync.connect()
         self._handshake.divergence.begin()

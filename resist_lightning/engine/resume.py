@@ -15,6 +15,7 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.unmade import is_unmade
 
 STATE_VERSION = 2
 """The format of what is saved; version 1 had no worker's own state."""
@@ -81,7 +82,8 @@ class Resumption:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
         if not state:
             return True
-        if "scale" in state:  # a snapshot has the weights in training, not those of a full model
+        # A snapshot has the weights in training, not those of a full model; what is unmade comes from worker 0.
+        if "scale" in state and not is_unmade(self._layout.module):
             self._observation.undo(state)
         self._restore_clock(state)
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)

@@ -16,6 +16,7 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.part_guard import PartGuard
 from resist_lightning.state.absent import ENDED_EARLY
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.unmade import allocate
 
 
 class Plan(Protocol):
@@ -123,10 +124,20 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self.exchange = Exchange(collective, device, quantizer, layout.module)
         self._layout = layout
         self._states = states
+        self._device = device
         self._worker = collective.worker
         self._quantizer = quantizer
         self._changing: set[str] = set()
         self._as_received: list[tuple[Tensor, Tensor]] = []
+
+    def distribute(self, round: int) -> None:
+        """Give every worker what ``round`` gives it of worker 0's module; called once, before :meth:`begin`.
+
+        Collective: every worker must call this, in the same order.
+        """
+        tensors = named_tensors(self._layout.module)
+        allocate(tensors, self._device)
+        self.exchange.broadcast(list(tensors.values()), "start")
 
     def begin(self, round: int) -> None:
         """Keep, of the full model, what ``round`` gives this worker; called once, when training starts. Sends nothing.
@@ -134,6 +145,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         Shared tensors move into common memory, so that averaging them needs no copy.
         """
         self.make_room(round)
+        allocate(self._layout.shared, self._device)
         if self._quantizer is None and self._layout.workers > 1:
             self.exchange.put_together(self._may_change(self._layout.shared).values())
 

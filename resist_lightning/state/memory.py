@@ -12,6 +12,7 @@ from torch.utils import swap_tensors
 from resist_lightning.state.absent import Absence, absent_like, is_absent, present_class
 from resist_lightning.state.references import who_holds
 
+CPU = torch.device("cpu")
 _OF_ABSENT = ("absent_name", "absence")  # attributes that only absent tensors have
 
 
@@ -19,20 +20,31 @@ class Memory:
     """The memory of some tensors; the Python objects stay, as optimizers and the user's code refer to them.
 
     Args:
-        tensors: by name; all present.
+        tensors: by name; all present, or on the meta device, as in a module that was built without memory.
         modules: by name, the modules that own them.
+        device: of those without memory, once they get some; None if they stay on the meta device.
 
     Attributes:
         absence: the reason in errors for reading a value while the memory is free.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], device: torch.device | None = None
+    ) -> None:
         self.absence = Absence()
         self._tensors = dict(tensors)
         self._modules = dict(modules)
-        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+        self._devices = {
+            name: (device if tensor.is_meta else None) or tensor.device for name, tensor in tensors.items()
+        }
         self._recurrent = [module for module in modules.values() if isinstance(module, nn.RNNBase)]
         self._of_derived = Absence()
+
+    @property
+    def unmade(self) -> bool:
+        """Whether some tensors have no memory although nothing says that they are absent."""
+        made = [self._tensors[name] for name, device in self._devices.items() if device.type != "meta"]
+        return any(tensor.is_meta and not is_absent(tensor) for tensor in made)
 
     def free(self) -> None:
         """Free the tensors' memory, and their gradients.
@@ -116,12 +128,12 @@ def _swap(name: str, tensor: Tensor, new: Tensor) -> None:
         setattr(tensor, name_of_hooks, kept)
 
 
-def present_to_cpu(module: nn.Module) -> None:
-    """Move a module to the CPU; absent tensors, as an error leaves them, stay so."""
+def move_present(module: nn.Module, device: torch.device) -> None:
+    """Move a module; tensors without memory stay so: those that an error leaves absent, and those not made yet."""
     if not any(parameter.is_meta for parameter in module.parameters()):
-        module.cpu()  # a module may move more than tensors
+        module.to(device)  # a module may move more than tensors
         return
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             if not tensor.is_meta:
-                tensor.data = tensor.data.cpu()
+                tensor.data = tensor.data.to(device)

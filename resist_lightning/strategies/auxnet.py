@@ -22,6 +22,7 @@ from resist_lightning.strategies.base import SubnetStrategy
 from resist_lightning.strategies.data.example_input import example_input
 from resist_lightning.strategies.data.seeded_loader import seed_loader, unseed_loader
 from resist_lightning.strategies.options import StrategyOptions, config_of, takes
+from resist_lightning.strategies.session import making_training_loaders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class AuxNetStrategy(SubnetStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Called by Lightning for each loader: in training all of the data, in the same order for all workers."""
-        if self._making_training_loaders:
+        if making_training_loaders(self.session):
             return {"num_replicas": 1, "rank": 0, "seed": self.config.seed}
         return super().distributed_sampler_kwargs
 
@@ -120,7 +121,7 @@ class AuxNetStrategy(SubnetStrategy):
         """Called by Lightning for each loader: augmentation follows from (seed, epoch, sample)."""
         dataloader = super().process_dataloader(dataloader)
         trainer = self._trainer()
-        if self._making_training_loaders and self.world_size > 1:
+        if making_training_loaders(self.session) and self.world_size > 1:
             self._loaders += 1
             return seed_loader(
                 dataloader,

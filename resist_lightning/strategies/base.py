@@ -18,7 +18,7 @@ from typing_extensions import override
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.state.memory import present_to_cpu
+from resist_lightning.strategies.building import building, loading, move_built, without_module
 from resist_lightning.strategies.data.shards import own_order
 from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
 from resist_lightning.strategies.launching.checks import check_callbacks, check_run
@@ -32,7 +32,7 @@ from resist_lightning.strategies.process_group import ProcessGroup
 from resist_lightning.strategies.saving.checkpoint_io import or_atomic
 from resist_lightning.strategies.saving.resumer import Resumer
 from resist_lightning.strategies.saving.saver import Saver
-from resist_lightning.strategies.session import FitSession
+from resist_lightning.strategies.session import FitSession, making_training_loaders
 
 
 class SubnetStrategy(MessagesStrategy):
@@ -107,7 +107,7 @@ class SubnetStrategy(MessagesStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Asked for each loader: a shard per process, or all of it in a worker-specific order, shared by members."""
         kwargs = super().distributed_sampler_kwargs
-        if not self._making_training_loaders:
+        if not making_training_loaders(self.session):
             return self.first.whole_data(kwargs) if self.first is not None else kwargs
         return own_order(kwargs, self.group.members, self.config.seed) if self._data == "copy" else kwargs
 
@@ -125,6 +125,15 @@ class SubnetStrategy(MessagesStrategy):
             self.first.set_up(self, trainer)
         if fitting:
             self._session().make_engine()
+
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Any:
+        """Entered for ``configure_model``, and by ``Trainer.init_module``."""
+        return building(self, super().tensor_init_context(empty_init=False), empty=bool(empty_init))
+
+    @override
+    def model_to_device(self) -> None:
+        move_built(self._trainer(), self.root_device)
 
     @override
     def configure_ddp(self) -> None:
@@ -187,8 +196,7 @@ class SubnetStrategy(MessagesStrategy):
     @property  # type: ignore[explicit-override] # which mypy does not see here
     def checkpoint_io(self) -> CheckpointIO:
         """The plugin that reads and writes the model's file: the Trainer's, or else :class:`AtomicIO`."""
-        # Not given to Lightning's constructor, which would take it for the user's.
-        self._checkpoint_io = or_atomic(self._checkpoint_io)
+        self._checkpoint_io = or_atomic(self._checkpoint_io)  # in the constructor it would pass for the user's
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -198,9 +206,8 @@ class SubnetStrategy(MessagesStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
-        assert self.lightning_module is not None
-        resume_state = self.resumer.state_of(self.lightning_module)
-        return self.saver.take(self.lightning_module, self.session, resume_state, interrupted=self.interrupted)
+        module = self._trainer().lightning_module
+        return self.saver.take(module, self.session, self.resumer.state_of(module), interrupted=self.interrupted)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -228,7 +235,8 @@ class SubnetStrategy(MessagesStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         # A snapshot has no full model, but each worker's part; and who has only a part has no place for one.
         if not self.resumer.from_snapshot and not (self.engine is not None and self.engine.incomplete):
-            super().load_model_state_dict(checkpoint, strict=strict)
+            with loading(self._trainer(), self.root_device):
+                super().load_model_state_dict(checkpoint, strict=strict)
         self.resumer.take(checkpoint, self._trainer())
 
     @override
@@ -240,14 +248,8 @@ class SubnetStrategy(MessagesStrategy):
             self.session.remove()
         self.saver.end(self.checkpoint_io)
         self.group.leave(self.guard, self.barrier, interrupted=self.interrupted)
-        # Lightning would move the whole module, and fail on absent blocks; so it sees none.
-        module, self._lightning_module = self._lightning_module, None
-        try:
+        with without_module(self):
             super().teardown()
-        finally:
-            self._lightning_module = module
-        if module is not None:
-            present_to_cpu(module)
         if self.session is not None:
             self.session.end()
         if isinstance(self._launcher, ProcessLauncher):
@@ -263,10 +265,6 @@ class SubnetStrategy(MessagesStrategy):
     def ends_together(self) -> bool:
         """Whether all workers act upon a signal now: they may talk, and save, although the run is interrupted."""
         return self.session is not None and self.session.signals.acting
-
-    @property
-    def _making_training_loaders(self) -> bool:
-        return self.session is not None and self.session.loops.making_loaders
 
     def _trainer(self) -> pl.Trainer:
         assert self.lightning_module is not None

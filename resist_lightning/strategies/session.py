@@ -15,6 +15,7 @@ from resist_lightning.comm.replicas import Replicas
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.strategies.averages import Averages
+from resist_lightning.strategies.building import check_built
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.first import FirstEvaluates
 from resist_lightning.strategies.host import LightningHost
@@ -88,6 +89,7 @@ class FitSession:
             forward_context=trainer.precision_plugin.forward_context,
             host=LightningHost(trainer, self.signals, self._data),
             total_steps=total_steps(trainer, default_collective()) if self._config.needs_total_steps else None,
+            device=strategy.root_device,
         )
         engine.replicas.find_unused_parameters = strategy.options.find_unused_parameters
         engine.steps.on_step = self.count_step  # for steps that Lightning does not see
@@ -95,6 +97,7 @@ class FitSession:
         members = engine.collective.members
         split = f" A worker has {members} processes, which split its batches." if members > 1 else ""
         rank_zero_info(f"{type(strategy).__name__}: {engine.layout.describe()}{split}")
+        check_built(engine, trainer, self.patches)
         return engine
 
     def begin_training(self, prepare: Callable[[Engine], None]) -> None:
@@ -208,3 +211,8 @@ class FitSession:
 
     def _sync_is_due(self) -> bool:
         return self.engine is not None and (self.engine.clock.due or self._synced_early)
+
+
+def making_training_loaders(session: FitSession | None) -> bool:
+    """Whether Lightning makes the training's loaders now; ``session`` is None before the first ``fit``."""
+    return session is not None and session.loops.making_loaders

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from resist_lightning import Config, Engine
+from resist_lightning.state.unmade import without_memory
 from tests.helpers.memory import allocate_large_tensors_apart, allocated_bytes, can_ask_malloc, storage_bytes
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.processes import run_workers
@@ -235,3 +237,58 @@ def test_shared_tensors_are_averaged_in_place_and_part_when_the_training_ends():
     for while_training, tensors, storages in run_workers(where_shared_tensors_live, 2):
         assert while_training == [1, 1, 1, 1]
         assert storages == tensors
+
+
+HELD_AT_START = 2  # of the six blocks, by each of three workers
+
+
+def peaks_of_start(worker: int, build: str) -> dict[str, int]:
+    """The most bytes got from malloc while the module is built, while the engine starts, and at its end."""
+    allocate_large_tensors_apart()
+    gc.disable()
+    start_one(worker, build)  # what libraries make once is theirs
+    return start_one(worker, build)
+
+
+def start_one(worker: int, build: str) -> dict[str, int]:
+    before = allocated_bytes()
+    peaks = {"built": 0, "start": 0}
+
+    def sample(when: str) -> None:
+        peaks[when] = max(peaks[when], allocated_bytes() - before)
+
+    with without_memory() if worker and build == "form" else nullcontext():
+        model = mlp(MlpBlock, BLOCKS, WIDTH)
+    sample("built")
+    engine = Engine(model, [optimizer_for("sgd", model)], Config(local_steps=2, min_blocks=0, blocks="body.*"))
+    verbs = engine.collective
+    broadcast, exchange = verbs.broadcast_, verbs.exchange
+
+    def watch(usual: Any, *args: Any) -> None:  # where buffers are packed and about to be sent
+        sample("start")
+        usual(*args)
+
+    verbs.broadcast_, verbs.exchange = partial(watch, broadcast), partial(watch, exchange)  # type: ignore[method-assign]
+    engine.start()
+    peaks["end"] = settled_bytes(before + PART_BYTES + NOISE_BYTES, 0.5) - before
+    assert len(engine.partition.held[worker]) == HELD_AT_START
+    engine.abandon()
+    return peaks
+
+
+PART_BYTES = SHARED_BYTES + HELD_AT_START * BLOCK_BYTES
+WHOLE_BYTES = SHARED_BYTES + BLOCKS * BLOCK_BYTES
+STAGING_BYTES = BLOCK_BYTES + SHARED_BYTES  # one message: a block, or the shared tensors
+
+
+@pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
+@pytest.mark.parametrize("build", ["form", "whole"])
+def test_when_it_starts_only_worker_0_has_the_whole_model(build):
+    first, *others = run_workers(peaks_of_start, 3, build)
+    assert WHOLE_BYTES <= first["built"] <= WHOLE_BYTES + NOISE_BYTES
+    assert first["start"] <= WHOLE_BYTES + STAGING_BYTES + NOISE_BYTES
+    for peaks in (first, *others):
+        assert peaks["end"] <= PART_BYTES + NOISE_BYTES
+    for peaks in others:
+        assert peaks["built"] <= (NOISE_BYTES if build == "form" else WHOLE_BYTES + NOISE_BYTES)
+        assert peaks["start"] <= PART_BYTES + STAGING_BYTES + NOISE_BYTES

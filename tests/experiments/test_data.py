@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 from experiments.data import CIFAR10, CIFAR100, Digits, Fake
 from experiments.data.module import ImageData
 from resist_lightning import ResISTStrategy
+from resist_lightning.strategies import base
 
 
 def ready(data: ImageData) -> ImageData:
@@ -140,7 +141,7 @@ def order_of(worker: int, policy: Any, data: ImageData, monkeypatch: pytest.Monk
     """The training images of a worker, in its order, by the sampler that the strategy asks Lightning for."""
     strategy = ResISTStrategy(data=policy, parallel_devices=[torch.device("cpu")] * 2)
     strategy._local_rank = worker
-    monkeypatch.setattr(ResISTStrategy, "_making_training_loaders", True)
+    monkeypatch.setattr(base, "making_training_loaders", lambda session: True)
     environment = SimpleNamespace(global_rank=lambda: worker, local_rank=lambda: worker)
     strategy.cluster_environment = environment  # type: ignore[assignment]
     arguments = {"seed": 0, **strategy.distributed_sampler_kwargs}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -45,10 +47,16 @@ def can_ask_malloc() -> bool:
 
 def allocated_bytes() -> int:
     """Bytes that the process has got from malloc and not given back, torch's tensors on the CPU included."""
-    malloc = ctypes.CDLL(None)
-    malloc.mallinfo2.restype = _Mallinfo
-    info = malloc.mallinfo2()
+    info = _mallinfo()()
     return int(info.hblkhd + info.uordblks)
+
+
+@cache
+def _mallinfo() -> Any:
+    # Made once: each CDLL is a reference cycle, and a test without garbage collection would measure those.
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Mallinfo
+    return ask
 
 
 def allocate_large_tensors_apart() -> None:

@@ -103,6 +103,8 @@ class ThreadCollective(Collective):
     def broadcast_(self, flat: Tensor, kind: str) -> None:
         self.room.log.append((self.worker, "broadcast_", kind))
         flat.copy_(self.room.share(self.worker, flat.clone())[0])
+        if self.worker == 0:
+            self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
     def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
         self.room.log.append((self.worker, "exchange", "+".join(sorted(kinds))))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from resist_lightning import Config
 from tests.helpers.auxnet import make_stages
-from tests.helpers.plain import Classifier, batch_of, held_out, make_net
+from tests.helpers.plain import Classifier, batch_of, held_out, make_net, stream
 from tests.helpers.trainers import (
     fit,
     kind_for,
@@ -29,6 +29,7 @@ from tests.helpers.trainers import (
     make_trainer,
     run_trainers,
     run_trainers_and_by_hand,
+    run_trainers_to_the_end,
     train_by_hand,
 )
 from tests.helpers.training import assert_equal_states, clone_state
@@ -79,6 +80,22 @@ class Different(Classifier):
                     tensor.fill_(self.trainer.global_rank)
 
 
+class ByParts(Late):
+    """Built on the meta device, so that its parts make their values; worker 0's are those of the others."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            self.net = make_net()
+
+
+class Reads(Late):
+    """Reads a weight while it is built."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.largest = float(self.net.stem.weight.max())
+
+
 def train_each(worker: int) -> list[State]:
     return [trained(worker, module, {}) for module in (CallsItself, Late, Different)]
 
@@ -88,6 +105,55 @@ def test_they_train_as_the_ordinary_module_does() -> None:
         assert len(states) == 3
         for state in states:
             assert_equal_states(state, expected, exactly=True)
+
+
+def late_trained(worker: int, folder: str) -> dict[str, Any]:
+    """Trainings of modules that are built late, and what is seen on the way."""
+    path = Path(folder) / "late.ckpt"
+    found: dict[str, Any] = {}
+    sanity: list[bool] = []
+
+    class Saves(L.Callback):
+        def on_sanity_check_start(self, *_: Any) -> None:
+            sanity.append(True)
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 4:
+                trainer.save_checkpoint(path)
+
+    class Draws(Late):
+        def configure_model(self) -> None:
+            super().configure_model()
+            nn.Linear(4, 4)  # draws random numbers where it is made with values
+
+    module = Draws()
+    validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}
+    trainer = fit(worker, module, 8, **validated)
+    found["whole"], found["drawn"] = clone_state(module), float(torch.rand(1))
+    assert (sanity, trainer.num_sanity_val_steps) == ([], 2)
+    for name, made in (("resumed", Late()), ("resumed by parts", ByParts())):
+        made_trainer = make_trainer(make_strategy(), max_epochs=1)
+        made_trainer.fit(made, stream(worker, 8), ckpt_path=path)
+        found[name] = clone_state(made)
+    parts = ByParts()
+    fit(worker, parts, 8)
+    found["by parts"] = clone_state(parts)
+    return found
+
+
+def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(tmp_path: Path) -> None:
+    results = run_trainers(late_trained, 2, str(tmp_path))
+    for found in results:
+        for name in ("resumed", "resumed by parts"):
+            assert_equal_states(found[name], found["whole"], exactly=True)
+        assert found["drawn"] == results[0]["drawn"]
+        assert_equal_states(found["by parts"], results[0]["by parts"], exactly=True)
+
+
+def test_reading_what_another_worker_sends_is_an_error_that_says_so() -> None:
+    *_, outcome = run_trainers_to_the_end(trained, 2, Reads, {})
+    assert isinstance(outcome.error, RuntimeError)
+    assert str(outcome.error).startswith("`configure_model` reads values of parameters, and on worker 1 they have none")
 
 
 # Precisions.

@@ -39,7 +39,6 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     ) -> None:
         super().__init__(layout, states, collective, device)
         self._collective = collective
-        self._device = device
         self._absent: dict[int, Memory] = {}  # the other workers' stages
         self._reports: list[list[float]] = []  # of the last round: for each worker its mismatch, then its seconds
         self._history: list[Any] = []

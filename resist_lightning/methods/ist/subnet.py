@@ -29,14 +29,16 @@ class Subnet:
         gradients: by name, the subnet's gradients, while the module is the full one.
     """
 
-    def __init__(self, layout: NeuronLayout, worker: int) -> None:
+    def __init__(self, layout: NeuronLayout, worker: int, device: torch.device | None = None) -> None:
         self._layout = layout
         self._worker = worker
         named = named_tensors(layout.module)
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self.gradients: dict[str, Tensor] = {}
         # Kept, as an error may leave tensors on the meta device, and slices do not tell the order of dimensions.
-        self._devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        self._devices = {
+            name: (device if tensor.is_meta else None) or tensor.device for name, tensor in self.tensors.items()
+        }
         self._orders = {name: _order_in_memory(tensor) for name, tensor in self.tensors.items()}
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
         self._widths: list[int] = []

@@ -40,7 +40,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if layout.config.momentum != "reset":
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
         self._messages = Messages(collective, device)
-        self._subnet = Subnet(layout, collective.worker)
+        self._subnet = Subnet(layout, collective.worker, device)
         self._parameters = {}
         for name, tensor in self._subnet.tensors.items():
             if isinstance(tensor, nn.Parameter):

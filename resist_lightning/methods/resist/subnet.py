@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
+
 from resist_lightning.methods.residual import Block
 from resist_lightning.methods.resist.bypass import Bypass
+from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.state.memory import Memory
 
 
@@ -13,22 +16,28 @@ class SubnetBlock:
     """One block, present or absent.
 
     Args:
-        block: the block; it must be present.
+        block: the block; it must be present, or without memory from the beginning.
+        device: where its tensors are when it is present.
 
     Attributes:
         absence: the reason in errors for reading a value while the block is absent.
         bypass: the forward while the block is absent.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, device: torch.device | None = None) -> None:
         self.block = block
         self.present = True
         modules = {f"{block.name}.{name}".rstrip("."): module for name, module in block.module.named_modules()}
         # The objects of tensors and modules stay: optimizers and the user's code refer to them.
-        self._memory = Memory(block.tensors(), modules)
+        self._memory = Memory(block.tensors(), modules, device)
         self.absence = self._memory.absence
         self._forward = block.module.__dict__.get("forward")
         self.bypass = Bypass(block.name, block.module, block.seen)
+
+    @property
+    def unmade(self) -> bool:
+        """Whether it has had no memory so far, and reading it would be no error."""
+        return self._memory.unmade
 
     def free(self) -> None:
         """Free the block's parameters, gradients and buffers, and bypass it.
@@ -56,11 +65,15 @@ class Subnet:
     """The blocks that a worker holds.
 
     Args:
-        blocks: the partitionable blocks; all present.
+        blocks: the partitionable blocks; all present, or without memory from the beginning.
+        device: where present ones are.
+        look: whether the first forward of each is looked at.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = [SubnetBlock(block) for block in blocks]
+    def __init__(self, blocks: Sequence[Block], device: torch.device | None = None, *, look: bool = False) -> None:
+        self._look = look
+        self._first_forward: FirstForward | None = None
+        self._blocks = [SubnetBlock(block, device) for block in blocks]
 
     def held(self) -> list[Block]:
         """The blocks that are present."""
@@ -77,9 +90,12 @@ class Subnet:
             keep: the blocks to keep, by index.
             reason: for an absent block, by index, which worker holds it.
         """
+        if self._look and self._first_forward is None:
+            # While the blocks still have their own forwards.
+            self._first_forward = FirstForward([subnet.block for subnet in self._blocks])
         # Freeing comes first, so that the peak is the memory of one sub-network.
         for index, subnet in enumerate(self._blocks):
-            if subnet.present and index not in keep:
+            if subnet.present and (index not in keep or subnet.unmade):
                 subnet.free()
             if reason is not None and not subnet.present:
                 subnet.absence.reason = reason(index)
@@ -105,7 +121,9 @@ class Subnet:
             subnet.bypass.written = written.get(subnet.block.name)
 
     def end(self, reason: str) -> None:
-        """Let errors for reading an absent block say that its values will never arrive."""
+        """Remove hooks; let errors for reading an absent block say that its values will never arrive."""
+        if self._first_forward is not None:
+            self._first_forward.remove()
         for subnet in self._blocks:
             subnet.absence.end(reason)
 

@@ -16,14 +16,15 @@ from resist_lightning.comm.compressed_mean import CompressedMean
 from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
 from resist_lightning.comm.tensors import named_tensors
-from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
 from resist_lightning.methods.resist.scaling import ScaleHooks
+from resist_lightning.methods.resist.start import hand_out
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.transfers import SyncPlan, plan_collection, plan_observation, plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import OuterOptimizer, has_outer_step
+from resist_lightning.state.unmade import allocate
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
@@ -36,9 +37,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         super().__init__(layout, states, collective, device, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
-        self._device = device
         self._stepped = False
-        self._subnet = Subnet(layout.blocks)
+        self._subnet = Subnet(layout.blocks, device, look=layout.partial or layout.scaling.scale != 1)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
@@ -46,14 +46,13 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         # By identity, what a sync beside the training has brought, until the round has begun with it.
         self._arrived: dict[int, Tensor] = {}
         self._scale_hooks = ScaleHooks([], 1.0)
-        self._first_forward = FirstForward([])
 
     @override
-    def begin(self, round: int) -> None:
-        if self._layout.partial or self._layout.scaling.scale != 1:
-            # While the blocks still have their own forwards.
-            self._first_forward = FirstForward(self._layout.blocks)
-        super().begin(round)
+    def distribute(self, round: int) -> None:
+        if self._worker:
+            self.make_room(round)  # what is given to others goes before anything arrives
+        allocate(self._layout.shared, self._device)
+        hand_out(self._layout, round, self.exchange, self.payload)
 
     @override
     def end(self) -> None:
@@ -61,7 +60,6 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if self._outer is not None:
             self._outer.begin_round([], {})  # frees what it keeps
         self._scale_hooks.remove()
-        self._first_forward.remove()
         self._subnet.end(self.incomplete)
 
     @override

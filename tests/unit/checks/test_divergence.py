@@ -129,10 +129,10 @@ def test_unequal_tensors_are_named_on_all_workers_by_a_second_question():
     assert results[0][0] is WorkersDisagree
     assert "the sync into round 3 left tensors unequal" in results[0][1]
     assert ": b (worker 1 differs from the others). " in results[0][1]
-    assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_numbers"] * 2
+    assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_bytes", *["gather_numbers"] * 2]
 
 
 def test_equal_tensors_need_no_second_question():
     results, room = run_threads(judged, 3, nothing, "raise", lambda worker: {"a": torch.ones(3)})
     assert results == [((), [])] * 3
-    assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_numbers"]
+    assert [verb for worker, verb, _ in room.log if worker == 0] == ["gather_bytes", "gather_numbers"]

@@ -15,7 +15,7 @@ from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.subnet import Subnet, SubnetBlock
 from resist_lightning.models import PreActBlock
 from resist_lightning.state.absent import present_class
-from resist_lightning.state.memory import present_to_cpu
+from resist_lightning.state.memory import CPU, move_present
 from tests.helpers.memory import storage_bytes
 from tests.helpers.nets import Computed, MlpBlock, OwnForward, Recurrent, residual_block, small_preact
 
@@ -211,7 +211,7 @@ def test_layers_that_keep_more_than_parameters_go_and_come_back(make):
 def test_what_is_present_moves_to_the_cpu_and_the_rest_stays_absent():
     net = small_preact()
     SubnetBlock(select_blocks(net)[1]).free()
-    present_to_cpu(net)
+    move_present(net, CPU)
     assert {name for name, parameter in net.named_parameters() if parameter.is_meta} == {
         name for name, _ in net.named_parameters() if name.startswith("section3.2.")
     }

@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
 
 from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning.strategies import base
 
 BAD = {
     "local_steps": [
@@ -179,7 +180,7 @@ def test_only_training_sees_all_of_the_data(
     data: Any, training: bool, trainer_with: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the stage of the trainer: a hook of the sanity check may ask for the training loaders."""
-    monkeypatch.setattr(ResISTStrategy, "_making_training_loaders", training)
+    monkeypatch.setattr(base, "making_training_loaders", lambda session: training)
     seeds = set()
     for rank in range(2):
         trainer = trainer_with(ResISTStrategy(data=data, seed=5))

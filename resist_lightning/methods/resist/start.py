@@ -1,0 +1,46 @@
+"""Gives every worker, when the training starts, what the first round gives it of worker 0's module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from resist_lightning.comm.exchange import Exchange
+from resist_lightning.comm.packing import copy_into, flatten, in_parts, split
+from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.transfers import SyncPlan, Transfer
+
+KIND = "start"
+
+
+def hand_out(layout: BlockLayout, round: int, exchange: Exchange, payload_of: Callable[[int], Payload]) -> None:
+    """Give all workers the shared tensors of worker 0, and each block to its holders in ``round``.
+
+    One block at a time: worker 0, which may have the whole model, needs memory for one message beside it, and so does
+    a worker that receives. Collective: every worker must call this, in the same order.
+
+    Args:
+        layout: the model's parts; on worker 0 all present, on the others what they hold.
+        round: the training begins in.
+        exchange: sends and receives.
+        payload_of: what is sent of a block.
+    """
+    exchange.broadcast(list(layout.shared.values()), KIND)
+    if exchange.collective.worker == 0:
+        _make_members_alike([tensor for block in layout.blocks for tensor in block.tensors().values()], exchange)
+    partition = layout.partition(round)
+    for block in range(partition.blocks):
+        transfers = tuple(Transfer(0, holder, block) for holder in partition.holders(block) if holder != 0)
+        exchange.hand_over(SyncPlan((), {}, (), transfers), payload_of, Kinds.all(KIND), lambda: None)
+
+
+def _make_members_alike(tensors: list[Tensor], exchange: Exchange) -> None:
+    """Give the members of this worker the first one's values: before anything was trained they may differ."""
+    if exchange.collective.members == 1:
+        return
+    for part in in_parts(tensors):
+        flat = flatten(part)
+        exchange.collective.broadcast_inside(flat, KIND)
+        copy_into(part, split(flat, part))

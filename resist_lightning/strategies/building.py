@@ -1,0 +1,142 @@
+"""How workers build the module: worker 0 all of it, and the others its form, until they know what they will hold."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils._pytree import tree_map
+
+from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.members import default_collective
+from resist_lightning.engine.engine import Engine
+from resist_lightning.state.memory import CPU, move_present
+from resist_lightning.state.random_state import random_state, set_random_state
+from resist_lightning.state.unmade import initialise, is_unmade, without_memory
+from resist_lightning.strategies.patches import Patches
+
+
+@contextmanager
+def building(strategy: Any, usual: AbstractContextManager[None], *, empty: bool) -> Iterator[None]:
+    """Inside, modules are built as this worker needs them; see ``Strategy.tensor_init_context``.
+
+    Args:
+        strategy: of this worker.
+        usual: Lightning's context, with device and precision.
+        empty: whether nobody makes values, as with ``Trainer.init_module(empty_init=True)``.
+    """
+    form: AbstractContextManager[Any] = nullcontext()
+    if empty:
+        form = torch.device("meta")
+    # Not AuxNet's workers, which measure the network before they divide it.
+    elif strategy.config.trains_alone and _is_fitting(strategy.lightning_module):
+        form = _only_first_makes_values(default_collective())
+    with usual, form:
+        yield
+
+
+@contextmanager
+def _only_first_makes_values(collective: Collective) -> Iterator[None]:
+    """Inside, all workers but the first build modules without memory.
+
+    Random generators that began as those of rank 0 end as those do: what is drawn later is what it would be if every
+    worker had built all of it. Collective: every worker must enter and leave this, in the same order.
+    """
+    begun = {name: _mark(state) for name, state in random_state().items()}
+    try:
+        with without_memory() if collective.worker > 0 else nullcontext():
+            yield
+    except RuntimeError as error:
+        if collective.worker == 0 or "meta" not in str(error):
+            raise
+        raise RuntimeError(
+            f"`configure_model` reads values of parameters, and on worker {collective.worker} they have none: worker 0 "
+            "sends them when the training starts. Leave this to worker 0, skipping parameters whose `is_meta` is True; "
+            "or build the network in __init__, on every worker whole."
+        ) from error
+    ended = random_state()
+    buffer = io.BytesIO()
+    torch.save([begun, ended], buffer)
+    told = collective.gather_bytes(b"-" if collective.rank else buffer.getvalue())[0]
+    if collective.worker > 0:
+        begun_first, ended_first = torch.load(io.BytesIO(told), weights_only=True)
+        # Python's is seldom seeded, and then its own in every process.
+        alike = [name for name, state in begun.items() if begun_first.get(name) == state]
+        set_random_state({**ended, **{name: ended_first[name] for name in alike if name in ended_first}})
+
+
+def _mark(state: Any) -> str:
+    """Stands for the state of one generator."""
+    numbers = tree_map(lambda value: value.tolist() if isinstance(value, torch.Tensor) else value, state)
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+
+def move_built(trainer: pl.Trainer, device: torch.device) -> None:
+    """Move the module to this worker's device; what other workers will send stays without memory."""
+    module = trainer.lightning_module
+    if not _gets_values_sent(trainer):
+        initialise(module, device)
+    move_present(module, device)
+
+
+@contextmanager
+def loading(trainer: pl.Trainer, device: torch.device) -> Iterator[None]:
+    """Inside, a full model can be loaded: into the whole module, or into the parts of it that have memory."""
+    if not _gets_values_sent(trainer):
+        initialise(trainer.lightning_module, device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*to a meta parameter in the current model, which is a no-op")
+        yield
+
+
+@contextmanager
+def without_module(strategy: Any) -> Iterator[None]:
+    """Inside, the strategy has no module: Lightning would move all of it to the CPU. What has memory is moved then."""
+    module, strategy._lightning_module = strategy._lightning_module, None
+    try:
+        yield
+    finally:
+        strategy._lightning_module = module
+    if module is not None:
+        move_present(module, CPU)
+
+
+def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
+    """Leave out what needs the full model before the training, where a worker has none; say it, once.
+
+    Collective: every worker must call this, in the same order.
+    """
+    own = is_unmade(engine.module)
+    unmade = [bool(number) for (number,) in engine.collective.gather_numbers([float(own)])]
+    if own:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, ModelSummary):  # it would call the module on an example, and worker 0 shows it
+                patches.replace(callback, "_max_depth", 0)
+    if any(unmade) and trainer.num_sanity_val_steps and not engine.config.first_evaluates:
+        patches.replace(trainer, "num_sanity_val_steps", 0)
+        rank_zero_info("No sanity check: before the training only worker 0 has the full model.")
+    if not any(unmade) and engine.layout.partial:
+        size = sum(parameter.nbytes for parameter in engine.module.parameters())
+        rank_zero_info(
+            f"Every worker has built the whole module ({size / 1e6:,.1f} MB of parameters), and gives up what others "
+            "hold when the training starts. Built in `configure_model`, only worker 0 has all of it."
+        )
+
+
+def _gets_values_sent(trainer: pl.Trainer) -> bool:
+    """Whether this process is of a worker that worker 0 gives what it will hold."""
+    return _is_fitting(trainer.lightning_module) and default_collective().worker > 0
+
+
+def _is_fitting(module: pl.LightningModule | None) -> bool:
+    return module is not None and module.trainer.state.fn == TrainerFn.FITTING
