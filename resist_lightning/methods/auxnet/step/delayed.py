@@ -11,7 +11,7 @@ Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, ha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -166,18 +166,23 @@ class DelayedStage:
         wanted = late.weights if self._first else {**late.weights, "": late.given}
         found: Gradients = {}
         if late.made.requires_grad and wanted:
-            # With the weights in place, as a block that saves memory computes its forward pass again.
-            parts = self._weights.use(
-                late.weights,
-                lambda: torch.autograd.grad(
-                    late.made, list(wanted.values()), gradient.to(late.made.dtype), allow_unused=True
-                ),
-            )
+            parts = self._gradients(late, list(wanted.values()), gradient.to(late.made.dtype))
             found = {name: part for name, part in zip(wanted, parts, strict=True) if part is not None}
         if not self._first:
             before = found.pop("", None)
             self._messages.send_gradient(torch.zeros_like(late.given) if before is None else before)
         return found
+
+    def _gradients(self, late: Pending, wanted: list[Tensor], gradient: Tensor) -> Sequence[Tensor | None]:
+        """Of ``wanted``; by the rules of a backward pass, though a forward pass of the user's module is under way."""
+
+        def compute() -> Sequence[Tensor | None]:
+            return torch.autograd.grad(late.made, wanted, gradient, allow_unused=True)
+
+        with torch.autocast(self._device.type, enabled=False):
+            # With the weights in place, as a block that saves memory computes its forward pass again.
+            found: Sequence[Tensor | None] = self._weights.use(late.weights, compute)
+            return found
 
 
 def make_delayed(
