@@ -173,15 +173,6 @@ def timing_conditions(content: Content) -> str:
     )
 
 
-def late_conditions(content: Content) -> str:
-    """What steps with late gradients, and others in the same run, were timed with."""
-    return timing_conditions(content)
-
-
-def late_timing(content: Content) -> Grid:
-    return timing(content)
-
-
 def link_conditions(content: Content) -> str:
     """What the steps over links were timed with."""
     rows, settings = content["rows"], content["settings"]
@@ -201,6 +192,4 @@ STUDIES = {
     "timing": (timing_conditions, timing),
     "links": (link_conditions, *link_tables.MADE),
 }
-# A run of the same study, of few methods, as seconds of different days are not to be compared.
-LATE = {"timing": (late_conditions, late_timing)}
-TABLES = page_tables(RESULTS, STUDIES, "auxnet_") | page_tables(RESULTS / "late", LATE, "auxnet_")
+TABLES = page_tables(RESULTS, STUDIES, "auxnet_")
