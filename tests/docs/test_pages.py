@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import io
 import re
 import runpy
@@ -175,6 +176,14 @@ def test_the_reference_has_everything_public_with_an_example_that_runs() -> None
     assert without == errors | {"Inspection"}
     for example in snippets("docs/api.md"):
         exec(example, {})
+
+
+@pytest.mark.parametrize("face", ["ResISTStrategy", "ISTStrategy", "AuxNetStrategy", "LocalSGDStrategy"])
+def test_every_option_is_explained_on_a_page_beside_the_reference(face: str) -> None:
+    pages = [page.read_text() for page in ROOT.glob("docs/*.md") if page.name != "api.md"]
+    assert pages
+    for option in inspect.signature(getattr(resist_lightning, face)).parameters:
+        assert any(re.search(rf"`{option}`|\b{option}=", text) for text in pages), option
 
 
 def test_what_is_public_in_other_modules_is_in_the_reference() -> None:
