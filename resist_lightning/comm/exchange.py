@@ -156,6 +156,7 @@ class Exchange:
         """
         received, sent = self._transfer(plan.hand_over, payload_of, kinds.hand_over, kinds.state)
         make_room()
+        # Payloads are asked for again: before, what arrives was a stand-in on the meta device.
         for block, tensors in received:
             copy_into(payload_of(block).tensors, tensors)
         for block, message in sent.items():

@@ -1,4 +1,4 @@
-"""What travels of a block in a message, and under which kind its bytes are counted."""
+"""What is sent of a block in a message, and under which kind its bytes are counted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from resist_lightning.comm.quantize import arrange
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels of a block. Tensors of an absent block are on the meta device: a shape and a data type.
+    """What is sent of a block, or of a velocity of one. Tensors of an absent one are on the meta device.
 
     Args:
         block: its parameters and buffers, but for those that are compressed.
         state: its optimizer state, if that travels.
         compressed: parameters that travel in fewer bits.
         noise: random numbers for rounding these.
-        kind: under which kind the bytes of the block are counted; "" where its transfer says it.
+        kind: under which kind the block's bytes are counted; "" for that of the operation (:class:`Kinds`).
     """
 
     block: Sequence[Tensor]
@@ -47,9 +47,8 @@ class Payload:
 
 @dataclass(frozen=True)
 class Kinds:
-    """Under which kind the bytes are counted."""
+    """Under which kind the bytes of each operation are counted."""
 
-    shared: str = "shared"
     merge: str = "merge"
     hand_over: str = "hand_over"
     state: str = "state"
@@ -57,4 +56,4 @@ class Kinds:
     @classmethod
     def all(cls, kind: str) -> Kinds:
         """Everything under one kind."""
-        return cls(kind, kind, kind, kind)
+        return cls(kind, kind, kind)

@@ -187,7 +187,10 @@ class Engine:
         if not self.clock.due:
             return False
         with self.seconds.timed("sync"):
-            (self._round_end.apply_sync if self.sync.under_way else self._round_end.sync)()
+            if self.sync.under_way:
+                self._round_end.apply_sync()
+            else:
+                self._round_end.sync()
         return True
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Assembles the full model while a run continues, evaluates or saves it, and returns to training unchanged."""
+"""Assembles the full model in a module that is training, to evaluate or save it, and puts the worker's part back."""
 
 from __future__ import annotations
 
@@ -244,9 +244,9 @@ class Observation:
         if untouched and written and self._sync.exchange.collective.rank == 0:
             warnings.warn(
                 f"{len(written)} tensors of the full model have been written since it was made, e.g. {written[0]}: "
-                f"they are trained on as they are. From {len(untouched)} others the test-time scale is taken, and "
-                "their statistics are those of the training before. To begin from what the module holds, use a "
-                "new Trainer.",
+                f"they are trained on as they are. The test-time scale is removed from the {len(untouched)} others, "
+                "and batch-norm statistics go back to what they were in training. To begin from what the module holds, "
+                "use a new Trainer.",
                 stacklevel=6,
             )
         return untouched

@@ -154,9 +154,9 @@ class Resumption:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if name not in named or named[name].shape != tensor.shape:
-                    here = tuple(named[name].shape) if name in named else "is not there"
+                    here = f"has {tuple(named[name].shape)} in the module" if name in named else "is not in the module"
                     raise CheckpointError(
-                        f"{name} has the shape {tuple(tensor.shape)} in the file, and in the module {here}. Make "
-                        "tensors in __init__ or `configure_model`, or resume without the workers' own files."
+                        f"{name} has the shape {tuple(tensor.shape)} in the file, but {here}. Make tensors in "
+                        "__init__ or `configure_model`, or resume without the workers' own files."
                     )
                 named[name].copy_(tensor)

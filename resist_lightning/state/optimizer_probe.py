@@ -138,7 +138,10 @@ def _find_numbers(found: Findings, before: Numbers, after: Numbers, otherwise: N
                 found.estimates.append(name)
         changed += names
         # The optimizer's own numbers follow those of its groups.
-        (found.attributes if new is after[-1] else found.group).extend(names)
+        if new is after[-1]:
+            found.attributes.extend(names)
+        else:
+            found.group.extend(names)
     found.group = list(dict.fromkeys(found.group))
 
 

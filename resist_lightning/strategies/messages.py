@@ -39,28 +39,34 @@ class MessagesStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._may_talk():
+        if self._meet_before_message():
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return super().broadcast(obj, src) if self._may_talk() else obj
+        return super().broadcast(obj, src) if self._meet_before_message() else obj
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        return super().reduce(tensor, group, reduce_op) if self._may_talk() else tensor
+        return super().reduce(tensor, group, reduce_op) if self._meet_before_message() else tensor
 
     @override
     def all_gather(self, tensor: torch.Tensor, group: Any | None = None, sync_grads: bool = False) -> torch.Tensor:
-        if group_exists() and not self._may_talk():
+        if group_exists() and not self._meet_before_message():
             return tensor.detach()[None]
         self.steps.note_gathering(self.engine, with_gradients=sync_grads)
         if group_exists() and not sync_grads:
             return gather_tensor(tensor.detach(), group)  # torch deprecates Lightning's way, and warns each time
         return super().all_gather(tensor, group=group, sync_grads=sync_grads)
 
-    def _may_talk(self) -> bool:
-        """False after an error. In training, first shake hands, so that nothing pairs with another worker's sync."""
+    def _meet_before_message(self) -> bool:
+        """Shake hands with all workers in training, so that no message pairs with another worker's sync.
+
+        Collective in training: every worker must call this.
+
+        Returns:
+            Whether a message may be sent: not after an error.
+        """
         if self.interrupted:
             return False
         if self.first is not None and self.first.alone:

@@ -69,7 +69,9 @@ class ScaleHooks:
     def __init__(self, blocks: Sequence[Block], scale: float, *, wait: bool = False) -> None:
         self._scale = scale
         self._handles: list[RemovableHandle] = []
-        for block in blocks if scale != 1 else ():
+        if scale == 1:
+            return
+        for block in blocks:
             if wait and block.seen.ends is None and not foldable(block):
                 self._attach_when_seen(block)
             else:

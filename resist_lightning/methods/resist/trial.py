@@ -89,7 +89,10 @@ class _Content:
             value[:] = self._kept
         else:
             value.clear()
-            (value.extend if isinstance(value, deque) else value.update)(self._kept)
+            if isinstance(value, deque):
+                value.extend(self._kept)
+            else:
+                value.update(self._kept)
 
 
 def _attributes(child: nn.Module) -> list[Any]:

@@ -256,7 +256,7 @@ def test_alone_nothing_is_sent():
 
 
 def test_kinds_may_all_be_one():
-    assert Kinds.all("checkpoint") == Kinds("checkpoint", "checkpoint", "checkpoint", "checkpoint")
+    assert Kinds.all("checkpoint") == Kinds("checkpoint", "checkpoint", "checkpoint")
 
 
 def test_payload_travels_in_a_fixed_order_state_last():
