@@ -99,7 +99,7 @@ class FirstEvaluates:
             return []
         loop.batch_progress.reset_on_run()
         batches = sum(loop.max_batches)
-        if batches < float("inf"):
+        if batches < float("inf") and hasattr(loop.batch_progress, "increment_by"):  # Lightning 2.5.1 and later
             loop.batch_progress.increment_by(int(batches), True)
         loop._has_run = not self._trainer.sanity_checking
         with torch.no_grad():
