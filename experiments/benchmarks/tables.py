@@ -9,9 +9,16 @@ from statistics import mean, pstdev
 from typing import Any
 
 from experiments.harness.record import read_record
-from experiments.harness.tables import Content, Grid, page_tables
+from experiments.harness.tables import Content, Grid, Rows, page_tables
 
 RESULTS = Path(__file__).parent / "results"
+PHASES = ("start", "training", "sync", "evaluation", "checkpoint", "end", "resume")
+METHODS = {
+    "ddp": "DDP",
+    "local_sgd": "local SGD",
+    "resist": "ResIST, built whole",
+    "resist_late": "ResIST, `configure_model`, `first`",
+}
 RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)", "single": "one process"}
 
 
@@ -197,11 +204,55 @@ def policies(content: Content) -> Grid:
     return Grid("Policies", ["test accuracy, %", "`recalibrate`", "`running`", "`batch`"], rows)
 
 
+def most(rows: Rows, method: str, workers: int, phase: str, *, first: bool, what: str = "allocated") -> int:
+    """The most bytes in a phase: of worker 0, or of the worst of the others."""
+    mine = [
+        row for row in rows if (row["method"], row["workers"]) == (method, workers) and (row["worker"] == 0) == first
+    ]
+    return max(row[phase][what] for row in mine)
+
+
+def methods_in(rows: Rows) -> list[str]:
+    """The methods that were measured, in the order of their titles."""
+    return [method for method in METHODS if any(row["method"] == method for row in rows)]
+
+
+def held_phases(content: Content) -> Grid:
+    """The most that the tensors of a worker took in each phase; that of worker 0 in brackets where it is another."""
+    return _by_phase(
+        content, "allocated", "Most bytes of tensors by phase, of the worst worker but the first (of the first)"
+    )
+
+
+def resident_phases(content: Content) -> Grid:
+    """The same in RAM."""
+    return _by_phase(
+        content, "resident", "Most bytes in RAM by phase, of the worst worker but the first (of the first)"
+    )
+
+
+def _by_phase(content: Content, what: str, title: str) -> Grid:
+    rows = content["rows"]
+    table = []
+    for many in sorted({row["workers"] for row in rows}):
+        for method in methods_in(rows):
+            bound = max(row["bound"] for row in rows if (row["method"], row["workers"]) == (method, many))
+            cells = []
+            for phase in PHASES:
+                first, others = (
+                    most(rows, method, many, phase, first=of_first, what=what) for of_first in (True, False)
+                )
+                cells.append(f"{others / 1e6:.0f} ({first / 1e6:.0f})")
+            table.append([many, METHODS[method], f"{bound / 1e6:.0f}", *cells])
+    return Grid(title, ["workers", "MB", "3 (Q + k b)", *PHASES], table)
+
+
 STUDIES = {
     "step_time": (step_time,),
     "overhead": (overhead,),
     "check_cost": (check_cost,),
     "wires": (wires,),
+    "held_phases": (held_phases, resident_phases),
     "recovery": (recovery_snapshots, recovery_checkpoints, recovery_steps),
     "heartbeats": (heartbeats_counted, heartbeats_busy, heartbeats_lost),
     "policies_digits": (policies,),
