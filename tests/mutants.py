@@ -315,6 +315,27 @@ MUTANTS = (
         ("tests/unit/comm/test_packing.py", "tests/unit/comm/test_compressed_mean.py"),
     ),
     Mutant(
+        "what rounding takes is lost",
+        "comm/compressed_mean.py",
+        "rest.mul_(self._collective.workers)",
+        "rest.zero_()",
+        ("tests/unit/comm/test_compressed_mean.py",),
+    ),
+    Mutant(
+        "a resumed run has forgotten what rounding took",
+        "comm/compressed_mean.py",
+        'state["taken"][name] = taken.cpu().clone()',
+        "pass",
+        ("tests/unit/comm/test_compressed_mean.py", "tests/integration/test_snapshots.py"),
+    ),
+    Mutant(
+        "the scale of two bits is of half the step",
+        "comm/quantize.py",
+        "return squares.sqrt_()",
+        "return squares.sqrt_() / 2",
+        ("tests/unit/comm/test_quantize.py",),
+    ),
+    Mutant(
         "16-bit numbers summed in 16 bits",
         "comm/tensors.py",
         "return numbers.to(_SUMMED.get(numbers.dtype, numbers.dtype))",

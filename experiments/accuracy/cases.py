@@ -15,7 +15,7 @@ from experiments.trainers import steps_of
 from resist_lightning import Config, PostLocal
 from resist_lightning.models import PreActResNet
 
-WIRES = ("fp32", "bf16", "int8", "int6", "int4")
+WIRES = ("fp32", "bf16", "int8", "int6", "int4", "int2")
 SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
 TITLES = {
     "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "post_local": "post-local SGD", "diloco": "DiLoCo",
@@ -143,8 +143,14 @@ def scale(options: Any) -> list[Case]:
 
 
 def wire(options: Any) -> list[Case]:
-    """Numbers of fewer bits on the wire."""
-    return _changed(options, 2, "wire", WIRES)
+    """Numbers of fewer bits on the wire; the fewest where everything is averaged too."""
+    averaged = [
+        replace(base(method, 2, seed, options), wire=bits)
+        for seed in range(options.ablation_seeds)
+        for method in ("local_sgd", "diloco")
+        for bits in (WIRES[0], WIRES[-1])
+    ]
+    return [*_changed(options, 2, "wire", WIRES), *averaged]
 
 
 def rates(options: Any) -> list[Case]:

@@ -148,12 +148,16 @@ def scale(content: Content) -> Grid:
     return Grid("Test-time scales", ["least blocks (S = 8)", "k/N / 1/S", *named, "n"], lines)
 
 
+def _of_the_paper(method: str, bits: str) -> str:
+    return PAPER_WIRE.get(bits, "-") if method == "resist" else "-"
+
+
 def wire(content: Content) -> Grid:
     lines = [
-        [f"`{bits}`", mean_of(own, "last"), len(own), PAPER_WIRE.get(bits, "-")]
-        for (bits,), own in grouped(content["rows"], "wire")
+        [TITLES[method], f"`{bits}`", mean_of(own, "last"), len(own), _of_the_paper(method, bits)]
+        for (method, bits), own in grouped(content["rows"], "method", "wire", titles=TITLES)
     ]
-    return Grid("Fewer bits", ["on the wire", "last, %", "n", "the paper's, %"], lines)
+    return Grid("Fewer bits", ["", "on the wire", "last, %", "n", "the paper's, %"], lines)
 
 
 def rates(content: Content) -> Grid:

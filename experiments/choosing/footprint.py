@@ -16,7 +16,8 @@ from experiments.ist import memory as neuron_memory
 from experiments.links.closed_form import neuron_bytes
 from experiments.paper_tables.networks import memory_bytes
 from resist_lightning import Config, NeuronConfig
-from resist_lightning.comm.byte_formulas import ddp_bytes
+from resist_lightning.comm.byte_formulas import WIRE_FORMATS, ddp_bytes
+from resist_lightning.comm.quantize import compressible
 from resist_lightning.errors import first_line
 from resist_lightning.inspect import inspect_model
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -143,15 +144,18 @@ def copied_bytes(layout: BlockLayout) -> list[int]:
     """Bytes of the copies that each worker keeps in a round: for fewer bits on the wire, and for an outer optimizer."""
     plan = plan_sync(layout.partition(0), layout.partition(1))
     shared = [tensor for tensor in layout.shared.values() if has_outer_step(tensor)]
-    averaged = sum(map(outer_bytes, [*shared, *parameters_of([layout.blocks[block] for block in plan.averaged])]))
-    compressed, outer = layout.config.wire != "fp32", layout.config.outer != "none"
+    together = [*shared, *parameters_of([layout.blocks[block] for block in plan.averaged])]
+    averaged, outer = sum(map(outer_bytes, together)), layout.config.outer != "none"
+    wire = WIRE_FORMATS[layout.config.wire]
+    compressed = sum(outer_bytes(tensor) for tensor in together if wire is not None and compressible(tensor))
+    taken = compressed if wire is not None and wire.feedback else 0  # by rounding, in 32 bits as the parameters are
     found = []
     for worker in range(layout.workers):
         owned = [layout.blocks[block] for block, owner in plan.owner.items() if owner == worker]
         merged = sum(map(outer_bytes, parameters_of(owned)))
         # Of averaged tensors, where the round began is kept once for both.
-        began = averaged if compressed or outer else 0
-        found.append(began + (averaged + 2 * merged if outer else 0))
+        began = averaged if outer else compressed
+        found.append(began + taken + (averaged + 2 * merged if outer else 0))
     return found
 
 

@@ -48,11 +48,20 @@ class WireFormat:
         bits: bits of an entry.
         group: entries that share a scale; the last group of a message is filled up.
         scale_bytes: bytes of a scale.
+        feedback: whether what rounding takes from a mean is added the next time.
+        values: how values themselves are sent, where that is otherwise than changes.
     """
 
     bits: int
     group: int = 1
     scale_bytes: int = 0
+    feedback: bool = False
+    values: WireFormat | None = None
+
+    @property
+    def for_values(self) -> WireFormat:
+        """The format of what is handed over, which its next holder knows nothing of."""
+        return self.values or self
 
     @property
     def group_bytes(self) -> int:
@@ -87,6 +96,7 @@ WIRE_FORMATS: dict[str, WireFormat | None] = {
     "int8": WireFormat(8, group=256, scale_bytes=4),
     "int6": WireFormat(6, group=256, scale_bytes=4),
     "int4": WireFormat(4, group=256, scale_bytes=4),
+    "int2": WireFormat(2, group=512, scale_bytes=4, feedback=True, values=WireFormat(8, group=256, scale_bytes=4)),
 }
 """By name; None sends every tensor in its own data type."""
 

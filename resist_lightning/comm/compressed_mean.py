@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.comm.feedback import Feedback
 from resist_lightning.comm.packing import cut
 from resist_lightning.comm.quantize import Quantizer, arrange, piece_entries
 
@@ -19,12 +20,16 @@ class CompressedMean:
     Every worker averages an equal share of the entries for all: first each sends the others their shares of its
     change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
     with the same, bit for bit.
+
+    Where the format has error feedback, a worker adds to its change what rounding has taken before: from its own
+    changes, where others average them; and from the mean, where it averages for all, as often as it will be divided.
     """
 
     def __init__(self, collective: Collective, wire: Quantizer) -> None:
         self._collective = collective
         self._wire = wire
         self._before: dict[int, Tensor] = {}
+        self._feedback = Feedback() if wire.format.feedback else None
 
     def begin(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor] = MappingProxyType({})) -> None:
         """Remember tensors that are equal on all workers now; it costs a copy of them.
@@ -38,9 +43,30 @@ class CompressedMean:
             key = id(tensor)
             self._before[key] = copies[key] if key in copies else _copied(tensor.detach(), earlier.pop(key, None))
 
-    def load(self, before: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Remember of some tensors, and of no others, what they were when the round began."""
-        self._before = {id(tensor): value.to(tensor.device, copy=True) for tensor, value in before}
+    def state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What is remembered of some tensors, by name, and what rounding has taken from them; on the CPU."""
+        state: dict[str, dict[str, Tensor]] = {"before": {}}
+        if self._feedback is not None:
+            state["taken"] = {}
+        for name, tensor in tensors.items():
+            before, taken = self.before(tensor), self.taken(tensor)
+            if before is not None:
+                state["before"][name] = before.cpu()
+            if taken is not None:
+                state["taken"][name] = taken.cpu().clone()  # else with the memory of all of them
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
+        """Remember what :meth:`state_dict` has told, of no other tensors. Other formats have taken nothing."""
+        before = state["before"].items()
+        self._before = {id(tensors[name]): value.to(tensors[name].device, copy=True) for name, value in before}
+        if self._feedback is not None:
+            taken = state.get("taken", {}).items()
+            self._feedback.load((tensors[name], value.to(tensors[name].device, copy=True)) for name, value in taken)
+
+    def taken(self, tensor: Tensor) -> Tensor | None:
+        """What rounding has taken from a tensor, flat, if that will be added to its next change."""
+        return self._feedback.of(tensor) if self._feedback is not None else None
 
     def before(self, tensor: Tensor) -> Tensor | None:
         """What a tensor was when the round began, if it was remembered."""
@@ -75,19 +101,24 @@ class CompressedMean:
         before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]
         # Views, but for the few tensors whose entries do not lie in their order in memory.
         flats = [value.reshape(-1) for value in values]
-        change = self._encoded_change(flats, before, counts=self._collective.worker not in left_out)
-        mean = self._mean(change, kind, workers - len(left_out))
+        taken = self._feedback.flat(tensors) if self._feedback is not None else None
+        counts = self._collective.worker not in left_out
+        change = self._encoded_change(flats, before, taken if counts else None, counts=counts)
+        mean = self._mean(change, kind, workers - len(left_out), taken)
         self._apply(mean, flats, before)
         for value, flat in zip(values, flats, strict=True):
             if value.data_ptr() != flat.data_ptr():
                 value.copy_(flat.view(value.shape))
 
-    def _encoded_change(self, values: Sequence[Tensor], before: Sequence[Tensor], *, counts: bool) -> Tensor:
+    def _encoded_change(
+        self, values: Sequence[Tensor], before: Sequence[Tensor], taken: Tensor | None, *, counts: bool
+    ) -> Tensor:
         """The message with the own change, a row for each group."""
         entries = sum(map(len, before))
         form, device = self._wire.format, before[0].device
         message = torch.empty(form.groups(entries), form.group_bytes, dtype=torch.uint8, device=device)
         change = torch.zeros(min(entries, piece_entries(device)), device=device)
+        done = 0
         for rows, places in self._pieces(message, values):
             size = 0
             for index, first, last in places:
@@ -95,10 +126,20 @@ class CompressedMean:
                 if counts:
                     torch.sub(values[index][first:last], before[index][first:last], out=target)
                 size += last - first
-            self._wire.encode_into(rows, change[:size])
+            if taken is None:
+                self._wire.encode_into(rows, change[:size])
+            else:
+                remainder = taken[done : done + size]
+                self._encode_with_rest(rows, remainder.add_(change[:size]), remainder)
+            done += size
         return message
 
-    def _mean(self, message: Tensor, kind: str, counted: int) -> Tensor:
+    def _encode_with_rest(self, rows: Tensor, values: Tensor, rest: Tensor) -> None:
+        """Encode values, and write into ``rest`` what rounding has taken from them; it may be the values themselves."""
+        self._wire.encode_into(rows, values)
+        torch.sub(values, self._decode(rows, len(values)), out=rest)
+
+    def _mean(self, message: Tensor, kind: str, counted: int, taken: Tensor | None) -> Tensor:
         """The message with the sum of all workers' changes divided by how many count."""
         me, workers = self._collective.worker, self._collective.workers
         peers = [worker for worker in range(workers) if worker != me]
@@ -116,20 +157,30 @@ class CompressedMean:
         result = torch.empty_like(message)
         means = {worker: result[shares[worker]] for worker in range(workers)}
         own_mean = means.pop(me)
-        self._average(own_mean, [parts[worker] for worker in range(workers)], counted)
+        own_taken = taken[shares[me].start * form.group : shares[me].stop * form.group] if taken is not None else None
+        self._average(own_mean, [parts[worker] for worker in range(workers)], counted, own_taken)
         self._exchange(dict.fromkeys(peers, own_mean), means, kind)
         # The own mean is decoded as well: all apply what was sent, rounding included.
         return result
 
-    def _average(self, mean: Tensor, parts: Sequence[Tensor], counted: int) -> None:
+    def _average(self, mean: Tensor, parts: Sequence[Tensor], counted: int, taken: Tensor | None) -> None:
         """Write the message with the mean of what the messages of some workers say."""
         piece = piece_entries(mean.device) // self._wire.format.group
+        done = 0
         for rows, *others in zip(mean.split(piece), *(part.split(piece) for part in parts), strict=True):
             # In the order of workers, so that the sum does not depend on whose share it is.
             total = self._decode(others[0])
             for other in others[1:]:
                 total += self._decode(other)
-            self._wire.encode_into(rows, total.div_(counted))
+            if taken is None:
+                self._wire.encode_into(rows, total.div_(counted))
+                continue
+            # The own change is exact here, as it need not be sent; and what this mean loses is for the next one.
+            rest = taken[done : done + len(total)]
+            total = total[: len(rest)].add_(rest).div_(counted)
+            self._encode_with_rest(rows, total, rest)
+            rest.mul_(self._collective.workers)
+            done += len(rest)
 
     def _apply(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Make the values what they were before plus the mean change."""
@@ -146,8 +197,9 @@ class CompressedMean:
         piece = piece_entries(message.device)
         return zip(message.split(piece // self._wire.format.group), cut(map(len, flats), piece), strict=True)
 
-    def _decode(self, rows: Tensor) -> Tensor:
-        values = torch.empty(len(rows) * self._wire.format.group, device=rows.device)
+    def _decode(self, rows: Tensor, entries: int | None = None) -> Tensor:
+        entries = len(rows) * self._wire.format.group if entries is None else entries
+        values = torch.empty(entries, device=rows.device)
         self._wire.decode_into(values, rows)
         return values
 

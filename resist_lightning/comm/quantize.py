@@ -1,6 +1,7 @@
-"""Quantizes parameters to bfloat16 or 4 to 8 bits for sending, and back (supplement A.5 of the paper).
+"""Quantizes parameters to bfloat16 or 2 to 8 bits for sending, and back (supplement A.5 of the paper).
 
-Groups of 256 entries share a scale, the largest magnitude among them. What workers *changed* is rounded to the nearest
+Groups of entries share a scale: with 4 to 8 bits the largest magnitude among 256, with 2 bits the root of the mean
+square of 512. What workers *changed* is rounded to the nearest
 value: it shrinks with the learning rate, and the steps of the grid with it. A block goes to a worker that knows nothing
 of it, so its values themselves are sent; they are rounded up or down at random, right on average, since otherwise
 changes smaller than half a step would never arrive (docs/decisions/0008-fewer-bits.md).
@@ -26,6 +27,14 @@ class Quantizer:
 
     def __init__(self, format: WireFormat) -> None:
         self.format = format
+        # Symmetric, so that zero is a code of its own and stays zero; of four codes that would waste one.
+        self._last_code = 3 if format.bits == 2 else int(2**format.bits - 2)
+        self._zero = self._last_code / 2
+
+    @property
+    def for_values(self) -> Quantizer:
+        """The quantizer of what is handed over."""
+        return Quantizer(self.format.for_values)
 
     def encode(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """The message for some values: bytes, flat.
@@ -59,15 +68,17 @@ class Quantizer:
         if padding:
             values = torch.nn.functional.pad(values, (0, padding))
         grouped = values.view(-1, self.format.group)
-        largest = self._largest_code
-        scale = grouped.abs().amax(1, keepdim=True) / largest
+        scale = self._scale(grouped, padding)
         # A group of zeros has no scale: its entries would become NaN.
         factor = torch.where(scale > 0, scale.reciprocal(), 0.0)
         steps = grouped * factor
         # Rounding down afterwards gives the nearest, or, after adding noise, the value on average.
         steps += 0.5 if noise is None else torch.rand(steps.shape, generator=noise, device=steps.device)
         # Codes are not negative, as they are packed without a sign.
-        codes = steps.floor_().add_(largest).clamp_(0, 2 * largest)
+        whole, half = divmod(self._zero, 1)
+        if half:
+            steps += half
+        codes = steps.floor_().add_(whole).clamp_(0, self._last_code)
         groups[:, : self.format.scale_bytes] = scale.view(torch.uint8)
         # By way of int32: torch converts floats to bytes one by one.
         groups[:, self.format.scale_bytes :] = _pack(codes.int().byte(), self.format.bits)
@@ -97,7 +108,7 @@ class Quantizer:
         codes = _unpack(groups[:, self.format.scale_bytes :], self.format.bits)
         whole = len(values) == codes.numel()
         decoded = values.view(codes.shape) if whole else torch.empty(codes.shape, device=values.device)
-        decoded.copy_(codes).sub_(self._largest_code).mul_(scale)
+        decoded.copy_(codes).sub_(self._zero).mul_(scale)
         if not whole:
             values.copy_(decoded.flatten()[: len(values)])
 
@@ -105,10 +116,20 @@ class Quantizer:
         """What a receiver makes of some values."""
         return self.decode(self.encode(values, noise), len(values))
 
-    @property
-    def _largest_code(self) -> int:
-        # Symmetric, so that zero is a code of its own and stays zero.
-        return int(2 ** (self.format.bits - 1) - 1)
+    def _scale(self, grouped: Tensor, padding: int) -> Tensor:
+        """The step of each group; the last one ends with so many zeros that fill it up."""
+        if self._last_code > 3:
+            return grouped.abs().amax(1, keepdim=True) / self._zero
+        # In halves: a sum in any other order would depend on how many groups are summed at once.
+        squares = grouped * grouped
+        while squares.shape[1] > 1:
+            left, right = squares.chunk(2, 1)
+            squares = left + right
+        squares /= self.format.group
+        if padding:
+            squares[-1] *= self.format.group / (self.format.group - padding)
+        # For numbers of a normal distribution this is the step that errs least.
+        return squares.sqrt_()
 
 
 def piece_entries(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from resist_lightning.schedule.stages import check_growth
 
 MomentumPolicy: TypeAlias = Literal["reset", "keep", "travel"]
 NormPolicy: TypeAlias = Literal["recalibrate", "running", "batch"]
-WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4"]
+WireName: TypeAlias = Literal["fp32", "bf16", "int8", "int6", "int4", "int2"]
 CheckPolicy: TypeAlias = Literal["sampled", "full", "off"]
 NonFinitePolicy: TypeAlias = Literal["raise", "drop"]
 OuterName: TypeAlias = Literal["none", "nesterov"]

@@ -121,7 +121,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         quantizer: Quantizer | None = None,
     ) -> None:
         self.guard = PartGuard(collective.worker)
-        self.exchange = Exchange(collective, device, quantizer, layout.module)
+        self.exchange = Exchange(collective, device, quantizer and quantizer.for_values, layout.module)
         self._layout = layout
         self._states = states
         self._device = device

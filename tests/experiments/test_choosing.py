@@ -91,17 +91,28 @@ def kept(collective: Collective, config: Config) -> tuple[int, list[int]]:
     states = OptimizerStates([torch.optim.SGD(model.parameters(), lr=0.1)])
     sync = BlockSync(layout, states, collective, torch.device("cpu"))
     sync.begin_round(0)
-    copies = dict(sync._compressed_mean._before) if sync._compressed_mean else {}
+    mean = sync._compressed_mean
+    copies = dict(mean._before) if mean else {}
+    known = [tensor for tensor in layout.shared.values() if mean is not None and mean.known(tensor)]
+    taken = mean._feedback.flat(known).nbytes if mean and mean._feedback else 0
     velocities = []
     if sync._outer is not None:
         copies |= sync._outer._start
         began = [parameter for parameter in model.parameters() if id(parameter) in sync._outer._start]
         velocities = sync._outer.velocities(began)
-    return sum(tensor.nbytes for tensor in [*copies.values(), *velocities]), footprint.copied_bytes(layout)
+    return taken + sum(tensor.nbytes for tensor in [*copies.values(), *velocities]), footprint.copied_bytes(layout)
 
 
 @pytest.mark.parametrize(
-    ("wire", "outer"), [("fp32", "none"), ("int8", "none"), ("fp32", "nesterov"), ("int8", "nesterov")]
+    ("wire", "outer"),
+    [
+        ("fp32", "none"),
+        ("int8", "none"),
+        ("fp32", "nesterov"),
+        ("int8", "nesterov"),
+        ("int2", "none"),
+        ("int2", "nesterov"),
+    ],
 )
 def test_copies_are_those_that_real_workers_keep(wire: Any, outer: Any) -> None:
     told, _ = run_threads(kept, 3, Config(wire=wire, outer=outer, min_blocks=2))

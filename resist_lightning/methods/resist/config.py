@@ -54,8 +54,10 @@ class Config(GrowingConfig):
             share divided by the present one. Needs the number of local steps of the run, as ``finish_rounds`` does.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.
-        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6`` or
-            ``int4`` (with a scale per 256 entries). Needs a copy of the shared parameters unless ``fp32``.
+        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6``,
+            ``int4`` (with a scale per 256 entries) or ``int2`` (what rounding takes from a mean is added to the next
+            one; blocks that are handed over, and their velocities, in 8 bits). Needs a copy of the shared parameters
+            unless ``fp32``, and another one with ``int2``.
         outer: where a round begins: ``none`` (at the mean of the last one) or ``nesterov`` (the outer optimizer: SGD
             with Nesterov momentum on what the last round has changed; with local SGD this is DiLoCo). It keeps two
             copies of the shared parameters and of the blocks that a worker merges.

@@ -155,18 +155,19 @@ class BlockLayout(Layout):
     def sizes(self, states: OptimizerStates) -> Sizes:
         """Bytes of the parts, for the closed form of a sync."""
         wire = WIRE_FORMATS[self.config.wire]
+        values = wire and wire.for_values
         changing = self.changing()
         blocks, averaged, travelling, entries, velocities = [], [], [], [], []
         for block in self.blocks:
             plain, compressed = self._split(block.tensors())
-            blocks.append(packed_bytes(plain.values()) + (wire.bytes(compressed) if wire else 0))
+            blocks.append(packed_bytes(plain.values()) + (values.bytes(compressed) if values else 0))
             averaged.append(_averaged_bytes(plain, changing))
             state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
             entries.append(compressed)
             plain, compressed = self._split({n: t for n, t in block.tensors().items() if has_outer_step(t)})
-            velocities.append(sum(map(outer_bytes, plain.values())) + (wire.bytes(compressed) if wire else 0))
+            velocities.append(sum(map(outer_bytes, plain.values())) + (values.bytes(compressed) if values else 0))
         plain, shared_entries = self._split(self.shared)
         return Sizes(
             shared=_averaged_bytes(plain, changing),

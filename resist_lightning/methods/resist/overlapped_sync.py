@@ -83,7 +83,7 @@ class OverlappedSync(BlockSync):
         # A message of the host's or of a metric could otherwise pair with one that is sent beside the training.
         collective = self.exchange.collective.beside()
         collective.connect()
-        self._beside = Exchange(collective, self._device, self._quantizer)
+        self._beside = Exchange(collective, self._device, self._quantizer and self._quantizer.for_values)
         if self._quantizer is not None:
             self._compressed_mean = CompressedMean(collective, self._quantizer)
 

@@ -59,4 +59,4 @@ class SimulatedOuter:
             if own:
                 flat = flat_of(own)
                 noise = noise_for(self._config.seed, round, len(blocks) + index, source, flat.device)
-                self._velocities.update(pieces_of(wire.through(flat, noise), own))
+                self._velocities.update(pieces_of(wire.for_values.through(flat, noise), own))

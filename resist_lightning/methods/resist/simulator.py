@@ -25,6 +25,7 @@ from resist_lightning.methods.resist.folding import fold, foldable, folded
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.scaling import ScaleHooks
+from resist_lightning.methods.resist.simulated_mean import SimulatedMean
 from resist_lightning.methods.resist.simulated_outer import SimulatedOuter
 from resist_lightning.methods.resist.simulated_overlap import SimulatedTransit
 from resist_lightning.methods.simulation import (
@@ -91,6 +92,7 @@ class Simulator:
         self._partial = layout.partial
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
+        self._joint = SimulatedMean(self._wire, workers) if self._wire is not None else None
         self._before: Mapping[str, Tensor] = {}
         self._outer = SimulatedOuter(config)
         self._transit: SimulatedTransit | None = None
@@ -205,21 +207,12 @@ class Simulator:
         joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
         for averaged in plan.averaged:
             joint += blocks[averaged]
-        means = self._outer.step(self._joint_over(wire, joint, copies))
+        assert self._joint is not None
+        means = self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies))
         for block, root in plan.owner.items():
             if blocks[block]:
                 means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
         return means
-
-    def _joint_over(self, wire: Quantizer, names: list[str], copies: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean of what all workers hold: of their changes, each compressed, and then compressed itself."""
-        before = {name: self._before[name] for name in names}
-        changes = []
-        for copy_ in copies:
-            change = flat_of({name: copy_[name] - before[name] for name in names})
-            changes.append(wire.through(change))
-        mean = wire.through(sum(changes[1:], changes[0]) / len(copies))
-        return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
 
     def _block_over(
         self, wire: Quantizer, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
@@ -227,7 +220,8 @@ class Simulator:
         """A block: the owner's mean with the other holders' compressed values, itself compressed if it is sent on."""
 
         def sent_by(worker: int, values: Tensor) -> Tensor:
-            return wire.through(values, noise_for(self.config.seed, self.clock.round, block, worker, values.device))
+            noise = noise_for(self.config.seed, self.clock.round, block, worker, values.device)
+            return wire.for_values.through(values, noise)
 
         own = {name: copies[root][name] for name in names}
         held = []

@@ -85,10 +85,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         state = {**super().state_dict(with_full_model=with_full_model), "written": self._subnet.written()}
         tensors = named_tensors(self._layout.module)
         if self._compressed_mean is not None:
-            for name, tensor in tensors.items():
-                before = self._compressed_mean.before(tensor)
-                if before is not None:
-                    state["before"][name] = before.cpu()
+            state |= self._compressed_mean.state_dict(tensors)
         if self._outer is not None:
             elsewhere = state["before"].keys() | state["received"].keys()
             state["outer"] = self._outer.state_dict(tensors, elsewhere, in_training=not with_full_model)
@@ -101,7 +98,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         tensors = named_tensors(self._layout.module)
         # What was trained when the round began may be frozen now, or the other way round.
         if self._compressed_mean is not None:
-            self._compressed_mean.load((tensors[name], value) for name, value in own["before"].items())
+            self._compressed_mean.load_state_dict(own, tensors)
         if self._outer is not None:
             self._outer.load_state_dict(own["outer"], tensors, self._copies(tensors.values()), self._device)
 

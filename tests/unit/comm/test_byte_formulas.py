@@ -206,11 +206,17 @@ def test_data_types_are_reduced_apart_so_each_is_rounded_up_by_itself():
 
 def test_the_bytes_of_a_message_are_bits_and_scales():
     assert [WIRE_FORMATS["int8"].bytes(entries) for entries in (0, 1, 256, 257)] == [0, 260, 260, 520]
-    assert [WIRE_FORMATS[name].bytes(2560) for name in ("bf16", "int8", "int6", "int4")] == [5120, 2600, 1960, 1320]
+    assert [WIRE_FORMATS[name].bytes(2560) for name in ("bf16", "int8", "int6", "int4", "int2")] == [
+        *(5120, 2600, 1960, 1320, 660)
+    ]
     assert WIRE_FORMATS["fp32"] is None
+    two = WIRE_FORMATS["int2"]
+    assert two is not None
+    assert two.bytes(10**6) * 8 / 10**6 < 2.1
+    assert two.for_values == WIRE_FORMATS["int8"] == two.for_values.for_values
 
 
-@given(st.integers(0, 10**5), st.integers(2, 9), st.sampled_from(["bf16", "int8", "int6", "int4"]))
+@given(st.integers(0, 10**5), st.integers(2, 9), st.sampled_from(["bf16", "int8", "int6", "int4", "int2"]))
 def test_workers_share_the_averaging_and_together_send_an_all_reduce_of_fewer_bits(entries, workers, name):
     wire = WIRE_FORMATS[name]
     shares = [wire.share(entries, worker, workers) for worker in range(workers)]

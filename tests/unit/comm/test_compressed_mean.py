@@ -103,3 +103,70 @@ def test_a_second_round_remembers_in_the_memory_of_the_first_and_counts_from_its
         for now, then in zip(tensors, start(), strict=True):
             torch.testing.assert_close(now, then + 0.5)
         torch.testing.assert_close(before_the_last, start()[0] + 0.25)
+
+
+def rounds_of(collective, rounds, left_out, resume_at):
+    """Train the same in each round; what comes, and what rounding has taken from the matrix in the end."""
+    tensors = start()
+    means = [CompressedMean(collective, make_quantizer("int2")) for _ in range(2)]
+    mean = means[0]
+    for round in range(rounds):
+        if round == resume_at:
+            named = dict(enumerate(tensors))
+            means[1].load_state_dict(mean.state_dict(named), named)
+            mean = means[1]
+        mean.begin(tensors)
+        for tensor, goal, origin in zip(tensors, trained(collective.worker), start(), strict=True):
+            tensor.add_(goal - origin)
+        mean.average(tensors, "shared", left_out if round == 2 else ())
+    return [tensor.contiguous() for tensor in tensors], mean.taken(tensors[0])
+
+
+def test_what_rounding_takes_comes_with_later_means():
+    """After many rounds of the same changes all of them have arrived, but for what the last rounds still owe."""
+    rounds, workers = 60, 3
+    change = sum(change_of(worker) for worker in range(workers)) / workers
+    told, _ = run_threads(rounds_of, workers, rounds, (), None)
+    found = torch.cat(
+        [(now - then).flatten() for now, then in zip(in_order(told[0][0]), in_order(start()), strict=True)]
+    )
+    once = make_quantizer("int2").through(change)
+    missing, missing_without = found / rounds - change, once - change
+    assert missing.abs().mean() < 0.1 * missing_without.abs().mean()
+    for tensors, _ in told:
+        assert all(torch.equal(own, other) for own, other in zip(tensors, told[0][0], strict=True))
+
+
+@pytest.mark.parametrize("left_out", [(), (1,)])
+def test_two_bits_by_hand_and_resumed(left_out):
+    wire, workers, rounds = make_quantizer("int2"), 3, 5
+    form = wire.format
+    tensors, taken = start(), [torch.zeros(ENTRIES) for _ in range(workers)]
+    for round in range(rounds):
+        out = left_out if round == 2 else ()
+        sent = []
+        for worker in range(workers):
+            if worker in out:
+                sent.append(torch.zeros(ENTRIES))
+                continue
+            # The difference of two sums, as a worker sees it.
+            moved = [t + (goal - origin) - t for t, goal, origin in zip(tensors, trained(worker), start(), strict=True)]
+            wanted = torch.cat([t.flatten() for t in in_order(moved)]) + taken[worker]
+            sent.append(wire.through(wanted))
+            taken[worker] = wanted - sent[worker]
+        mean = torch.empty(ENTRIES)
+        for worker in range(workers):
+            first, last = (form.group * group for group in form.share(ENTRIES, worker, workers))
+            part = sent[0][first:last]
+            for other in sent[1:]:
+                part = part + other[first:last]
+            part = (part + taken[worker][first:last]) / (workers - len(out))
+            mean[first:last] = wire.through(part)
+            taken[worker][first:last] = (part - mean[first:last]) * workers
+        add(tensors, mean)
+
+    for resume_at in (None, 3):
+        told, _ = run_threads(rounds_of, workers, rounds, left_out, resume_at)
+        for worker, (found, owed) in enumerate(told):
+            assert all(torch.equal(own, other) for own, other in zip(found, tensors, strict=True))
+            assert torch.equal(owed, taken[worker][: len(owed)])

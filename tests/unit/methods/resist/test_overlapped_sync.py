@@ -36,10 +36,10 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "one step": (2, {"min_blocks": 1, "overlap": 1}),
     "rounds that change, keep": (2, {"min_blocks": 1, "local_steps": PostLocal(3, 4, 5), "momentum": "keep"}),
     "listed counts, warm-up and finish": (3, {"blocks_per_worker": (4, 2, 1), "warmup_rounds": 1, "finish_rounds": 1}),
-    "growth, int8": (2, {"growth": [0.5, 1], "wire": "int8"}),
+    "growth, int2": (2, {"growth": [0.5, 1], "wire": "int2"}),
     "outer, blocks on several workers": (3, {"blocks_per_worker": (4, 2, 1), "momentum": "keep", **OUTER}),
     "outer, int4": (3, {"min_blocks": 1, "wire": "int4", **OUTER}),
-    "DiLoCo, int8": (2, {"blocks": [], "batch_norm": "running", "momentum": "keep", "wire": "int8", **OUTER}),
+    "DiLoCo, int2": (2, {"blocks": [], "batch_norm": "running", "momentum": "keep", "wire": "int2", **OUTER}),
     "local SGD": (3, {"blocks": [], "batch_norm": "running"}),
 }
 

@@ -1,0 +1,56 @@
+"""The mean in fewer bits of the reference simulator: of what all workers hold, by name of the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from resist_lightning.comm.quantize import Quantizer
+from resist_lightning.methods.simulation import flat_of, pieces_of
+
+
+class SimulatedMean:
+    """What becomes of parameters whose changes are sent in few bits.
+
+    Args:
+        wire: how numbers are encoded.
+        workers: number of simulated workers.
+    """
+
+    def __init__(self, wire: Quantizer, workers: int) -> None:
+        self._wire = wire
+        self._taken: list[dict[str, Tensor]] = [{} for _ in range(workers)]  # by rounding, from each worker
+
+    def of(self, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What was there before plus the mean of the workers' changes, each compressed, and then compressed itself.
+
+        Args:
+            before: values when the round began.
+            copies: each worker's now.
+        """
+        changes = [flat_of({name: copy[name] - value for name, value in before.items()}) for copy in copies]
+        if self._wire.format.feedback:
+            mean = self._with_feedback(changes, before)
+        else:
+            sent = [self._wire.through(change) for change in changes]
+            mean = self._wire.through(sum(sent[1:], sent[0]) / len(sent))
+        return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
+
+    def _with_feedback(self, changes: list[Tensor], before: Mapping[str, Tensor]) -> Tensor:
+        """The mean of changes, to each of which its worker adds what rounding took before."""
+        owed, sent = [], []
+        for taken, change in zip(self._taken, changes, strict=True):
+            zeros = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in before.items()}
+            wanted = change + flat_of({name: taken.get(name, zeros[name]) for name in before})
+            sent.append(self._wire.through(wanted))
+            owed.append(wanted - sent[-1])
+        means, form = [], self._wire.format
+        for worker, own in enumerate(owed):  # each averages a share of the groups for all
+            share = slice(*(form.group * group for group in form.share(len(own), worker, len(owed))))
+            mean = (sum((each[share] for each in sent[1:]), sent[0][share]) + own[share]) / len(owed)
+            means.append(self._wire.through(mean))
+            own[share] = (mean - means[-1]) * len(owed)
+        self._taken = [{name: piece.clone() for name, piece in pieces_of(own, before).items()} for own in owed]
+        return torch.cat(means)
