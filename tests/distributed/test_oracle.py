@@ -73,6 +73,7 @@ RUNS = {
         ),
     ),
     "local SGD, int8": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running", wire="int8"), steps=5)),
+    "local SGD, int2": (3, Run(Config(local_steps=2, blocks=[], batch_norm="running", wire="int2"), steps=7)),
     "frozen": (3, Run(Config(local_steps=2, min_blocks=3), steps=7, frozen=("section3.2", "section1"))),
     "outer": (2, Run(Config(local_steps=2, min_blocks=1, **OUTER), steps=9)),
     "outer with overlap, warm-up and travel": (
@@ -83,9 +84,9 @@ RUNS = {
         3,
         Run(Config(local_steps=2, blocks_per_worker=(4, 2, 1), wire="int8", warmup_rounds=2, **OUTER), steps=11),
     ),
-    "warm-up, finish, int8, outer": (
+    "warm-up, finish, int2, outer": (
         3,
-        Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=2, wire="int8", **OUTER), steps=11),
+        Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=2, wire="int2", **OUTER), steps=11),
     ),
     "growth, outer": (3, Run(Config(local_steps=2, growth=[0.25, 0.6, 1], **OUTER), steps=11)),
     "outer, frozen": (2, Run(Config(local_steps=2, min_blocks=3, **OUTER), steps=7, frozen=("section3.2",))),

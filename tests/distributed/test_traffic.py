@@ -37,8 +37,8 @@ RUNS = {
     ),
     "bf16, frozen": Run(Config(local_steps=1, min_blocks=4, wire="bf16"), steps=3, frozen=("section3.2", "section1")),
     "outer, overlap, warm-up": Run(Config(local_steps=1, min_blocks=3, warmup_rounds=2, outer="nesterov"), steps=5),
-    "outer, int6, frozen": Run(
-        Config(local_steps=1, min_blocks=1, wire="int6", outer="nesterov"), steps=4, frozen=("section3.2",)
+    "outer, int2, frozen": Run(
+        Config(local_steps=1, min_blocks=1, wire="int2", outer="nesterov"), steps=4, frozen=("section3.2",)
     ),
     "travel, outer, finish": Run(
         Config(local_steps=1, min_blocks=1, finish_rounds=2, momentum="travel", outer="nesterov"), steps=5

@@ -28,7 +28,7 @@ CASES = (4, 17, 33, 38, 97, 117, 125, 155, 169)
 """Seeds of the drawn cases: one to four workers, each value of each option, and each pair that shares code."""
 OPTIONS: dict[str, list[Any]] = {
     "momentum": ["reset", "keep", "travel"],
-    "wire": ["fp32", "bf16", "int8"],
+    "wire": ["fp32", "bf16", "int2"],
     "batch_norm": ["recalibrate", "running"],
     "min_blocks": [1, 3],
     "warmup_rounds": [0, 1],

@@ -65,10 +65,10 @@ def unbroken_stopped_and_resumed(worker: int, folder: str, options: dict[str, An
 @pytest.mark.parametrize(
     "options",
     [
-        *({"momentum": "travel", "wire": "int8"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3, "overlap": 2}),
+        *({"momentum": "travel", "wire": "int2"}, {"face": "local_sgd"}, {"snapshot_every_n_rounds": 3, "overlap": 2}),
         {"face": "ist", "momentum": "travel"},
     ],
-    ids=["momentum that travels, int8", "local SGD", "every third round, overlap", "IST, momentum that travels"],
+    ids=["momentum that travels, int2", "local SGD", "every third round, overlap", "IST, momentum that travels"],
 )
 def test_a_run_resumed_from_its_snapshots_is_the_unbroken_run(options: dict[str, Any], tmp_path: Path) -> None:
     for unbroken, resumed in run_trainers(unbroken_stopped_and_resumed, 2, str(tmp_path), options):
