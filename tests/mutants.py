@@ -400,6 +400,13 @@ MUTANTS = (
         ("tests/unit/comm/test_mean.py", "tests/distributed/test_observation.py"),
     ),
     Mutant(
+        "right after a sync, averages that are shown are taken for equal",
+        "engine/evaluation.py",
+        "changes = changes or int(self._own.swapped_since_note(self._own_tensors()))",
+        "pass",
+        ("tests/integration/test_validation_hooks.py",),
+    ),
+    Mutant(
         "metrics stay on worker 0",
         "strategies/first.py",
         "self._take(self._tell(None), engine)",

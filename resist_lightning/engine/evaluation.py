@@ -146,6 +146,7 @@ class Observation:
         differ_between_rounds = companion is not None and companion.shown  # the workers' copies
         if differ_between_rounds or self._layout.config.overlapped_steps:
             changes += 1
+        changes = changes or int(self._own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
         plan = sync_plan()
         at_first = self._at_first(purpose)
@@ -158,8 +159,7 @@ class Observation:
         self.active, self.whole = True, not elsewhere
         if elsewhere:
             return
-        # Each worker that estimates needs inputs of its own.
-        if self._layout.config.first_evaluates:
+        if self._layout.config.first_evaluates:  # each worker that estimates needs inputs of its own
             reports = reports[: self._sync.exchange.collective.members]
         estimate = all(recorded for recorded, _ in reports)
         # Before they are estimated, for resuming from a checkpoint of this full model.

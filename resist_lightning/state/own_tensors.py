@@ -38,6 +38,14 @@ class OwnTensors:
         """Copy tensors before anybody has prepared them for an evaluation, as callbacks for moving averages do."""
         self._noted = {id(tensor): tensor.detach().clone() for tensor in tensors}
 
+    def swapped_since_note(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether parameters have been exchanged since :meth:`note`."""
+        for tensor in tensors:
+            copy = self._noted.get(id(tensor))
+            if copy is not None and isinstance(tensor, nn.Parameter) and not same(copy, tensor):
+                return True
+        return False
+
     def forget_notes(self) -> None:
         """Free the copies of :meth:`note`."""
         self._noted = {}

@@ -206,7 +206,9 @@ class SubnetStrategy(MessagesStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
-        module = self._trainer().lightning_module
+        # Not by the trainer: the main process of forked workers has a module that no trainer is attached to.
+        assert self.lightning_module is not None
+        module = self.lightning_module
         return self.saver.take(module, self.session, self.resumer.state_of(module), interrupted=self.interrupted)
 
     @override

@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 30.0
 
 
 def fit(worker: int, folder: str, fault: Fault, *others: L.Callback) -> Injector:
-    """Three rounds, then an evaluation, then a checkpoint; then two rounds and the same."""
+    """Three rounds with their syncs, then an evaluation, then a checkpoint; then the same again."""
     injector = Injector(fault, Path(folder, f"note-{worker}"))
     tempfile.tempdir = folder
     saving = ModelCheckpoint(Path(folder, "saved"), save_on_train_epoch_end=True)
@@ -111,7 +111,7 @@ def test_a_blow_is_the_signal_that_it_says(kind: str, end: str) -> None:
         (Fault("raise_in_loader", 1, "local steps", round=2), "Injected", r"raise_in_loader\(worker=1\)", "fetch"),
         (Fault("run_out_of_memory", 1, "local steps", round=0), "RuntimeError", "allocate", "torch.empty"),
         (
-            Fault("fill_disk", 0, "saving", round=2),
+            Fault("fill_disk", 0, "saving", round=3),
             "CheckpointNotWritten",
             "worker 0: File too large",
             "save_checkpoint",
@@ -133,7 +133,7 @@ def test_an_error_is_raised_where_users_see_it(
 
 
 def test_a_worker_that_is_killed_while_it_writes_leaves_half_a_file_on_the_disk(tmp_path: Path) -> None:
-    fault = Fault("kill", 0, "saving", round=2)
+    fault = Fault("kill", 0, "saving", round=3)
     outcomes = run_trainers_to_the_end(fit, 2, str(tmp_path), fault, timeout=PATIENCE_SECONDS)
 
     assert outcomes[0].end == "SIGKILL"
@@ -180,11 +180,11 @@ def fit_with_a_mark(worker: int, folder: str, fault: Fault) -> list[tuple[str, i
     ("place", "round", "what", "steps", "inside", "not_inside"),
     [
         ("local steps", 1, "local steps", 5, "on_before_backward", "run_backward"),
-        ("handshake", 1, "handshake", 6, "_end_round", "_handshake.run"),
+        ("handshake", 1, "handshake", 6, "_meet", "_handshake.run"),
         ("averaging", 1, "averaging", 6, "start_mean", "in _wait"),
         ("hand_over", 0, "hand_over", 3, "in exchange", "in _wait"),
-        ("evaluation", 2, "evaluation", 9, "begin_observation", "_assemble"),
-        ("saving", 2, None, 9, "save_checkpoint", "barrier"),
+        ("evaluation", 3, "evaluation", 9, "begin_observation", "_assemble"),
+        ("saving", 3, None, 9, "save_checkpoint", "barrier"),
     ],
 )
 def test_it_strikes_there_once_in_one_worker(
