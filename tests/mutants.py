@@ -74,7 +74,7 @@ MUTANTS = (
         "strategies/building.py",
         "if begun_first.get(name) == state]",
         "if False]",
-        ("tests/integration/test_modules.py",),
+        ("tests/integration/test_building.py",),
     ),
     Mutant(
         "lost block",

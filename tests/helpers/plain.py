@@ -109,6 +109,18 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
+class Late(Classifier):
+    """Its network is made in ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = make_net()
+
+
 def batch_of(worker: int, step: int) -> tuple[Tensor, Tensor]:
     """The batch that a worker sees at a step: noise, a little brighter for each class."""
     generator = torch.Generator().manual_seed(1000 * worker + step)

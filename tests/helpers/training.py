@@ -68,6 +68,26 @@ def train_step(model: nn.Module, optimizer: Optimizer, batch: tuple[Tensor, Tens
     optimizer.step()
 
 
+def start_engine(
+    collective: Collective, run: Run, initial: dict[str, Tensor] | None = None
+) -> tuple[Engine, Optimizer]:
+    """A started engine and its optimizer, for a plain loop."""
+    model = make_model(run)
+    if initial is not None:
+        model.load_state_dict(initial)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
+    engine.start()
+    return engine, optimizer
+
+
+def train_steps(engine: Engine, optimizer: Optimizer, steps: range) -> None:
+    """Local steps of a worker in a plain loop."""
+    for step in steps:
+        train_step(engine.module, optimizer, batch_of(engine.collective.worker, step))
+        engine.after_step()
+
+
 def decay(run: Any, optimizer: Optimizer) -> None:
     """Lower the learning rate as a run says, after a step."""
     for group in optimizer.param_groups:

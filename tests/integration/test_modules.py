@@ -1,18 +1,16 @@
-"""Modules as users write them: frozen parts, late models, other precisions, networks beside the one that trains."""
+"""Modules as users write them: other precisions, networks beside the one that trains, tools that fit by themselves."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from resist_lightning import Config
 from tests.helpers.auxnet import make_stages
-from tests.helpers.plain import Classifier, batch_of, held_out, make_net, stream
+from tests.helpers.plain import Classifier, Late, batch_of, held_out
 from tests.helpers.trainers import (
     fit,
     kind_for,
@@ -29,7 +27,6 @@ from tests.helpers.trainers import (
     make_trainer,
     run_trainers,
     run_trainers_and_by_hand,
-    run_trainers_to_the_end,
     train_by_hand,
 )
 from tests.helpers.training import assert_equal_states, clone_state
@@ -58,18 +55,6 @@ class CallsItself(Classifier):
         super().__init__(calls="self")
 
 
-class Late(Classifier):
-    """Its network is made in ``configure_model``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.net
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.net = make_net()
-
-
 class Different(Classifier):
     """Other weights and statistics on every worker but worker 0."""
 
@@ -78,22 +63,6 @@ class Different(Classifier):
             with torch.no_grad():
                 for tensor in [*self.parameters(), *self.buffers()]:
                     tensor.fill_(self.trainer.global_rank)
-
-
-class ByParts(Late):
-    """Built on the meta device, so that its parts make their values; worker 0's are those of the others."""
-
-    def configure_model(self) -> None:
-        with torch.device("meta"):
-            self.net = make_net()
-
-
-class Reads(Late):
-    """Reads a weight while it is built."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.largest = float(self.net.stem.weight.max())
 
 
 def train_each(worker: int) -> list[State]:
@@ -105,55 +74,6 @@ def test_they_train_as_the_ordinary_module_does() -> None:
         assert len(states) == 3
         for state in states:
             assert_equal_states(state, expected, exactly=True)
-
-
-def late_trained(worker: int, folder: str) -> dict[str, Any]:
-    """Trainings of modules that are built late, and what is seen on the way."""
-    path = Path(folder) / "late.ckpt"
-    found: dict[str, Any] = {}
-    sanity: list[bool] = []
-
-    class Saves(L.Callback):
-        def on_sanity_check_start(self, *_: Any) -> None:
-            sanity.append(True)
-
-        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 4:
-                trainer.save_checkpoint(path)
-
-    class Draws(Late):
-        def configure_model(self) -> None:
-            super().configure_model()
-            nn.Linear(4, 4)  # draws random numbers where it is made with values
-
-    module = Draws()
-    validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}
-    trainer = fit(worker, module, 8, **validated)
-    found["whole"], found["drawn"] = clone_state(module), float(torch.rand(1))
-    assert (sanity, trainer.num_sanity_val_steps) == ([], 2)
-    for name, made in (("resumed", Late()), ("resumed by parts", ByParts())):
-        made_trainer = make_trainer(make_strategy(), max_epochs=1)
-        made_trainer.fit(made, stream(worker, 8), ckpt_path=path)
-        found[name] = clone_state(made)
-    parts = ByParts()
-    fit(worker, parts, 8)
-    found["by parts"] = clone_state(parts)
-    return found
-
-
-def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(tmp_path: Path) -> None:
-    results = run_trainers(late_trained, 2, str(tmp_path))
-    for found in results:
-        for name in ("resumed", "resumed by parts"):
-            assert_equal_states(found[name], found["whole"], exactly=True)
-        assert found["drawn"] == results[0]["drawn"]
-        assert_equal_states(found["by parts"], results[0]["by parts"], exactly=True)
-
-
-def test_reading_what_another_worker_sends_is_an_error_that_says_so() -> None:
-    *_, outcome = run_trainers_to_the_end(trained, 2, Reads, {})
-    assert isinstance(outcome.error, RuntimeError)
-    assert str(outcome.error).startswith("`configure_model` reads values of parameters, and on worker 1 they have none")
 
 
 # Precisions.
@@ -190,94 +110,6 @@ def test_other_precisions_train_as_the_plain_loop_does(precision: str, dtype: to
         assert_equal_states(state, expected, exactly=True)
         assert state["net.stem.weight"].dtype == dtype
         assert state["net.stem.weight"].isfinite().all()
-
-
-# Fine-tuning.
-
-STILL = ("section1", "section2")
-LATER = "section3"
-LATER_RATE = 0.02
-
-
-class Unfreezes(BaseFinetuning):
-    """The third section trains from the second epoch on, which begins in the middle of a round."""
-
-    def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze([getattr(pl_module.net, name) for name in (*STILL, LATER)], train_bn=True)
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net.section3, optimizer, lr=LATER_RATE)
-
-
-class UnfreezesByHand(L.Callback):
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        freeze(pl_module)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            unfreeze(pl_module, trainer.optimizers[0])
-
-
-def convolutions(module: nn.Module) -> list[nn.Parameter]:
-    return [child.weight for child in module.modules() if isinstance(child, nn.Conv2d)]
-
-
-def freeze(module: Any) -> None:
-    for name in (*STILL, LATER):
-        for weight in convolutions(getattr(module.net, name)):
-            weight.requires_grad_(False)
-
-
-def unfreeze(module: Any, optimizer: torch.optim.Optimizer) -> None:
-    for weight in convolutions(module.net.section3):
-        weight.requires_grad_(True)
-    optimizer.add_param_group({"params": convolutions(module.net.section3), "lr": LATER_RATE})
-
-
-class FineTuned(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-
-
-def fine_tune(worker: int) -> list[State]:
-    states = []
-    for callback in (UnfreezesByHand(), Unfreezes()):
-        module = FineTuned()
-        fit(worker, module, 4, max_epochs=2, callbacks=[callback])
-        states.append(clone_state(module))
-    return states
-
-
-def fine_tune_by_hand(worker: int) -> State:
-    module = FineTuned()
-    freeze(module)
-    optimizer = module.configure_optimizers()
-
-    def train_step(step: int) -> None:
-        if step == 4:
-            unfreeze(module, optimizer)
-        optimizer.zero_grad()
-        module.training_step(batch_of(worker, step), step).backward()
-        optimizer.step()
-
-    return loop_by_hand(module, [optimizer], range(8), train_step)
-
-
-def test_frozen_parts_stay_and_may_be_unfrozen_in_the_middle_of_a_round() -> None:
-    results, (expected, _) = run_trainers_and_by_hand(fine_tune, fine_tune_by_hand, 2)
-
-    start = clone_state(FineTuned())
-    still = [n for n in start if any(f"net.{s}." in n for s in STILL) and ("conv" in n or "shortcut" in n)]
-    later = [name for name in start if f"net.{LATER}." in name and "conv1" in name]
-    assert len(still) == 5
-    assert len(later) == 5
-    for state in itertools.chain(*results):
-        assert_equal_states(state, expected, exactly=True)
-        for name in still:
-            torch.testing.assert_close(state[name], start[name], rtol=0, atol=0)
-        for name in later:
-            assert not torch.equal(state[name], start[name])
 
 
 # Networks beside the one that trains.

@@ -14,11 +14,12 @@ Pure functions, standard library only.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.plan import Frame, Indices, NeuronPlan, Piece, common
+from resist_lightning.schedule.partition import Partition
 
 
 def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
@@ -68,21 +69,25 @@ def whole_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def _to_keepers(row_layer: int, column_layer: int, plan: NeuronPlan) -> Iterator[Piece]:
-    rows, columns = plan.before[row_layer], plan.before[column_layer]
-    for holder in range(rows.workers):
-        for keeper in range(rows.workers):
-            here = common(rows.held[holder], _kept(row_layer, plan, keeper))
-            if here and columns.held[holder]:
-                yield Piece(holder, keeper, here, columns.held[holder], enters="store")
+    for keeper, holder, rows, columns in _kept_and_held(plan.before, row_layer, column_layer, plan):
+        yield Piece(holder, keeper, rows, columns, enters="store")
 
 
 def _from_keepers(row_layer: int, column_layer: int, plan: NeuronPlan) -> Iterator[Piece]:
-    rows, columns = plan.after[row_layer], plan.after[column_layer]
+    for keeper, holder, rows, columns in _kept_and_held(plan.after, row_layer, column_layer, plan):
+        yield Piece(keeper, holder, rows, columns, leaves="store")
+
+
+def _kept_and_held(
+    partitions: Sequence[Partition], row_layer: int, column_layer: int, plan: NeuronPlan
+) -> Iterator[tuple[int, int, Indices, Indices]]:
+    """Each keeper with each holder of some of its rows: the two workers, these rows, and the holder's columns."""
+    rows, columns = partitions[row_layer], partitions[column_layer]
     for keeper in range(rows.workers):
         for holder in range(rows.workers):
             here = common(rows.held[holder], _kept(row_layer, plan, keeper))
             if here and columns.held[holder]:
-                yield Piece(keeper, holder, here, columns.held[holder], leaves="store")
+                yield keeper, holder, here, columns.held[holder]
 
 
 def _grouped(cut: Cut, transfers: Iterable[tuple[int, int, int]]) -> Iterator[Piece]:

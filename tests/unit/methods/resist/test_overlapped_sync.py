@@ -19,14 +19,14 @@ from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
-    batch_of,
     clone_state,
     make_model,
     make_optimizer,
     present_state,
+    start_engine,
     train_engine,
     train_simulator,
-    train_step,
+    train_steps,
 )
 
 State = dict[str, Tensor]
@@ -46,22 +46,6 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def run_of(options: dict[str, Any], steps: int = 10) -> Run:
     return Run(Config(**{"local_steps": 3, "overlap": 2, **options}), steps=steps)
-
-
-def begin(collective: Collective, run: Run, initial: State | None = None) -> tuple[Engine, Any]:
-    model = make_model(run)
-    if initial is not None:
-        model.load_state_dict(initial)
-    optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config, collective=collective)
-    engine.start()
-    return engine, optimizer
-
-
-def train(engine: Engine, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        train_step(engine.module, optimizer, batch_of(engine.collective.worker, step))
-        engine.after_step()
 
 
 def trained(collective: Collective, run: Run) -> State:
@@ -94,8 +78,8 @@ def resumed(collective: Collective, stops: tuple[int, ...], initial: State) -> d
     found: dict[int, State] = {}
     for stop in (0, *stops):
         # Threads share a generator, so the weights come from the test.
-        engine, optimizer = begin(collective, run, initial)
-        train(engine, optimizer, range(stop))
+        engine, optimizer = start_engine(collective, run, initial)
+        train_steps(engine, optimizer, range(stop))
         with engine.full_model("checkpoint"):
             full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
             own = copy.deepcopy(own)
@@ -106,7 +90,7 @@ def resumed(collective: Collective, stops: tuple[int, ...], initial: State) -> d
         engine = Engine(model, [optimizer], run.config, collective=collective)
         assert engine.restore(place, own)
         assert engine.start()
-        train(engine, optimizer, range(stop, run.steps))
+        train_steps(engine, optimizer, range(stop, run.steps))
         engine.finish()
         found[stop] = clone_state(model)
     return found
@@ -129,10 +113,10 @@ def test_a_checkpoint_of_a_run_with_overlap_does_not_continue_one_without() -> N
 
 def looked_at(collective: Collective, run: Run) -> list[tuple[State, State, State]]:
     """In transit, and when a sync was applied: what a worker holds before and after it looks at the full model."""
-    engine, optimizer = begin(collective, run)
+    engine, optimizer = start_engine(collective, run)
     seen = []
     for first, last, under_way in ((0, ROUND - 1, True), (ROUND - 1, ROUND, False)):
-        train(engine, optimizer, range(first, last))
+        train_steps(engine, optimizer, range(first, last))
         assert engine.sync.under_way == under_way
         before = present_state(engine.module)
         with engine.full_model():
@@ -160,8 +144,8 @@ def test_the_full_model_is_the_mean_of_what_the_workers_have_now() -> None:
 
 
 def sent(collective: Collective, run: Run) -> dict[str, int]:
-    engine, optimizer = begin(collective, run)
-    train(engine, optimizer, range(run.steps))
+    engine, optimizer = start_engine(collective, run)
+    train_steps(engine, optimizer, range(run.steps))
     engine.abandon()
     return {kind: engine.collective.sent_bytes[kind] for kind in SYNC_KINDS}
 
@@ -176,11 +160,11 @@ def test_the_bytes_are_those_of_syncs_for_which_the_training_waits(options: dict
 
 
 def broken(collective: Collective, run: Run) -> str:
-    engine, optimizer = begin(collective, run)
+    engine, optimizer = start_engine(collective, run)
     engine.sync._beside.collective.exchange = lambda *_: 1 / 0
-    train(engine, optimizer, range(ROUND - 1))
+    train_steps(engine, optimizer, range(ROUND - 1))
     with pytest.raises(ZeroDivisionError):
-        train(engine, optimizer, range(ROUND - 1, ROUND))
+        train_steps(engine, optimizer, range(ROUND - 1, ROUND))
     engine.abandon()
     return engine.activity.what
 
@@ -191,12 +175,12 @@ def test_what_goes_wrong_beside_the_training_is_raised_where_the_sync_would_be_a
 
 
 def unequal(collective: Collective, run: Run) -> None:
-    engine, optimizer = begin(collective, run)
-    train(engine, optimizer, range(ROUND - 1))
+    engine, optimizer = start_engine(collective, run)
+    train_steps(engine, optimizer, range(ROUND - 1))
     engine.sync.wait()
     if collective.worker == 1:
         engine.sync._transit.agreed()["stem.weight"].add_(1)  # a value that got lost on its way
-    train(engine, optimizer, range(ROUND - 1, 2 * ROUND))
+    train_steps(engine, optimizer, range(ROUND - 1, 2 * ROUND))
     engine.abandon()
 
 

@@ -23,8 +23,10 @@ from tests.helpers.training import (
     make_optimizer,
     present_state,
     present_tensors,
+    start_engine,
     train_engine,
     train_step,
+    train_steps,
 )
 
 WORKERS, ODD = 3, 1
@@ -54,17 +56,7 @@ def test_a_rate_of_one_without_momentum_trains_as_without_bit_for_bit(options: d
 
 
 def engine_of(collective: Collective, config: Config) -> tuple[Engine, Any]:
-    model = make_model(Run(config, steps=0))
-    optimizer = make_optimizer(Run(config, steps=0), model)
-    engine = Engine(model, [optimizer], config, collective=collective)
-    engine.start()
-    return engine, optimizer
-
-
-def train(engine: Engine, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        train_step(engine.module, optimizer, batch_of(engine.collective.worker, step))
-        engine.after_step()
+    return start_engine(collective, Run(config, steps=0))
 
 
 def kept(engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -76,7 +68,7 @@ def names_kept(collective: Collective, config: Config) -> list[tuple[set[str], s
     found = []
     engine, optimizer = engine_of(collective, config)
     for round in range(1, 5):
-        train(engine, optimizer, range(round - 1, round))
+        train_steps(engine, optimizer, range(round - 1, round))
         plan = plan_sync(engine.layout.partition(round), engine.layout.partition(round + 1))
         mine = [*plan.averaged, *(block for block, root in plan.owner.items() if root == collective.worker)]
         names = set(engine.layout.shared).union(*(engine.layout.blocks[block].tensors() for block in mine))
@@ -102,9 +94,9 @@ def test_a_worker_keeps_what_the_step_needs_of_shared_layers_and_of_the_blocks_t
 def spoilt(collective: Collective, config: Config) -> dict[str, State]:
     """What a worker had when a round began, when it ended with NaN on one of them, and after the sync."""
     engine, optimizer = engine_of(collective, config)
-    train(engine, optimizer, range(2))
+    train_steps(engine, optimizer, range(2))
     began, velocity = present_state(engine.module), {n: v.clone() for n, v in kept(engine)["velocity"].items()}
-    train(engine, optimizer, range(2, 3))
+    train_steps(engine, optimizer, range(2, 3))
     train_step(engine.module, optimizer, batch_of(collective.worker, 3))
     if collective.worker == ODD:
         for tensor in present_tensors(engine.module).values():
@@ -113,7 +105,7 @@ def spoilt(collective: Collective, config: Config) -> dict[str, State]:
     engine.after_step()
     with engine.full_model():
         full = clone_state(engine.module)
-    train(engine, optimizer, range(4, 9))
+    train_steps(engine, optimizer, range(4, 9))
     later = present_state(engine.module)
     engine.abandon()
     return {"began": began, "velocity": velocity, "had": had, "full": full, "later": later}
@@ -154,7 +146,7 @@ def unbroken_and_resumed(collective: Collective, config: Config) -> list[State]:
     for step in range(10):
         if step in (6, 7):
             saved.append(copy.deepcopy((step, engine.resumption.place(), engine.resumption.state_dict())))
-        train(engine, optimizer, range(step, step + 1))
+        train_steps(engine, optimizer, range(step, step + 1))
     engine.finish()
     states = [clone_state(engine.module)]
     for stopped, place, own in saved:
@@ -163,7 +155,7 @@ def unbroken_and_resumed(collective: Collective, config: Config) -> list[State]:
         engine = Engine(model, [optimizer], config, collective=collective)
         assert engine.restore(place, own)
         assert engine.start()
-        train(engine, optimizer, range(stopped, 10))
+        train_steps(engine, optimizer, range(stopped, 10))
         engine.finish()
         states.append(clone_state(model))
     return states
@@ -189,7 +181,7 @@ def test_a_run_with_an_outer_optimizer_does_not_resume_within_a_round_of_one_wit
 
 def saved_of(collective: Collective, config: Config) -> tuple[Any, Any, State]:
     engine, optimizer = engine_of(collective, config)
-    train(engine, optimizer, range(3))
+    train_steps(engine, optimizer, range(3))
     place, own = copy.deepcopy((engine.resumption.place(), engine.resumption.state_dict()))
     engine.finish()
     return place, own, clone_state(engine.module)
@@ -205,7 +197,7 @@ def resumed_by_others(collective: Collective, config: Config, saved: tuple[Any, 
     same = engine.restore(place, own)
     engine.start()
     velocities = len(kept(engine)["velocity"])
-    train(engine, optimizer, range(4))
+    train_steps(engine, optimizer, range(4))
     engine.finish()
     return same, velocities, clone_state(model)
 
