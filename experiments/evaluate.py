@@ -51,9 +51,9 @@ def main(cfg: DictConfig) -> None:
         print(f"{cfg.split} accuracy {accuracy:.4f}, loss {loss:.4f} ({name}): {checkpoint}")
 
 
-def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
-    """The configuration that a checkpoint was trained with."""
-    folders = [Path(run_dir)] if run_dir else list(checkpoint.resolve().parents)
+def run_config(place: Path, run_dir: str | None = None) -> DictConfig:
+    """The configuration that a checkpoint, or a folder of checkpoints, was trained with."""
+    folders = [Path(run_dir)] if run_dir else list(place.resolve().parents)
     for folder in folders:
         stored = folder / ".hydra" / "config.yaml"
         if stored.is_file():
@@ -61,7 +61,7 @@ def run_config(checkpoint: Path, run_dir: str | None = None) -> DictConfig:
             assert isinstance(loaded, DictConfig)
             return loaded
     raise ConfigError(
-        f"no .hydra/config.yaml in {folders[0] if run_dir else f'a folder above {checkpoint}'}: "
+        f"no .hydra/config.yaml in {folders[0] if run_dir else f'a folder above {place}'}: "
         "name the folder of the training, run_dir=RUN_DIR"
     )
 

@@ -490,6 +490,27 @@ MUTANTS = (
         "False",
         ("tests/unit/faults/test_start_watch.py",),
     ),
+    Mutant(
+        "evaluator: a model in two files is evaluated twice",
+        "evaluator.py",
+        "if all(other.weights != weights for other in self._found):",
+        "if True:",
+        ("tests/unit/test_evaluator.py",),
+    ),
+    Mutant(
+        "evaluator: the worst model is kept",
+        "evaluator.py",
+        'sign = 1 if mode == "max" else -1',
+        "sign = -1",
+        ("tests/unit/test_evaluator.py",),
+    ),
+    Mutant(
+        "evaluator: a run that goes on is thought to have ended",
+        "callbacks/end_marker.py",
+        "remove_end(folder)",
+        "pass",
+        ("tests/unit/test_evaluator.py",),
+    ),
 )
 
 

@@ -76,6 +76,16 @@ def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
         raise ConfigError(f"devices={cfg.devices}: strategy=single uses one process; set devices=1 or strategy=resist")
 
 
+def check_follow(cfg: DictConfig, *, sweep: bool = False) -> None:
+    """Check everything that ``follow.py`` is told directly; the rest comes from the run."""
+    if OmegaConf.is_missing(cfg, "folder"):
+        raise ConfigError("folder is missing: name the folder of a training's checkpoints, folder=RUN_DIR/checkpoints")
+    cfg = _with_folder(cfg)
+    check_keys(cfg, schema.Follow, "")
+    check_section(cfg.strategy, "strategy")
+    _check_entries(cfg.logger, "logger")
+
+
 def _with_folder(cfg: DictConfig) -> DictConfig:
     """Before the first job there is no run folder of Hydra's yet, which other values may name."""
     try:

@@ -87,3 +87,21 @@ class Evaluate:
     devices: int = option(least=1, hint="1 unless a strategy is named")
     seed: int = option(least=0, hint="0 is a seed")
     output_dir: str = MISSING
+
+
+@dataclass
+class Follow:
+    """The root of ``conf/follow.yaml``."""
+
+    folder: str = MISSING
+    run_dir: str | None = MISSING
+    strategy: Any = MISSING
+    logger: Any = MISSING
+    monitor: str = MISSING
+    mode: str = option(choices=("min", "max"), hint="max for an accuracy")
+    silence: float = option(above=0, hint="seconds; 3600 is the default")
+    poll_seconds: float = option(above=0, hint="5 is the default")
+    accelerator: str = option(choices=ACCELERATORS, hint="auto takes what is there")
+    threads: int | None = option(least=1, hint="CPU threads; null takes all cores")
+    seed: int = option(least=0, hint="0 is a seed")
+    output_dir: str = MISSING

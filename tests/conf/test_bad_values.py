@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.app.build import check_evaluate, check_train
+from experiments.app.build import check_evaluate, check_follow, check_train
 from experiments.app.launch import check_command_line
 from tests.helpers.programs import refusal
 
@@ -141,17 +141,20 @@ def test_more_workers_than_gpus_names_the_ways_out(
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("name", "line", "expected"),
     [
-        ("", "ckpt_path is missing"),
-        ("ckpt_path=x split=train", "split=train: must be one of test, val"),
-        ("ckpt_path=x devices=2", "devices=2: strategy=single uses one process"),
-        ("ckpt_path=x checkpoint=y", "checkpoint=y: unknown key"),
+        ("evaluate", "", "ckpt_path is missing"),
+        ("evaluate", "ckpt_path=x split=train", "split=train: must be one of test, val"),
+        ("evaluate", "ckpt_path=x devices=2", "devices=2: strategy=single uses one process"),
+        ("evaluate", "ckpt_path=x checkpoint=y", "checkpoint=y: unknown key"),
+        ("follow", "", "folder is missing"),
+        ("follow", "folder=x mode=up", "mode=up: must be one of min, max"),
+        ("follow", "folder=x silence=0", "silence=0: must be a number, above 0"),
     ],
 )
-def test_a_bad_evaluation_is_one_line(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_evaluation_is_one_line(name: str, line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        check_command_line("evaluate", check_evaluate, line.split())
+        check_command_line(name, {"evaluate": check_evaluate, "follow": check_follow}[name], line.split())
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1

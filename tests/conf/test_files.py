@@ -16,7 +16,15 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from experiments.app import schema
-from experiments.app.build import CONF, build_data, build_module, build_strategy, check_evaluate, check_train
+from experiments.app.build import (
+    CONF,
+    build_data,
+    build_module,
+    build_strategy,
+    check_evaluate,
+    check_follow,
+    check_train,
+)
 from experiments.app.classifier import LitClassifier
 from experiments.app.launch import _jobs, check_command_line
 from experiments.data.module import ArrayData
@@ -55,7 +63,7 @@ def overrides(group: str, option: str) -> list[str]:
 
 def test_these_are_all_groups_and_the_tests_below_see_them() -> None:
     assert {name.partition("/")[0] for name in FILES if "/" in name} == GROUPS
-    assert {name for name in FILES if "/" not in name} == {"train", "evaluate"}
+    assert {name for name in FILES if "/" not in name} == {"train", "evaluate", "follow"}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "/" in name])
@@ -96,7 +104,7 @@ def test_every_callback_instantiates(option: str, composed: Compose) -> None:
     cfg = composed(f"callbacks={option}")
     made = {type(instantiate(node)).__name__ for node in cfg.callbacks.values()}
     expected = {"RichProgressBar", "ModelCheckpoint", "LearningRateMonitor", "Clock", "RoundMonitor"}
-    assert made == expected | ({"EarlyStopping"} if option == "early_stopping" else set())
+    assert made == expected | {"early_stopping": {"EarlyStopping"}, "followed": {"EndMarker"}}.get(option, set())
 
 
 @pytest.mark.parametrize("option", options("logger"))
@@ -157,8 +165,9 @@ def test_every_search_is_a_grid_of_good_jobs(option: str, composed: Compose) -> 
         check_train(composed(*job, "trainer.accelerator=cpu"), sweep=True)
 
 
-def test_the_evaluation_composes(composed: Compose) -> None:
+def test_the_evaluations_compose(composed: Compose) -> None:
     check_evaluate(composed("ckpt_path=last.ckpt", config_name="evaluate"))
+    check_follow(composed("folder=checkpoints", config_name="follow"))
 
 
 def test_the_schema_of_the_trainer_and_the_optimizer_are_arguments_that_exist() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,18 @@ def test_auxnet_reports_its_stages_and_its_checkpoint_is_a_model(tmp_path: Path)
 
 @pytest.mark.timeout(300)
 def test_the_same_command_runs_the_other_strategies_with_workers(tmp_path: Path) -> None:
+    """Without validations: another process evaluates what they save."""
     chosen = ["strategy=local_sgd,ddp", "trainer.devices=2", FORKED, f"hydra.sweep.dir={tmp_path}/sweep"]
-    train("-m", *TINY, *chosen)
-    found = [read(folder) for folder in sorted((tmp_path / "sweep").glob("[01]"))]
+    train("-m", *TINY, *chosen, "callbacks=followed", "callbacks.progress_bar=null", "trainer.limit_val_batches=0")
+    folders = sorted((tmp_path / "sweep").glob("[01]"))
+    found = [read(folder) for folder in folders]
+    for folder, results in zip(folders, found, strict=True):
+        options = [f"folder={folder}/checkpoints", "accelerator=cpu", f"hydra.run.dir={folder}/follow"]
+        output = run_module("experiments.follow", *options)
+        steps = results["local_steps"]
+        assert re.search(rf"1 models; best val/acc [\d.]+ at step {steps}: .*/evaluations/best.ckpt", output)
+        rows = (folder / "follow" / "csv" / "metrics.csv").read_text().splitlines()
+        assert f"{steps}" in rows[-1].split(",")
     assert [results["strategy"] for results in found] == ["local_sgd", "ddp"]
     assert [results["sent_bytes"]["measured"] for results in found] == [True, False]
     for results in found:

@@ -22,7 +22,7 @@ from torch import nn
 from typing_extensions import assert_type
 
 import resist_lightning as rl
-from resist_lightning.callbacks import RoundMonitor, SeedPerWorker
+from resist_lightning.callbacks import EndMarker, RoundMonitor, SeedPerWorker
 from resist_lightning.inspect import inspect_model
 from resist_lightning.models import preact_resnet
 
@@ -35,7 +35,7 @@ assert_type(resist.config, rl.Config)
 assert_type(local_sgd.config, rl.Config)
 assert_type(ist.config, rl.NeuronConfig)
 assert_type(auxnet.config, rl.StageConfig)
-trainer = L.Trainer(strategy=resist, callbacks=[RoundMonitor(every_n_rounds=2), SeedPerWorker(seed=1)])
+trainer = L.Trainer(strategy=resist, callbacks=[RoundMonitor(every_n_rounds=2), SeedPerWorker(seed=1), EndMarker()])
 
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 engine = rl.Engine(net, [optimizer], rl.Config(local_steps=50, min_blocks=1))

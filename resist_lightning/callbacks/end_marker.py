@@ -1,0 +1,53 @@
+"""A callback that tells evaluators of other processes when a training has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from typing_extensions import override
+
+from resist_lightning.checkpoint.followed_folder import mark_end, remove_end
+from resist_lightning.strategies.saving.checkpoint_files import local_path
+
+
+class EndMarker(Callback):
+    """Writes ``training_ended.json`` beside the checkpoints when ``fit`` is complete, and removes it when it begins.
+
+    So a :class:`~resist_lightning.evaluator.CheckpointEvaluator` knows that no more checkpoints will come. A run that
+    ends with an error or a signal writes none: it may be resumed. Works with any strategy.
+
+    Raises:
+        ValueError: when ``fit`` starts, if no ``ModelCheckpoint`` writes to a local folder.
+    """
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the marker of the run before."""
+        folders = _folders(trainer)
+        if not folders and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                "EndMarker needs a ModelCheckpoint that writes to a local folder, where an evaluator looks for it. Add "
+                "ModelCheckpoint(dirpath=FOLDER), or remove the callback."
+            )
+        if trainer.is_global_zero:
+            for folder in folders:
+                remove_end(folder)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it; all checkpoints are on disk by now, also those that a thread has written."""
+        if trainer.is_global_zero:
+            for folder in _folders(trainer):
+                mark_end(folder, trainer.global_step)
+
+
+def _folders(trainer: pl.Trainer) -> list[Path]:
+    found = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            folder = local_path(callback.dirpath)
+            if folder is not None:
+                found.append(folder)
+    return found

@@ -1,0 +1,137 @@
+"""A folder of checkpoints that a training writes, as an evaluator sees it: each file once, held while it is read.
+
+::
+
+    FOLDER/step=300.ckpt, step=600.ckpt       by the training, which may replace and remove them at any time
+           training_ended.json                by the callback EndMarker, when `fit` is complete
+           evaluations/evaluations.jsonl      by the evaluator, a line for each model
+                       best.ckpt
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resist_lightning.checkpoint.snapshots import SnapshotFolder
+
+END_MARKER = "training_ended.json"
+SUFFIX = ".ckpt"
+_ROWS, _BEST, _HELD = "evaluations.jsonl", "best.ckpt", ".evaluating.ckpt"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A file as it is now; whoever replaces it makes another version.
+
+    Args:
+        path: of the file.
+        inode: its number in the file system.
+        size: in bytes.
+        modified: nanoseconds.
+    """
+
+    path: Path
+    inode: int
+    size: int
+    modified: int
+
+
+class FollowedFolder:
+    """A folder that a training writes checkpoints to, and the folder of what an evaluator writes.
+
+    Args:
+        path: of the training's checkpoints.
+        out: for the evaluator's files; made when they are written.
+
+    Raises:
+        ValueError: if ``path`` is no folder, or has snapshots, which are no full models.
+    """
+
+    def __init__(self, path: Path, out: Path) -> None:
+        if not path.is_dir():
+            raise ValueError(
+                f"folder={path} is no folder. Give the dirpath of the training's ModelCheckpoint; if the evaluator is "
+                f"to start before the training, make it first: mkdir -p {path}"
+            )
+        if SnapshotFolder(path).newest_first():
+            raise ValueError(
+                f"folder={path} has snapshots, in which no file is the full model. Give the dirpath of the training's "
+                "ModelCheckpoint."
+            )
+        self.path = path
+        self.best = out / _BEST
+        self._rows, self._held = out / _ROWS, out / _HELD
+        self._done: set[Version] = set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the training has said that it is complete."""
+        return (self.path / END_MARKER).exists()
+
+    def unseen(self) -> list[Version]:
+        """The checkpoints for which :meth:`done` was not called, oldest first."""
+        found = []
+        for path in self.path.glob(f"*{SUFFIX}"):
+            with suppress(FileNotFoundError):  # removed since, or a link to what was
+                status = path.stat()
+                if path.is_file() and not path.name.startswith("."):
+                    found.append(Version(path, status.st_ino, status.st_size, status.st_mtime_ns))
+        return sorted(set(found) - self._done, key=lambda file: (file.modified, file.path.name))
+
+    def done(self, file: Version) -> None:
+        """Leave this version out of :meth:`unseen`."""
+        self._done.add(file)
+
+    def hold(self, file: Version) -> Path | None:
+        """Give the file a second name, which stays when the training removes or replaces it; None if it is gone."""
+        self.release()
+        self._held.parent.mkdir(parents=True, exist_ok=True)
+        source = os.path.realpath(file.path)
+        try:
+            os.link(source, self._held)
+        except FileNotFoundError:
+            return None
+        except OSError:  # `out` is on another disk, or one without links
+            try:
+                shutil.copyfile(source, self._held)
+            except FileNotFoundError:
+                return None
+        return self._held
+
+    def keep_best(self) -> None:
+        """Let the file that is held take the place of the best one."""
+        os.replace(self._held, self.best)
+
+    def release(self) -> None:
+        """Give up the second name."""
+        self._held.unlink(missing_ok=True)
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """What was written last by :meth:`write_rows`; empty if nothing was."""
+        if not self._rows.exists():
+            return []
+        return [json.loads(line) for line in self._rows.read_text().splitlines()]
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace all rows, atomically."""
+        part = self._rows.with_name(f".{_ROWS}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(part, self._rows)
+
+
+def mark_end(folder: Path, step: int) -> None:
+    """Say to evaluators that the training in this folder is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / END_MARKER).write_text(json.dumps({"global_step": step}) + "\n")
+
+
+def remove_end(folder: Path) -> None:
+    """Say that it goes on."""
+    (folder / END_MARKER).unlink(missing_ok=True)
