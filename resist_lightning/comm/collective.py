@@ -20,10 +20,17 @@ from resist_lightning.comm.byte_formulas import KINDS
 Finish: TypeAlias = Callable[[], None]
 """Waits for an operation that was started."""
 
+Meanwhile: TypeAlias = Callable[[], None]
+"""Work to do while messages travel."""
+
 Row = TypeVar("Row")
 
 Messages: TypeAlias = Mapping[int, Sequence[Tensor]]
 """Flat buffers to, or from, each worker."""
+
+
+def do_nothing() -> None:
+    """No work while messages travel."""
 
 
 class _Inside:
@@ -137,7 +144,9 @@ class Collective(_Inside, ABC):
         """Replace ``flat`` by worker 0's. Collective: every worker must call this, in the same order."""
 
     @abstractmethod
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
         """Send and receive flat buffers, all at once.
 
         Not a collective of all: only pairs of workers that have a message take part, and both must call it.
@@ -146,6 +155,7 @@ class Collective(_Inside, ABC):
             sends: for each target worker, flat buffers to send.
             receives: for each source worker, flat buffers to fill.
             kinds: bytes of ``sends`` by kind.
+            meanwhile: work on this worker, done while the buffers travel; it must leave them alone.
         """
 
     @abstractmethod
@@ -194,8 +204,10 @@ class SoloCollective(Collective):
         pass
 
     @override
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
-        pass
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
+        meanwhile()
 
     @override
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:

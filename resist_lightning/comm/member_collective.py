@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes, share_of
-from resist_lightning.comm.collective import Collective, Finish, Messages
+from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
 from resist_lightning.comm.torch_collective import GroupCollective
 
 
@@ -90,14 +90,17 @@ class MemberCollective(GroupCollective):
         self._from_wire([wire], [flat])
 
     @override
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
         arriving = {peer: [self._landing(flat) for flat in flats] for peer, flats in sorted(receives.items())}
         # Receives first, as in the base class.
         operations = self._own_parts(dist.irecv, arriving)
         operations += self._own_parts(dist.isend, sends)
         assert sum(kinds.values()) == sum(flat.nbytes for flats in sends.values() for flat in flats)
-        if operations:
-            self._wait(dist.batch_isend_irecv(operations))
+        begun = dist.batch_isend_irecv(operations) if operations else []
+        meanwhile()
+        self._wait(begun)
         # All members receive the same messages, so these broadcasts pair.
         for peer, landings in arriving.items():
             for landing, flat in zip(landings, receives[peer], strict=True):

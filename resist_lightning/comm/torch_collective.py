@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
-from resist_lightning.comm.collective import Collective, Finish, Messages
+from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
 from resist_lightning.comm.group import check_backend, second_group
 from resist_lightning.comm.waiting import Operation, wait_polling
 
@@ -101,7 +101,9 @@ class GroupCollective(Collective):
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
     @override
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
         operations = []
         landings: list[Tensor] = []
         arriving: list[Tensor] = []
@@ -122,8 +124,9 @@ class GroupCollective(Collective):
                 sent += flat.nbytes
                 operations.append(dist.P2POp(dist.isend, wires[id(flat)], peer, self._group, tag))
         assert sum(kinds.values()) == sent
-        if operations:
-            self._wait(dist.batch_isend_irecv(operations))
+        begun = dist.batch_isend_irecv(operations) if operations else []
+        meanwhile()
+        self._wait(begun)
         self._from_wire(landings, arriving)
         self.sent_bytes.update(kinds)
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
-from resist_lightning.comm.collective import Collective, Finish, Messages
+from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
 from tests.helpers.threads import SECONDS, call_in_threads
 
 KNOWN = {
@@ -293,12 +293,17 @@ class StrictCollective(Collective):
         if self.worker == 0:
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
         outgoing = [(peer, flat) for peer, flats in sorted(sends.items()) for flat in flats]
         incoming = [(peer, flat) for peer, flats in sorted(receives.items()) for flat in flats]
         assert sum(kinds.values()) == sum(flat.nbytes for _, flat in outgoing)
+        finish: Finish = do_nothing
         if outgoing or incoming:
-            self._begin(Operation(self.worker, "exchange", sends=outgoing, receives=incoming))()
+            finish = self._begin(Operation(self.worker, "exchange", sends=outgoing, receives=incoming))
+        meanwhile()
+        finish()
         self.sent_bytes.update(kinds)
 
     def start_send(self, flat: Tensor, target: int, tag: int, kind: str) -> Finish:

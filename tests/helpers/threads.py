@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from resist_lightning.comm.collective import Collective, Finish, Messages
+from resist_lightning.comm.collective import Collective, Finish, Meanwhile, Messages, do_nothing
 
 SECONDS = 20.0
 
@@ -106,11 +106,13 @@ class ThreadCollective(Collective):
         if self.worker == 0:
             self.sent_bytes[kind] += flat.nbytes * (self.workers - 1)
 
-    def exchange(self, sends: Messages, receives: Messages, kinds: Mapping[str, int]) -> None:
+    def exchange(
+        self, sends: Messages, receives: Messages, kinds: Mapping[str, int], meanwhile: Meanwhile = do_nothing
+    ) -> None:
         self.room.log.append((self.worker, "exchange", "+".join(sorted(kinds))))
-        offered = self.room.share(
-            self.worker, {peer: [flat.clone() for flat in flats] for peer, flats in sends.items()}
-        )
+        sends = {peer: [flat.clone() for flat in flats] for peer, flats in sends.items()}
+        meanwhile()
+        offered = self.room.share(self.worker, sends)
         wanted = {peer: offered[peer].get(self.worker, []) for peer in range(self.workers) if peer != self.worker}
         assert {peer for peer, flats in wanted.items() if flats} == set(receives), "a message nobody waits for"
         for peer, flats in receives.items():

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.packing import empty_like_packed, pack, unpack
+from resist_lightning.comm.collective import Collective, Meanwhile, do_nothing
+from resist_lightning.comm.packing import empty_like_packed, unpack
 from resist_lightning.comm.tensors import all_sendable
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.pieces import Part
@@ -38,6 +38,7 @@ class Messages:
         parts: Mapping[str, Part],
         pieces: Iterable[KeyedPiece],
         held: Sequence[Partition],
+        staying: Callable[[list[Arrived]], None],
         kind: str = "hand_over",
     ) -> list[Arrived]:
         """Send and receive the pieces that leave or reach this worker, in an order that both ends agree upon.
@@ -48,31 +49,33 @@ class Messages:
             parts: this worker's, by key.
             pieces: what moves, by key.
             held: the partitions by which slices are cut.
+            staying: called while messages travel, with copies of the pieces that stay on this worker. From then on
+                nothing is read of the parts.
             kind: how the bytes of all but optimizer state are counted.
 
         Returns:
-            The pieces to write here; those that stay on this worker are copies, too.
+            The pieces of others to write here.
         """
-        outgoing: dict[int, list[Tensor]] = defaultdict(list)
+        outgoing: dict[int, list[KeyedPiece]] = defaultdict(list)
         expected: dict[int, list[KeyedPiece]] = defaultdict(list)
-        stays: list[Arrived] = []
+        stays: list[KeyedPiece] = []
         kinds: Counter[str] = Counter()
         # In the order of the list, which is how the other end unpacks them.
         for key, piece in pieces:
             if piece.source != self._worker:
                 expected[piece.source].append((key, piece))
-                continue
-            values = parts[key].take(piece, held)
-            if piece.target == self._worker:
-                stays.append(((key, piece), values))
+            elif piece.target == self._worker:
+                stays.append((key, piece))
             else:
-                outgoing[piece.target].append(values)
-                kinds["state" if parts[key].is_state else kind] += values.nbytes
-        sends = {}
-        for peer in list(outgoing):
-            # Popped, so that the pieces are freed once packed: there is one copy of what is sent.
-            sends[peer] = self._pack(outgoing.pop(peer))
-        return stays + self._exchange(sends, expected, parts, kinds)
+                outgoing[piece.target].append((key, piece))
+                part = parts[key]
+                kinds["state" if part.is_state else kind] += part.entries(piece) * part.tensor.element_size()
+        sends = {peer: self._pack(parts, leaving, held)[0] for peer, leaving in outgoing.items()}
+
+        def copy_what_stays() -> None:
+            staying([((key, piece), parts[key].take(piece, held)) for key, piece in stays])
+
+        return self._exchange(sends, expected, parts, kinds, copy_what_stays)
 
     def spread(
         self,
@@ -87,16 +90,12 @@ class Messages:
 
         Collective: every worker must call this, in the same order.
         """
-        mine: list[Arrived] = []
-        for key, piece in _all_pieces(parts, pieces_of, self._worker):
-            values = parts[key].take(piece, held)
-            mine.append(((key, piece), values))
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
         sources = peers if not at_first or self._worker == 0 else []
         targets = [peer for peer in peers if not at_first or peer == 0]
         expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in sources}
         # All peers get the same buffers, so they are packed once.
-        flats = self._pack([values for _, values in mine]) if targets else []
+        flats, mine = self._pack(parts, _all_pieces(parts, pieces_of, self._worker), held)
         sends = dict.fromkeys(targets, flats)
         sent = len(targets) * sum(flat.nbytes for flat in flats)
         return mine + self._exchange(sends, expected, parts, Counter({kind: sent}))
@@ -107,24 +106,34 @@ class Messages:
         expected: Mapping[int, list[KeyedPiece]],
         parts: Mapping[str, Part],
         kinds: Counter[str],
+        meanwhile: Meanwhile = do_nothing,
     ) -> list[Arrived]:
-        # A piece has no tensor here before it arrives; one on the meta device stands for its size and data type.
-        likes: dict[int, list[Tensor]] = defaultdict(list)
+        flats: dict[int, list[Tensor]] = {}
+        arriving: list[Arrived] = []
         for peer, pieces in expected.items():
-            for key, piece in pieces:
-                entries, dtype = parts[key].entries(piece), parts[key].tensor.dtype
-                like = torch.empty(entries, dtype=dtype, device="meta")
-                likes[peer].append(like)
-        receives = {peer: empty_like_packed(likes[peer], self._device) for peer in expected}
-        buffers = {peer: flats.values() for peer, flats in receives.items()}
-        self._collective.exchange(all_sendable(sends), all_sendable(buffers), kinds)
-        arrived: list[Arrived] = []
-        for peer, pieces in expected.items():
-            arrived += zip(pieces, unpack(receives[peer], likes[peer]), strict=True)
-        return arrived
+            flats[peer], arrived = self._space(parts, pieces)
+            arriving += arrived
+        self._collective.exchange(all_sendable(sends), all_sendable(flats), kinds, meanwhile)
+        return arriving
 
-    def _pack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(pack(tensors, self._device).values())
+    def _pack(
+        self, parts: Mapping[str, Part], pieces: Sequence[KeyedPiece], held: Sequence[Partition]
+    ) -> tuple[list[Tensor], list[Arrived]]:
+        """Pieces of this worker in flat buffers, and each as a view of its buffer."""
+        flats, views = self._space(parts, pieces)
+        for (key, piece), view in views:
+            parts[key].take(piece, held, into=view)
+        return flats, views
+
+    def _space(self, parts: Mapping[str, Part], pieces: Sequence[KeyedPiece]) -> tuple[list[Tensor], list[Arrived]]:
+        """Memory for a message: its flat buffers, and the place of each piece in them."""
+        likes = []
+        for key, piece in pieces:
+            entries, dtype = parts[key].entries(piece), parts[key].tensor.dtype
+            likes.append(torch.empty(entries, dtype=dtype, device="meta"))
+        flats = empty_like_packed(likes, self._device)
+        views = list(zip(pieces, unpack(flats, likes), strict=True))
+        return list(flats.values()), views
 
 
 def _all_pieces(parts: Mapping[str, Part], pieces_of: PiecesOf, worker: int) -> list[KeyedPiece]:

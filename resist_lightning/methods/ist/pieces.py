@@ -15,6 +15,8 @@ from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.plan import Frame, Indices, Piece
 from resist_lightning.schedule.partition import Partition
 
+_AT_ONCE = 2**17  # entries that are copied at a time, so that they and their places stay in the cache
+
 
 @dataclass(frozen=True)
 class Part:
@@ -36,29 +38,31 @@ class Part:
     store: Tensor | None = None
     is_state: bool = False
 
-    def take(self, piece: Piece, held: Sequence[Partition]) -> Tensor:
-        """The entries of a piece that leaves, as a flat copy on the device of the tensor."""
+    def take(self, piece: Piece, held: Sequence[Partition], into: Tensor | None = None) -> Tensor:
+        """The entries of a piece that leaves, as a flat copy on the device of the tensor, or in ``into`` if given."""
         view, rows, columns = self._place(piece, piece.leaves, held)
-        if rows is None:
-            assert columns is not None
-            taken = view.index_select(1, columns)
-        elif columns is None:
-            taken = view.index_select(0, rows)
-        else:
-            taken = view[rows.unsqueeze(1), columns]
-        return taken.flatten().to(self.tensor.device)
+        if into is None:
+            into = torch.empty(self.entries(piece), dtype=view.dtype, device=self.tensor.device)
+        shape = _shape_of(view, rows, columns)
+        if into.device == view.device:
+            _gather(view, rows, columns, into.view(shape))
+            return into
+        # The store is on the CPU.
+        gathered = torch.empty(shape, dtype=view.dtype, device=view.device)
+        _gather(view, rows, columns, gathered)
+        return into.copy_(gathered.flatten())
 
     def put(self, piece: Piece, held: Sequence[Partition], flat: Tensor) -> None:
         """Write the entries of a piece that arrives."""
         view, rows, columns = self._place(piece, piece.enters, held)
-        values = flat.to(view.device)
+        values = flat.to(view.device).view(_shape_of(view, rows, columns))
         if rows is None:
             assert columns is not None
-            view.index_copy_(1, columns, values.view(len(view), len(columns), *view.shape[2:]))
+            view.index_copy_(1, columns, values)
         elif columns is None:
-            view.index_copy_(0, rows, values.view(len(rows), *view.shape[1:]))
+            view.index_copy_(0, rows, values)
         else:
-            view[rows.unsqueeze(1), columns] = values.view(len(rows), len(columns), *view.shape[2:])
+            _scatter(view, rows, columns, values)
 
     def entries(self, piece: Piece) -> int:
         """How many numbers a piece has."""
@@ -107,6 +111,51 @@ class Part:
             return _index(columns)
         assert self.cut.columns is not None
         return _positions(columns, held[self.cut.columns].held[self.worker])
+
+
+def _shape_of(view: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[int, ...]:
+    shape = list(view.shape)
+    if rows is not None:
+        shape[0] = len(rows)
+    if columns is not None:
+        shape[1] = len(columns)
+    return tuple(shape)
+
+
+def _gather(view: Tensor, rows: Tensor | None, columns: Tensor | None, out: Tensor) -> None:
+    """Copy rows x columns of a tensor into another one."""
+    if rows is None:
+        assert columns is not None
+        torch.index_select(view, 1, columns, out=out)
+    elif columns is None:
+        torch.index_select(view, 0, rows, out=out)
+    else:
+        # Whole rows first, so few that they are still in the cache when columns are taken of them.
+        step = max(1, _AT_ONCE // view[0].numel())
+        for some, part in zip(rows.split(step), out.split(step), strict=True):
+            torch.index_select(view.index_select(0, some), 1, columns, out=part)
+
+
+def _scatter(view: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Copy a tensor into rows x columns of another one."""
+    # By places in memory: indexing by rows and columns takes twice as long.
+    memory = view.as_strided((_extent(view),), (1,))
+    within_row = columns * view.stride(1)
+    for size, stride in zip(view.shape[2:], view.stride()[2:], strict=True):
+        further = torch.arange(size, device=view.device) * stride
+        within_row = within_row.unsqueeze(-1) + further
+    # Some rows at a time: a place takes eight bytes.
+    step = max(1, _AT_ONCE // within_row.numel())
+    for some, part in zip(rows.split(step), values.split(step), strict=True):
+        starts = some * view.stride(0)
+        places = starts.unsqueeze(1) + within_row.flatten()
+        memory.scatter_(0, places.flatten(), part.flatten())
+
+
+def _extent(view: Tensor) -> int:
+    """How many entries lie from the first to the last one of a tensor in memory."""
+    steps = [(size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)]
+    return 1 + sum(steps)
 
 
 def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:

@@ -96,19 +96,30 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         parts = {**self._parts(), **state}
         if plan.several_holders:
             self._merge(self._parts() if self._no_state_travels else parts, plan, "merge")
-        arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before)
+        after: dict[str, Part] = {}
+
+        # While messages travel: whatever leaves has been copied by then.
+        def write_what_stays(stays: list[Arrived]) -> None:
+            after.update(self._parts_of_next(round + 1, state))
+            self._put(after, stays, plan)
+
+        arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before, write_what_stays)
+        self._put(after, arrived, plan)
+        self._states.take_numbers()
+
+    def _parts_of_next(self, round: int, state: dict[str, Part]) -> dict[str, Part]:
+        """Make room for a round. The caller must fill the slices, of weights and of the state that moves."""
         self._forget_others(state)
         # Gradients belong to the neurons that have left.
         for tensor in self._subnet.tensors.values():
             tensor.grad = None
         counters = self._counters({_parameter_of(key) for key in state})
-        if self._subnet.hold(round + 1):
+        if self._subnet.hold(round):
             state = self._new_state(counters)
         # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
         for part in state.values():
             part.tensor.zero_()
-        self._put({**self._parts(), **state}, arrived, plan)
-        self._states.take_numbers()
+        return {**self._parts(), **state}
 
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
@@ -177,8 +188,12 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         by_cut = _Planned(lambda cut: merged_pieces(cut, plan, self._worker))
         moving = [(key, piece) for key, part in parts.items() for piece in by_cut[part.cut]]
         arrived: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
-        for (key, piece), values in self._messages.transfer(parts, moving, plan.before, kind):
-            arrived[key].append((piece, values))
+
+        def add(pieces: list[Arrived]) -> None:
+            for (key, piece), values in pieces:
+                arrived[key].append((piece, values))
+
+        add(self._messages.transfer(parts, moving, plan.before, add, kind))
         for key, sent in arrived.items():
             write_means(parts[key], sent, plan.before, plan.left_out)
 
