@@ -210,6 +210,20 @@ MUTANTS = (
         ("tests/unit/methods/auxnet/step/test_learning.py",),
     ),
     Mutant(
+        "entries placed as if memory were in the order of dimensions",
+        "methods/ist/pieces.py",
+        "starts = some * view.stride(0)",
+        "starts = some * view[0].numel()",
+        ("tests/unit/methods/ist/test_pieces.py",),
+    ),
+    Mutant(
+        "neurons that stay on their worker are lost",
+        "methods/ist/sync.py",
+        "self._put(after, stays, plan)",
+        "pass",
+        ("tests/unit/methods/ist/test_sync.py",),
+    ),
+    Mutant(
         "slice to the wrong worker",
         "methods/ist/plan.py",
         "yield Piece(source, target, rows, columns)",
