@@ -6,7 +6,7 @@ Only tensors that all workers hold whole are averaged (section 2.4 of the specif
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, have_several_holders, pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, PlannedByCut, have_several_holders, pieces
 from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.partition import Partition
@@ -68,10 +68,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def begin(self, round: int) -> None:
         held = self._layout.partition(round)
         self._states.forget_odd()  # state of another shape than its parameter's cannot be divided
-        known = []
-        for name, parameter in self._parameters.items():
-            if self._states.known(parameter):
-                known.append(name)
+        known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
         counters = self._counters(known)
         slices: list[tuple[str, Piece, Tensor]] = []
         # Slices and stores are copied out first: to make room, the full tensors are given up.
@@ -185,7 +182,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _merge(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
         """Give what several workers hold its mean over them, in the slice of its owner or the store of its keeper."""
-        by_cut = _Planned(lambda cut: merged_pieces(cut, plan, self._worker))
+        by_cut = PlannedByCut(lambda cut: merged_pieces(cut, plan, self._worker))
         moving = [(key, piece) for key, part in parts.items() for piece in by_cut[part.cut]]
         arrived: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
 
@@ -226,8 +223,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
         """The pieces that leave or reach this worker, by key, in the same order on all workers."""
         all_moves = handed_over_pieces if plan.several_holders else pieces
-        moved = _Planned(lambda cut: all_moves(cut, plan, self._worker))
-        stayed = _Planned(lambda cut: staying_pieces(cut, plan, self._worker))
+        moved = PlannedByCut(lambda cut: all_moves(cut, plan, self._worker))
+        stayed = PlannedByCut(lambda cut: staying_pieces(cut, plan, self._worker))
         moving = []
         for key, part in parts.items():
             # Under "keep", optimizer state moves within this worker's slice only.
@@ -294,18 +291,6 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, values)
-
-
-class _Planned(dict[Cut, list[Piece]]):
-    """Pieces by cut: many tensors are cut alike, and planning takes time that grows with the square of the workers."""
-
-    def __init__(self, plan: Callable[[Cut], list[Piece]]) -> None:
-        super().__init__()
-        self._plan = plan
-
-    def __missing__(self, cut: Cut) -> list[Piece]:
-        self[cut] = self._plan(cut)
-        return self[cut]
 
 
 def _parameter_of(key: str) -> str:
