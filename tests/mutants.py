@@ -63,6 +63,27 @@ MUTANTS = (
         ("tests/distributed/test_memory.py",),
     ),
     Mutant(
+        "a worker's own file in its memory",
+        "strategies/saving/checkpoint_files.py",
+        "read_sealed(found[0], mapped=True)",
+        "read_sealed(found[0])",
+        ("tests/experiments/test_phases.py",),
+    ),
+    Mutant(
+        "the full model's file in the memory of every worker",
+        "strategies/saving/checkpoint_io.py",
+        "mmap=True",
+        "mmap=False",
+        ("tests/experiments/test_phases.py",),
+    ),
+    Mutant(
+        "the full weights twice on worker 0 for a checkpoint",
+        "strategies/saving/saver.py",
+        "copy = not at_once or value.untyped_storage().data_ptr() in own",
+        "copy = True",
+        ("tests/experiments/test_phases.py",),
+    ),
+    Mutant(
         "every block to every worker at the start",
         "methods/resist/start.py",
         "for holder in partition.holders(block) if holder != 0",
@@ -416,7 +437,7 @@ MUTANTS = (
     Mutant(
         "right after a sync, averages that are shown are taken for equal",
         "engine/evaluation.py",
-        "changes = changes or int(self._own.swapped_since_note(self._own_tensors()))",
+        "changes = changes or int(self.own.swapped_since_note(self._own_tensors()))",
         "pass",
         ("tests/integration/test_validation_hooks.py",),
     ),

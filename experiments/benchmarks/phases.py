@@ -17,7 +17,7 @@ import gc
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
 from experiments.benchmarks import tables
@@ -68,16 +68,24 @@ class Block(nn.Module):
         return x + self.out(torch.relu(self.inside(x)))
 
 
-def chain(width: int, blocks: int) -> nn.Sequential:
-    """The network; its first layer is as large as two blocks."""
+def chain(width: int, blocks: int, inputs: int = 8) -> nn.Sequential:
+    """The network; with ``inputs`` times ``width`` numbers its first layer is as large as ``inputs`` / 4 blocks."""
     body = nn.Sequential(*(Block(width) for _ in range(blocks)))
-    return nn.Sequential(nn.Linear(8 * width, width), body, nn.Linear(width, 10))
+    return nn.Sequential(nn.Linear(inputs * width, width), body, nn.Linear(width, 10))
+
+
+def sizes(width: int, inputs: int = 8) -> tuple[int, int]:
+    """Bytes of the shared weights, and of a block's."""
+    shared, with_block = (
+        4 * sum(parameter.numel() for parameter in chain(width, blocks, inputs).parameters()) for blocks in (0, 1)
+    )
+    return shared, with_block - shared
 
 
 class Net(L.LightningModule):
     """Builds its network in the constructor, or ``late`` in ``configure_model``."""
 
-    def __init__(self, size: tuple[int, int], *, late: bool) -> None:
+    def __init__(self, size: tuple[int, int, int], *, late: bool) -> None:
         super().__init__()
         self.size = size
         self.net = None if late else chain(*size)
@@ -111,7 +119,8 @@ class _Mallinfo(ctypes.Structure):
 class Phases:
     """The peak of each phase: bytes from malloc, and bytes in RAM."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], Any]) -> None:
+        self._on_phase = on_phase
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 16)  # tensors of 64 KiB and more come from mmap, and are gone when they are freed
         self._ask = libc.mallinfo2
@@ -134,6 +143,7 @@ class Phases:
             for key, value in peaks.items():
                 known[key] = max(known[key], value - self._before[key])
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+        self._on_phase(phase)
         with self._lock:
             self._phase, self._peak = phase, self._allocated()
 
@@ -181,16 +191,30 @@ class Marks(L.Callback):
         self.phases.mark("end")
 
 
+def stated_bytes(part: int, width: int) -> dict[str, int]:
+    """The most that a worker but the first may have in each phase, by the closed form of docs/how-it-works.md.
+
+    Args:
+        part: bytes of the weights that it holds, Q + k b.
+        width: of the network.
+    """
+    shared, block = sizes(width)
+    return {
+        "start": part + max(shared, block), "training": 3 * part, "sync": 3 * part, "evaluation": 2 * part + block,
+        "checkpoint": 3 * part + block, "end": 3 * part + block, "resume": 2 * part,
+    }  # fmt: skip
+
+
 def strategy_for(method: str) -> Strategy:
-    if method == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
+    if method in ("ddp", "single"):
+        return DDPStrategy(process_group_backend="gloo") if method == "ddp" else SingleDeviceStrategy("cpu")
     if method == "local_sgd":
         return LocalSGDStrategy(local_steps=2)
     first = {"evaluate_on": "first", "full_model_on": "first"} if method == "resist_late" else {}
     return ResISTStrategy(local_steps=2, min_blocks=0, blocks="net.1.*", **first)
 
 
-def fit(method: str, size: tuple[int, int], path: Path, phases: Phases, ckpt_path: Path | None) -> Any:
+def fit(method: str, size: tuple[int, int, int], path: Path, phases: Phases, ckpt_path: Path | None) -> Any:
     phases.mark("resume" if ckpt_path else "start")
     module = Net(size, late=method == "resist_late")
     strategy = strategy_for(method)
@@ -199,27 +223,30 @@ def fit(method: str, size: tuple[int, int], path: Path, phases: Phases, ckpt_pat
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.phases = phases  # type: ignore[attr-defined]
-    batches: Any = [torch.randn(2, 8 * size[0]) for _ in range(STEPS)]
+    batches: Any = [torch.randn(2, size[0] * size[2]) for _ in range(STEPS)]
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), batches[:1], ckpt_path=ckpt_path)
     return strategy
 
 
-def measure(worker: int, task: tuple[str, int, int, str]) -> dict[str, Any]:
+def measure(
+    worker: int, task: tuple[str, int, int, str], inputs: int = 8, on_phase: Callable[[str], Any] = lambda phase: None
+) -> dict[str, Any]:
     """A worker: trains, and resumes from its checkpoint."""
     method, width, blocks, folder = task
     quiet()
     path = Path(folder) / f"{method}.ckpt"
-    chain(8, 1)(torch.randn(2, 64)).sum().backward()  # what libraries make once is theirs
-    phases = Phases()
-    strategy = fit(method, (width, blocks), path, phases, None)
+    chain(width, 1, inputs)(torch.randn(2, inputs * width)).sum().backward()  # what libraries make once is theirs
+    phases = Phases(on_phase)
+    size = width, blocks, inputs
+    strategy = fit(method, size, path, phases, None)
     engine = getattr(strategy, "engine", None)
     part = engine.layout.held_parameters(0)[worker] if engine is not None else None
     del strategy, engine
     phases.mark("")
     gc.collect()
-    fit(method, (width, blocks), path, phases, path)
+    fit(method, size, path, phases, path)
     phases.end()
-    return {"part": part, "phases": {phase: phases.found[phase] for phase in PHASES}}
+    return {"part": part, "phases": {phase: phases.found[phase] for phase in PHASES if phase in phases.found}}
 
 
 def run(_: Sequence[str], options: Options) -> None:
@@ -231,10 +258,11 @@ def run(_: Sequence[str], options: Options) -> None:
                 task = method, options.width, options.blocks, folder
                 found = forked(measure, task, workers)
             for worker, row in enumerate(found):
-                part = row["part"] or parameters
-                rows.append(
-                    {"method": method, "workers": workers, "worker": worker, "bound": 12 * part, **row["phases"]}
-                )
+                part = 4 * (row["part"] or parameters)
+                mine = {"method": method, "workers": workers, "worker": worker, "bound": 3 * part, **row["phases"]}
+                if method == "resist_late":
+                    mine["stated"] = stated_bytes(part, options.width)
+                rows.append(mine)
             print(f"measured: {method}, {workers} workers", flush=True)
     out = Path(options.out)
     settings = {"width": options.width, "blocks": options.blocks}

@@ -244,6 +244,10 @@ def _by_phase(content: Content, what: str, title: str) -> Grid:
                 )
                 cells.append(f"{others / 1e6:.0f} ({first / 1e6:.0f})")
             table.append([many, METHODS[method], f"{bound / 1e6:.0f}", *cells])
+            stated = [row["stated"] for row in rows if row["workers"] == many and row["worker"] and "stated" in row]
+            if method == "resist_late" and what == "allocated":
+                most_stated = [f"{max(each[phase] for each in stated) / 1e6:.0f}" for phase in PHASES]
+                table.append([many, "by the closed form, at most", "", *most_stated])
     return Grid(title, ["workers", "MB", "3 (Q + k b)", *PHASES], table)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from resist_lightning.errors import CheckpointError
 
@@ -101,14 +103,14 @@ def write_sealed(state: object, folder: Path, stem: str) -> Path:
     return _write(state, folder, stem, lambda crc: f"{stem}.{crc:08x}{SEALED_SUFFIX}")
 
 
-def read_sealed(path: Path) -> Any:
-    """Read a file of :func:`write_sealed`, with ``weights_only=True``.
+def read_sealed(path: Path, *, mapped: bool = False) -> Any:
+    """Check a file of :func:`write_sealed`, and read it as :func:`read_file` does.
 
     Raises:
         CheckpointError: if it cannot be read, or its content is not what its name says.
     """
     check_sealed(path)
-    return read_file(path)
+    return read_file(path, mapped=mapped)
 
 
 def check_sealed(path: Path) -> None:
@@ -153,7 +155,8 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
     refused = []
     for name, part in parts.items():
         buffer = io.BytesIO()
-        torch.save(part, buffer)
+        # Without the values of tensors, which may be as large as what this worker holds.
+        torch.save(tree_map(lambda value: value.new_empty(0) if type(value) is Tensor else value, part), buffer)
         buffer.seek(0)
         try:
             torch.load(buffer, map_location="cpu", weights_only=True)

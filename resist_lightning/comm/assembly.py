@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -19,7 +18,8 @@ TensorsOf: TypeAlias = Callable[[int], Sequence[Tensor]]
 def collect(exchange: Exchange, sources: Mapping[int, Sequence[int]], tensors_of: TensorsOf, kind: str) -> None:
     """Give worker 0 each block, as the mean of the values that some workers have; the others only send theirs.
 
-    They send one after the other, so that worker 0 needs the memory of one message, however many they are.
+    A block at a time, so that a worker that sends needs the memory of one block beside what it holds, and worker 0 that
+    of the values of one.
 
     Collective: every worker must call this, in the same order; only worker 0 and those that send talk.
 
@@ -30,19 +30,20 @@ def collect(exchange: Exchange, sources: Mapping[int, Sequence[int]], tensors_of
         kind: how the bytes are counted.
     """
     me = exchange.collective.worker
-    arrived: dict[int, dict[int, list[Tensor]]] = defaultdict(dict)
-    for peer in range(1, exchange.collective.workers):
-        blocks = [block for block, workers in sources.items() if peer in workers]
-        if not blocks:
-            continue
-        tensors = [tensor for block in blocks for tensor in tensors_of(block)] if me in (0, peer) else []
-        flats = (pack if me == peer else empty_like_packed)(tensors, exchange.device)
-        send_to_first(exchange.collective, peer, list(flats.values()), kind)
-        pieces = iter(unpack(flats, tensors))
-        for block in blocks if me == 0 else ():
-            arrived[block][peer] = [next(pieces) for _ in tensors_of(block)]
-            if arrived[block].keys() == set(sources[block]) - {0}:
-                _take(exchange, tensors_of(block), sources[block], arrived.pop(block))
+    for block, workers in sources.items():
+        arrived: dict[int, Sequence[Tensor]] = {}
+        for peer in sorted(set(workers) - {0}):
+            arrived[peer] = _value_of(exchange, peer, tensors_of(block) if me in (0, peer) else (), kind)
+        if me == 0 and arrived:
+            _take(exchange, tensors_of(block), workers, arrived)
+
+
+def _value_of(exchange: Exchange, peer: int, tensors: Sequence[Tensor], kind: str) -> Sequence[Tensor]:
+    """What worker 0 receives of a worker's tensors, and that worker sends; nothing on all others. Collective."""
+    me = exchange.collective.worker
+    flats = (pack if me == peer else empty_like_packed)(tensors, exchange.device)
+    send_to_first(exchange.collective, peer, list(flats.values()), kind)
+    return unpack(flats, tensors) if me == 0 else ()
 
 
 def _take(

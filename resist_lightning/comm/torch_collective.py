@@ -207,7 +207,7 @@ class GroupCollective(Collective):
 
     def _landing(self, flat: Tensor) -> Tensor:
         """Memory to receive into: the tensor's own, or of the host."""
-        if not self._stage:
+        if not self._stage or flat.is_cpu:
             return flat
         # Pinned memory is copied several times as fast; torch keeps what is freed for the next sync.
         return torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)

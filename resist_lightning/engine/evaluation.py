@@ -37,6 +37,7 @@ class Observation:
     Attributes:
         active: whether the full model is assembled now.
         whole: whether it is assembled here; else worker 0 alone has it, and this worker's module stays its part.
+        own: copies of this worker's part.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Observation:
         self._forward_context = forward_context
         self._recorder: InputRecorder | None = None
         self._warned = False
-        self._own = OwnTensors(layout.module)
+        self.own = OwnTensors(layout.module)
         # Counters of writes to shared tensors: from the beginning of the round, and since, up to this observation.
         self._writes_at_start = self._writes_unsynced = 0
         self._originals: dict[str, Tensor] = {}
@@ -83,14 +84,14 @@ class Observation:
         """This worker's tensors as in training, and what an evaluation needs of it."""
         unsynced = self._writes_unsynced
         # While the module is the full model, the worker's own tensors lie beside it.
-        own = self._own.as_in_training() if self.whole else None
+        own = self.own.as_in_training() if self.whole else None
         named = named_tensors(self._layout.module)
         if own is None:
             tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
         else:
             tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
         if self.active:
-            unsynced += len(self._own.written())
+            unsynced += len(self.own.written())
         return {
             "tensors": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
             "inputs": self._recorder.state_dict() if self._recorder is not None else None,
@@ -106,7 +107,7 @@ class Observation:
     @property
     def swapped(self) -> bool:
         """Whether weights were exchanged between :meth:`note_weights` and the full model that was assembled last."""
-        return self._own.swapped
+        return self.own.swapped
 
     def note_weights(self) -> None:
         """Copy the weights before code runs that may exchange them for an evaluation. Sends nothing."""
@@ -114,11 +115,11 @@ class Observation:
             return  # nothing will be put back here
         with torch.inference_mode(False):
             self._layout.tensors.keep()
-            self._own.note(self._own_tensors())
+            self.own.note(self._own_tensors())
 
     def forget_notes(self) -> None:
         """Free the copies of :meth:`note_weights`, when the evaluation has ended."""
-        self._own.forget_notes()
+        self.own.forget_notes()
 
     def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.
@@ -146,13 +147,13 @@ class Observation:
         differ_between_rounds = companion is not None and companion.shown  # the workers' copies
         if differ_between_rounds or self._layout.config.overlapped_steps:
             changes += 1
-        changes = changes or int(self._own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
+        changes = changes or int(self.own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
         plan = sync_plan()
         at_first = self._at_first(purpose)
         elsewhere = self._elsewhere(at_first)
         if keep and (not elsewhere or plan.left_out or self._sync.writes_to_assemble):
-            self._own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
+            self.own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
         # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
         unequal = any(changes for _, changes in reports)
         (self._sync.assemble_at_first if at_first else self._sync.assemble)(plan, kind, unequal=unequal)
@@ -172,11 +173,11 @@ class Observation:
         elif estimate:
             estimated = recalibrate(self._layout.module, calls, self._forward_context, still) if calls else []
             self._share_estimates(estimated, None if at_first else kind, plan.left_out)
-        self._own.watch(self._layout.scaling.tensors().keys() | buffers.keys())
+        self.own.watch(self._layout.scaling.tensors().keys() | buffers.keys())
 
     def put_back(self, round: int) -> None:
         """Return to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
-        self._writes_unsynced += len(self._own.written())
+        self._writes_unsynced += len(self.own.written())
         whole = self.whole
         self._batch_statistics.remove()
         self._layout.scaling.take_off()
@@ -186,7 +187,7 @@ class Observation:
             self._layout.companion.keep(written)
         if whole:
             self._sync.make_room(round)
-        self._own.restore()
+        self.own.restore()
         self._writes_at_start = self._writes() - self._writes_unsynced
 
     def settle(self) -> None:
@@ -199,15 +200,15 @@ class Observation:
 
     def written(self) -> Collection[str]:
         """Names of the tensors that the user's code has written in this observation, and that stay so."""
-        return self._own.written().keys()
+        return self.own.written().keys()
 
     def written_values(self) -> dict[str, Tensor]:
         """The values of :meth:`written`, on the CPU."""
-        return {name: tensor.detach().cpu() for name, tensor in self._own.written().items()}
+        return {name: tensor.detach().cpu() for name, tensor in self.own.written().items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Write what worker 0's :meth:`written_values` has, where this worker has a place for it."""
-        present = self._own.write(values)
+        present = self.own.write(values)
         if self._layout.companion is not None:
             self._layout.companion.keep(present)
 
@@ -255,7 +256,7 @@ class Observation:
         """End the observation; returns the names of tensors that the user's code has written in it."""
         self._originals, self._statistics = {}, {}
         self.active = self.whole = False
-        return self._own.stop_watching()
+        return self.own.stop_watching()
 
     def _share_estimates(self, estimated: list[Tensor], kind: str | None, left_out: Sequence[int]) -> None:
         """Give the full model batch-norm statistics that all who have it share; ``kind`` is None on worker 0 alone."""
@@ -285,9 +286,8 @@ class Observation:
 
     def _at_first(self, purpose: Purpose) -> bool:
         """Whether worker 0 alone gets the full model."""
-        config = self._layout.config
-        alone = config.first_ends if purpose == Purpose.FINISH else config.first_evaluates
-        return alone and self._layout.workers > 1
+        config, ending = self._layout.config, purpose == Purpose.FINISH
+        return self._layout.workers > 1 and (config.first_ends if ending else config.first_evaluates)
 
     def _elsewhere(self, at_first: bool) -> bool:
         """Whether the full model is not assembled here, where worker 0 alone may get it."""

@@ -61,6 +61,10 @@ class OwnTensors:
                 copy = tensor.detach().clone()
             self._copies.append((tensor, copy))
 
+    def storages(self) -> set[int]:
+        """Where the tensors lie that :meth:`restore` will write."""
+        return {tensor.untyped_storage().data_ptr() for tensor, _ in self._copies}
+
     def watch(self, ours: Collection[str]) -> None:
         """From now on notice writes to buffers and frozen parameters, but for those that are named."""
         # A slice has become a whole tensor: it is ours too.

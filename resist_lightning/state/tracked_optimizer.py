@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
+from resist_lightning.state.host_copies import copied
 from resist_lightning.state.optimizer_probe import Findings, Slot
 
 _ABSENT: Any = ...  # survives deepcopy as the same object
@@ -92,18 +94,18 @@ class TrackedOptimizer:
         return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Load :meth:`state_dict` in place, without the casts of torch's ``load_state_dict``."""
+        """Load copies of :meth:`state_dict` in place, without the casts of torch's ``load_state_dict``."""
         # In place because the groups may belong to another optimizer too.
         parameters: list[nn.Parameter] = []
         for group, values in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
-            group.update({name: value for name, value in values.items() if name != "params"})
+            group.update(copied({name: value for name, value in values.items() if name != "params"}))
             known = set(map(id, parameters))
             parameters += [parameter for parameter in group["params"] if id(parameter) not in known]
         groups = self.groups()
         self.optimizer.state.clear()
         for place, state in saved["state"].items():
             if not isinstance(place, int):  # state of the whole optimizer, under a name
-                self.optimizer.state[place] = state
+                self.optimizer.state[place] = copied(state)
                 continue
             parameter = parameters[place]
             slots = self.slots(groups[id(parameter)], parameter.dim())
@@ -111,8 +113,8 @@ class TrackedOptimizer:
             for name, value in state.items():
                 # Step counters stay on the CPU in most optimizers, wherever the parameter is.
                 counter = name in slots and not slots[name].shaped
-                loaded[name] = _to_device(value, slots[name].device if counter else parameter.device)
-        vars(self.optimizer).update(saved.get("attributes", {}))
+                loaded[name] = _copied_to(slots[name].device if counter else parameter.device, value)
+        vars(self.optimizer).update(copied(saved.get("attributes", {})))
 
     def _first(self, group: dict[str, Any], name: str) -> Any:
         """A group's number before the first step; of an optimizer that has stepped, its default."""
@@ -148,11 +150,6 @@ def _put_back(values: dict[str, Any], first: dict[str, Any]) -> None:
             values[name] = copy.deepcopy(value)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_to_device(item, device) for item in value]
-    return value
+def _copied_to(device: torch.device, value: Any) -> Any:
+    """``value`` with copies of all tensors in it, on a device."""
+    return tree_map(lambda each: each.to(device, copy=True) if isinstance(each, Tensor) else each, value)

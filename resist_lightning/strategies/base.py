@@ -209,7 +209,8 @@ class SubnetStrategy(MessagesStrategy):
         # Not by the trainer: the main process of forked workers has a module that no trainer is attached to.
         assert self.lightning_module is not None
         module = self.lightning_module
-        return self.saver.take(module, self.session, self.resumer.state_of(module), interrupted=self.interrupted)
+        state = self.resumer.state_of(module)
+        return self.saver.take(module, self.session, state, self.checkpoint_io, interrupted=self.interrupted)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

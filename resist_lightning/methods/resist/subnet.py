@@ -83,6 +83,13 @@ class Subnet:
         """All blocks but those that are present now and in ``keep``."""
         return [p.block for index, p in enumerate(self._blocks) if not (p.present and index in keep)]
 
+    def forget_gradients(self, keep: Collection[int]) -> list[Block]:
+        """Free the gradients of present blocks that are not in ``keep``, and return these: messages need the room."""
+        leaving = [p.block for index, p in enumerate(self._blocks) if p.present and index not in keep]
+        for block in leaving:
+            block.module.zero_grad(set_to_none=True)
+        return leaving
+
     def hold(self, keep: Collection[int], reason: Callable[[int], str] | None = None) -> None:
         """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them.
 

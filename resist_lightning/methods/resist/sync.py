@@ -143,6 +143,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             for index in self._owned_blocks(plan) if self._worker not in plan.left_out else ():
                 self._outer.step(self._layout.blocks[index].tensors().values())
             plan = self.with_velocities(plan, round)
+        leaving = self._subnet.forget_gradients(self._layout.partition(round + 1).held[self._worker])
+        if self._layout.config.momentum != "travel":
+            self._states.drop(parameters_of(leaving))
         self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
         self._states.take_numbers()
 

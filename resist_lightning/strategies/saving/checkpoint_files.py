@@ -28,6 +28,7 @@ from torch import nn
 from resist_lightning.checkpoint.files import read_sealed, write_sealed
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import CheckpointError, CheckpointNotWritten, PartialModelError, process_name
+from resist_lightning.strategies.saving.members import detached
 
 CHECKPOINT_KEY = "resist_lightning"
 """Key of the state that a checkpoint has beside its ``state_dict``; plain Lightning ignores it."""
@@ -181,6 +182,9 @@ def files_named_in(checkpoint: Mapping[str, Any]) -> list[str]:
 def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] | None:
     """The state of a worker in a checkpoint, or None if its file is gone.
 
+    Tensors of the model and of optimizers are read when they are copied to where they belong: in memory they would need
+    as much as the worker itself.
+
     Args:
         state: the checkpoint's part under :data:`CHECKPOINT_KEY`.
         path: from which it was loaded, which may be a link.
@@ -199,13 +203,13 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
     if not found:
         return None
     try:
-        own: dict[str, Any] = read_sealed(found[0])
+        own: dict[str, Any] = read_sealed(found[0], mapped=True)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Remove the folder {found[0].parent} to resume from the full model alone, in which the workers' "
             "steps since the last sync are averaged."
         ) from error
-    return own
+    return detached(own)
 
 
 def folder_of(path: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities import cloud_io
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -21,6 +24,7 @@ from resist_lightning.checkpoint.files import check_seal, explain, to_sealed_byt
 from resist_lightning.checkpoint.snapshots import SnapshotFolder
 from resist_lightning.engine.resume import STATE_VERSION
 from resist_lightning.errors import CheckpointError
+from resist_lightning.state.host_copies import copied
 from resist_lightning.strategies.saving.checkpoint_files import (
     CHECKPOINT_KEY,
     exists,
@@ -28,6 +32,8 @@ from resist_lightning.strategies.saving.checkpoint_files import (
     local_path,
     remove_files,
 )
+
+_WEIGHTS_ONLY = inspect.signature(cloud_io._load).parameters["weights_only"].default  # Lightning's; 2.5 has another one
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -59,7 +65,10 @@ class AtomicIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
-        if local_path(path) is not None or str(path).startswith("http"):
+        local = local_path(path)
+        if local is not None and zipfile.is_zipfile(local):
+            return _load_mapped(local, *args, **options)
+        if local is not None or str(path).startswith("http"):
             return super().load_checkpoint(path, *args, **options)
         system = get_filesystem(path)
         if not exists(path):
@@ -68,6 +77,19 @@ class AtomicIO(TorchCheckpointIO):
         check_seal(content, path, sealed=True)
         found: dict[str, Any] = torch.load(content, *(args or ("cpu",)), **options)
         return found
+
+
+def _load_mapped(path: Path, map_location: Any = "cpu", weights_only: bool | None = _WEIGHTS_ONLY) -> dict[str, Any]:
+    """Load a checkpoint whose weights are read when they are copied to where they belong.
+
+    A worker needs a part of them; in memory all would need as much as the full model.
+    """
+    found: Any = torch.load(path, map_location, weights_only=weights_only, mmap=True)
+    if not isinstance(found, dict):
+        return found  # type: ignore[no-any-return] # the caller looks
+    mapped = {key: found[key] for key in ("state_dict", CHECKPOINT_KEY) if key in found}
+    # What is kept longer is copied: somebody may overwrite the file while the run goes on.
+    return {**copied({key: value for key, value in found.items() if key not in mapped}), **mapped}
 
 
 def or_atomic(plugin: CheckpointIO | None) -> CheckpointIO:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from resist_lightning.comm.collective import Collective
+from resist_lightning.state.host_copies import copied
 
 _OF_EACH = ("host", "inputs")  # position in the data and random numbers; recorded batches
 
@@ -37,3 +38,9 @@ def of_member(own: dict[str, Any] | None, collective: Collective) -> dict[str, A
     if len(of_each) != collective.members:
         return None
     return {**own, **of_each[collective.member]}
+
+
+def detached(own: dict[str, Any]) -> dict[str, Any]:
+    """A state that was read with ``mapped=True``, with copies in memory of what the run keeps; the rest it copies."""
+    kept = ("host", "members")
+    return {**own, **copied({key: own[key] for key in kept if key in own})}

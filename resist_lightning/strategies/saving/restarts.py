@@ -84,7 +84,8 @@ class Restarts:
         Collective: every worker must call this, in the same order.
 
         Returns:
-            This worker's own file, or another one's after another number of workers.
+            This worker's own file, or another one's after another number of workers; values are read from the disk only
+            when they are used.
 
         Raises:
             CheckpointError: if there is no such round.
@@ -108,7 +109,7 @@ class Restarts:
         # There may be several of a round, of different numbers of workers.
         self.chosen = next(s for s in snapshots if s.round == round and needed(s, worker, workers))
         # All checksums have been looked at, by some worker each.
-        first: dict[str, Any] = read_file(needed(self.chosen, worker, workers)[0])
+        first: dict[str, Any] = read_file(needed(self.chosen, worker, workers)[0], mapped=True)
         return first
 
     def _readable_by_worker(self, mine: list[int]) -> list[set[int]]:

@@ -17,11 +17,12 @@ from resist_lightning.checkpoint.files import check_loadable
 from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import attach_hooks
+from resist_lightning.state.host_copies import copied
 from resist_lightning.strategies.options import StrategyOptions
 from resist_lightning.strategies.patches import Patches
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY, read_own
 from resist_lightning.strategies.saving.checkpoint_io import load_checkpoint, snapshots_at
-from resist_lightning.strategies.saving.members import gather_members, of_member
+from resist_lightning.strategies.saving.members import detached, gather_members, of_member
 from resist_lightning.strategies.saving.restarts import Restarts
 from resist_lightning.strategies.saving.trainer_state import TrainerState
 
@@ -84,7 +85,8 @@ class Resumer:
         if folder is None or trainer.state.fn != TrainerFn.FITTING:
             return load_checkpoint(read, path, plugin)
         self._source = self._restarts_at(folder)
-        self._loaded = self._source.choose()
+        chosen = self._source.choose()
+        self._loaded = {**copied({**chosen, "own": {}}), "own": detached(chosen["own"])}
         if self._restarted:
             self._source.check_workers()
         return {**self._loaded["lightning"], "state_dict": {}, CHECKPOINT_KEY: self._loaded["place"]}
@@ -101,6 +103,7 @@ class Resumer:
             # A later fit resumes from the full model alone.
             state.pop("files", None)
             state.pop("modes", None)
+            state = copied(state)  # it was mapped, and is kept
         self.set_state(state, trainer.lightning_module)
 
     def state_of(self, module: nn.Module | None) -> dict[str, Any]:
@@ -141,6 +144,7 @@ class Resumer:
         # The engine starts with the modes that the run began with: what was switched later is a change of these.
         modes.begin(engine.layout.module)
         exact = engine.start()  # where one worker lacks its own file, nobody uses its own
+        self._state = {**state, **{key: {} for key in ("originals", "norm_statistics") if key in state}}  # are used up
         modes.apply(state.get("modes", {}))
         if own is not None and exact:
             trainer_state.load_state_dict(own["host"])

@@ -22,7 +22,7 @@ from resist_lightning.errors import CheckpointNotWritten
 from resist_lightning.strategies.saving import checkpoint_files
 from resist_lightning.strategies.saving.checkpoint_callbacks import report_not_written
 from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
-from resist_lightning.strategies.saving.checkpoint_io import forgive_thread, write_model
+from resist_lightning.strategies.saving.checkpoint_io import AtomicIO, forgive_thread, write_model
 from resist_lightning.strategies.saving.members import gather_members
 from resist_lightning.strategies.saving.trainer_state import TrainerState
 from resist_lightning.strategies.session import FitSession
@@ -53,13 +53,24 @@ class Saver:
         self._own: dict[str, Any] | None = None
 
     def take(
-        self, module: pl.LightningModule, session: FitSession | None, resume_state: dict[str, Any], *, interrupted: bool
+        self,
+        module: pl.LightningModule,
+        session: FitSession | None,
+        resume_state: dict[str, Any],
+        plugin: CheckpointIO,
+        *,
+        interrupted: bool,
     ) -> dict[str, Any]:
         """The full model's state dict; empty where there is none. Collective while the engine runs.
 
         In training, all processes but the first get it without values, on the meta device: they write no model.
 
-        ``resume_state`` is saved with a module that is complete: the state of the training that made its weights.
+        Args:
+            module: the user's.
+            session: of the newest ``fit``.
+            resume_state: saved with a module that is complete: the state of the training that made its weights.
+            plugin: will write it.
+            interrupted: whether an error has ended the run.
         """
         self._session = session
         self._own, self._saved = None, resume_state
@@ -73,21 +84,28 @@ class Saver:
             return module.state_dict()
         if interrupted or session.trainer_state.dumping:
             return {}
+        at_once = type(plugin) is AtomicIO
         if engine.observing:
-            return self._copy_full_model(engine, session.trainer_state)
+            return self._copy_full_model(engine, session.trainer_state, at_once)
         with engine.layout.showing_companion(), engine.full_model("checkpoint"):
-            return self._copy_full_model(engine, session.trainer_state)
+            return self._copy_full_model(engine, session.trainer_state, at_once)
 
-    def _copy_full_model(self, engine: Engine, trainer_state: TrainerState) -> dict[str, Any]:
+    def _copy_full_model(self, engine: Engine, trainer_state: TrainerState, at_once: bool) -> dict[str, Any]:
         self._saved = trainer_state.with_modes(engine.checkpoint_state())
         self._own = gather_members(trainer_state.of_worker(engine), engine.collective)
         # Only one process writes the file; a full model in the memory of each would fill that of a host of eight.
         if engine.collective.rank > 0:
             return _without_values(engine, partial=not engine.observation.whole)
-        copies = {}
+        own = engine.observation.own.storages()
+        copies: dict[str, Any] = {}
         for name, value in engine.module.state_dict().items():
-            # When the file is written, the module is this worker's part again.
-            copies[name] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                # When the file is written, the module is this worker's part again, and what others hold is nobody's but
+                # the file's. A plugin that writes later gets copies of that too, as hooks may change it meanwhile.
+                copy = not at_once or value.untyped_storage().data_ptr() in own
+                copies[name] = value.detach().to("cpu", copy=copy)
+            else:
+                copies[name] = value
         return copies
 
     def save(

@@ -25,7 +25,7 @@ class Full(AtomicIO):
 def save(saver: Saver, path: Path, plugin: AtomicIO, *, worker: int = 0) -> None:
     module = L.LightningModule()
     module.weight = torch.nn.Parameter(torch.ones(2))
-    state = saver.take(module, None, {"round": 3, "step": 1}, interrupted=False)
+    state = saver.take(module, None, {"round": 3, "step": 1}, AtomicIO(), interrupted=False)
     checkpoint = {"state_dict": state}
     saver.save(checkpoint, path, lambda: plugin.save_checkpoint(checkpoint, path), plugin, worker, interrupted=False)
 
