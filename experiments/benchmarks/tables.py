@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, median, pstdev
 from typing import Any
 
 from experiments.harness.record import read_record
@@ -18,6 +18,11 @@ METHODS = {
     "local_sgd": "local SGD",
     "resist": "ResIST, built whole",
     "resist_late": "ResIST, `configure_model`, `first`",
+}
+EVALUATED = {
+    "all": 'all workers (`evaluate_on="all"`)',
+    "first": 'worker 0 (`evaluate_on="first"`)',
+    "evaluator": "an evaluator",
 }
 RUNS = {"resist": "ResIST", "local_sgd": "local SGD", "ddp": "DDP (Lightning's)", "single": "one process"}
 
@@ -251,7 +256,27 @@ def _by_phase(content: Content, what: str, title: str) -> Grid:
     return Grid(title, ["workers", "MB", "3 (Q + k b)", *PHASES], table)
 
 
+def evaluations(content: Content) -> Grid:
+    """What a training lost for each evaluation, in rounds without one; medians over the turns."""
+    every, rows = content["settings"]["every"], content["rows"]
+    rounds = every * content["settings"]["evaluations"]
+    plain = {row["turn"]: row["seconds"] / rounds for row in rows if row["way"] == "none"}
+    table = []
+    for way, title in EVALUATED.items():
+        mine = [row for row in rows if row["way"] == way]
+        lost = sorted(every * (row["seconds"] / rounds / plain[row["turn"]] - 1) for row in mine)
+        busy = []
+        for number in range(len(mine[0]["evaluated"])):
+            busy.append(median(seconds / plain[row["turn"]] for row in mine for seconds in row["evaluated"][number]))
+        cells = [f"{each:.2f}" for each in busy]
+        cells = ["", "", *cells] if way == "evaluator" else [*cells[:2], ""]
+        table.append([title, f"{median(lost):.2f} ({lost[0]:.2f} to {lost[-1]:.2f})", *cells])
+    header = ["evaluated by", "lost per evaluation", "worker 0 evaluates for", "worker 1", "the evaluator"]
+    return Grid(f"In rounds of {median(plain.values()):.2f} s", header, table)
+
+
 STUDIES = {
+    "evaluations": (evaluations,),
     "step_time": (step_time,),
     "overhead": (overhead,),
     "check_cost": (check_cost,),

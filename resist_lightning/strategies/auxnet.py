@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
@@ -24,6 +25,11 @@ from resist_lightning.strategies.data.seeded_loader import seed_loader, unseed_l
 from resist_lightning.strategies.options import StrategyOptions, config_of, takes
 from resist_lightning.strategies.session import making_training_loaders
 
+_NOT_ALONE = (
+    "its workers put the whole network together on each of them. To evaluate beside the training, use "
+    "resist_lightning.evaluator.CheckpointEvaluator."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuxNetOptions(StrategyOptions, StageConfig):
@@ -40,6 +46,11 @@ class AuxNetOptions(StrategyOptions, StageConfig):
             NCCL.
     """
 
+    without: ClassVar[Mapping[str, str]] = {
+        "evaluate_on": _NOT_ALONE,
+        "full_model_on": _NOT_ALONE,
+        "overlap": "nothing is averaged; its stages exchange messages in every step, beside their computing.",
+    }
     check_every_n_steps: int = 50
     input: int | str | None = None
     process_group_backend: str | None = "gloo"

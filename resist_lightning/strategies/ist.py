@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from resist_lightning.methods.ist.config import NeuronConfig
 from resist_lightning.schedule.round_length import LocalStepsRule
@@ -14,6 +16,9 @@ from resist_lightning.strategies.options import LocalTrainingOptions, config_of,
 class ISTOptions(LocalTrainingOptions, NeuronConfig):
     """Options of :class:`ISTStrategy`."""
 
+    without: ClassVar[Mapping[str, str]] = {
+        "overlap": "a slice that moves has no place in the old holder's tensors where it could train on meanwhile."
+    }
     local_steps: LocalStepsRule = 20
 
 

@@ -10,11 +10,11 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from typing_extensions import override
@@ -67,6 +67,9 @@ class StrategyOptions:
     Raises:
         ValueError: if a value is outside its limits.
     """
+
+    without: ClassVar[Mapping[str, str]] = {}
+    """Options of other strategies, with the reason why this one has none of that name."""
 
     devices_per_worker: DevicesPerWorker = 1
     across_hosts: bool = False
@@ -161,13 +164,15 @@ def takes(
 
     Type checkers and editors see the keywords, their types and defaults; so does ``help()``, with the texts.
     """
+    made_by: Any = options
 
     def decorate(init: Callable[[_Strategy, _Options], None]) -> Callable[Concatenate[_Strategy, _P], None]:
         @functools.wraps(init)
         def construct(self: _Strategy, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+            for name in kwargs.keys() & made_by.without:
+                raise TypeError(f"{type(self).__name__} has no option {name!r}: {made_by.without[name]}")
             init(self, options(*args, **kwargs))
 
-        made_by: Any = options
         # Signature and texts are set by hand: functools.wraps would show those of the function that takes an object.
         made_by.__init__.__qualname__ = init.__qualname__  # a TypeError shall name the class that the user called
         construct.__doc__ = _describe(made_by)

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
 
-from resist_lightning import ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning import AuxNetStrategy, ISTStrategy, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.strategies import base
 
 BAD = {
@@ -83,6 +83,20 @@ def test_an_unknown_option_is_refused(face: Callable[..., Any], option: str) -> 
 def test_local_sgd_has_no_options_of_the_partition(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         LocalSGDStrategy(**{option: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("face", "option", "reason"),
+    [
+        (AuxNetStrategy, "evaluate_on", "AuxNetStrategy has no option 'evaluate_on': .*CheckpointEvaluator"),
+        (AuxNetStrategy, "full_model_on", "has no option 'full_model_on': its workers put the whole network together"),
+        (AuxNetStrategy, "overlap", "has no option 'overlap': nothing is averaged"),
+        (ISTStrategy, "overlap", "ISTStrategy has no option 'overlap': a slice that moves"),
+    ],
+)
+def test_options_of_others_are_refused_with_the_reason(face: Callable[..., Any], option: str, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason):
+        face(**{option: 1})
 
 
 def test_options_have_names() -> None:
