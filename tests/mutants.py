@@ -84,6 +84,13 @@ MUTANTS = (
         ("tests/experiments/test_phases.py",),
     ),
     Mutant(
+        "optimizer state is not counted against a memory limit",
+        "state/memory_limit.py",
+        "state=states.bytes(trained),",
+        "state=0,",
+        ("tests/unit/state/test_memory_limit.py",),
+    ),
+    Mutant(
         "every block to every worker at the start",
         "methods/resist/start.py",
         "for holder in partition.holders(block) if holder != 0",

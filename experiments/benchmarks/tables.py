@@ -256,6 +256,23 @@ def _by_phase(content: Content, what: str, title: str) -> Grid:
     return Grid(title, ["workers", "MB", "3 (Q + k b)", *PHASES], table)
 
 
+def limited(content: Content) -> Grid:
+    """Who trains under a memory limit."""
+
+    def outcome(row: Any) -> str:
+        killed = row.get("killed")
+        return f"killed in the phase {killed['phase']}" if killed else "trains, evaluates, saves, resumes"
+
+    return Grid.of("Under a memory limit", content["rows"], {
+        "": lambda row: METHODS.get(row["method"], RUNS["single"]),
+        "workers": lambda row: row["workers"],
+        "weights, gradients, momentum": lambda row: megabytes(content["state_bytes"]),
+        "limit of a worker": lambda row: megabytes(row["limits"][-1]),
+        "of the first": lambda row: megabytes(row["limits"][0]),
+        "outcome": outcome,
+    })  # fmt: skip
+
+
 def evaluations(content: Content) -> Grid:
     """What a training lost for each evaluation, in rounds without one; medians over the turns."""
     every, rows = content["settings"]["every"], content["rows"]
@@ -282,6 +299,7 @@ STUDIES = {
     "check_cost": (check_cost,),
     "wires": (wires,),
     "held_phases": (held_phases, resident_phases),
+    "limited": (limited,),
     "recovery": (recovery_snapshots, recovery_checkpoints, recovery_steps),
     "heartbeats": (heartbeats_counted, heartbeats_busy, heartbeats_lost),
     "policies_digits": (policies,),

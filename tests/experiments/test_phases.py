@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
+import pytest
+
 from experiments.benchmarks import tables
+from experiments.harness.memory_limit import MemoryGroup, available, memory_groups
 from experiments.harness.record import read_record
 from tests.helpers.programs import run_module
 
@@ -47,3 +53,30 @@ def test_in_no_phase_does_a_worker_hold_more_than_its_part_and_a_message(tmp_pat
     assert first["start"]["allocated"] > full
     assert "Most bytes of tensors by phase" in told
     assert (tmp_path / "held_phases.png").exists()
+
+
+def take_in_group(group: MemoryGroup, megabytes: int) -> None:
+    group.join()
+    bytearray(megabytes << 20)
+
+
+@pytest.mark.skipif(not available(), reason="needs root, and control groups of version 1")
+def test_the_kernel_kills_who_exceeds_a_limit() -> None:
+    fork = multiprocessing.get_context("fork")
+    codes = []
+    with memory_groups([30 << 20] * 2) as groups:
+        for group, megabytes in zip(groups, (5, 60), strict=True):
+            worker = fork.Process(target=take_in_group, args=(group, megabytes))
+            worker.start()
+            worker.join()
+            codes.append(worker.exitcode)
+    assert codes == [0, -signal.SIGKILL]
+    assert not list(Path("/sys/fs/cgroup/memory").glob(f"resist_{os.getpid()}_*"))
+
+
+@pytest.mark.skipif(not available(), reason="needs root, and control groups of version 1")
+def test_workers_train_under_a_limit(tmp_path: Path) -> None:
+    run_module("experiments.benchmarks.limited", "size=smoke", f"out={tmp_path}")
+    (row,) = read_record(tmp_path / "limited.jsonl")["rows"]
+    assert row["method"] == "resist_late"
+    assert "killed" not in row

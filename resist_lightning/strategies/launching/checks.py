@@ -21,9 +21,11 @@ from torch.nn.parameter import is_lazy
 from resist_lightning.comm import slurm, torchrun
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.members import check_count
+from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.schedule.progress import Clock, one_round
+from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
 from resist_lightning.strategies.averages import check_averages
 from resist_lightning.strategies.options import StartMethod, StrategyOptions
 from resist_lightning.strategies.saving.checkpoint_callbacks import resolve_file_urls
@@ -161,6 +163,29 @@ def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:
         unused = clock.rule.unused(clock.total_steps + int(steps))
         if unused:
             rank_zero_warn(unused)
+
+
+def check_memory(engine: Engine, trainer: pl.Trainer) -> None:
+    """Check that what this worker holds can train within the memory that it may have. Sends nothing.
+
+    Args:
+        engine: has just started.
+        trainer: of this worker.
+
+    Raises:
+        ValueError: if it needs more, whatever activations take.
+    """
+    limit = memory_limit(trainer.strategy.root_device)
+    if limit is None:
+        return
+    if engine.layout.partial:
+        remedy = "Take more workers, or let each hold less (`min_blocks` of resist, `min_share` of ist)"
+    else:
+        remedy = "With these settings a worker holds the whole network: `resist`, `ist` and `auxnet` divide it"
+    gradients = trainer.lightning_module.automatic_optimization  # else they may be made and used one by one
+    needed = needed_to_train(engine.module, engine.states, gradients=gradients)
+    if text := shortage(needed, limit, f"{remedy}; an optimizer with less state and a higher limit help too."):
+        raise ValueError(f"worker {engine.collective.worker}: {text}")
 
 
 def _in_hydra_sweep() -> bool:
