@@ -19,7 +19,8 @@ class EndMarker(Callback):
     ends with an error or a signal writes none: it may be resumed. Works with any strategy.
 
     Raises:
-        ValueError: when ``fit`` starts, if no ``ModelCheckpoint`` writes to a local folder.
+        ValueError: when ``fit`` starts, if no ``ModelCheckpoint`` writes to a local folder, or one waits for
+            validations that are switched off.
     """
 
     @override
@@ -31,6 +32,7 @@ class EndMarker(Callback):
                 "EndMarker needs a ModelCheckpoint that writes to a local folder, where an evaluator looks for it. Add "
                 "ModelCheckpoint(dirpath=FOLDER), or remove the callback."
             )
+        _check_that_it_saves(trainer)
         if trainer.is_global_zero:
             for folder in folders:
                 remove_end(folder)
@@ -51,3 +53,17 @@ def _folders(trainer: pl.Trainer) -> list[Path]:
             if folder is not None:
                 found.append(folder)
     return found
+
+
+def _check_that_it_saves(trainer: pl.Trainer) -> None:
+    """Lightning saves at the end of a validation where it cannot tell that there is none, and then never saves."""
+    if trainer.limit_val_batches != 0 or trainer.check_val_every_n_epoch == 1:
+        return
+    for callback in trainer.checkpoint_callbacks:
+        by_epochs = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0
+        if by_epochs and vars(callback)["_save_on_train_epoch_end"] is None:
+            raise ValueError(
+                f"ModelCheckpoint would never save: with check_val_every_n_epoch={trainer.check_val_every_n_epoch} it "
+                "waits for validations, and limit_val_batches=0 has switched them off. Set "
+                "ModelCheckpoint(save_on_train_epoch_end=True)."
+            )
