@@ -132,6 +132,7 @@ def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
 def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
     """Wait a little for these keys, and then say whose are not there: no error of theirs may reach this host."""
     deadline = time.monotonic() + _ANSWER_SECONDS
+    pause = _POLL_SECONDS / 20  # most come together
     while not store.check(names):
         if time.monotonic() > deadline:
             late = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
@@ -141,7 +142,8 @@ def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
                 "errors, if any, are printed on their hosts.\n"
             )
             return
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS)
 
 
 def _raise(store: Any, problem: str, processes: int, rank: int) -> None:

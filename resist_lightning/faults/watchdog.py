@@ -164,7 +164,7 @@ class Watchdog:
                 with self._lock:
                     if self._detector.have_read(with_the_end, self.verdict):
                         break
-            time.sleep(BEAT_SECONDS / 20)
+            time.sleep(BEAT_SECONDS / 200)
         self.stop()
 
     def _beat(self) -> None:

@@ -104,7 +104,7 @@ def inner_bytes(engine: Any, optimizer: Any) -> int:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3])
 def trained(request: pytest.FixtureRequest) -> list[dict[str, History]]:
     """For each worker, what it did in each run."""
     return run_workers(train_all, request.param)

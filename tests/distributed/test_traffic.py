@@ -92,7 +92,7 @@ def talk_in(worker: int, run: Run) -> list[Sync]:
     return steps
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3])
 def said(request: pytest.FixtureRequest) -> list[dict[str, list[Sync]]]:
     """For each worker, what it said in each run."""
     return run_workers(talk, request.param)

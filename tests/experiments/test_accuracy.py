@@ -20,7 +20,7 @@ from experiments.networks import OpenResNet
 from experiments.trainers import DataParallel, Stream, make_optimizer, train
 from resist_lightning.methods.resist.network import select_blocks
 
-SMOKE = ["size=smoke", "samples=128", "evaluations=1", "lengths=[2,4]"]
+SMOKE = ["size=smoke", "samples=64", "evaluations=1", "lengths=[2,4]"]
 TRAINED = [name for name in NAMES if name != "check"]
 
 
@@ -61,7 +61,7 @@ def test_every_study_has_every_case_once(results: Path, name: str) -> None:
     assert wanted
     assert sorted(map(str, found)) == sorted(map(str, wanted))
     for row in rows(results, name):
-        assert row["samples"] == 128
+        assert row["samples"] == 64
         assert all(0 <= row[column] <= 100 for column in ("last", "selected", "best_on_test"))
         assert len(row["policies"]) == (9 if row["case"]["method"] in PARTITIONING else 0)
 

@@ -70,11 +70,10 @@ def trained(collective, run, observe):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("workers", [1, 3])
-def test_observing_at_every_step_changes_no_bit_of_weights_or_state(name, workers):
+def test_observing_at_every_step_changes_no_bit_of_weights_or_state(name):
     run = RUNS[name]
-    plain, _ = run_threads(trained, workers, run, False)
-    observed, _ = run_threads(trained, workers, run, True)
+    plain, _ = run_threads(trained, 3, run, False)
+    observed, _ = run_threads(trained, 3, run, True)
     for (had, _, final), (had_too, seen, final_too) in zip(plain, observed, strict=True):
         assert len(seen) == STEPS
         for (state, slots), (state_too, slots_too) in zip(had, had_too, strict=True):
@@ -212,7 +211,7 @@ def resume(collective, run, checkpoints, exact):
     return clone_state(net), first
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_resumed_after_any_step_is_the_unbroken_run_bit_for_bit(name, workers):
     run = RUNS[name]

@@ -59,7 +59,7 @@ def train(collective, run):
     return train_engine(run, collective.worker, None, collective)[1]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(runs())
 def test_workers_train_what_the_reference_trains(drawn):
     run, workers = drawn
@@ -84,7 +84,7 @@ def travel_without_training(collective, run):
     return [*seen, clone_state(engine.module)]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(runs())
 def test_cutting_and_assembling_is_the_identity_and_so_is_every_hand_over(drawn):
     """Check 3 of section 8, over as many rounds as there are steps; of shared tensors a mean may round."""
@@ -111,7 +111,7 @@ def note_slices(collective, run):
     return engine, notes
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(runs())
 def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_as_it_was(drawn):
     """Checks 2 and 4 of section 8: a copy where one worker holds an entry, and not a bit where nobody does."""
@@ -139,7 +139,7 @@ def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_a
         last = full
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.sampled_from(NETS), st.integers(1, 4), st.sampled_from(MOMENTA), st.integers(1, 9))
 def test_one_worker_is_plain_training(net, local_steps, momentum, steps):
     """Check 1 of section 8, bit for bit; with the momentum that restarts, or goes on."""

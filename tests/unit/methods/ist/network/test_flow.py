@@ -173,7 +173,7 @@ def subsets(neurons, draw: st.DrawFn) -> list[list[int]]:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(built=networks(with_mixing=False), data=st.data())
 def test_a_cut_network_computes_what_the_masked_one_does(built, data):
     neurons = find_neurons(built.net)
@@ -183,7 +183,7 @@ def test_a_cut_network_computes_what_the_masked_one_does(built, data):
         torch.testing.assert_close(subnet(built.inputs), whole(built.inputs), rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(built=networks(with_mixing=True), data=st.data())
 def test_shapes_agree_in_training_and_the_tensors_are_as_small_as_they_should(built, data):
     neurons = find_neurons(built.net)
@@ -206,7 +206,7 @@ def rebuilt(layer: nn.Module) -> nn.Module:
     return type(layer)(columns, rows, layer.kernel_size, padding=layer.padding, bias=bias)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(built=networks(with_mixing=True))
 def test_exactly_what_was_built_is_found(built):
     names = {module: name for name, module in built.net.named_modules()}
