@@ -30,7 +30,7 @@ from experiments.app.launch import _jobs, check_command_line
 from experiments.data.module import ArrayData
 from experiments.train import build_trainer
 from tests.conf.conftest import Compose
-from tests.helpers.programs import run_module
+from tests.helpers.programs import ROOT, run_module
 
 # What is in common/ is a part of other files, and no choice.
 FILES = sorted(
@@ -206,7 +206,9 @@ def test_a_network_and_data_of_the_users_own_train_from_outside(
     own = ["model._target_=mine.Net", "data._target_=mine.Data", "strategy=ist", "trainer.accelerator=cpu"]
     quick = ["trainer.max_epochs=1", "logger=csv", "threads=1", "callbacks.progress_bar=null"]
     few = ["strategy.local_steps=2", "+model.width=8", "+data.count=60", "strategy.start_method=fork"]
-    run_module("experiments.train", *own, *quick, *few, f"hydra.run.dir={tmp_path}/run", path=tmp_path)
+    run_module(
+        "experiments.train", *own, *quick, *few, f"hydra.run.dir={tmp_path}/run", PYTHONPATH=f"{ROOT}:{tmp_path}"
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["strategy"], results["local_steps"]) == ("ist", 6)
     assert results["parameters"]["full"] == 6 * 8 + 8 + 8 * 3 + 3

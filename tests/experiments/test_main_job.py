@@ -20,11 +20,10 @@ from resist_lightning.methods.ist.partition import draw_neurons
 from tests.helpers.programs import ROOT, run_module, run_program
 
 SMALL = [
-    "model.depth=26", "model.width_multiplier=0.125", "threads=1",
+    "model.depth=14", "model.width_multiplier=0.125", "threads=1",
     "trainer.accelerator=cpu", "callbacks.progress_bar=null", "logger=csv",
 ]  # fmt: skip
 TINY = [*SMALL, "data.limit=20", "data.limit_test=10", "trainer.max_epochs=1"]
-# A spawned worker is an interpreter of its own, which takes five seconds of CPU to import all; one test has them.
 FORKED = "strategy.start_method=fork"
 
 
@@ -59,8 +58,8 @@ def check_evaluations(results: dict[str, Any], strategy: str, folder: Path) -> N
 @pytest.mark.timeout(300)
 def test_resist_with_two_workers_learns_the_digits_and_its_checkpoint_is_a_model(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    small = [*SMALL, "strategy.min_blocks=2", "strategy.local_steps=5", "optimizer.lr=0.1", "trainer.max_epochs=4"]
-    program = str(ROOT / "experiments" / "train.py")
+    small = [*SMALL, "strategy.min_blocks=1", "strategy.local_steps=5", "optimizer.lr=0.1", "trainer.max_epochs=4"]
+    program = str(ROOT / "experiments" / "train.py")  # with workers that are interpreters of their own
     output = run_program([program, *small, f"hydra.run.dir={run}"], tmp_path, timeout=200)
     results = read(run)
     assert results["test"]["accuracy"] > 0.8, output

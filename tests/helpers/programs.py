@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,19 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tests.helpers.interpreters import warm
 from tests.helpers.processes import run_workers_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
-def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **environment: str) -> str:
-    """Run a Python program in ``folder`` and return what it printed; it and its children are gone afterwards.
-
-    Raises:
-        AssertionError: it did not end with exit code 0; with its output.
-    """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+def run_interpreter(arguments: list[str], folder: Path, *, timeout: float = 100, **environment: str) -> str:
+    """`run_program` in a true interpreter, which takes five seconds of CPU; those that it starts are true ones too."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env=variables,
+        env=_variables(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,22 +45,35 @@ def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **e
     return output
 
 
-def run_module(name: str, *arguments: str, timeout: float = 200, path: Path = ROOT, **environment: str) -> str:
-    """As ``python -m name arguments`` in the repository's root, in a fork of a process that has imported Lightning.
+def run_program(arguments: list[str], folder: Path, *, timeout: float = 100, **environment: str) -> str:
+    """Run a Python program in ``folder`` and return what it printed; it and its children are gone afterwards.
 
-    An interpreter takes five seconds of CPU for that. Functions registered with ``atexit`` are not called.
+    It is a fork of a process that has imported Lightning, and so are the interpreters that it starts (`interpreters`).
 
     Args:
-        name: of the module.
-        arguments: of its command line.
+        arguments: of the interpreter.
+        folder: in which it runs.
         timeout: seconds after which it is killed.
-        path: a folder of more modules.
         environment: variables, beside those of this process.
 
     Raises:
-        AssertionError: it did not come to its end; with its output.
+        AssertionError: it did not end with exit code 0; with its output.
     """
-    return _run(be_program, name, arguments, environment, str(path), timeout=timeout)
+    return _run(_be_shell, arguments, str(folder), _variables(environment), timeout=timeout)
+
+
+def run_module(name: str, *arguments: str, timeout: float = 200, **environment: str) -> str:
+    """`run_program`, as ``python -m name arguments`` in the repository's root."""
+    return run_program(["-m", name, *arguments], ROOT, timeout=timeout, **environment)
+
+
+def _variables(more: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def _be_shell(arguments: list[str], folder: str, variables: dict[str, str]) -> None:
+    warm()
+    subprocess.run([sys.executable, *arguments], cwd=folder, env=variables, check=True)
 
 
 def run_torchrun(target: Callable[..., None], *args: Any, max_restarts: int, timeout: float = 200) -> str:
@@ -107,12 +117,9 @@ def write_to(output: str) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def be_program(name: str, arguments: Sequence[str], environment: dict[str, str], path: str = str(ROOT)) -> None:
-    """Become ``python -m name arguments``, with modules of another folder too; for a main process."""
-    os.environ.update(OMP_NUM_THREADS="1", **environment)
-    os.chdir(ROOT)
-    sys.path.append(path)
-    tempfile.tempdir = None  # TMPDIR may be another one now
+def be_program(name: str, *arguments: str) -> None:
+    """Become ``python -m name arguments``; for a main process."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     sys.argv = [name, *arguments]
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)

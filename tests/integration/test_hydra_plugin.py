@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers.programs import run_program
+from tests.helpers.programs import run_interpreter
 
 APPLICATION = """
 import sys
@@ -23,4 +23,4 @@ main()
 
 def test_the_name_is_known_without_an_import(tmp_path: Path) -> None:
     (tmp_path / "application.py").write_text(APPLICATION)
-    assert "made ResISTStrategy" in run_program(["application.py"], tmp_path)
+    assert "made ResISTStrategy" in run_interpreter(["application.py"], tmp_path)

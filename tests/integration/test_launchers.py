@@ -25,13 +25,12 @@ from tests.helpers.interrupted import fit_twice
 from tests.helpers.launched import STEPS, Data, train
 from tests.helpers.plain import Classifier, evaluate
 from tests.helpers.processes import run_workers
-from tests.helpers.programs import ROOT, as_a_main_process, run_module, run_program
+from tests.helpers.programs import ROOT, TORCHRUN, as_a_main_process, run_interpreter, run_module
 from tests.helpers.trainers import make_trainer, train_by_hand
 from tests.helpers.training import assert_equal_states, clone_state
 
 PATIENCE_SECONDS = 280  # for importing Lightning in several processes on a busy machine
 SCRIPT = "tests.helpers.launched"
-TORCHRUN = ["--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 pytestmark = pytest.mark.timeout(PATIENCE_SECONDS + 30)
 
@@ -59,11 +58,11 @@ def assert_as_expected(found: dict[str, Any], expected: dict[str, Any], start_me
 
 
 def script(*arguments: str) -> str:
-    return run_program(["-m", SCRIPT, *arguments], ROOT, timeout=PATIENCE_SECONDS)
+    return run_interpreter(["-m", SCRIPT, *arguments], ROOT, timeout=PATIENCE_SECONDS)
 
 
 def torchrun(*arguments: str) -> str:
-    return run_module("torch.distributed.run", *TORCHRUN, "-m", SCRIPT, *arguments, timeout=PATIENCE_SECONDS)
+    return run_module(*TORCHRUN, "-m", SCRIPT, *arguments, timeout=PATIENCE_SECONDS)
 
 
 @dataclass(frozen=True)

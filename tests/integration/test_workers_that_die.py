@@ -17,7 +17,9 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from resist_lightning import WorkerLost
 from resist_lightning.faults.watchdog import EXIT_CODE
+from resist_lightning.strategies.launching import processes
 from tests.helpers import dying
+from tests.helpers.interpreters import warm
 from tests.helpers.plain import Classifier
 from tests.helpers.processes import run_workers, run_workers_to_the_end
 from tests.helpers.programs import as_a_main_process, be_program, write_to
@@ -103,7 +105,8 @@ def be_script(number: int, folder: str, *harm: str) -> list[int]:
     if number == 1:
         return witness(Path(folder))
     write_to(f"{folder}/output")
-    be_program("tests.helpers.dying", [*harm, folder], {})
+    warm()
+    be_program("tests.helpers.dying", *harm, folder)
     return []
 
 
@@ -162,6 +165,7 @@ def test_sigterm_to_a_main_process_and_its_forked_workers_leaves_a_checkpoint(tm
 
 def fork(_: int, harm: str, how: str, folder: str) -> None:
     as_a_main_process()
+    processes.ENDING_SECONDS = 2.0  # which a frozen worker does not use
     # What worker 0 said of it, or the main process.
     with pytest.raises((WorkerLost, ProcessRaisedException), match=NAME.format(1) + how):
         dying.train(harm, 1, folder, "fork")
