@@ -31,7 +31,7 @@ from experiments.harness.workers import forked
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result files", smoke="runs/benchmarks")
     workers: list[int] = option([2, 4], "groups whose memory is measured", least=2, smoke=[2])
-    depth: int = option(101, "of the paper's network", choices=(14, 26, 38, 101, 152, 200), smoke=38)
+    depth: int = option(101, "of the paper's network", choices=(14, 26, 38, 101, 152, 200), smoke=14)
     rounds: int = option(3, "of the memory", least=1, smoke=1)
     turns: int = option(20, "of the syncs", least=1, smoke=2)
     step_turns: int = option(4, "of the step times", least=1, smoke=1)
