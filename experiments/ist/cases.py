@@ -13,7 +13,7 @@ LENGTHS = (5, 10, 20, 40, 80)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
 ABLATED = 4  # workers of the ablations
 # Shares of the neurons that a worker holds, and last rounds with all of them: in all rounds half; a quarter, then half.
-HOLDERS = (("0.5", 0), ("0.25, 0.5", 0), ("0.5", 1))
+HOLDERS = (("0.5", 0), ("0.25, 0.5", 0), ("0.5", 1), ("0.5", 2))
 RATES_SEED = 1000  # learning rates are judged on the hold-out, with a seed that no other table uses
 
 
