@@ -56,12 +56,20 @@ def _folders(trainer: pl.Trainer) -> list[Path]:
 
 
 def _check_that_it_saves(trainer: pl.Trainer) -> None:
-    """Lightning saves at the end of a validation where it cannot tell that there is none, and then never saves."""
-    if trainer.limit_val_batches != 0 or trainer.check_val_every_n_epoch == 1:
+    """Without validations Lightning never saves where it waits for the end of one, or for a metric of one."""
+    if trainer.limit_val_batches != 0:
         return
     for callback in trainer.checkpoint_callbacks:
-        by_epochs = isinstance(callback, ModelCheckpoint) and callback._every_n_epochs > 0
-        if by_epochs and vars(callback)["_save_on_train_epoch_end"] is None:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        # By its name: what a module logs is known when it logs it.
+        if callback.monitor is not None and callback.monitor.startswith("val"):
+            raise ValueError(
+                f"ModelCheckpoint would never save: monitor={callback.monitor!r} comes from validations, and "
+                "limit_val_batches=0 has switched them off. Set ModelCheckpoint(monitor='step', mode='max')."
+            )
+        by_epochs = callback._every_n_epochs > 0 and vars(callback)["_save_on_train_epoch_end"] is None
+        if by_epochs and trainer.check_val_every_n_epoch != 1:
             raise ValueError(
                 f"ModelCheckpoint would never save: with check_val_every_n_epoch={trainer.check_val_every_n_epoch} it "
                 "waits for validations, and limit_val_batches=0 has switched them off. Set "

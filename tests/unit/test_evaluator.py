@@ -183,8 +183,12 @@ def test_the_marker_is_written_at_the_end_and_removed_by_a_run_that_goes_on(fold
 def test_a_checkpoint_that_waits_for_validations_which_are_off_is_refused(tmp_path: Path) -> None:
     """The demo validates every second epoch; without validations it ran to its end and saved nothing."""
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0, "check_val_every_n_epoch": 2}
-    for saves, said in ((None, "would never save: with check_val_every_n_epoch=2"), (True, "")):
-        saver = ModelCheckpoint(tmp_path, save_on_train_epoch_end=saves)
+    for setting, said in (
+        ({}, "would never save: with check_val_every_n_epoch=2"),
+        ({"monitor": "val/loss", "save_on_train_epoch_end": True}, "would never save: monitor='val/loss'"),
+        ({"monitor": "step", "mode": "max", "save_on_train_epoch_end": True}, ""),
+    ):
+        saver = ModelCheckpoint(tmp_path, **setting)
         trainer = trainer_with(callbacks=[saver, EndMarker()], enable_checkpointing=True, **options)
         with pytest.raises(ValueError, match=said) if said else nullcontext():
             trainer.fit(Line(), BATCHES)
