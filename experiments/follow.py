@@ -33,12 +33,11 @@ def main(cfg: DictConfig) -> None:
         check_follow(cfg)
         with cpu_threads(cfg.threads):
             found = follow(cfg)
-        best = [each for each in found if each.best][-1:]
-        for each in best:
+        best = next((each for each in reversed(found) if each.best), None)
+        if best is not None:  # NaN is never the best
             where = Path(cfg.folder, "evaluations", "best.ckpt")
-            print(
-                f"{len(found)} models; best {cfg.monitor} {each.metrics[cfg.monitor]:.4f} at step {each.step}: {where}"
-            )
+            value = best.metrics[cfg.monitor]
+            print(f"{len(found)} models; best {cfg.monitor} {value:.4f} at step {best.step}: {where}")
 
 
 def follow(cfg: DictConfig) -> list[Evaluation]:

@@ -32,6 +32,10 @@ from resist_lightning.strategies.saving.checkpoint_files import local_path
 from resist_lightning.strategies.saving.checkpoint_io import AtomicIO, load_checkpoint
 
 _TRIES = 2  # of a file that does not change: it may be one that is being copied
+_NO_CHECKPOINT = (
+    f"The training must have ModelCheckpoint(dirpath=FOLDER) with this folder, whose files end in {SUFFIX}; check its "
+    "every_n_epochs and every_n_train_steps, and that `monitor` is a metric it has without validation, as 'step'."
+)
 
 
 @dataclass(frozen=True)
@@ -250,9 +254,3 @@ def hash_weights(state: Mapping[str, Any]) -> str:
 
 def _in_words(by: list[str] | None) -> str:
     return "no metric" if by is None else f"{by[1]} {by[0]}"
-
-
-_NO_CHECKPOINT = (
-    f"The training must have ModelCheckpoint(dirpath=FOLDER) with this folder, whose files end in {SUFFIX}; check its "
-    "every_n_epochs and every_n_train_steps, and that `monitor` is a metric it has without validation, as 'step'."
-)

@@ -67,23 +67,27 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
 
 def check_evaluate(cfg: DictConfig, *, sweep: bool = False) -> None:
     """Check everything that ``evaluate.py`` is told directly; the rest comes from the run."""
-    if OmegaConf.is_missing(cfg, "ckpt_path"):
-        raise ConfigError("ckpt_path is missing: name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt")
-    cfg = _with_folder(cfg)
-    check_keys(cfg, schema.Evaluate, "")
-    check_section(cfg.strategy, "strategy")
+    where = "name a checkpoint file, ckpt_path=RUN_DIR/checkpoints/last.ckpt"
+    cfg = _check_beside_run(cfg, schema.Evaluate, "ckpt_path", where)
     if is_plain(cfg.strategy) and cfg.devices > 1:
         raise ConfigError(f"devices={cfg.devices}: strategy=single uses one process; set devices=1 or strategy=resist")
 
 
 def check_follow(cfg: DictConfig, *, sweep: bool = False) -> None:
     """Check everything that ``follow.py`` is told directly; the rest comes from the run."""
-    if OmegaConf.is_missing(cfg, "folder"):
-        raise ConfigError("folder is missing: name the folder of a training's checkpoints, folder=RUN_DIR/checkpoints")
-    cfg = _with_folder(cfg)
-    check_keys(cfg, schema.Follow, "")
-    check_section(cfg.strategy, "strategy")
+    where = "name the folder of a training's checkpoints, folder=RUN_DIR/checkpoints"
+    cfg = _check_beside_run(cfg, schema.Follow, "folder", where)
     _check_entries(cfg.logger, "logger")
+
+
+def _check_beside_run(cfg: DictConfig, root: type[Any], place: str, where: str) -> DictConfig:
+    """Check the keys of a command that uses what a run has left at ``place``."""
+    if OmegaConf.is_missing(cfg, place):
+        raise ConfigError(f"{place} is missing: {where}")
+    cfg = _with_folder(cfg)
+    check_keys(cfg, root, "")
+    check_section(cfg.strategy, "strategy")
+    return cfg
 
 
 def _with_folder(cfg: DictConfig) -> DictConfig:

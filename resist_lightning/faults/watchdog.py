@@ -155,6 +155,7 @@ class Watchdog:
         must_be_heard = end != "done" and self._process.worker == 0
         with_the_end = 0  # the number of the report that has it
         deadline = time.monotonic() + PATIENCE_SECONDS
+        pause = BEAT_SECONDS / 200  # mostly it is posted at once
         while self._reached and self._beating.is_alive() and time.monotonic() < deadline:
             self._wake.set()
             if self._posted == end:
@@ -164,7 +165,8 @@ class Watchdog:
                 with self._lock:
                     if self._detector.have_read(with_the_end, self.verdict):
                         break
-            time.sleep(BEAT_SECONDS / 200)
+            time.sleep(pause)
+            pause = min(2 * pause, BEAT_SECONDS / 20)
         self.stop()
 
     def _beat(self) -> None:
