@@ -17,7 +17,7 @@ from experiments.links.closed_form import neuron_bytes
 from experiments.paper_tables.networks import memory_bytes
 from resist_lightning import Config, NeuronConfig
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS, ddp_bytes
-from resist_lightning.comm.quantize import compressible
+from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.errors import first_line
 from resist_lightning.inspect import inspect_model
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -148,7 +148,9 @@ def copied_bytes(layout: BlockLayout) -> list[int]:
     averaged, outer = sum(map(outer_bytes, together)), layout.config.outer != "none"
     wire = WIRE_FORMATS[layout.config.wire]
     compressed = sum(outer_bytes(tensor) for tensor in together if wire is not None and compressible(tensor))
-    taken = compressed if wire is not None and wire.feedback else 0  # by rounding, in 32 bits as the parameters are
+    # By rounding, of matrices, in 32 bits as the parameters are.
+    matrices = [tensor for tensor in together if compressible(tensor) and not is_vector(tensor)]
+    taken = sum(map(outer_bytes, matrices)) if wire is not None and wire.feedback else 0
     found = []
     for worker in range(layout.workers):
         owned = [layout.blocks[block] for block, owner in plan.owner.items() if owner == worker]

@@ -50,6 +50,7 @@ class WireFormat:
         scale_bytes: bytes of a scale.
         feedback: whether what rounding takes from a mean is added the next time.
         values: how values themselves are sent, where that is otherwise than changes.
+        vectors: how tensors of less than two dimensions are averaged, where that is otherwise than matrices.
     """
 
     bits: int
@@ -57,6 +58,7 @@ class WireFormat:
     scale_bytes: int = 0
     feedback: bool = False
     values: WireFormat | None = None
+    vectors: WireFormat | None = None
 
     @property
     def for_values(self) -> WireFormat:
@@ -82,8 +84,21 @@ class WireFormat:
         # Neighbouring shares meet, whatever the remainder.
         return groups * worker // workers, groups * (worker + 1) // workers
 
-    def mean_bytes(self, entries: int, worker: int, workers: int) -> int:
-        """Bytes that ``worker`` sends for a mean: the others' shares to them, and its own share to all of them."""
+    def mean_bytes(self, matrices: int, vectors: int, worker: int, workers: int) -> int:
+        """Bytes that ``worker`` sends for a mean of so many entries.
+
+        Args:
+            matrices: entries of tensors of two dimensions or more.
+            vectors: entries of the others.
+            worker: who sends.
+            workers: number of workers.
+        """
+        if self.vectors is None:
+            return self._mean_bytes(matrices + vectors, worker, workers)
+        return self._mean_bytes(matrices, worker, workers) + self.vectors._mean_bytes(vectors, worker, workers)
+
+    def _mean_bytes(self, entries: int, worker: int, workers: int) -> int:
+        """The others' shares to them, and the own share to all of them."""
         first, last = self.share(entries, worker, workers)
         own = last - first
         others = self.groups(entries) - own
@@ -96,7 +111,14 @@ WIRE_FORMATS: dict[str, WireFormat | None] = {
     "int8": WireFormat(8, group=256, scale_bytes=4),
     "int6": WireFormat(6, group=256, scale_bytes=4),
     "int4": WireFormat(4, group=256, scale_bytes=4),
-    "int2": WireFormat(2, group=512, scale_bytes=4, feedback=True, values=WireFormat(8, group=256, scale_bytes=4)),
+    "int2": WireFormat(
+        2,
+        group=512,
+        scale_bytes=4,
+        feedback=True,
+        values=WireFormat(8, group=256, scale_bytes=4),
+        vectors=WireFormat(32),
+    ),
 }
 """By name; None sends every tensor in its own data type."""
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.feedback import Feedback
-from resist_lightning.comm.packing import cut
-from resist_lightning.comm.quantize import Quantizer, arrange, piece_entries
+from resist_lightning.comm.mean_of_changes import MeanOfChanges
+from resist_lightning.comm.quantize import Quantizer, arrange, is_vector
 
 
 class CompressedMean:
     """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
 
-    Every worker averages an equal share of the entries for all: first each sends the others their shares of its
-    change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
-    with the same, bit for bit.
-
-    Where the format has error feedback, a worker adds to its change what rounding has taken before: from its own
-    changes, where others average them; and from the mean, where it averages for all, as often as it will be divided.
+    Vectors have a message of their own where the format sends them in other numbers than matrices.
     """
 
     def __init__(self, collective: Collective, wire: Quantizer) -> None:
         self._collective = collective
-        self._wire = wire
+        self._matrices = MeanOfChanges(collective, wire)
+        self._vectors = MeanOfChanges(collective, wire.for_vectors) if wire.for_vectors is not None else None
         self._before: dict[int, Tensor] = {}
         self._feedback = Feedback() if wire.format.feedback else None
 
@@ -93,122 +88,37 @@ class CompressedMean:
             left_out: workers that take part, but whose changes do not count.
             copies: of the tensors, which are averaged in their place.
         """
-        values = [value.detach() for value in arrange(tensors if copies is None else copies)]
         tensors = arrange(tensors)
-        workers = self._collective.workers
-        if not tensors or workers == 1:
+        if not tensors or self._collective.workers == 1:
             return
+        values = tensors if copies is None else arrange(copies)
+        # Matrices come first.
+        apart = sum(map(is_vector, tensors)) if self._vectors is not None else 0
+        border = len(tensors) - apart
+        self._average(self._matrices, tensors[:border], values[:border], kind, left_out)
+        if self._vectors is not None:
+            self._average(self._vectors, tensors[border:], values[border:], kind, left_out)
+
+    def _average(
+        self,
+        mean: MeanOfChanges,
+        tensors: Sequence[Tensor],
+        values: Sequence[Tensor],
+        kind: str,
+        left_out: Sequence[int],
+    ) -> None:
+        """Average what travels in one message."""
+        if not tensors:
+            return
+        values = [value.detach() for value in values]
         before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]
         # Views, but for the few tensors whose entries do not lie in their order in memory.
         flats = [value.reshape(-1) for value in values]
-        taken = self._feedback.flat(tensors) if self._feedback is not None else None
-        counts = self._collective.worker not in left_out
-        change = self._encoded_change(flats, before, taken if counts else None, counts=counts)
-        mean = self._mean(change, kind, workers - len(left_out), taken)
-        self._apply(mean, flats, before)
+        taken = self._feedback.flat(tensors) if self._feedback is not None and mean.feedback else None
+        mean.apply(flats, before, kind, left_out, taken)
         for value, flat in zip(values, flats, strict=True):
             if value.data_ptr() != flat.data_ptr():
                 value.copy_(flat.view(value.shape))
-
-    def _encoded_change(
-        self, values: Sequence[Tensor], before: Sequence[Tensor], taken: Tensor | None, *, counts: bool
-    ) -> Tensor:
-        """The message with the own change, a row for each group."""
-        entries = sum(map(len, before))
-        form, device = self._wire.format, before[0].device
-        message = torch.empty(form.groups(entries), form.group_bytes, dtype=torch.uint8, device=device)
-        change = torch.zeros(min(entries, piece_entries(device)), device=device)
-        done = 0
-        for rows, places in self._pieces(message, values):
-            size = 0
-            for index, first, last in places:
-                target = change[size : size + last - first]
-                if counts:
-                    torch.sub(values[index][first:last], before[index][first:last], out=target)
-                size += last - first
-            if taken is None:
-                self._wire.encode_into(rows, change[:size])
-            else:
-                remainder = taken[done : done + size]
-                self._encode_with_rest(rows, remainder.add_(change[:size]), remainder)
-            done += size
-        return message
-
-    def _encode_with_rest(self, rows: Tensor, values: Tensor, rest: Tensor) -> None:
-        """Encode values, and write into ``rest`` what rounding has taken from them; it may be the values themselves."""
-        self._wire.encode_into(rows, values)
-        torch.sub(values, self._decode(rows, len(values)), out=rest)
-
-    def _mean(self, message: Tensor, kind: str, counted: int, taken: Tensor | None) -> Tensor:
-        """The message with the sum of all workers' changes divided by how many count."""
-        me, workers = self._collective.worker, self._collective.workers
-        peers = [worker for worker in range(workers) if worker != me]
-        # Shares are whole groups, so that a group's scale always travels with its entries.
-        form = self._wire.format
-        shares = [slice(*form.share(len(message) * form.group, worker, workers)) for worker in range(workers)]
-
-        # First the others' shares to them, and their parts of the own share here.
-        own_part = message[shares[me]]
-        sends = {peer: message[shares[peer]] for peer in peers}
-        parts = {peer: torch.empty_like(own_part) for peer in peers}
-        self._exchange(sends, parts, kind)
-        parts[me] = own_part
-        # Then the mean of the own share to all, and the others' means here.
-        result = torch.empty_like(message)
-        means = {worker: result[shares[worker]] for worker in range(workers)}
-        own_mean = means.pop(me)
-        own_taken = taken[shares[me].start * form.group : shares[me].stop * form.group] if taken is not None else None
-        self._average(own_mean, [parts[worker] for worker in range(workers)], counted, own_taken)
-        self._exchange(dict.fromkeys(peers, own_mean), means, kind)
-        # The own mean is decoded as well: all apply what was sent, rounding included.
-        return result
-
-    def _average(self, mean: Tensor, parts: Sequence[Tensor], counted: int, taken: Tensor | None) -> None:
-        """Write the message with the mean of what the messages of some workers say."""
-        piece = piece_entries(mean.device) // self._wire.format.group
-        done = 0
-        for rows, *others in zip(mean.split(piece), *(part.split(piece) for part in parts), strict=True):
-            # In the order of workers, so that the sum does not depend on whose share it is.
-            total = self._decode(others[0])
-            for other in others[1:]:
-                total += self._decode(other)
-            if taken is None:
-                self._wire.encode_into(rows, total.div_(counted))
-                continue
-            # The own change is exact here, as it need not be sent; and what this mean loses is for the next one.
-            rest = taken[done : done + len(total)]
-            total = total[: len(rest)].add_(rest).div_(counted)
-            self._encode_with_rest(rows, total, rest)
-            rest.mul_(self._collective.workers)
-            done += len(rest)
-
-    def _apply(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """Make the values what they were before plus the mean change."""
-        for rows, places in self._pieces(mean, values):
-            change, size = self._decode(rows), 0
-            for index, first, last in places:
-                old = before[index][first:last]
-                own_change = change[size : size + last - first].to(old.dtype)
-                torch.add(old, own_change, out=values[index][first:last])
-                size += last - first
-
-    def _pieces(self, message: Tensor, flats: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
-        """Some rows of a message at a time, with the parts of flat tensors that are in them, by :func:`cut`."""
-        piece = piece_entries(message.device)
-        return zip(message.split(piece // self._wire.format.group), cut(map(len, flats), piece), strict=True)
-
-    def _decode(self, rows: Tensor, entries: int | None = None) -> Tensor:
-        entries = len(rows) * self._wire.format.group if entries is None else entries
-        values = torch.empty(entries, device=rows.device)
-        self._wire.decode_into(values, rows)
-        return values
-
-    def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
-        """Send what is not empty, receive what is not empty."""
-        outgoing = {peer: [rows.view(-1)] for peer, rows in sends.items() if len(rows)}
-        incoming = {peer: [rows.view(-1)] for peer, rows in receives.items() if len(rows)}
-        sent_bytes = sum(flat.nbytes for (flat,) in outgoing.values())
-        self._collective.exchange(outgoing, incoming, {kind: sent_bytes})
 
 
 def _copied(tensor: Tensor, copy: Tensor | None) -> Tensor:

@@ -36,6 +36,11 @@ class Quantizer:
         """The quantizer of what is handed over."""
         return Quantizer(self.format.for_values)
 
+    @property
+    def for_vectors(self) -> Quantizer | None:
+        """The quantizer of averaged vectors; None if they share the message of the matrices."""
+        return Quantizer(self.format.vectors) if self.format.vectors is not None else None
+
     def encode(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """The message for some values: bytes, flat.
 
@@ -62,7 +67,8 @@ class Quantizer:
             return
         values = values.float()
         if self.format.scale_bytes == 0:
-            groups.copy_(_to_bfloat16(values, noise).view(torch.uint8).view(groups.shape))
+            numbers = values if self.format.bits == 32 else _to_bfloat16(values, noise)
+            groups.copy_(numbers.view(torch.uint8).view(groups.shape))
             return
         padding = groups.shape[0] * self.format.group - len(values)
         if padding:
@@ -102,7 +108,7 @@ class Quantizer:
         if not len(values):
             return
         if self.format.scale_bytes == 0:
-            values.copy_(groups.flatten().view(torch.bfloat16))
+            values.copy_(groups.flatten().view(torch.float32 if self.format.bits == 32 else torch.bfloat16))
             return
         scale = groups[:, : self.format.scale_bytes].contiguous().view(torch.float32)
         codes = _unpack(groups[:, self.format.scale_bytes :], self.format.bits)
@@ -157,7 +163,12 @@ def compressible(tensor: Tensor) -> bool:
 
 def arrange(tensors: Iterable[Tensor]) -> list[Tensor]:
     """In the order of the message: matrices, then vectors, so that few groups hold entries of both."""
-    return sorted(tensors, key=lambda tensor: tensor.dim() < 2)
+    return sorted(tensors, key=is_vector)
+
+
+def is_vector(tensor: Tensor) -> bool:
+    """Whether a tensor is a bias, a weight of a norm or the like: small, and of another size than matrices."""
+    return tensor.dim() < 2
 
 
 def _to_bfloat16(values: Tensor, noise: torch.Generator | None) -> Tensor:

@@ -93,8 +93,8 @@ def kept(collective: Collective, config: Config) -> tuple[int, list[int]]:
     sync.begin_round(0)
     mean = sync._compressed_mean
     copies = dict(mean._before) if mean else {}
-    known = [tensor for tensor in layout.shared.values() if mean is not None and mean.known(tensor)]
-    taken = mean._feedback.flat(known).nbytes if mean and mean._feedback else 0
+    matrices = [tensor for tensor in layout.shared.values() if mean and mean.known(tensor) and tensor.dim() > 1]
+    taken = mean._feedback.flat(matrices).nbytes if mean and mean._feedback else 0
     velocities = []
     if sync._outer is not None:
         copies |= sync._outer._start

@@ -21,7 +21,7 @@ class Sizes:
         states: bytes of what travels with each block beside it: its optimizer state, if momentum travels, and its part
             of a copy of the module that is kept.
         wire: how trainable parameters are compressed; None if they are not.
-        shared_entries: entries of the shared parameters that are compressed.
+        shared_entries: entries of the shared parameters that are compressed: of matrices, and of vectors.
         block_entries: the same for each block.
         outer: bytes of the velocity of each block, on the wire; empty without an outer optimizer.
     """
@@ -31,8 +31,8 @@ class Sizes:
     averaged: tuple[Mapping[str, int], ...]
     states: tuple[int, ...]
     wire: WireFormat | None = None
-    shared_entries: int = 0
-    block_entries: tuple[int, ...] = ()
+    shared_entries: tuple[int, int] = (0, 0)
+    block_entries: tuple[tuple[int, int], ...] = ()
     outer: tuple[int, ...] = ()
 
 
@@ -137,8 +137,9 @@ def _collected(plan: SyncPlan, sizes: Observed, workers: int, *, unequal: bool) 
 def _compressed_mean(plan: SyncPlan, sizes: Sizes, worker: int, workers: int) -> int:
     if sizes.wire is None or workers == 1:
         return 0
-    entries = sizes.shared_entries + sum(sizes.block_entries[block] for block in plan.averaged)
-    return sizes.wire.mean_bytes(entries, worker, workers)
+    parts = [sizes.shared_entries, *(sizes.block_entries[block] for block in plan.averaged)]
+    matrices, vectors = (sum(entries) for entries in zip(*parts, strict=True))
+    return sizes.wire.mean_bytes(matrices, vectors, worker, workers)
 
 
 def _sent(transfers: Sequence[Transfer], sizes: Sequence[int]) -> Counter[int]:

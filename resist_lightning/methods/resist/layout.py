@@ -15,7 +15,7 @@ from typing_extensions import override
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.packing import packed_bytes
-from resist_lightning.comm.quantize import compressible
+from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
@@ -160,14 +160,15 @@ class BlockLayout(Layout):
         blocks, averaged, travelling, entries, velocities = [], [], [], [], []
         for block in self.blocks:
             plain, compressed = self._split(block.tensors())
-            blocks.append(packed_bytes(plain.values()) + (values.bytes(compressed) if values else 0))
+            blocks.append(packed_bytes(plain.values()) + (values.bytes(sum(compressed)) if values else 0))
             averaged.append(_averaged_bytes(plain, changing))
             state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
             entries.append(compressed)
             plain, compressed = self._split({n: t for n, t in block.tensors().items() if has_outer_step(t)})
-            velocities.append(sum(map(outer_bytes, plain.values())) + (values.bytes(compressed) if values else 0))
+            compressed_bytes = values.bytes(sum(compressed)) if values else 0
+            velocities.append(sum(map(outer_bytes, plain.values())) + compressed_bytes)
         plain, shared_entries = self._split(self.shared)
         return Sizes(
             shared=_averaged_bytes(plain, changing),
@@ -180,17 +181,19 @@ class BlockLayout(Layout):
             outer=tuple(velocities) if self.config.outer != "none" else (),
         )
 
-    def _split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        """The tensors that travel as they are, and the number of entries in those that are compressed."""
+    def _split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+        """The tensors that travel as they are, and the entries of matrices and of vectors that are compressed."""
         if self.config.wire == "fp32":
-            return dict(tensors), 0
-        plain, entries = {}, 0
+            return dict(tensors), (0, 0)
+        plain, matrices, vectors = {}, 0, 0
         for name, tensor in tensors.items():
-            if compressible(tensor):
-                entries += tensor.numel()
-            else:
+            if not compressible(tensor):
                 plain[name] = tensor
-        return plain, entries
+            elif is_vector(tensor):
+                vectors += tensor.numel()
+            else:
+                matrices += tensor.numel()
+        return plain, (matrices, vectors)
 
     @override
     def parts(self) -> list[str]:

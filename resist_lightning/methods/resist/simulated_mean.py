@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from resist_lightning.comm.quantize import Quantizer
+from resist_lightning.comm.quantize import Quantizer, is_vector
 from resist_lightning.methods.simulation import flat_of, pieces_of
 
 
@@ -30,12 +30,25 @@ class SimulatedMean:
             before: values when the round began.
             copies: each worker's now.
         """
+        vectors = self._wire.for_vectors
+        if vectors is None:
+            return self._of(self._wire, before, copies)
+        small = {name: value for name, value in before.items() if is_vector(value)}
+        large = {name: value for name, value in before.items() if name not in small}
+        return {**self._of(self._wire, large, copies), **self._of(vectors, small, copies)}
+
+    def _of(
+        self, wire: Quantizer, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Of the parameters that travel in one message."""
+        if not before:
+            return {}
         changes = [flat_of({name: copy[name] - value for name, value in before.items()}) for copy in copies]
-        if self._wire.format.feedback:
+        if wire.format.feedback:
             mean = self._with_feedback(changes, before)
         else:
-            sent = [self._wire.through(change) for change in changes]
-            mean = self._wire.through(sum(sent[1:], sent[0]) / len(sent))
+            sent = [wire.through(change) for change in changes]
+            mean = wire.through(sum(sent[1:], sent[0]) / len(sent))
         return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
 
     def _with_feedback(self, changes: list[Tensor], before: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ from resist_lightning.comm.quantize import make_quantizer
 from tests.helpers.threads import run_threads
 
 SHAPES = ((40, 33), (1,), (0, 3), (700,), (2, 3, 5, 7))
-ENTRIES = 40 * 33 + 1 + 700 + 210
+MATRICES = 40 * 33 + 210
+ENTRIES = MATRICES + 1 + 700
 
 
 def start():
@@ -76,7 +77,7 @@ def test_all_end_with_the_same_which_is_the_mean_of_what_was_sent(monkeypatch, n
 
     for worker, (tensors, sent_bytes) in enumerate(told):
         assert all(torch.equal(own, other) for own, other in zip(tensors, expected, strict=True))
-        assert sent_bytes == {"shared": WIRE_FORMATS[name].mean_bytes(ENTRIES, worker, 3)}
+        assert sent_bytes == {"shared": WIRE_FORMATS[name].mean_bytes(MATRICES, ENTRIES - MATRICES, worker, 3)}
 
 
 def test_a_second_round_remembers_in_the_memory_of_the_first_and_counts_from_its_beginning():
@@ -139,31 +140,36 @@ def test_what_rounding_takes_comes_with_later_means():
 
 @pytest.mark.parametrize("left_out", [(), (1,)])
 def test_two_bits_by_hand_and_resumed(left_out):
+    """Matrices in two bits, with what rounding took before; vectors exactly, added up in the order of the workers."""
     wire, workers, rounds = make_quantizer("int2"), 3, 5
     form = wire.format
-    tensors, taken = start(), [torch.zeros(ENTRIES) for _ in range(workers)]
+    tensors, taken = start(), [torch.zeros(MATRICES) for _ in range(workers)]
     for round in range(rounds):
         out = left_out if round == 2 else ()
-        sent = []
+        sent, exact = [], []
         for worker in range(workers):
             if worker in out:
-                sent.append(torch.zeros(ENTRIES))
+                sent.append(torch.zeros(MATRICES))
+                exact.append(torch.zeros(ENTRIES - MATRICES))
                 continue
             # The difference of two sums, as a worker sees it.
             moved = [t + (goal - origin) - t for t, goal, origin in zip(tensors, trained(worker), start(), strict=True)]
-            wanted = torch.cat([t.flatten() for t in in_order(moved)]) + taken[worker]
+            change = torch.cat([t.flatten() for t in in_order(moved)])
+            exact.append(change[MATRICES:])
+            wanted = change[:MATRICES] + taken[worker]
             sent.append(wire.through(wanted))
             taken[worker] = wanted - sent[worker]
-        mean = torch.empty(ENTRIES)
+        mean = torch.empty(MATRICES)
         for worker in range(workers):
-            first, last = (form.group * group for group in form.share(ENTRIES, worker, workers))
+            first, last = (form.group * group for group in form.share(MATRICES, worker, workers))
             part = sent[0][first:last]
             for other in sent[1:]:
                 part = part + other[first:last]
             part = (part + taken[worker][first:last]) / (workers - len(out))
             mean[first:last] = wire.through(part)
             taken[worker][first:last] = (part - mean[first:last]) * workers
-        add(tensors, mean)
+        mean_of_vectors = (exact[0] + exact[1] + exact[2]) / (workers - len(out))
+        add(tensors, torch.cat([mean, mean_of_vectors]))
 
     for resume_at in (None, 3):
         told, _ = run_threads(rounds_of, workers, rounds, left_out, resume_at)
