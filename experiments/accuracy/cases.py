@@ -19,10 +19,11 @@ WIRES = ("fp32", "bf16", "int8", "int6", "int4", "int2")
 SHORT_ROUND = 10  # local steps at S = 8 after tuning: the paper says fewer than 50 and gives no number
 TITLES = {
     "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "post_local": "post-local SGD", "diloco": "DiLoCo",
-    "resist": "ResIST", "resist_outer": "ResIST, outer step",
+    "resist": "ResIST", "resist_outer": "ResIST, outer step", "resist_growth": "ResIST, outer step, growth",
 }  # fmt: skip
-PARTITIONING = ("resist", "resist_outer")
-OUTER = ("diloco", "resist_outer")
+PARTITIONING = ("resist", "resist_outer", "resist_growth")
+OUTER = ("diloco", "resist_outer", "resist_growth")
+GROWTH = (0.25, 0.5, 1.0)  # shares of the blocks, each for a third of the rounds
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
     "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": PAPER_BLOCKS, "none": [],
@@ -49,6 +50,8 @@ def config_of(case: Case, options: Any) -> Config:
     """The package's settings of a method that has rounds."""
     partitioning = case.method in PARTITIONING
     depth: dict[str, Any] = {"min_blocks": case.min_blocks} if partitioning else {}
+    if case.method == "resist_growth":
+        depth = {"growth": GROWTH}
     blocks = PARTITIONED[case.blocks if partitioning else "none"]
     outer = "nesterov" if case.method in OUTER else "none"
     policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer}
@@ -77,10 +80,11 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
         # As their papers have it; with rounds of one step, a reset would be SGD without momentum.
         momentum = "keep" if method in ("post_local", "diloco") else "reset"
         return Case(method, workers, seed, options.lr, options.local_steps, momentum=momentum, blocks="none")
-    return Case(method, workers, seed, options.lr, options.local_steps, options.min_blocks)
+    least = 0 if method == "resist_growth" else options.min_blocks
+    return Case(method, workers, seed, options.lr, options.local_steps, least)
 
 
-ORDER = ("resist", "resist_outer", "ddp", "local_sgd", "diloco", "post_local")
+ORDER = ("resist", "resist_outer", "ddp", "resist_growth", "local_sgd", "diloco", "post_local")
 # The ends first: an interrupted study has the most telling rows.
 MAIN = [
     ("single", 1),

@@ -17,6 +17,7 @@ from experiments.harness.figures import (
     PURPLE,
     SKY,
     VERMILION,
+    YELLOW,
     draw_spread,
     drawn,
     label_ends,
@@ -30,6 +31,7 @@ WORDS = {
 COLOURS = {
     "resist": BLUE,
     "resist_outer": SKY,
+    "resist_growth": YELLOW,
     "local_sgd": ORANGE,
     "diloco": PURPLE,
     "post_local": VERMILION,

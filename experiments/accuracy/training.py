@@ -80,8 +80,9 @@ def make_trainer(case: Case, options: Any) -> Trainer:
     recipe = recipe_of(options)
     if case.method in ("single", "ddp"):
         return DataParallel(network, recipe.optimizer(network, case.lr), case.workers, recipe)
+    steps = steps_of(options.samples, options.batch, case.workers)
     simulator = Simulator(
-        network, lambda copied: recipe.optimizer(copied, case.lr), config_of(case, options), case.workers
+        network, lambda copied: recipe.optimizer(copied, case.lr), config_of(case, options), case.workers, steps
     )
     return Simulated(simulator, recipe)
 
