@@ -70,7 +70,8 @@ class Engine:
         total_steps: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.module, self.config = module, config
+        self.module = module
+        self.config = config = config.for_optimizers(optimizers)
         self._device = present_device(module, device)
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)

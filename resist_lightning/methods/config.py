@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-from typing_extensions import override
+from torch.optim import SGD, Optimizer
+from typing_extensions import Self, override
 
 from resist_lightning.schedule.round_length import QSR, LocalStepsRule, PostLocal
 from resist_lightning.schedule.stages import check_growth
@@ -29,7 +30,8 @@ class CommonConfig:
             as the learning rate falls) or `PostLocal` (short rounds first).
         seed: seed of the partitions; 0 is a seed.
         momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
-            (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over).
+            (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over). None:
+            ``reset`` with SGD, ``keep`` with other optimizers, whose second moments take long to estimate.
         batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
             training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1; the host keeps
@@ -48,7 +50,7 @@ class CommonConfig:
 
     local_steps: LocalStepsRule = 50
     seed: int = 0
-    momentum: MomentumPolicy = "reset"
+    momentum: MomentumPolicy | None = None
     batch_norm: NormPolicy = "recalibrate"
     recalibration_batches: int = 8
     check: CheckPolicy = "sampled"
@@ -60,10 +62,18 @@ class CommonConfig:
             check_integer("local_steps", self.local_steps, 1, "1 averages after every step; or QSR or PostLocal")
         check_integer("recalibration_batches", self.recalibration_batches, 1, "8 is the default")
         check_integer("seed", self.seed, 0, "0 is a seed")
-        check_choice("momentum", self.momentum, get_args(MomentumPolicy))
+        if self.momentum is not None:
+            check_choice("momentum", self.momentum, get_args(MomentumPolicy))
         check_choice("batch_norm", self.batch_norm, get_args(NormPolicy))
         check_choice("check", self.check, get_args(CheckPolicy))
         check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
+
+    def for_optimizers(self, optimizers: Sequence[Optimizer]) -> Self:
+        """These settings, with a momentum policy that suits some optimizers where none was chosen."""
+        if self.momentum is not None:
+            return self
+        plain = all(isinstance(optimizer, SGD) for optimizer in optimizers)
+        return replace(self, momentum="reset" if plain else "keep")
 
     @property
     def needs_total_steps(self) -> bool:

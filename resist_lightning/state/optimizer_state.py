@@ -56,7 +56,7 @@ class OptimizerStates:
             rates += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         return sum(rates) / len(rates) if rates else 0.0
 
-    def warn_about_settings(self, momentum: str, length: str) -> None:
+    def warn_about_settings(self, momentum: str | None, length: str) -> None:
         """Warn about state that ``momentum`` does not treat as a user may expect; ``length`` of rounds, in words."""
         for tracked in self._tracked:
             name, found = type(tracked.optimizer).__name__, tracked.findings

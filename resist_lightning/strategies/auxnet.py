@@ -55,7 +55,7 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     input: int | str | None = None
     process_group_backend: str | None = "gloo"
     local_steps: LocalStepsRule = field(init=False, default=50)
-    momentum: MomentumPolicy = field(init=False, default="keep")
+    momentum: MomentumPolicy | None = field(init=False, default="keep")
     non_finite: NonFinitePolicy = field(init=False, default="raise")
 
     @override

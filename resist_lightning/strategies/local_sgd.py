@@ -19,10 +19,11 @@ class LocalSGDOptions(LocalTrainingOptions, Config):
     """Options of :class:`LocalSGDStrategy`: those of :class:`Config` that need no partition.
 
     Args:
-        momentum: what happens to optimizer state at a sync: ``"reset"`` or ``"keep"``.
+        momentum: what happens to optimizer state at a sync: ``"reset"`` or ``"keep"``; None: ``"reset"`` with SGD,
+            ``"keep"`` with other optimizers, whose second moments take long to estimate.
     """
 
-    momentum: Literal["reset", "keep"] = "reset"
+    momentum: Literal["reset", "keep"] | None = None
     batch_norm: NormPolicy = field(init=False, default="running")
     recalibration_batches: int = field(init=False, default=8)
     seed: int = field(init=False, default=0)
@@ -38,7 +39,8 @@ class LocalSGDOptions(LocalTrainingOptions, Config):
     def __post_init__(self) -> None:
         """Check every value that :class:`Config` does not."""
         super().__post_init__()
-        check_choice("momentum", self.momentum, ("reset", "keep"))
+        if self.momentum is not None:
+            check_choice("momentum", self.momentum, ("reset", "keep"))
 
 
 class LocalSGDStrategy(SubnetStrategy):

@@ -63,7 +63,7 @@ class StageConfig(CommonConfig):
 
     trains_alone: ClassVar[bool] = False
 
-    momentum: MomentumPolicy = "keep"  # a stage never moves, so its state has nowhere to travel
+    momentum: MomentumPolicy | None = "keep"  # a stage never moves, so its state has nowhere to travel
     method: AuxMethod = "penalty"
     beta: float = 1.0
     beta_growth: float = 1.0

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 from typing_extensions import override
 
-from resist_lightning.methods.config import GrowingConfig
+from resist_lightning.methods.config import GrowingConfig, MomentumPolicy
 from resist_lightning.methods.ist.partition import NeuronSchedule
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import in_words
@@ -23,6 +23,7 @@ class NeuronConfig(GrowingConfig):
     """Settings of a run that partitions hidden neurons (IST).
 
     Args:
+        momentum: as in the other methods, but always ``reset`` by default: what a worker could keep is a small part.
         layers: whose neurons are dealt out: None (those of all hidden layers), a glob or several over the names of
             layers, or a predicate of (name, module).
         min_share: least share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above 1 / workers,
@@ -40,6 +41,7 @@ class NeuronConfig(GrowingConfig):
         ValueError: if a value is outside its limits.
     """
 
+    momentum: MomentumPolicy | None = "reset"
     layers: LayerChoice = None
     min_share: float = 0.0
 

@@ -61,6 +61,7 @@ class NeuronSimulator:
         self.workers = []
         for _ in range(workers):
             self.workers.append(self._make_worker(copy.deepcopy(module), make_optimizers))
+        self.config = config = config.for_optimizers(self.workers[0].optimizers)
         self.clock = clock_of(config, self.workers)
         self.schedule = make_schedule(config, tuple(layer.width for layer in self.neurons.layers), workers)
         if config.needs_total_steps:

@@ -37,7 +37,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self, layout: NeuronLayout, states: OptimizerStates, collective: Collective, device: torch.device
     ) -> None:
         super().__init__(layout, states, collective, device)
-        if layout.config.momentum != "reset":
+        if layout.config.momentum in ("keep", "travel"):
             states.check_travel(layout.config.momentum, instead="'reset'", cut=True)
         self._messages = Messages(collective, device)
         self._subnet = Subnet(layout, collective.worker, device)

@@ -83,6 +83,7 @@ class Simulator:
         self._template = copy.deepcopy(module)
         self._forwards: list[list[Any]] = []  # by worker and block; None where it is the class's
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
+        self.config = config = config.for_optimizers(self.workers[0].optimizers)
         self.clock = clock_of(config, self.workers)
         layout.plan_end(self.clock, total_steps)
         self.schedule = layout.schedule

@@ -5,14 +5,34 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch.optim import SGD, AdamW
 
 from resist_lightning import QSR, Config, PostLocal
+
+WEIGHTS = [torch.nn.Parameter(torch.zeros(2))]
 
 
 def test_defaults_are_the_paper_s():
     config = Config()
-    assert (config.local_steps, config.min_blocks, config.momentum, config.seed) == (50, None, "reset", 0)
+    assert (config.local_steps, config.min_blocks, config.seed) == (50, None, 0)
     assert (config.blocks, config.warmup_rounds, config.test_scale) == (None, 0, None)
+    assert config.for_optimizers([SGD(WEIGHTS, 0.1)]).momentum == "reset"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "optimizers", "policy"),
+    [
+        (None, [AdamW(WEIGHTS)], "keep"),
+        (None, [SGD(WEIGHTS, 0.1), AdamW(WEIGHTS)], "keep"),
+        (None, [SGD(WEIGHTS, 0.1), SGD(WEIGHTS, 0.2)], "reset"),
+        ("reset", [AdamW(WEIGHTS)], "reset"),
+        ("travel", [SGD(WEIGHTS, 0.1)], "travel"),
+    ],
+)
+def test_second_moments_are_kept_unless_a_policy_was_chosen(chosen, optimizers, policy):
+    config = Config(momentum=chosen, local_steps=7)
+    assert config.for_optimizers(optimizers) == dataclasses.replace(config, momentum=policy)
 
 
 @pytest.mark.parametrize(

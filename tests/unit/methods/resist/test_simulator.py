@@ -103,6 +103,16 @@ def test_an_overlapped_sync_brings_what_was_sent_at_its_border_and_keeps_what_wa
         assert links != pytest.approx(trained[0][1], abs=1e-4)  # an overlap is not without effect
 
 
+def test_by_default_the_state_of_adam_stays_at_a_sync():
+    plain = Run(Config(local_steps=2, min_blocks=3), steps=6, optimizer="adamw")
+    states = {}
+    for momentum in (None, "keep", "reset"):
+        run = replace(plain, config=replace(plain.config, momentum=momentum))
+        states[momentum] = train_simulator(run, 2).full_model().state_dict()
+    assert_equal_states(states[None], states["keep"], exactly=True)
+    assert not torch.equal(states[None]["head.weight"], states["reset"]["head.weight"])
+
+
 @pytest.mark.parametrize("wire", ["fp32", "int8"])
 def test_an_outer_step_of_rate_one_without_momentum_is_none(wire):
     plain = Run(Config(local_steps=2, min_blocks=3, wire=wire, warmup_rounds=1), steps=7)
