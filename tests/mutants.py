@@ -126,6 +126,20 @@ MUTANTS = (
         ("tests/unit/engine/test_engine.py",),
     ),
     Mutant(
+        "Adam's state restarts at a sync unless told otherwise",
+        "methods/config.py",
+        'momentum="reset" if plain else "keep"',
+        'momentum="reset"',
+        ("tests/unit/methods/test_config.py",),
+    ),
+    Mutant(
+        "vectors are averaged with the matrices",
+        "comm/compressed_mean.py",
+        "apart = sum(map(is_vector, tensors)) if self._vectors is not None else 0",
+        "apart = 0",
+        ("tests/unit/comm/test_compressed_mean.py",),
+    ),
+    Mutant(
         "scale not undone after an evaluation",
         "methods/resist/folding.py",
         "each.undo(scale)",
