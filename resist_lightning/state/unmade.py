@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.state.memory import replace_memory
@@ -51,6 +53,22 @@ def initialise(module: nn.Module, device: torch.device) -> None:
             )
         allocate({f"{name}.{key}".lstrip("."): tensor for key, tensor in own.items()}, device)
         reset()
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
+    """Load the state dict of an optimizer whose parameters may have no memory: what belongs to them has all the same.
+
+    ``Optimizer.load_state_dict`` would cast it to the device of its parameter, where it lost its values.
+    """
+    optimizer.load_state_dict({**state, "state": {}})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        dtype = parameter.dtype if parameter.is_floating_point() else None
+        for key, value in state["state"].get(number, {}).items():
+            # Steps are counted on the CPU, in a type of their own.
+            moves = isinstance(value, Tensor) and key != "step"
+            optimizer.state[parameter][key] = value.to(device, dtype, copy=True) if moves else value
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing_extensions import override
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import refuse_lazy
 from resist_lightning.methods.config import CommonConfig
+from resist_lightning.state.unmade import is_unmade, load_optimizer_state
 from resist_lightning.strategies.building import building, loading, move_built, without_module
 from resist_lightning.strategies.data.shards import own_order
 from resist_lightning.strategies.first import FirstEvaluates, check_full_model, evaluate_alone
@@ -216,6 +217,16 @@ class SubnetStrategy(MessagesStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The parameter groups only: optimizer state differs between workers, and each writes its own file."""
         return {**unwrapped(optimizer).state_dict(), "state": {}}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load what a checkpoint of another strategy has of the optimizers; ours have only their parameter groups."""
+        assert self.lightning_module is not None
+        if not is_unmade(self.lightning_module):
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_optimizer_state(unwrapped(optimizer), state, self.root_device)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
