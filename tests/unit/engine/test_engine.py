@@ -124,7 +124,7 @@ def test_several_optimizers_and_none():
     model = small_preact()
     one = torch.optim.SGD(model.section3.parameters(), 0.1, momentum=0.9)
     two = torch.optim.AdamW(model.head.parameters(), 0.1)
-    engine = Engine(model, [one, two], Config(local_steps=1))
+    engine = Engine(model, [one, two], Config(local_steps=1, momentum="reset"))
     engine.start()
     nn.functional.cross_entropy(model(batch_of(0, 0)[0]), batch_of(0, 0)[1]).backward()
     one.step()
