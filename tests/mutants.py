@@ -372,7 +372,7 @@ MUTANTS = (
     ),
     Mutant(
         "what rounding takes is lost",
-        "comm/compressed_mean.py",
+        "comm/mean_of_changes.py",
         "rest.mul_(self._collective.workers)",
         "rest.zero_()",
         ("tests/unit/comm/test_compressed_mean.py",),
@@ -440,6 +440,27 @@ MUTANTS = (
         "if key in stayed and key in self._own:",
         "if False:",
         ("tests/unit/methods/resist/test_overlapped_sync.py",),
+    ),
+    Mutant(
+        "overlap by the slowest worker's steps",
+        "schedule/overlap.py",
+        "return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)",
+        "return min(_steps_beside(sync, max(step_seconds)), round_steps - 1)",
+        ("tests/unit/schedule/test_overlap.py",),
+    ),
+    Mutant(
+        "a chosen overlap is not resumed",
+        "methods/resist/partition.py",
+        'return replace(self, overlaps=self.overlaps.resumed(table.get("overlap", {}), round))',
+        "return self",
+        ("tests/unit/methods/resist/test_overlapped_sync.py",),
+    ),
+    Mutant(
+        "a chosen overlap changes the round that has ended",
+        "schedule/overlap.py",
+        "chosen=(round + 1, choose_overlap",
+        "chosen=(round, choose_overlap",
+        ("tests/unit/schedule/test_overlap.py",),
     ),
     Mutant(
         "worker 0 collects blocks from their owners only",

@@ -22,7 +22,8 @@ from resist_lightning.errors import first_line
 from resist_lightning.inspect import inspect_model
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.subnet import Subnet as NeuronSubnet
-from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
+from resist_lightning.methods.residual import parameters_of
+from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.overview import ROUNDS, costs, count_flops
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.schedule.transfers import plan_sync

@@ -43,6 +43,7 @@ class RoundMonitor(Callback):
     - ``sync/alignment`` (cosine between worker 0's change of the shared parameters and the mean change of all workers:
       1 where they went the same way, about 1 / sqrt(workers) where they had nothing in common) and ``sync/change`` (the
       length of the mean change, as a share of the parameters' length); not with an outer optimizer or ``overlap``;
+    - with ``overlap``, ``sync/overlap``: the local steps beside which the sync of this round runs;
     - to TensorBoard, once in ``picture_every_n_rounds``, ``sync/partition``: who holds which block;
     - of stages ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k), ``auxnet/speedup_predicted`` and
       ``auxnet/speedup_measured``, which all workers find alike.
@@ -199,6 +200,7 @@ class RoundMonitor(Callback):
             "neurons": layout.holders_for_summary(rounds),
             "sent_by_round": self._sent_by_round,
             "method": engine.summary,
+            "overlap": layout.overlaps.summary(),
         }
 
     def _note_partition(self, engine: Engine) -> None:
@@ -231,6 +233,7 @@ class RoundMonitor(Callback):
             **{f"sync/{kind}_MB_per_round": bytes * to_mb_per_round for kind, bytes in by_kind.items() if bytes},
             **{f"sync/{name}": value for name, value in self._alignment_metrics.items()},
             **_slowest(engine.step_seconds),
+            **({"sync/overlap": float(engine.clock.overlap)} if engine.config.overlaps_syncs else {}),
             **engine.sync.metrics(),
         }
         for logger in trainer.loggers:
@@ -269,7 +272,7 @@ def _shared(engine: Engine) -> list[Tensor]:
 def _averages(engine: Engine) -> bool:
     """Whether a round begins with the means of the workers' shared parameters."""
     config = engine.config
-    return config.trains_alone and not config.overlapped_steps and getattr(config, "outer", "none") == "none"
+    return config.trains_alone and not config.overlaps_syncs and getattr(config, "outer", "none") == "none"
 
 
 def _tensor_boards(trainer: pl.Trainer) -> list[TensorBoardLogger]:

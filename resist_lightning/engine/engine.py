@@ -70,15 +70,14 @@ class Engine:
         total_steps: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.module = module
-        self.config = config = config.for_optimizers(optimizers)
+        self.module, self.config = module, (config := config.for_optimizers(optimizers))
         self._device = present_device(module, device)
         self.collective = collective or default_collective(self._device)
         self.layout = make_layout(module, config, self.collective.workers, optimizers)
         self.running, self._observed_kind = False, ""
         self.ended_on_first = False  # with the full model on worker 0 alone
         self.states = OptimizerStates(optimizers)
-        self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), config.overlapped_steps)
+        self.clock = Clock.by(config.local_steps, lambda: first_rate(optimizers), self.layout.overlapped_steps)
         self.steps = StepWatch(module, self.states, self.clock, alone=config.trains_alone and self.layout.workers > 1)
         self.activity = Activity(self.clock)
         self._handshake = Handshake(self.layout, self.collective, host or Host(), self.states.mean_rate)

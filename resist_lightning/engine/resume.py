@@ -14,6 +14,7 @@ from resist_lightning.errors import CheckpointError
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Sync
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.round_length import shortest_round
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.unmade import is_unmade
 
@@ -109,7 +110,7 @@ class Resumption:
         if "steps_before" in state:
             clock.steps_before = int(state["steps_before"])
         else:  # of an earlier version, whose rounds were all as long as `local_steps` said
-            clock.steps_before = clock.round * (rule if isinstance(rule, int) else rule.shortest)
+            clock.steps_before = clock.round * shortest_round(rule)
         # Another rule decides from here on, in this round too.
         if state.get("local_steps") == str(rule):
             clock.local_steps = int(state["round_steps"])

@@ -13,6 +13,7 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan
 from resist_lightning.schedule.progress import Activity, Clock, StepTimer
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.timing import Seconds
 
 
 class RoundEnd:
@@ -52,6 +53,7 @@ class RoundEnd:
         self._observation = observation
         self._replicas = replicas
         self._activity = activity
+        self._exchanging = Seconds(sync.exchange.device)
         self._step_timer = StepTimer(activity)
         self.step_seconds: list[float] = []
 
@@ -63,14 +65,16 @@ class RoundEnd:
     def sync(self) -> None:
         """Sync, and begin the next round. Collective: every worker must call this."""
         ended, plan = self._meet()
-        self._activity.begin("averaging")
-        finish_average = self._sync.start_average(plan)
-        # Before the clock moves on: the activity of a sync names the round that ends.
-        self._activity.begin("hand_over")
-        self._next_round()
-        # Blocks are packed and sent while the average of the shared tensors is under way.
-        self._sync.hand_over(plan, ended)
-        finish_average()
+        # Without the handshake, in which the workers wait for the slowest one.
+        with self._exchanging.timed("sync"):
+            self._activity.begin("averaging")
+            finish_average = self._sync.start_average(plan)
+            # Before the clock moves on: the activity of a sync names the round that ends.
+            self._activity.begin("hand_over")
+            self._next_round()
+            # Blocks are packed and sent while the average of the shared tensors is under way.
+            self._sync.hand_over(plan, ended)
+            finish_average()
         # From here on replicas are equal, which the next handshake verifies by these hashes.
         self._handshake.divergence.note(self._sync.replicated_tensors(self._clock.round), self._clock.round)
         self.begin_round()
@@ -107,12 +111,16 @@ class RoundEnd:
         """Compare what the workers must have alike before they sync; returns the round that ends, and the plan."""
         self._replicas.end_steps()
         self._activity.begin("handshake")
-        reports = self._handshake.run(Purpose.SYNC, self._clock, [self._step_timer.take()])
+        measured = [self._step_timer.take(), self._exchanging.take_sync()]
+        reports = self._handshake.run(Purpose.SYNC, self._clock, measured)
         ended = self._clock.round
         # Before `learn`: the plan must not depend on what was just measured.
         plan = self.next_plan()
-        self.step_seconds = [max(rows)[0] for rows in self._collective.by_worker(reports)]  # of the slowest members
-        self._layout.learn(ended, self.step_seconds)
+        by_worker = self._collective.by_worker(reports)
+        # Of the slowest members.
+        slowest = [[max(column) for column in zip(*rows, strict=True)] for rows in by_worker]
+        self.step_seconds, sync_seconds = ([row[place] for row in slowest] for place in (0, 1))
+        self._layout.learn(ended, self.step_seconds, sync_seconds)
         return ended, plan
 
     def _next_round(self) -> None:

@@ -81,9 +81,9 @@ class CommonConfig:
         return False
 
     @property
-    def overlapped_steps(self) -> int:
-        """Local steps of each round during which its sync is under way; 0 where a sync holds up the training."""
-        return 0
+    def overlaps_syncs(self) -> bool:
+        """Whether a sync may be under way beside the training."""
+        return False
 
     @property
     def sync_before_evaluation(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.tensors import KnownTensors, check_tensors, named_tensors
 from resist_lightning.methods.config import CommonConfig
+from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.batch_norm import norms_with_statistics
 from resist_lightning.state.companion import Companion
@@ -85,8 +86,23 @@ class LayoutAbilities:
             ValueError: if it is not known and the division depends on it.
         """
 
-    def learn(self, round: int, seconds: Sequence[float]) -> None:
-        """Take in each worker's seconds per local step in the round that ends; all workers must give the same."""
+    @property
+    def overlaps(self) -> Overlaps:
+        """Of each round, the local steps beside which its sync runs."""
+        return ALL_WAIT
+
+    def overlapped_steps(self, round: int) -> int:
+        """Local steps at the end of ``round`` during which its sync is under way; 0: the training waits for it."""
+        return self.overlaps.of_round(round)
+
+    def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> None:
+        """Take in what was measured, when a round ends; all workers must give the same.
+
+        Args:
+            round: the round that ends.
+            step_seconds: each worker's seconds per local step in it; 0 if it took none.
+            sync_seconds: each worker's seconds of the sync before it; 0 if it did not wait for one.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Measurements that the division depends on, as plain data for a checkpoint; empty if there are none."""

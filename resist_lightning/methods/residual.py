@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -209,3 +209,8 @@ def has_stride(module: nn.Module) -> bool:
 
 def _width(layer: nn.Module, side: str) -> object:
     return getattr(layer, f"{side}_channels", None) or getattr(layer, f"{side}_features", None)
+
+
+def parameters_of(blocks: Sequence[Block]) -> list[nn.Parameter]:
+    """The parameters of some blocks."""
+    return [parameter for block in blocks for parameter in block.module.parameters()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,15 @@ def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None
             del values[name]
 
 
-def clock_of(config: CommonConfig, workers: Sequence[SimulatedWorker]) -> Clock:
+def clock_of(
+    config: CommonConfig, workers: Sequence[SimulatedWorker], overlap_of: Callable[[int], int] = lambda _: 0
+) -> Clock:
     """The clock of a simulated run, whose rounds may follow the learning rate.
+
+    Args:
+        config: the settings.
+        workers: the simulated workers.
+        overlap_of: gives, of a round, the local steps at its end during which its sync is under way.
 
     Raises:
         ValueError: when a round begins, if the workers train at different rates, so that its length is not known.
@@ -92,7 +99,7 @@ def clock_of(config: CommonConfig, workers: Sequence[SimulatedWorker]) -> Clock:
             )
         return rates[0]
 
-    return Clock.by(config.local_steps, rate, config.overlapped_steps)
+    return Clock.by(config.local_steps, rate, overlap_of)
 
 
 def mean_or_maximum(values: Sequence[Tensor]) -> Tensor:

@@ -112,7 +112,7 @@ class Clock:
         steps_before: local steps taken in the rounds before it.
         rule: decides how many local steps the next round has; None: as many as this one.
         rate: gives the learning rate now; None where no optimizer has one.
-        overlap: local steps at the end of each round during which its sync is under way; fewer than any round has.
+        overlap_of: gives, of a round, the local steps at its end during which its sync is under way; fewer than it has.
 
     Raises:
         ValueError: if the rule needs a learning rate and there is none.
@@ -124,15 +124,20 @@ class Clock:
     steps_before: int = 0
     rule: QSR | PostLocal | None = None
     rate: Callable[[], float | None] = field(default=lambda: None, repr=False)
-    overlap: int = 0
+    overlap_of: Callable[[int], int] = field(default=lambda _: 0, repr=False)
     _rate_at_first: float = field(default=float("inf"), init=False, repr=False, compare=False)
 
     @classmethod
-    def by(cls, setting: LocalStepsRule, rate: Callable[[], float | None], overlap: int = 0) -> Clock:
-        """A clock at the beginning of a run, by the settings ``local_steps`` and ``overlap``."""
+    def by(
+        cls,
+        setting: LocalStepsRule,
+        rate: Callable[[], float | None],
+        overlap_of: Callable[[int], int] = lambda _: 0,
+    ) -> Clock:
+        """A clock at the beginning of a run, by the setting ``local_steps``; the others are those of the class."""
         if isinstance(setting, int):
-            return cls(setting, overlap=overlap)
-        clock = cls(setting.shortest, rule=setting, rate=rate, overlap=overlap)
+            return cls(setting, overlap_of=overlap_of)
+        clock = cls(setting.shortest, rule=setting, rate=rate, overlap_of=overlap_of)
         clock.begin_round()
         return clock
 
@@ -143,6 +148,11 @@ class Clock:
                 f"local_steps={self.rule} follows the learning rate, and no optimizer has one (a parameter group with "
                 "'lr'). Give a number of local steps, or PostLocal(first, then, switch_step)."
             )
+
+    @property
+    def overlap(self) -> int:
+        """Local steps at the end of this round during which its sync is under way."""
+        return self.overlap_of(self.round)
 
     @property
     def due(self) -> bool:

@@ -128,6 +128,11 @@ class PostLocal:
 LocalStepsRule: TypeAlias = int | QSR | PostLocal
 
 
+def shortest_round(rule: LocalStepsRule) -> int:
+    """Local steps of the shortest round."""
+    return rule if isinstance(rule, int) else rule.shortest
+
+
 def rounds_in(rule: int | PostLocal, first: int, steps: int) -> int:
     """How many rounds a training has from ``first`` local steps on, where a round begins, to its last of ``steps``."""
     rounds = 0

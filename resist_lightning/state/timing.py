@@ -81,6 +81,12 @@ class Seconds:
         """Seconds for assembling the full model and returning, without the evaluation itself."""
         return self._sum("observe")
 
+    def take_sync(self) -> float:
+        """Seconds in syncs since the last call."""
+        seconds = self._sum("sync")
+        self._sums["sync"] = 0.0
+        return seconds
+
     @contextmanager
     def timed(self, what: Literal["sync", "observe"]) -> Iterator[None]:
         """Add the time inside to ``what``."""

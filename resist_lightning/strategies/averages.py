@@ -37,7 +37,7 @@ def check_averages(trainer: pl.Trainer, config: CommonConfig) -> None:
             f"{names[0]} averages the weights of every step, and under IST a worker has other neurons in every round. "
             "Remove it, or average checkpoints after the training."
         )
-    if config.overlapped_steps:
+    if config.overlaps_syncs:
         raise ValueError(
             f"{names[0]} keeps an average of every step, which an overlapped sync would have to move with the weights. "
             "Use overlap=0, or average checkpoints after the training."

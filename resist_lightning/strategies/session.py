@@ -58,6 +58,7 @@ class FitSession:
         self._steps = steps
         self._has_trained = False
         self._synced_early = False
+        self._told_of_overlap = False
         self.patches = Patches()
         collective = default_collective()
         self.signals = Signals(trainer, collective.members)
@@ -119,7 +120,7 @@ class FitSession:
         check_memory(engine, trainer)
         self._averages.begin()
         if self._config.trains_alone and engine.collective.workers > 1:
-            warn_of_rounds(trainer, engine.clock)
+            warn_of_rounds(trainer, engine.clock, engine.layout.overlaps)
         engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:
@@ -131,6 +132,7 @@ class FitSession:
         # In this order: a sync tells all workers of signals, and the snapshot before they act has that sync in it.
         if engine.sync_if_due() or self._synced_early:
             self._synced_early = False
+            self._tell_of_overlap(engine)
             self._resumer.write_snapshot(engine, self.trainer_state, ending=self.signals.ending)
         # Not between the border of an overlapped sync and its end, when it is applied and the snapshot has it.
         if not engine.sync.under_way:
@@ -205,6 +207,12 @@ class FitSession:
         if engine is not None and self._config.sync_before_evaluation:
             with torch.inference_mode(False):
                 self._synced_early |= engine.sync_if_due()
+
+    def _tell_of_overlap(self, engine: Engine) -> None:
+        chosen = engine.layout.overlaps.in_words()
+        if chosen and not self._told_of_overlap:
+            self._told_of_overlap = True
+            rank_zero_info(f"{type(self._trainer.strategy).__name__}: {chosen}")
 
     def _running(self) -> Engine | None:
         """The engine while it trains."""

@@ -1,4 +1,4 @@
-"""Shares that follow speed: a slow worker gets fewer blocks, by real processes and real seconds."""
+"""Shares and overlaps that follow from measured times, by real processes and real seconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import time
 from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from resist_lightning import Config, Engine
 from tests.helpers.processes import run_workers
@@ -16,6 +18,8 @@ from tests.helpers.training import (
     clone_state,
     make_model,
     make_optimizer,
+    slow_down,
+    train_engine,
     train_simulator,
     train_step,
 )
@@ -64,3 +68,24 @@ def test_a_slow_worker_gets_fewer_blocks_and_all_derive_the_same_rounds() -> Non
     equal = replace(RUN, config=replace(RUN.config, blocks_per_worker="equal"))
     assert_equal_states(fast["weights"], train_simulator(equal, 2, fast["table"]).full_model().state_dict())
     assert fast["resumed"] == slow["resumed"] == [True, True]
+
+
+OVERLAP = Run(Config(local_steps=4, overlap="auto", min_blocks=1, momentum="keep"), steps=18)
+
+
+def train_over_a_slow_link(worker: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    engine, state = train_engine(
+        worker, OVERLAP, lambda engine, step: slow_down(engine.collective, 0.05) if step == 0 else None
+    )
+    return engine.layout.state_dict(), state
+
+
+def test_workers_choose_one_overlap_and_train_what_the_simulator_trains_with_it() -> None:
+    (table, state), (other_table, other_state) = run_workers(train_over_a_slow_link, 2)
+
+    assert other_table == table
+    first, overlap = table["overlap"]["chosen"]
+    assert (first, overlap) in ((3, 1), (3, 2), (3, 3))
+    assert_equal_states(other_state, state, exactly=True)
+    waiting = replace(OVERLAP, config=replace(OVERLAP.config, overlap=0))
+    assert_equal_states(state, train_simulator(waiting, 2, table).full_model().state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +117,17 @@ def train_engine(
             each_step(engine, step)
     engine.finish()
     return engine, clone_state(model)
+
+
+def slow_down(collective: Collective, seconds: float) -> None:
+    """Let an average take so much longer, as over a slow link; not one beside the training, which has its own."""
+    reduce = collective.start_all_reduce
+
+    def slow(flat: Tensor, kind: str) -> Callable[[], Tensor]:
+        time.sleep(seconds)
+        return reduce(flat, kind)
+
+    collective.start_all_reduce = slow  # type: ignore[method-assign]
 
 
 def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None) -> Simulator:

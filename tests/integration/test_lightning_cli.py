@@ -110,7 +110,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer": ("nesterov", "nesterov"),
         "outer_rate": ("0.5", 0.5),
         "outer_momentum": ("0.8", 0.8),
-        "overlap": ("2", 2),
+        "overlap": ("auto", "auto"),
         "evaluate_on": ("first", "first"),
         "full_model_on": ("first", "first"),
     },

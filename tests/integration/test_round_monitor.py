@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,28 @@ def test_the_summary_of_two_workers_has_the_numbers_of_the_closed_form(tmp_path:
 
     board = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
     assert [picture.step for picture in board.Images("sync/partition")] == [3, 6]
+
+
+def chooses(worker: int, folder: str) -> list[str]:
+    told: list[str] = []
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: told.append(r.getMessage()) is None)
+    fit(
+        worker, Classifier(), 13, make_strategy("local_sgd", overlap="auto"), callbacks=[RoundMonitor()],
+        default_root_dir=folder, logger=CSVLogger(folder, name="", version=""), log_every_n_steps=1,
+    )  # fmt: skip
+    return [text for text in told if "is chosen" in text]
+
+
+def test_an_overlap_that_was_chosen_is_told_once_logged_and_in_the_summary(tmp_path: Path) -> None:
+    (told, untold) = run_trainers(chooses, 2, str(tmp_path))
+
+    found = json.loads((tmp_path / SUMMARY_FILE).read_text())["overlap"]
+    chosen = found["local_steps"]
+    assert (found["from_round"], chosen) in ((3, 0), (3, 1), (3, 2))
+    assert found["fastest_step_seconds"] > 0 < found["slowest_sync_seconds"]
+    assert [f"LocalSGDStrategy: overlap={chosen} is chosen" in text for text in told] == [True]
+    assert untold == []
+    assert [float(row["sync/overlap"]) for row in logged(tmp_path)] == [0, 0, chosen, chosen]
 
 
 def test_the_summary_of_local_sgd_has_the_numbers_of_the_closed_form(tmp_path: Path) -> None:

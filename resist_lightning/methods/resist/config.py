@@ -18,8 +18,9 @@ from resist_lightning.methods.config import (
 )
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.shares import check_counts
+from resist_lightning.schedule.overlap import WAITING_ROUNDS, OverlapChoice, Overlaps
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.round_length import in_words
+from resist_lightning.schedule.round_length import in_words, shortest_round
 from resist_lightning.schedule.stages import parts_of, plan_stages
 
 BlockCounts: TypeAlias = Literal["equal", "auto"] | Sequence[int]
@@ -65,7 +66,8 @@ class Config(GrowingConfig):
         outer_momentum: momentum of the outer optimizer, in [0, 1).
         overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
-            and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync.
+            and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync;
+            ``auto``: it waits in three rounds, and then as many as a sync was measured to take.
 
     The others are those of :class:`GrowingConfig`.
 
@@ -82,7 +84,7 @@ class Config(GrowingConfig):
     outer: OuterName = "none"
     outer_rate: float = 0.7
     outer_momentum: float = 0.9
-    overlap: int = 0
+    overlap: OverlapChoice = 0
 
     @override
     def __post_init__(self) -> None:
@@ -102,8 +104,8 @@ class Config(GrowingConfig):
 
     @property
     @override
-    def overlapped_steps(self) -> int:
-        return self.overlap
+    def overlaps_syncs(self) -> bool:
+        return self.overlap != 0
 
     @property
     @override
@@ -120,8 +122,12 @@ class Config(GrowingConfig):
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
         finish = f", all blocks everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
         growth = "" if self.growth is None else f", shares of {list(self.growth)} of the blocks in turn"
-        overlap = f", each sync under way during the last {self.overlap}" if self.overlap else ""
-        return f"{in_words(self.local_steps)}{overlap}{growth}{finish}{wire}{outer}"
+        return f"{in_words(self.local_steps)}{self._overlap_in_words()}{growth}{finish}{wire}{outer}"
+
+    def _overlap_in_words(self) -> str:
+        if self.overlap == "auto":
+            return f", each sync under way during as many of the last as it needs (0 in {WAITING_ROUNDS} rounds before)"
+        return f", each sync under way during the last {self.overlap}" if self.overlap else ""
 
     def _check_outer(self) -> None:
         check_choice("outer", self.outer, get_args(OuterName))
@@ -137,19 +143,22 @@ class Config(GrowingConfig):
                 )
 
     def _check_overlap(self) -> None:
-        check_integer("overlap", self.overlap, 0, "0: the training waits for each sync")
-        if not self.overlap:
+        least = 1
+        if self.overlap != "auto":
+            check_integer("overlap", self.overlap, 0, "0: the training waits for each sync; or 'auto'")
+            least = self.overlap
+        if not least:
             return
-        shortest = self.local_steps if isinstance(self.local_steps, int) else self.local_steps.shortest
-        if self.overlap >= shortest:
+        shortest = shortest_round(self.local_steps)
+        if least >= shortest:
             raise ValueError(
-                f"overlap={self.overlap} with local_steps={self.local_steps}: a sync begins `overlap` local steps "
+                f"overlap={self.overlap!r} with local_steps={self.local_steps}: a sync begins `overlap` local steps "
                 f"before the end of its round, and the shortest round has {shortest}. Choose an overlap below that, or "
                 "longer rounds."
             )
         for name, value, instead in self._without_overlap():
             raise ValueError(
-                f"overlap={self.overlap} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
+                f"overlap={self.overlap!r} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
             )
 
     def _without_overlap(self) -> Iterator[tuple[str, object, str]]:
@@ -186,12 +195,20 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
         least = parts_of(config.growth[0], blocks)
     if least is None:
         least = min(listed) if listed is not None else default_min_blocks(blocks)
-    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds)
+    overlaps = _overlaps(config, workers)
+    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds, overlaps=overlaps)
     if listed is not None:
         check_counts(listed, blocks, workers, least)
         return replace(schedule, counts=((0, listed),))
     schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
     return schedule.measuring(0) if given == "auto" else schedule
+
+
+def _overlaps(config: Config, workers: int) -> Overlaps:
+    if config.overlap != "auto":
+        return Overlaps(config.overlap)
+    # Not in a warm-up, whose syncs send more than later ones.
+    return Overlaps(0, shortest_round(config.local_steps), workers, config.warmup_rounds)
 
 
 def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int | None) -> Schedule:

@@ -19,7 +19,7 @@ from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.comm.tensors import averaged_bytes, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
-from resist_lightning.methods.residual import Block, BranchEnd, untrained
+from resist_lightning.methods.residual import BranchEnd, untrained
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
@@ -28,6 +28,7 @@ from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
+from resist_lightning.schedule.overlap import Overlaps
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.compiled import compiled_around
@@ -74,6 +75,11 @@ class BlockLayout(Layout):
     def partition(self, round: int) -> Partition:
         return self.schedule.partition(round)
 
+    @property
+    @override
+    def overlaps(self) -> Overlaps:
+        return self.schedule.overlaps
+
     @override
     def held_parameters(self, round: int) -> list[int]:
         sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in self.blocks]
@@ -94,7 +100,8 @@ class BlockLayout(Layout):
     def identity(self) -> dict[str, Any]:
         # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
         drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
-        del drawn["finish_from"], drawn["stages"]  # a run may be prolonged; who holds what is compared
+        # A run may be prolonged; who holds what is compared.
+        del drawn["overlaps"], drawn["finish_from"], drawn["stages"]
         kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
         if self.config.growth is not None:
             kept["growth"] = list(self.config.growth)
@@ -105,16 +112,13 @@ class BlockLayout(Layout):
         return {**drawn, "blocks": [block.name for block in self.blocks], **kept}
 
     @override
-    def learn(self, round: int, seconds: Sequence[float]) -> None:
-        self.schedule = self.schedule.learn(round, seconds)
+    def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> None:
+        overlaps = self.schedule.overlaps.learn(round, step_seconds, sync_seconds)
+        self.schedule = replace(self.schedule.learn(round, step_seconds), overlaps=overlaps)
 
     @override
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
-        if self.config.blocks_per_worker != "auto":
-            return
-        schedule = self.schedule
-        # Counts that were measured for other workers or blocks do not fit, and are measured again.
-        self.schedule = schedule.with_state_dict(state) if schedule.fits(state) else schedule.measuring(round)
+        self.schedule = self.schedule.resumed(state, round)
 
     @override
     def plan_end(self, clock: Clock, total_steps: int | None) -> None:
@@ -293,8 +297,3 @@ def _averaged_bytes(tensors: Mapping[str, Tensor], changing: Collection[str]) ->
         if name in changing:
             sizes[str(tensor.dtype)] += averaged_bytes(tensor)
     return sizes
-
-
-def parameters_of(blocks: Sequence[Block]) -> list[nn.Parameter]:
-    """The parameters of some blocks."""
-    return [parameter for block in blocks for parameter in block.module.parameters()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, measured_costs, measured_counts, share_out
+from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.partition import Partition, blocks_per_worker, deal, draw_partition, everything
 
 
@@ -33,6 +34,7 @@ class Schedule:
         counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
         measured_from: first of the rounds in which seconds are measured; None if none is.
         seconds: of the measured rounds so far, the round and each worker's seconds per local step.
+        overlaps: local steps beside which the syncs run.
     """
 
     blocks: int
@@ -45,6 +47,7 @@ class Schedule:
     counts: tuple[tuple[int, tuple[int, ...]], ...] = ()
     measured_from: int | None = None
     seconds: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    overlaps: Overlaps = ALL_WAIT
 
     def partition(self, round: int) -> Partition:
         """The partition of ``round``."""
@@ -130,9 +133,10 @@ class Schedule:
         return measured_costs(few, many)
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements and the counts, as plain data for a checkpoint; empty if nothing is measured."""
+        """The measurements and what follows from them, as plain data for a checkpoint; empty if nothing is measured."""
+        overlap = self.overlaps.state_dict()
         if self.measured_from is None:
-            return {}
+            return {"overlap": overlap} if overlap else {}
         return {
             "blocks": self.blocks,
             "workers": self.workers,
@@ -142,13 +146,19 @@ class Schedule:
             "seconds": [[round, list(seconds)] for round, seconds in self.seconds],
         }
 
-    def fits(self, table: Mapping[str, Any]) -> bool:
-        """Whether a :meth:`state_dict` is of as many blocks, workers and least blocks."""
+    def resumed(self, table: Mapping[str, Any], round: int) -> Schedule:
+        """The schedule of a run that resumes in ``round`` with a :meth:`state_dict`, which may be empty or not fit."""
+        if self.measured_from is None:
+            return replace(self, overlaps=self.overlaps.resumed(table.get("overlap", {}), round))
         here = {"blocks": self.blocks, "workers": self.workers, "min_blocks": self.min_blocks}
-        return {name: table.get(name) for name in here} == here
+        # Counts that were measured for other workers or blocks do not fit, and are measured again.
+        fits = {name: table.get(name) for name in here} == here
+        return self.with_state_dict(table) if fits else self.measuring(round)
 
     def with_state_dict(self, table: Mapping[str, Any]) -> Schedule:
         """The schedule with a :meth:`state_dict`, which must fit."""
+        if "overlap" in table:
+            return replace(self, overlaps=self.overlaps.with_state_dict(table["overlap"]))
         return replace(
             self,
             counts=tuple((int(first), tuple(map(int, counts))) for first, counts in table["counts"]),

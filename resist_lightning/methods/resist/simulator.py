@@ -64,7 +64,7 @@ class Simulator:
         total_steps: local steps of the run, where the settings need them (``finish_rounds``).
 
     Raises:
-        ValueError: if settings or module do not fit the method, or counts shall follow speed.
+        ValueError: if settings or module do not fit the method, or counts or overlap shall follow measured times.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Simulator:
     ) -> None:
         if config.blocks_per_worker == "auto":
             raise ValueError("blocks_per_worker='auto': simulated workers have no speed. List a count for each worker.")
+        if config.overlap == "auto":
+            raise ValueError("overlap='auto': simulated syncs take no time. Give a number of local steps.")
         layout = BlockLayout(module, config, workers)
         self.config = config
         self.scale = layout.scaling.scale
@@ -84,7 +86,7 @@ class Simulator:
         self._forwards: list[list[Any]] = []  # by worker and block; None where it is the class's
         self.workers = [self._make_worker(copy.deepcopy(module), make_optimizers) for _ in range(workers)]
         self.config = config = config.for_optimizers(self.workers[0].optimizers)
-        self.clock = clock_of(config, self.workers)
+        self.clock = clock_of(config, self.workers, self._overlap_of)
         layout.plan_end(self.clock, total_steps)
         self.schedule = layout.schedule
         self._block_of: dict[str, int] = {}
@@ -144,6 +146,9 @@ class Simulator:
         self._forwards.append([vars(block.module).get("forward") for block in blocks])
         return SimulatedWorker(module, optimizers, blocks, recorder)
 
+    def _overlap_of(self, round: int) -> int:
+        return self.schedule.overlaps.of_round(round)
+
     def _begin_sync(self) -> SimulatedTransit:
         before = self.schedule.partition(self.clock.round)
         after = self.schedule.partition(self.clock.round + 1)
@@ -158,7 +163,7 @@ class Simulator:
         momenta = self._block_momenta(before.held)
         if any(self.schedule.training_scale(self.clock.round + ahead, self.scale) != 1 for ahead in (0, 1)):
             self._agree()
-        own = [worker.copies() for worker in self.workers] if self.config.overlap else None
+        own = [worker.copies() for worker in self.workers] if self.clock.overlap else None
         return SimulatedTransit(before, after, plan, state, momenta, own, self._block_of)
 
     def _end_sync(self, transit: SimulatedTransit) -> None:

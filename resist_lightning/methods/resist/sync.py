@@ -16,7 +16,8 @@ from resist_lightning.comm.compressed_mean import CompressedMean
 from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
 from resist_lightning.comm.tensors import named_tensors
-from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
+from resist_lightning.methods.residual import parameters_of
+from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.start import hand_out
 from resist_lightning.methods.resist.subnet import Subnet

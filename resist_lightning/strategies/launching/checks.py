@@ -24,6 +24,7 @@ from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
+from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
 from resist_lightning.strategies.averages import check_averages
@@ -49,10 +50,11 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             "find_unused_parameters and across_hosts say how the processes of one worker work together, and here "
             "every process is a worker: they have no effect. Set devices_per_worker, or leave them out."
         )
-    if members > 1 and config.overlapped_steps:
+    if members > 1 and config.overlaps_syncs:
+        given = f"overlap={config.in_words()['overlap']} with devices_per_worker={options.devices_per_worker!r}"
         raise ValueError(
-            f"overlap={config.overlapped_steps} with devices_per_worker={options.devices_per_worker!r}: a sync beside "
-            "the training needs workers of one process each. Set devices_per_worker=1, or overlap=0."
+            f"{given}: a sync beside the training needs workers of one process each. Set devices_per_worker=1, or "
+            "overlap=0."
         )
     check_callbacks(trainer, config)
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
@@ -144,12 +146,13 @@ def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
     return fewest if fewest >= 0 else None
 
 
-def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:
+def warn_of_rounds(trainer: pl.Trainer, clock: Clock, overlaps: Overlaps = ALL_WAIT) -> None:
     """Warn of a training that will end before its round does, and of rounds that will not change as they should.
 
     Args:
         trainer: of this worker, just before its first batch.
         clock: where the training begins.
+        overlaps: beside which local steps its syncs run.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -159,10 +162,12 @@ def warn_of_rounds(trainer: pl.Trainer, clock: Clock) -> None:
         return
     if 0 < steps < clock.local_steps - clock.step:
         rank_zero_warn(one_round(int(steps), clock))
-    elif clock.rule is not None and steps < float("inf"):  # an endless training uses every setting at last
-        unused = clock.rule.unused(clock.total_steps + int(steps))
-        if unused:
-            rank_zero_warn(unused)
+    elif steps < float("inf"):  # an endless training uses every setting at last
+        unused = [overlaps.unused(clock.round, clock.local_steps, int(steps))]
+        if clock.rule is not None:
+            unused.append(clock.rule.unused(clock.total_steps + int(steps)))
+        for text in filter(None, unused):
+            rank_zero_warn(text)
 
 
 def check_memory(engine: Engine, trainer: pl.Trainer) -> None:

@@ -66,7 +66,6 @@ def test_second_moments_are_kept_unless_a_policy_was_chosen(chosen, optimizers, 
         ("finish_rounds", -1, "finish_rounds=-1 .*at least 0"),
         ("recalibration_batches", 0, "recalibration_batches=0 .*at least 1"),
         ("momentum", "restart", "momentum='restart' .*'reset', 'keep', 'travel'"),
-        ("momentum", None, "momentum=None"),
         ("batch_norm", "sync", "batch_norm='sync' .*'recalibrate', 'running', 'batch'"),
         ("check", "some", "check='some' .*'sampled', 'full', 'off'"),
         ("non_finite", "ignore", "non_finite='ignore' .*'raise', 'drop'"),
@@ -82,6 +81,7 @@ def test_second_moments_are_kept_unless_a_policy_was_chosen(chosen, optimizers, 
         ("outer_momentum", 0, "outer_momentum=0 has no effect"),
         ("overlap", 1.5, "overlap=1.5 .*whole number of at least 0"),
         ("overlap", True, "overlap=True"),
+        ("overlap", "half", "overlap='half' .*whole number of at least 0 .*'auto'"),
         ("overlap", 50, "overlap=50 with local_steps=50: .*the shortest round has 50. Choose an overlap below that"),
         ("test_scale", 0.0, r"test_scale=0\.0 .*\(0, 1\]"),
         ("test_scale", 1.5, r"test_scale=1\.5"),
@@ -107,6 +107,7 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
         {"blocks_per_worker": (4, 0)},
         {"test_scale": 1.0},
         {"overlap": 49},
+        {"overlap": "auto", "local_steps": 2},
         {"overlap": 3, "local_steps": PostLocal(9, 4, 100), "wire": "int8", "outer": "nesterov", "growth": (0.5, 1)},
         {"test_scale": 1e-3},
         {"outer": "nesterov", "outer_rate": 1, "outer_momentum": 0},
@@ -133,6 +134,15 @@ def test_values_at_the_limits_are_taken(options):
 def test_an_overlap_names_what_it_cannot_work_with(other, way_out):
     with pytest.raises(ValueError, match=f"overlap=3 .*{way_out}"):
         Config(overlap=3, **other)
+    if "local_steps" not in other:
+        with pytest.raises(ValueError, match=f"overlap='auto' .*{way_out}"):
+            Config(overlap="auto", **other)
+
+
+def test_rounds_of_one_step_have_none_beside_which_a_sync_could_run():
+    for rule in (1, PostLocal(1, 9, 100)):
+        with pytest.raises(ValueError, match=r"overlap='auto' with local_steps=.*the shortest round has 1\. Choose"):
+            Config(overlap="auto", local_steps=rule)
 
 
 @pytest.mark.parametrize("other", [{"min_blocks": 2}, {"test_scale": 0.5}, {"blocks_per_worker": [2, 3]}])

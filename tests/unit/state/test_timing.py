@@ -16,3 +16,4 @@ def test_seconds_inside_are_added_up_by_what_they_are_for(monkeypatch: pytest.Mo
             pass
     assert (seconds.sync, seconds.observe) == (6.0, 0.5)
     assert seconds.sync == 6.0  # read once
+    assert [seconds.take_sync(), seconds.take_sync(), seconds.observe] == [6.0, 0.0, 0.5]

@@ -26,7 +26,7 @@ BAD = {
     "blocks_per_worker": [("fair", "'equal', 'auto', or a list"), ([1, -1], "one for each worker")],
     "blocks": [([], "use strategy='local_sgd'"), ("", "use strategy='local_sgd'")],
     "seed": [(-1, "at least 0 (0 is a seed)"), (None, "whole number")],
-    "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'"), (None, "choose one of")],
+    "momentum": [("nesterov", "choose one of 'reset', 'keep', 'travel'")],
     "batch_norm": [("sync", "choose one of 'recalibrate', 'running', 'batch'")],
     "warmup_rounds": [(-1, "at least 0 (0 means no warm-up)")],
     "growth": [([], "must be a list of shares"), ([2.5], "shares must lie in (0, 1]")],

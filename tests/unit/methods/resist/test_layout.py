@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 from resist_lightning import Config
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.errors import BlockSelectionError
-from resist_lightning.methods.residual import BranchEnd
-from resist_lightning.methods.resist.layout import BlockLayout, parameters_of
+from resist_lightning.methods.residual import BranchEnd, parameters_of
+from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.models import PreActResNet
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.nets import Undeclared, mlp, small_preact
@@ -243,7 +244,7 @@ def test_counts_that_do_not_fit_the_network_are_an_error(options, message):
 def measured(config=Config(min_blocks=1, blocks_per_worker="auto")):  # noqa: B008
     layout = BlockLayout(small_preact(), config, 2)
     for round in range(5):
-        layout.learn(round, [2.0 - round % 2, 6.0 - 3.0 * (round % 2)])
+        layout.learn(round, [2.0 - round % 2, 6.0 - 3.0 * (round % 2)], [8.0, 9.0])
     return layout
 
 
@@ -256,6 +257,23 @@ def test_a_resumed_run_goes_on_with_its_measured_counts_and_measures_anew_withou
     assert after.digest() == before.digest() != BlockLayout(small_preact(), before.config, 2).digest()
     after.load_state_dict({}, 9)
     assert (after.schedule.measured_from, after.schedule.counts, after.schedule.seconds) == (10, (), ())
+
+
+def test_a_resumed_run_goes_on_with_its_chosen_overlap_and_measures_anew_without():
+    before = measured(Config(min_blocks=1, overlap="auto", warmup_rounds=1))
+    assert before.overlaps.chosen == (4, 11)  # of the rounds after the warm-up: 1.2 x 9 s / 1 s
+    assert [before.overlapped_steps(round) for round in (3, 4)] == [0, 11]
+    after = BlockLayout(small_preact(), before.config, 2)
+    assert after.digest() != before.digest()
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())), 9)
+    assert after.schedule == before.schedule
+    assert after.digest() == before.digest()
+    after.load_state_dict({}, 9)
+    assert (after.overlaps.chosen, after.overlaps.measured_from) == (None, 9)
+    given = BlockLayout(small_preact(), Config(min_blocks=1, overlap=3), 2)
+    given.load_state_dict(before.state_dict(), 9)
+    assert given.overlapped_steps(9) == 3
+    assert given.identity() == before.identity() | {"warmup_rounds": 0}
 
 
 @pytest.mark.parametrize(("options", "workers"), [({}, 3), ({"blocks": "section3.[123]"}, 2), ({"min_blocks": 0}, 2)])

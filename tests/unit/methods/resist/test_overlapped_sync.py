@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from resist_lightning.comm.byte_formulas import SYNC_KINDS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.overlap import WAITING_ROUNDS
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
@@ -23,6 +25,7 @@ from tests.helpers.training import (
     make_model,
     make_optimizer,
     present_state,
+    slow_down,
     start_engine,
     train_engine,
     train_simulator,
@@ -102,6 +105,75 @@ def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_st
     for states in run_threads(resumed, 3, stops, initial)[0]:
         for stop in stops:
             assert_equal_states(states[stop], states[0], exactly=True)
+
+
+AUTO: dict[str, tuple[int, dict[str, Any]]] = {
+    "fp32": (3, {"min_blocks": 1}),
+    "int8, outer": (2, {"min_blocks": 3, "wire": "int8", "momentum": "keep", **OUTER}),
+}
+UNDER_WAY = 3 * WAITING_ROUNDS + 2  # steps, with a border one step or two before the end of a round
+
+
+def measured(collective: Collective, run: Run, initial: State) -> tuple[dict[str, Any], list[State]]:
+    """What a run chose, and how it ends; then how it ends if it is resumed while a sync is under way."""
+    slow_down(collective, 0.05)
+    engine, optimizer = start_engine(collective, run, initial)
+    train_steps(engine, optimizer, range(UNDER_WAY))
+    assert engine.sync.under_way
+    with engine.full_model("checkpoint"):
+        full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
+        table = json.loads(json.dumps(place["table"]))
+        place, own = {**copy.deepcopy(place), "table": table}, copy.deepcopy(own)
+    train_steps(engine, optimizer, range(UNDER_WAY, run.steps))
+    engine.finish()
+    ends = [clone_state(engine.module)]
+    model = make_model(run)
+    model.load_state_dict(full)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
+    assert engine.restore(place, own)
+    assert engine.start()
+    train_steps(engine, optimizer, range(UNDER_WAY, run.steps))
+    engine.finish()
+    return table, [*ends, clone_state(model)]
+
+
+@pytest.mark.parametrize(("workers", "options"), AUTO.values(), ids=AUTO)
+def test_a_chosen_overlap_is_the_same_on_all_workers_in_the_simulator_and_after_a_resume(
+    workers: int, options: dict[str, Any]
+) -> None:
+    run = run_of({**options, "overlap": "auto"}, steps=17)
+    found, _ = run_threads(measured, workers, run, clone_state(make_model(run)))
+    table = found[0][0]
+    assert table["overlap"]["chosen"] in ([3, 1], [3, 2])
+    waiting = replace(run, config=replace(run.config, overlap=0))
+    expected = train_simulator(waiting, workers, table).full_model().state_dict()
+    assert_equal_states(found[0][1][0], expected)
+    for other, ends in found:
+        assert other == table
+        for end in ends:
+            assert_equal_states(end, found[0][1][0], exactly=True)
+    without = train_simulator(waiting, workers).full_model().state_dict()
+    assert any(not torch.allclose(without[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+
+
+def at_no_cost(collective: Collective, run: Run, initial: State) -> tuple[int | None, State]:
+    engine, optimizer = start_engine(collective, run, initial)
+    engine._round_end._exchanging.take_sync = lambda: 1e-9  # type: ignore[method-assign]
+    train_steps(engine, optimizer, range(run.steps))
+    engine.finish()
+    chosen = engine.layout.overlaps.chosen
+    return chosen and chosen[1], clone_state(engine.module)
+
+
+def test_a_run_whose_syncs_cost_nothing_waits_for_them_as_without_the_option() -> None:
+    auto = run_of({"min_blocks": 1, "wire": "int8", "overlap": "auto"}, steps=14)
+    initial = clone_state(make_model(auto))
+    waiting = replace(auto, config=replace(auto.config, overlap=0))
+    found, expected = (run_threads(at_no_cost, 2, run, initial)[0] for run in (auto, waiting))
+    for (chosen, state), (never, other) in zip(found, expected, strict=True):
+        assert (chosen, never) == (0, None)
+        assert_equal_states(state, other, exactly=True)
 
 
 def test_a_checkpoint_of_a_run_with_overlap_does_not_continue_one_without() -> None:

@@ -268,3 +268,5 @@ def test_the_user_s_network_is_copied_and_not_changed():
 def test_simulated_workers_have_no_speed():
     with pytest.raises(ValueError, match="blocks_per_worker='auto': simulated workers have no speed"):
         train_simulator(Run(Config(blocks_per_worker="auto"), steps=0), 2)
+    with pytest.raises(ValueError, match="overlap='auto': simulated syncs take no time"):
+        train_simulator(Run(Config(overlap="auto"), steps=0), 2)

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning.schedule.overlap import Overlaps
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
 from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, total_steps, warn_of_rounds
@@ -120,7 +121,7 @@ if hasattr(L.pytorch.callbacks, "WeightAveraging"):  # of Lightning 2.6
             [EMAWeightAveraging],
             "Use non_finite='raise'",
         ),
-        "syncs beside the training": (partial(LocalSGDStrategy, overlap=1), [WeightAveraging], "Use overlap=0"),
+        "syncs beside the training": (partial(LocalSGDStrategy, overlap="auto"), [WeightAveraging], "Use overlap=0"),
     }
 
 
@@ -243,6 +244,12 @@ def test_a_training_of_unknown_length_is_not_warned_of() -> None:
         warnings.simplefilter("error")
         for rule in (50, PostLocal(1, 5, 100)):
             warn_of_rounds(trainer, Clock.by(rule, lambda: None))
+
+
+def test_a_training_that_ends_before_an_overlap_is_chosen_is_told() -> None:
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=150, global_step=0)
+    with pytest.warns(match="the choice comes after 3 rounds of 50 local steps, and this training has 150"):
+        warn_of_rounds(trainer, Clock(50), Overlaps(0, round_steps=50))
 
 
 def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:

@@ -1,0 +1,180 @@
+"""How many local steps a sync may take beside the training: a number, or one that follows from measured times.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+OverlapChoice: TypeAlias = int | Literal["auto"]
+
+MEASURED_SYNCS = 2
+"""Of two syncs, and of the local steps in two rounds, each worker's shorter time counts: a disturbance adds time."""
+
+WAITING_ROUNDS = MEASURED_SYNCS + 1
+"""Rounds that wait for their sync before the choice: how long a sync took is told when the next one begins."""
+
+MARGIN = 1.2
+"""Beside the training a sync takes longer than alone, as both use the same cores."""
+
+WORTH = 0.01
+"""A sync that takes less than this share of a round is waited for: blocks that move would lose local steps."""
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Of each round, the local steps beside which its sync runs; immutable, and equal on all workers.
+
+    Where they are chosen, the first rounds wait for their syncs, and are measured::
+
+        round                   0          1                2                3 ...
+        overlap                 0          0                0                as chosen
+        told when it ends       -          steps, sync 0    steps, sync 1    -
+
+    A sync has the overlap that was known when its round began, so nothing changes in the middle of a round.
+
+    Args:
+        steps: in every round; before the choice, where there is one.
+        round_steps: local steps of the shortest round, at least 2; None: nothing is chosen.
+        workers: number of workers.
+        measured_from: the first round whose sync is measured.
+        seconds: of each measured round, each worker's seconds of a local step, and of the sync before it.
+        chosen: the first round with the chosen overlap, and the overlap; None before.
+    """
+
+    steps: int = 0
+    round_steps: int | None = None
+    workers: int = 1
+    measured_from: int = 0
+    seconds: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
+    chosen: tuple[int, int] | None = None
+
+    def of_round(self, round: int) -> int:
+        """Local steps at the end of ``round`` during which its sync is under way; 0: the training waits for it."""
+        return self.chosen[1] if self.chosen is not None and round >= self.chosen[0] else self.steps
+
+    def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> Overlaps:
+        """The overlaps with a measurement added, and chosen after the last one.
+
+        Args:
+            round: the round that ends.
+            step_seconds: each worker's seconds per local step in it.
+            sync_seconds: each worker's seconds of the sync before it. A 0 in either is not a measurement.
+        """
+        if self.round_steps is None or self.chosen is not None or round <= self.measured_from:
+            return self
+        if min(*step_seconds, *sync_seconds) <= 0:  # a worker resumed in this round
+            return self
+        known = replace(self, seconds=(*self.seconds, (tuple(step_seconds), tuple(sync_seconds))))
+        if len(known.seconds) < MEASURED_SYNCS:
+            return known
+        return replace(known, chosen=(round + 1, choose_overlap(*known.shortest_seconds(), self.round_steps)))
+
+    def shortest_seconds(self) -> tuple[list[float], list[float]]:
+        """Of each worker, the shortest measured time of a local step, and of a sync."""
+        steps, syncs = zip(*self.seconds, strict=True)
+        return [min(times) for times in zip(*steps, strict=True)], [min(times) for times in zip(*syncs, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and chosen, as plain data for a checkpoint; empty where nothing is chosen."""
+        if self.round_steps is None:
+            return {}
+        return {
+            "round_steps": self.round_steps,
+            "workers": self.workers,
+            "measured_from": self.measured_from,
+            "seconds": [[list(steps), list(syncs)] for steps, syncs in self.seconds],
+            "chosen": list(self.chosen) if self.chosen is not None else None,
+        }
+
+    def resumed(self, state: Mapping[str, Any], round: int) -> Overlaps:
+        """The overlaps of a run that resumes in ``round``.
+
+        Args:
+            state: from :meth:`state_dict`; where it is empty, or of other workers or rounds, measuring begins again.
+            round: the round.
+        """
+        if self.round_steps is None:
+            return self
+        if (state.get("round_steps"), state.get("workers")) != (self.round_steps, self.workers):
+            return replace(self, measured_from=max(round, self.measured_from), seconds=(), chosen=None)
+        return self.with_state_dict(state)
+
+    def with_state_dict(self, state: Mapping[str, Any]) -> Overlaps:
+        """The overlaps with what a :meth:`state_dict` of a run with as many workers has."""
+        return replace(
+            self,
+            measured_from=int(state["measured_from"]),
+            seconds=tuple((tuple(map(float, steps)), tuple(map(float, syncs))) for steps, syncs in state["seconds"]),
+            chosen=(int(state["chosen"][0]), int(state["chosen"][1])) if state["chosen"] is not None else None,
+        )
+
+    def unused(self, round: int, local_steps: int, steps: int) -> str:
+        """A warning of a training that ends before anything is chosen; empty if it does not.
+
+        Args:
+            round: in which it begins.
+            local_steps: of its rounds.
+            steps: local steps that it has.
+        """
+        rounds = self.measured_from + WAITING_ROUNDS - round
+        if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
+            return ""
+        return (
+            f"overlap='auto': the choice comes after {rounds} rounds of {local_steps} local steps, and this training "
+            f"has {steps}, so every round waits for its sync. Give a number of local steps, or train longer."
+        )
+
+    def summary(self) -> dict[str, Any] | None:
+        """What was chosen, from which round on, and why, as plain data; None before, or where nothing is chosen."""
+        if self.chosen is None:
+            return None
+        steps, syncs = self.shortest_seconds()
+        return {
+            "from_round": self.chosen[0],
+            "local_steps": self.chosen[1],
+            "fastest_step_seconds": min(steps),
+            "slowest_sync_seconds": max(syncs),
+        }
+
+    def in_words(self) -> str:
+        """The choice and its reason, for the user; empty before, or where nothing is chosen."""
+        if self.chosen is None or self.round_steps is None:
+            return ""
+        first, overlap = self.chosen
+        steps, syncs = self.shortest_seconds()
+        measured = f"a sync takes {max(syncs):.3g} s, and a local step of the fastest worker {min(steps):.3g} s"
+        if not overlap:
+            return f"overlap=0 is chosen: {measured}, so waiting takes less than {WORTH:.0%} of a round."
+        needed = _steps_beside(max(syncs), min(steps))
+        more = f" It needs {needed}, so take longer rounds, or fewer bits." if needed > overlap else ""
+        return f"overlap={overlap} is chosen, from round {first} on: {measured}.{more}"
+
+
+ALL_WAIT = Overlaps()
+"""Every round waits for its sync."""
+
+
+def choose_overlap(step_seconds: Sequence[float], sync_seconds: Sequence[float], round_steps: int) -> int:
+    """The fewest local steps of the fastest worker that are longer than the slowest sync, with a margin.
+
+    Args:
+        step_seconds: each worker's seconds of a local step.
+        sync_seconds: each worker's seconds of a sync.
+        round_steps: local steps of the shortest round; at least one of them comes before the sync begins.
+
+    Returns:
+        0 where waiting for the sync costs next to nothing.
+    """
+    sync = max(sync_seconds)
+    if sync < WORTH * round_steps * max(step_seconds):
+        return 0
+    return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)
+
+
+def _steps_beside(sync: float, step: float) -> int:
+    return math.ceil(MARGIN * sync / step)
