@@ -98,6 +98,20 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_start.py",),
     ),
     Mutant(
+        "what nobody trains at first is lost where neurons have several holders",
+        "methods/ist/plan.py",
+        'found = [own_slice(cut, held, worker), Piece(worker, 0, kept, None, "store", "full")]',
+        "found = [own_slice(cut, held, worker)] if kept else []",
+        ("tests/unit/methods/ist/test_start.py",),
+    ),
+    Mutant(
+        "a worker that built no values resumes without its stores",
+        "methods/ist/sync.py",
+        "return is_unmade(self._layout.module) and not",
+        "return False and not",
+        ("tests/integration/test_building.py",),
+    ),
+    Mutant(
         "random numbers of a form",
         "strategies/building.py",
         "if begun_first.get(name) == state]",

@@ -130,6 +130,18 @@ class Exchange:
             self.collective.broadcast_(sendable(flat), kind)
             copy_into(part, split(flat, part))
 
+    def make_members_alike(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Give the members of this worker the first one's values: before anything was trained they may differ.
+
+        Collective: every member must call this, in the same order.
+        """
+        if self.collective.members == 1:
+            return
+        for part in in_parts(tensors):
+            flat = flatten(part)
+            self.collective.broadcast_inside(flat, kind)
+            copy_into(part, split(flat, part))
+
     def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds) -> None:
         """Give every block that several workers held its mean over them, at its owner.
 

@@ -136,11 +136,9 @@ class Engine:
             initialise(self.module, self._device)
         detach_hooks(self.module)  # it may have been a full model
         self.resumption.begin_round()
-        reports = self._handshake.start(self.clock, self.states, [float(self.resumption.exact)])
-        # One worker without its own file would train on tensors that do not fit the others': then nobody uses its own.
-        exact = all(has_own for has_own, _ in reports)
-        if not exact:
-            self.resumption.forget_own()
+        reports = self._handshake.start(self.clock, self.states, self.resumption.numbers())
+        exact, complete = self.resumption.agree(reports)
+        if not complete:
             self.sync.distribute(self.clock.round)
         self.collective.connect()
         self.sync.connect()

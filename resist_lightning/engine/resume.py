@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,12 +122,23 @@ class Resumption:
             self._clock.begin_round()
         self._layout.plan_end(self._clock, self._total_steps)
 
-    @property
-    def exact(self) -> bool:
-        """Whether this worker has its own state to resume from."""
-        return self._own is not None
+    def numbers(self) -> list[float]:
+        """Whether this worker has its own state to resume from, and whether it needs more than that; for the others."""
+        return [float(self._own is not None), float(self._own is not None and self._sync.lacks(self._own))]
 
-    def forget_own(self) -> None:
+    def agree(self, numbers: Sequence[Sequence[float]]) -> tuple[bool, bool]:
+        """Decide by the :meth:`numbers` of all workers how they resume.
+
+        Returns:
+            Whether every worker uses its own state, and whether this is all that they need.
+        """
+        # One worker without its own file would train on tensors that do not fit the others': then nobody uses its own.
+        exact = all(has_own for has_own, _ in numbers)
+        if not exact:
+            self._forget_own()
+        return exact, exact and not any(lacks for _, lacks in numbers)
+
+    def _forget_own(self) -> None:
         """Resume from the full model alone."""
         self._own = None
         self._states.reset_stateless()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -48,6 +49,10 @@ class SyncAbilities:
 
         Collective: every worker must call this, in the same order.
         """
+
+    def lacks(self, own: Mapping[str, Any]) -> bool:
+        """Whether this worker, to resume from its own :meth:`Sync.state_dict`, needs more that worker 0 must send."""
+        return False
 
     @property
     def under_way(self) -> bool:

@@ -112,13 +112,13 @@ class Classifier(L.LightningModule):
 class Late(Classifier):
     """Its network is made in ``configure_model``."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, kind: str = "preact") -> None:
+        super().__init__(kind)
         del self.net
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net = make_net()
+            self.net = make_net(self.hparams["kind"])
 
 
 def batch_of(worker: int, step: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 
-from tests.helpers.plain import Late, held_out, make_net, stream
-from tests.helpers.trainers import fit, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
+from tests.helpers.plain import Classifier, Late, held_out, make_net, stream
+from tests.helpers.trainers import fit, kind_for, make_strategy, make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
 
 
@@ -19,7 +20,7 @@ class ByParts(Late):
 
     def configure_model(self) -> None:
         with torch.device("meta"):
-            self.net = make_net()
+            self.net = make_net(self.hparams["kind"])
 
 
 class Reads(Late):
@@ -30,9 +31,9 @@ class Reads(Late):
         self.largest = float(self.net.stem.weight.max())
 
 
-def late_trained(worker: int, folder: str) -> dict[str, Any]:
+def late_trained(worker: int, face: str, folder: str) -> dict[str, Any]:
     """Trainings of modules that are built late, and what is seen on the way."""
-    path = Path(folder) / "late.ckpt"
+    path, kind = Path(folder) / "late.ckpt", kind_for(face)
     found: dict[str, Any] = {}
     sanity: list[bool] = []
 
@@ -49,25 +50,27 @@ def late_trained(worker: int, folder: str) -> dict[str, Any]:
             super().configure_model()
             nn.Linear(4, 4)  # draws random numbers where it is made with values
 
-    module = Draws()
+    module = Draws(kind)
     validated = {"val_dataloaders": held_out(worker), "num_sanity_val_steps": 2, "callbacks": [Saves()]}
-    trainer = fit(worker, module, 8, **validated)
+    trainer = fit(worker, module, 8, make_strategy(face), **validated)
     found["whole"], found["drawn"] = clone_state(module), float(torch.rand(1))
     assert (sanity, trainer.num_sanity_val_steps) == ([], 2)
-    for name, made in (("resumed", Late()), ("resumed by parts", ByParts())):
-        made_trainer = make_trainer(make_strategy(), max_epochs=1)
+    for name, made in (("resumed", Late(kind)), ("resumed by parts", ByParts(kind))):
+        made_trainer = make_trainer(make_strategy(face), max_epochs=1)
         made_trainer.fit(made, stream(worker, 8), ckpt_path=path)
         found[name] = clone_state(made)
-    parts = ByParts()
-    fit(worker, parts, 8)
-    found["by parts"] = clone_state(parts)
+    parts, whole = ByParts(kind), Classifier(kind)
+    for name, made in (("by parts", parts), ("built whole", whole)):
+        fit(worker, made, 8, make_strategy(face))
+        found[name] = clone_state(made)
     return found
 
 
-def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(tmp_path: Path) -> None:
-    results = run_trainers(late_trained, 2, str(tmp_path))
+@pytest.mark.parametrize("face", ["resist", "ist"])
+def test_what_is_built_late_resumes_exactly_and_needs_no_sanity_check(face: str, tmp_path: Path) -> None:
+    results = run_trainers(late_trained, 2, face, str(tmp_path))
     for found in results:
-        for name in ("resumed", "resumed by parts"):
+        for name in ("resumed", "resumed by parts", "built whole"):
             assert_equal_states(found[name], found["whole"], exactly=True)
         assert found["drawn"] == results[0]["drawn"]
         assert_equal_states(found["by parts"], results[0]["by parts"], exactly=True)

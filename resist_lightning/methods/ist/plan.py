@@ -13,7 +13,7 @@ Where neurons have several holders, :mod:`~resist_lightning.methods.ist.holders`
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -103,14 +103,32 @@ def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
     return [piece for piece in moves if worker in (piece.source, piece.target)]
 
 
-def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piece]:
-    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is a placeholder, 0."""
+def own_slice(cut: Cut, held: Sequence[Partition], worker: int) -> Piece:
+    """The slice of a tensor that ``worker`` has, as a piece that goes to the full tensor of worker 0."""
     rows = columns = None
     if cut.rows is not None:
-        rows = before[cut.rows].held[worker]
+        rows = held[cut.rows].held[worker]
     if cut.columns is not None:
-        columns = before[cut.columns].held[worker]
-    found = [Piece(worker, 0, rows, columns, enters="full")]
+        columns = held[cut.columns].held[worker]
+    return Piece(worker, 0, rows, columns, enters="full")
+
+
+def first_pieces(cut: Cut, held: Sequence[Partition], worker: int) -> list[Piece]:
+    """The pieces of worker 0's full tensor that ``worker`` gets when the training starts.
+
+    They are what it would send to make the tensor whole; where neurons have several holders, all of its store.
+    """
+    found = full_pieces(cut, held, worker)
+    if have_several_holders(held) and cut.rows is not None and cut.columns is not None:
+        layer = held[cut.rows]
+        kept = tuple(kept_rows(layer.blocks, layer.workers, worker))
+        found = [own_slice(cut, held, worker), Piece(worker, 0, kept, None, "store", "full")]
+    return [replace(piece, source=0, target=worker, leaves="full", enters=piece.leaves) for piece in found]
+
+
+def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piece]:
+    """The pieces of a tensor that ``worker`` sends to make it whole elsewhere; the target is a placeholder, 0."""
+    found = [own_slice(cut, before, worker)]
     if cut.rows is not None and cut.columns is not None:
         row_layer, column_layer = before[cut.rows], before[cut.columns]
         kept = kept_rows(row_layer.blocks, row_layer.workers, worker)

@@ -43,6 +43,11 @@ class Subnet:
         self._hooks: list[RemovableHandle] | None = None  # None while the module is the full one
         self._widths: list[int] = []
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the module is a subnet now."""
+        return self._hooks is not None
+
     def hold(self, round: int) -> bool:
         """Make the module this worker's subnet of ``round``.
 
@@ -55,7 +60,7 @@ class Subnet:
         layout = self._layout
         layers = layout.neurons.layers
         widths = [layout.share(layer, self._worker, round) for layer in range(len(layers))]
-        if self._hooks is not None and widths == self._widths:
+        if self.is_held and widths == self._widths:
             return False
         self._unhook()
         self._widths = widths
@@ -86,7 +91,7 @@ class Subnet:
     def leave(self, reason: str) -> None:
         """Where the module will not become the full one: make what is left of the subnet raise where it is read."""
         # A module that is whole can be used as it is.
-        if self._hooks is None or self._layout.workers == 1:
+        if not self.is_held or self._layout.workers == 1:
             return
         self._unhook()
         absence = Absence()

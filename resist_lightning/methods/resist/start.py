@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from resist_lightning.comm.exchange import Exchange
-from resist_lightning.comm.packing import copy_into, flatten, in_parts, split
 from resist_lightning.comm.payload import Kinds, Payload
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
@@ -29,18 +26,8 @@ def hand_out(layout: BlockLayout, round: int, exchange: Exchange, payload_of: Ca
     """
     exchange.broadcast(list(layout.shared.values()), KIND)
     if exchange.collective.worker == 0:
-        _make_members_alike([tensor for block in layout.blocks for tensor in block.tensors().values()], exchange)
+        exchange.make_members_alike((t for block in layout.blocks for t in block.tensors().values()), KIND)
     partition = layout.partition(round)
     for block in range(partition.blocks):
         transfers = tuple(Transfer(0, holder, block) for holder in partition.holders(block) if holder != 0)
         exchange.hand_over(SyncPlan((), {}, (), transfers), payload_of, Kinds.all(KIND), lambda: None)
-
-
-def _make_members_alike(tensors: list[Tensor], exchange: Exchange) -> None:
-    """Give the members of this worker the first one's values: before anything was trained they may differ."""
-    if exchange.collective.members == 1:
-        return
-    for part in in_parts(tensors):
-        flat = flatten(part)
-        exchange.collective.broadcast_inside(flat, KIND)
-        copy_into(part, split(flat, part))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, first_pieces, full_pieces, pieces
 from tests.helpers.neuron_plans import CUTS, INNER, entries, members, place, plans
 from tests.helpers.partitions import of_holders
 
@@ -48,6 +48,14 @@ def test_every_entry_is_in_exactly_one_piece_or_stays_in_its_store(plan, cut):
         for entry in members(piece, cut):
             assert (piece.source, piece.leaves) == place(cut, plan.before, entry)
             assert (piece.target, piece.enters) == place(cut, plan.after, entry)
+
+
+@given(plans(), KINDS)
+def test_when_the_training_starts_every_entry_goes_from_worker_0_to_its_place(plan, cut):
+    found = [piece for worker in range(plan.before[0].workers) for piece in first_pieces(cut, plan.before, worker)]
+    assert all((piece.source, piece.leaves) == (0, "full") for piece in found)
+    arrived = Counter((piece.target, piece.enters, entry) for piece in found for entry in members(piece, cut))
+    assert arrived == Counter((*place(cut, plan.before, entry), entry) for entry in entries(cut, plan.before))
 
 
 @given(plans(), KINDS)

@@ -1,0 +1,45 @@
+"""Gives every worker, when the training starts, its slices and its stores of worker 0's module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from resist_lightning.comm.exchange import Exchange
+from resist_lightning.methods.ist.layout import NeuronLayout
+from resist_lightning.methods.ist.messages import Arrived, Messages
+from resist_lightning.methods.ist.pieces import Part
+from resist_lightning.methods.ist.plan import first_pieces
+from resist_lightning.schedule.partition import Partition
+
+KIND = "start"
+
+
+def hand_out(
+    layout: NeuronLayout, round: int, exchange: Exchange, messages: Messages, parts: Mapping[str, Part]
+) -> None:
+    """Give all workers the shared tensors of worker 0, and of each divided tensor what they hold in ``round``.
+
+    One tensor and one worker at a time, so that worker 0, which has the whole model, needs memory for one message
+    beside it, and so does a worker that receives. Collective: every worker must call this, in the same order.
+
+    Args:
+        layout: which worker holds what.
+        round: the training begins in.
+        exchange: sends the shared tensors.
+        messages: sends pieces of divided ones.
+        parts: of divided tensors, by name; on worker 0 the full tensors, on the others slices and stores.
+    """
+    exchange.broadcast(list(layout.shared.values()), KIND)
+    me, held = exchange.collective.worker, layout.partition(round)
+    if me == 0:
+        exchange.make_members_alike((part.tensor for part in parts.values()), KIND)
+    for name, part in parts.items():
+        for worker in range(1, layout.workers):
+            moving = [(name, piece) for piece in first_pieces(part.cut, held, worker) if me in (0, worker)]
+            _put(part, messages.transfer({name: part}, moving, held, lambda _: None, KIND), held)
+
+
+def _put(part: Part, arrived: Iterable[Arrived], held: Sequence[Partition]) -> None:
+    # A function of its own: what has arrived is freed before the next message.
+    for (_, piece), values in arrived:
+        part.put(piece, held, values)
