@@ -14,6 +14,7 @@ from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import Piece, own_slice
 from resist_lightning.methods.ist.subnet import Subnet
 from resist_lightning.state.optimizer_state import OptimizerStates
+from resist_lightning.state.unmade import allocate
 
 
 class Parts:
@@ -36,6 +37,7 @@ class Parts:
         self._layout = layout
         self._states = states
         self._worker = worker
+        self._device = device
         self._parameters = {}
         for name, tensor in self.subnet.tensors.items():
             if isinstance(tensor, nn.Parameter):
@@ -77,6 +79,8 @@ class Parts:
         held = self._layout.partition(round)
         self._states.forget_odd()  # state of another shape than its parameter's cannot be divided
         known = [name for name, parameter in self._parameters.items() if self._states.known(parameter)]
+        # State has no values where its parameter has no memory.
+        allocate({name: self._parameters[name] for name in known}, self._device)
         counters = self._counters(known)
         weights = self.of_weights()
         if empty:
