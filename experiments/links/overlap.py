@@ -1,18 +1,23 @@
-"""Two workers over a slow link: what does a sync beside the training save?
+"""What does a sync cost that runs beside the training? Measured over links of chosen bandwidth, and predicted.
 
-python experiments/links/overlap.py local_steps=20 overlap=10 bandwidth_gbit=0.1
+python experiments/links/overlap.py                     (ten minutes on two cores that are idle)
+python experiments/links/overlap.py size=smoke
+python experiments/links/overlap.py 'cases=[{workers: 2, gbit: 0.1, local_steps: 50, steps_per_round: 20, overlap: 18}]'
 
-Rounds without communication, rounds that wait for their sync, and rounds that overlap it take turns in the same two
-processes. Prints a table and writes overlap.jsonl (docs/decisions/0043-overlap.md). Needs root and iproute2.
+Rounds without communication, rounds that wait for their sync, rounds that overlap it by a number of steps, and rounds that
+have measured how many they need (`auto`) take turns in the same processes. Prints a table and writes overlap.jsonl
+(decisions 43 and 58). Needs root and iproute2.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,51 +27,91 @@ import torch.distributed as dist
 from torch import nn
 
 from experiments.harness import cli
-from experiments.harness.links.namespaces import kernel, namespaces, why_no_namespaces
+from experiments.harness.links.namespaces import LARGEST_WORKERS, kernel, namespaces, why_no_namespaces
 from experiments.harness.links.workers import Place, linked_workers
 from experiments.harness.record import write_record
 from experiments.harness.settings import ConfigError, option
 from experiments.harness.tables import show
 from experiments.links import tables
+from experiments.links.closed_form import closed_form
 from experiments.links.rig import LEAST_GBIT, MOST_GBIT, NEVER
 from experiments.networks import PAPER_BLOCKS, described
 from resist_lightning import Config, Engine
+from resist_lightning.comm.byte_formulas import TRAINING_KINDS
+from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.overview import costs, count_flops
+from resist_lightning.schedule.overlap import WAITING_ROUNDS
 
 Round = Callable[[], float]
-WAYS = ("none", "waits", "overlaps")
+WAYS = ("none", "waits", "overlap", "auto")
+
+# Local steps of a round in the table, those that are really run of it, and the overlap that is given by hand.
+CASES: list[dict[str, Any]] = [
+    {"workers": 2, "width_multiplier": 1.0, "gbit": 0.1, "local_steps": 50, "steps_per_round": 20, "overlap": 18},
+    {"workers": 2, "width_multiplier": 1.0, "gbit": 1, "local_steps": 50, "steps_per_round": 6, "overlap": 3},
+    {"workers": 2, "width_multiplier": 1.0, "gbit": 1, "local_steps": 5, "steps_per_round": 5, "overlap": 3},
+    {"workers": 4, "width_multiplier": 0.5, "gbit": 0.1, "local_steps": 50, "steps_per_round": 8, "overlap": 6},
+    {"workers": 8, "width_multiplier": 0.25, "gbit": 0.1, "local_steps": 50, "steps_per_round": 5, "overlap": 3},
+]
+SMOKE: list[dict[str, Any]] = [
+    {"workers": 2, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 9, "steps_per_round": 3, "overlap": 1},
+    {"workers": 3, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 3, "steps_per_round": 3, "overlap": 2},
+]
+USUAL = {"width_multiplier": 1.0}
+LEAST = {"workers": 2, "width_multiplier": 0, "gbit": LEAST_GBIT, "local_steps": 2, "steps_per_round": 2, "overlap": 1}
 
 
 @dataclass(kw_only=True)
 class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/links")
+    cases: list[Any] = option(CASES, f"each with {', '.join(LEAST)}", smoke=SMOKE)
+    predicted_workers: list[int] = option([4, 8], "at the width of the first case, without measuring", smoke=[4])
     depth: int = option(101, "of the network", least=14, smoke=14)
-    width_multiplier: float = option(0.5, "of the network", above=0, smoke=0.125)
-    batch: int = option(2, "images per local step of one worker", least=1)
-    local_steps: int = option(20, "of a round", least=2, smoke=3)
-    overlap: int = option(10, "local steps beside which a sync runs", least=1, smoke=1)
-    bandwidth_gbit: float = option(0.1, "0.1 is a link of 100 Mbit/s", least=LEAST_GBIT, most=MOST_GBIT)
-    repeats: int = option(4, "rounds of every way, interleaved", least=1, smoke=1)
-    timeout_seconds: float = option(900.0, "for all of it", above=0)
+    batch: int = option(8, "images per local step of one worker", least=1, smoke=2)
+    repeats: int = option(
+        2, "rounds of every way over the slowest link, interleaved; twice as many over others", least=1, smoke=1
+    )
+    timeout_seconds: float = option(900.0, "for one case", above=0)
 
     def __post_init__(self) -> None:
-        if self.overlap >= self.local_steps:
-            raise ConfigError(f"overlap={self.overlap} must be below local_steps={self.local_steps}")
+        self.cases = [_checked(case) for case in self.cases]
 
 
-def rounds_of(way: str, settings: dict[str, Any]) -> tuple[Engine, Round]:
+def _checked(case: Any) -> dict[str, Any]:
+    """A case with its usual values."""
+    found = {**USUAL, **case} if isinstance(case, dict) else {}
+    if found.keys() != LEAST.keys():
+        raise ConfigError(f"cases: {case} must have {', '.join(LEAST)}, and nothing else")
+    for name, least in LEAST.items():
+        kinds = int | float if name in ("gbit", "width_multiplier") else int
+        if not isinstance(found[name], kinds) or found[name] < least:
+            raise ConfigError(f"cases: {name}={found[name]} of {case} must be a number of at least {least}")
+    if not found["overlap"] < found["steps_per_round"] <= found["local_steps"]:
+        raise ConfigError(f"cases: {case} needs overlap < steps_per_round <= local_steps")
+    for name, most in {"workers": LARGEST_WORKERS, "gbit": MOST_GBIT}.items():
+        if found[name] > most:
+            raise ConfigError(f"cases: {name}={found[name]} of {case} must be at most {most}")
+    return {name: found[name] for name in LEAST}
+
+
+def network_of(settings: Mapping[str, Any]) -> nn.Module:
+    network = {"depth": settings["depth"], "width_multiplier": settings["width_multiplier"]}
+    return described(network, num_classes=10, in_features=3)
+
+
+def rounds_of(way: str, settings: Mapping[str, Any]) -> tuple[Engine, Round]:
     """An engine, and what trains a round with it and returns its seconds, the sync at its end included."""
     torch.manual_seed(0)
-    network = {"depth": settings["depth"], "width_multiplier": settings["width_multiplier"]}
-    model = described(network, num_classes=10, in_features=3)
+    model = network_of(settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    steps = NEVER if way == "none" else settings["local_steps"]
-    ahead = settings["overlap"] if way == "overlaps" else 0
-    engine = Engine(model, [optimizer], Config(local_steps=steps, overlap=ahead, blocks=PAPER_BLOCKS))
+    steps = NEVER if way == "none" else settings["steps_per_round"]
+    overlap: Any = {"overlap": settings["overlap"], "auto": "auto"}.get(way, 0)
+    engine = Engine(model, [optimizer], Config(local_steps=steps, overlap=overlap, blocks=PAPER_BLOCKS))
     images, labels = torch.randn(settings["batch"], 3, 32, 32), torch.randint(10, (settings["batch"],))
 
     def train_round() -> float:
         start = time.perf_counter()
-        for _ in range(settings["local_steps"]):
+        for _ in range(settings["steps_per_round"]):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -81,38 +126,101 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     made = {way: rounds_of(way, settings) for way in WAYS}
-    for engine, train_round in made.values():
+    for way, (engine, train_round) in made.items():
         engine.start()
-        train_round()  # memory is allocated, pages are touched
+        if way != "auto":
+            train_round()  # memory is allocated, pages are touched
     place.ready()
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(WAITING_ROUNDS):  # it measures the link, which must be shaped by then
+        made["auto"][1]()
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(settings["repeats"]):
         for way, (_, train_round) in made.items():
             dist.barrier()
-            found[way].append(train_round())
+            seconds[way].append(train_round())
     place.measured()
-    sent = {way: sum(engine.collective.sent_bytes[kind] for kind in ("shared", "merge", "hand_over"))
-            for way, (engine, _) in made.items()}  # fmt: skip
-    place.report({"seconds": found, "sent_bytes": sent})
+    place.report({way: told(engine, place.worker, seconds[way]) for way, (engine, _) in made.items()})
     for engine, _ in made.values():
         engine.abandon()
     dist.barrier()
     dist.destroy_process_group()
 
 
+def told(engine: Engine, worker: int, seconds: list[float]) -> dict[str, Any]:
+    """What a worker tells of one way: seconds of its rounds, bytes of all its syncs, and the overlap at last."""
+    syncs = closed_form(engine, range(engine.clock.round), [worker])
+    return {
+        "seconds": seconds,
+        "counted": sum(engine.collective.sent_bytes[kind] for kind in TRAINING_KINDS),
+        "syncs": syncs,
+        "overlap": engine.clock.overlap,
+        "chosen": engine.layout.overlaps.summary(),
+    }
+
+
+def rows_of(case: dict[str, Any], workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each way, from what the workers tell."""
+    rows = []
+    for way in WAYS:
+        own = [worker[way] for worker in workers]
+        syncs = list(zip(*(one["syncs"] for one in own), strict=True))
+        form = [sum(sync["sent"] for sync in one["syncs"]) for one in own]
+        rows.append({
+            "case": case,
+            "way": way,
+            # Of each round, as the worker saw it that took the longest.
+            "seconds": [max(found) for found in zip(*(one["seconds"] for one in own), strict=True)],
+            "overlap": own[0]["overlap"],
+            "chosen": own[0]["chosen"],
+            "bytes_equal_closed_form": form == [one["counted"] for one in own],
+            "sent_bytes": mean(form) / max(len(syncs), 1),
+            # Both directions at once: the longer one counts.
+            "link_bytes": mean(max(max(one.values()) for one in sync) for sync in syncs) if syncs else 0.0,
+        })  # fmt: skip
+    return rows
+
+
+def beyond(options: Options) -> list[dict[str, Any]]:
+    """For the prediction of more workers at the first case's width: bytes of a sync, and the share of computing."""
+    first = options.cases[0]
+    with torch.device("meta"):
+        net = network_of({"depth": options.depth, **first})
+        image = torch.empty(1, 3, 32, 32)
+    layouts = {
+        count: BlockLayout(net, Config(blocks=PAPER_BLOCKS), count)
+        for count in (first["workers"], *options.predicted_workers)
+    }
+    flops = count_flops(net, layouts[first["workers"]].blocks, lambda: net(image))
+    found = {count: costs(layout, flops) for count, layout in layouts.items()}
+    computed = {count: cost.computed or 1.0 for count, cost in found.items()}
+    return [
+        {
+            "workers": count,
+            "width_multiplier": first["width_multiplier"],
+            "computed": computed[count] / computed[first["workers"]],
+            "link_bytes": found[count].slowest,
+        }
+        for count in options.predicted_workers
+    ]
+
+
 def run(_: Sequence[str], options: Options) -> None:
+    """Measure every case."""
     if missing := why_no_namespaces():
         raise ConfigError(f"{missing}: the rounds need a shaped link, so root and iproute2")
-    settings = options.take("depth", "width_multiplier", "batch", "local_steps", "overlap", "bandwidth_gbit", "repeats")
-    with namespaces(2) as network, linked_workers(network, "experiments.links.overlap") as workers:
-        told = workers.run(settings, gbit=options.bandwidth_gbit, timeout=options.timeout_seconds)["workers"]
-    # Of each round, as the worker saw it that took the longest.
-    seconds = {way: [max(pair) for pair in zip(*(one["seconds"][way] for one in told), strict=True)] for way in WAYS}
-    sent = {way: [one["sent_bytes"][way] for one in told] for way in WAYS}
-    write_record(
-        Path(options.out) / "overlap.jsonl", {"settings": settings, "seconds": seconds, "sent_bytes": sent}, **kernel()
-    )
-    show(Path(options.out), {"overlap": (tables.overlap,)}, ["overlap"])
+    settings, rows = options.take("depth", "batch", "repeats"), []
+    slowest = min(case["gbit"] for case in options.cases)
+    for count, cases in groupby(options.cases, key=lambda case: int(case["workers"])):
+        with namespaces(count) as network, linked_workers(network, "experiments.links.overlap") as workers:
+            for case in cases:
+                repeats = options.repeats * (1 if case["gbit"] == slowest else 2)
+                task = {**settings, **case, "repeats": repeats}
+                found = workers.run(task, gbit=case["gbit"], timeout=options.timeout_seconds)["workers"]
+                rows += rows_of(case, found)
+                print(f"{case}: measured", flush=True)
+    content = {"settings": settings, "rows": rows, "beyond": beyond(options)}
+    write_record(Path(options.out) / "overlap.jsonl", content, **kernel())
+    show(Path(options.out), {"overlap": (tables.overlap_claim, tables.overlap)}, ["overlap"])
 
 
 if __name__ == "__main__":

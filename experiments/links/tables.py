@@ -8,13 +8,18 @@ from statistics import mean
 from typing import Any
 
 from experiments.harness.tables import Content, Grid, Row, page_tables
+from experiments.links.link_model import step_seconds, sync_seconds
 from experiments.networks import in_words
+from resist_lightning.schedule.overlap import choose_overlap
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "ddp": "DDP (Lightning's)", "local_sgd": "local SGD", "resist": "ResIST", "ist": "IST",
     "none": "no communication (the limit)", "parameter_server": "parameter server (computed)",
 }  # fmt: skip
+
+# Workers, width of the network, Gbit/s and local steps of a round, for which issue 16 has an aim.
+AIMS = {(2, 1.0, 0.1, 50): 1.05, (2, 1.0, 1, 50): 1.01, (2, 1.0, 1, 5): 1.10}
 
 
 def title(method: str) -> str:
@@ -195,22 +200,97 @@ def receives_first(content: Content) -> Grid:
     })  # fmt: skip
 
 
+def overlap_claim(content: Content) -> str:
+    """What was run, whether the bytes are those of the closed form, and what was measured against the aims."""
+    settings, rows = content["settings"], content["rows"]
+    equal = all(row["bytes_equal_closed_form"] for row in rows)
+    lines = [
+        f"- {with_kernel(content)}",
+        f"- Workers of 1 thread; PreActResNet {settings['depth']}, batch {settings['batch']}.",
+        f"- Our count of bytes {'equals' if equal else 'does NOT equal'} the closed form.",
+    ]
+    for none, row in _beside_none(content):
+        aim = _aim(row["case"])
+        if aim is not None and row["way"] != "waits":
+            lines.append(
+                f"- {bandwidth(row['case']['gbit'])}, rounds of {row['case']['local_steps']} steps, {_rounds(row)}: a local "
+                f"step takes {mean(_ratios(row, none)):.3f} of one without communication; the aim is {aim:.2f}."
+            )
+    return "\n".join(lines) + "\n"
+
+
 def overlap(content: Content) -> Grid:
-    """Seconds of a local step, the share of a sync included, by what the training does meanwhile."""
-    settings, seconds = content["settings"], content["seconds"]
-    rounds = settings["repeats"] + 1  # one before the link was shaped
-    ways = {
-        "none": "no communication", "waits": "waits for each sync", "overlaps": f"overlap={settings['overlap']}",
-    }  # fmt: skip
-    return Grid.of("A sync beside the training", ways.items(), {
-        "rounds": lambda way: way[1],
-        "s per local step": lambda way: f"{mean(seconds[way[0]]) / settings['local_steps']:.3f}",
-        "against no communication": lambda way: f"{mean(seconds[way[0]]) / mean(seconds['none']):.2f}",
-        "of single rounds": lambda way: " ".join(
-            f"{mine / none:.2f}" for mine, none in zip(seconds[way[0]], seconds["none"], strict=True)
-        ),
-        "sent per sync": lambda way: _megabytes(max(content["sent_bytes"][way[0]]) / rounds),
-    })  # fmt: skip
+    """Seconds of a local step, the share of a sync included, by what the training does meanwhile; and predicted."""
+    lines: list[list[object]] = []
+    header = ["workers", "width", "link", "local steps of a round", "rounds", "s per local step"]
+    header += ["against no communication", "of single rounds", "predicted", "aim", "sent per sync"]
+    for none, row in _beside_none(content):
+        case, ratios, compute = row["case"], _ratios(row, none), _compute(none)
+        sync = sync_seconds(row["link_bytes"], case["gbit"])
+        predicted = step_seconds(compute, sync, case["local_steps"], row["overlap"]) / compute
+        aim = _aim(case)
+        lines.append([
+            *_of_case(case), _rounds(row), _seconds(compute * mean(ratios)), f"{mean(ratios):.3f}",
+            " ".join(f"{ratio:.3f}" for ratio in ratios), f"{predicted:.3f}",
+            "-" if aim is None or row["way"] == "waits" else f"{aim:.2f}", _megabytes(row["sent_bytes"]),
+        ])  # fmt: skip
+    return Grid("A sync beside the training", header, lines + _predicted(content))
+
+
+def _predicted(content: Content) -> list[list[object]]:
+    """Rows for more workers, which are not measured: as fast as those that were, for what each has to compute."""
+    lines: list[list[object]] = []
+    for more in content.get("beyond", []):
+        alone = [
+            none for none, _ in _beside_none(content) if none["case"]["width_multiplier"] == more["width_multiplier"]
+        ]
+        compute = more["computed"] * mean(_compute(none) for none in alone)
+        for gbit, local_steps in dict.fromkeys((none["case"]["gbit"], none["case"]["local_steps"]) for none in alone):
+            sync = sync_seconds(more["link_bytes"], gbit)
+            chosen = choose_overlap([compute], [sync], local_steps)
+            for words, steps in (("waits", 0), (f"auto: {chosen}", chosen)):
+                seconds = step_seconds(compute, sync, local_steps, steps)
+                shown = _of_case({**more, "gbit": gbit, "local_steps": local_steps})
+                lines.append(
+                    [*shown, words, "-", "-", "-", f"{seconds / compute:.3f}", "-", _megabytes(more["link_bytes"])]
+                )
+    return lines
+
+
+def _beside_none(content: Content) -> list[tuple[Row, Row]]:
+    """Every row that communicates, behind the one of its case that does not."""
+    alone: list[Row] = [row for row in content["rows"] if row["way"] == "none"]
+    return [
+        (none, row) for none in alone for row in content["rows"] if row["case"] == none["case"] and row["way"] != "none"
+    ]
+
+
+def _ratios(row: Row, none: Row) -> list[float]:
+    """Of each round, a local step against one without communication, if a round had as many as the case says.
+
+    What a sync adds to a round does not depend on how many steps come before its border, so fewer are really run.
+    """
+    really, local_steps = row["case"]["steps_per_round"], row["case"]["local_steps"]
+    pairs = zip(row["seconds"], none["seconds"], strict=True)
+    return [1 + (mine - alone) / (local_steps * alone / really) for mine, alone in pairs]
+
+
+def _compute(none: Row) -> float:
+    """Seconds of a local step without communication."""
+    return mean(none["seconds"]) / float(none["case"]["steps_per_round"])
+
+
+def _aim(case: Mapping[str, Any]) -> float | None:
+    return AIMS.get(tuple(case[key] for key in ("workers", "width_multiplier", "gbit", "local_steps")))
+
+
+def _of_case(case: Mapping[str, Any]) -> list[object]:
+    return [case["workers"], f"x {case['width_multiplier']:g}", bandwidth(case["gbit"]), case["local_steps"]]
+
+
+def _rounds(row: Row) -> str:
+    """What the training does while a sync is under way."""
+    return {"waits": "waits", "auto": f"auto: {row['overlap']}"}.get(row["way"], f"overlap={row['overlap']}")
 
 
 def _seconds(value: float | None) -> str:
@@ -233,6 +313,6 @@ STUDIES = {
     "links": (links_claim, links_summary, links_speed, links_bytes),
     "nodes": (nodes_claim, nodes),
     "receives_first": (receives_first,),
-    "overlap": (overlap,),
+    "overlap": (overlap_claim, overlap),
 }
 TABLES = page_tables(RESULTS, STUDIES)

@@ -19,8 +19,8 @@ from experiments.harness import cli
 from experiments.harness.links import namespaces as rig
 from experiments.harness.record import read_record
 from experiments.harness.settings import ConfigError
+from experiments.links import link_model, overlap, summary, tables
 from experiments.links import rig as options
-from experiments.links import summary, tables
 from experiments.links.run import Options
 from tests.helpers.namespaces import MISSING, needs_namespaces
 from tests.helpers.programs import ROOT, run_module
@@ -145,9 +145,40 @@ def test_workers_of_two_processes_send_each_byte_over_the_slow_link_once(tmp_pat
 def test_rounds_that_overlap_their_sync_send_what_others_send(tmp_path: Path) -> None:
     run_module("experiments.links.overlap", "size=smoke", f"out={tmp_path}")
     measured = read_record(tmp_path / "overlap.jsonl")
-    assert measured["sent_bytes"]["none"] == [0, 0]
-    assert measured["sent_bytes"]["overlaps"] == measured["sent_bytes"]["waits"] != [0, 0]
-    assert all(len(seconds) == 1 for seconds in measured["seconds"].values())
+    for workers in (2, 3):
+        rows = {row["way"]: row for row in measured["rows"] if row["case"]["workers"] == workers}
+        assert list(rows) == ["none", "waits", "overlap", "auto"]
+        assert rows["none"]["sent_bytes"] == 0 < rows["waits"]["sent_bytes"] == rows["overlap"]["sent_bytes"]
+        assert all(row["bytes_equal_closed_form"] and len(row["seconds"]) == 1 for row in rows.values())
+        assert rows["auto"]["overlap"] == rows["auto"]["chosen"]["local_steps"] <= 2
+    assert [row["workers"] for row in measured["beyond"]] == [4]
+    assert 0 < measured["beyond"][0]["computed"] <= 1
+
+
+def test_a_sync_costs_what_does_not_fit_into_the_steps_beside_it() -> None:
+    """By hand: 12.5 MB over 0.1 Gbit/s take 1 s, and a round of 10 steps of 0.2 s has 0, 3 or 5 of them beside it."""
+    sync = link_model.sync_seconds(12.5e6, 0.1)
+    assert sync == pytest.approx(1.0)
+    assert [link_model.step_seconds(0.2, sync, 10, steps) for steps in (0, 3, 5, 9)] == pytest.approx(
+        [0.3, 0.24, 0.2, 0.2]
+    )
+
+    case = {"workers": 2, "width_multiplier": 1.0, "gbit": 0.1, "local_steps": 50, "steps_per_round": 10, "overlap": 3}
+    rows = [
+        {"case": case, "way": way, "seconds": seconds, "overlap": steps, "chosen": None, "sent_bytes": 12.5e6,
+         "link_bytes": 12.5e6, "bytes_equal_closed_form": True}
+        for way, seconds, steps in (("none", [2.0, 4.0], 0), ("waits", [3.0, 5.0], 0), ("auto", [2.5, 4.2], 4))
+    ]  # fmt: skip
+    more = [{"workers": 4, "width_multiplier": 1.0, "computed": 0.5, "link_bytes": 25e6}]
+    content = {"settings": {"depth": 101, "batch": 8}, "rows": rows, "beyond": more}
+    waits, auto, *predicted = tables.overlap(content).rows
+    # A round of 50 steps would take 10 s and 20 s, and the sync adds one second.
+    assert waits[4:] == ["waits", "0.323", "1.075", "1.100 1.050", "1.067", "-", "12.50 MB"]
+    assert auto[4:] == ["auto: 4", "0.309", "1.030", "1.050 1.010", "1.000", "1.05", "12.50 MB"]
+    assert [row[4:] for row in predicted] == [
+        ["waits", "-", "-", "-", "1.267", "-", "25.00 MB"],
+        ["auto: 16", "-", "-", "-", "1.000", "-", "25.00 MB"],
+    ]
 
 
 @needs_namespaces
@@ -254,6 +285,24 @@ def test_a_sigterm_leaves_nothing() -> None:
 
 def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("workers: 2, gbit: 1, local_steps: 5", "must have workers, width_multiplier, gbit, local_steps"),
+        (
+            "workers: 2, gbit: 1, local_steps: 5, steps_per_round: 5, overlap: 5",
+            "overlap < steps_per_round <= local_steps",
+        ),
+        ("workers: 1, gbit: 1, local_steps: 5, steps_per_round: 5, overlap: 3", "workers=1 of"),
+        ("workers: 2, gbit: fast, local_steps: 5, steps_per_round: 5, overlap: 3", "gbit=fast of"),
+        ("workers: 2, gbit: 999, local_steps: 5, steps_per_round: 5, overlap: 3", "gbit=999 of .* at most 100"),
+    ],
+)
+def test_a_bad_case_of_the_overlap_is_one_line(case: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cli.read([f"cases=[{{{case}}}]"], overlap.Options)
 
 
 @pytest.mark.parametrize(
