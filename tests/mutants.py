@@ -112,6 +112,20 @@ MUTANTS = (
         ("tests/integration/test_building.py",),
     ),
     Mutant(
+        "worker 0 collects from one worker only",
+        "methods/ist/sync.py",
+        "for peer in range(1, self._layout.workers):",
+        "for peer in range(1, 2):",
+        ("tests/unit/methods/ist/test_observation.py",),
+    ),
+    Mutant(
+        "neurons are put together all at once",
+        "methods/ist/parts.py",
+        "+ sizes[name] > max(sizes.values()):",
+        "+ sizes[name] > sum(sizes.values()):",
+        ("tests/unit/methods/ist/test_parts.py", "tests/distributed/test_memory.py"),
+    ),
+    Mutant(
         "random numbers of a form",
         "strategies/building.py",
         "if begun_first.get(name) == state]",

@@ -152,7 +152,7 @@ class Observation:
         plan = sync_plan()
         at_first = self._at_first(purpose)
         elsewhere = self._elsewhere(at_first)
-        if keep and (not elsewhere or plan.left_out or self._sync.writes_to_assemble):
+        if keep and (not elsewhere or plan.left_out or self._sync.writes_to_assemble(plan)):
             self.own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
         # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
         unequal = any(changes for _, changes in reports)

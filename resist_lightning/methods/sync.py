@@ -35,9 +35,6 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 class SyncAbilities:
     """What only some methods do. Each of these does nothing until a method overrides it."""
 
-    writes_to_assemble = False
-    """Whether :meth:`assemble_at_first` writes into the tensors of workers that keep their part."""
-
     incomplete = ENDED_EARLY
     """Why a module that lacks something when the training has ended will never get it."""
 
@@ -80,6 +77,10 @@ class SyncAbilities:
             By name, what the sync has made equal on all workers, before each adds what it has learned meanwhile.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
+
+    def writes_to_assemble(self, plan: Any) -> bool:
+        """Whether :meth:`assemble_at_first` writes into the tensors of workers that keep their part."""
+        return False
 
     def assemble_at_first(self, plan: Any, kind: str, *, unequal: bool) -> None:
         """Make worker 0's module the full model; the others send it what it lacks, and keep their part as it is.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -259,6 +259,24 @@ def net_for(method: str) -> tuple[nn.Module, CommonConfig]:
     return nn.Sequential(*layers[:-1]), NeuronConfig(local_steps=2)
 
 
+@contextmanager
+def sampled(engine: Engine, sample: Callable[[], None]) -> Iterator[None]:
+    """Sample where buffers are packed and about to be sent."""
+    verbs = engine.collective
+    names = ("broadcast_", "exchange", "start_all_reduce")
+    usual = {name: getattr(verbs, name) for name in names}
+
+    def watch(verb: Any, *args: Any) -> Any:
+        sample()
+        return verb(*args)
+
+    for name in names:
+        setattr(verbs, name, partial(watch, usual[name]))
+    yield
+    for name in names:
+        setattr(verbs, name, usual[name])
+
+
 def peaks_of_start(worker: int, build: str, start: Start) -> dict[str, int]:
     """The most bytes got from malloc while the module is built, while the engine starts, and at its end."""
     allocate_large_tensors_apart()
@@ -278,15 +296,8 @@ def start_one(worker: int, build: str, start: Start) -> dict[str, int]:
         model, config = net_for(start.method)
     sample("built")
     engine = Engine(model, [optimizer_for("sgd", model)], config)
-    verbs = engine.collective
-    broadcast, exchange = verbs.broadcast_, verbs.exchange
-
-    def watch(usual: Any, *args: Any) -> None:  # where buffers are packed and about to be sent
-        sample("start")
-        usual(*args)
-
-    verbs.broadcast_, verbs.exchange = partial(watch, broadcast), partial(watch, exchange)  # type: ignore[method-assign]
-    engine.start()
+    with sampled(engine, partial(sample, "start")):
+        engine.start()
     peaks["end"] = settled_bytes(before + start.part + NOISE_BYTES, 0.5) - before
     engine.abandon()
     return peaks
@@ -294,6 +305,7 @@ def start_one(worker: int, build: str, start: Start) -> dict[str, int]:
 
 HELD_AT_START = 2  # of the six blocks, by each of three workers
 NEURONS, OWN = 960, 320  # of each of three hidden layers, and those of each of three workers
+SLICE_BYTES = 4 * (4 * OWN + 2 * (OWN + 1) * OWN + 4 * OWN + 4)
 STARTS = [
     Start(
         "resist",
@@ -305,7 +317,7 @@ STARTS = [
         "ist",
         whole=4 * (4 * NEURONS + 2 * (NEURONS + 1) * NEURONS + 4 * NEURONS + 4),
         # Of the matrices between hidden layers its slice, and the rows that it keeps.
-        part=4 * (4 * OWN + 2 * (OWN + 1 + NEURONS) * OWN + 4 * OWN + 4),
+        part=SLICE_BYTES + 4 * 2 * OWN * NEURONS,
         message=4 * OWN * NEURONS,
     ),
 ]
@@ -323,3 +335,48 @@ def test_when_it_starts_only_worker_0_has_the_whole_model(build: str, start: Sta
     for peaks in others:
         assert peaks["built"] <= (NOISE_BYTES if build == "form" else start.whole + NOISE_BYTES)
         assert peaks["start"] <= start.part + start.message + NOISE_BYTES
+
+
+def peaks_of_evaluation(worker: int, where: str) -> int:
+    """The most bytes got from malloc in an evaluation of a training of neurons."""
+    allocate_large_tensors_apart()
+    gc.disable()
+    evaluate_one(where)  # what libraries make once is theirs
+    return evaluate_one(where)
+
+
+def evaluate_one(where: str) -> int:
+    before, peak = allocated_bytes(), 0
+    model, config = net_for("ist")
+    optimizer = optimizer_for("sgd", model)
+    engine = Engine(model, [optimizer], replace(config, evaluate_on=where))
+
+    def sample() -> None:
+        nonlocal peak
+        peak = max(peak, allocated_bytes() - before)
+
+    engine.start()
+    model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    engine.after_step()
+    with sampled(engine, sample), engine.full_model():
+        sample()
+    engine.abandon()
+    return peak
+
+
+@pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
+@pytest.mark.parametrize("where", ["first", "all"])
+def test_neurons_are_put_together_some_tensors_at_a_time(where: str) -> None:
+    """No more at once than the largest tensor; where worker 0 evaluates, one worker after the other."""
+    start = STARTS[1]
+    peaks = run_workers(peaks_of_evaluation, 3, where)
+    # Slices with gradients and momentum, and what is stored.
+    training = start.part + 2 * SLICE_BYTES
+    # Besides, who puts the network together has copies of its slices to go back to, in the place of the slices.
+    whole = start.whole + training
+    if where == "first":
+        assert whole <= peaks[0] <= whole + start.message + NOISE_BYTES
+        assert all(training < peak <= training + start.message + NOISE_BYTES for peak in peaks[1:])
+    else:
+        assert all(whole <= peak <= whole + 4 * NEURONS * NEURONS + NOISE_BYTES for peak in peaks)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resist_lightning.comm.collective import Collective, Meanwhile, do_nothing
+from resist_lightning.comm.mean import send_to_first
 from resist_lightning.comm.packing import empty_like_packed, unpack
 from resist_lightning.comm.tensors import all_sendable
 from resist_lightning.methods.ist.network.neurons import Cut
@@ -78,27 +79,40 @@ class Messages:
         return self._exchange(sends, expected, parts, kinds, copy_what_stays)
 
     def spread(
-        self,
-        parts: Mapping[str, Part],
-        pieces_of: PiecesOf,
-        held: Sequence[Partition],
-        kind: str,
-        *,
-        at_first: bool = False,
+        self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition], kind: str
     ) -> list[Arrived]:
-        """Send all parts of this worker to all others, or to worker 0 alone, and receive theirs.
+        """Send parts of this worker to all others, and receive theirs.
 
         Collective: every worker must call this, in the same order.
         """
         peers = [worker for worker in range(self._collective.workers) if worker != self._worker]
-        sources = peers if not at_first or self._worker == 0 else []
-        targets = [peer for peer in peers if not at_first or peer == 0]
-        expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in sources}
+        expected = {peer: _all_pieces(parts, pieces_of, peer) for peer in peers}
         # All peers get the same buffers, so they are packed once.
         flats, mine = self._pack(parts, _all_pieces(parts, pieces_of, self._worker), held)
-        sends = dict.fromkeys(targets, flats)
-        sent = len(targets) * sum(flat.nbytes for flat in flats)
+        sends = dict.fromkeys(peers, flats)
+        sent = len(peers) * sum(flat.nbytes for flat in flats)
         return mine + self._exchange(sends, expected, parts, Counter({kind: sent}))
+
+    def own(self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition]) -> list[Arrived]:
+        """What this worker would send of its parts, as copies. Sends nothing."""
+        return self._pack(parts, _all_pieces(parts, pieces_of, self._worker), held)[1]
+
+    def collect(
+        self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition], kind: str, peer: int
+    ) -> list[Arrived]:
+        """Send parts of one worker to worker 0, where they are returned.
+
+        Collective: every worker must call this, in the same order; only these two talk.
+        """
+        flats: list[Tensor] = []
+        arriving: list[Arrived] = []
+        pieces = _all_pieces(parts, pieces_of, peer)
+        if self._worker == peer:
+            flats, _ = self._pack(parts, pieces, held)
+        elif self._worker == 0:
+            flats, arriving = self._space(parts, pieces)
+        send_to_first(self._collective, peer, flats, kind)
+        return arriving
 
     def _exchange(
         self,

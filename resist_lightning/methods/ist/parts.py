@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,14 @@ class Parts:
 
     def of_weights(self) -> dict[str, Part]:
         """This worker's part of every divided tensor, by name."""
+        return {name: self._part(name) for name in self._layout.neurons.cuts}
+
+    def widened(self, names: Iterable[str]) -> dict[str, Part]:
+        """Give some tensors the memory of the full model, which the caller must fill, and return the parts of them."""
         parts = {}
-        for name, cut in self._layout.neurons.cuts.items():
-            shape = tuple(self._layout.shapes[name])
-            tensor, store = self.subnet.tensors[name], self.store.get(name)
-            parts[name] = Part(cut, shape, self._worker, tensor, store)
+        for name in names:
+            self.subnet.widen(name)
+            parts[name] = self._part(name)
         return parts
 
     def moving_state(self) -> dict[str, Part]:
@@ -121,6 +125,10 @@ class Parts:
         if self._layout.workers > 1:
             self._states.drop(self._parameters.values())
 
+    def _part(self, name: str) -> Part:
+        cut, shape = self._layout.neurons.cuts[name], tuple(self._layout.shapes[name])
+        return Part(cut, shape, self._worker, self.subnet.tensors[name], self.store.get(name))
+
     def _make_stores(self, weights: dict[str, Part]) -> None:
         for name, part in weights.items():
             if self._needs_store(part):
@@ -181,6 +189,18 @@ class Parts:
             for slot, value in zip(new, counters[name], strict=True):
                 slot.copy_(value)
         return self._of_state(counters)
+
+
+def in_groups(parts: Mapping[str, Part]) -> Iterator[dict[str, Part]]:
+    """Parts of divided tensors, some at a time: those of tensors that are together no larger than the largest one."""
+    sizes = {name: prod(part.whole) * part.tensor.element_size() for name, part in parts.items()}
+    group: dict[str, Part] = {}
+    for name, part in parts.items():
+        if sum(sizes[other] for other in group) + sizes[name] > max(sizes.values()):
+            yield group
+            group = {}
+        group[name] = part
+    yield group
 
 
 def _parameter_of(key: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from resist_lightning.comm.exchange import Exchange
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.messages import Arrived, Messages
+from resist_lightning.methods.ist.parts import in_groups
 from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import first_pieces
 from resist_lightning.schedule.partition import Partition
@@ -19,7 +20,7 @@ def hand_out(
 ) -> None:
     """Give all workers the shared tensors of worker 0, and of each divided tensor what they hold in ``round``.
 
-    One tensor and one worker at a time, so that worker 0, which has the whole model, needs memory for one message
+    Some tensors and one worker at a time, so that worker 0, which has the whole model, needs memory for one message
     beside it, and so does a worker that receives. Collective: every worker must call this, in the same order.
 
     Args:
@@ -33,13 +34,15 @@ def hand_out(
     me, held = exchange.collective.worker, layout.partition(round)
     if me == 0:
         exchange.make_members_alike((part.tensor for part in parts.values()), KIND)
-    for name, part in parts.items():
+    for some in in_groups(parts):
         for worker in range(1, layout.workers):
-            moving = [(name, piece) for piece in first_pieces(part.cut, held, worker) if me in (0, worker)]
-            _put(part, messages.transfer({name: part}, moving, held, lambda _: None, KIND), held)
+            moving = []
+            for name, part in some.items() if me in (0, worker) else ():
+                moving += [(name, piece) for piece in first_pieces(part.cut, held, worker)]
+            _put(some, messages.transfer(some, moving, held, lambda _: None, KIND), held)
 
 
-def _put(part: Part, arrived: Iterable[Arrived], held: Sequence[Partition]) -> None:
+def _put(parts: Mapping[str, Part], arrived: Iterable[Arrived], held: Sequence[Partition]) -> None:
     # A function of its own: what has arrived is freed before the next message.
-    for (_, piece), values in arrived:
-        part.put(piece, held, values)
+    for (key, piece), values in arrived:
+        parts[key].put(piece, held, values)

@@ -7,7 +7,7 @@ modules keep as attributes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -64,8 +64,9 @@ class Subnet:
             return False
         self._unhook()
         self._widths = widths
-        shapes = {name: layout.held_shape(name, self._worker, round) for name in self.tensors}
-        self._resize(shapes, widths)
+        for name in self.tensors:
+            self._resize(name, layout.held_shape(name, self._worker, round))
+        self._set_widths(widths)
         # Only now: torch refuses a gradient of another shape than the parameter's.
         for name, gradient in self.gradients.items():
             self.tensors[name].grad = gradient
@@ -78,15 +79,17 @@ class Subnet:
             self._hook(name, _AsTraced(name, values))
         return True
 
+    def widen(self, name: str) -> None:
+        """Make a tensor the full one, with memory that the caller must fill; :meth:`hold` brings its gradient back."""
+        tensor = self.tensors[name]
+        if tensor.grad is not None:
+            self.gradients[name] = tensor.grad
+        self._resize(name, self._layout.shapes[name])
+
     def hold_all(self) -> None:
-        """Make the module the full one, with memory that the caller must fill; :meth:`hold` brings gradients back."""
-        self.gradients = {}
-        for name, tensor in self.tensors.items():
-            if tensor.grad is not None:
-                self.gradients[name] = tensor.grad
+        """Make the module the full one, when all of its tensors are."""
         self._unhook()
-        widths = [layer.width for layer in self._layout.neurons.layers]
-        self._resize(self._layout.shapes, widths)
+        self._set_widths([layer.width for layer in self._layout.neurons.layers])
 
     def leave(self, reason: str) -> None:
         """Where the module will not become the full one: make what is left of the subnet raise where it is read."""
@@ -114,14 +117,15 @@ class Subnet:
             hook.remove()
         self._hooks = None
 
-    def _resize(self, shapes: Mapping[str, tuple[int, ...]], widths: list[int]) -> None:
-        for name, tensor in self.tensors.items():
-            order = self._orders[name]
-            sizes = [shapes[name][dimension] for dimension in order]
-            empty = torch.empty(sizes, dtype=tensor.dtype, device=self._devices[name])
-            # Back to the order of dimensions, over memory in the format of the full tensor.
-            places = sorted(range(len(order)), key=order.__getitem__)
-            replace_memory(name, tensor, empty.permute(places))
+    def _resize(self, name: str, shape: Sequence[int]) -> None:
+        tensor, order = self.tensors[name], self._orders[name]
+        sizes = [shape[dimension] for dimension in order]
+        empty = torch.empty(sizes, dtype=tensor.dtype, device=self._devices[name])
+        # Back to the order of dimensions, over memory in the format of the full tensor.
+        places = sorted(range(len(order)), key=order.__getitem__)
+        replace_memory(name, tensor, empty.permute(places))
+
+    def _set_widths(self, widths: list[int]) -> None:
         for size in self._layout.neurons.sizes:
             width = widths[size.layer] * size.repeat
             module = self._layout.module.get_submodule(size.module)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.merging import write_means
 from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
 from resist_lightning.methods.ist.network.neurons import Cut
-from resist_lightning.methods.ist.parts import Parts
+from resist_lightning.methods.ist.parts import Parts, in_groups
 from resist_lightning.methods.ist.pieces import Part
 from resist_lightning.methods.ist.plan import NeuronPlan, Piece, PlannedByCut, have_several_holders, pieces
 from resist_lightning.methods.ist.start import hand_out
@@ -30,8 +31,6 @@ from resist_lightning.state.unmade import allocate, is_unmade
 
 class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     """A worker's side of the syncs of an IST run; see :class:`Sync`."""
-
-    writes_to_assemble = True  # means of what several workers hold, at their owners
 
     def __init__(
         self, layout: NeuronLayout, states: OptimizerStates, collective: Collective, device: torch.device
@@ -102,25 +101,47 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def assemble_at_first(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
         self._assemble(plan, kind, unequal=unequal, at_first=True)
 
+    @override
+    def writes_to_assemble(self, plan: NeuronPlan) -> bool:
+        return have_several_holders(plan.before)  # means, at their owners
+
     def _assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
         self._leave_out(plan)
         # Between two syncs only: right after one, replicas are equal.
         if unequal:
             average = self.exchange.average_at_first if at_first else self.exchange.average
             average(list(self._averaged(plan).values()), kind, plan.left_out)
-        if unequal and have_several_holders(plan.before):
-            self._merge(self._parts.of_weights(), plan, kind)
+        merge = unequal and have_several_holders(plan.before)
+        for some in in_groups(self._parts.of_weights()):
+            if merge:
+                self._merge(some, plan, kind)
+            if at_first:
+                self._make_whole_at_first(some, plan, kind)
+            else:
+                self._make_whole(some, plan, kind)
+        if self._worker == 0 or not at_first:
+            self._subnet.hold_all()
+            self.guard.release()
 
-        def pieces_of(cut: Cut, worker: int) -> list[Piece]:
-            return self._layout.full_pieces(cut, plan, worker)
+    def _make_whole(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
+        """Give some tensors all their entries, on every worker. Collective."""
+        arrived = self._messages.spread(parts, partial(self._pieces_of, plan), plan.before, kind)
+        self._put(self._parts.widened(parts), arrived, plan)
 
-        # Taken from the slices, before they become whole tensors.
-        arrived = self._messages.spread(self._parts.of_weights(), pieces_of, plan.before, kind, at_first=at_first)
-        if self._worker > 0 and at_first:
-            return
-        self._subnet.hold_all()
-        self.guard.release()
-        self._put(self._parts.of_weights(), arrived, plan)
+    def _make_whole_at_first(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
+        """Give some tensors all their entries, on worker 0; the others send theirs one after the other. Collective."""
+        pieces_of = partial(self._pieces_of, plan)
+        whole: Mapping[str, Part] = {}
+        if self._worker == 0:
+            own = self._messages.own(parts, pieces_of, plan.before)
+            whole = self._parts.widened(parts)
+            self._put(whole, own, plan)
+            del own
+        for peer in range(1, self._layout.workers):
+            self._put(whole, self._messages.collect(parts, pieces_of, plan.before, kind, peer), plan)
+
+    def _pieces_of(self, plan: NeuronPlan, cut: Cut, worker: int) -> list[Piece]:
+        return self._layout.full_pieces(cut, plan, worker)
 
     @override
     def end(self) -> None:
@@ -175,7 +196,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             moving += [(key, piece) for piece in planned[part.cut]]
         return moving
 
-    def _put(self, parts: dict[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
+    def _put(self, parts: Mapping[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:
         # Slices are those of the next round; stores and full tensors are the same in all rounds.
         for (key, piece), values in arrived:
             parts[key].put(piece, plan.after, values)

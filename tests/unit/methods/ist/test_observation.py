@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,38 @@ def test_the_full_model_in_the_middle_of_a_round_is_as_if_the_round_ended_there(
             plain.load_state_dict(first, strict=True)
             with torch.no_grad():
                 torch.testing.assert_close(plain(batch_of(run, 0, 99)[0]), logits, rtol=0, atol=0)
+
+
+def seen_by_some(collective, run):
+    """What each worker sees of the full model after each step, and the final model."""
+    engine, optimizer = start_engine(run, collective)
+    seen = []
+    for step in range(run.steps):
+        train_step(engine.module, optimizer, batch_of(run, collective.worker, step))
+        engine.count_step()
+        part = clone_state(engine.module)
+        with engine.full_model() as full:
+            if collective.worker == 0 or not run.config.first_evaluates:
+                seen.append(clone_state(full))
+        assert_equal_states(clone_state(engine.module), part, exactly=True)
+        engine.sync_if_due()
+    engine.finish()
+    return seen, clone_state(engine.module)
+
+
+@pytest.mark.parametrize("name", ["travel, AdamW", "several holders, travel"])
+def test_worker_0_alone_sees_what_all_workers_would_see(name):
+    # Statistics that are re-estimated are of worker 0's batches alone.
+    run = replace(RUNS[name], config=replace(RUNS[name].config, batch_norm="running"))
+    by_all, _ = run_threads(seen_by_some, 3, run)
+    alone = replace(run, config=replace(run.config, evaluate_on="first"))
+    (seen, final), *others = run_threads(seen_by_some, 3, alone)[0]
+    assert len(seen) == STEPS
+    for state, expected in zip([*seen, final], [*by_all[0][0], by_all[0][1]], strict=True):
+        assert_equal_states(state, expected)
+    for nothing, same in others:
+        assert nothing == []
+        assert_equal_states(same, final, exactly=True)
 
 
 def observed_then_synced(collective, run):

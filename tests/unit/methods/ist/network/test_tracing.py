@@ -77,6 +77,8 @@ def test_a_module_must_be_called_in_training_as_it_was_when_its_neurons_were_fol
     net(torch.ones(2, 6), return_features=False)
     with pytest.raises(ValueError, match=r"called with return_features=True, .* found with return_features=False"):
         net(torch.ones(2, 6), return_features=True)
+    for name in subnet.tensors:
+        subnet.widen(name)
     subnet.hold_all()
     assert net(torch.ones(2, 6), return_features=True).shape == (2, 8)
 
