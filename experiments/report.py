@@ -103,7 +103,7 @@ def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
     rows = [(f"stage {worker}", "", name) for worker, name in enumerate(found["names"])]
     if found["guess_bytes"]:
         held = bytes_in_words(found["guess_bytes"])
-        rows.append(("held to make guesses, at most", held, "an auxiliary network, or what is stored"))
+        rows.append(("held beside the stage, at most", held, "an auxiliary network, what is stored, or what is late"))
     for boundary, mismatch in enumerate(found["mismatch"], start=1):
         rows.append((f"guess {boundary} minus truth", f"{mismatch:.1%}", "of the truth, in norm, at the end"))
     if found["speedup_measured"] is not None:

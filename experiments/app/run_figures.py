@@ -163,7 +163,7 @@ def _who_trained(results: Mapping[str, Any]) -> str:
     if results["workers"] == 1:
         return "training"
     if results["strategy"] == "auxnet":
-        return "training, last stage fed by guesses"
+        return "training, last stage fed by guesses" if results["stages"]["mismatch"] else "training"
     return "training, sub-network of worker 0" if results["strategy"] in ("resist", "ist") else "training, worker 0"
 
 

@@ -16,8 +16,10 @@ AUXNET = ("penalty", "al-net", "penalty-store", "al-store")
 SERIAL_STAGES = "serial-stages"
 HYBRID = "hybrid"  # the penalty method with a step of back-propagation now and then
 HYBRID_EVERY = 4
-DELAYED = "delayed"  # true gradients that arrive late
-WITH_THREE = ("penalty", "al-net", HYBRID, DELAYED)  # methods that are trained on three workers too
+DELAYED = "delayed"  # true gradients that arrive late, from the first step on
+WARMED = "delayed-warm"  # the same behind a warm-up, as by default
+LATE = (DELAYED, WARMED)
+WITH_THREE = ("penalty", "al-net", HYBRID, *LATE)  # methods that are trained on three workers too
 SWEEP_SEED = 1000  # settings are judged on the hold-out, with a seed that no other table uses
 SWEEP_WORKERS = 2
 STEP_WORKERS = 3  # of the step of the guesses, which from three stages on is a question
@@ -30,7 +32,8 @@ TITLES = {
     HYBRID: f"AuxNet, every {HYBRID_EVERY}th step serial",
     "penalty-store": "penalty, stored guesses",
     "al-store": "augmented Lagrangian, stored guesses",
-    DELAYED: "AuxNet, late gradients",
+    DELAYED: "AuxNet, late gradients, no warm-up",
+    WARMED: "AuxNet, late gradients",
     "pipeline": "pipeline (torch's)",
     SERIAL_STAGES: "stages in series (AuxNet's warm-up)",
 }
@@ -114,7 +117,7 @@ class Case(AnyCase):
     """One training. What a method does not have is None."""
 
     task: str  # a key of `ALL`
-    method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, `DELAYED`, or one of `AUXNET`
+    method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, one of `LATE` or of `AUXNET`
     workers: int  # number of processes, of one thread each
     seed: int  # of weights, order and augmentation
     lr: float  # learning rate at the start
@@ -144,9 +147,10 @@ SETTINGS = (
 
 def settings_of(case: Case) -> dict[str, Any]:
     """What a `StageConfig` is given: the method, and settings that the case has."""
-    return {"method": "penalty" if case.method in (SERIAL_STAGES, HYBRID) else case.method} | {
-        key: value for key, value in case.key.items() if key in SETTINGS and value is not None
-    }
+    methods = {SERIAL_STAGES: "penalty", HYBRID: "penalty", WARMED: DELAYED}
+    usual = {"warmup_steps": 0} if case.method == DELAYED else {}
+    given = {key: value for key, value in case.key.items() if key in SETTINGS and value is not None}
+    return {"method": methods.get(case.method, case.method), **usual, **given}
 
 
 def stored(method: str) -> bool:
@@ -159,9 +163,11 @@ def base(task: str, method: str, workers: int, seed: int) -> Case:
     case = Case(task, method, workers, seed, ALL[task].lr, augment=not stored(method))
     if method == HYBRID:
         return replace(base(task, "penalty", workers, seed), method=HYBRID, serial_every=HYBRID_EVERY)
+    usual = StageConfig()
+    if method == WARMED:
+        return replace(case, warmup_steps=usual.warmup_steps)
     if method not in AUXNET:
         return case
-    usual = StageConfig()
     case = replace(case, beta=usual.beta, warmup_steps=usual.warmup_steps)
     if not stored(method):
         case = replace(case, aux_width=usual.aux_width, aux_learning_rate=usual.aux_learning_rate)
@@ -224,7 +230,8 @@ def timing(options: Any) -> list[Case]:
     for turn in range(options.repeats):
         for network in options.networks:
             found.append(base(network, "serial", 1, turn))
-            for method in (name for name in options.methods if name not in ("serial", "pipeline")):
+            # A step behind the warm-up is as long as one without.
+            for method in (name for name in options.methods if name not in ("serial", "pipeline", WARMED)):
                 case = base(network, method, 2, turn)
                 found.append(case if method == DELAYED else replace(case, warmup_steps=2))
             found += _pipelines(options, network, turn)

@@ -28,7 +28,7 @@ from experiments.links.tables import bandwidth
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION,
-    "pipeline": GREEN, "serial-stages": BLACK, "delayed": YELLOW,
+    "pipeline": GREEN, "serial-stages": BLACK, "delayed": BLACK, "delayed-warm": YELLOW,
 }  # fmt: skip
 BESIDE = 0.1  # distance of the methods from each other, in workers
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from experiments.auxnet import tables
-from experiments.auxnet.cases import ALL, DELAYED, STUDIES, TASKS, TIMED
+from experiments.auxnet.cases import ALL, LATE, STUDIES, TASKS, TIMED
 from experiments.auxnet.figure import draw_all
 from experiments.auxnet.links import over_links
 from experiments.auxnet.training import measure, simulate
@@ -35,7 +35,7 @@ from experiments.harness.study import Study
 from experiments.harness.tables import Row, show_and_write
 from experiments.links.rig import UNSHAPED, check_bandwidths
 
-METHODS = ("serial", "penalty", "al-net", "hybrid", "delayed", "penalty-store", "al-store", "pipeline")
+METHODS = ("serial", "penalty", "al-net", "hybrid", "delayed", "delayed-warm", "penalty-store", "al-store", "pipeline")
 # What the results of a study depend on, besides their cases.
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",), "links": ("link_steps",),
@@ -117,7 +117,7 @@ def _check_folder(names: Sequence[str], options: Options) -> None:
 
 def _measure_or_simulate(case: Any, options: Options, steps: int | None) -> Row:
     """In processes; accuracies of late gradients by the simulator, whose numbers are theirs bit for bit."""
-    return simulate(case, options) if steps is None and case.method == DELAYED else measure(case, options, steps=steps)
+    return simulate(case, options) if steps is None and case.method in LATE else measure(case, options, steps=steps)
 
 
 def _kept(study: Study, work: Any, case: Any) -> Row:

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from experiments.auxnet import link_tables, sweep_tables
-from experiments.auxnet.cases import ALL, AUXNET, DELAYED, HYBRID, SWEEP_WORKERS, TITLES, stored, title
+from experiments.auxnet.cases import ALL, AUXNET, HYBRID, LATE, SWEEP_WORKERS, TITLES, stored, title
 from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up
 from experiments.auxnet.link_tables import methods_of, milliseconds, pairs
 from experiments.harness.tables import (
@@ -95,7 +95,7 @@ def explanation(content: Content) -> Grid:
     """What the stages have learned to work with, beside what they are given when they are put in sequence."""
     lines = []
     for (task, method, workers, _), own in kinds(content):
-        if method not in (*AUXNET, HYBRID, DELAYED) or workers == 1:
+        if method not in (*AUXNET, HYBRID, *LATE) or workers == 1:
             continue
         found = [spread(row[key] for row in own if row[key] is not None) for key in ("last", "running", "aux_fed")]
         mismatches = zip(*(row["mismatch"] or [] for row in own), strict=True)

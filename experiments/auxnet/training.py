@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.nn import functional
 
-from experiments.auxnet.cases import ALL, DELAYED, SERIAL_STAGES, Case, Scale, settings_of, stored
+from experiments.auxnet.cases import ALL, LATE, SERIAL_STAGES, Case, Scale, settings_of, stored
 from experiments.auxnet.closed_form import held_bytes, sent_bytes
 from experiments.auxnet.methods import Layered, Method, Pipelined, Serial, boundary_elements, parameters_of
 from experiments.data import Digits, Fake, ImageFolder
@@ -210,7 +210,7 @@ def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str
     return {
         "parameters": parameters_of(network, cuts),
         "sent_by_formula": sent_bytes(case.method, batch, elements, CLASSES),
-        "held_by_formula": held_bytes(parameters_of(network, cuts), aux_parameters, delayed=case.method == DELAYED),
+        "held_by_formula": held_bytes(parameters_of(network, cuts), aux_parameters, delayed=case.method in LATE),
     }
 
 

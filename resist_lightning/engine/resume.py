@@ -23,7 +23,11 @@ STATE_VERSION = 2
 
 
 class Resumption:
-    """Collects what a worker needs to resume, and takes it back."""
+    """Collects what a worker needs to resume, and takes it back.
+
+    Attributes:
+        changed_settings: what a checkpoint was written with and what is set here, in words, where these differ.
+    """
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Resumption:
         self._sync = sync
         self._observation = observation
         self._members = sync.exchange.collective.members
+        self.changed_settings: list[str] = []
         self._own: dict[str, Any] | None = None
         self._knows_length = False
         self._total_steps = total_steps
@@ -91,7 +96,9 @@ class Resumption:
         # The module may have changed since: a name that is gone has nothing to average.
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
         same_members = state.get("members", 1) == self._members  # who have their batches and random numbers
-        same_layout = same_members and state.get("identity") == self._layout.identity()
+        theirs, ours = state.get("identity") or {}, self._layout.identity()
+        self.changed_settings = _differences(theirs, ours)
+        same_layout = same_members and theirs == ours
         self._layout.plan_end(self._clock, self._total_steps)
         held, held_next = (self._layout.held(self._clock.round + ahead) for ahead in (0, 1))
         # The next round too, by which it is decided who merges a block, and keeps what the outer optimizer has of it.
@@ -172,3 +179,13 @@ class Resumption:
                         "__init__ or `configure_model`, or resume without the workers' own files."
                     )
                 named[name].copy_(tensor)
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """The settings that two layouts both have and differ in, with both values."""
+    found = []
+    for name in ours.keys() & theirs.keys():
+        # What is a list, such as stages, would say little.
+        if theirs[name] != ours[name] and isinstance(theirs[name], str | int | float):
+            found.append(f"{name}={theirs[name]!r}, here {ours[name]!r}")
+    return sorted(found)

@@ -41,7 +41,7 @@ class AuxNetOptions(StrategyOptions, StageConfig):
         input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is
             read before the first step, for its shape and to measure times; what `training_step` gives to the network
             must have the same shape.
-        seed: seed of the order of the samples, of their augmentation and of the auxiliary networks; 0 is a seed.
+        seed: seed of the order of the samples, of their augmentation and of auxiliary networks; 0 is a seed.
         process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
             NCCL.
     """
@@ -78,12 +78,12 @@ class AuxNetOptions(StrategyOptions, StageConfig):
 class AuxNetStrategy(SubnetStrategy):
     """Stages of a residual network that train at the same time, one per worker (AuxNet, arXiv 2112.05387).
 
-    The network is cut by depth. Each stage but the first is fed by a small auxiliary network, which guesses from the
-    image what the stages before would give it, so no stage waits for another's forward pass; and each but the last is
-    trained to give what the next one wants, so none waits for another's backward pass. In a step, neighbours exchange
-    the guess and the true boundary, overlapped with computing. With ``method="delayed"`` nothing is guessed: stages
-    work on different batches at the same time, and take true gradients some steps late. Every worker sees the same
-    batches, augmented alike.
+    The network is cut by depth. By default stages work on different batches at the same time: each takes the true
+    output of the stage before, and its true gradient some steps late. With ``method="penalty"``, the paper's, each
+    stage but the first is fed by a small auxiliary network, which guesses from the image what the stages before would
+    give it, so no stage waits for another's forward pass; and each but the last is trained to give what the next one
+    wants, so none waits for another's backward pass. In a step neighbours exchange two tensors of the boundary's shape,
+    overlapped with computing. Every worker sees the same batches, augmented alike.
 
     The module's `training_step` runs on every worker, once a batch, and calls the network once: what the network
     returns there is its true output (the last worker sends it to the others), so losses, logs and metrics are true and
@@ -91,7 +91,7 @@ class AuxNetStrategy(SubnetStrategy):
     must be a mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on
     every worker, without auxiliary networks.
 
-    Equations and defaults are derived from the paper's abstract; see docs/auxnet.md.
+    Equations and defaults of guesses are derived from the paper's abstract; see docs/auxnet.md.
     """
 
     strategy_name = "auxnet"

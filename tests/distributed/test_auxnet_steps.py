@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ RUNS = {
     "batch norm": Run(StageConfig(method="al-net", warmup_steps=2, aux_width=4, local_steps=100), 7, "preact"),
     "stored": Run(StageConfig(method="al-store", warmup_steps=2, local_steps=100), 7, batches=3),
     "rounds": Run(StageConfig(method="penalty", warmup_steps=2, local_steps=2), 7, optimizer="adamw"),
-    "sequences": Run(StageConfig(warmup_steps=2, aux_width=4, local_steps=100), 4, "ids"),
+    "sequences": Run(StageConfig(method="penalty", warmup_steps=2, aux_width=4, local_steps=100), 4, "ids"),
 }
 
 
@@ -179,6 +180,26 @@ def test_receives_are_posted_before_anything_is_sent(trained: list[dict[str, His
                 assert verbs == sorted(verbs)  # "recv_" before "send"
 
 
+LATE = Run(StageConfig(warmup_steps=2, local_steps=3), 7, "preact")
+
+
+def bytes_of_late_gradients(worker: int, workers: int) -> Counter[str]:
+    engine, _ = train_engine(worker, LATE, workers)
+    return Counter(engine.collective.sent_bytes)
+
+
+def test_late_gradients_send_in_a_run_what_guesses_send() -> None:
+    """By steps they differ: a gradient of the last batches comes when the network is put together."""
+    workers = 3
+    boundaries, output = shapes_of(LATE, workers)
+    samples = sum(len(batch_of(LATE, number)[0]) for number in range(LATE.steps))
+    for worker, counted in enumerate(run_workers(bytes_of_late_gradients, workers, workers)):
+        ends = sum(boundaries[max(worker - 1, 0) : worker + 1])
+        to_others = (workers - 1) * output if worker == workers - 1 else 0
+        assert counted["boundary"] == samples * ends * 8 > 0
+        assert counted["output"] == samples * to_others * 8
+
+
 # ------------------------------------------------------------------ what is kept
 
 
@@ -254,17 +275,24 @@ class Tempered(nn.Module):
         return nn.functional.cross_entropy(logits / self.temperature, labels)
 
 
-OUTSIDE = Run(StageConfig(warmup_steps=2, local_steps=3, beta=10.0, network="net"), 7)
+OUTSIDE = {
+    "late gradients": Run(StageConfig(warmup_steps=2, local_steps=3, network="net"), 7),
+    "guesses": Run(StageConfig(method="penalty", warmup_steps=2, local_steps=3, beta=10.0, network="net"), 7),
+}
 
 
-def train_tempered(worker: int, workers: int) -> dict[str, Tensor]:
-    module = Tempered(OUTSIDE)
-    optimizer = make_optimizer(OUTSIDE, module)
-    engine = Engine(module, [optimizer], config_for(OUTSIDE, workers))
-    engine.prepare(batch_of(OUTSIDE, 0)[0])
+def train_all_tempered(worker: int, workers: int) -> dict[str, dict[str, Tensor]]:
+    return {name: train_tempered(run, workers) for name, run in OUTSIDE.items()}
+
+
+def train_tempered(run: Run, workers: int) -> dict[str, Tensor]:
+    module = Tempered(run)
+    optimizer = make_optimizer(run, module)
+    engine = Engine(module, [optimizer], config_for(run, workers))
+    engine.prepare(batch_of(run, 0)[0])
     engine.start()
-    for step in range(OUTSIDE.steps):
-        x, y = batch_of(OUTSIDE, step)
+    for step in range(run.steps):
+        x, y = batch_of(run, step)
         optimizer.zero_grad()
         module.loss(module.net(x), y).backward()
         optimizer.step()
@@ -274,22 +302,19 @@ def train_tempered(worker: int, workers: int) -> dict[str, Tensor]:
 
 
 def test_what_lies_outside_of_the_network_trains_alike_on_all_workers() -> None:
-    states = run_workers(train_tempered, 2, 2)
+    states = run_workers(train_all_tempered, 2, 2)
 
-    simulator = StageSimulator(
-        Tempered(OUTSIDE),
-        lambda module: make_optimizer(OUTSIDE, module),
-        config_for(OUTSIDE, 2),
-        2,
-        batch_of(OUTSIDE, 0)[0],
-    )
-    assert isinstance(simulator.module, Tempered)
-    for step in range(OUTSIDE.steps):
-        x, y = batch_of(OUTSIDE, step)
-        simulator.step(x, lambda logits, y=y: simulator.module.loss(logits, y))
-    expected = clone_state(simulator.full_model())
-    assert abs(expected["temperature"].item() - 2.0) > 1e-3
-    for state in states:
-        for name, value in expected.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12)
-            assert torch.equal(state[name], states[0][name])
+    for which, run in OUTSIDE.items():
+        simulator = StageSimulator(
+            Tempered(run), partial(make_optimizer, run), config_for(run, 2), 2, batch_of(run, 0)[0]
+        )
+        assert isinstance(simulator.module, Tempered)
+        for step in range(run.steps):
+            x, y = batch_of(run, step)
+            simulator.step(x, partial(simulator.module.loss, labels=y))
+        expected = clone_state(simulator.full_model())
+        assert abs(expected["temperature"].item() - 2.0) > 1e-3
+        for state in states:
+            for name, value in expected.items():
+                torch.testing.assert_close(state[which][name], value, rtol=1e-9, atol=1e-12)
+                assert torch.equal(state[which][name], states[0][which][name])

@@ -48,21 +48,24 @@ RUNS = {
         for method in METHODS
     },
     **{
-        f"delayed, {net}": Run(StageConfig(method="delayed", local_steps=4), 9, net)
+        f"delayed, {net}": Run(StageConfig(warmup_steps=2, local_steps=4), 9, net)
         for net in ("tanh", "preact", "positions", "vit")
     },
     "delayed, AdamW, two steps late, looked at now and then": Run(
-        StageConfig(method="delayed", delay=2, local_steps=3),
+        StageConfig(delay=2, warmup_steps=0, local_steps=3),
         12,
         "preact",
         optimizer="adamw",
         milestones=(5,),
         observe_at=(0, 2, 3, 7),
     ),
-    "delayed, frozen beginning": Run(StageConfig(method="delayed"), 6, frozen=("stem", "body.0")),
-    "delayed, frozen last stage": Run(StageConfig(method="delayed"), 6, frozen=("body.3", "head")),
-    "delayed, not late": Run(StageConfig(method="delayed", delay=0), 6, "preact"),
-    "no warm-up, no batch norm": Run(StageConfig(warmup_steps=0, beta=50.0, aux_width=4), 5, "convolutions"),
+    "delayed, frozen beginning": Run(StageConfig(warmup_steps=0), 6, frozen=("stem", "body.0")),
+    "delayed, frozen last stage": Run(StageConfig(warmup_steps=0), 6, frozen=("body.3", "head")),
+    "delayed, warm-up only": Run(StageConfig(), 6, "preact"),
+    "delayed, not late": Run(StageConfig(delay=0, warmup_steps=0), 6, "preact"),
+    "no warm-up, no batch norm": Run(
+        StageConfig(method="penalty", warmup_steps=0, beta=50.0, aux_width=4), 5, "convolutions"
+    ),
     "falling rate and growing beta": Run(
         StageConfig(method="al-net", beta=20.0, beta_growth=3.0, warmup_steps=3, multiplier_every=1),
         12,
@@ -81,25 +84,31 @@ RUNS = {
         9,
         optimizer="adamw",
     ),
-    "image to sequence": Run(StageConfig(beta=10.0, warmup_steps=2, aux_width=4), 6, "vit", optimizer="adamw"),
+    "image to sequence": Run(
+        StageConfig(method="penalty", beta=10.0, warmup_steps=2, aux_width=4), 6, "vit", optimizer="adamw"
+    ),
     "token ids to sequence": Run(
         StageConfig(method="al-net", beta=10.0, warmup_steps=1, multiplier_every=2, aux_width=6), 6, "ids"
     ),
-    "frozen first stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("stem", "body.0", "body.1")),
-    "frozen last stage": Run(StageConfig(beta=30.0, warmup_steps=2), 6, frozen=("body.3", "head")),
-    "running statistics": Run(StageConfig(batch_norm="running", beta=3.0, warmup_steps=1, aux_width=4), 5, "preact"),
+    "frozen first stage": Run(
+        StageConfig(method="penalty", beta=30.0, warmup_steps=2), 6, frozen=("stem", "body.0", "body.1")
+    ),
+    "frozen last stage": Run(StageConfig(method="penalty", beta=30.0, warmup_steps=2), 6, frozen=("body.3", "head")),
+    "running statistics": Run(
+        StageConfig(method="penalty", batch_norm="running", beta=3.0, warmup_steps=1, aux_width=4), 5, "preact"
+    ),
     "looked at now and then": Run(
         StageConfig(method="al-net", beta=30.0, warmup_steps=2, aux_width=4, local_steps=4, multiplier_every=3),
         9,
         "preact",
         observe_at=(0, 1, 4, 5),
     ),
-    "tensors of its own": Run(StageConfig(beta=30.0, warmup_steps=2), 6, "positions"),
-    "tensors of its own, serial": Run(StageConfig(warmup_steps=100), 6, "positions"),
-    "warm-up only": Run(StageConfig(warmup_steps=100), 6, "preact"),
-    "serial always": Run(StageConfig(warmup_steps=0, serial_every=1), 6, "preact"),
+    "tensors of its own": Run(StageConfig(method="penalty", beta=30.0, warmup_steps=2), 6, "positions"),
+    "tensors of its own, serial": Run(StageConfig(method="penalty", warmup_steps=100), 6, "positions"),
+    "warm-up only": Run(StageConfig(method="penalty", warmup_steps=100), 6, "preact"),
+    "serial always": Run(StageConfig(method="penalty", warmup_steps=0, serial_every=1), 6, "preact"),
 }
-SERIAL = ("warm-up only", "serial always", "tensors of its own, serial", "delayed, not late")
+SERIAL = ("warm-up only", "serial always", "tensors of its own, serial", "delayed, warm-up only", "delayed, not late")
 
 
 @dataclass
@@ -206,8 +215,7 @@ def test_steps_that_wait_for_each_other_are_plain_back_propagation_bit_for_bit(
 ) -> None:
     for name, run in RUNS.items():
         _, losses = plain_training(run)
-        warmup = 0 if run.config.delayed else run.config.warmup_steps
-        serial = run.steps if name in SERIAL else min(warmup, run.steps)
+        serial = run.steps if name in SERIAL else min(run.config.warmup_steps, run.steps)
         assert trained[0][name].losses[:serial] == losses[:serial], name
     for name in SERIAL:
         state, _ = plain_training(RUNS[name])

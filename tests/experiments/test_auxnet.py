@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.auxnet.cases import ALL, STUDIES, base
+from experiments.auxnet.cases import ALL, LATE, STUDIES, base
 from experiments.auxnet.closed_form import hybrid_speed_up, pipeline_speed_up, sent_bytes
 from experiments.auxnet.methods import Pipelined, Serial, boundary_elements, parameters_of
 from experiments.auxnet.run import Options, run
@@ -71,7 +71,7 @@ def test_live_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
     image, width, boundary = 1, 32, 8
     aux = 9 * image * width + 2 * width + 2 * (9 * width * width + 2 * width) + width * boundary + boundary
     for row in record(smoke[0], "accuracy")["rows"]:
-        if row["case"]["workers"] != 2 or row["case"]["method"] == "delayed":
+        if row["case"]["workers"] != 2 or row["case"]["method"] in LATE:
             continue
         own = {"penalty": aux, "hybrid": aux, "al-net": aux + width * boundary + boundary}.get(row["case"]["method"], 0)
         assert row["parameters"] == [first, second]
@@ -84,14 +84,18 @@ def test_counted_bytes_are_the_closed_form(smoke: tuple[Path, str]) -> None:
         if row["case"]["workers"] == 2:
             outputs = 0 if row["case"]["method"] == "pipeline" else batch * 10 * 4
             assert row["sent_by_formula"] == [batch * elements * 4, batch * elements * 4 + outputs]
-            if row["case"]["method"] not in ("pipeline", "delayed"):
+            if row["case"]["method"] not in ("pipeline", *LATE):
                 assert row["sent_by_step"] == row["sent_by_formula"]
 
 
 def test_late_gradients_are_simulated_for_accuracy_and_timed_in_processes(smoke: tuple[Path, str]) -> None:
-    (simulated,) = rows_of(smoke[0], "accuracy", method="delayed")
-    assert "step_seconds" not in simulated
-    assert simulated["curve"][-1]["test"] == simulated["last"]
+    warmups = []
+    for method in LATE:
+        (simulated,) = rows_of(smoke[0], "accuracy", method=method)
+        assert "step_seconds" not in simulated
+        assert simulated["curve"][-1]["test"] == simulated["last"]
+        warmups.append(simulated["case"]["warmup_steps"])
+    assert warmups == [None, 2]
     (timed,) = rows_of(smoke[0], "timing", method="delayed")
     assert timed["step_seconds"] > 0
     assert timed["sent_by_step"] == timed["sent_by_formula"]
@@ -108,7 +112,7 @@ def test_stored_guesses_are_one_of_each_image(smoke: tuple[Path, str]) -> None:
 
 def test_what_is_said_of_guesses_is_there_for_auxiliary_networks_only(smoke: tuple[Path, str]) -> None:
     for row in record(smoke[0], "accuracy")["rows"]:
-        if row["case"]["workers"] == 2 and row["case"]["method"] not in ("pipeline", "delayed"):
+        if row["case"]["workers"] == 2 and row["case"]["method"] not in ("pipeline", *LATE):
             assert (row["aux_fed"] is None) == row["case"]["method"].endswith("-store")
             assert 0 <= row["running"] <= 100
             assert len(row["mismatch"]) == 1

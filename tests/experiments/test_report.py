@@ -186,7 +186,7 @@ def test_stages_have_no_rounds_and_a_timeline(tmp_path: Path) -> None:
         "stage 1 from behind net.a to the output",
         "guess 1 minus truth 25.0%",
         "speed-up of steps that are not serial 1.40x predicted 1.50x",
-        "held to make guesses, at most 5 kB",
+        "held beside the stage, at most 5 kB",
         "sent by one worker 4.1 kB boundaries 4 kB, outputs 100 B",
         "DDP would have sent 300 kB 73.2 times as much",
         "time in steps, waiting included 6.00 s",

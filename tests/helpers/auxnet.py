@@ -20,6 +20,11 @@ from tests.helpers.trainers import make_trainer
 SAMPLES = 40
 """Five batches."""
 
+# Three ways in which stages train: gradients are late, inputs are guessed, or stages wait for each other.
+LATE: dict[str, Any] = {"warmup_steps": 0}
+GUESSES: dict[str, Any] = {"method": "penalty", "warmup_steps": 0}
+SERIAL: dict[str, Any] = {"method": "penalty", "warmup_steps": 1000}
+
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
     """Samples that are what they are, whoever asks and how often: noise, a little brighter for each class."""
@@ -42,10 +47,11 @@ def pictures(**options: Any) -> DataLoader[Any]:
 
 
 def make_stages(**options: Any) -> AuxNetStrategy:
-    """A strategy that meets after every three steps; with auxiliary networks small ones, and one step of warm-up."""
-    guessing = {"aux_width": 4, "warmup_steps": 1, "aux_learning_rate": 0.02}
-    usual = {} if options.get("method") == "delayed" else guessing
-    return AuxNetStrategy(**{"check_every_n_steps": 3, **usual, **options})
+    """A strategy that meets after every three steps, with one step of warm-up; auxiliary networks are small."""
+    usual = {"check_every_n_steps": 3, "warmup_steps": 1}
+    if options.get("method", "delayed") != "delayed":
+        usual |= {"aux_width": 4, "aux_learning_rate": 0.02}
+    return AuxNetStrategy(**{**usual, **options})
 
 
 def fit_stages(

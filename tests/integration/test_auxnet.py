@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet18
 
-from tests.helpers.auxnet import Metered, Notes, fit_plainly, fit_stages, pictures, told
+from tests.helpers.auxnet import GUESSES, LATE, SERIAL, Metered, Notes, fit_plainly, fit_stages, pictures, told
 from tests.helpers.plain import CLASSES, Classifier, held_out
 from tests.helpers.trainers import run_cases, run_trainers, traces
 from tests.helpers.training import assert_equal_states, clone_state
@@ -119,7 +119,9 @@ FITS = {
     "a resnet18 of torchvision": Fit(
         OfTorchvision, strategy={"cuts": ["net.layer2"]}, options={"max_epochs": 1}, steps=5
     ),
-    "a vision transformer of torchvision, by default": Fit(TransformerOfTorchvision),
+    "a vision transformer of torchvision, guesses by default": Fit(
+        TransformerOfTorchvision, strategy={"method": "penalty"}
+    ),
     "a head outside of the network": Fit(HeadOutside),
     "nothing trained in the first stage": Fit(FrozenStart, strategy={"cuts": ["section1"]}),
     "a rate that falls with the steps, limited, in double precision": Fit(
@@ -130,6 +132,7 @@ FITS = {
     ),
     "a rate that falls by a metric": Fit(Plateau, options={"max_epochs": 3}, steps=15),
     "gradients that add up, clipped by value": Fit(
+        strategy={"method": "penalty"},
         options={
             "accumulate_grad_batches": 2,
             "gradient_clip_val": 0.01,
@@ -264,13 +267,14 @@ def in_evaluation() -> Any:
 @pytest.mark.parametrize(
     ("kind", "strategy", "options", "least"),
     [
+        (Metered, {"cuts": ["section2"]}, {"precision": "bf16-mixed"}, 0.8),
         (AdaptiveTransformer, LEARNS, {"precision": "bf16-mixed"}, 0.5),
-        (Metered, {"method": "penalty-store", "cuts": ["section2", "section3.2"]}, {}, 0.8),
+        (Metered, {"method": "penalty-store", "cuts": ["section2", "section3.2"], "warmup_steps": 10}, {}, 0.8),
     ],
 )
 def test_stages_learn_and_so_in_mixed_precision(kind: Any, strategy: Any, options: Any, least: float) -> None:
     """Four classes: a guess is right in one of four. That each method steps as it should is test_auxnet_training."""
-    results = run_trainers(learn, 1 + len(strategy["cuts"]), kind, {"warmup_steps": 10, **strategy}, options)
+    results = run_trainers(learn, 1 + len(strategy["cuts"]), kind, strategy, options)
     assert results[0][0] > least
     assert results == [results[0]] * len(results)
 
@@ -281,14 +285,14 @@ def test_stages_learn_and_so_in_mixed_precision(kind: Any, strategy: Any, option
 def validate_within(worker: int, method: str) -> list[State]:
     states = []
     for options in ({}, {"val_check_interval": 2, "num_sanity_val_steps": 1, "validation": held_out(worker)}):
-        module = Metered(dropout=0.2 if method == "penalty" else 0.0)  # stored by content
+        module = Metered(dropout=0.0 if method == "al-store" else 0.2)  # stored by content
         L.seed_everything(3, verbose=False)
         fit_stages(worker, module, {"method": method, "cuts": ["section2"]}, max_epochs=2, **options)
         states.append(clone_state(module))
     return states
 
 
-@pytest.mark.parametrize("method", ["penalty", "al-store"])
+@pytest.mark.parametrize("method", ["delayed", "penalty", "al-store"])
 def test_validation_in_mid_epoch_changes_nothing(method: str) -> None:
     results = run_trainers(validate_within, 2, method)
     for without, within in results:
@@ -318,9 +322,9 @@ class FineTuned(Metered):
 
 def fine_tune(worker: int) -> list[State]:
     states = []
-    for warmup_steps in (99, 1):
+    for how in (SERIAL, LATE, GUESSES):
         module = FineTuned()
-        strategy = {"warmup_steps": warmup_steps, "batch_norm": "running", "cuts": ["section2"]}
+        strategy = {**how, "batch_norm": "running", "cuts": ["section2"]}
         fit_stages(worker, module, strategy, callbacks=[Unfreezes()], max_epochs=2)
         states.append(clone_state(module))
     return states
@@ -330,9 +334,10 @@ def test_a_part_that_is_unfrozen_in_mid_training_trains() -> None:
     plain = FineTuned()
     fit_plainly(0, plain, callbacks=[Unfreezes()], max_epochs=2)
     begun = clone_state(FineTuned())
-    for waiting, at_once in run_trainers(fine_tune, 2):
+    for waiting, late, guessed in run_trainers(fine_tune, 2):
         assert_equal_states(waiting, clone_state(plain))
-        assert not torch.equal(at_once["net.section1.0.conv1.weight"], begun["net.section1.0.conv1.weight"])
+        for state in (late, guessed):
+            assert not torch.equal(state["net.section1.0.conv1.weight"], begun["net.section1.0.conv1.weight"])
 
 
 def clip(worker: int) -> list[str]:

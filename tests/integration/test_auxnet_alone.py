@@ -12,7 +12,7 @@ from tests.helpers.trainers import fit, run_trainers
 from tests.helpers.training import assert_equal_states, clone_state
 
 STEPS = 7
-METHODS = ("penalty", "al-net", "penalty-store", "al-store")
+METHODS = ("delayed", "penalty", "al-net", "penalty-store", "al-store")
 
 
 def plain() -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ def norm_policy(worker: int, policy: str) -> tuple[float, float, State]:
         def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
             seen.append(float(trainer.callback_metrics["val/loss"]))
 
-    strategy = {"cuts": ["section2"], "batch_norm": policy, "warmup_steps": 0}
+    strategy = {"method": "penalty", "cuts": ["section2"], "batch_norm": policy, "warmup_steps": 0}
     trainer = fit_stages(worker, module, strategy, validation=in_turn(), callbacks=[Sees()])
     after = trainer.validate(module, in_turn(), verbose=False)[0]["val/loss"]
     return seen[0], after, clone_state(module)
@@ -288,15 +288,15 @@ def go_on(worker: int, path: str) -> tuple[State, list[str], int, list[str], lis
     return clone_state(module), told(caught, "are not all there"), trainer.global_step, held, said
 
 
-def save(worker: int, folder: str) -> None:
-    train(worker, Case({}), None, [SavesAt(folder, (7,))])
+def save(worker: int, folder: str, method: str) -> None:
+    train(worker, Case({"method": method}), None, [SavesAt(folder, (7,))])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of two workers, in mid-epoch."""
     folder = tmp_path_factory.mktemp("saved")
-    run_trainers(save, 2, str(folder))
+    run_trainers(save, 2, str(folder), "delayed")
     return folder
 
 
@@ -317,3 +317,16 @@ def test_other_workers_or_lost_files_go_on_from_the_full_model(workers: int, sav
         assert len(held) < len(names) or workers == 1
         expected = f"The {workers} worker(s) here resume from its full model, with a new partition, in round 3"
         assert any(expected in line for line in said) == (workers != 2 and worker == 0)
+
+
+def test_a_checkpoint_of_another_method_goes_on_from_the_full_model_and_names_both(tmp_path: Path) -> None:
+    """As one that was written before the default became another."""
+    run_trainers(save, 2, str(tmp_path), "penalty")
+
+    results = run_trainers(go_on, 2, str(tmp_path / "7.ckpt"))
+
+    for worker, (state, _, steps, _, said) in enumerate(results):
+        assert_equal_states(state, results[0][0], exactly=True)
+        assert steps == 15
+        expected = "with other workers or settings (method='penalty', here 'delayed'). The 2 worker(s) here resume from"
+        assert any(expected in line for line in said) == (worker == 0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resist_lightning import ResISTStrategy, WorkersDisagree
-from tests.helpers.auxnet import fit_stages, in_order, make_stages, pictures
+from tests.helpers.auxnet import GUESSES, LATE, SERIAL, fit_stages, in_order, make_stages, pictures
 from tests.helpers.plain import BATCH_SIZE, CLASSES, Classifier, held_out
 from tests.helpers.trainers import make_trainer, run_trainers, run_trainers_to_the_end
 from tests.helpers.training import assert_equal_states, clone_state
@@ -32,13 +32,13 @@ def is_sound(module: nn.Module) -> bool:
 # ------------------------------------------------------------------ validation while gradients are added up
 
 
-def add_up(worker: int, warmup_steps: int) -> tuple[State, State]:
+def add_up(worker: int, how: dict[str, Any]) -> tuple[State, State]:
     """Weights after a training with validation in it, and without."""
     states = []
     for every in (4, None):
         module = Classifier()
         fit_stages(
-            *(worker, module, {**CUTS, "warmup_steps": warmup_steps, "batch_norm": "running"}, pictures(samples=72)),
+            *(worker, module, {**CUTS, **how, "batch_norm": "running"}, pictures(samples=72)),
             validation=held_out(worker) if every else None,
             accumulate_grad_batches=3,
             val_check_interval=every,
@@ -47,9 +47,9 @@ def add_up(worker: int, warmup_steps: int) -> tuple[State, State]:
     return states[0], states[1]
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 100])
-def test_validation_while_gradients_are_added_up_changes_nothing(warmup_steps: int) -> None:
-    found = run_trainers(add_up, 2, warmup_steps)
+@pytest.mark.parametrize("how", [LATE, GUESSES, SERIAL])
+def test_validation_while_gradients_are_added_up_changes_nothing(how: dict[str, Any]) -> None:
+    found = run_trainers(add_up, 2, how)
     for validated, plain in found:
         assert_equal_states(validated, plain, exactly=True)
         assert_equal_states(validated, found[0][0], exactly=True)
@@ -74,14 +74,14 @@ class TwoBackwards(Classifier):
         optimizer.step()
 
 
-def train_twice(worker: int, warmup_steps: int) -> None:
-    fit_stages(worker, TwoBackwards(), {**CUTS, "warmup_steps": warmup_steps})
+def train_twice(worker: int, how: dict[str, Any]) -> None:
+    fit_stages(worker, TwoBackwards(), {**CUTS, **how})
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 100])
-def test_a_second_backward_pass_is_told_on_all_workers_within_seconds(warmup_steps: int) -> None:
+@pytest.mark.parametrize("how", [LATE, SERIAL])
+def test_a_second_backward_pass_is_told_on_all_workers_within_seconds(how: dict[str, Any]) -> None:
     begin = time.monotonic()
-    for outcome in run_trainers_to_the_end(train_twice, 2, warmup_steps, timeout=40):
+    for outcome in run_trainers_to_the_end(train_twice, 2, how, timeout=40):
         assert isinstance(outcome.error, RuntimeError), outcome
         assert "Add the losses up, and call backward once" in str(outcome.error)
     assert time.monotonic() - begin < 30
@@ -190,7 +190,7 @@ def with_each_factory(worker: int) -> dict[str, tuple[bool, int]]:
 def with_factories(worker: int, names: tuple[str, ...]) -> tuple[bool, int]:
     heap = [Factory() for _ in range(1 + 999 * worker)]  # the last one lies elsewhere on each worker
     module = Classifier()
-    options = {**CUTS, "aux_network": FACTORIES[names[worker]](heap[-1])}
+    options = {**CUTS, "method": "penalty", "aux_network": FACTORIES[names[worker]](heap[-1])}
     steps = fit_stages(worker, module, options).global_step
     return is_sound(module), steps
 
@@ -234,7 +234,7 @@ class PoolsAtOnce(Classifier):
 
 def one_left(worker: int) -> list[tuple[bool, int]]:
     found = []
-    for method in ("penalty", "al-net"):
+    for method in ("delayed", "penalty", "al-net"):
         module = PoolsAtOnce()
         options = {"cuts": ["2"], "method": method}
         trainer = fit_stages(worker, module, options, pictures(samples=BATCH_SIZE + 1), max_epochs=2)
@@ -243,7 +243,7 @@ def one_left(worker: int) -> list[tuple[bool, int]]:
 
 
 def test_a_last_batch_may_have_one_sample() -> None:
-    assert run_trainers(one_left, 2) == [[(True, 4)] * 2] * 2
+    assert run_trainers(one_left, 2) == [[(True, 4)] * 3] * 2
 
 
 class KeepsOutput(Classifier):
@@ -258,14 +258,17 @@ class KeepsOutput(Classifier):
 
 
 def in_bfloat16(worker: int) -> list[tuple[torch.dtype, list[float]]]:
-    module = KeepsOutput()
-    fit_stages(worker, module, CUTS, precision="bf16-mixed")
-    return [(output.dtype, output.flatten().tolist()) for output in module.outputs]
+    found = []
+    for method in ("delayed", "penalty"):
+        module = KeepsOutput()
+        fit_stages(worker, module, {**CUTS, "method": method}, precision="bf16-mixed")
+        found += [(output.dtype, output.flatten().tolist()) for output in module.outputs]
+    return found
 
 
 def test_in_mixed_precision_the_output_is_the_same_on_all_workers() -> None:
     mine, theirs = run_trainers(in_bfloat16, 2)
-    assert len(mine) == 5
+    assert len(mine) == 2 * 5
     assert mine == theirs
 
 

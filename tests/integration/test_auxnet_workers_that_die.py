@@ -11,7 +11,7 @@ import pytest
 
 from resist_lightning import NotFinite, WorkerLost
 from tests.helpers import dying
-from tests.helpers.auxnet import fit_stages, pictures
+from tests.helpers.auxnet import GUESSES, LATE, SERIAL, fit_stages, pictures
 from tests.helpers.plain import Classifier
 from tests.helpers.trainers import run_trainers_to_the_end
 from tests.helpers.worker import Outcome
@@ -45,19 +45,19 @@ class Harmed(Classifier):
         self.meet("step", 0)
 
 
-def train(worker: int, what: str, where: str, doomed: int, warmup_steps: int, workers: int, timeout: float) -> None:
+def train(worker: int, what: str, where: str, doomed: int, how: dict[str, Any], workers: int, timeout: float) -> None:
     strategy = {
+        **how,
         "cuts": CUTS[workers],
         "silence": timedelta(seconds=3),
         "timeout": timedelta(seconds=timeout),
-        "warmup_steps": warmup_steps,
     }
     fit_stages(worker, Harmed(what, where, doomed), strategy, pictures(samples=400))
 
 
-def harm(what: str, where: str, doomed: int, warmup_steps: int = 0, workers: int = 2, timeout: float = 30) -> Any:
+def harm(what: str, where: str, doomed: int, how: dict[str, Any], workers: int = 2, timeout: float = 30) -> Any:
     began = time.monotonic()
-    arguments = what, where, doomed, warmup_steps, workers, timeout
+    arguments = what, where, doomed, how, workers, timeout
     outcomes = run_trainers_to_the_end(train, workers, *arguments, timeout=PATIENCE_SECONDS)
     assert time.monotonic() - began < PATIENCE_SECONDS / 2
     return outcomes
@@ -69,33 +69,36 @@ def assert_lost(outcome: Outcome, worker: int, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "doomed", "workers", "warmup_steps"),
+    ("where", "doomed", "workers", "how"),
     [
-        ("forward", 2, 3, 0),  # the others wait for the network's output
-        ("backward", 1, 2, 0),
-        ("step", 0, 2, 0),  # the other waits for the truth
-        ("backward", 1, 2, 99),  # the other waits for a gradient, inside its backward pass
-        ("forward", 0, 3, 99),  # worker 1 waits for the truth, and worker 2 for worker 1
+        ("forward", 2, 3, LATE),  # the others wait for the network's output
+        ("backward", 1, 2, LATE),  # the other waits for a late gradient
+        ("backward", 1, 2, GUESSES),
+        ("step", 0, 2, GUESSES),  # the other waits for the truth
+        ("backward", 1, 2, SERIAL),  # the other waits for a gradient, inside its backward pass
+        ("forward", 0, 3, SERIAL),  # worker 1 waits for the truth, and worker 2 for worker 1
     ],
 )
-def test_a_killed_worker_is_named_by_all_others(where: str, doomed: int, workers: int, warmup_steps: int) -> None:
-    outcomes = harm("kill", where, doomed, warmup_steps, workers)
+def test_a_killed_worker_is_named_by_all_others(where: str, doomed: int, workers: int, how: dict[str, Any]) -> None:
+    outcomes = harm("kill", where, doomed, how, workers)
 
     assert outcomes[doomed].end == "SIGKILL"
     for other in set(range(workers)) - {doomed}:
         assert_lost(outcomes[other], doomed, "ended without a word")
 
 
-@pytest.mark.parametrize(("where", "doomed"), [("forward", 1), ("backward", 1), ("step", 0)])
-def test_an_error_in_one_worker_ends_all(where: str, doomed: int) -> None:
-    outcomes = harm("raise", where, doomed)
+@pytest.mark.parametrize(
+    ("where", "doomed", "how"), [("forward", 1, GUESSES), ("backward", 1, LATE), ("step", 0, LATE)]
+)
+def test_an_error_in_one_worker_ends_all(where: str, doomed: int, how: dict[str, Any]) -> None:
+    outcomes = harm("raise", where, doomed, how)
 
     assert isinstance(outcomes[doomed].error, KeyError)
     assert_lost(outcomes[1 - doomed], doomed, "failed with KeyError: .*a mistake")
 
 
 def test_a_worker_that_hangs_is_named_after_the_timeout() -> None:
-    outcomes = harm("hang", "backward", 1, warmup_steps=99, timeout=5)
+    outcomes = harm("hang", "backward", 1, SERIAL, timeout=5)
 
     assert_lost(outcomes[0], 1, "is alive, but has not come")
 

@@ -120,7 +120,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
 # and what is said of guesses and of delays belongs to different methods.
 ONE_PROCESS = {"devices_per_worker", "across_hosts", "find_unused_parameters", "process_group_backend"}
 OF_GUESSES = {
-    *("beta", "beta_growth", "lambda_step", "multiplier_every", "warmup_steps", "serial_every"),
+    *("beta", "beta_growth", "lambda_step", "multiplier_every", "serial_every"),
     *("aux_network", "aux_width", "aux_learning_rate"),
 }
 RUNS: list[tuple[str, set[str]]] = [
@@ -129,7 +129,7 @@ RUNS: list[tuple[str, set[str]]] = [
     ("ISTStrategy", {"growth"}),
     ("ISTStrategy", {"min_share"}),
     ("AuxNetStrategy", {*ONE_PROCESS, "delay", "aux_network"}),
-    ("AuxNetStrategy", {*ONE_PROCESS, *OF_GUESSES}),
+    ("AuxNetStrategy", {*ONE_PROCESS, *OF_GUESSES, "method"}),
     ("LocalSGDStrategy", {"overlap"}),
     ("LocalSGDStrategy", {"non_finite"}),
 ]
@@ -176,8 +176,6 @@ def test_every_option_by_class_path_and_from_the_saved_configuration(
     name: str, without: set[str], tmp_path: Path
 ) -> None:
     given = {option: value for option, value in OPTIONS[name].items() if option not in without}
-    if "delay" in given:
-        given["method"] = ("delayed", "delayed")
     assert set(inspect.signature(FACES[name]).parameters) - set(given) == without
     init_args = [f"--trainer.strategy.init_args.{option}={typed}" for option, (typed, _) in given.items()]
     cli = command_line(f"--trainer.strategy.class_path=resist_lightning.{name}", *init_args)
@@ -199,7 +197,9 @@ def test_every_option_by_class_path_and_from_the_saved_configuration(
 @pytest.mark.parametrize(("path", "width"), [("Auxiliary", 8), ("auxiliary", 5)])
 def test_an_auxiliary_network_of_the_users(path: str, width: int) -> None:
     strategy = strategy_of(
-        "--trainer.strategy=resist_lightning.AuxNetStrategy", f"--trainer.strategy.aux_network={__name__}.{path}"
+        "--trainer.strategy=resist_lightning.AuxNetStrategy",
+        "--trainer.strategy.method=penalty",
+        f"--trainer.strategy.aux_network={__name__}.{path}",
     )
     made = strategy.config.aux_network((3, 8, 8), (16, 4, 4))
     assert made.arguments == ((3, 8, 8), (16, 4, 4), width)

@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from resist_lightning.methods.config import CommonConfig, MomentumPolicy, check_choice, check_integer
 
-AuxMethod: TypeAlias = Literal["penalty", "al-net", "penalty-store", "al-store", "delayed"]
+AuxMethod: TypeAlias = Literal["delayed", "penalty", "al-net", "penalty-store", "al-store"]
 _OF_GUESSES = (
-    *("beta", "beta_growth", "lambda_step", "multiplier_every", "warmup_steps", "serial_every"),
+    *("beta", "beta_growth", "lambda_step", "multiplier_every", "serial_every"),
     *("aux_network", "aux_width", "aux_learning_rate"),
 )
 AuxFactory: TypeAlias = Callable[[tuple[int, ...], tuple[int, ...]], nn.Module]
@@ -25,20 +25,19 @@ class StageConfig(CommonConfig):
     """Settings of a run that cuts the network by depth into stages, which all train at the same time (AuxNet).
 
     Args:
-        method: where the guessed input of a stage comes from, and whether it has a multiplier: ``penalty``; ``al-net``
-            (augmented Lagrangian, multipliers by a second head of the auxiliary networks); ``penalty-store`` and
-            ``al-store`` (no auxiliary networks: guesses and multipliers are kept for each sample, and random transforms
-            of the data set are frozen; the first epoch is serial); ``delayed`` (nothing is guessed: a stage works on
-            the true output of the one before, and takes its true gradients some steps late; options of guesses are
-            refused).
+        method: ``delayed`` (nothing is guessed: a stage works on the true output of the one before, and takes its true
+            gradients some steps late; options of guesses are refused); or the paper's ``penalty`` (an auxiliary network
+            guesses the input of a stage), ``al-net`` (augmented Lagrangian, multipliers by a second head of the
+            auxiliary networks), ``penalty-store`` and ``al-store`` (no auxiliary networks: guesses and multipliers are
+            kept for each sample, and random transforms of the data set are frozen; the first epoch is serial).
         beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
         beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
             least 1.
         lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
             three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
-        warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation, while
-            the auxiliary networks learn the true inputs of the stages.
+        warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation; where
+            inputs are guessed, the auxiliary networks learn the true ones meanwhile.
         serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
             price of speed. 4 makes every fourth step wait; 0 is never, 1 always: back-propagation.
         delay: steps by which a gradient is late for each stage that it comes through, with ``delayed``; 1 is enough on
@@ -64,7 +63,7 @@ class StageConfig(CommonConfig):
     trains_alone: ClassVar[bool] = False
 
     momentum: MomentumPolicy | None = "keep"  # a stage never moves, so its state has nowhere to travel
-    method: AuxMethod = "penalty"
+    method: AuxMethod = "delayed"
     beta: float = 1.0
     beta_growth: float = 1.0
     lambda_step: float | None = None
@@ -118,8 +117,6 @@ class StageConfig(CommonConfig):
 
     def serial(self, step: int) -> bool:
         """Whether the stages wait for each other in this step; ``step`` counts from 0."""
-        if self.delayed:
-            return False
         after_warmup = step - self.warmup_steps
         if after_warmup < 0:
             return True
@@ -130,11 +127,15 @@ class StageConfig(CommonConfig):
         names = _OF_GUESSES if self.delayed else ("delay",)
         defaults = {field.name: field.default for field in fields(self)}
         given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
-        if given:
-            why = "guesses nothing" if self.delayed else "delays nothing"
+        if given and self.delayed:
             raise ValueError(
-                f"method={self.method!r} {why}, so {', '.join(given)} would do nothing; leave it out, or take another "
-                "method."
+                f"method='delayed', the default, guesses nothing, so {', '.join(given)} would do nothing. Leave it "
+                "out, or take a method that guesses: method='penalty' is the paper's."
+            )
+        if given:
+            raise ValueError(
+                f"method={self.method!r} delays nothing, so {', '.join(given)} would do nothing. Leave it out, or take "
+                "method='delayed'."
             )
 
     @property

@@ -78,7 +78,7 @@ class StageSimulator:
         self._network = layout.chain.name if layout.chain else config.network or ""
         # One worker's stage is the whole network.
         self._stages = self._stages or [self.module.get_submodule(self._network)]
-        self._late = LateGradients(self._stages, config.delay) if config.delayed else None
+        self._late = LateGradients(self._stages, config.delay, config.warmup_steps) if config.delayed else None
         self._step_size = config.lambda_step or (0.1 if config.stored and workers > 2 else 1.0)
         self._inputs: deque[Tensor] = deque(maxlen=config.recalibration_batches)
         self._still: list[str] = []

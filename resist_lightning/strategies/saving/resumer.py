@@ -194,9 +194,11 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
     if exact:
         rank_zero_info(f"{name}: resumes exactly where the checkpoint was written, in {where}.")
     elif not same:
+        changed = engine.resumption.changed_settings
+        values = f" ({'; '.join(changed)})" if changed else ""
         rank_zero_info(
-            f"{name}: {source} was written with other workers or settings. The {workers} worker(s) here resume from "
-            f"its full model, with a new partition, in {where}; optimizer state begins anew."
+            f"{name}: {source} was written with other workers or settings{values}. The {workers} worker(s) here resume "
+            f"from its full model, with a new partition, in {where}; optimizer state begins anew."
         )
     elif not files:
         rank_zero_info(

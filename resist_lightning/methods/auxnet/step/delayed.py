@@ -5,7 +5,8 @@ Two stages, a delay of one step; F and B are forward and backward passes, number
     stage 0   F0     F1 B0     F2 B1     F3 B2
     stage 1      F0 B0     F1 B1     F2 B2
 
-Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, has no delay.
+Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, has no delay. In a warm-up nobody has:
+each backward pass is waited for, and its gradient taken in the same step.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class DelayedStage:
         self._weights = _Weights(stage)
         # By batch, the oldest first: backward passes still to come, or the gradients they have given.
         self._late: deque[Pending | Gradients] = deque()
+        self._wait = delay  # how many of them there may be behind a batch
         self._due: list[Gradients] = []
         # Weights of this step's forward passes; made at the first one.
         self._ahead: dict[str, Tensor] = {}
@@ -93,23 +95,25 @@ class DelayedStage:
             kept += (late.weights if isinstance(late, Pending) else late).values()
         return sum(tensor.nbytes for tensor in kept)
 
-    def forward(self, given: Tensor, reply: Expected, accumulate: int) -> Tensor:
+    def forward(self, given: Tensor, reply: Expected, accumulate: int, *, warmup: bool) -> Tensor:
         """The stage's output for a batch.
 
         Args:
             given: the stage's input.
             reply: the gradient at the output, when it will have come.
             accumulate: batches of a step.
+            warmup: whether this step takes the gradient of this batch.
         """
+        self._wait = 0 if warmup else self._delay
         if not self._ahead:
-            self._ahead = self._look_ahead(self._delay / accumulate)
+            self._ahead = self._look_ahead(self._wait / accumulate)
         made: Tensor = self._weights.use(self._ahead, lambda: self._stage(given))
         self._late.append(Pending(given, made, self._ahead, reply))
         return made
 
     def work_off(self) -> None:
         """Compute the backward passes whose gradients this step takes. Waits for the next worker."""
-        while len(self._late) > self._delay:
+        while len(self._late) > self._wait:
             late = self._late.popleft()
             self._spans.begin("backward")
             self._due.append(self._backward(late) if isinstance(late, Pending) else late)

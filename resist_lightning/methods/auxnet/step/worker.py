@@ -200,7 +200,7 @@ class StageWorker:
         assert batch.reply is not None
         # Taken when it is due, in a later batch.
         reply, batch.reply = batch.reply, None
-        return self.delayed.forward(stage_input, reply, self.accumulate)
+        return self.delayed.forward(stage_input, reply, self.accumulate, warmup=batch.serial)
 
     def _open(self, x: Tensor) -> Batch:
         """Post the receives of a batch."""

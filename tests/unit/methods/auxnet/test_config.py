@@ -14,12 +14,13 @@ from resist_lightning import StageConfig
 @pytest.mark.parametrize(
     ("options", "serial"),
     [
-        ({"warmup_steps": 0}, []),
+        ({"method": "penalty", "warmup_steps": 0}, []),
+        ({"method": "penalty", "warmup_steps": 3}, [0, 1, 2]),
+        ({"method": "penalty", "warmup_steps": 3, "serial_every": 4}, [0, 1, 2, 3, 7, 11]),
+        ({"method": "penalty", "warmup_steps": 0, "serial_every": 5}, [0, 5, 10]),
+        ({"method": "penalty", "warmup_steps": 2, "serial_every": 1}, list(range(12))),
+        ({}, list(range(12))),
         ({"warmup_steps": 3}, [0, 1, 2]),
-        ({"warmup_steps": 3, "serial_every": 4}, [0, 1, 2, 3, 7, 11]),
-        ({"warmup_steps": 0, "serial_every": 5}, [0, 5, 10]),
-        ({"warmup_steps": 2, "serial_every": 1}, list(range(12))),
-        ({"method": "delayed"}, []),
     ],
 )
 def test_serial_steps_are_those_of_the_warm_up_and_corrections_behind_it(
@@ -39,7 +40,7 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "admm"}, "method='admm' is not known; choose one of 'penalty', 'al-net'"),
+        ({"method": "admm"}, "method='admm' is not known; choose one of 'delayed', 'penalty', 'al-net'"),
         ({"beta": 0.0}, "beta=0.0 must be a finite number above 0"),
         ({"beta": float("nan")}, "beta=nan must be a finite number"),
         ({"beta_growth": 0.9}, "beta_growth=0.9 must be at least 1"),
@@ -51,10 +52,15 @@ def test_corrections_do_not_keep_multipliers_from_their_updates() -> None:
         ({"aux_width": 0}, "aux_width=0 must be a whole number of at least 1"),
         ({"aux_learning_rate": float("inf")}, "aux_learning_rate=inf must be a finite number"),
         ({"delay": -1}, "delay=-1 must be a whole number of at least 0.*0 back-propagation"),
-        ({"delay": 2}, "method='penalty' delays nothing, so delay=2 would do nothing; leave it out"),
         (
-            {"method": "delayed", "beta": 2.0, "warmup_steps": 0, "aux_width": 8},
-            "method='delayed' guesses nothing, so beta=2.0, warmup_steps=0, aux_width=8 would do nothing",
+            {"method": "penalty", "delay": 2},
+            "method='penalty' delays nothing, so delay=2 would do nothing. Leave it out, or take method='delayed'",
+        ),
+        # As in a program of an earlier version, whose default guessed.
+        (
+            {"beta": 2.0, "serial_every": 4, "aux_width": 8},
+            "'delayed', the default, guesses nothing, so beta=2.0, serial_every=4, aux_width=8 would do nothing"
+            ".*method='penalty' is the paper's",
         ),
         ({"cuts": "layer2"}, "cuts='layer2' must be a list of names"),
         ({"momentum": "reset"}, "momentum='reset' is not known"),
@@ -94,7 +100,7 @@ FACTORIES: dict[str, Any] = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
     one, other = FACTORIES[name](), FACTORIES[name]()  # both are kept, so that they do not lie in one place
-    names = [StageConfig(aux_network=each).in_words() for each in (one, other)]
+    names = [StageConfig(method="penalty", aux_network=each).in_words() for each in (one, other)]
 
     assert names[0] == names[1]
     assert "0x" not in names[0]["aux_network"]
@@ -102,5 +108,5 @@ def test_a_factory_has_one_name_wherever_it_lies_in_memory(name: str) -> None:
 
 def test_factories_with_other_arguments_have_other_names() -> None:
     made = [partial(two_layers, between=3), partial(two_layers, between=4), two_layers, Factory(), None]
-    names = {StageConfig(aux_network=each).in_words()["aux_network"] for each in made}
+    names = {StageConfig(method="penalty", aux_network=each).in_words()["aux_network"] for each in made}
     assert len(names) == len(made)

@@ -68,7 +68,7 @@ def test_another_name_of_a_module_of_the_network_is_not_refused() -> None:
 def test_where_there_is_no_default_auxiliary_network_it_is_refused_with_the_reason() -> None:
     video = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.Conv3d(2, 1, 1))
     with pytest.raises(StageSelectionError, match=r"makes \(2, 2, 3, 3\) of \(1, 2, 3, 3\) .* Give `aux_network`"):
-        make_layout(Outside(video, nn.Identity()), (1, 2, 3, 3))
+        make_layout(Outside(video, nn.Identity()), (1, 2, 3, 3), method="penalty")
 
 
 def needs(channels: int, error: type[Exception], image: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
@@ -82,7 +82,9 @@ def needs(channels: int, error: type[Exception], image: tuple[int, ...], boundar
 def test_where_the_users_auxiliary_network_fails_the_network_is_cut_elsewhere(
     channels: int, end: str, error: type[Exception]
 ) -> None:
-    layout = make_layout(Outside(make_net(), nn.Identity()), aux_network=partial(needs, channels, error))
+    layout = make_layout(
+        Outside(make_net(), nn.Identity()), method="penalty", aux_network=partial(needs, channels, error)
+    )
 
     assert layout.chain is not None
     assert layout.chain.units[layout.cuts[0] - 1] == end
@@ -90,7 +92,7 @@ def test_where_the_users_auxiliary_network_fails_the_network_is_cut_elsewhere(
 
 def test_a_users_auxiliary_network_that_always_fails_is_told() -> None:
     with pytest.raises(KeyError, match="nothing is known of"):
-        make_layout(Outside(make_net(), nn.Identity()), aux_network=partial(needs, 5, KeyError))
+        make_layout(Outside(make_net(), nn.Identity()), method="penalty", aux_network=partial(needs, 5, KeyError))
 
 
 # ------------------------------------------------------------------ tables of other runs

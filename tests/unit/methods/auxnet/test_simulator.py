@@ -25,7 +25,7 @@ from tests.helpers.stages import (
 )
 from tests.helpers.training import clone_state
 
-NORMS = Run(StageConfig(warmup_steps=1, aux_width=4, beta=3.0), 4, "preact")
+NORMS = Run(StageConfig(method="penalty", warmup_steps=1, aux_width=4, beta=3.0), 4, "preact")
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])

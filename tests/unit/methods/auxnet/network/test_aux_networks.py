@@ -18,7 +18,9 @@ def test_a_users_network_is_tried_with_ids_where_the_network_is_given_ids() -> N
     def embedded(given: tuple[int, ...], boundary: tuple[int, ...]) -> nn.Module:
         return nn.Embedding(3, boundary[-1])
 
-    made = make_aux_network(StageConfig(aux_network=embedded), IDS, (5, 4), nonnegative=False, boundary=1)
+    made = make_aux_network(
+        StageConfig(method="penalty", aux_network=embedded), IDS, (5, 4), nonnegative=False, boundary=1
+    )
 
     assert made(torch.zeros(2, 5, dtype=torch.int64))[0].shape == (2, 5, 4)
 

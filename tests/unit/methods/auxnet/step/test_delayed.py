@@ -47,6 +47,7 @@ class Training:
     workers: int = 2
     delay: int = 1
     accumulate: int = 1
+    warmup_steps: int = 0
     block: type[TanhBlock] = TanhBlock
     untrained: tuple[int, ...] = ()  # batches without a backward pass
     saved_at: int | None = None  # a batch behind which each worker is replaced by one that resumes
@@ -54,7 +55,7 @@ class Training:
 
     @property
     def config(self) -> StageConfig:
-        return StageConfig(cuts=CUTS[self.workers], method="delayed", delay=self.delay)
+        return StageConfig(cuts=CUTS[self.workers], delay=self.delay, warmup_steps=self.warmup_steps)
 
     def net(self) -> nn.Module:
         with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
@@ -126,13 +127,15 @@ def by_hand(training: Training) -> dict[str, Tensor]:
         if number % training.accumulate == 0:
             optimizer.zero_grad()
         now, before = history[-1], history[max(len(history) - 2, 0)]
-        put({p: now[p] + steps / training.accumulate * (now[p] - before[p]) for p, steps in late.items()})
+        warm = training.warmup_steps * training.accumulate  # batches
+        put({p: now[p] + (number >= warm) * n / training.accumulate * (now[p] - before[p]) for p, n in late.items()})
         gradients = torch.autograd.grad(training.loss(net(x), y), list(late))
         found.append(dict(zip(late, gradients, strict=True)))
         put(now)
         for p, batches in late.items():
-            if number >= batches:
-                gradient = found[number - batches][p]
+            taken = number if number < warm else number - batches
+            if number < warm or taken >= warm:
+                gradient = found[taken][p]
                 p.grad = gradient if p.grad is None else p.grad + gradient
         if (number + 1) % training.accumulate == 0:
             optimizer.step()
@@ -169,6 +172,12 @@ def test_both_passes_use_the_same_weights_under_all_their_names(block: type[Tanh
 @pytest.mark.parametrize("workers", [2, 3])
 def test_gradients_that_add_up_are_late_by_batches(workers: int) -> None:
     assert_equal(Training(workers, accumulate=2))
+
+
+@pytest.mark.parametrize(("warmup_steps", "accumulate"), [(1, 1), (3, 1), (1, 2), (9, 1)])
+def test_in_the_warm_up_no_gradient_is_late_and_none_is_taken_twice(warmup_steps: int, accumulate: int) -> None:
+    assert_equal(Training(3, accumulate=accumulate, warmup_steps=warmup_steps))
+    assert_equal(Training(3, 2, accumulate=accumulate, warmup_steps=warmup_steps, saved_at=1, settled=(3,)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -23,7 +23,8 @@ Loss = Callable[[Tensor], Tensor]
 
 
 def config_for(workers: int, **options: Any) -> StageConfig:
-    return StageConfig(**{"cuts": CUTS[workers], "warmup_steps": 0, "aux_network": two_layers, **options})
+    usual = {"cuts": CUTS[workers], "method": "penalty", "warmup_steps": 0, "aux_network": two_layers}
+    return StageConfig(**{**usual, **options})
 
 
 def make_net() -> nn.Module:

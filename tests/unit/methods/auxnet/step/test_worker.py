@@ -51,7 +51,7 @@ class Problem:
 def make_problem(workers: int, seed: int, *, width: int = 3, size: int = 4, **options: Any) -> Problem:
     torch.manual_seed(seed)
     net = mlp(TanhBlock, width=width).double()
-    config = StageConfig(cuts=CUTS[workers], warmup_steps=0, **options)
+    config = StageConfig(**{"cuts": CUTS[workers], "method": "penalty", "warmup_steps": 0, **options})
     x = torch.randn(size, 3, dtype=torch.float64)
     guesses = [torch.randn(size, width, dtype=torch.float64) for _ in range(workers - 1)]
     kappas = [torch.randn_like(guess) * config.multipliers for guess in guesses]
