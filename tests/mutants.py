@@ -240,8 +240,22 @@ MUTANTS = (
     Mutant(
         "a late gradient of another batch",
         "methods/auxnet/step/delayed.py",
-        "while len(self._late) > self._delay:",
-        "while len(self._late) > self._delay + 1:",
+        "while len(self._late) > self._wait:",
+        "while len(self._late) > self._wait + 1:",
+        ("tests/unit/methods/auxnet/step/test_delayed.py",),
+    ),
+    Mutant(
+        "gradients are late in the warm-up",
+        "methods/auxnet/step/delayed.py",
+        "self._wait = 0 if warmup else self._delay",
+        "self._wait = self._delay",
+        ("tests/unit/methods/auxnet/step/test_delayed.py",),
+    ),
+    Mutant(
+        "weights ahead in the warm-up",
+        "methods/auxnet/step/delayed.py",
+        "self._look_ahead(self._wait / accumulate)",
+        "self._look_ahead(self._delay / accumulate)",
         ("tests/unit/methods/auxnet/step/test_delayed.py",),
     ),
     Mutant(

@@ -40,7 +40,7 @@ BAD = {
     "strategy=auxnet strategy.lambda_step=2": r"strategy\.lambda_step=2 must lie in \(0, 1\]; None takes",
     "experiment=ist_digits strategy.wire=int8": r"wire=int8: unknown key; strategy=ist has",
     "experiment=ist_digits strategy.local_steps=0": r"strategy\.local_steps=0 must be a whole number of at least 1",
-    "experiment=ist_digits strategy.momentum=restart": r"strategy\.momentum=restart: must be one of reset",
+    "experiment=ist_digits strategy.momentum=restart": r"strategy\.momentum='restart' is not known",
     "experiment=ist_digits model.depth=1": r"model\.depth=1 must be at least 2: linear layers; 2 and 3",
     "experiment=ist_digits model.width=1": r"trainer\.devices=2: layer .* has 1 neurons for 2 workers",
     "experiment=ist_digits model.norm=group": r"model\.norm=group must be one of batch, layer, none",
