@@ -240,8 +240,8 @@ MUTANTS = (
     Mutant(
         "a late gradient of another batch",
         "methods/auxnet/step/delayed.py",
-        "while len(self._late) > self._wait:",
-        "while len(self._late) > self._wait + 1:",
+        "while len(self._late) > max(self._wait, but):",
+        "while len(self._late) > max(self._wait + 1, but):",
         ("tests/unit/methods/auxnet/step/test_delayed.py",),
     ),
     Mutant(

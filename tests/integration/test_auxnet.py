@@ -123,7 +123,7 @@ FITS = {
         TransformerOfTorchvision, strategy={"method": "penalty"}
     ),
     "a head outside of the network": Fit(HeadOutside),
-    "nothing trained in the first stage": Fit(FrozenStart, strategy={"cuts": ["section1"]}),
+    "nothing trained in the first stage": Fit(FrozenStart, strategy={"method": "penalty", "cuts": ["section1"]}),
     "a rate that falls with the steps, limited, in double precision": Fit(
         Scheduled,
         strategy={"method": "al-net", "cuts": ["section2"]},

@@ -328,5 +328,5 @@ def test_a_checkpoint_of_another_method_goes_on_from_the_full_model_and_names_bo
     for worker, (state, _, steps, _, said) in enumerate(results):
         assert_equal_states(state, results[0][0], exactly=True)
         assert steps == 15
-        expected = "with other workers or settings (method='penalty', here 'delayed'). The 2 worker(s) here resume from"
+        expected = "method='penalty', here 'delayed'). The 2 worker(s) here resume from its full model"
         assert any(expected in line for line in said) == (worker == 0)

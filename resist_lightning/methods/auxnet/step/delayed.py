@@ -111,9 +111,13 @@ class DelayedStage:
         self._late.append(Pending(given, made, self._ahead, reply))
         return made
 
-    def work_off(self) -> None:
-        """Compute the backward passes whose gradients this step takes. Waits for the next worker."""
-        while len(self._late) > self._wait:
+    def work_off(self, *, but: int = 0) -> None:
+        """Compute the backward passes whose gradients this step takes. Waits for the next worker.
+
+        Args:
+            but: batches that are left, the newest.
+        """
+        while len(self._late) > max(self._wait, but):
             late = self._late.popleft()
             self._spans.begin("backward")
             self._due.append(self._backward(late) if isinstance(late, Pending) else late)
@@ -126,7 +130,8 @@ class DelayedStage:
         self._late = deque(self._backward(late) if isinstance(late, Pending) else late for late in self._late)
 
     def take_gradients(self) -> list[Tensor | None]:
-        """For each of :attr:`parameters` the gradient that is due, if there is one."""
+        """For each of :attr:`parameters` the gradient that is due, if there is one. Waits for the next worker."""
+        self.work_off()
         due, self._due = self._due, []
         found: list[Tensor | None] = []
         for name in self._weights.trained():
@@ -139,15 +144,19 @@ class DelayedStage:
         self._ahead = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Gradients that wait, and the weights before the last step. Only after :meth:`settle`."""
+        """Gradients that wait, weights before the last step and in this one. Only after :meth:`settle`."""
         cpu = torch.device("cpu")
         late = [_moved(gradients, cpu) for gradients in self._late if not isinstance(gradients, Pending)]
-        return {"late": late, "before": _moved(self._before, cpu)}
+        # In the middle of a step, the weights that its other batches will use too.
+        ahead = {name: weight.detach() for name, weight in self._ahead.items()}
+        return {"late": late, "before": _moved(self._before, cpu), "ahead": _moved(ahead, cpu)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from what :meth:`state_dict` returned."""
         self._late = deque(_moved(late, self._device) for late in state["late"])
         self._before = _moved(state["before"], self._device)
+        ahead = _moved(state.get("ahead", {}), self._device)
+        self._ahead = {name: weight.clone().requires_grad_() for name, weight in ahead.items()}
 
     def _look_ahead(self, steps: float) -> dict[str, Tensor]:
         """Copies of the trained weights, as many steps ahead."""

@@ -113,8 +113,8 @@ class StageWorker:
             return NotedBackward.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
         self._messages.send_truth(made)
         if self.delayed is not None:
-            # Before the output is waited for: the stages behind work on this batch meanwhile.
-            self.delayed.work_off()
+            # While the stages behind work on this batch; its gradient comes behind losses that may talk to this one.
+            self.delayed.work_off(but=1)
         self.spans.begin("wait for output")
         assert batch.output is not None
         output = batch.output.take()

@@ -184,6 +184,7 @@ def test_in_the_warm_up_no_gradient_is_late_and_none_is_taken_twice(warmup_steps
 def test_looking_and_resuming_change_nothing(accumulate: int) -> None:
     assert_equal(Training(3, accumulate=accumulate, settled=(1, 3)))
     assert_equal(Training(3, 2, accumulate=accumulate, saved_at=3))
+    assert_equal(Training(3, 1, accumulate=accumulate, saved_at=4, warmup_steps=1))
 
 
 def test_a_batch_without_a_backward_pass_leaves_no_message() -> None:
