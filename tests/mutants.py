@@ -126,6 +126,13 @@ MUTANTS = (
         ("tests/unit/methods/ist/test_parts.py", "tests/distributed/test_memory.py"),
     ),
     Mutant(
+        "a row is lost where a message is divided",
+        "methods/ist/messages.py",
+        "replace(piece, rows=piece.rows[rows:])",
+        "replace(piece, rows=piece.rows[rows + 1 :])",
+        ("tests/unit/methods/ist/test_messages.py",),
+    ),
+    Mutant(
         "random numbers of a form",
         "strategies/building.py",
         "if begun_first.get(name) == state]",
@@ -302,9 +309,9 @@ MUTANTS = (
     ),
     Mutant(
         "neurons that stay on their worker are lost",
-        "methods/ist/sync.py",
-        "self._put(after, stays, plan)",
-        "pass",
+        "methods/ist/messages.py",
+        "write([((key, piece), parts[key].take(piece, held)) for key, piece in stays])",
+        "write([])",
         ("tests/unit/methods/ist/test_sync.py",),
     ),
     Mutant(

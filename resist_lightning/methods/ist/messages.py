@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -26,6 +27,10 @@ Arrived: TypeAlias = tuple[KeyedPiece, Tensor]
 """A piece to write on this worker, and its values, flat."""
 
 
+_WORTH_DIVIDING = 2**18
+"""Entries of a message from which on it is divided: below, they are packed in less than a millisecond."""
+
+
 class Messages:
     """A worker's side of the messages."""
 
@@ -39,10 +44,15 @@ class Messages:
         parts: Mapping[str, Part],
         pieces: Iterable[KeyedPiece],
         held: Sequence[Partition],
-        staying: Callable[[list[Arrived]], None],
+        write: Callable[[list[Arrived]], None],
         kind: str = "hand_over",
-    ) -> list[Arrived]:
+    ) -> None:
         """Send and receive the pieces that leave or reach this worker, in an order that both ends agree upon.
+
+        A large message goes in three::
+
+            link                first     middle                              last
+            this worker   pack  pack all  write what stays, then the first    write the middle    write the last
 
         Collective: every worker must call this, in the same order; only pairs with a piece talk.
 
@@ -50,33 +60,36 @@ class Messages:
             parts: this worker's, by key.
             pieces: what moves, by key.
             held: the partitions by which slices are cut.
-            staying: called while messages travel, with copies of the pieces that stay on this worker. From then on
-                nothing is read of the parts.
+            write: called with pieces to write here, some at a time; at first with copies of those that stay on this
+                worker. By then all that leaves has been copied, and nothing is read of the parts any more.
             kind: how the bytes of all but optimizer state are counted.
-
-        Returns:
-            The pieces of others to write here.
         """
-        outgoing: dict[int, list[KeyedPiece]] = defaultdict(list)
-        expected: dict[int, list[KeyedPiece]] = defaultdict(list)
-        stays: list[KeyedPiece] = []
-        kinds: Counter[str] = Counter()
-        # In the order of the list, which is how the other end unpacks them.
-        for key, piece in pieces:
-            if piece.source != self._worker:
-                expected[piece.source].append((key, piece))
-            elif piece.target == self._worker:
-                stays.append((key, piece))
-            else:
-                outgoing[piece.target].append((key, piece))
-                part = parts[key]
-                kinds["state" if part.is_state else kind] += part.entries(piece) * part.tensor.element_size()
-        sends = {peer: self._pack(parts, leaving, held)[0] for peer, leaving in outgoing.items()}
+        outgoing, expected, stays = self._by_peer(pieces)
+        sends, receives = (_in_three(side, parts) for side in (outgoing, expected))
+        packed = {0: self._packed(parts, sends[0], held)}
+        arrived: list[list[Arrived]] = []
 
-        def copy_what_stays() -> None:
-            staying([((key, piece), parts[key].take(piece, held)) for key, piece in stays])
+        divided = any(sends[1:] + receives[1:])
 
-        return self._exchange(sends, expected, parts, kinds, copy_what_stays)
+        def write_what_stays() -> None:
+            write([((key, piece), parts[key].take(piece, held)) for key, piece in stays])
+
+        def pack_the_rest() -> None:
+            for turn in (1, 2):
+                packed[turn] = self._packed(parts, sends[turn], held)
+            if not divided:
+                write_what_stays()
+
+        def write_what_is_here() -> None:
+            if divided:
+                write_what_stays()
+            write(arrived.pop())
+
+        for turn, meanwhile in enumerate((pack_the_rest, write_what_is_here, lambda: write(arrived.pop()))):
+            # Popped, so that what has been sent and written is freed.
+            kinds = _kinds(parts, sends[turn], kind)
+            arrived.append(self._exchange(packed.pop(turn), receives[turn], parts, kinds, meanwhile))
+        write(arrived.pop())
 
     def spread(
         self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition], kind: str
@@ -114,6 +127,28 @@ class Messages:
         send_to_first(self._collective, peer, flats, kind)
         return arriving
 
+    def _by_peer(
+        self, pieces: Iterable[KeyedPiece]
+    ) -> tuple[dict[int, list[KeyedPiece]], dict[int, list[KeyedPiece]], list[KeyedPiece]]:
+        """The pieces that leave, by target, those that arrive, by source, and those that stay on this worker."""
+        outgoing: dict[int, list[KeyedPiece]] = defaultdict(list)
+        expected: dict[int, list[KeyedPiece]] = defaultdict(list)
+        stays: list[KeyedPiece] = []
+        # In the order of the list, which is how the other end unpacks them.
+        for key, piece in pieces:
+            if piece.source != self._worker:
+                expected[piece.source].append((key, piece))
+            elif piece.target == self._worker:
+                stays.append((key, piece))
+            else:
+                outgoing[piece.target].append((key, piece))
+        return outgoing, expected, stays
+
+    def _packed(
+        self, parts: Mapping[str, Part], sends: Mapping[int, list[KeyedPiece]], held: Sequence[Partition]
+    ) -> dict[int, list[Tensor]]:
+        return {peer: self._pack(parts, leaving, held)[0] for peer, leaving in sends.items()}
+
     def _exchange(
         self,
         sends: dict[int, list[Tensor]],
@@ -148,6 +183,53 @@ class Messages:
         flats = empty_like_packed(likes, self._device)
         views = list(zip(pieces, unpack(flats, likes), strict=True))
         return list(flats.values()), views
+
+
+def _in_three(messages: Mapping[int, list[KeyedPiece]], parts: Mapping[str, Part]) -> list[dict[int, list[KeyedPiece]]]:
+    """Messages by peer in three turns: a small one to begin with, most of it, and a small one at last."""
+    turns: list[dict[int, list[KeyedPiece]]] = [{}, {}, {}]
+    for peer, pieces in messages.items():
+        total = sum(parts[key].entries(piece) for key, piece in pieces)
+        # Both ends know the sizes, and so decide alike.
+        ends = [total] if total < _WORTH_DIVIDING else [total // 8, total - total // 8, total]
+        for turn, some in zip(turns, _divided(pieces, parts, ends), strict=False):
+            if some:
+                turn[peer] = some
+    return turns
+
+
+def _divided(pieces: Iterable[KeyedPiece], parts: Mapping[str, Part], ends: Sequence[int]) -> list[list[KeyedPiece]]:
+    """Pieces in order, divided where so many entries have gone, or a row later; a piece without rows stays whole."""
+    divided: list[list[KeyedPiece]] = [[] for _ in ends]
+    gone = turn = 0
+    for key, piece in pieces:
+        left: Piece | None = piece
+        while left is not None:
+            while turn < len(ends) - 1 and gone >= ends[turn]:
+                turn += 1
+            some, left = _split(left, parts[key].entries(left), ends[turn] - gone)
+            gone += parts[key].entries(some)
+            divided[turn].append((key, some))
+    return divided
+
+
+def _split(piece: Piece, entries: int, wanted: int) -> tuple[Piece, Piece | None]:
+    """The first rows of a piece, with as many entries as wanted or some more, and the other rows."""
+    if piece.rows is None or entries <= wanted:
+        return piece, None
+    rows = -(-wanted * len(piece.rows) // entries)
+    if rows == len(piece.rows):
+        return piece, None
+    return replace(piece, rows=piece.rows[:rows]), replace(piece, rows=piece.rows[rows:])
+
+
+def _kinds(parts: Mapping[str, Part], sends: Mapping[int, list[KeyedPiece]], kind: str) -> Counter[str]:
+    kinds: Counter[str] = Counter()
+    for pieces in sends.values():
+        for key, piece in pieces:
+            part = parts[key]
+            kinds["state" if part.is_state else kind] += part.entries(piece) * part.tensor.element_size()
+    return kinds
 
 
 def _all_pieces(parts: Mapping[str, Part], pieces_of: PiecesOf, worker: int) -> list[KeyedPiece]:

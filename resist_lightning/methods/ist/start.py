@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from resist_lightning.comm.exchange import Exchange
 from resist_lightning.methods.ist.layout import NeuronLayout
@@ -39,10 +40,9 @@ def hand_out(
             moving = []
             for name, part in some.items() if me in (0, worker) else ():
                 moving += [(name, piece) for piece in first_pieces(part.cut, held, worker)]
-            _put(some, messages.transfer(some, moving, held, lambda _: None, KIND), held)
+            messages.transfer(some, moving, held, partial(_put, some, held), KIND)
 
 
-def _put(parts: Mapping[str, Part], arrived: Iterable[Arrived], held: Sequence[Partition]) -> None:
-    # A function of its own: what has arrived is freed before the next message.
+def _put(parts: Mapping[str, Part], held: Sequence[Partition], arrived: Iterable[Arrived]) -> None:
     for (key, piece), values in arrived:
         parts[key].put(piece, held, values)

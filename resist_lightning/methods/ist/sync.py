@@ -85,12 +85,12 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         after: dict[str, Part] = {}
 
         # While messages travel: whatever leaves has been copied by then.
-        def write_what_stays(stays: list[Arrived]) -> None:
-            after.update(self._parts.of_next(round + 1, state))
-            self._put(after, stays, plan)
+        def write(some: list[Arrived]) -> None:
+            if not after:
+                after.update(self._parts.of_next(round + 1, state))
+            self._put(after, some, plan)
 
-        arrived = self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before, write_what_stays)
-        self._put(after, arrived, plan)
+        self._messages.transfer(parts, self._moving_pieces(parts, plan), plan.before, write)
         self._states.take_numbers()
 
     @override
@@ -180,7 +180,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             for (key, piece), values in pieces:
                 arrived[key].append((piece, values))
 
-        add(self._messages.transfer(parts, moving, plan.before, add, kind))
+        self._messages.transfer(parts, moving, plan.before, add, kind)
         for key, sent in arrived.items():
             write_means(parts[key], sent, plan.before, plan.left_out)
 
