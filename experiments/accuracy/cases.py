@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from experiments.harness.study import Case as AnyCase
 from experiments.networks import PAPER_BLOCKS, FastPreActResNet, OpenResNet
@@ -44,6 +45,14 @@ class Case(AnyCase):
     wire: str = "fp32"  # what a number is on the wire
     network: str = "preact"  # preact, open_pre or open_post
     blocks: str = "paper"  # a key of `PARTITIONED`
+    overlap: int = 0  # local steps beside which a sync runs
+
+    @property
+    @override
+    def key(self) -> dict[str, Any]:
+        """As of any case; rows that were measured before there was an overlap have none."""
+        found = super().key
+        return found if self.overlap else {name: value for name, value in found.items() if name != "overlap"}
 
 
 def config_of(case: Case, options: Any) -> Config:
@@ -54,7 +63,7 @@ def config_of(case: Case, options: Any) -> Config:
         depth = {"growth": GROWTH}
     blocks = PARTITIONED[case.blocks if partitioning else "none"]
     outer = "nesterov" if case.method in OUTER else "none"
-    policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer}
+    policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer, "overlap": case.overlap}
     local_steps: int | PostLocal = case.local_steps
     if case.method == "post_local":
         half = steps_of(options.samples, options.batch, case.workers) // 2
@@ -157,6 +166,16 @@ def wire(options: Any) -> list[Case]:
     return [*_changed(options, 2, "wire", WIRES), *averaged]
 
 
+def overlap(options: Any) -> list[Case]:
+    """Syncs beside the training, for a fifth of a round and for two."""
+    steps = [options.local_steps * fifths // 5 for fifths in (0, 1, 2)]
+    return [
+        replace(base("resist", 2, seed, options), overlap=beside)
+        for seed in range(options.seeds)
+        for beside in sorted(set(steps))
+    ]
+
+
 def rates(options: Any) -> list[Case]:
     """Learning rates, judged on the hold-out; a seed that no other study uses."""
     return [
@@ -167,5 +186,5 @@ def rates(options: Any) -> list[Case]:
 
 
 STUDIES: dict[str, Callable[[Any], list[Case]]] = {
-    study.__name__: study for study in (main, design, local_steps, momentum, batch_norm, scale, wire, rates)
+    study.__name__: study for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, rates)
 }

@@ -160,6 +160,18 @@ def wire(content: Content) -> Grid:
     return Grid("Fewer bits", ["", "on the wire", "last, %", "n", "the paper's, %"], lines)
 
 
+def overlap(content: Content) -> Grid:
+    by_steps: dict[int, Rows] = {}
+    for row in content["rows"]:
+        by_steps.setdefault(row["case"].get("overlap", 0), []).append(row)
+    length = content["settings"]["local_steps"]
+    lines = [
+        [f"{steps} of {length}", mean_of(own, "last"), mean_of(own, "last_holdout"), len(own)]
+        for steps, own in sorted(by_steps.items())
+    ]
+    return Grid("Syncs beside the training", ["`overlap`, local steps", "last, %", "hold-out, %", "n"], lines)
+
+
 def rates(content: Content) -> Grid:
     found, lines = distinct(content["rows"], "lr"), []
     for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
@@ -169,6 +181,6 @@ def rates(content: Content) -> Grid:
 
 
 STUDIES = {"main": (conditions, main)} | {
-    make.__name__: (make,) for make in (check, design, local_steps, momentum, batch_norm, scale, wire, rates)
+    make.__name__: (make,) for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, rates)
 }
 TABLES = page_tables(RESULTS, STUDIES, "accuracy_") | page_tables(SHORT, STUDIES, "accuracy_short_")
