@@ -53,7 +53,7 @@ class MeanOfChanges:
         counts = self._collective.worker not in left_out
         change = self._encoded_change(values, before, taken if counts else None, counts=counts)
         mean = self._mean(change, kind, self._collective.workers - len(left_out), taken)
-        self._apply(mean, values, before)
+        self._add(mean, values, before)
 
     def _encoded_change(
         self, values: Sequence[Tensor], before: Sequence[Tensor], taken: Tensor | None, *, counts: bool
@@ -127,7 +127,7 @@ class MeanOfChanges:
             rest.mul_(self._collective.workers)
             done += len(rest)
 
-    def _apply(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    def _add(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Make the values what they were before plus the mean change."""
         for rows, places in self._pieces(mean, values):
             change, size = self._decode(rows), 0

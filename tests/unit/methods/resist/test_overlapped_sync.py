@@ -87,16 +87,23 @@ def resumed(collective: Collective, stops: tuple[int, ...], initial: State) -> d
             full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
             own = copy.deepcopy(own)
         engine.abandon()
-        model = make_model(run)
-        model.load_state_dict(full)
-        optimizer = make_optimizer(run, model)
-        engine = Engine(model, [optimizer], run.config, collective=collective)
-        assert engine.restore(place, own)
-        assert engine.start()
-        train_steps(engine, optimizer, range(stop, run.steps))
-        engine.finish()
-        found[stop] = clone_state(model)
+        found[stop] = end_of_resumed(collective, run, stop, full, place, own)
     return found
+
+
+def end_of_resumed(
+    collective: Collective, run: Run, stop: int, full: State, place: dict[str, Any], own: dict[str, Any]
+) -> State:
+    """How a run ends that a new engine resumes exactly after some steps."""
+    model = make_model(run)
+    model.load_state_dict(full)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
+    assert engine.restore(place, own)
+    assert engine.start()
+    train_steps(engine, optimizer, range(stop, run.steps))
+    engine.finish()
+    return clone_state(model)
 
 
 def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
@@ -126,16 +133,8 @@ def measured(collective: Collective, run: Run, initial: State) -> tuple[dict[str
         place, own = {**copy.deepcopy(place), "table": table}, copy.deepcopy(own)
     train_steps(engine, optimizer, range(UNDER_WAY, run.steps))
     engine.finish()
-    ends = [clone_state(engine.module)]
-    model = make_model(run)
-    model.load_state_dict(full)
-    optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config, collective=collective)
-    assert engine.restore(place, own)
-    assert engine.start()
-    train_steps(engine, optimizer, range(UNDER_WAY, run.steps))
-    engine.finish()
-    return table, [*ends, clone_state(model)]
+    end = clone_state(engine.module)
+    return table, [end, end_of_resumed(collective, run, UNDER_WAY, full, place, own)]
 
 
 @pytest.mark.parametrize(("workers", "options"), AUTO.values(), ids=AUTO)
