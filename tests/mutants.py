@@ -491,6 +491,27 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_overlapped_sync.py",),
     ),
     Mutant(
+        "a fragment is drawn again before its sync",
+        "methods/resist/partition.py",
+        "drawn = [max(first, self._last_sync(fragment, round) + 1)",
+        "drawn = [max(first, self._last_sync(fragment, round + 1) + 1)",
+        ("tests/unit/schedule/test_fragments.py",),
+    ),
+    Mutant(
+        "a sync of a fragment averages all shared layers",
+        "methods/resist/sync.py",
+        "return self._may_change(self._layout.fragments.within(fragment, tensors))",
+        "return self._may_change(tensors)",
+        ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
+        "outer steps of a fragment begin at the last sync of another",
+        "state/outer.py",
+        "self._start = {key: start for key, start in self._start.items() if key in kept}",
+        "self._start = {}",
+        ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
         "overlap by the slowest worker's steps",
         "schedule/overlap.py",
         "return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)",

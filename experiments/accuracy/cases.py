@@ -24,6 +24,7 @@ TITLES = {
 }  # fmt: skip
 PARTITIONING = ("resist", "resist_outer", "resist_growth")
 OUTER = ("diloco", "resist_outer", "resist_growth")
+FRAGMENTS = 4  # of the network, where not each sync covers all of it
 GROWTH = (0.25, 0.5, 1.0)  # shares of the blocks, each for a third of the rounds
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
@@ -46,13 +47,14 @@ class Case(AnyCase):
     network: str = "preact"  # preact, open_pre or open_post
     blocks: str = "paper"  # a key of `PARTITIONED`
     overlap: int = 0  # local steps beside which a sync runs
+    fragments: int = 1  # in which the network is synced, one after each round
 
     @property
     @override
     def key(self) -> dict[str, Any]:
-        """As of any case; rows that were measured before there was an overlap have none."""
-        found = super().key
-        return found if self.overlap else {name: value for name, value in found.items() if name != "overlap"}
+        """As of any case; rows that were measured before there were overlaps and fragments have none."""
+        newer = {"overlap": 0, "fragments": 1}
+        return {name: value for name, value in super().key.items() if name not in newer or value != newer[name]}
 
 
 def config_of(case: Case, options: Any) -> Config:
@@ -64,6 +66,7 @@ def config_of(case: Case, options: Any) -> Config:
     blocks = PARTITIONED[case.blocks if partitioning else "none"]
     outer = "nesterov" if case.method in OUTER else "none"
     policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer, "overlap": case.overlap}
+    policies["fragments"] = case.fragments
     local_steps: int | PostLocal = case.local_steps
     if case.method == "post_local":
         half = steps_of(options.samples, options.batch, case.workers) // 2
@@ -167,13 +170,16 @@ def wire(options: Any) -> list[Case]:
 
 
 def overlap(options: Any) -> list[Case]:
-    """Syncs beside the training, for a fifth of a round and for two."""
+    """Syncs beside the training, for a fifth of a round and for two; and of a fragment each, in rounds as much shorter."""
     steps = [options.local_steps * fifths // 5 for fifths in (0, 1, 2)]
-    return [
-        replace(base("resist", 2, seed, options), overlap=beside)
-        for seed in range(options.seeds)
-        for beside in sorted(set(steps))
-    ]
+    short = max(options.local_steps // FRAGMENTS, 2)
+    cases: list[Case] = []
+    for seed in range(options.seeds):
+        whole = base("resist", 2, seed, options)
+        cases += [replace(whole, overlap=beside) for beside in sorted(set(steps))]
+        pieces = replace(whole, fragments=FRAGMENTS, local_steps=short)
+        cases += [replace(pieces, overlap=beside) for beside in range(min(short, 3))]
+    return cases
 
 
 def rates(options: Any) -> list[Case]:

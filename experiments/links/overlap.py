@@ -40,7 +40,7 @@ from resist_lightning import Config, Engine
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.overview import costs, count_flops
-from resist_lightning.schedule.overlap import WAITING_ROUNDS
+from resist_lightning.schedule.overlap import waiting_rounds
 
 Round = Callable[[], float]
 WAYS = ("none", "waits", "overlap", "auto")
@@ -131,7 +131,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
         if way != "auto":
             train_round()  # memory is allocated, pages are touched
     place.ready()
-    for _ in range(WAITING_ROUNDS):  # it measures the link, which must be shaped by then
+    for _ in range(waiting_rounds(1)):  # it measures the link, which must be shaped by then
         made["auto"][1]()
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(settings["repeats"]):

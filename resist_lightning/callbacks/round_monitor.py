@@ -272,7 +272,7 @@ def _shared(engine: Engine) -> list[Tensor]:
 def _averages(engine: Engine) -> bool:
     """Whether a round begins with the means of the workers' shared parameters."""
     config = engine.config
-    return config.trains_alone and not config.overlaps_syncs and getattr(config, "outer", "none") == "none"
+    return config.trains_alone and config.equal_after_sync and getattr(config, "outer", "none") == "none"
 
 
 def _tensor_boards(trainer: pl.Trainer) -> list[TensorBoardLogger]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor
@@ -26,14 +26,21 @@ class CompressedMean:
         self._before: dict[int, Tensor] = {}
         self._feedback = Feedback() if wire.format.feedback else None
 
-    def begin(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def begin(
+        self,
+        tensors: Iterable[Tensor],
+        copies: Mapping[int, Tensor] = MappingProxyType({}),
+        kept: Collection[int] = (),
+    ) -> None:
         """Remember tensors that are equal on all workers now; it costs a copy of them.
 
         Args:
             tensors: of the module.
             copies: by identity, what to remember in the place of a copy.
+            kept: by identity, tensors of which is still remembered what was; all others are forgotten.
         """
-        earlier, self._before = self._before, {}
+        earlier = self._before
+        self._before = {key: earlier[key] for key in earlier if key in kept}
         for tensor in tensors:
             key = id(tensor)
             self._before[key] = copies[key] if key in copies else _copied(tensor.detach(), earlier.pop(key, None))

@@ -53,17 +53,22 @@ class Exchange:
         self.collective = collective
         self.device = device
         self._wire = wire
-        self._buckets: dict[torch.dtype, Bucket] = {}
+        self._buckets: list[Bucket] = []
 
-    def put_together(self, tensors: Iterable[Tensor]) -> None:
-        """Move tensors that will be averaged together again and again into one buffer per data type. Sends nothing."""
-        self._buckets = make_buckets(tensors, self.device)
+    def put_together(self, groups: Iterable[Iterable[Tensor]]) -> None:
+        """Move tensors that will be averaged together again and again into a buffer for each group and data type.
+
+        Sends nothing.
+        """
+        self._buckets = []  # what an earlier call has made goes first
+        for group in groups:
+            self._buckets += make_buckets(group, self.device).values()
 
     def take_apart(self) -> None:
         """Give the tensors of :meth:`put_together` memory of their own again."""
-        for bucket in self._buckets.values():
+        for bucket in self._buckets:
             bucket.dissolve()
-        self._buckets = {}
+        self._buckets = []
 
     def average(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
         """:meth:`start_average`, and wait. Collective: every worker must call this, in the same order."""
@@ -84,9 +89,9 @@ class Exchange:
             A function that waits for what was begun.
         """
         begun: list[Finish] = []
-        for dtype, group in by_dtype(tensors).items():
-            bucket = self._buckets.get(dtype)
-            if bucket is not None and bucket.holds(group):
+        for group in by_dtype(tensors).values():
+            bucket = self._bucket_of(group)
+            if bucket is not None:
                 bucket.collect()
                 begun += [start_mean(self.collective, bucket.flat, kind, left_out), bucket.spread]
             else:
@@ -102,16 +107,18 @@ class Exchange:
 
         return finish
 
+    def _bucket_of(self, tensors: Sequence[Tensor]) -> Bucket | None:
+        """The buffer that has just these tensors, if there is one."""
+        return next((bucket for bucket in self._buckets if bucket.holds(tensors)), None)
+
     def average_at_first(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
         """:meth:`average` on worker 0; on the others the tensors stay as they are.
 
         Collective: every worker must call this, in the same order, with tensors of the same shapes.
         """
         first = self.collective.worker == 0
-        for dtype, group in by_dtype(tensors).items():
-            bucket = self._buckets.get(dtype)
-            if bucket is not None and not bucket.holds(group):
-                bucket = None
+        for group in by_dtype(tensors).values():
+            bucket = self._bucket_of(group)
             if bucket is not None:
                 bucket.collect()
             flat = bucket.flat if bucket is not None else flatten(group, self.device)

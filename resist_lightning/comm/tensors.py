@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -58,6 +59,14 @@ def averaged_bytes(tensor: Tensor) -> int:
     parts = 2 if tensor.is_complex() else 1
     dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
     return parts * tensor.numel() * _SUMMED.get(dtype, dtype).itemsize
+
+
+def averaged_bytes_by_type(tensors: Iterable[Tensor]) -> Counter[str]:
+    """Bytes that an average of some tensors sends once, by data type: each has an all-reduce of its own."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[str(tensor.dtype)] += averaged_bytes(tensor)
+    return sizes
 
 
 def sendable(flat: Tensor) -> Tensor:

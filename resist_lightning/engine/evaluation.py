@@ -145,7 +145,7 @@ class Observation:
         changes = clock.step + self._writes_unsynced
         companion = self._layout.companion
         differ_between_rounds = companion is not None and companion.shown  # the workers' copies
-        if differ_between_rounds or self._layout.config.overlaps_syncs:
+        if differ_between_rounds or not self._layout.config.equal_after_sync:
             changes += 1
         changes = changes or int(self.own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
         reports = self._handshake.run(purpose, clock, [len(calls), changes])

@@ -103,9 +103,9 @@ class RoundEnd:
         self._sync.begin_round(self._clock.round)
         self._observation.begin_round()
 
-    def next_plan(self) -> Plan:
-        """Plan the sync at the end of this round."""
-        return cast(Plan, self._sync.plan(self._clock.round, self._handshake.divergence.left_out))
+    def plan_observation(self) -> Plan:
+        """Plan a sync of the whole model at the end of this round."""
+        return cast(Plan, self._sync.plan_observation(self._clock.round, self._handshake.divergence.left_out))
 
     def _meet(self) -> tuple[int, Plan]:
         """Compare what the workers must have alike before they sync; returns the round that ends, and the plan."""
@@ -115,7 +115,7 @@ class RoundEnd:
         reports = self._handshake.run(Purpose.SYNC, self._clock, measured)
         ended = self._clock.round
         # Before `learn`: the plan must not depend on what was just measured.
-        plan = self.next_plan()
+        plan: Plan = self._sync.plan(ended, self._handshake.divergence.left_out)
         by_worker = self._collective.by_worker(reports)
         # Of the slowest members.
         slowest = [[max(column) for column in zip(*rows, strict=True)] for rows in by_worker]
@@ -125,6 +125,7 @@ class RoundEnd:
 
     def _next_round(self) -> None:
         # Before optimizers restart, which may move the learning rate that the handshake has compared.
+        ended = self._clock.round
         self._clock.next_round()
         if self._layout.config.momentum == "reset":
-            self._states.reset()
+            self._sync.restart_states(ended)

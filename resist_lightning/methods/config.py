@@ -86,6 +86,11 @@ class CommonConfig:
         return False
 
     @property
+    def equal_after_sync(self) -> bool:
+        """Whether all replicas are equal when a round begins."""
+        return True
+
+    @property
     def sync_before_evaluation(self) -> bool:
         """Whether a sync that is due may come before an evaluation: it makes what the evaluation would show."""
         return self.trains_alone and not isinstance(self.local_steps, QSR)  # whose rates may change in between

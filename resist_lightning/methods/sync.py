@@ -153,7 +153,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self.make_room(round)
         allocate(self._layout.shared, self._device)
         if self._quantizer is None and self._layout.workers > 1:
-            self.exchange.put_together(self._may_change(self._layout.shared).values())
+            self.exchange.put_together([tensors.values() for tensors in self._averaged_together()])
 
     def end(self) -> None:
         """Release everything; called once, when training has ended. Every tensor gets memory of its own again."""
@@ -171,6 +171,14 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
     @abstractmethod
     def plan(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
         """Plan the sync between ``round`` and the next."""
+
+    def plan_observation(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
+        """Plan a sync of all that the full model has, at the end of ``round``."""
+        return self.plan(round, left_out)
+
+    def restart_states(self, round: int) -> None:
+        """Restart the optimizer state of what the sync at the end of ``round`` covers."""
+        self._states.reset()
 
     def start_average(self, plan: AnyPlan) -> Finish:
         """Begin to replace what all workers hold, before and after the sync, by its mean over the workers.
@@ -246,6 +254,10 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         received = {id(tensors[name]): copy for name, copy in own["received"].items()}
         for tensor, copy in self._as_received:
             copy.copy_(received.get(id(tensor), copy))
+
+    def _averaged_together(self) -> list[dict[str, Tensor]]:
+        """By name, the tensors that are averaged in one message, of each message."""
+        return [self._may_change(self._layout.shared)]
 
     def _averaged(self, plan: AnyPlan) -> dict[str, Tensor]:
         """By name, the tensors that a sync averages over all workers."""

@@ -15,9 +15,6 @@ OverlapChoice: TypeAlias = int | Literal["auto"]
 MEASURED_SYNCS = 2
 """Of two syncs, and of the local steps in two rounds, each worker's shorter time counts: a disturbance adds time."""
 
-WAITING_ROUNDS = MEASURED_SYNCS + 1
-"""Rounds that wait for their sync before the choice: how long a sync took is told when the next one begins."""
-
 MARGIN = 1.2
 """Beside the training a sync takes longer than alone, as both use the same cores."""
 
@@ -44,6 +41,7 @@ class Overlaps:
         measured_from: the first round whose sync is measured.
         seconds: of each measured round, each worker's seconds of a local step, and of the sync before it.
         chosen: the first round with the chosen overlap, and the overlap; None before.
+        fragments: how many syncs cover the network, one after the other; each is measured twice.
     """
 
     steps: int = 0
@@ -52,6 +50,12 @@ class Overlaps:
     measured_from: int = 0
     seconds: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
     chosen: tuple[int, int] | None = None
+    fragments: int = 1
+
+    @property
+    def waiting_rounds(self) -> int:
+        """Rounds that wait for their sync before the choice."""
+        return waiting_rounds(self.fragments)
 
     def of_round(self, round: int) -> int:
         """Local steps at the end of ``round`` during which its sync is under way; 0: the training waits for it."""
@@ -70,14 +74,15 @@ class Overlaps:
         if min(*step_seconds, *sync_seconds) <= 0:  # a worker resumed in this round
             return self
         known = replace(self, seconds=(*self.seconds, (tuple(step_seconds), tuple(sync_seconds))))
-        if len(known.seconds) < MEASURED_SYNCS:
+        if len(known.seconds) < MEASURED_SYNCS * self.fragments:
             return known
         return replace(known, chosen=(round + 1, choose_overlap(*known.shortest_seconds(), self.round_steps)))
 
     def shortest_seconds(self) -> tuple[list[float], list[float]]:
-        """Of each worker, the shortest measured time of a local step, and of a sync."""
+        """Of each worker, the shortest measured time of a local step, and of a sync; of the longest fragment."""
         steps, syncs = zip(*self.seconds, strict=True)
-        return [min(times) for times in zip(*steps, strict=True)], [min(times) for times in zip(*syncs, strict=True)]
+        of_fragments = [_shortest(syncs[fragment :: self.fragments]) for fragment in range(self.fragments)]
+        return _shortest(steps), [max(times) for times in zip(*of_fragments, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured and chosen, as plain data for a checkpoint; empty where nothing is chosen."""
@@ -86,6 +91,7 @@ class Overlaps:
         return {
             "round_steps": self.round_steps,
             "workers": self.workers,
+            "fragments": self.fragments,
             "measured_from": self.measured_from,
             "seconds": [[list(steps), list(syncs)] for steps, syncs in self.seconds],
             "chosen": list(self.chosen) if self.chosen is not None else None,
@@ -95,12 +101,14 @@ class Overlaps:
         """The overlaps of a run that resumes in ``round``.
 
         Args:
-            state: from :meth:`state_dict`; where it is empty, or of other workers or rounds, measuring begins again.
+            state: from :meth:`state_dict`; where it is empty, or of other workers, rounds or fragments, measuring
+                begins again.
             round: the round.
         """
         if self.round_steps is None:
             return self
-        if (state.get("round_steps"), state.get("workers")) != (self.round_steps, self.workers):
+        measured = (state.get("round_steps"), state.get("workers"), state.get("fragments", 1))
+        if measured != (self.round_steps, self.workers, self.fragments):
             return replace(self, measured_from=max(round, self.measured_from), seconds=(), chosen=None)
         return self.with_state_dict(state)
 
@@ -121,7 +129,7 @@ class Overlaps:
             local_steps: of its rounds.
             steps: local steps that it has.
         """
-        rounds = self.measured_from + WAITING_ROUNDS - round
+        rounds = self.measured_from + self.waiting_rounds - round
         if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
             return ""
         return (
@@ -174,6 +182,16 @@ def choose_overlap(step_seconds: Sequence[float], sync_seconds: Sequence[float],
     if sync < WORTH * round_steps * max(step_seconds):
         return 0
     return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)
+
+
+def waiting_rounds(fragments: int) -> int:
+    """Rounds that wait for their sync before the choice: how long a sync took is told when the next one begins."""
+    return MEASURED_SYNCS * fragments + 1
+
+
+def _shortest(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Each worker's shortest time."""
+    return [min(times) for times in zip(*rows, strict=True)]
 
 
 def _steps_beside(sync: float, step: float) -> int:

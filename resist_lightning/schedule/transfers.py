@@ -35,6 +35,7 @@ class SyncPlan:
         merge: transfers of the values that the owner averages with its own.
         hand_over: transfers of the final values to the holders of the next round.
         left_out: workers whose values no mean has in it.
+        fragment: the fragment that the sync covers (``schedule/fragments.py``); None: the whole network.
     """
 
     averaged: tuple[int, ...]
@@ -42,6 +43,7 @@ class SyncPlan:
     merge: tuple[Transfer, ...]
     hand_over: tuple[Transfer, ...]
     left_out: tuple[int, ...] = ()
+    fragment: int | None = None
 
 
 def plan_sync(

@@ -58,19 +58,21 @@ class OuterOptimizer:
         self._start: dict[int, Tensor] = {}
         self._velocity: dict[int, Tensor] = {}
 
-    def forget_start(self) -> None:
-        """Free what :meth:`begin_round` has copied."""
-        self._start = {}
+    def forget_start(self, kept: Collection[int] = ()) -> None:
+        """Free what :meth:`begin_round` has copied, but of some tensors, by identity."""
+        self._start = {key: start for key, start in self._start.items() if key in kept}
 
-    def begin_round(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor]) -> None:
+    def begin_round(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor], kept: Collection[int] = ()) -> None:
         """Note what some tensors are when a round begins, for their next step; forget the velocity of all others.
 
         Args:
-            tensors: all with which this worker will take a step when the round ends.
+            tensors: all with which this worker will take a step at the next sync that covers them.
             copies: by identity, copies of tensors that somebody else keeps in this round: they need no second one.
+            kept: by identity, tensors that the last sync did not cover: what is kept of them stays.
         """
-        start: dict[int, Tensor] = {}
-        velocity: dict[int, Tensor] = {}
+        self.forget_start(kept)
+        start = self._start
+        velocity = {key: value for key, value in self._velocity.items() if key in kept}
         for tensor in filter(has_outer_step, tensors):
             key = id(tensor)
             start[key] = copies[key] if key in copies else tensor.detach().clone()

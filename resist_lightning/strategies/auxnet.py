@@ -49,6 +49,7 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     without: ClassVar[Mapping[str, str]] = {
         "evaluate_on": _NOT_ALONE,
         "full_model_on": _NOT_ALONE,
+        "fragments": "nothing is averaged; its stages exchange messages in every step.",
         "overlap": "nothing is averaged; its stages exchange messages in every step, beside their computing.",
     }
     check_every_n_steps: int = 50

@@ -17,7 +17,8 @@ class ISTOptions(LocalTrainingOptions, NeuronConfig):
     """Options of :class:`ISTStrategy`."""
 
     without: ClassVar[Mapping[str, str]] = {
-        "overlap": "a slice that moves has no place in the old holder's tensors where it could train on meanwhile."
+        "fragments": "each sync draws all neurons again, as in the paper.",
+        "overlap": "a slice that moves has no place in the old holder's tensors where it could train on meanwhile.",
     }
     local_steps: LocalStepsRule = 20
 

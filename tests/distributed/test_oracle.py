@@ -93,6 +93,10 @@ RUNS = {
         3,
         Run(Config(local_steps=3, overlap=2, min_blocks=3, wire="int8", momentum="keep", **OUTER), steps=10),
     ),
+    "fragments, beside the training, int8, outer": (
+        3,
+        Run(Config(local_steps=2, overlap=1, fragments=2, min_blocks=2, wire="int8", **OUTER), 9, observe_at=(3, 4)),
+    ),
     "DiLoCo": (2, Run(Config(local_steps=2, blocks=[], batch_norm="running", **OUTER), steps=7, optimizer="adamw")),
 }
 

@@ -16,7 +16,6 @@ from resist_lightning.comm.byte_formulas import SYNC_KINDS
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.progress import Clock
-from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, batch_of, make_model, make_optimizer, train_step
@@ -48,6 +47,12 @@ RUNS = {
     ),
     "outer, AdamW travels": Run(
         Config(local_steps=1, min_blocks=0, momentum="travel", outer="nesterov"), steps=3, optimizer="adamw"
+    ),
+    "fragments, warm-up, travel": Run(
+        Config(local_steps=1, min_blocks=2, fragments=2, warmup_rounds=1, momentum="travel"), steps=5
+    ),
+    "fragments, int8, outer": Run(
+        Config(local_steps=1, min_blocks=2, fragments=2, wire="int8", outer="nesterov"), steps=5
     ),
     "outer, local SGD": Run(Config(local_steps=1, blocks=[], batch_norm="running", outer="nesterov"), steps=2),
     "local SGD": Run(Config(local_steps=1, blocks=[], batch_norm="running"), steps=2),
@@ -111,11 +116,15 @@ def test_bytes_counted_are_the_closed_form_for_every_worker_round_and_kind(said)
         model = make_model(run)
         layout = BlockLayout(model, run.config, workers)
         layout.plan_end(Clock(1), run.steps)
-        sizes = layout.sizes(OptimizerStates([make_optimizer(run, model)]))
+        states = OptimizerStates([make_optimizer(run, model)])
         for worker in range(workers):
             for round, sync in enumerate(syncs_of(run, said[worker][name])):
-                first, second, third = (layout.schedule.partition(round + ahead) for ahead in range(3))
-                expected = sync_bytes(plan_sync(first, second), sizes, workers, plan_sync(second, third))[worker]
+                plan = layout.schedule.plan(round)
+                sizes, following = (
+                    layout.sizes(states, plan.fragment),
+                    layout.schedule.coming_plan(plan.fragment, round + 1),
+                )
+                expected = sync_bytes(plan, sizes, workers, following)[worker]
                 assert {kind: sync.counted[kind] for kind in SYNC_KINDS} == expected, (name, worker, round)
                 kinds.update(expected)
     assert all(kinds[kind] > 0 for kind in SYNC_KINDS)

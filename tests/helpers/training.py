@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -117,6 +118,43 @@ def train_engine(
             each_step(engine, step)
     engine.finish()
     return engine, clone_state(model)
+
+
+def ends_of_resumed(
+    collective: Collective, run: Run, stops: tuple[int, ...], initial: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """How a run ends that was stopped after some steps and resumed by a new engine; 0: never."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for stop in (0, *stops):
+        # Threads share a generator, so the weights come from the test.
+        engine, optimizer = start_engine(collective, run, initial)
+        train_steps(engine, optimizer, range(stop))
+        with engine.full_model("checkpoint"):
+            full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
+            own = copy.deepcopy(own)
+        engine.abandon()
+        found[stop] = end_of_resumed(collective, run, stop, full, place, own)
+    return found
+
+
+def end_of_resumed(
+    collective: Collective,
+    run: Run,
+    stop: int,
+    full: dict[str, Tensor],
+    place: dict[str, Any],
+    own: dict[str, Any],
+) -> dict[str, Tensor]:
+    """How a run ends that a new engine resumes exactly after some steps."""
+    model = make_model(run)
+    model.load_state_dict(full)
+    optimizer = make_optimizer(run, model)
+    engine = Engine(model, [optimizer], run.config, collective=collective)
+    assert engine.restore(place, own)
+    assert engine.start()
+    train_steps(engine, optimizer, range(stop, run.steps))
+    engine.finish()
+    return clone_state(model)
 
 
 def slow_down(collective: Collective, seconds: float) -> None:

@@ -74,6 +74,8 @@ def draw_case(number: int) -> Case:
     options["outer"] = drawn.choice(["none", "nesterov"])
     if options["local_steps"] == 3 and options["momentum"] != "travel":
         options["overlap"] = 2  # a stop may then fall between the border of a sync and its end
+    if face == "local_sgd" or options["min_blocks"] == 3:
+        options["fragments"] = 2
     if face == "resist" and case.loader == "shuffled" and not isinstance(options["local_steps"], QSR):
         options["finish_rounds"] = 1
     if number % 5 in (0, 3):  # two, three and four workers

@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer_rate": ("1", 1.0),
         "outer_momentum": ("0.8", 0.8),
         "overlap": ("2", 2),
+        "fragments": ("2", 2),
         "evaluate_on": ("first", "first"),
         "full_model_on": ("first", "first"),
     },
@@ -111,6 +112,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "outer_rate": ("0.5", 0.5),
         "outer_momentum": ("0.8", 0.8),
         "overlap": ("auto", "auto"),
+        "fragments": ("3", 3),
         "evaluate_on": ("first", "first"),
         "full_model_on": ("first", "first"),
     },
@@ -124,13 +126,13 @@ OF_GUESSES = {
     *("aux_network", "aux_width", "aux_learning_rate"),
 }
 RUNS: list[tuple[str, set[str]]] = [
-    ("ResISTStrategy", {"growth", "overlap"}),
+    ("ResISTStrategy", {"growth", "overlap", "fragments"}),
     ("ResISTStrategy", {"min_blocks", "blocks_per_worker", "test_scale", "momentum", "non_finite"}),
     ("ISTStrategy", {"growth"}),
     ("ISTStrategy", {"min_share"}),
     ("AuxNetStrategy", {*ONE_PROCESS, "delay", "aux_network"}),
     ("AuxNetStrategy", {*ONE_PROCESS, *OF_GUESSES, "method"}),
-    ("LocalSGDStrategy", {"overlap"}),
+    ("LocalSGDStrategy", {"overlap", "fragments"}),
     ("LocalSGDStrategy", {"non_finite"}),
 ]
 

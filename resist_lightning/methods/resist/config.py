@@ -18,7 +18,7 @@ from resist_lightning.methods.config import (
 )
 from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.methods.resist.shares import check_counts
-from resist_lightning.schedule.overlap import WAITING_ROUNDS, OverlapChoice, Overlaps
+from resist_lightning.schedule.overlap import OverlapChoice, Overlaps, waiting_rounds
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import in_words, shortest_round
 from resist_lightning.schedule.stages import parts_of, plan_stages
@@ -67,7 +67,12 @@ class Config(GrowingConfig):
         overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
             and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync;
-            ``auto``: it waits in three rounds, and then as many as a sync was measured to take.
+            ``auto``: it waits in three rounds (two and one for each further fragment), and then as many as a sync was
+            measured to take.
+        fragments: in how many fragments the network is synced: each sync covers one of them, in turn, so each is
+            averaged and drawn again every ``fragments * local_steps`` local steps. For short rounds, with as many
+            bytes per local step as long ones: a sync is short, and so is an overlap with it. At most the blocks that a
+            worker holds; 1: each sync covers the whole network.
 
     The others are those of :class:`GrowingConfig`.
 
@@ -85,6 +90,7 @@ class Config(GrowingConfig):
     outer_rate: float = 0.7
     outer_momentum: float = 0.9
     overlap: OverlapChoice = 0
+    fragments: int = 1
 
     @override
     def __post_init__(self) -> None:
@@ -99,6 +105,7 @@ class Config(GrowingConfig):
         check_choice("wire", self.wire, get_args(WireName))
         self._check_outer()
         self._check_overlap()
+        self._check_fragments()
         if self.test_scale is not None and not 0 < self.test_scale <= 1:
             raise ValueError(f"test_scale={self.test_scale} must lie in (0, 1]; None takes the share of blocks held.")
 
@@ -109,9 +116,14 @@ class Config(GrowingConfig):
 
     @property
     @override
+    def equal_after_sync(self) -> bool:
+        return self.overlap == 0 and self.fragments == 1
+
+    @property
+    @override
     def sync_before_evaluation(self) -> bool:
         # At the end of a training there would be no sync: so none that rounds, or steps beyond the mean.
-        exact = self.wire == "fp32" and self.outer == "none" and not self.overlap
+        exact = self.wire == "fp32" and self.outer == "none" and self.equal_after_sync
         return exact and super().sync_before_evaluation
 
     @property
@@ -122,11 +134,13 @@ class Config(GrowingConfig):
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
         finish = f", all blocks everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
         growth = "" if self.growth is None else f", shares of {list(self.growth)} of the blocks in turn"
-        return f"{in_words(self.local_steps)}{self._overlap_in_words()}{growth}{finish}{wire}{outer}"
+        fragments = f", each sync of one of {self.fragments} fragments" if self.fragments > 1 else ""
+        return f"{in_words(self.local_steps)}{fragments}{self._overlap_in_words()}{growth}{finish}{wire}{outer}"
 
     def _overlap_in_words(self) -> str:
         if self.overlap == "auto":
-            return f", each sync under way during as many of the last as it needs (0 in {WAITING_ROUNDS} rounds before)"
+            waiting = waiting_rounds(self.fragments)
+            return f", each sync under way during as many of the last as it needs (0 in {waiting} rounds before)"
         return f", each sync under way during the last {self.overlap}" if self.overlap else ""
 
     def _check_outer(self) -> None:
@@ -160,6 +174,20 @@ class Config(GrowingConfig):
             raise ValueError(
                 f"overlap={self.overlap!r} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
             )
+
+    def _check_fragments(self) -> None:
+        check_integer("fragments", self.fragments, 1, "1: each sync covers the whole network")
+        if self.fragments == 1:
+            return
+        for name, refused, instead in (
+            ("non_finite", "drop", "'raise'"),  # what is not covered would keep its NaN
+            ("blocks_per_worker", "auto", "a list with a count for each worker"),
+        ):
+            if getattr(self, name) == refused:
+                raise ValueError(
+                    f"fragments={self.fragments} does not work with {name}={refused!r} yet: use {instead}, or "
+                    "fragments=1."
+                )
 
     def _without_overlap(self) -> Iterator[tuple[str, object, str]]:
         """Settings that an overlap refuses, with their values and what to use instead."""
@@ -196,11 +224,20 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     if least is None:
         least = min(listed) if listed is not None else default_min_blocks(blocks)
     overlaps = _overlaps(config, workers)
-    schedule = Schedule(blocks, workers, least, config.seed, config.warmup_rounds, overlaps=overlaps)
+    schedule = Schedule(
+        blocks, workers, least, config.seed, config.warmup_rounds, overlaps=overlaps, fragments=config.fragments
+    )
     if listed is not None:
         check_counts(listed, blocks, workers, least)
-        return replace(schedule, counts=((0, listed),))
-    schedule.partition(config.warmup_rounds)  # raises where min_blocks is impossible
+        schedule = replace(schedule, counts=((0, listed),))
+    fewest = min(map(len, schedule.partition(config.warmup_rounds).held))  # raises where min_blocks is impossible
+    if blocks and config.fragments > max(fewest, 1):
+        raise ValueError(
+            f"fragments={config.fragments}: a worker holds {fewest} of the {blocks} partitionable blocks, and of each "
+            "fragment at least one. Choose as many fragments or fewer, or raise min_blocks."
+        )
+    if listed is not None:
+        return schedule
     return schedule.measuring(0) if given == "auto" else schedule
 
 
@@ -208,7 +245,8 @@ def _overlaps(config: Config, workers: int) -> Overlaps:
     if config.overlap != "auto":
         return Overlaps(config.overlap)
     # Not in a warm-up, whose syncs send more than later ones.
-    return Overlaps(0, shortest_round(config.local_steps), workers, config.warmup_rounds)
+    shortest = shortest_round(config.local_steps)
+    return Overlaps(0, shortest, workers, config.warmup_rounds, fragments=config.fragments)
 
 
 def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int | None) -> Schedule:

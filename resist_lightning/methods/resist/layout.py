@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,7 +15,7 @@ from resist_lightning.comm.byte_formulas import WIRE_FORMATS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.packing import packed_bytes
 from resist_lightning.comm.quantize import compressible, is_vector
-from resist_lightning.comm.tensors import averaged_bytes, named_tensors
+from resist_lightning.comm.tensors import averaged_bytes_by_type, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import BranchEnd, untrained
@@ -24,6 +23,7 @@ from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
 from resist_lightning.methods.resist.folding import foldable
+from resist_lightning.methods.resist.fragments import Fragments
 from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
@@ -70,6 +70,7 @@ class BlockLayout(Layout):
             in_blocks.update(map(id, block.tensors().values()))
         # By identity, as a tensor may have several names.
         self.shared = {name: tensor for name, tensor in named_tensors(module).items() if id(tensor) not in in_blocks}
+        self.fragments = Fragments(self.shared, self.blocks, config.fragments)
 
     @override
     def partition(self, round: int) -> Partition:
@@ -102,6 +103,8 @@ class BlockLayout(Layout):
         drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
         # A run may be prolonged; who holds what is compared.
         del drawn["overlaps"], drawn["finish_from"], drawn["stages"]
+        if self.config.fragments == 1:
+            del drawn["fragments"]  # earlier checkpoints do not have it
         kept: dict[str, Any] = {"changes": self.config.wire != "fp32", "local_steps": 0}  # 0 as in earlier checkpoints
         if self.config.growth is not None:
             kept["growth"] = list(self.config.growth)
@@ -156,8 +159,8 @@ class BlockLayout(Layout):
         if stepped and collective.rank == 0:
             self._warn_of_hooks()
 
-    def sizes(self, states: OptimizerStates) -> Sizes:
-        """Bytes of the parts, for the closed form of a sync."""
+    def sizes(self, states: OptimizerStates, fragment: int | None = None) -> Sizes:
+        """Bytes of the parts, for the closed form of a sync that covers a fragment, or the whole network."""
         wire = WIRE_FORMATS[self.config.wire]
         values = wire and wire.for_values
         changing = self.changing()
@@ -165,7 +168,7 @@ class BlockLayout(Layout):
         for block in self.blocks:
             plain, compressed = self._split(block.tensors())
             blocks.append(packed_bytes(plain.values()) + (values.bytes(sum(compressed)) if values else 0))
-            averaged.append(_averaged_bytes(plain, changing))
+            averaged.append(averaged_bytes_by_type(_of_names(plain, changing)))
             state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
@@ -173,9 +176,9 @@ class BlockLayout(Layout):
             plain, compressed = self._split({n: t for n, t in block.tensors().items() if has_outer_step(t)})
             compressed_bytes = values.bytes(sum(compressed)) if values else 0
             velocities.append(sum(map(outer_bytes, plain.values())) + compressed_bytes)
-        plain, shared_entries = self._split(self.shared)
+        plain, shared_entries = self._split(self.fragments.within(fragment, self.shared))
         return Sizes(
-            shared=_averaged_bytes(plain, changing),
+            shared=averaged_bytes_by_type(_of_names(plain, changing)),
             blocks=tuple(blocks),
             averaged=tuple(averaged),
             states=tuple(travelling),
@@ -290,10 +293,5 @@ class BlockLayout(Layout):
         )
 
 
-def _averaged_bytes(tensors: Mapping[str, Tensor], changing: Collection[str]) -> Counter[str]:
-    """Bytes that an average of the changing tensors sends, by data type: each has an all-reduce of its own."""
-    sizes: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        if name in changing:
-            sizes[str(tensor.dtype)] += averaged_bytes(tensor)
-    return sizes
+def _of_names(tensors: Mapping[str, Tensor], names: Collection[str]) -> list[Tensor]:
+    return [tensor for name, tensor in tensors.items() if name in names]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from resist_lightning.comm.packing import packed_bytes
-from resist_lightning.comm.tensors import averaged_bytes
+from resist_lightning.comm.tensors import averaged_bytes_by_type
 from resist_lightning.methods.resist.bytes import Observed
 from resist_lightning.state.batch_norm import norms_with_statistics
 
@@ -26,12 +25,12 @@ def observed(layout: BlockLayout) -> Observed:
 
     blocks = [those(block.tensors()) for block in layout.blocks]
     return Observed(
-        shared=_summed(those(layout.shared)),
+        shared=averaged_bytes_by_type(those(layout.shared)),
         shared_packed=packed_bytes(those(layout.shared)),
         blocks=tuple(packed_bytes(block.tensors().values()) for block in layout.blocks),
-        averaged=tuple(map(_summed, blocks)),
+        averaged=tuple(map(averaged_bytes_by_type, blocks)),
         averaged_packed=tuple(map(packed_bytes, blocks)),
-        norms=_summed(_estimated(layout)),
+        norms=averaged_bytes_by_type(_estimated(layout)),
     )
 
 
@@ -43,11 +42,3 @@ def _estimated(layout: BlockLayout) -> list[Tensor]:
     for norm in norms_with_statistics(layout.module).values():
         found += [buffer for name, buffer in norm.named_buffers(recurse=False) if name != "num_batches_tracked"]
     return found
-
-
-def _summed(tensors: Iterable[Tensor]) -> Counter[str]:
-    """Bytes that an all-reduce of some tensors sums up, by data type: each has an all-reduce of its own."""
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[str(tensor.dtype)] += averaged_bytes(tensor)
-    return sizes

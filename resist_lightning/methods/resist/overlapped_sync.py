@@ -102,7 +102,7 @@ class OverlappedSync(BlockSync):
             plan = self.with_velocities(plan, round)
         transfers = (*plan.merge, *plan.hand_over)
         mine = {each.block for each in transfers if self._worker in (each.source, each.target)}
-        payloads = {block: self.payload(block, round=round) for block in sorted(mine)}
+        payloads = {block: self._payloads.of(block, round=round) for block in sorted(mine)}
         averaged = list(self._averaged(plan).values())
         stepping = list(filter(has_outer_step, [*averaged, *self._tensors_of(owned)])) if self._outer else []
         held = self._layout.partition(round).held[self._worker]
@@ -120,7 +120,7 @@ class OverlappedSync(BlockSync):
         )
         transit = Transit([*averaged, *leaving, *stepping], self.replicated_tensors(round + 1))
         # One after the other, so that there are never three copies: an average of copies in one buffer needs no other.
-        self._beside.put_together(transit.of(exact))
+        self._beside.put_together([transit.of(exact)])
         transit.keep_own()
         return transit, departure
 
@@ -213,7 +213,7 @@ class OverlappedSync(BlockSync):
         pairs: list[tuple[Tensor, Tensor]] = []
         for number in filter(lambda number: number >= first, payloads):
             payload = payloads[number]
-            plain, compressed = self.split_velocities(self._tensors_of([number - first]))
+            plain, compressed = self._payloads.split_velocities(self._tensors_of([number - first]))
             pairs += zip(plain, payload.block, strict=True)
             pairs += zip(compressed, payload.compressed, strict=True)
         return [(tensor, velocity) for tensor, velocity in pairs if velocity.is_meta]

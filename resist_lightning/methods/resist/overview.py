@@ -22,7 +22,6 @@ from resist_lightning.methods.resist.observed import observed
 from resist_lightning.methods.resist.short_globs import short_globs
 from resist_lightning.methods.resist.structure import repeated_blocks
 from resist_lightning.schedule.partition import blocks_per_worker
-from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 if TYPE_CHECKING:  # it imports this module
@@ -138,22 +137,28 @@ def rows(layout: BlockLayout, flops: Flops | None = None) -> list[Row]:
 def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
     """What a worker holds, sends and computes in the first rounds after the warm-up."""
     first = layout.config.warmup_rounds
-    sizes = layout.sizes(OptimizerStates([]))
+    states, fragments = OptimizerStates([]), layout.config.fragments
+    sizes = {fragment: layout.sizes(states, fragment) for fragment in (None, *range(fragments))}
     held: list[int] = []
     sent: list[int] = []
     slowest: list[int] = []
     absent: list[int] = []
     evaluation: tuple[list[int], list[int]] = ([], [])
     parts = observed(layout)
-    for round in range(first, first + ROUNDS):
+    for round in range(first, first + ROUNDS * fragments):
         partition = layout.partition(round)
         held += layout.held_parameters(round)
-        plan, following = (plan_sync(layout.partition(r), layout.partition(r + 1)) for r in (round, round + 1))
-        by_worker = [sum(kinds.values()) for kinds in sync_bytes(plan, sizes, layout.workers, following)]
+        plan = layout.schedule.plan(round)
+        following = layout.schedule.coming_plan(plan.fragment, round + 1)
+        in_sync = sync_bytes(plan, sizes[plan.fragment], layout.workers, following)
+        by_worker = [sum(kinds.values()) for kinds in in_sync]
         sent += by_worker
         slowest.append(max(by_worker))
+        observed_plan = layout.schedule.whole_plan(round)
         for at_first in (False, True):
-            evaluation[at_first].extend(observation_bytes(plan, parts, layout.workers, unequal=True, at_first=at_first))
+            evaluation[at_first].extend(
+                observation_bytes(observed_plan, parts, layout.workers, unequal=True, at_first=at_first)
+            )
         if flops is not None:
             computed = [sum(flops[layout.blocks[index].name] for index in indices) for indices in partition.held]
             everything = sum(flops[block.name] for block in layout.blocks)
@@ -164,7 +169,7 @@ def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
         held=(_mean(held), min(held), max(held)),
         sent=(_mean(sent), min(sent), max(sent)),
         slowest=_mean(slowest),
-        local_sgd=local_sgd_bytes(whole, layout.workers, 1),
+        local_sgd=local_sgd_bytes(whole, layout.workers, 1) // fragments,
         computed=None if flops is None else 1 - _mean(absent) / max(flops[""], 1),
         evaluation=(_mean(evaluation[0]), _mean(evaluation[1])),
         evaluate_on=layout.config.evaluate_on,

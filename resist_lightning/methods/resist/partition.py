@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, measured_costs, measured_counts, share_out
+from resist_lightning.schedule.fragments import deal_fragments, join, plan_of_fragment
 from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.partition import Partition, blocks_per_worker, deal, draw_partition, everything
+from resist_lightning.schedule.transfers import SyncPlan, plan_sync
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Schedule:
         measured_from: first of the rounds in which seconds are measured; None if none is.
         seconds: of the measured rounds so far, the round and each worker's seconds per local step.
         overlaps: local steps beside which the syncs run.
+        fragments: in how many fragments the network is synced, one after each round.
     """
 
     blocks: int
@@ -48,9 +51,58 @@ class Schedule:
     measured_from: int | None = None
     seconds: tuple[tuple[int, tuple[float, ...]], ...] = ()
     overlaps: Overlaps = ALL_WAIT
+    fragments: int = 1
 
     def partition(self, round: int) -> Partition:
         """The partition of ``round``."""
+        if self.fragments == 1:
+            return self._drawn(round)
+        counts = tuple(map(len, self._drawn(round).held))
+        first = self._began(round)
+        drawn = [max(first, self._last_sync(fragment, round) + 1) for fragment in range(self.fragments)]
+        return deal_fragments(self.blocks, counts, self.seed, tuple(drawn))
+
+    def fragment(self, round: int) -> int | None:
+        """The fragment that the sync at the end of ``round`` covers; None: the whole network."""
+        # Where counts change they change for all fragments: no round has blocks of two stages.
+        if self.fragments == 1 or self._began(round + 1) == round + 1:
+            return None
+        return round % self.fragments
+
+    def plan(self, round: int, left_out: tuple[int, ...] = ()) -> SyncPlan:
+        """The plan of the sync at the end of ``round``."""
+        plan, fragment = self.whole_plan(round, left_out), self.fragment(round)
+        return plan if fragment is None else plan_of_fragment(plan, fragment, self.fragments)
+
+    def whole_plan(self, round: int, left_out: tuple[int, ...] = ()) -> SyncPlan:
+        """As :meth:`plan`, of all blocks: those that the sync does not cover stay where they are."""
+        return plan_sync(self.partition(round), self.partition(round + 1), left_out)
+
+    def coming_plan(self, fragment: int | None, round: int) -> SyncPlan:
+        """The plan of the first sync at the end of ``round`` or later that covers a fragment; None: each of them."""
+        if self.fragments == 1:
+            return self.plan(round)
+        plans = []
+        for each in range(self.fragments) if fragment is None else [fragment]:
+            following = round
+            while self.fragment(following) not in (None, each):
+                following += 1
+            plans.append(plan_of_fragment(self.whole_plan(following), each, self.fragments))
+        return join(plans)
+
+    def _began(self, round: int) -> int:
+        """The first of the rounds with the counts of ``round``."""
+        begins = [0, self.warmup_rounds, *(first for first, _ in (*self.stages, *self.counts))]
+        if self.finish_from is not None:
+            begins.append(self.finish_from)
+        return max(first for first in begins if first <= round)
+
+    def _last_sync(self, fragment: int, round: int) -> int:
+        """The last round before ``round`` whose sync covers a fragment, but for changes of counts."""
+        return round - 1 - (round - 1 - fragment) % self.fragments
+
+    def _drawn(self, round: int) -> Partition:
+        """The partition of ``round`` where all blocks are drawn again in every round."""
         if self.is_whole(round):
             return everything(self.blocks, self.workers)
         if self._is_measured(round):

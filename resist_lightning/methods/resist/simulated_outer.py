@@ -27,11 +27,12 @@ class SimulatedOuter:
         self._velocities: dict[str, Tensor] = {}
 
     def begin_round(self, module: nn.Module, agreed: Mapping[str, Tensor]) -> None:
-        """Note where the next steps of the parameters that train now begin: at what all workers know alike."""
+        """Note where the next steps of the parameters that train now begin: at what all workers now know alike."""
         if self._config.outer == "none":
             return
-        named = module.named_parameters()
-        self._start = {name: agreed[name] for name, parameter in named if parameter.requires_grad}
+        earlier = {name: start for name, start in self._start.items() if name not in agreed}  # in other fragments
+        training = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._start = earlier | {name: agreed[name] for name in training & agreed.keys()}
 
     def step(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What becomes of some means, by name: each must be given once in a round."""

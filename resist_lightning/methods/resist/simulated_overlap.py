@@ -22,7 +22,7 @@ class SimulatedTransit:
         before: the partition of the round that ends.
         after: the partition of the next one.
         plan: from the one to the other.
-        values: what the sync gives, by name.
+        values: what the sync gives, by name, of all that it covers.
         momenta: optimizer state of the blocks at the border.
         own: for each worker, what it had at the border, by name; None if the training waited for the sync.
         block_of: the block of each tensor that is not shared, by name.
@@ -41,6 +41,8 @@ class SimulatedTransit:
         moved = {transfer.block for transfer in (*self.plan.merge, *self.plan.hand_over)}
         with torch.no_grad():
             for name, tensor in tensors.items():
+                if name not in self.values:  # in another fragment
+                    continue
                 block = self.block_of.get(name)
                 # Absent blocks too, which costs nothing here: only held ones are trained.
                 arrives = block is not None and block not in self._stays(worker)

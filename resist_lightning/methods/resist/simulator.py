@@ -26,6 +26,7 @@ from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.simulated_mean import SimulatedMean
+from resist_lightning.methods.resist.simulated_momentum import block_momenta, forget_momenta, move_momenta
 from resist_lightning.methods.resist.simulated_outer import SimulatedOuter
 from resist_lightning.methods.resist.simulated_overlap import SimulatedTransit
 from resist_lightning.methods.simulation import (
@@ -33,11 +34,10 @@ from resist_lightning.methods.simulation import (
     clock_of,
     flat_of,
     mean_or_maximum,
-    mean_state,
     pieces_of,
     recalibrate_together,
 )
-from resist_lightning.schedule.transfers import SyncPlan, plan_outer, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_outer
 from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statistics
 from resist_lightning.state.input_recorder import InputRecorder
 
@@ -92,6 +92,7 @@ class Simulator:
         self._block_of: dict[str, int] = {}
         for number, block in enumerate(layout.blocks):
             self._block_of.update(dict.fromkeys(block.tensors(), number))
+        self._fragments = layout.fragments
         self._partial = layout.partial
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
@@ -150,18 +151,20 @@ class Simulator:
         return self.schedule.overlaps.of_round(round)
 
     def _begin_sync(self) -> SimulatedTransit:
-        before = self.schedule.partition(self.clock.round)
-        after = self.schedule.partition(self.clock.round + 1)
-        plan = plan_sync(before, after)
+        round = self.clock.round
+        before, after = self.schedule.partition(round), self.schedule.partition(round + 1)
+        plan = self.schedule.plan(round)
         sent = self._means_over(self._wire, plan) if self._wire is not None else {}
-        exact = {name: mean for name, mean in self._means().items() if name not in sent}
+        means = self._means().items()
+        exact = {name: mean for name, mean in means if name not in sent and self._fragments.covers(plan.fragment, name)}
         state = {**sent, **self._outer.step(exact)}
         if self._wire is not None:
-            following = plan_sync(after, self.schedule.partition(self.clock.round + 2))
+            following = self.schedule.coming_plan(plan.fragment, round + 1)
             moved = plan_outer(plan, following, len(self.workers))
-            self._outer.send(self._wire, self.clock.round, self.workers[0].blocks, moved)
-        momenta = self._block_momenta(before.held)
-        if any(self.schedule.training_scale(self.clock.round + ahead, self.scale) != 1 for ahead in (0, 1)):
+            self._outer.send(self._wire, round, self.workers[0].blocks, moved)
+        travels = self.config.momentum == "travel"
+        momenta = block_momenta(self.workers, before.held, self._block_of) if travels else {}
+        if any(self.schedule.training_scale(round + ahead, self.scale) != 1 for ahead in (0, 1)):
             self._agree()
         own = [worker.copies() for worker in self.workers] if self.clock.overlap else None
         return SimulatedTransit(before, after, plan, state, momenta, own, self._block_of)
@@ -178,7 +181,13 @@ class Simulator:
                     everywhere.add(block)
             # Under "travel", each block comes with the mean state, but for blocks that do not move at all.
             kept = stays if self.config.momentum == "keep" else everywhere
-            self._treat_momentum(worker, kept, set(after.held[index]), transit.momenta)
+            covered = self._fragments.within(transit.plan.fragment, worker.tensors())
+            if self.config.momentum != "reset":
+                move_momenta(worker, self._block_of, covered, kept, set(after.held[index]), transit.momenta)
+            elif transit.plan.fragment is None:
+                worker.restart_optimizers()
+            else:
+                forget_momenta(worker, covered)
         self._begin_round(transit.values)
 
     def _agree(self) -> None:
@@ -211,6 +220,7 @@ class Simulator:
         for each in self.workers[0].blocks:
             blocks.append([name for name, tensor in each.tensors().items() if compressible(tensor)])
         joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
+        joint = [name for name in joint if self._fragments.covers(plan.fragment, name)]
         for averaged in plan.averaged:
             joint += blocks[averaged]
         assert self._joint is not None
@@ -244,47 +254,12 @@ class Simulator:
             value = sent_by(root, value)
         return pieces_of(value, own)
 
-    def _block_momenta(self, held: Sequence[Sequence[int]]) -> dict[tuple[int, str, str], Any]:
-        """Optimizer state of the blocks, mean over holders, by (optimizer, parameter name, slot)."""
-        gathered: dict[tuple[int, str, str], list[Any]] = {}
-        for worker, blocks in zip(self.workers, held, strict=True):
-            for name, parameter in worker.module.named_parameters():
-                if self._block_of.get(name) not in blocks:
-                    continue
-                for number, optimizer in enumerate(worker.optimizers):
-                    for slot, value in optimizer.state.get(parameter, {}).items():
-                        if isinstance(value, Tensor | int | float):
-                            gathered.setdefault((number, name, slot), []).append(value)
-        return {key: mean_state(values) for key, values in gathered.items()}
-
-    def _treat_momentum(
-        self,
-        worker: SimulatedWorker,
-        kept: set[int],
-        holds: set[int],
-        momenta: dict[tuple[int, str, str], Any],
-    ) -> None:
-        if self.config.momentum == "reset":
-            worker.restart_optimizers()
-            return
-        for number, optimizer in enumerate(worker.optimizers):
-            for name, parameter in worker.module.named_parameters():
-                block = self._block_of.get(name)
-                if block is None or block in kept:
-                    continue
-                optimizer.state.pop(parameter, None)
-                if self.config.momentum != "travel" or block not in holds:
-                    continue
-                slots = {s: copy.deepcopy(v) for (n, owner, s), v in momenta.items() if (n, owner) == (number, name)}
-                if slots:
-                    optimizer.state[parameter] = slots
-
     def _begin_round(self, agreed: Mapping[str, Tensor]) -> None:
         """Begin a round with what all workers know alike: what their changes and outer steps begin from."""
         partition = self.schedule.partition(self.clock.round)
         self._outer.begin_round(self.workers[0].module, agreed)
         if self._wire is not None:
-            self._before = agreed
+            self._before = {**self._before, **agreed}
         for hooks in self._scale_hooks:
             hooks.remove()
         scale = self.schedule.training_scale(self.clock.round, self.scale)

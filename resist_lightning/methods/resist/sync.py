@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,19 @@ from typing_extensions import override
 from resist_lightning.comm.assembly import collect
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.compressed_mean import CompressedMean
-from resist_lightning.comm.payload import Kinds, Payload
-from resist_lightning.comm.quantize import compressible, make_quantizer, noise_for
+from resist_lightning.comm.payload import Kinds
+from resist_lightning.comm.quantize import compressible, make_quantizer
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.residual import parameters_of
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.methods.resist.payloads import Payloads
 from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.start import hand_out
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
-from resist_lightning.schedule.transfers import SyncPlan, plan_collection, plan_observation, plan_outer, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_collection, plan_observation, plan_outer
 from resist_lightning.state.optimizer_state import OptimizerStates
-from resist_lightning.state.outer import OuterOptimizer, has_outer_step
+from resist_lightning.state.outer import OuterOptimizer
 from resist_lightning.state.unmade import allocate
 
 
@@ -44,6 +46,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
             self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum)
+        self._payloads = Payloads(layout, states, self._outer, collective.worker, device)
+        self._begun = False
         # By identity, what a sync beside the training has brought, until the round has begun with it.
         self._arrived: dict[int, Tensor] = {}
         self._scale_hooks = ScaleHooks([], 1.0)
@@ -53,7 +57,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if self._worker:
             self.make_room(round)  # what is given to others goes before anything arrives
         allocate(self._layout.shared, self._device)
-        hand_out(self._layout, round, self.exchange, self.payload)
+        hand_out(self._layout, round, self.exchange, self._payloads.of)
 
     @override
     def end(self) -> None:
@@ -70,16 +74,30 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def begin_round(self, round: int) -> None:
+        # When the training starts, all workers know all tensors alike; later, those that the last sync has covered.
+        fragment = self._layout.schedule.fragment(round - 1) if self._begun else None
+        self._begun = True
+        others = self._layout.fragments.outside(fragment, named_tensors(self._layout.module))
         if self._outer is not None:
-            self._outer.forget_start()  # before the new copies, so that there are never two at once
+            self._outer.forget_start(others)  # before the new copies, so that there are never two at once
         super().begin_round(round)
         if self._compressed_mean is not None:
-            replicated = self._alike(self.replicated_tensors(round).values())
-            self._compressed_mean.begin(filter(compressible, replicated), self._arrived)
+            replicated = self._alike(self._replicated(round, fragment).values())
+            self._compressed_mean.begin(filter(compressible, replicated), self._arrived, others)
         if self._outer is not None:
-            plan = self.plan(round, ())
-            tensors = self._alike(self._with_blocks([*plan.averaged, *self._owned_blocks(plan)]).values())
-            self._outer.begin_round(tensors, self._copies(tensors))
+            plan = self._layout.schedule.coming_plan(fragment, round)
+            stepping = self._with_blocks([*plan.averaged, *self._owned_blocks(plan)], fragment)
+            tensors = self._alike(stepping.values())
+            self._outer.begin_round(tensors, self._copies(tensors), others)
+
+    @override
+    def restart_states(self, round: int) -> None:
+        fragment = self._layout.schedule.fragment(round)
+        if fragment is None:
+            super().restart_states(round)
+        else:
+            named = self._layout.module.named_parameters()
+            self._states.drop([each for name, each in named if self._layout.fragments.covers(fragment, name)])
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
@@ -105,14 +123,21 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def plan(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
-        return plan_sync(self._layout.partition(round), self._layout.partition(round + 1), left_out)
+        return self._layout.schedule.plan(round, left_out)
+
+    @override
+    def plan_observation(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
+        return self._layout.schedule.whole_plan(round, left_out)
 
     @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
-        """Shared tensors, and the blocks that all workers hold."""
+        """Of the fragment that was synced, shared tensors and the blocks that all workers hold."""
+        return self._replicated(round, self._layout.schedule.fragment(round - 1))
+
+    def _replicated(self, round: int, fragment: int | None) -> dict[str, Tensor]:
         partition = self._layout.partition(round)
         held_by_all = [b for b in range(partition.blocks) if len(partition.holders(b)) == partition.workers]
-        return self._with_blocks(held_by_all)
+        return self._with_blocks(held_by_all, fragment)
 
     @override
     def owned_tensors(self) -> list[Tensor]:
@@ -133,9 +158,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def hand_over(self, plan: SyncPlan, round: int) -> None:
-        def payload(block: int) -> Payload:
-            return self.payload(block, round=round)
-
+        payload = partial(self._payloads.of, round=round)
         self.agree_on_branches(round)
         # Merging comes first: owners hand over the mean of what several workers held.
         self.exchange.merge(plan, payload, Kinds())
@@ -164,7 +187,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
         Velocities are numbered after the blocks: the one of block b of n has the number n + b.
         """
-        travelling = plan_outer(plan, self.plan(round + 1, ()), self._layout.workers)
+        following = self._layout.schedule.coming_plan(plan.fragment, round + 1)
+        travelling = plan_outer(plan, following, self._layout.workers)
         first = len(self._layout.blocks)
         numbered = [transfer._replace(block=first + transfer.block) for transfer in travelling]
         return replace(plan, hand_over=(*plan.hand_over, *numbered))
@@ -178,8 +202,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._leave_out(plan)
         if unequal:
             self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
-            self.exchange.merge(plan, self.payload, kinds)
-        self.exchange.hand_over(plan, self.payload, kinds, self._subnet.hold_all)
+            self.exchange.merge(plan, self._payloads.of, kinds)
+        self.exchange.hand_over(plan, self._payloads.of, kinds, self._subnet.hold_all)
         self.guard.release()
 
     @override
@@ -192,7 +216,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._scale_hooks.remove()
             self._subnet.hold_all()
             self.guard.release()
-        collect(self.exchange, plan_collection(plan, unequal=unequal), lambda block: self.payload(block).tensors, kind)
+        collection = plan_collection(plan, unequal=unequal)
+        collect(self.exchange, collection, lambda block: self._payloads.of(block).tensors, kind)
 
     @override
     def make_room(self, round: int) -> None:
@@ -213,44 +238,6 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         holders = ", ".join(map(str, self._layout.partition(round).holders(block)))
         return f"in round {round} its block is held by worker(s) {holders}, not by worker {self._worker}"
 
-    def payload(self, index: int, *, round: int | None = None) -> Payload:
-        """What is sent of a block at the end of ``round``; if None for an observation, exact and without state."""
-        blocks = self._layout.blocks
-        if index >= len(blocks):
-            assert round is not None
-            return self._velocity_payload(index, round)
-        block = blocks[index]
-        tensors, config = list(block.tensors().values()), self._layout.config
-        if round is None:
-            return Payload(tensors)
-        state = self._states.tensors(block.module.parameters()) if config.momentum == "travel" else []
-        if self._layout.companion is not None:
-            state = [*state, *self._layout.companion.tensors(block.tensors())]
-        if self._compressed_mean is None:
-            return Payload(tensors, state)
-        noise = noise_for(config.seed, round, index, self._worker, self._device)
-        plain = [tensor for tensor in tensors if not compressible(tensor)]
-        return Payload(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
-
-    def _velocity_payload(self, number: int, round: int) -> Payload:
-        """What is sent of the outer optimizer's velocity of a block."""
-        assert self._outer is not None
-        tensors = self._layout.blocks[number - len(self._layout.blocks)].tensors().values()
-        plain, compressed = map(self._outer.velocities, self.split_velocities(tensors))
-        if self._compressed_mean is None:
-            return Payload(plain, kind="outer")
-        noise = noise_for(self._layout.config.seed, round, number, self._worker, self._device)
-        return Payload(plain, (), compressed, noise, kind="outer")
-
-    def split_velocities(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of a block's tensors whose velocity travels as it is, and those whose velocity is compressed."""
-        stepping = list(filter(has_outer_step, tensors))
-        if self._compressed_mean is None:
-            return stepping, []
-        # As the block itself: else it would cost four times as much as the block in int8.
-        plain = [tensor for tensor in stepping if not compressible(tensor)]
-        return plain, list(filter(compressible, stepping))
-
     def _owned_blocks(self, plan: SyncPlan) -> list[int]:
         """The blocks that this worker merges."""
         return [block for block, root in plan.owner.items() if root == self._worker]
@@ -266,7 +253,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def _averaged(self, plan: SyncPlan) -> dict[str, Tensor]:
-        return self._with_blocks(plan.averaged)
+        return self._with_blocks(plan.averaged, plan.fragment)
 
     @override
     def _start_average(self, tensors: list[Tensor], plan: SyncPlan) -> Finish:
@@ -291,9 +278,14 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         """Those of some tensors of which all workers know the same value when a round begins."""
         return list(tensors)
 
-    def _with_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
-        """Shared tensors, and the tensors of some blocks, that may have changed in this round."""
+    @override
+    def _averaged_together(self) -> list[dict[str, Tensor]]:
+        fragments, shared = self._layout.fragments, self._may_change(self._layout.shared)
+        return [fragments.within(fragment, shared) for fragment in range(self._layout.config.fragments)]
+
+    def _with_blocks(self, blocks: Sequence[int], fragment: int | None) -> dict[str, Tensor]:
+        """Shared tensors of a fragment, and its tensors of some blocks, that may have changed in this round."""
         tensors = dict(self._layout.shared)
         for block in blocks:
             tensors.update(self._layout.blocks[block].tensors())
-        return self._may_change(tensors)
+        return self._may_change(self._layout.fragments.within(fragment, tensors))

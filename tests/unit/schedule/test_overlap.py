@@ -60,6 +60,16 @@ def test_three_rounds_wait_and_of_two_measurements_the_shorter_one_counts():
     )
 
 
+def test_two_syncs_of_each_fragment_are_measured_and_the_longest_fragment_counts():
+    rows = {0: ROWS[0], **{number: ([0.5, 0.5], [sync, sync]) for number, sync in enumerate((4.0, 9.0, 5.0, 7.0), 1)}}
+    auto = Overlaps(0, round_steps=50, workers=2, fragments=2)
+    assert learn_all(auto, range(4), rows).chosen is None
+    chosen = learn_all(auto, range(5), rows)
+    assert chosen.chosen == (5, 17)  # 1.2 x 7 s / 0.5 s: fragments took 4 s and 5 s, 9 s and 7 s
+    assert auto.resumed(chosen.state_dict(), 5) == chosen
+    assert AUTO.resumed(chosen.state_dict(), 5).chosen is None
+
+
 @pytest.mark.parametrize(
     ("overlaps", "rows", "words"),
     [

@@ -37,6 +37,7 @@ BAD = {
     "outer_rate": [(-0.7, "finite number above 0"), (0.5, "has no effect with outer='none'; set outer='nesterov'")],
     "outer_momentum": [(1.0, "of at least 0 and below 1"), (None, "finite number")],
     "overlap": [(-1, "at least 0 (0: the training waits"), (50, "the shortest round has 50. Choose an overlap below")],
+    "fragments": [(0, "at least 1 (1: each sync covers the whole network)"), (2.5, "whole number")],
     "evaluate_on": [("one", "choose one of 'all', 'first'"), (0, "choose one of")],
     "full_model_on": [("none", "choose one of 'all', 'first'"), ("first", "Set evaluate_on='first' too")],
     "data": [("foo", "choose one of 'shard', 'copy'")],
@@ -44,7 +45,7 @@ BAD = {
 }
 CASES = [(name, value, hint) for name, rows in BAD.items() for value, hint in rows]
 OF_LOCAL_SGD = (
-    *("local_steps", "momentum", "wire", "outer", "outer_rate", "outer_momentum", "overlap"),
+    *("local_steps", "momentum", "wire", "outer", "outer_rate", "outer_momentum", "overlap", "fragments"),
     *("evaluate_on", "full_model_on", "data"),
 )
 
@@ -129,7 +130,7 @@ def test_every_option_arrives() -> None:
     options = {
         "local_steps": 7, "min_blocks": 2, "blocks_per_worker": [2, 3], "blocks": third, "seed": 3, "momentum": "keep",
         "batch_norm": "batch", "warmup_rounds": 4, "finish_rounds": 2, "test_scale": 0.25, "wire": "int6",
-        "outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8, "overlap": 6,
+        "outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8, "overlap": 6, "fragments": 2,
         "evaluate_on": "first", "full_model_on": "first",
     }  # fmt: skip
     strategy = ResISTStrategy(

@@ -16,14 +16,15 @@ from resist_lightning.comm.byte_formulas import SYNC_KINDS
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 from resist_lightning.methods.resist.layout import BlockLayout
-from resist_lightning.schedule.overlap import WAITING_ROUNDS
+from resist_lightning.schedule.overlap import waiting_rounds
 from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
     clone_state,
+    end_of_resumed,
+    ends_of_resumed,
     make_model,
-    make_optimizer,
     present_state,
     slow_down,
     start_engine,
@@ -75,41 +76,10 @@ def run_in_transit() -> Run:
     return Run(Config(local_steps=ROUND, overlap=3, **STATE_IN_TRANSIT), steps=11)
 
 
-def resumed(collective: Collective, stops: tuple[int, ...], initial: State) -> dict[int, State]:
-    """At the end of a training that was stopped after some steps and resumed by a new engine; 0: never."""
-    run = run_in_transit()
-    found: dict[int, State] = {}
-    for stop in (0, *stops):
-        # Threads share a generator, so the weights come from the test.
-        engine, optimizer = start_engine(collective, run, initial)
-        train_steps(engine, optimizer, range(stop))
-        with engine.full_model("checkpoint"):
-            full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
-            own = copy.deepcopy(own)
-        engine.abandon()
-        found[stop] = end_of_resumed(collective, run, stop, full, place, own)
-    return found
-
-
-def end_of_resumed(
-    collective: Collective, run: Run, stop: int, full: State, place: dict[str, Any], own: dict[str, Any]
-) -> State:
-    """How a run ends that a new engine resumes exactly after some steps."""
-    model = make_model(run)
-    model.load_state_dict(full)
-    optimizer = make_optimizer(run, model)
-    engine = Engine(model, [optimizer], run.config, collective=collective)
-    assert engine.restore(place, own)
-    assert engine.start()
-    train_steps(engine, optimizer, range(stop, run.steps))
-    engine.finish()
-    return clone_state(model)
-
-
 def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
     stops = (ROUND + 2, 2 * ROUND)  # in transit, and between two rounds
     initial = clone_state(make_model(run_in_transit()))
-    for states in run_threads(resumed, 3, stops, initial)[0]:
+    for states in run_threads(ends_of_resumed, 3, run_in_transit(), stops, initial)[0]:
         for stop in stops:
             assert_equal_states(states[stop], states[0], exactly=True)
 
@@ -117,42 +87,44 @@ def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_st
 AUTO: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (3, {"min_blocks": 1}),
     "int8, outer": (2, {"min_blocks": 3, "wire": "int8", "momentum": "keep", **OUTER}),
+    "fragments": (2, {"min_blocks": 2, "fragments": 2}),
 }
-UNDER_WAY = 3 * WAITING_ROUNDS + 2  # steps, with a border one step or two before the end of a round
 
 
 def measured(collective: Collective, run: Run, initial: State) -> tuple[dict[str, Any], list[State]]:
     """What a run chose, and how it ends; then how it ends if it is resumed while a sync is under way."""
     slow_down(collective, 0.05)
     engine, optimizer = start_engine(collective, run, initial)
-    train_steps(engine, optimizer, range(UNDER_WAY))
+    under_way = 3 * waiting_rounds(run.config.fragments) + 2  # a border is one step or two before the end of a round
+    train_steps(engine, optimizer, range(under_way))
     assert engine.sync.under_way
     with engine.full_model("checkpoint"):
         full, place, own = clone_state(engine.module), engine.checkpoint_state(), engine.resumption.state_dict()
         table = json.loads(json.dumps(place["table"]))
         place, own = {**copy.deepcopy(place), "table": table}, copy.deepcopy(own)
-    train_steps(engine, optimizer, range(UNDER_WAY, run.steps))
+    train_steps(engine, optimizer, range(under_way, run.steps))
     engine.finish()
     end = clone_state(engine.module)
-    return table, [end, end_of_resumed(collective, run, UNDER_WAY, full, place, own)]
+    return table, [end, end_of_resumed(collective, run, under_way, full, place, own)]
 
 
 @pytest.mark.parametrize(("workers", "options"), AUTO.values(), ids=AUTO)
 def test_a_chosen_overlap_is_the_same_on_all_workers_in_the_simulator_and_after_a_resume(
     workers: int, options: dict[str, Any]
 ) -> None:
-    run = run_of({**options, "overlap": "auto"}, steps=17)
+    waiting = waiting_rounds(options.get("fragments", 1))
+    run = run_of({**options, "overlap": "auto"}, steps=3 * waiting + 8)
     found, _ = run_threads(measured, workers, run, clone_state(make_model(run)))
     table = found[0][0]
-    assert table["overlap"]["chosen"] in ([3, 1], [3, 2])
-    waiting = replace(run, config=replace(run.config, overlap=0))
-    expected = train_simulator(waiting, workers, table).full_model().state_dict()
+    assert table["overlap"]["chosen"] in ([waiting, 1], [waiting, 2])
+    waits = replace(run, config=replace(run.config, overlap=0))
+    expected = train_simulator(waits, workers, table).full_model().state_dict()
     assert_equal_states(found[0][1][0], expected)
     for other, ends in found:
         assert other == table
         for end in ends:
             assert_equal_states(end, found[0][1][0], exactly=True)
-    without = train_simulator(waiting, workers).full_model().state_dict()
+    without = train_simulator(waits, workers).full_model().state_dict()
     assert any(not torch.allclose(without[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
 
 

@@ -252,6 +252,17 @@ def test_a_training_that_ends_before_an_overlap_is_chosen_is_told() -> None:
         warn_of_rounds(trainer, Clock(50), Overlaps(0, round_steps=50))
 
 
+def test_a_training_that_ends_before_all_fragments_had_a_sync_is_told() -> None:
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=149, global_step=0)
+    with pytest.warns(match="fragments=3: in a training of 149 steps, with rounds of 50, 2 of them have a sync"):
+        warn_of_rounds(trainer, Clock(50), fragments=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rounds(trainer, Clock(49), fragments=3)
+        trainer.global_step = 140  # a run that is resumed near its end
+        warn_of_rounds(trainer, Clock(50, 2, 45))
+
+
 def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:
     trainer: Any = SimpleNamespace(estimated_stepping_batches=estimates[collective.worker])
     return total_steps(trainer, collective)

@@ -1,0 +1,97 @@
+"""Syncs of one fragment at a time, of workers as threads; by processes: ``tests/distributed/test_oracle.py``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resist_lightning import Config, PostLocal
+from resist_lightning.comm.collective import Collective
+from resist_lightning.methods.resist.layout import BlockLayout
+from tests.helpers.threads import run_threads
+from tests.helpers.training import (
+    Run,
+    assert_equal_states,
+    clone_state,
+    ends_of_resumed,
+    make_model,
+    present_state,
+    start_engine,
+    train_engine,
+    train_simulator,
+    train_steps,
+)
+
+State = dict[str, Tensor]
+
+OUTER: dict[str, Any] = {"outer": "nesterov", "outer_rate": 0.5, "outer_momentum": 0.8}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "waits": (2, {"min_blocks": 2}),
+    "beside the training": (2, {"min_blocks": 2, "overlap": 1}),
+    "blocks on several workers, travel": (3, {"min_blocks": 3, "fragments": 3, "momentum": "travel"}),
+    "blocks everywhere, keep, int4": (3, {"blocks_per_worker": (4, 2, 2), "momentum": "keep", "wire": "int4"}),
+    "warm-up and finish, int2": (2, {"min_blocks": 2, "warmup_rounds": 1, "finish_rounds": 2, "wire": "int2"}),
+    "growth, outer": (2, {"growth": [0.5, 1], **OUTER}),
+    "outer, int8, beside the training": (3, {"min_blocks": 2, "wire": "int8", "overlap": 1, **OUTER}),
+    "local SGD, outer, int2": (3, {"blocks": [], "batch_norm": "running", "fragments": 4, "wire": "int2", **OUTER}),
+    "rounds that grow": (2, {"min_blocks": 2, "local_steps": PostLocal(1, 3, 4)}),
+}
+
+
+def run_of(options: dict[str, Any], steps: int = 15) -> Run:
+    return Run(Config(**{"local_steps": 2, "fragments": 2, **options}), steps=steps)
+
+
+def trained(collective: Collective, run: Run) -> State:
+    return train_engine(collective.worker, run, collective=collective)[1]
+
+
+@pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
+def test_workers_train_what_the_simulator_trains(workers: int, options: dict[str, Any]) -> None:
+    run = run_of(options)
+    states, _ = run_threads(trained, workers, run)
+    expected = train_simulator(run, workers).full_model().state_dict()
+    assert_equal_states(states[0], expected)
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+    whole = train_simulator(replace(run, config=replace(run.config, fragments=1)), workers).full_model().state_dict()
+    assert any(not torch.allclose(whole[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+
+
+def test_a_run_that_resumes_between_the_syncs_of_its_fragments_is_the_run_that_was_not_stopped() -> None:
+    options = {"min_blocks": 2, "momentum": "keep", "wire": "int8", "overlap": 1, **OUTER}
+    run = run_of(options, steps=11)
+    stops = (3, 6)  # while a sync is under way, and between two rounds
+    for states in run_threads(ends_of_resumed, 3, run, stops, clone_state(make_model(run)))[0]:
+        for stop in stops:
+            assert_equal_states(states[stop], states[0], exactly=True)
+
+
+def held_after_steps(collective: Collective, run: Run) -> State:
+    engine, optimizer = start_engine(collective, run)
+    train_steps(engine, optimizer, range(run.steps))
+    held = present_state(engine.module)
+    engine.abandon()
+    return held
+
+
+def test_a_sync_makes_its_fragment_equal_and_leaves_the_others_as_they_are() -> None:
+    run = run_of({"blocks_per_worker": (4, 2)}, steps=2)
+    (first, second), _ = run_threads(held_after_steps, 2, run)
+    fragments = BlockLayout(make_model(run), run.config, 2).fragments
+    trained = [name for name in first.keys() & second.keys() if not name.endswith("num_batches_tracked")]
+    assert {fragments.covers(0, name) for name in trained} == {True, False}
+    for name in trained:
+        assert torch.equal(first[name], second[name]) == fragments.covers(0, name), name
+
+
+def test_more_fragments_than_can_be_filled_are_refused() -> None:
+    model = make_model(run_of({}))
+    with pytest.raises(ValueError, match=r"fragments=3: a worker holds 2 of the 4 .* or raise min_blocks"):
+        BlockLayout(model, Config(min_blocks=2, fragments=3), 2)
+    with pytest.raises(ValueError, match=r"fragments=99: this network has tensors for \d+\. Choose as many or fewer"):
+        BlockLayout(model, Config(blocks=[], fragments=99), 2)
