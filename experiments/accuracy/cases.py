@@ -24,7 +24,6 @@ TITLES = {
 }  # fmt: skip
 PARTITIONING = ("resist", "resist_outer", "resist_growth")
 OUTER = ("diloco", "resist_outer", "resist_growth")
-FRAGMENTS = 4  # of the network, where not each sync covers all of it
 GROWTH = (0.25, 0.5, 1.0)  # shares of the blocks, each for a third of the rounds
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
@@ -172,12 +171,12 @@ def wire(options: Any) -> list[Case]:
 def overlap(options: Any) -> list[Case]:
     """Syncs beside the training, for a fifth of a round and for two; and of a fragment each, in rounds as much shorter."""
     steps = [options.local_steps * fifths // 5 for fifths in (0, 1, 2)]
-    short = max(options.local_steps // FRAGMENTS, 2)
+    short = max(options.local_steps // options.fragments, 2)
     cases: list[Case] = []
     for seed in range(options.seeds):
         whole = base("resist", 2, seed, options)
         cases += [replace(whole, overlap=beside) for beside in sorted(set(steps))]
-        pieces = replace(whole, fragments=FRAGMENTS, local_steps=short)
+        pieces = replace(whole, fragments=options.fragments, local_steps=short)
         cases += [replace(pieces, overlap=beside) for beside in range(min(short, 3))]
     return cases
 

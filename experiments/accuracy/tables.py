@@ -161,15 +161,19 @@ def wire(content: Content) -> Grid:
 
 
 def overlap(content: Content) -> Grid:
-    by_steps: dict[int, Rows] = {}
+    by_kind: dict[tuple[int, int, int], Rows] = {}
     for row in content["rows"]:
-        by_steps.setdefault(row["case"].get("overlap", 0), []).append(row)
-    length = content["settings"]["local_steps"]
-    lines = [
-        [f"{steps} of {length}", mean_of(own, "last"), mean_of(own, "last_holdout"), len(own)]
-        for steps, own in sorted(by_steps.items())
-    ]
-    return Grid("Syncs beside the training", ["`overlap`, local steps", "last, %", "hold-out, %", "n"], lines)
+        case = row["case"]
+        kind = (case.get("fragments", 1), case["local_steps"], case.get("overlap", 0))
+        by_kind.setdefault(kind, []).append(row)
+    lines = []
+    for (fragments, length, steps), own in sorted(by_kind.items()):
+        share = f"{steps / (fragments * length):.0%}"
+        lines.append(
+            [fragments, f"{steps} of {length}", share, mean_of(own, "last"), mean_of(own, "last_holdout"), len(own)]
+        )
+    header = ["`fragments`", "`overlap`, local steps", "of a fragment's steps", "last, %", "hold-out, %", "n"]
+    return Grid("Syncs beside the training", header, lines)
 
 
 def rates(content: Content) -> Grid:

@@ -66,8 +66,9 @@ class Task:
     images: Literal["digits", "folder", "random"]
     pixels: int  # height and width of an image
     holdout: float  # share of the training images that is kept from training; settings are chosen by it
-    lr: float  # initial learning rate
+    lr: float  # highest learning rate
     scales: Mapping[str, Scale]  # by size of the study
+    schedule: str = "steps"  # of the learning rate: a `Recipe`'s
 
 
 def _smoke(batch: int = 8) -> Scale:
@@ -89,6 +90,8 @@ def _cifar(
     return Task(f"CIFAR-10, JPEG copy, {shape}", images="folder", pixels=16, holdout=0.1, lr=0.1, scales=scales)
 
 
+ALL_IMAGES = "cifar_all"  # the task at height: half an hour for each training
+
 # Cuts are those that balance measured seconds of forward and backward, an auxiliary network being on every stage but the
 # first; they are fixed here, so that all seeds and all methods have the same.
 TASKS = {
@@ -102,7 +105,12 @@ TASKS = {
     "cifar_wide": _cifar(
         "shallow and wide", 2, 24, {2: ("section2.0",), 3: ("section1.1", "section2.1")}, epochs=5, limit=500
     ),
+    ALL_IMAGES: Task("all of CIFAR-10, JPEG copy, deep and thin", "folder", 32, 0.04, 0.1, {
+        "full": Scale(3, 16, 64, 8, None, None, {2: ("section2.0",), 3: ("section1.2", "section2.2")}),
+        "smoke": _smoke(),
+    }, schedule="one_cycle"),
 }  # fmt: skip
+SHORT_TASKS = [name for name in TASKS if name != ALL_IMAGES]
 # Networks whose steps are timed, and that are not trained to the end.
 TIMED = {
     "resnet_38": _timed(16, 6, 16, 64, {2: ("section2.0",), 3: ("section1.4", "section2.4")}),
@@ -184,7 +192,8 @@ def _methods(options: Any, task: str, seed: int) -> Iterator[Case]:
     for method in options.methods:
         if method == "serial":
             yield base(task, method, 1, seed)
-            yield replace(base(task, method, 1, seed), augment=False)
+            if any(map(stored, options.methods)):  # which see every image unchanged
+                yield replace(base(task, method, 1, seed), augment=False)
             continue
         for workers in options.workers:
             case = base(task, method, workers, seed)

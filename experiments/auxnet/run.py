@@ -2,6 +2,7 @@
 
 python experiments/auxnet/run.py folder=PATH                     (all studies; PATH: train/<class>/*, test/<class>/*)
 python experiments/auxnet/run.py accuracy tasks=[digits]         (some of them, some of it)
+python experiments/auxnet/run.py accuracy tasks=[cifar_all] methods=[serial,delayed-warm] folder=PATH    (hours)
 python experiments/auxnet/run.py size=smoke out=FOLDER           (seconds)
 
 Studies: accuracy, sweep, timing, links. Options are key=value: see `Options`. Every method trains in real processes of one
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from experiments.auxnet import tables
-from experiments.auxnet.cases import ALL, LATE, STUDIES, TASKS, TIMED
+from experiments.auxnet.cases import ALL, LATE, SHORT_TASKS, STUDIES, TASKS, TIMED
 from experiments.auxnet.figure import draw_all
 from experiments.auxnet.links import over_links
 from experiments.auxnet.training import measure, simulate
@@ -48,7 +49,7 @@ class Options(cli.Command):
     fresh: bool = option(False, "true measures again what is there")
     folder: str | None = option(None, "folder=PATH with train/<class>/* and test/<class>/*, for the tasks cifar_*")
     cache_dir: str = option("runs/cache", "where decoded images are kept")
-    tasks: list[str] = option(list(TASKS), choices=TASKS, smoke=["digits"])
+    tasks: list[str] = option(SHORT_TASKS, choices=TASKS, smoke=["digits"])
     methods: list[str] = option(list(METHODS), choices=METHODS)
     workers: list[int] = option([1, 2, 3], "tasks have cuts for 3", least=1, most=3, smoke=[1, 2])
     seeds: int = option(3, "3 for a spread", least=1, most=100, smoke=1)

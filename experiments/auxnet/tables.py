@@ -134,6 +134,9 @@ def timing(content: Content) -> Grid:
     return Grid("Time of a step", header, lines)
 
 
+SCHEDULES = {"steps": "÷10 at 50 % and 75 %", "one_cycle": "at the top of one cycle"}
+
+
 def conditions(content: Content) -> str:
     """What the accuracies were measured with."""
     lines = []
@@ -144,8 +147,8 @@ def conditions(content: Content) -> str:
             f"- `{name}`: {task.title}, {task.pixels} x {task.pixels} pixels; pre-activation network of "
             f"{layers(scale.blocks)} layers, widths {scale.width}, {2 * scale.width}, {4 * scale.width}, "
             f"{sum(rows[0]['parameters']):,} parameters; {rows[0]['steps']} steps of batch {scale.batch}, "
-            f"{rows[0]['steps_per_epoch']} to an epoch; SGD, momentum 0.9, decay 5e-4, rate {task.lr:g}, ÷10 at 50 % "
-            f"and 75 %; cuts {_cuts(scale.cuts)}.\n"
+            f"{rows[0]['steps_per_epoch']} to an epoch; SGD, momentum 0.9, decay 5e-4, rate {task.lr:g}, "
+            f"{SCHEDULES[task.schedule]}; cuts {_cuts(scale.cuts)}.\n"
         )
     return "".join([*lines, f"- n = {seeds(content['rows'])} seeds, mean ± standard deviation. {on(content)}.\n"])
 

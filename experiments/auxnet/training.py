@@ -22,7 +22,7 @@ from experiments.data.module import ImageData
 from experiments.harness.settings import ConfigError
 from experiments.harness.workers import forked
 from experiments.networks import SmallImageResNet
-from experiments.trainers import Prepared, Stream, accuracy, make_optimizer, rate, set_rate
+from experiments.trainers import Prepared, Recipe, Stream, accuracy, make_optimizer, set_rate
 from experiments.trainers import stops as stops_of
 from resist_lightning import NotFinite, StageConfig, StageSimulator
 
@@ -180,9 +180,9 @@ def simulate(case: Case, options: Any) -> dict[str, Any]:
         stream.batch(0, 0, 1)[0],
     )
     curve = []
-    for step in range(steps):
+    for step, lr in enumerate(rates_of(case, steps)):
         x, y = stream.batch(step, 0, 1)
-        set_rate(simulator.optimizers[0], rate(case.lr, step, steps))
+        set_rate(simulator.optimizers[0], lr)
         simulator.step(x, partial(functional.cross_entropy, target=y))
         if step + 1 in stops_of(steps, options.evaluations):
             curve.append({"step": step + 1, **data.accuracies(simulator.full_model())})
@@ -198,6 +198,11 @@ def simulate(case: Case, options: Any) -> dict[str, Any]:
         **by_formula(case, options.size, [0] * case.workers),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def rates_of(case: Case, steps: int) -> list[float]:
+    """The learning rate of each step, by the task's schedule."""
+    return Recipe(ALL[case.task].schedule).rates(case.lr, steps)
 
 
 def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str, Any]:
@@ -262,12 +267,12 @@ def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None
     method, clock = make_method(job), Clock()
     case, curve = job.case, []
     stream, held = stream_of(job), 0
-    for step in range(job.steps):
+    for step, lr in enumerate(rates_of(case, job.steps)):
         done(step)
         began = time.perf_counter()
         x, y = stream.batch(step, 0, 1)
         made = time.perf_counter()
-        method.set_rate(rate(case.lr, step, job.steps))
+        method.set_rate(lr)
         method.step(x, y)
         ended = time.perf_counter()
         clock.data.append(made - began)

@@ -11,7 +11,6 @@ from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.plan import pieces
 from resist_lightning.methods.resist.bytes import sync_bytes
-from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 
@@ -24,10 +23,10 @@ def closed_form(engine: Engine, rounds: Iterable[int], workers: Collection[int])
     if isinstance(layout, NeuronLayout):
         (worker,) = workers
         return [_of_neurons(layout, engine.states, number, worker) for number in rounds]
-    schedule, sizes = layout.schedule, layout.sizes(engine.states)
-    found = []
+    schedule, found = layout.schedule, []
     for number in rounds:
-        plan = plan_sync(schedule.partition(number), schedule.partition(number + 1))
+        plan = schedule.plan(number)
+        sizes = layout.sizes(engine.states, plan.fragment)
         # A ring: of neighbours, one sends to another worker, and one receives.
         shared = sync_bytes(plan, sizes, schedule.workers)[min(workers)]["shared"]
         sums = {"sent": shared, "received": shared}

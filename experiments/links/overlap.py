@@ -4,9 +4,9 @@ python experiments/links/overlap.py                     (ten minutes on two core
 python experiments/links/overlap.py size=smoke
 python experiments/links/overlap.py 'cases=[{workers: 2, gbit: 0.1, local_steps: 50, steps_per_round: 20, overlap: 18}]'
 
-Rounds without communication, rounds that wait for their sync, rounds that overlap it by a number of steps, and rounds that
-have measured how many they need (`auto`) take turns in the same processes. Prints a table and writes overlap.jsonl
-(decisions 43 and 58). Needs root and iproute2.
+Rounds without communication, rounds that wait for their sync, rounds that overlap it by a number of steps, rounds that
+have measured how many they need (`auto`), and shorter rounds whose syncs cover a fragment each take turns in the same
+processes. Prints a table and writes overlap.jsonl (decisions 43, 58 and 60). Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from resist_lightning.methods.resist.overview import costs, count_flops
 from resist_lightning.schedule.overlap import waiting_rounds
 
 Round = Callable[[], float]
-WAYS = ("none", "waits", "overlap", "auto")
+WAYS = ("none", "waits", "overlap", "auto", "fragments")
 
 # Local steps of a round in the table, those that are really run of it, and the overlap that is given by hand.
 CASES: list[dict[str, Any]] = [
@@ -54,7 +54,7 @@ CASES: list[dict[str, Any]] = [
     {"workers": 8, "width_multiplier": 0.25, "gbit": 0.1, "local_steps": 50, "steps_per_round": 5, "overlap": 3},
 ]
 SMOKE: list[dict[str, Any]] = [
-    {"workers": 2, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 9, "steps_per_round": 3, "overlap": 1},
+    {"workers": 2, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 6, "steps_per_round": 3, "overlap": 1},
     {"workers": 3, "width_multiplier": 0.125, "gbit": 0.1, "local_steps": 3, "steps_per_round": 3, "overlap": 2},
 ]
 USUAL = {"width_multiplier": 1.0}
@@ -66,7 +66,8 @@ class Options(cli.Command):
     out: str = option(str(tables.RESULTS), "folder of the result file", smoke="runs/links")
     cases: list[Any] = option(CASES, f"each with {', '.join(LEAST)}", smoke=SMOKE)
     predicted_workers: list[int] = option([4, 8], "at the width of the first case, without measuring", smoke=[4])
-    depth: int = option(101, "of the network", least=14, smoke=14)
+    depth: int = option(101, "of the network", least=14, smoke=26)
+    fragments: int = option(5, "of the network, in rounds that are long enough to be cut", least=2, smoke=2)
     batch: int = option(8, "images per local step of one worker", least=1, smoke=2)
     repeats: int = option(
         2, "rounds of every way over the slowest link, interleaved; twice as many over others", least=1, smoke=1
@@ -104,14 +105,23 @@ def rounds_of(way: str, settings: Mapping[str, Any]) -> tuple[Engine, Round]:
     torch.manual_seed(0)
     model = network_of(settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    steps = NEVER if way == "none" else settings["steps_per_round"]
-    overlap: Any = {"overlap": settings["overlap"], "auto": "auto"}.get(way, 0)
-    engine = Engine(model, [optimizer], Config(local_steps=steps, overlap=overlap, blocks=PAPER_BLOCKS))
+    if way == "fragments":
+        # As many bytes per local step as in whole rounds, and a sync is as much shorter.
+        count = settings["fragments"]
+        config = Config(
+            local_steps=settings["local_steps"] // count, overlap=_overlap_of_fragment(settings), fragments=count,
+            blocks=PAPER_BLOCKS,
+        )  # fmt: skip
+    else:
+        steps = NEVER if way == "none" else settings["steps_per_round"]
+        overlap: Any = {"overlap": settings["overlap"], "auto": "auto"}.get(way, 0)
+        config = Config(local_steps=steps, overlap=overlap, blocks=PAPER_BLOCKS)
+    engine = Engine(model, [optimizer], config)
     images, labels = torch.randn(settings["batch"], 3, 32, 32), torch.randint(10, (settings["batch"],))
 
     def train_round() -> float:
         start = time.perf_counter()
-        for _ in range(settings["steps_per_round"]):
+        for _ in range(measured_steps(way, settings)):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -121,11 +131,30 @@ def rounds_of(way: str, settings: Mapping[str, Any]) -> tuple[Engine, Round]:
     return engine, train_round
 
 
+def ways_of(settings: Mapping[str, Any]) -> list[str]:
+    """The ways of a case: fragments where their rounds are longer than their overlap."""
+    cut = settings["local_steps"] // settings["fragments"] > _overlap_of_fragment(settings)
+    return [way for way in WAYS if cut or way != "fragments"]
+
+
+def measured_steps(way: str, settings: Mapping[str, Any]) -> int:
+    """Local steps that are trained and timed at once: whole rounds."""
+    steps = int(settings["steps_per_round"])
+    if way != "fragments":
+        return steps
+    of_fragment = settings["local_steps"] // settings["fragments"]
+    return int(of_fragment * max(1, steps // of_fragment))
+
+
+def _overlap_of_fragment(settings: Mapping[str, Any]) -> int:
+    return int(settings["overlap"] // settings["fragments"] + 1)
+
+
 def main(place: Place, settings: dict[str, Any]) -> None:
     """A worker: trains rounds in all ways, in turn."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    made = {way: rounds_of(way, settings) for way in WAYS}
+    made = {way: rounds_of(way, settings) for way in ways_of(settings)}
     for way, (engine, train_round) in made.items():
         engine.start()
         if way != "auto":
@@ -133,7 +162,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     place.ready()
     for _ in range(waiting_rounds(1)):  # it measures the link, which must be shaped by then
         made["auto"][1]()
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in made}
     for _ in range(settings["repeats"]):
         for way, (_, train_round) in made.items():
             dist.barrier()
@@ -158,16 +187,20 @@ def told(engine: Engine, worker: int, seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def rows_of(case: dict[str, Any], workers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(
+    case: dict[str, Any], settings: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """A row for each way, from what the workers tell."""
     rows = []
-    for way in WAYS:
+    for way in ways_of(settings):
         own = [worker[way] for worker in workers]
         syncs = list(zip(*(one["syncs"] for one in own), strict=True))
         form = [sum(sync["sent"] for sync in one["syncs"]) for one in own]
         rows.append({
             "case": case,
             "way": way,
+            "steps": measured_steps(way, settings),
+            "local_steps": case["local_steps"] // (settings["fragments"] if way == "fragments" else 1),
             # Of each round, as the worker saw it that took the longest.
             "seconds": [max(found) for found in zip(*(one["seconds"] for one in own), strict=True)],
             "overlap": own[0]["overlap"],
@@ -208,7 +241,7 @@ def run(_: Sequence[str], options: Options) -> None:
     """Measure every case."""
     if missing := why_no_namespaces():
         raise ConfigError(f"{missing}: the rounds need a shaped link, so root and iproute2")
-    settings, rows = options.take("depth", "batch", "repeats"), []
+    settings, rows = options.take("depth", "fragments", "batch", "repeats"), []
     slowest = min(case["gbit"] for case in options.cases)
     for count, cases in groupby(options.cases, key=lambda case: int(case["workers"])):
         with namespaces(count) as network, linked_workers(network, "experiments.links.overlap") as workers:
@@ -216,7 +249,7 @@ def run(_: Sequence[str], options: Options) -> None:
                 repeats = options.repeats * (1 if case["gbit"] == slowest else 2)
                 task = {**settings, **case, "repeats": repeats}
                 found = workers.run(task, gbit=case["gbit"], timeout=options.timeout_seconds)["workers"]
-                rows += rows_of(case, found)
+                rows += rows_of(case, task, found)
                 print(f"{case}: measured", flush=True)
     content = {"settings": settings, "rows": rows, "beyond": beyond(options)}
     write_record(Path(options.out) / "overlap.jsonl", content, **kernel())

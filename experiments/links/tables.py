@@ -227,7 +227,7 @@ def overlap(content: Content) -> Grid:
     for none, row in _beside_none(content):
         case, ratios, compute = row["case"], _ratios(row, none), _compute(none)
         sync = sync_seconds(row["link_bytes"], case["gbit"])
-        predicted = step_seconds(compute, sync, case["local_steps"], row["overlap"]) / compute
+        predicted = step_seconds(compute, sync, row["local_steps"], row["overlap"]) / compute
         aim = _aim(case)
         lines.append([
             *_of_case(case), _rounds(row), _seconds(compute * mean(ratios)), f"{mean(ratios):.3f}",
@@ -270,14 +270,18 @@ def _ratios(row: Row, none: Row) -> list[float]:
 
     What a sync adds to a round does not depend on how many steps come before its border, so fewer are really run.
     """
-    really, local_steps = row["case"]["steps_per_round"], row["case"]["local_steps"]
-    pairs = zip(row["seconds"], none["seconds"], strict=True)
-    return [1 + (mine - alone) / (local_steps * alone / really) for mine, alone in pairs]
+    syncs = max(1, row["steps"] // row["local_steps"])
+    ratios = []
+    for mine, alone in zip(row["seconds"], none["seconds"], strict=True):
+        step = alone / none["steps"]
+        added = (mine - row["steps"] * step) / syncs
+        ratios.append(1 + added / (row["local_steps"] * step))
+    return ratios
 
 
 def _compute(none: Row) -> float:
     """Seconds of a local step without communication."""
-    return mean(none["seconds"]) / float(none["case"]["steps_per_round"])
+    return mean(none["seconds"]) / float(none["steps"])
 
 
 def _aim(case: Mapping[str, Any]) -> float | None:
@@ -290,6 +294,8 @@ def _of_case(case: Mapping[str, Any]) -> list[object]:
 
 def _rounds(row: Row) -> str:
     """What the training does while a sync is under way."""
+    if row["way"] == "fragments":
+        return f"fragments, each {row['local_steps']} steps, overlap={row['overlap']}"
     return {"waits": "waits", "auto": f"auto: {row['overlap']}"}.get(row["way"], f"overlap={row['overlap']}")
 
 

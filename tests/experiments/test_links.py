@@ -147,10 +147,13 @@ def test_rounds_that_overlap_their_sync_send_what_others_send(tmp_path: Path) ->
     measured = read_record(tmp_path / "overlap.jsonl")
     for workers in (2, 3):
         rows = {row["way"]: row for row in measured["rows"] if row["case"]["workers"] == workers}
-        assert list(rows) == ["none", "waits", "overlap", "auto"]
+        assert list(rows) == ["none", "waits", "overlap", "auto", *(["fragments"] if workers == 2 else [])]
         assert rows["none"]["sent_bytes"] == 0 < rows["waits"]["sent_bytes"] == rows["overlap"]["sent_bytes"]
         assert all(row["bytes_equal_closed_form"] and len(row["seconds"]) == 1 for row in rows.values())
         assert rows["auto"]["overlap"] == rows["auto"]["chosen"]["local_steps"] <= 2
+        if workers == 2:
+            assert rows["fragments"]["sent_bytes"] < rows["waits"]["sent_bytes"]
+            assert (rows["fragments"]["steps"], rows["fragments"]["local_steps"]) == (3, 3)
     assert [row["workers"] for row in measured["beyond"]] == [4]
     assert 0 < measured["beyond"][0]["computed"] <= 1
 
@@ -166,15 +169,21 @@ def test_a_sync_costs_what_does_not_fit_into_the_steps_beside_it() -> None:
     case = {"workers": 2, "width_multiplier": 1.0, "gbit": 0.1, "local_steps": 50, "steps_per_round": 10, "overlap": 3}
     rows = [
         {"case": case, "way": way, "seconds": seconds, "overlap": steps, "chosen": None, "sent_bytes": 12.5e6,
+         "steps": done, "local_steps": length,
          "link_bytes": 12.5e6, "bytes_equal_closed_form": True}
-        for way, seconds, steps in (("none", [2.0, 4.0], 0), ("waits", [3.0, 5.0], 0), ("auto", [2.5, 4.2], 4))
+        for way, seconds, steps, done, length in (
+            ("none", [2.0, 4.0], 0, 10, 50), ("waits", [3.0, 5.0], 0, 10, 50), ("auto", [2.5, 4.2], 4, 10, 50),
+            ("fragments", [4.4, 8.0], 3, 20, 5),
+        )
     ]  # fmt: skip
     more = [{"workers": 4, "width_multiplier": 1.0, "computed": 0.5, "link_bytes": 25e6}]
     content = {"settings": {"depth": 101, "batch": 8}, "rows": rows, "beyond": more}
-    waits, auto, *predicted = tables.overlap(content).rows
+    waits, auto, fragments, *predicted = tables.overlap(content).rows
     # A round of 50 steps would take 10 s and 20 s, and the sync adds one second.
     assert waits[4:] == ["waits", "0.323", "1.075", "1.100 1.050", "1.067", "-", "12.50 MB"]
     assert auto[4:] == ["auto: 4", "0.309", "1.030", "1.050 1.010", "1.000", "1.05", "12.50 MB"]
+    # Four syncs in 20 steps, which would take 4 s and 8 s.
+    assert fragments[4:7] == ["fragments, each 5 steps, overlap=3", "0.315", "1.050"]
     assert [row[4:] for row in predicted] == [
         ["waits", "-", "-", "-", "1.267", "-", "25.00 MB"],
         ["auto: 16", "-", "-", "-", "1.000", "-", "25.00 MB"],
@@ -186,7 +195,8 @@ def test_all_bytes_went_through_the_shapers(measured: dict[str, Any]) -> None:
     for item in measured["runs"]:
         assert [shaper["options"]["rate"] for shaper in item["shapers"]] == [12_500_000] * 4
         for worker, shaper in zip(item["workers"], item["shapers"], strict=False):
-            assert worker["kernel"]["sent"] <= shaper["bytes"] <= 1.1 * worker["kernel"]["sent"] + 20_000
+            # A last acknowledgement, a packet of 66 bytes, may still wait in the shaper.
+            assert worker["kernel"]["sent"] - 200 <= shaper["bytes"] <= 1.1 * worker["kernel"]["sent"] + 20_000
             assert shaper["drops"] == 0
 
 
