@@ -146,7 +146,7 @@ CASES = {
     2: [("sgd, outer", Config(local_steps=2, min_blocks=0, blocks="body.*", test_scale=0.3, outer="nesterov"))],
     3: [
         ("sgd", Config(local_steps=1, min_blocks=0, blocks="body.*", momentum="travel")),
-        ("adamw", Config(local_steps=2, min_blocks=3, blocks="body.*")),
+        ("adamw", Config(local_steps=2, min_blocks=3, blocks="body.*", fragments=2)),
         ("adamw", Config(local_steps=1, min_blocks=1, blocks="body.*", momentum="travel")),
     ],
 }

@@ -38,6 +38,8 @@ RUNS = {
         Config(local_steps=2, min_blocks=1, warmup_rounds=1, batch_norm="batch"), steps=STEPS
     ),
     "first": Run(Config(local_steps=3, min_blocks=3, momentum="travel", evaluate_on="first"), steps=STEPS),
+    "fragments": Run(Config(local_steps=2, min_blocks=2, fragments=2, momentum="keep"), steps=STEPS),
+    "first, fragments": Run(Config(local_steps=2, min_blocks=3, fragments=3, evaluate_on="first"), steps=STEPS),
     "first, warm-up, int8, outer": Run(
         Config(local_steps=2, min_blocks=1, warmup_rounds=1, wire="int8", outer="nesterov", evaluate_on="first"),
         steps=STEPS,
@@ -156,7 +158,8 @@ def test_what_a_full_model_sends_is_the_closed_form(histories):
             assert len(sent) == STEPS + STEPS // 2
             for round, step, size in sent:
                 plan = plan_sync(layout.partition(round), layout.partition(round + 1))
-                expected = observation_bytes(plan, observed(layout), 3, unequal=step > 0, at_first=at_first)
+                unequal = step > 0 or not run.config.equal_after_sync
+                expected = observation_bytes(plan, observed(layout), 3, unequal=unequal, at_first=at_first)
                 assert size == expected[worker], (name, worker, round, step)
                 if step == 0:
                     equal.add(at_first)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from resist_lightning.comm.byte_formulas import WireFormat, all_reduce_bytes
+from resist_lightning.schedule.fragments import fragment_of_block
 from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_collection, plan_observation, plan_outer
 
 
@@ -81,15 +82,15 @@ class Observed:
     """Bytes of a model's parts in the assembly of the full model, which sends them as they are, whatever the wire.
 
     Args:
-        shared: bytes that an all-reduce of the shared tensors sums up, by name of the data type.
+        shared: bytes that an all-reduce of the shared tensors sums up, by name of the data type, for each fragment.
         shared_packed: bytes of the same tensors in a message.
         blocks: bytes of each partitionable block in a message.
         averaged: as ``shared``, of what may change in each block.
         averaged_packed: as ``shared_packed``, of what may change in each block.
-        norms: as ``shared``, of the batch-norm statistics that are re-estimated.
+        norms: the same of the batch-norm statistics that are re-estimated, in one message for each data type.
     """
 
-    shared: Mapping[str, int]
+    shared: tuple[Mapping[str, int], ...]
     shared_packed: int
     blocks: tuple[int, ...]
     averaged: tuple[Mapping[str, int], ...]
@@ -109,10 +110,11 @@ def observation_bytes(plan: SyncPlan, sizes: Observed, workers: int, *, unequal:
     """
     if at_first:
         return _collected(plan, sizes, workers, unequal=unequal)
-    reduced = Counter(sizes.shared)
+    fragments = list(map(Counter, sizes.shared))
     for block in plan.averaged:
-        reduced.update(sizes.averaged[block])
-    together = sum(all_reduce_bytes(size, workers) for size in reduced.values()) if unequal else 0
+        fragments[fragment_of_block(block, len(fragments))].update(sizes.averaged[block])
+    messages = [size for of_fragment in fragments for size in of_fragment.values()]
+    together = sum(all_reduce_bytes(size, workers) for size in messages) if unequal else 0
     together += sum(all_reduce_bytes(size, workers) for size in sizes.norms.values())
     merge = _sent(plan.merge if unequal else (), sizes.blocks)
     spread: Counter[int] = Counter()

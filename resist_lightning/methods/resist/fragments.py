@@ -26,6 +26,7 @@ class Fragments:
         self._of = spread({name: tensor.nbytes for name, tensor in shared.items()}, count)
         for number, block in enumerate(blocks):
             self._of.update(dict.fromkeys(block.tensors(), fragment_of_block(number, count)))
+        self._count = count
         used = len(set(self._of.values()))
         if used < count:
             raise ValueError(f"fragments={count}: this network has tensors for {used}. Choose as many or fewer.")
@@ -37,6 +38,10 @@ class Fragments:
     def within(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some tensors, by name, that are in a fragment."""
         return {name: tensor for name, tensor in tensors.items() if self.covers(fragment, name)}
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Some tensors, by name, of each fragment."""
+        return [self.within(fragment, tensors) for fragment in range(self._count)]
 
     def outside(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> set[int]:
         """By identity, those of some tensors, by name, that are in other fragments."""

@@ -25,7 +25,7 @@ def observed(layout: BlockLayout) -> Observed:
 
     blocks = [those(block.tensors()) for block in layout.blocks]
     return Observed(
-        shared=averaged_bytes_by_type(those(layout.shared)),
+        shared=tuple(averaged_bytes_by_type(those(part)) for part in layout.fragments.parts(layout.shared)),
         shared_packed=packed_bytes(those(layout.shared)),
         blocks=tuple(packed_bytes(block.tensors().values()) for block in layout.blocks),
         averaged=tuple(map(averaged_bytes_by_type, blocks)),

@@ -201,7 +201,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         plan = plan_observation(plan, self._worker, workers, unequal=unequal)
         self._leave_out(plan)
         if unequal:
-            self.exchange.average(list(self._averaged(plan).values()), kind, plan.left_out)
+            for part in self._layout.fragments.parts(self._averaged(plan)):  # in the buffers of their syncs
+                self.exchange.average(list(part.values()), kind, plan.left_out)
             self.exchange.merge(plan, self._payloads.of, kinds)
         self.exchange.hand_over(plan, self._payloads.of, kinds, self._subnet.hold_all)
         self.guard.release()
@@ -211,7 +212,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._layout.agree(self.exchange.collective, stepped=self._stepped)
         self._leave_out(plan)
         if unequal:
-            self.exchange.average_at_first(list(self._averaged(plan).values()), kind, plan.left_out)
+            for part in self._layout.fragments.parts(self._averaged(plan)):
+                self.exchange.average_at_first(list(part.values()), kind, plan.left_out)
         if self._worker == 0:
             self._scale_hooks.remove()
             self._subnet.hold_all()
@@ -280,8 +282,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def _averaged_together(self) -> list[dict[str, Tensor]]:
-        fragments, shared = self._layout.fragments, self._may_change(self._layout.shared)
-        return [fragments.within(fragment, shared) for fragment in range(self._layout.config.fragments)]
+        return self._layout.fragments.parts(self._may_change(self._layout.shared))
 
     def _with_blocks(self, blocks: Sequence[int], fragment: int | None) -> dict[str, Tensor]:
         """Shared tensors of a fragment, and its tensors of some blocks, that may have changed in this round."""
