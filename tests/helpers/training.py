@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from resist_lightning import Config, Engine, Simulator
 from resist_lightning.comm.collective import Collective
 from resist_lightning.models import PreActResNet
 from tests.helpers.nets import SomeBatches
+from tests.helpers.threads import run_threads
 
 CLASSES = 4
 
@@ -179,6 +180,22 @@ def train_simulator(run: Run, workers: int, table: dict[str, Any] | None = None)
             decay(run, worker.optimizers[0])
         simulator.after_step()
     return simulator
+
+
+def assert_threads_train_what_the_simulator_trains(run: Run, workers: int, **other: Any) -> None:
+    """Workers as threads end with the simulator's full model; with other options it would be another one."""
+    states, _ = run_threads(trained_in_thread, workers, run)
+    expected = train_simulator(run, workers).full_model().state_dict()
+    assert_equal_states(states[0], expected)
+    for state in states[1:]:
+        assert_equal_states(state, states[0], exactly=True)
+    without = train_simulator(replace(run, config=replace(run.config, **other)), workers).full_model().state_dict()
+    assert any(not torch.allclose(without[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+
+
+def trained_in_thread(collective: Collective, run: Run) -> dict[str, Tensor]:
+    """The full model that a worker has at the end of its training."""
+    return train_engine(collective.worker, run, collective=collective)[1]
 
 
 def present_tensors(model: nn.Module) -> dict[str, Tensor]:

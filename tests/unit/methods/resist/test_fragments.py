@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
+    assert_threads_train_what_the_simulator_trains,
     clone_state,
     ends_of_resumed,
     make_model,
     present_state,
     start_engine,
-    train_engine,
-    train_simulator,
     train_steps,
 )
 
@@ -46,20 +44,9 @@ def run_of(options: dict[str, Any], steps: int = 15) -> Run:
     return Run(Config(**{"local_steps": 2, "fragments": 2, **options}), steps=steps)
 
 
-def trained(collective: Collective, run: Run) -> State:
-    return train_engine(collective.worker, run, collective=collective)[1]
-
-
 @pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
 def test_workers_train_what_the_simulator_trains(workers: int, options: dict[str, Any]) -> None:
-    run = run_of(options)
-    states, _ = run_threads(trained, workers, run)
-    expected = train_simulator(run, workers).full_model().state_dict()
-    assert_equal_states(states[0], expected)
-    for state in states[1:]:
-        assert_equal_states(state, states[0], exactly=True)
-    whole = train_simulator(replace(run, config=replace(run.config, fragments=1)), workers).full_model().state_dict()
-    assert any(not torch.allclose(whole[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+    assert_threads_train_what_the_simulator_trains(run_of(options), workers, fragments=1)
 
 
 def test_a_run_that_resumes_between_the_syncs_of_its_fragments_is_the_run_that_was_not_stopped() -> None:

@@ -21,6 +21,7 @@ from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
+    assert_threads_train_what_the_simulator_trains,
     clone_state,
     end_of_resumed,
     ends_of_resumed,
@@ -28,9 +29,9 @@ from tests.helpers.training import (
     present_state,
     slow_down,
     start_engine,
-    train_engine,
     train_simulator,
     train_steps,
+    trained_in_thread,
 )
 
 State = dict[str, Tensor]
@@ -52,20 +53,9 @@ def run_of(options: dict[str, Any], steps: int = 10) -> Run:
     return Run(Config(**{"local_steps": 3, "overlap": 2, **options}), steps=steps)
 
 
-def trained(collective: Collective, run: Run) -> State:
-    return train_engine(collective.worker, run, collective=collective)[1]
-
-
 @pytest.mark.parametrize(("workers", "options"), RUNS.values(), ids=RUNS)
 def test_workers_train_what_the_simulator_trains(workers: int, options: dict[str, Any]) -> None:
-    run = run_of(options)
-    states, _ = run_threads(trained, workers, run)
-    expected = train_simulator(run, workers).full_model().state_dict()
-    assert_equal_states(states[0], expected)
-    for state in states[1:]:
-        assert_equal_states(state, states[0], exactly=True)
-    without = train_simulator(replace(run, config=replace(run.config, overlap=0)), workers).full_model().state_dict()
-    assert any(not torch.allclose(without[name].float(), expected[name].float(), rtol=1e-3) for name in expected)
+    assert_threads_train_what_the_simulator_trains(run_of(options), workers, overlap=0)
 
 
 STATE_IN_TRANSIT = {"blocks_per_worker": (4, 2, 1), "momentum": "keep", "wire": "int8", "warmup_rounds": 1, **OUTER}
@@ -180,8 +170,8 @@ def test_the_full_model_is_the_mean_of_what_the_workers_have_now() -> None:
             assert_equal_states(after, before, exactly=True)
             torch.testing.assert_close(full["stem.weight"], held.mean(0))
             assert_equal_states(full, moment[0][2], exactly=True)
-    observed, _ = run_threads(trained, 3, replace(run, observe_at=(1, 3, 4, 6, 7)))
-    plain, _ = run_threads(trained, 3, run)
+    observed, _ = run_threads(trained_in_thread, 3, replace(run, observe_at=(1, 3, 4, 6, 7)))
+    plain, _ = run_threads(trained_in_thread, 3, run)
     for one, other in zip(observed, plain, strict=True):
         assert_equal_states(one, other, exactly=True)
 
