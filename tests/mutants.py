@@ -512,6 +512,13 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_fragments.py",),
     ),
     Mutant(
+        "blocks leave with the shared layers",
+        "methods/resist/overlapped_sync.py",
+        "return steps_left <= self._layout.overlap_of_blocks(self._layout.overlapped_steps(round))",
+        "return True",
+        ("tests/unit/methods/resist/test_overlapped_sync.py",),
+    ),
+    Mutant(
         "overlap by the slowest worker's steps",
         "schedule/overlap.py",
         "return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)",

@@ -182,6 +182,7 @@ class Engine:
         if self._round_end.sync_must_begin:
             with self.seconds.timed("sync"):
                 self._round_end.begin_sync()
+        self._round_end.send_blocks_if_due()
         if not self.clock.due:
             return False
         with self.seconds.timed("sync"):

@@ -86,6 +86,11 @@ class RoundEnd:
         self._sync.start(plan, ended)
         self._activity.begin("local steps")
 
+    def send_blocks_if_due(self) -> None:
+        """Let blocks leave, of a sync in the background whose shared layers are under way already."""
+        if self._sync.blocks_must_leave(self._clock.round, self._clock.steps_left):
+            self._sync.send_blocks(self._clock.round)
+
     def apply_sync(self) -> None:
         """Begin the next round with what :meth:`begin_sync` has begun; waits if it must. Sends nothing more."""
         self._activity.begin("averaging")

@@ -63,6 +63,22 @@ class SyncAbilities:
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
+    def blocks_must_leave(self, round: int, steps_left: int) -> bool:
+        """Whether what is handed over must leave now, of the sync of ``round`` that is under way.
+
+        Args:
+            round: the round.
+            steps_left: local steps until it is complete.
+        """
+        return False
+
+    def send_blocks(self, round: int) -> None:
+        """Begin to hand over beside the training, behind what :meth:`start` has begun, from copies of what it is now.
+
+        Collective: every worker must call this, in the same order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
+
     def wait(self) -> None:
         """Wait until everything under way has arrived; what it has brought is not applied. Sends nothing more.
 

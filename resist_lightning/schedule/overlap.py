@@ -184,6 +184,19 @@ def choose_overlap(step_seconds: Sequence[float], sync_seconds: Sequence[float],
     return min(_steps_beside(sync, min(step_seconds)), round_steps - 1)
 
 
+def overlap_of_blocks(overlap: int, shared_bytes: int, block_bytes: int) -> int:
+    """Of the local steps beside which a sync runs, those at the end for which blocks are under way.
+
+    A link carries one message after the other: blocks need not leave before the shared layers have arrived.
+
+    Args:
+        overlap: the local steps of the whole sync.
+        shared_bytes: of the shared tensors; an all-reduce sends and receives them nearly twice.
+        block_bytes: of the blocks that a worker holds.
+    """
+    return math.ceil(overlap * block_bytes / max(2 * shared_bytes + block_bytes, 1))
+
+
 def waiting_rounds(fragments: int) -> int:
     """Rounds that wait for their sync before the choice: how long a sync took is told when the next one begins."""
     return MEASURED_SYNCS * fragments + 1

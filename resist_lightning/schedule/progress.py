@@ -165,6 +165,11 @@ class Clock:
         return self.step >= self.local_steps - self.overlap
 
     @property
+    def steps_left(self) -> int:
+        """Local steps until the round is complete."""
+        return max(self.local_steps - self.step, 0)
+
+    @property
     def total_steps(self) -> int:
         """Local steps since the run began."""
         return self.steps_before + self.step

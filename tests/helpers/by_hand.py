@@ -75,26 +75,31 @@ def train(
     momentum: str = "reset",
     outer: Outer | None = None,
     overlap: int = 0,
+    overlap_of_blocks: int = 0,
 ) -> tuple[float, list[float]]:
     """Train with SGD and sync after each of ``rounds`` but the last; returns the mean over the last round's holders.
 
-    What a sync sends is taken ``overlap`` steps before the end of its round.
+    What all average in a sync is taken ``overlap`` steps before the end of its round, and what moves later.
     """
     workers = [Worker(stem, {block: links[block] for block in held}) for held in rounds[0]]
     step = 0
     if outer is not None:
         outer.start = {"stem": stem, **dict(enumerate(links))}
     for number, held in enumerate(rounds):
-        for taken in range(local_steps):
-            if number + 1 < len(rounds) and taken == local_steps - overlap:
-                sent = _send(workers, held, len(links), outer)
-            for index, worker in enumerate(workers):
-                _step(worker, input_of(index, step), lr, beta)
-            step += 1
-        if number + 1 < len(rounds):
-            if not overlap:
-                sent = _send(workers, held, len(links), outer)
-            _receive(workers, held, rounds[number + 1], sent, momentum)
+        after = rounds[number + 1] if number + 1 < len(rounds) else None
+        sent = Sent(own=[Worker(0.0, {}) for _ in workers])
+        for left in range(local_steps, -1, -1):
+            if after is not None and left == overlap:
+                everywhere = [b for b in _all(links) if all(b in h for h in (*held, *after)) and len(workers) > 1]
+                _send(sent, workers, held, ["stem", *everywhere], outer)
+            if after is not None and left == overlap_of_blocks:
+                _send(sent, workers, held, [b for b in _all(links) if b not in sent.means], outer)
+            if left:
+                for index, worker in enumerate(workers):
+                    _step(worker, input_of(index, step), lr, beta)
+                step += 1
+        if after is not None:
+            _receive(workers, held, after, sent, momentum)
     return _mean([w.stem for w in workers]), [_mean([w.links[b] for w in workers if b in w.links]) for b in _all(links)]
 
 
@@ -114,33 +119,34 @@ def _step(worker: Worker, x: float, lr: float, beta: float) -> None:
 
 @dataclass
 class Sent:
-    """What a sync makes of what the workers have when it begins, and what each of them has then."""
+    """What a sync makes of what the workers have when it leaves, and what each of them has then."""
 
-    stem: float
-    links: dict[int, float]
-    speeds: dict[int, float]
     own: list[Worker]
+    means: dict[int | str, float] = field(default_factory=dict)
+    speeds: dict[int | str, float] = field(default_factory=dict)
 
 
-def _send(workers: list[Worker], before: HELD, blocks: int, outer: Outer | None) -> Sent:
-    stem = _mean([worker.stem for worker in workers])
-    holders = {block: [i for i, held in enumerate(before) if block in held] for block in range(blocks)}
-    links = {block: _mean([workers[i].links[block] for i in who]) for block, who in holders.items()}
-    if outer is not None:
-        stem = outer.step("stem", stem)
-        links = {block: outer.step(block, mean) for block, mean in links.items()}
-    speeds = {block: _mean([workers[i].velocity.get(block, 0.0) for i in who]) for block, who in holders.items()}
-    return Sent(stem, links, speeds, [Worker(worker.stem, dict(worker.links)) for worker in workers])
+def _send(sent: Sent, workers: list[Worker], before: HELD, names: Sequence[int | str], outer: Outer | None) -> None:
+    for name in names:
+        holders = [i for i, held in enumerate(before) if name == "stem" or name in held]
+        values = [workers[i].stem if name == "stem" else workers[i].links[name] for i in holders]
+        sent.means[name] = _mean(values) if outer is None else outer.step(name, _mean(values))
+        sent.speeds[name] = _mean([workers[i].velocity.get(name, 0.0) for i in holders])
+        for i, value in zip(holders, values, strict=True):
+            if name == "stem":
+                sent.own[i].stem = value
+            else:
+                sent.own[i].links[name] = value
 
 
 def _receive(workers: list[Worker], before: HELD, after: HELD, sent: Sent, momentum: str) -> None:
     for worker, own, old, new in zip(workers, sent.own, before, after, strict=True):
-        worker.stem += sent.stem - own.stem
+        worker.stem += sent.means["stem"] - own.stem
         links = {}
         for block in new:
             # What it has learned of a block since then stays with it, unless the block comes from somebody else.
             since = worker.links[block] - own.links[block] if block in old else 0.0
-            links[block] = sent.links[block] + since
+            links[block] = sent.means[block] + since
         worker.links = links
         kept: dict[int | str, float] = {}
         if momentum != "reset":

@@ -28,7 +28,7 @@ from resist_lightning.methods.resist.network import left_out, select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
-from resist_lightning.schedule.overlap import Overlaps
+from resist_lightning.schedule.overlap import Overlaps, overlap_of_blocks
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.compiled import compiled_around
@@ -80,6 +80,12 @@ class BlockLayout(Layout):
     @override
     def overlaps(self) -> Overlaps:
         return self.schedule.overlaps
+
+    def overlap_of_blocks(self, overlap: int) -> int:
+        """Of the local steps beside which a sync runs, those at the end for which blocks are under way."""
+        blocks = sum(tensor.nbytes for block in self.blocks for tensor in block.tensors().values())
+        shared = sum(tensor.nbytes for tensor in self.shared.values())
+        return overlap_of_blocks(overlap, shared, round(blocks * coverage(self.schedule)))
 
     @override
     def held_parameters(self, round: int) -> list[int]:
@@ -168,7 +174,7 @@ class BlockLayout(Layout):
         for block in self.blocks:
             plain, compressed = self._split(block.tensors())
             blocks.append(packed_bytes(plain.values()) + (values.bytes(sum(compressed)) if values else 0))
-            averaged.append(averaged_bytes_by_type(_of_names(plain, changing)))
+            averaged.append(averaged_bytes_by_type(tensor for name, tensor in plain.items() if name in changing))
             state = states.bytes(block.module.parameters()) if self.config.momentum == "travel" else 0
             copy = self.companion.bytes(block.tensors()) if self.companion is not None else 0
             travelling.append(state + copy)
@@ -178,7 +184,7 @@ class BlockLayout(Layout):
             velocities.append(sum(map(outer_bytes, plain.values())) + compressed_bytes)
         plain, shared_entries = self._split(self.fragments.within(fragment, self.shared))
         return Sizes(
-            shared=averaged_bytes_by_type(_of_names(plain, changing)),
+            shared=averaged_bytes_by_type(tensor for name, tensor in plain.items() if name in changing),
             blocks=tuple(blocks),
             averaged=tuple(averaged),
             states=tuple(travelling),
@@ -291,7 +297,3 @@ class BlockLayout(Layout):
             "(docs/adding-a-model.md).",
             stacklevel=4,
         )
-
-
-def _of_names(tensors: Mapping[str, Tensor], names: Collection[str]) -> list[Tensor]:
-    return [tensor for name, tensor in tensors.items() if name in names]

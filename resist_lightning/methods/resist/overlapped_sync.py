@@ -1,13 +1,14 @@
-"""The sync of ResIST beside the training: from copies at the border of a round, applied some local steps later.
+"""The sync of ResIST beside the training: from copies, applied some local steps later.
 
 ::
 
-    step of the round   0 ......... border ......................... end
-    training            the partition of this round                  the next one
-    beside it                       copies: average, merge, hand over
-    applied                                                          weight + (value - own copy), or what arrives
+    step of the round   0 ........ border ........ blocks leave ...... end
+    training            the partition of this round                    the next one
+    beside it                      average         merge, hand over
+    copies                         shared layers   blocks
+    applied                                                            weight + (value - own copy), or what arrives
 
-(docs/decisions/0043-overlap.md)
+(docs/decisions/0043-overlap.md, 0061-blocks-leave-last.md)
 """
 
 from __future__ import annotations
@@ -39,23 +40,38 @@ _LEAVING_SECONDS = 10.0  # in which what is under way ends by itself, unless a w
 
 
 @dataclass(frozen=True)
-class _Departure:
-    """What a sync beside the training does, as decided at its border; tensors are the module's.
+class _SharedDeparture:
+    """What all workers average beside the training, as decided at the border; tensors are the module's.
 
     Args:
-        plan: its plan, with the velocities of the outer optimizer.
+        plan: the plan of the sync.
+        compressed: what is averaged in fewer bits.
+        exact: what is averaged as it is.
+        stepping: what of it takes a step of the outer optimizer.
+        unit_vectors: what of it must have the length 1 afterwards.
+    """
+
+    plan: SyncPlan
+    compressed: Sequence[Tensor]
+    exact: Sequence[Tensor]
+    stepping: Sequence[Tensor]
+    unit_vectors: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _BlockDeparture:
+    """What is merged and handed over beside the training, as decided when the blocks leave.
+
+    Args:
+        plan: the plan of the sync, with the velocities of the outer optimizer.
         payloads: what is sent and received of each block, and of each velocity behind them.
-        compressed: what all workers average in fewer bits.
-        exact: what they average as it is.
         stepping: what takes a step of the outer optimizer here.
-        unit_vectors: what must have the length 1 after it was averaged or merged.
+        unit_vectors: what must have the length 1 after it was merged here.
         velocities: parameters that are absent, whose velocity arrives, with its stand-in in a payload.
     """
 
     plan: SyncPlan
     payloads: Mapping[int, Payload]
-    compressed: Sequence[Tensor]
-    exact: Sequence[Tensor]
     stepping: Sequence[Tensor]
     unit_vectors: Sequence[Tensor]
     velocities: Sequence[tuple[Tensor, Tensor]]
@@ -91,11 +107,44 @@ class OverlappedSync(BlockSync):
     def start(self, plan: SyncPlan, round: int) -> None:
         self.agree_on_branches(round)
         self._changing_at_border = self._changing | self._layout.changing()
-        self._transit, departure = self._depart(plan, round)
-        self._background = Background(partial(self._send, departure, self._transit), self._device)
+        averaged = list(self._averaged(plan).values())
+        compressed, exact = self.split_averaged(averaged)
+        departure = _SharedDeparture(
+            plan=plan,
+            compressed=compressed,
+            exact=exact,
+            stepping=self._stepping(averaged),
+            unit_vectors=self._unit_vectors(averaged),
+        )
+        self._transit = transit = Transit(self.replicated_tensors(round + 1))
+        transit.add(averaged)
+        # One after the other, so that there are never three copies: an average of copies in one buffer needs no other.
+        self._beside.put_together([transit.of(exact)])
+        transit.keep_own(averaged)
+        transit.blocks_left = not plan.owner
+        self._background = Background(partial(self._send_shared, departure, transit), self._device)
 
-    def _depart(self, plan: SyncPlan, round: int) -> tuple[Transit, _Departure]:
-        """Copy what this worker sends, and decide all that training on could change: parameters may be frozen."""
+    @override
+    def blocks_must_leave(self, round: int, steps_left: int) -> bool:
+        if self._transit is None or self._transit.blocks_left:
+            return False
+        return steps_left <= self._layout.overlap_of_blocks(self._layout.overlapped_steps(round))
+
+    @override
+    def send_blocks(self, round: int) -> None:
+        assert self._transit is not None
+        transit, plan = self._transit, self.plan(round, ())
+        departure = self._depart(plan, round)
+        held = departure.payloads.keys() & self._layout.partition(round).held[self._worker]
+        copied = [tensor for block in sorted(held) for tensor in departure.payloads[block].tensors]
+        copied += departure.stepping
+        transit.add(copied)
+        transit.keep_own(copied)
+        transit.blocks_left = True
+        self._background = Background(partial(self._send_blocks, departure, transit, self._background), self._device)
+
+    def _depart(self, plan: SyncPlan, round: int) -> _BlockDeparture:
+        """Decide all that training on could change: parameters may be frozen."""
         owned: list[int] = []
         if self._outer is not None:
             owned = self._owned_blocks(plan)
@@ -103,29 +152,29 @@ class OverlappedSync(BlockSync):
         transfers = (*plan.merge, *plan.hand_over)
         mine = {each.block for each in transfers if self._worker in (each.source, each.target)}
         payloads = {block: self._payloads.of(block, round=round) for block in sorted(mine)}
-        averaged = list(self._averaged(plan).values())
-        stepping = list(filter(has_outer_step, [*averaged, *self._tensors_of(owned)])) if self._outer else []
-        held = self._layout.partition(round).held[self._worker]
-        leaving = [tensor for block in mine.intersection(held) for tensor in payloads[block].tensors]
         merged = self._tensors_of({each.block for each in plan.merge if each.target == self._worker})
-        compressed, exact = self.split_averaged(averaged)
-        departure = _Departure(
+        return _BlockDeparture(
             plan=plan,
             payloads=payloads,
-            compressed=compressed,
-            exact=exact,
-            stepping=stepping,
-            unit_vectors=self._unit_vectors([*averaged, *merged]),
+            stepping=self._stepping(self._tensors_of(owned)),
+            unit_vectors=self._unit_vectors(merged),
             velocities=self._arriving_velocities(payloads),
         )
-        transit = Transit([*averaged, *leaving, *stepping], self.replicated_tensors(round + 1))
-        # One after the other, so that there are never three copies: an average of copies in one buffer needs no other.
-        self._beside.put_together([transit.of(exact)])
-        transit.keep_own()
-        return transit, departure
 
-    def _send(self, departure: _Departure, transit: Transit) -> None:
-        """Do the whole sync, on copies. In another thread: nothing here looks at the module's values."""
+    def _send_shared(self, departure: _SharedDeparture, transit: Transit) -> None:
+        """Average copies. In another thread, as the next one: neither looks at the module's values."""
+        left_out, compressed = departure.plan.left_out, departure.compressed
+        if self._compressed_mean is not None:
+            self._compressed_mean.average(compressed, "shared", left_out, transit.of(compressed))
+        self._beside.average(transit.of(departure.exact), "shared", left_out)
+        normalise(transit.of(departure.unit_vectors))
+        if self._outer is not None:
+            self._outer.step(departure.stepping, transit.of(departure.stepping))
+
+    def _send_blocks(self, departure: _BlockDeparture, transit: Transit, earlier: Background | None) -> None:
+        """Merge and hand over copies, behind the average."""
+        if earlier is not None:  # else it had ended before a checkpoint
+            earlier.wait()
         plan, payloads = departure.plan, departure.payloads
 
         def payload(block: int) -> Payload:
@@ -136,10 +185,6 @@ class OverlappedSync(BlockSync):
             for each in payloads.values():
                 transit.make_room(each.tensors, self._device)
 
-        if self._compressed_mean is not None:
-            compressed = departure.compressed
-            self._compressed_mean.average(compressed, "shared", plan.left_out, transit.of(compressed))
-        self._beside.average(transit.of(departure.exact), "shared", plan.left_out)
         self._beside.merge(plan, payload, Kinds())
         normalise(transit.of(departure.unit_vectors))
         if self._outer is not None:
@@ -203,6 +248,10 @@ class OverlappedSync(BlockSync):
         if "transit" in own:
             self._transit = Transit.load(own["transit"], named_tensors(self._layout.module), self._device)
             self._changing_at_border = set(own["changing_at_border"])
+
+    def _stepping(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some tensors that take steps of the outer optimizer."""
+        return list(filter(has_outer_step, tensors)) if self._outer is not None else []
 
     def _tensors_of(self, blocks: Iterable[int]) -> list[Tensor]:
         return [tensor for block in blocks for tensor in self._layout.blocks[block].tensors().values()]

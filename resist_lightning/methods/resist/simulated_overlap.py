@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.transfers import SyncPlan
 
 
-@dataclass(frozen=True)
+@dataclass
 class SimulatedTransit:
     """A sync between its border and the end of its round.
 
@@ -22,19 +22,29 @@ class SimulatedTransit:
         before: the partition of the round that ends.
         after: the partition of the next one.
         plan: from the one to the other.
-        values: what the sync gives, by name, of all that it covers.
-        momenta: optimizer state of the blocks at the border.
-        own: for each worker, what it had at the border, by name; None if the training waited for the sync.
         block_of: the block of each tensor that is not shared, by name.
+        waits: whether the training waits for the sync.
+
+    Attributes:
+        values: what the sync gives, by name, of all that has left so far.
+        own: for each worker, what it had of it when it left.
+        momenta: optimizer state of the blocks when they left, if that travels.
+        blocks_left: whether blocks have left.
     """
 
     before: Partition
     after: Partition
     plan: SyncPlan
-    values: Mapping[str, Tensor]
-    momenta: dict[tuple[int, str, str], Any]
-    own: list[dict[str, Tensor]] | None
     block_of: Mapping[str, int]
+    waits: bool
+    values: dict[str, Tensor] = field(default_factory=dict, init=False)
+    own: list[dict[str, Tensor]] = field(default_factory=list, init=False)
+    momenta: dict[tuple[int, str, str], Any] = field(default_factory=dict, init=False)
+    blocks_left: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Make room for what each worker had."""
+        self.own = [{} for _ in self.before.held]
 
     def apply(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
         """Give a worker what the sync has brought; what it has learned since the border stays, where it stays."""
@@ -46,7 +56,7 @@ class SimulatedTransit:
                 block = self.block_of.get(name)
                 # Absent blocks too, which costs nothing here: only held ones are trained.
                 arrives = block is not None and block not in self._stays(worker)
-                if self.own is None or arrives:
+                if self.waits or arrives:
                     tensor.copy_(self.values[name])
                 elif isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype):
                     wide = torch.promote_types(tensor.dtype, torch.float32)

@@ -8,7 +8,7 @@ encoding and the owners of blocks; the rest of the engine is tested against it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class Simulator:
         for number, block in enumerate(layout.blocks):
             self._block_of.update(dict.fromkeys(block.tensors(), number))
         self._fragments = layout.fragments
+        self._overlap_of_blocks = layout.overlap_of_blocks
         self._partial = layout.partial
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
@@ -107,7 +108,11 @@ class Simulator:
         self.clock.tick()
         if self.clock.at_border and self._transit is None:
             self._transit = self._begin_sync()
-        if self.clock.due and self._transit is not None:
+        if self._transit is None:
+            return
+        if not self._transit.blocks_left and self.clock.steps_left <= self._overlap_of_blocks(self.clock.overlap):
+            self._send_blocks(self._transit)
+        if self.clock.due:
             self._end_sync(self._transit)
 
     def full_model(self, batch_norm: NormPolicy | None = None, scale: float | None = None) -> nn.Module:
@@ -151,23 +156,40 @@ class Simulator:
         return self.schedule.overlaps.of_round(round)
 
     def _begin_sync(self) -> SimulatedTransit:
+        """Average what all workers hold."""
         round = self.clock.round
         before, after = self.schedule.partition(round), self.schedule.partition(round + 1)
         plan = self.schedule.plan(round)
-        sent = self._means_over(self._wire, plan) if self._wire is not None else {}
-        means = self._means().items()
-        exact = {name: mean for name, mean in means if name not in sent and self._fragments.covers(plan.fragment, name)}
-        state = {**sent, **self._outer.step(exact)}
-        if self._wire is not None:
-            following = self.schedule.coming_plan(plan.fragment, round + 1)
-            moved = plan_outer(plan, following, len(self.workers))
-            self._outer.send(self._wire, round, self.workers[0].blocks, moved)
-        travels = self.config.momentum == "travel"
-        momenta = block_momenta(self.workers, before.held, self._block_of) if travels else {}
+        transit = SimulatedTransit(before, after, plan, self._block_of, waits=not self.clock.overlap)
+        covered = self._fragments.within(plan.fragment, self.workers[0].tensors())
+        names = {name for name in covered if self._block_of.get(name) not in plan.owner}
+        sent = self._joint_means(plan, names) if self._wire is not None else {}
+        self._send(transit, names, sent)
         if any(self.schedule.training_scale(round + ahead, self.scale) != 1 for ahead in (0, 1)):
             self._agree()
-        own = [worker.copies() for worker in self.workers] if self.clock.overlap else None
-        return SimulatedTransit(before, after, plan, state, momenta, own, self._block_of)
+        return transit
+
+    def _send_blocks(self, transit: SimulatedTransit) -> None:
+        """Merge and hand over what not all workers hold."""
+        round, plan, blocks = self.clock.round, transit.plan, self.workers[0].blocks
+        transit.blocks_left = True
+        names = {name for name, block in self._block_of.items() if block in plan.owner}
+        sent = self._block_means(self._wire, plan) if self._wire is not None else {}
+        self._send(transit, names, sent)
+        if self._wire is not None:
+            following = self.schedule.coming_plan(plan.fragment, round + 1)
+            self._outer.send(self._wire, round, blocks, plan_outer(plan, following, len(self.workers)))
+        if self.config.momentum == "travel":
+            transit.momenta = block_momenta(self.workers, transit.before.held, self._block_of)
+
+    def _send(self, transit: SimulatedTransit, names: Collection[str], sent: Mapping[str, Tensor]) -> None:
+        """Put what a sync makes of some tensors into a transit; what is sent compressed is known already."""
+        exact = {name: mean for name, mean in self._means().items() if name in names and name not in sent}
+        transit.values.update(sent)
+        transit.values.update(self._outer.step(exact))
+        if not transit.waits:
+            for own, worker in zip(transit.own, self.workers, strict=True):
+                own.update({name: tensor for name, tensor in worker.copies().items() if name in names})
 
     def _end_sync(self, transit: SimulatedTransit) -> None:
         before, after, self._transit = transit.before, transit.after, None
@@ -213,21 +235,24 @@ class Simulator:
             means[name] = mean
         return means
 
-    def _means_over(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
-        """The means of trainable parameters that are sent compressed, by name."""
-        copies = [worker.tensors() for worker in self.workers]
-        blocks: list[list[str]] = []
-        for each in self.workers[0].blocks:
-            blocks.append([name for name, tensor in each.tensors().items() if compressible(tensor)])
-        joint = [name for name, t in copies[0].items() if compressible(t) and name not in self._block_of]
-        joint = [name for name in joint if self._fragments.covers(plan.fragment, name)]
-        for averaged in plan.averaged:
-            joint += blocks[averaged]
+    def _joint_means(self, plan: SyncPlan, names: Collection[str]) -> dict[str, Tensor]:
+        """Of what all workers average, the means of trainable parameters, which are sent compressed."""
         assert self._joint is not None
-        means = self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies))
+        copies = [worker.tensors() for worker in self.workers]
+        # In the order of the message: shared tensors, then the blocks that all hold.
+        blocks = [name for block in plan.averaged for name in self.workers[0].blocks[block].tensors()]
+        order = [*(name for name in copies[0] if name not in self._block_of), *blocks]
+        joint = [name for name in order if name in names and compressible(copies[0][name])]
+        return self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies))
+
+    def _block_means(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
+        """Of the blocks that have an owner, what it makes of trainable parameters, which are sent compressed."""
+        copies, means = [worker.tensors() for worker in self.workers], {}
         for block, root in plan.owner.items():
-            if blocks[block]:
-                means.update(self._block_over(wire, plan, block, root, blocks[block], copies))
+            tensors = self.workers[0].blocks[block].tensors()
+            names = [name for name, tensor in tensors.items() if compressible(tensor)]
+            if names:
+                means.update(self._block_over(wire, plan, block, root, names, copies))
         return means
 
     def _block_over(

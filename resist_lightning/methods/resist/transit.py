@@ -18,28 +18,39 @@ class TransitState(TypedDict):
     values: dict[str, Tensor]
     own: dict[str, Tensor]
     agreed: list[str]
+    blocks_left: bool
 
 
 class Transit:
     """Copies of the module's tensors that a sync changes beside the training, until they are put into the module.
 
     Args:
-        tensors: what this worker has now of what is averaged, merged and sent.
         agreed: by name, the tensors whose copies will be equal on all workers.
+
+    Attributes:
+        blocks_left: whether the copies of what is merged and handed over are there, and on their way.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], agreed: Mapping[str, Tensor]) -> None:
+    def __init__(self, agreed: Mapping[str, Tensor]) -> None:
         self._agreed = dict(agreed)
+        self.blocks_left = False
         # By identity of the module's tensor, which is the same object in all rounds, present or absent.
-        self._tensors = {id(tensor): tensor for tensor in tensors}
-        self._values = {key: tensor.detach().clone() for key, tensor in self._tensors.items()}
+        self._tensors: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
         self._own: dict[int, Tensor] = {}
 
-    def keep_own(self) -> None:
-        """Copy once more the weights, as they are now: what they change from here on is the difference to these."""
-        for key, tensor in self._tensors.items():
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Copy what this worker has now of what is averaged, merged or sent."""
+        for tensor in tensors:
+            if id(tensor) not in self._values:
+                self._tensors[id(tensor)] = tensor
+                self._values[id(tensor)] = tensor.detach().clone()
+
+    def keep_own(self, tensors: Iterable[Tensor]) -> None:
+        """Copy weights once more, as they are now: what they change from here on is the difference to these."""
+        for tensor in tensors:
             if isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype):
-                self._own[key] = tensor.detach().clone()
+                self._own[id(tensor)] = tensor.detach().clone()
 
     def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The copies of some of the module's tensors; those that have none, as they are absent, themselves."""
@@ -91,7 +102,7 @@ class Transit:
         """
         values = {names[key]: value.cpu() for key, value in self._values.items()}
         own = {names[key]: value.cpu() for key, value in self._own.items()}
-        return {"values": values, "own": own, "agreed": sorted(self._agreed)}
+        return {"values": values, "own": own, "agreed": sorted(self._agreed), "blocks_left": self.blocks_left}
 
     @classmethod
     def load(cls, state: TransitState, tensors: Mapping[str, Tensor], device: torch.device) -> Transit:
@@ -102,7 +113,8 @@ class Transit:
             tensors: of the module, by name.
             device: of the copies.
         """
-        transit = cls([], {name: tensors[name] for name in state["agreed"]})
+        transit = cls({name: tensors[name] for name in state["agreed"]})
+        transit.blocks_left = state.get("blocks_left", True)  # in earlier versions everything left at once
         transit._tensors = {id(tensors[name]): tensors[name] for name in state["values"]}
         transit._values = {id(tensors[name]): value.to(device, copy=True) for name, value in state["values"].items()}
         transit._own = {id(tensors[name]): value.to(device, copy=True) for name, value in state["own"].items()}

@@ -8,7 +8,7 @@ from functools import reduce
 
 import pytest
 
-from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps, choose_overlap
+from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps, choose_overlap, overlap_of_blocks
 
 AUTO = Overlaps(0, round_steps=50, workers=2)
 ROWS = {
@@ -58,6 +58,14 @@ def test_three_rounds_wait_and_of_two_measurements_the_shorter_one_counts():
     assert chosen.in_words() == (
         "overlap=18 is chosen, from round 3 on: a sync takes 3 s, and a local step of the fastest worker 0.2 s."
     )
+
+
+@pytest.mark.parametrize(
+    ("overlap", "shared", "blocks", "late"),
+    [(10, 60, 40, 3), (10, 0, 40, 10), (10, 60, 0, 0), (1, 60, 40, 1), (0, 60, 40, 0), (7, 0, 0, 0)],
+)
+def test_blocks_are_under_way_for_their_share_of_the_bytes(overlap, shared, blocks, late):
+    assert overlap_of_blocks(overlap, shared, blocks) == late
 
 
 def test_two_syncs_of_each_fragment_are_measured_and_the_longest_fragment_counts():

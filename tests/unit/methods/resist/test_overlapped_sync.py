@@ -67,7 +67,9 @@ def run_in_transit() -> Run:
 
 
 def test_a_run_that_resumes_while_a_sync_is_under_way_is_the_run_that_was_not_stopped() -> None:
-    stops = (ROUND + 2, 2 * ROUND)  # in transit, and between two rounds
+    stops = (ROUND + 1, ROUND + 3, 2 * ROUND)  # behind the border, when blocks have left too, and between two rounds
+    late = BlockLayout(make_model(run_in_transit()), run_in_transit().config, 3).overlap_of_blocks(3)
+    assert ROUND - 3 <= 1 < ROUND - late <= 3
     initial = clone_state(make_model(run_in_transit()))
     for states in run_threads(ends_of_resumed, 3, run_in_transit(), stops, initial)[0]:
         for stop in stops:

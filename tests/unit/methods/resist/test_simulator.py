@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -88,12 +89,15 @@ def test_an_overlapped_sync_brings_what_was_sent_at_its_border_and_keeps_what_wa
     config = Config(local_steps=4, overlap=overlap, min_blocks=least, blocks="body.*", momentum="keep", **settings)
     rounds = [draw_partition(5, workers, least, 0, round).held for round in range(5)]
     simulator = simulate(config, workers, len(rounds), beta=0.7)
+    blocks = sum(map(len, rounds[0])) / workers  # each as large as the stem, which is sent twice
+    later = math.ceil(overlap * blocks / (blocks + 2))
     trained = {}
-    for ahead in (overlap, 0):
+    for ahead, of_blocks in ((overlap, later), (0, 0)):
         again = None if outer is None else by_hand.Outer(outer.rate, outer.momentum)
         trained[ahead] = by_hand.train(
-            0.8, LINKS, rounds, 4, lr=RATE, beta=0.7, momentum="keep", outer=again, overlap=ahead
-        )
+            0.8, LINKS, rounds, 4, lr=RATE, beta=0.7, momentum="keep", outer=again, overlap=ahead,
+            overlap_of_blocks=of_blocks,
+        )  # fmt: skip
 
     full = simulator.full_model(scale=1.0)
     stem, links = trained[overlap]
