@@ -512,6 +512,20 @@ MUTANTS = (
         ("tests/unit/methods/resist/test_fragments.py",),
     ),
     Mutant(
+        "what rounding took from other fragments is forgotten",
+        "comm/feedback.py",
+        "self._pieces = {key: piece for key, piece in known.items() if key in kept}",
+        "self._pieces = {}",
+        ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
+        "what is frozen between two syncs of its fragment is not averaged",
+        "methods/resist/sync.py",
+        "self._changing |= {name for name in earlier & tensors.keys() if id(tensors[name]) in others}",
+        "pass",
+        ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
         "blocks leave with the shared layers",
         "methods/resist/overlapped_sync.py",
         "return steps_left <= self._layout.overlap_of_blocks(self._layout.overlapped_steps(round))",

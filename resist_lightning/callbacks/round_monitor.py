@@ -42,7 +42,8 @@ class RoundMonitor(Callback):
       the last round against that of all workers (1: all are equally fast);
     - ``sync/alignment`` (cosine between worker 0's change of the shared parameters and the mean change of all workers:
       1 where they went the same way, about 1 / sqrt(workers) where they had nothing in common) and ``sync/change`` (the
-      length of the mean change, as a share of the parameters' length); not with an outer optimizer or ``overlap``;
+      length of the mean change, as a share of the parameters' length); not with an outer optimizer, ``overlap`` or
+      ``fragments``;
     - with ``overlap``, ``sync/overlap``: the local steps beside which the sync of this round runs;
     - to TensorBoard, once in ``picture_every_n_rounds``, ``sync/partition``: who holds which block;
     - of stages ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k), ``auxnet/speedup_predicted`` and
@@ -195,12 +196,13 @@ class RoundMonitor(Callback):
             "sent_bytes": engine.sent_bytes_by_worker,
             "inside_bytes": dict(engine.collective.inside_bytes),  # of worker 0's first process
             "ddp_bytes": ddp_bytes(gradients, workers, clock.total_steps - first.total_steps),
-            "local_sgd_bytes": local_sgd_bytes(averaged, workers, clock.round - first.round),
+            "local_sgd_bytes": local_sgd_bytes(averaged, workers, clock.round - first.round) // layout.fragment_count,
             "partitions": partitions,
             "neurons": layout.holders_for_summary(rounds),
             "sent_by_round": self._sent_by_round,
             "method": engine.summary,
             "overlap": layout.overlaps.summary(),
+            "fragments": layout.fragment_count,
         }
 
     def _note_partition(self, engine: Engine) -> None:

@@ -7,8 +7,8 @@
                           worker-2-of-3.11e0c2ff.pt
            agents.json                                   whose workers may resume from here on their own
 
-At a border nothing is averaged any more and every block is whole in the file of some worker, so all files of a round
-together are the full model, for any number of workers.
+At a border every block is whole in the file of some worker, so all files of a round together are the full model, for
+any number of workers: where workers do not have a tensor alike (overlap, fragments), its mean.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,11 +29,15 @@ class FrozenTensors:
         self._sampled, self._whole = Hasher(SAMPLED_SHARE), Hasher(1)
         self._marks: dict[str, _Mark] = {}
 
-    def note(self) -> None:
-        """Remember the values of those that have become frozen. Call it where all workers have equal ones."""
+    def note(self, unsettled: Collection[str] = ()) -> None:
+        """Remember the values of those that have become frozen, and that all workers have alike.
+
+        Args:
+            unsettled: names of those that workers do not have alike yet.
+        """
         if self._layout.workers == 1:
             return
-        frozen = self._frozen()
+        frozen = {name: tensor for name, tensor in self._frozen().items() if name not in unsettled}
         # One that trains for a while, or is averaged since it was written, has other values afterwards.
         self._marks = {name: mark for name, mark in self._marks.items() if name in frozen}
         new = {name: tensor for name, tensor in frozen.items() if name not in self._marks}

@@ -84,6 +84,7 @@ class CompressedMean:
         kind: str,
         left_out: Sequence[int] = (),
         copies: Sequence[Tensor] | None = None,
+        kept: Collection[int] = (),
     ) -> None:
         """Replace tensors that :meth:`begin` was given by what they were plus the mean change.
 
@@ -94,6 +95,7 @@ class CompressedMean:
             kind: how the bytes are counted.
             left_out: workers that take part, but whose changes do not count.
             copies: of the tensors, which are averaged in their place.
+            kept: by identity, tensors of other messages: what rounding has taken from these stays.
         """
         tensors = arrange(tensors)
         if not tensors or self._collective.workers == 1:
@@ -102,9 +104,9 @@ class CompressedMean:
         # Matrices come first.
         apart = sum(map(is_vector, tensors)) if self._vectors is not None else 0
         border = len(tensors) - apart
-        self._average(self._matrices, tensors[:border], values[:border], kind, left_out)
+        self._average(self._matrices, tensors[:border], values[:border], kind, left_out, kept)
         if self._vectors is not None:
-            self._average(self._vectors, tensors[border:], values[border:], kind, left_out)
+            self._average(self._vectors, tensors[border:], values[border:], kind, left_out, kept)
 
     def _average(
         self,
@@ -113,6 +115,7 @@ class CompressedMean:
         values: Sequence[Tensor],
         kind: str,
         left_out: Sequence[int],
+        kept: Collection[int],
     ) -> None:
         """Average what travels in one message."""
         if not tensors:
@@ -121,7 +124,7 @@ class CompressedMean:
         before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]
         # Views, but for the few tensors whose entries do not lie in their order in memory.
         flats = [value.reshape(-1) for value in values]
-        taken = self._feedback.flat(tensors) if self._feedback is not None and mean.feedback else None
+        taken = self._feedback.flat(tensors, kept) if self._feedback is not None and mean.feedback else None
         mean.apply(flats, before, kind, left_out, taken)
         for value, flat in zip(values, flats, strict=True):
             if value.data_ptr() != flat.data_ptr():

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Feedback:
-    """A worker's remainders: a number for each entry that is averaged, in one buffer in the order of the message."""
+    """A worker's remainders: a number for each entry that is averaged, in a buffer for each message, in its order."""
 
     def __init__(self) -> None:
-        # By identity of the tensor, its piece of the buffer.
+        # By identity of the tensor, its piece of a buffer; and the buffer of some tensors, in their order.
         self._pieces: dict[int, Tensor] = {}
-        self._flat: Tensor | None = None
+        self._flats: dict[tuple[int, ...], Tensor] = {}
 
-    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The buffer of some tensors, in their order; zeros where nothing was taken yet. Others are forgotten."""
-        if self._flat is None or list(self._pieces) != [id(tensor) for tensor in tensors]:
-            known, entries = self._pieces, sum(tensor.numel() for tensor in tensors)
-            self._flat = torch.zeros(entries, device=tensors[0].device)
-            self._pieces = {}
-            for tensor, piece in zip(tensors, self._flat.split([t.numel() for t in tensors]), strict=True):
-                self._pieces[id(tensor)] = piece
-                if id(tensor) in known:
-                    piece.copy_(known[id(tensor)])
-        return self._flat
+    def flat(self, tensors: Sequence[Tensor], kept: Collection[int] = ()) -> Tensor:
+        """The buffer of some tensors, in their order; zeros where nothing was taken yet.
+
+        Args:
+            tensors: of one message.
+            kept: by identity, tensors of other messages; what was taken from all others is forgotten.
+        """
+        keys, known = tuple(map(id, tensors)), self._pieces
+        self._pieces = {key: piece for key, piece in known.items() if key in kept}
+        flat = self._flats.get(keys)
+        if flat is None:
+            sizes = [tensor.numel() for tensor in tensors]
+            flat = torch.zeros(sum(sizes), device=tensors[0].device)
+            pieces = dict(zip(keys, flat.split(sizes), strict=True))
+            for key in pieces.keys() & known.keys():
+                pieces[key].copy_(known[key])
+        else:
+            pieces = {key: known[key] for key in keys}
+        self._pieces |= pieces
+        self._flats = {each: buffer for each, buffer in self._flats.items() if kept and set(each) <= set(kept)}
+        self._flats[keys] = flat
+        return flat
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """What was taken from a tensor, flat."""
@@ -34,5 +45,5 @@ class Feedback:
 
     def load(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Resume with what :meth:`of` has told of some tensors."""
-        self._flat = None
+        self._flats = {}
         self._pieces = {id(tensor): piece for tensor, piece in pieces}

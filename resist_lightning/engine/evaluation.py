@@ -76,9 +76,9 @@ class Observation:
         self._recorder = None
 
     def begin_round(self) -> None:
-        """Note that all replicas are equal now."""
+        """Note what the round begins with."""
         self._writes_at_start = self._writes()
-        self._handshake.divergence.frozen.note()
+        self._handshake.divergence.frozen.note(self._sync.unsettled)
 
     def state_dict(self) -> dict[str, Any]:
         """This worker's tensors as in training, and what an evaluation needs of it."""
@@ -129,7 +129,7 @@ class Observation:
         Args:
             purpose: what for.
             clock: where this worker is.
-            sync_plan: plans the sync that would come next; called after the handshake, which may leave workers out.
+            sync_plan: plans a sync of the whole network; called after the handshake, which may leave workers out.
             kind: how the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """

@@ -57,7 +57,7 @@ class Resumption:
             "identity": self._layout.identity(),
             "members": self._members,
             "held": self._layout.held(self._clock.round),
-            "held_next": self._layout.held(self._clock.round + 1),
+            "held_next": self._held_next(),
             "table": self._layout.state_dict(),
             "round": self._clock.round,
             "step": self._clock.step,
@@ -100,8 +100,7 @@ class Resumption:
         self.changed_settings = _differences(theirs, ours)
         same_layout = same_members and theirs == ours
         self._layout.plan_end(self._clock, self._total_steps)
-        held, held_next = (self._layout.held(self._clock.round + ahead) for ahead in (0, 1))
-        # The next round too, by which it is decided who merges a block, and keeps what the outer optimizer has of it.
+        held, held_next = self._layout.held(self._clock.round), self._held_next()
         same = same_layout and state.get("held") == held and state.get("held_next", held_next) == held_next
         self._own = own if same else None
         # Another partition cannot begin in mid-round; the full model is what a sync would have made.
@@ -109,6 +108,11 @@ class Resumption:
             self._clock.next_round()
             self._knows_length = False
         return same
+
+    def _held_next(self) -> Any:
+        """Who holds what later, by which it is decided who merges a block, and keeps its outer optimizer's state."""
+        ahead = [self._layout.held(self._clock.round + 1 + more) for more in range(self._layout.fragment_count)]
+        return ahead[0] if len(ahead) == 1 else ahead
 
     def _restore_clock(self, state: Mapping[str, Any]) -> None:
         rule, clock = self._layout.config.local_steps, self._clock

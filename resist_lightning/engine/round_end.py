@@ -75,7 +75,7 @@ class RoundEnd:
             # Blocks are packed and sent while the average of the shared tensors is under way.
             self._sync.hand_over(plan, ended)
             finish_average()
-        # From here on replicas are equal, which the next handshake verifies by these hashes.
+        # What the sync covers is equal now, which the next handshake verifies by these hashes.
         self._handshake.divergence.note(self._sync.replicated_tensors(self._clock.round), self._clock.round)
         self.begin_round()
         self._activity.begin("local steps")

@@ -86,6 +86,13 @@ class LayoutAbilities:
             ValueError: if it is not known and the division depends on it.
         """
 
+    fragment_count = 1
+    """Number of fragments, one of which each sync covers."""
+
+    def unsynced(self, rounds: int) -> str:
+        """A warning of a training of so many rounds in which parts of the network have no sync; empty if all have."""
+        return ""
+
     @property
     def overlaps(self) -> Overlaps:
         """Of each round, the local steps beside which its sync runs."""
@@ -189,7 +196,7 @@ class Layout(LayoutAbilities, ABC):
     def warn_about_settings(self) -> None:
         """Warn about settings without the effect that a user may expect."""
         if self.workers > 1:
-            self._warn_of_batch_statistics()
+            self.warn_of_batch_statistics()
 
     def showing_companion(self) -> AbstractContextManager[None]:
         """Inside, the copy that goes with the module, if there is one, is in its place."""
@@ -231,7 +238,7 @@ class Layout(LayoutAbilities, ABC):
             self._digested = varying, int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
         return self._digested[1]
 
-    def _warn_of_batch_statistics(self) -> None:
+    def warn_of_batch_statistics(self) -> None:
         """A checkpoint, as a plain model, cannot carry that evaluation uses the statistics of each batch."""
         if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
             warnings.warn(

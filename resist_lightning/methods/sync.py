@@ -177,6 +177,11 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self.guard.end(self.incomplete)
         self._as_received = []
 
+    @property
+    def unsettled(self) -> set[str]:
+        """Names of tensors that do not change any more, and that workers do not have alike before their next sync."""
+        return self._changing - self._layout.changing()
+
     def begin_round(self, round: int) -> None:
         """Note what training can change from now on, and copy what leaving a worker out would need."""
         self._changing = self._layout.changing()

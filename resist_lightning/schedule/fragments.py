@@ -110,23 +110,6 @@ def plan_of_fragment(plan: SyncPlan, fragment: int, fragments: int) -> SyncPlan:
     )
 
 
-def too_short(fragments: int, local_steps: int, steps: int) -> str:
-    """A warning of a training that ends before each fragment had its sync; empty if it does not.
-
-    Args:
-        fragments: number of fragments.
-        local_steps: of a round.
-        steps: local steps of the training.
-    """
-    synced = steps // local_steps
-    if fragments == 1 or synced >= fragments:
-        return ""
-    return (
-        f"fragments={fragments}: in a training of {steps} steps, with rounds of {local_steps}, {synced} of them have a "
-        "sync. The others are averaged once, at the end. Choose fewer fragments or shorter rounds, or train longer."
-    )
-
-
 def join(plans: Collection[SyncPlan]) -> SyncPlan:
     """Plans of different fragments in one, for who owns a block at its next sync."""
     owner: dict[int, int] = {}

@@ -72,7 +72,8 @@ class Overlaps:
         if self.round_steps is None or self.chosen is not None or round <= self.measured_from:
             return self
         if min(*step_seconds, *sync_seconds) <= 0:  # a worker resumed in this round
-            return self
+            # With fragments the order of measurements tells which one was synced.
+            return self if self.fragments == 1 else replace(self, seconds=(), measured_from=round)
         known = replace(self, seconds=(*self.seconds, (tuple(step_seconds), tuple(sync_seconds))))
         if len(known.seconds) < MEASURED_SYNCS * self.fragments:
             return known
@@ -81,6 +82,7 @@ class Overlaps:
     def shortest_seconds(self) -> tuple[list[float], list[float]]:
         """Of each worker, the shortest measured time of a local step, and of a sync; of the longest fragment."""
         steps, syncs = zip(*self.seconds, strict=True)
+        # A fragment is synced every `fragments` rounds.
         of_fragments = [_shortest(syncs[fragment :: self.fragments]) for fragment in range(self.fragments)]
         return _shortest(steps), [max(times) for times in zip(*of_fragments, strict=True)]
 

@@ -112,6 +112,21 @@ class OptimizerStates:
                     f"{name} is a copy of the weights; use momentum={instead}."
                 )
 
+    def check_reset_by_parameter(self) -> None:
+        """Check that the state of some parameters can restart without that of the others.
+
+        Raises:
+            ValueError: for an optimizer that keeps numbers for all of them.
+        """
+        for tracked in self._tracked:
+            numbers = [*tracked.findings.group, *tracked.findings.attributes]
+            if numbers:
+                raise ValueError(
+                    f"momentum='reset' with fragments restarts the state of one fragment at a time, and "
+                    f"{type(tracked.optimizer).__name__} keeps {', '.join(numbers)} for all parameters; use "
+                    "momentum='keep', or fragments=1."
+                )
+
     def reset(self) -> None:
         """Forget all state: every optimizer restarts as if it were new, but for its schedule."""
         for tracked in self._tracked:

@@ -120,7 +120,7 @@ class FitSession:
         check_memory(engine, trainer)
         self._averages.begin()
         if self._config.trains_alone and engine.collective.workers > 1:
-            warn_of_rounds(trainer, engine.clock, engine.layout.overlaps, getattr(engine.config, "fragments", 1))
+            warn_of_rounds(trainer, engine.clock, engine.layout.overlaps, engine.layout.unsynced)
         engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:

@@ -28,6 +28,7 @@ from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, 
 from tests.integration.test_snapshots import Stops
 
 TWO = {"devices_per_worker": 2}
+SEED = 3  # with that of the other tests an activation lies on ReLU's kink, and a processor's last bit decides
 FIND = {"find_unused_parameters": True}
 
 RESUMED = {
@@ -80,7 +81,7 @@ def shard_by_shard(module: Classifier, members: int, worker: int, step: int, ima
 
 
 def trained(rank: int, manual: bool, options: dict[str, Any]) -> dict[str, Tensor]:
-    module: Any = ByHand() if manual else Classifier()
+    module: Any = ByHand(seed=SEED) if manual else Classifier(seed=SEED)
     strategy = make_strategy("local_sgd", **options)
     accumulate = 1 if manual else 2
     trainer = make_trainer(strategy, max_epochs=1, accumulate_grad_batches=accumulate)
@@ -92,7 +93,7 @@ def trained(rank: int, manual: bool, options: dict[str, Any]) -> dict[str, Tenso
 def test_gradients_are_averaged_in_a_worker_and_weights_between_workers(manual: bool) -> None:
     results = run_trainers(trained, 4, manual, TWO)
 
-    modules = [Classifier(), Classifier()]
+    modules = [Classifier(seed=SEED), Classifier(seed=SEED)]
     optimizers = [module.configure_optimizers() for module in modules]
     for step in range(6):
         for worker, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):

@@ -102,7 +102,7 @@ def observation_bytes(plan: SyncPlan, sizes: Observed, workers: int, *, unequal:
     """Bytes that each worker sends to assemble the full model, exactly.
 
     Args:
-        plan: the plan of the sync that would come next.
+        plan: the plan of a sync of the whole network, as if the round ended here.
         sizes: bytes of the model's parts.
         workers: number of workers.
         unequal: whether somebody has stepped since the last sync.

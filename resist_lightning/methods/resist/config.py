@@ -67,12 +67,12 @@ class Config(GrowingConfig):
         overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
             and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync;
-            ``auto``: it waits in three rounds (two and one for each further fragment), and then as many as a sync was
-            measured to take.
-        fragments: in how many fragments the network is synced: each sync covers one of them, in turn, so each is
-            averaged and drawn again every ``fragments * local_steps`` local steps. For short rounds, with as many
-            bytes per local step as long ones: a sync is short, and so is an overlap with it. At most the blocks that a
-            worker holds; 1: each sync covers the whole network.
+            ``auto``: it waits in the first three rounds (two more for each further fragment), and then takes as many as
+            a sync was measured to need.
+        fragments: number of fragments of the network; each sync covers one of them, in turn, so each is averaged and
+            drawn again every ``fragments * local_steps`` local steps. Sends as many bytes per local step as rounds that
+            are ``fragments`` times as long, in syncs so short that a short ``overlap`` hides them. At most the number
+            of blocks that a worker holds; 1: each sync covers the whole network.
 
     The others are those of :class:`GrowingConfig`.
 
@@ -233,8 +233,9 @@ def make_schedule(config: Config, blocks: int, workers: int) -> Schedule:
     fewest = min(map(len, schedule.partition(config.warmup_rounds).held))  # raises where min_blocks is impossible
     if blocks and config.fragments > max(fewest, 1):
         raise ValueError(
-            f"fragments={config.fragments}: a worker holds {fewest} of the {blocks} partitionable blocks, and of each "
-            "fragment at least one. Choose as many fragments or fewer, or raise min_blocks."
+            f"fragments={config.fragments}: a worker holds {fewest} of the {blocks} partitionable blocks, and needs at "
+            f"least one of each fragment. Choose fragments={max(fewest, 1)} or fewer, or let each worker hold more "
+            "(min_blocks, blocks_per_worker, the first share of growth)."
         )
     if listed is not None:
         return schedule

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from resist_lightning.comm.mean import mean_into
+from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.residual import Block
 from resist_lightning.schedule.fragments import fragment_of_block, spread
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 class Fragments:
@@ -24,16 +29,20 @@ class Fragments:
 
     def __init__(self, shared: Mapping[str, Tensor], blocks: Sequence[Block], count: int) -> None:
         self._of = spread({name: tensor.nbytes for name, tensor in shared.items()}, count)
+        names = {id(tensor): name for name, tensor in shared.items()}
         for number, block in enumerate(blocks):
             self._of.update(dict.fromkeys(block.tensors(), fragment_of_block(number, count)))
+            names.update({id(tensor): name for name, tensor in block.tensors().items()})
+        # Of tensors by identity: one may get another name, and a module new ones, which no sync averages.
+        self._of_tensors = {key: self._of[name] for key, name in names.items()}
         self._count = count
         used = len(set(self._of.values()))
         if used < count:
             raise ValueError(f"fragments={count}: this network has tensors for {used}. Choose as many or fewer.")
 
     def covers(self, fragment: int | None, name: str) -> bool:
-        """Whether a tensor is in a fragment; None: the whole network."""
-        return fragment is None or self._of[name] == fragment
+        """Whether a tensor is in a fragment, by the name that it had at first; None: the whole network."""
+        return fragment is None or self._of.get(name) == fragment
 
     def within(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of some tensors, by name, that are in a fragment."""
@@ -43,6 +52,32 @@ class Fragments:
         """Some tensors, by name, of each fragment."""
         return [self.within(fragment, tensors) for fragment in range(self._count)]
 
-    def outside(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> set[int]:
-        """By identity, those of some tensors, by name, that are in other fragments."""
-        return {id(tensor) for name, tensor in tensors.items() if not self.covers(fragment, name)}
+    def inside(self, fragment: int, tensors: Iterable[AnyTensor]) -> list[AnyTensor]:
+        """Those of some tensors of the module that are in a fragment."""
+        return [tensor for tensor in tensors if self._of_tensors.get(id(tensor)) == fragment]
+
+    def outside(self, fragment: int | None) -> set[int]:
+        """By identity, the tensors that are in other fragments."""
+        if fragment is None:
+            return set()
+        return {key for key, own in self._of_tensors.items() if own != fragment}
+
+
+def mean_of_holders(module: nn.Module, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The full model, from what workers had between two rounds, where holders of a tensor do not have it alike.
+
+    Args:
+        module: of this model.
+        parts: the tensors of each worker, by name.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            found.setdefault(name, []).append(tensor)
+    means: dict[str, Tensor] = {}
+    for name, (first, *others) in found.items():
+        means[name] = first.clone()
+        if others:
+            mean_into(means[name], others)
+    normalise([means[name] for name in unit_vectors(module) if name in means and len(found[name]) > 1])
+    return means

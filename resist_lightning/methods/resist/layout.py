@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,13 +18,14 @@ from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.comm.tensors import averaged_bytes_by_type, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
-from resist_lightning.methods.residual import BranchEnd, untrained
+from resist_lightning.methods.residual import BranchEnd
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
 from resist_lightning.methods.resist.folding import foldable
-from resist_lightning.methods.resist.fragments import Fragments
-from resist_lightning.methods.resist.network import left_out, select_blocks
+from resist_lightning.methods.resist.fragments import Fragments, mean_of_holders
+from resist_lightning.methods.resist.layout_warnings import warn_about_settings
+from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
@@ -100,7 +101,7 @@ class BlockLayout(Layout):
     @property
     @override
     def partial(self) -> bool:
-        held = self._usual_partition().held
+        held = self.usual_partition().held
         return any(len(blocks) < len(self.blocks) for blocks in held)
 
     @override
@@ -119,6 +120,21 @@ class BlockLayout(Layout):
         if self.config.outer != "none":  # left out otherwise, as earlier checkpoints do not have it
             kept["outer"] = True
         return {**drawn, "blocks": [block.name for block in self.blocks], **kept}
+
+    @property
+    @override
+    def fragment_count(self) -> int:  # type: ignore[override]
+        return self.config.fragments
+
+    @override
+    def unsynced(self, rounds: int) -> str:
+        return self.schedule.unsynced(rounds)
+
+    @override
+    def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+        if self.config.equal_after_sync:
+            return super().full_tensors(states)
+        return mean_of_holders(self.module, [state["own"]["tensors"] for state in states])
 
     @override
     def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> None:
@@ -225,7 +241,7 @@ class BlockLayout(Layout):
         if not self.blocks:
             sentence = f"All parameters are shared by {workers} worker(s); rounds of {self.config.rounds_in_words}."
             return sentence if workers == 1 else f"{sentence}\n{brief_of_shared(costs(self))}"
-        counts = map(len, self._usual_partition().held)
+        counts = map(len, self.usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         sentence = (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
@@ -244,44 +260,13 @@ class BlockLayout(Layout):
                 where = repr(outer) if outer else f"the module ({type(self.module).__name__})"
                 raise compiled_as_a_whole(f"block {block.name!r}", where)
 
-    def _usual_partition(self) -> Partition:
+    def usual_partition(self) -> Partition:
         """That of the first round after the warm-up, in a run that does not end there."""
         return replace(self.schedule, finish_from=None, stages=()).partition(self.config.warmup_rounds)
 
     @override
     def warn_about_settings(self) -> None:
-        unused = left_out(self.module, self.config.blocks, self.trained)
-        if unused:
-            warnings.warn(
-                f"{summary(unused)} match `blocks` but stay shared: they seem to change the shape of their input, are "
-                "single layers or chains of layers, or are of a network that does not train.",
-                stacklevel=3,
-            )
-        still = untrained(self.module, self.blocks, self.trained)
-        if still:
-            warnings.warn(
-                f"nothing trains now in the network of {summary([block.name for block in still])}, and `blocks` deals "
-                "them out all the same: what it computes depends on the worker. If it is a teacher or a moving "
-                "average, leave it out of `blocks`; if it is trained later, all is well.",
-                stacklevel=3,
-            )
-        if not self.blocks or self.workers == 1:
-            return
-        self._warn_of_batch_statistics()
-        if not isinstance(self.config.blocks_per_worker, str):  # the user has listed the counts, and knows them
-            return
-        if not self.partial and self.config.min_blocks is None:
-            warnings.warn(
-                f"nothing is partitioned: the default min_blocks={self.schedule.min_blocks} gives every worker all "
-                f"{len(self.blocks)} block(s). Set min_blocks=0, choose more `blocks`, or use strategy='local_sgd'.",
-                stacklevel=3,
-            )
-        if any(not held for held in self._usual_partition().held):
-            warnings.warn(
-                f"{self.workers} workers for {len(self.blocks)} blocks with min_blocks=0: some workers train "
-                "shared layers only in each round. Set min_blocks=1 or more, or start fewer workers.",
-                stacklevel=3,
-            )
+        warn_about_settings(self)
 
     def _warn_of_hooks(self) -> None:
         """Warn, once, about scales that a checkpoint, as a plain model, cannot carry."""

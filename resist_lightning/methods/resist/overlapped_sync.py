@@ -165,7 +165,8 @@ class OverlappedSync(BlockSync):
         """Average copies. In another thread, as the next one: neither looks at the module's values."""
         left_out, compressed = departure.plan.left_out, departure.compressed
         if self._compressed_mean is not None:
-            self._compressed_mean.average(compressed, "shared", left_out, transit.of(compressed))
+            others = self._layout.fragments.outside(departure.plan.fragment)
+            self._compressed_mean.average(compressed, "shared", left_out, transit.of(compressed), others)
         self._beside.average(transit.of(departure.exact), "shared", left_out)
         normalise(transit.of(departure.unit_vectors))
         if self._outer is not None:

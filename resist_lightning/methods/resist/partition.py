@@ -37,7 +37,7 @@ class Schedule:
         measured_from: first of the rounds in which seconds are measured; None if none is.
         seconds: of the measured rounds so far, the round and each worker's seconds per local step.
         overlaps: local steps beside which the syncs run.
-        fragments: in how many fragments the network is synced, one after each round.
+        fragments: number of fragments of the network; each sync covers one of them, in turn.
     """
 
     blocks: int
@@ -69,6 +69,17 @@ class Schedule:
             return None
         return round % self.fragments
 
+    def unsynced(self, rounds: int) -> str:
+        """A warning of a training of so many rounds that ends before each fragment had a sync; empty if it does not."""
+        synced = {self.fragment(round) for round in range(min(rounds, self.fragments))}
+        if None in synced or len(synced) == self.fragments:
+            return ""
+        return (
+            f"fragments={self.fragments}: this training ends after {rounds} whole rounds, in which only {len(synced)} "
+            "fragments have a sync. The others are averaged once, at the end. Choose fewer fragments or shorter "
+            "rounds, or train longer."
+        )
+
     def plan(self, round: int, left_out: tuple[int, ...] = ()) -> SyncPlan:
         """The plan of the sync at the end of ``round``."""
         plan, fragment = self.whole_plan(round, left_out), self.fragment(round)
@@ -98,7 +109,7 @@ class Schedule:
         return max(first for first in begins if first <= round)
 
     def _last_sync(self, fragment: int, round: int) -> int:
-        """The last round before ``round`` whose sync covers a fragment, but for changes of counts."""
+        """The last round before ``round`` whose sync covers a fragment, not counting syncs of the whole network."""
         return round - 1 - (round - 1 - fragment) % self.fragments
 
     def _drawn(self, round: int) -> Partition:

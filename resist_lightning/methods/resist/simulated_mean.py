@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,35 +23,42 @@ class SimulatedMean:
         self._wire = wire
         self._taken: list[dict[str, Tensor]] = [{} for _ in range(workers)]  # by rounding, from each worker
 
-    def of(self, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def of(
+        self, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """What was there before plus the mean of the workers' changes, each compressed, and then compressed itself.
 
         Args:
             before: values when the round began.
             copies: each worker's now.
+            kept: names of parameters of other messages, from which rounding has taken something.
         """
         vectors = self._wire.for_vectors
         if vectors is None:
-            return self._of(self._wire, before, copies)
+            return self._of(self._wire, before, copies, kept)
         small = {name: value for name, value in before.items() if is_vector(value)}
         large = {name: value for name, value in before.items() if name not in small}
-        return {**self._of(self._wire, large, copies), **self._of(vectors, small, copies)}
+        return {**self._of(self._wire, large, copies, kept), **self._of(vectors, small, copies, kept)}
 
     def _of(
-        self, wire: Quantizer, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]]
+        self,
+        wire: Quantizer,
+        before: Mapping[str, Tensor],
+        copies: Sequence[Mapping[str, Tensor]],
+        kept: Collection[str],
     ) -> dict[str, Tensor]:
         """Of the parameters that travel in one message."""
         if not before:
             return {}
         changes = [flat_of({name: copy[name] - value for name, value in before.items()}) for copy in copies]
         if wire.format.feedback:
-            mean = self._with_feedback(changes, before)
+            mean = self._with_feedback(changes, before, kept)
         else:
             sent = [wire.through(change) for change in changes]
             mean = wire.through(sum(sent[1:], sent[0]) / len(sent))
         return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
 
-    def _with_feedback(self, changes: list[Tensor], before: Mapping[str, Tensor]) -> Tensor:
+    def _with_feedback(self, changes: list[Tensor], before: Mapping[str, Tensor], kept: Collection[str]) -> Tensor:
         """The mean of changes, to each of which its worker adds what rounding took before."""
         owed, sent = [], []
         for taken, change in zip(self._taken, changes, strict=True):
@@ -65,5 +72,7 @@ class SimulatedMean:
             mean = (sum((each[share] for each in sent[1:]), sent[0][share]) + own[share]) / len(owed)
             means.append(self._wire.through(mean))
             own[share] = (mean - means[-1]) * len(owed)
-        self._taken = [{name: piece.clone() for name, piece in pieces_of(own, before).items()} for own in owed]
+        for worker, own in enumerate(owed):
+            others = {name: piece for name, piece in self._taken[worker].items() if name in kept}
+            self._taken[worker] = others | {name: piece.clone() for name, piece in pieces_of(own, before).items()}
         return torch.cat(means)

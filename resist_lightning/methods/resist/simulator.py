@@ -243,7 +243,8 @@ class Simulator:
         blocks = [name for block in plan.averaged for name in self.workers[0].blocks[block].tensors()]
         order = [*(name for name in copies[0] if name not in self._block_of), *blocks]
         joint = [name for name in order if name in names and compressible(copies[0][name])]
-        return self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies))
+        others = copies[0].keys() - self._fragments.within(plan.fragment, copies[0]).keys()
+        return self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies, others))
 
     def _block_means(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
         """Of the blocks that have an owner, what it makes of trainable parameters, which are sent compressed."""

@@ -40,6 +40,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         super().__init__(layout, states, collective, device, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
+        if layout.config.momentum == "reset" and layout.config.fragments > 1:
+            states.check_reset_by_parameter()
         self._stepped = False
         self._subnet = Subnet(layout.blocks, device, look=layout.partial or layout.scaling.scale != 1)
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
@@ -77,18 +79,21 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         # When the training starts, all workers know all tensors alike; later, those that the last sync has covered.
         fragment = self._layout.schedule.fragment(round - 1) if self._begun else None
         self._begun = True
-        others = self._layout.fragments.outside(fragment, named_tensors(self._layout.module))
+        others, earlier = self._layout.fragments.outside(fragment), self._changing
         if self._outer is not None:
             self._outer.forget_start(others)  # before the new copies, so that there are never two at once
         super().begin_round(round)
+        # What was frozen since the last sync that covered it still differs between workers.
+        tensors = named_tensors(self._layout.module)
+        self._changing |= {name for name in earlier & tensors.keys() if id(tensors[name]) in others}
         if self._compressed_mean is not None:
             replicated = self._alike(self._replicated(round, fragment).values())
             self._compressed_mean.begin(filter(compressible, replicated), self._arrived, others)
         if self._outer is not None:
             plan = self._layout.schedule.coming_plan(fragment, round)
             stepping = self._with_blocks([*plan.averaged, *self._owned_blocks(plan)], fragment)
-            tensors = self._alike(stepping.values())
-            self._outer.begin_round(tensors, self._copies(tensors), others)
+            alike = self._alike(stepping.values())
+            self._outer.begin_round(alike, self._copies(alike), others)
 
     @override
     def restart_states(self, round: int) -> None:
@@ -96,8 +101,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if fragment is None:
             super().restart_states(round)
         else:
-            named = self._layout.module.named_parameters()
-            self._states.drop([each for name, each in named if self._layout.fragments.covers(fragment, name)])
+            self._states.drop(self._layout.fragments.inside(fragment, self._layout.module.parameters()))
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
@@ -262,7 +266,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         if self._compressed_mean is None:
             return super()._start_average(tensors, plan)
         compressed, exact = self.split_averaged(tensors)
-        self._compressed_mean.average(compressed, "shared", plan.left_out)
+        others = self._layout.fragments.outside(plan.fragment)
+        self._compressed_mean.average(compressed, "shared", plan.left_out, kept=others)
         return super()._start_average(exact, plan)
 
     def split_averaged(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +25,6 @@ from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.schedule.fragments import too_short
 from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
@@ -147,14 +147,19 @@ def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
     return fewest if fewest >= 0 else None
 
 
-def warn_of_rounds(trainer: pl.Trainer, clock: Clock, overlaps: Overlaps = ALL_WAIT, fragments: int = 1) -> None:
+def warn_of_rounds(
+    trainer: pl.Trainer,
+    clock: Clock,
+    overlaps: Overlaps = ALL_WAIT,
+    unsynced: Callable[[int], str] = lambda rounds: "",
+) -> None:
     """Warn of a training that will end before its round does, and of rounds that will not change as they should.
 
     Args:
         trainer: of this worker, just before its first batch.
         clock: where the training begins.
         overlaps: beside which local steps its syncs run.
-        fragments: in which the network is synced.
+        unsynced: warns, given its number of rounds, of a training in which parts of the network have no sync.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -166,7 +171,7 @@ def warn_of_rounds(trainer: pl.Trainer, clock: Clock, overlaps: Overlaps = ALL_W
         rank_zero_warn(one_round(int(steps), clock))
     elif steps < float("inf"):  # an endless training uses every setting at last
         unused = [overlaps.unused(clock.round, clock.local_steps, int(steps))]
-        unused.append(too_short(fragments, clock.local_steps, int(steps)))
+        unused.append(unsynced(clock.round + (clock.step + int(steps)) // clock.local_steps))
         if clock.rule is not None:
             unused.append(clock.rule.unused(clock.total_steps + int(steps)))
         for text in filter(None, unused):

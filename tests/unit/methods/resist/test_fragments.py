@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 from torch import Tensor
 
-from resist_lightning import Config, PostLocal
+from resist_lightning import Config, Engine, PostLocal
 from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.resist.layout import BlockLayout
 from tests.helpers.threads import run_threads
@@ -76,9 +78,90 @@ def test_a_sync_makes_its_fragment_equal_and_leaves_the_others_as_they_are() -> 
         assert torch.equal(first[name], second[name]) == fragments.covers(0, name), name
 
 
+def remainders_after_each_sync(collective: Collective, run: Run) -> list[set[str]]:
+    """Names of the tensors from which rounding has taken something."""
+    engine, optimizer = start_engine(collective, run)
+    found = []
+    for step in range(run.steps):
+        train_steps(engine, optimizer, range(step, step + 1))
+        found.append(set(engine.sync.state_dict(with_full_model=False)["taken"]))
+    engine.abandon()
+    return found
+
+
+def test_what_rounding_took_from_a_fragment_is_kept_until_its_next_sync() -> None:
+    run = run_of({"blocks": [], "batch_norm": "running", "local_steps": 1, "wire": "int2"}, steps=4)
+    for first, *later in run_threads(remainders_after_each_sync, 2, run)[0]:
+        assert first < later[0]
+        assert later[0] == later[1] == later[2]
+
+
+def frozen_in_between(collective: Collective, run: Run) -> State:
+    """The full model, after every parameter was frozen for a while between two syncs of its fragment."""
+    engine, optimizer = start_engine(collective, run)
+    for step in range(run.steps):
+        train_steps(engine, optimizer, range(step, step + 1))
+        if step in (0, 4):
+            for name, parameter in engine.module.named_parameters():
+                parameter.requires_grad_(requires_grad=step == 4 or not name.startswith(("stem", "section2")))
+        if step == 3:
+            with engine.full_model():
+                frozen = clone_state(engine.module)
+    engine.abandon()
+    return frozen
+
+
+@pytest.mark.parametrize("options", [{}, {"wire": "int8"}, {"overlap": 1}])
+def test_what_is_frozen_before_its_fragment_is_synced_is_averaged_all_the_same(options: dict[str, Any]) -> None:
+    run = run_of({"min_blocks": 2, **options}, steps=6)
+    first, *others = run_threads(frozen_in_between, 3, run)[0]
+    for other in others:
+        assert_equal_states(other, first, exactly=True)
+
+
+def with_a_new_buffer(collective: Collective, run: Run) -> State:
+    engine, optimizer = start_engine(collective, run)
+    for step in range(run.steps):
+        train_steps(engine, optimizer, range(step, step + 1))
+        if step == 0:
+            engine.module.register_buffer("cache", torch.zeros(2), persistent=False)
+    engine.finish()
+    return clone_state(engine.module)
+
+
+def test_a_buffer_that_comes_later_is_in_no_fragment() -> None:
+    first, second = run_threads(with_a_new_buffer, 2, run_of({"min_blocks": 2}, steps=5))[0]
+    assert_equal_states(second, first, exactly=True)
+
+
+def at_a_border(collective: Collective, run: Run) -> tuple[dict[str, Any], State]:
+    engine, optimizer = start_engine(collective, run)
+    train_steps(engine, optimizer, range(run.steps))
+    own = copy.deepcopy(engine.resumption.state_dict())
+    with engine.full_model():
+        full = clone_state(engine.module)
+    engine.abandon()
+    return own, full
+
+
+@pytest.mark.parametrize("options", [{"fragments": 2}, {"fragments": 1, "overlap": 1}])
+def test_snapshots_of_workers_that_differ_are_the_mean_for_others(options: dict[str, Any]) -> None:
+    run = run_of({"min_blocks": 3, "batch_norm": "running", "test_scale": 1.0, **options}, steps=6)
+    found = run_threads(at_a_border, 3, run)[0]
+    layout = BlockLayout(make_model(run), run.config, 2)
+    assert_equal_states(layout.full_tensors({"own": own} for own, _ in found), found[0][1])
+
+
+def test_reset_needs_state_that_belongs_to_a_parameter() -> None:
+    model = make_model(run_of({}))
+    optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"SGDScheduleFree keeps .* for all parameters; use momentum='keep'"):
+        Engine(model, [optimizer], Config(min_blocks=2, fragments=2, momentum="reset"))
+
+
 def test_more_fragments_than_can_be_filled_are_refused() -> None:
     model = make_model(run_of({}))
-    with pytest.raises(ValueError, match=r"fragments=3: a worker holds 2 of the 4 .* or raise min_blocks"):
+    with pytest.raises(ValueError, match=r"fragments=3: a worker holds 2 of the 4 .* Choose fragments=2 or fewer"):
         BlockLayout(model, Config(min_blocks=2, fragments=3), 2)
     with pytest.raises(ValueError, match=r"fragments=99: this network has tensors for \d+\. Choose as many or fewer"):
         BlockLayout(model, Config(blocks=[], fragments=99), 2)

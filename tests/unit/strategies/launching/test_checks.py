@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning.methods.resist.partition import Schedule
 from resist_lightning.schedule.overlap import Overlaps
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
@@ -254,13 +255,15 @@ def test_a_training_that_ends_before_an_overlap_is_chosen_is_told() -> None:
 
 def test_a_training_that_ends_before_all_fragments_had_a_sync_is_told() -> None:
     trainer: Any = SimpleNamespace(estimated_stepping_batches=149, global_step=0)
-    with pytest.warns(match="fragments=3: in a training of 149 steps, with rounds of 50, 2 of them have a sync"):
-        warn_of_rounds(trainer, Clock(50), fragments=3)
+    unsynced = Schedule(9, 2, 3, 0, fragments=3).unsynced
+    with pytest.warns(match="fragments=3: this training ends after 2 whole rounds, in which only 2 fragments"):
+        warn_of_rounds(trainer, Clock(50), unsynced=unsynced)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_rounds(trainer, Clock(49), fragments=3)
+        warn_of_rounds(trainer, Clock(49), unsynced=unsynced)
+        warn_of_rounds(trainer, Clock(50), unsynced=Schedule(9, 2, 3, 0, warmup_rounds=1, fragments=3).unsynced)
         trainer.global_step = 140  # a run that is resumed near its end
-        warn_of_rounds(trainer, Clock(50, 2, 45))
+        warn_of_rounds(trainer, Clock(50, 2, 45), unsynced=unsynced)
 
 
 def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:
