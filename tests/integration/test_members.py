@@ -28,7 +28,7 @@ from tests.integration.test_exact_resume import BATCHES, EPOCHS, Case, SavesAt, 
 from tests.integration.test_snapshots import Stops
 
 TWO = {"devices_per_worker": 2}
-SEED = 3  # with that of the other tests an activation lies on ReLU's kink, and a processor's last bit decides
+SEED = 17  # with others an activation comes to lie on the kink of a ReLU, and a last bit decides
 FIND = {"find_unused_parameters": True}
 
 RESUMED = {
