@@ -58,8 +58,8 @@ def test_a_run_of_workers_with_members_resumes_exactly(name: str, tmp_path: Path
 class ByHand(Classifier):
     """Two backward passes and two steps in each batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
