@@ -185,8 +185,7 @@ class Simulator:
     def _send(self, transit: SimulatedTransit, names: Collection[str], sent: Mapping[str, Tensor]) -> None:
         """Put what a sync makes of some tensors into a transit; what is sent compressed is known already."""
         exact = {name: mean for name, mean in self._means().items() if name in names and name not in sent}
-        transit.values.update(sent)
-        transit.values.update(self._outer.step(exact))
+        transit.values.update({**sent, **self._outer.step(exact)})
         if not transit.waits:
             for own, worker in zip(transit.own, self.workers, strict=True):
                 own.update({name: tensor for name, tensor in worker.copies().items() if name in names})
@@ -243,7 +242,7 @@ class Simulator:
         blocks = [name for block in plan.averaged for name in self.workers[0].blocks[block].tensors()]
         order = [*(name for name in copies[0] if name not in self._block_of), *blocks]
         joint = [name for name in order if name in names and compressible(copies[0][name])]
-        others = copies[0].keys() - self._fragments.within(plan.fragment, copies[0]).keys()
+        others = {name for name in copies[0] if not self._fragments.covers(plan.fragment, name)}
         return self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies, others))
 
     def _block_means(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
