@@ -35,7 +35,7 @@ class Feedback:
         else:
             pieces = {key: known[key] for key in keys}
         self._pieces |= pieces
-        self._flats = {each: buffer for each, buffer in self._flats.items() if kept and set(each) <= set(kept)}
+        self._flats = {each: buffer for each, buffer in self._flats.items() if set(each) <= set(kept)}
         self._flats[keys] = flat
         return flat
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resist_lightning.comm.tensors import is_continuous
+from resist_lightning.methods.resist.simulated_momentum import Momenta
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.transfers import SyncPlan
 
@@ -39,7 +39,7 @@ class SimulatedTransit:
     waits: bool
     values: dict[str, Tensor] = field(default_factory=dict, init=False)
     own: list[dict[str, Tensor]] = field(default_factory=list, init=False)
-    momenta: dict[tuple[int, str, str], Any] = field(default_factory=dict, init=False)
+    momenta: Momenta = field(default_factory=dict, init=False)
     blocks_left: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
