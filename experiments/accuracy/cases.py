@@ -95,11 +95,13 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
     return Case(method, workers, seed, options.lr, options.local_steps, least)
 
 
-ORDER = ("resist", "resist_outer", "ddp", "resist_growth", "local_sgd", "diloco", "post_local")
-# The ends first: an interrupted study has the most telling rows.
+ORDER = ("resist", "resist_outer", "ddp", "resist_growth", "local_sgd", "diloco")
+COUNTS = (8, 2, 4)  # workers
+# The ends first, and the dearest method last: an interrupted study has the most telling rows.
 MAIN = [
     ("single", 1),
-    *((method, workers) for workers in (8, 2, 4) for method in ORDER),
+    *((method, workers) for workers in COUNTS for method in ORDER),
+    *(("post_local", workers) for workers in COUNTS),
 ]
 
 

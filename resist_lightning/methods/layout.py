@@ -89,9 +89,14 @@ class LayoutAbilities:
     fragment_count = 1
     """Number of fragments, one of which each sync covers."""
 
-    def unsynced(self, rounds: int) -> str:
-        """A warning of a training of so many rounds in which parts of the network have no sync; empty if all have."""
-        return ""
+    def without_effect(self, clock: Clock, steps: int) -> list[str]:
+        """Warnings of settings that change nothing in a training, or not what they should, because it is so short.
+
+        Args:
+            clock: where the training begins.
+            steps: local steps that it has.
+        """
+        return []
 
     @property
     def overlaps(self) -> Overlaps:

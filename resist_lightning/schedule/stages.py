@@ -87,6 +87,25 @@ def plan_stages(
     return Stages(tuple(shares), last if finish_rounds else None)
 
 
+def never_divided(warmup_rounds: int, finish_from: int | None, rounds: int, parts: str) -> str:
+    """A warning of a training whose warm-up and finish cover all of its rounds; empty if they do not.
+
+    Args:
+        warmup_rounds: first rounds in which every worker holds everything.
+        finish_from: the round from which every worker holds everything; None if there is none.
+        rounds: of the training.
+        parts: what a method divides, in the plural.
+    """
+    finished = finish_from is not None and finish_from <= warmup_rounds
+    if not finished and rounds > warmup_rounds:
+        return ""
+    names = [*(["warmup_rounds"] if warmup_rounds else []), *(["finish_rounds"] if finished else [])]
+    return (
+        f"{' and '.join(names)} cover this training of {rounds} rounds: every worker holds all {parts} from its "
+        "beginning to its end, as with local_sgd. Choose fewer of these rounds or shorter ones, or train longer."
+    )
+
+
 def parts_of(share: float, parts: int) -> int:
     """A share of some parts, at least one; 0.1 of ten parts is one, whatever the last bit of 0.1 is."""
     return max(min(1, parts), math.ceil(share * parts - 1e-9))

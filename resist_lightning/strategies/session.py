@@ -19,7 +19,7 @@ from resist_lightning.strategies.building import check_built
 from resist_lightning.strategies.data.loader_processes import LoaderShield
 from resist_lightning.strategies.first import FirstEvaluates
 from resist_lightning.strategies.host import LightningHost
-from resist_lightning.strategies.launching.checks import check_memory, total_steps, warn_of_rounds
+from resist_lightning.strategies.launching.checks import check_memory, total_steps, warn_of_short_training
 from resist_lightning.strategies.launching.guard import Guard
 from resist_lightning.strategies.launching.signals import Signals
 from resist_lightning.strategies.local_steps import LocalSteps, unwrapped, warn_of_metrics
@@ -119,8 +119,8 @@ class FitSession:
         self._resumer.start(engine, self.trainer_state, prepare, type(trainer.strategy).__name__)
         check_memory(engine, trainer)
         self._averages.begin()
-        if self._config.trains_alone and engine.collective.workers > 1:
-            warn_of_rounds(trainer, engine.clock, engine.layout.overlaps, engine.layout.unsynced)
+        if engine.collective.workers > 1:
+            warn_of_short_training(trainer, engine.clock, engine.layout.without_effect, alone=self._config.trains_alone)
         engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:

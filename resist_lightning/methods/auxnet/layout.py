@@ -23,6 +23,7 @@ from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.residual import scripted
 from resist_lightning.methods.tracing import names_of_tensors
 from resist_lightning.schedule.partition import Partition
+from resist_lightning.schedule.progress import Clock
 
 
 class StageLayout(Layout):
@@ -62,6 +63,17 @@ class StageLayout(Layout):
                 self._wanted = self.cuts = _check_number(cuts, config, workers)
         tensors = named_tensors(module)
         self.shared = {name: tensor for name, tensor in tensors.items() if name not in inside}
+
+    @override
+    def without_effect(self, clock: Clock, steps: int) -> list[str]:
+        end, warmup_steps = clock.total_steps + steps, self.config.warmup_steps
+        if end > warmup_steps:
+            return []
+        return [
+            f"warmup_steps={warmup_steps} cover this training of {end} steps: the stages wait for each other in every "
+            "one of them, which is back-propagation and no faster. Set warmup_steps=0 or a small part of the steps, or "
+            "train longer."
+        ]
 
     @override
     def prepare(self, example: Tensor, collective: Collective) -> None:

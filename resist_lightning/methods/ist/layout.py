@@ -23,6 +23,7 @@ from resist_lightning.methods.ist.plan import NeuronPlan, Piece, full_pieces, ha
 from resist_lightning.methods.layout import Layout
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.stages import never_divided
 from resist_lightning.state.optimizer_state import OptimizerStates
 
 SHOWN_NEURONS, SHOWN_ROUNDS = 64, 60
@@ -74,6 +75,12 @@ class NeuronLayout(Layout):
         if self.config.needs_total_steps:
             self.schedule = plan_end(self.schedule, self.config, clock, total_steps)
             self.total_steps = total_steps
+
+    @override
+    def without_effect(self, clock: Clock, steps: int) -> list[str]:
+        rounds = clock.round + -(-(clock.step + steps) // clock.local_steps)
+        text = never_divided(0, self.schedule.stages.finish_from, rounds, "neurons")
+        return [text] if text else []
 
     @override
     def held(self, round: int) -> list[Any]:

@@ -32,6 +32,7 @@ from resist_lightning.methods.resist.scaling import BranchScaling, coverage
 from resist_lightning.schedule.overlap import Overlaps, overlap_of_blocks
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
+from resist_lightning.schedule.stages import never_divided
 from resist_lightning.state.compiled import compiled_around
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import has_outer_step, outer_bytes
@@ -127,8 +128,14 @@ class BlockLayout(Layout):
         return self.config.fragments
 
     @override
-    def unsynced(self, rounds: int) -> str:
-        return self.schedule.unsynced(rounds)
+    def without_effect(self, clock: Clock, steps: int) -> list[str]:
+        whole_rounds, left = divmod(clock.step + steps, clock.local_steps)
+        complete = clock.round + whole_rounds
+        schedule, begun = self.schedule, complete + (left > 0)
+        texts = [self.overlaps.unused(clock.round, clock.local_steps, steps), schedule.unsynced(complete)]
+        if self.partial:
+            texts.append(never_divided(schedule.warmup_rounds, schedule.finish_from, begun, "blocks"))
+        return [text for text in texts if text]
 
     @override
     def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,7 +25,6 @@ from resist_lightning.comm.members import check_count
 from resist_lightning.engine.engine import Engine
 from resist_lightning.engine.registry import make_layout
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.progress import Clock, one_round
 from resist_lightning.state.memory_limit import memory_limit, needed_to_train, shortage
 from resist_lightning.strategies.averages import check_averages
@@ -147,19 +146,20 @@ def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
     return fewest if fewest >= 0 else None
 
 
-def warn_of_rounds(
+def warn_of_short_training(
     trainer: pl.Trainer,
     clock: Clock,
-    overlaps: Overlaps = ALL_WAIT,
-    unsynced: Callable[[int], str] = lambda rounds: "",
+    without_effect: Callable[[Clock, int], Sequence[str]],
+    *,
+    alone: bool = True,
 ) -> None:
-    """Warn of a training that will end before its round does, and of rounds that will not change as they should.
+    """Warn of a training that will end before its round does, or before settings of it have an effect.
 
     Args:
         trainer: of this worker, just before its first batch.
         clock: where the training begins.
-        overlaps: beside which local steps its syncs run.
-        unsynced: warns, given its number of rounds, of a training in which parts of the network have no sync.
+        without_effect: of a layout; gives warnings for the clock and the number of local steps.
+        alone: whether workers train each by themselves within a round.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -167,15 +167,17 @@ def warn_of_rounds(
         steps = trainer.estimated_stepping_batches - trainer.global_step
     except MisconfigurationException:  # Lightning cannot say it where the accumulation of gradients changes
         return
-    if 0 < steps < clock.local_steps - clock.step:
-        rank_zero_warn(one_round(int(steps), clock))
-    elif steps < float("inf"):  # an endless training uses every setting at last
-        unused = [overlaps.unused(clock.round, clock.local_steps, int(steps))]
-        unused.append(unsynced(clock.round + (clock.step + int(steps)) // clock.local_steps))
-        if clock.rule is not None:
-            unused.append(clock.rule.unused(clock.total_steps + int(steps)))
-        for text in filter(None, unused):
-            rank_zero_warn(text)
+    if not 0 < steps < float("inf"):  # an endless training uses every setting at last
+        return
+    steps = int(steps)
+    if alone and steps < clock.local_steps - clock.step:
+        rank_zero_warn(one_round(steps, clock))
+        return
+    texts = [*without_effect(clock, steps)]
+    if clock.rule is not None:
+        texts.append(clock.rule.unused(clock.total_steps + steps))
+    for text in filter(None, texts):
+        rank_zero_warn(text)
 
 
 def check_memory(engine: Engine, trainer: pl.Trainer) -> None:

@@ -22,11 +22,14 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
-from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.schedule.overlap import Overlaps
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
-from resist_lightning.strategies.launching.checks import check_callbacks, refuse_launch, total_steps, warn_of_rounds
+from resist_lightning.strategies.launching.checks import (
+    check_callbacks,
+    refuse_launch,
+    total_steps,
+    warn_of_short_training,
+)
 from tests.helpers.plain import Classifier, stream
 from tests.helpers.threads import ThreadCollective, run_threads
 
@@ -223,6 +226,10 @@ def test_hydra_is_not_imported_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hydra.core.hydra_config" not in sys.modules
 
 
+def all_have_an_effect(clock: Clock, steps: int) -> list[str]:
+    return []
+
+
 @pytest.mark.parametrize(
     ("steps", "done", "warned"),
     [(48, 0, True), (50, 0, False), (90, 50, True), (80, 40, False)],
@@ -233,7 +240,7 @@ def test_a_training_that_is_shorter_than_a_round_is_told_before_it_starts(
     trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=done)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_rounds(trainer, Clock(50, *divmod(done, 50)))
+        warn_of_short_training(trainer, Clock(50, *divmod(done, 50)), all_have_an_effect)
     assert [f"{steps - done} local steps, and a round has local_steps=50" in str(w.message) for w in caught] == (
         [True] if warned else []
     )
@@ -244,26 +251,19 @@ def test_a_training_of_unknown_length_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rule in (50, PostLocal(1, 5, 100)):
-            warn_of_rounds(trainer, Clock.by(rule, lambda: None))
+            warn_of_short_training(trainer, Clock.by(rule, lambda: None), without_effect)
 
 
-def test_a_training_that_ends_before_an_overlap_is_chosen_is_told() -> None:
+def without_effect(clock: Clock, steps: int) -> list[str]:
+    return ["", f"nothing at {clock.total_steps} of {steps}"]
+
+
+@pytest.mark.parametrize(("clock", "alone"), [(Clock(50, 1), True), (Clock(200), False)])
+def test_settings_without_effect_are_told_one_by_one(clock: Clock, alone: bool) -> None:
     trainer: Any = SimpleNamespace(estimated_stepping_batches=150, global_step=0)
-    with pytest.warns(match="the choice comes after 3 rounds of 50 local steps, and this training has 150"):
-        warn_of_rounds(trainer, Clock(50), Overlaps(0, round_steps=50))
-
-
-def test_a_training_that_ends_before_all_fragments_had_a_sync_is_told() -> None:
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=149, global_step=0)
-    unsynced = Schedule(9, 2, 3, 0, fragments=3).unsynced
-    with pytest.warns(match="fragments=3: this training ends after 2 whole rounds, in which only 2 fragments"):
-        warn_of_rounds(trainer, Clock(50), unsynced=unsynced)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_rounds(trainer, Clock(49), unsynced=unsynced)
-        warn_of_rounds(trainer, Clock(50), unsynced=Schedule(9, 2, 3, 0, warmup_rounds=1, fragments=3).unsynced)
-        trainer.global_step = 140  # a run that is resumed near its end
-        warn_of_rounds(trainer, Clock(50, 2, 45), unsynced=unsynced)
+    with pytest.warns(match="nothing at 0 of 150") as caught:
+        warn_of_short_training(trainer, clock, without_effect, alone=alone)
+    assert len(caught) == 1
 
 
 def steps_of(collective: ThreadCollective, estimates: list[float]) -> int | None:
@@ -292,4 +292,4 @@ def test_a_run_has_as_many_steps_as_its_shortest_worker(estimates: list[float], 
 def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int, message: str | None) -> None:
     trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=0)
     with pytest.warns(match=message) if message else nullcontext():
-        warn_of_rounds(trainer, Clock.by(rule, lambda: 0.001))
+        warn_of_short_training(trainer, Clock.by(rule, lambda: 0.001), all_have_an_effect)
