@@ -27,7 +27,7 @@ from resist_lightning.methods.resist.first_forward import FirstForward
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.methods.resist.overview_text import costs_in_words, list_of, table
 from resist_lightning.methods.resist.picture import draw_partition
-from resist_lightning.state.random_state import random_state, set_random_state
+from resist_lightning.state.random_state import random_numbers_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,16 +135,15 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     """Inside, a module is in evaluation mode; modes, random state and torch's settings are as before afterwards."""
     children = list(module.modules())
     modes = [child.training for child in children]
-    random, fast_path = random_state(), torch.backends.mha.get_fastpath_enabled()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     # The fused encoder layer is one operation, of which nothing is counted.
     torch.backends.mha.set_fastpath_enabled(False)
     module.eval()
     try:
-        with torch.no_grad():
+        with random_numbers_apart(), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        set_random_state(random)
         for child, mode in zip(children, modes, strict=True):
             child.training = mode
 

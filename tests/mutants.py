@@ -282,7 +282,7 @@ MUTANTS = (
     Mutant(
         "late gradients are lost at a checkpoint",
         "methods/auxnet/step/delayed.py",
-        'self._late = deque(_moved(late, self._device) for late in state["late"])',
+        'self._late = deque(_copied(late, self._device) for late in state["late"])',
         "self._late = deque()",
         ("tests/unit/methods/auxnet/step/test_delayed.py",),
     ),
@@ -510,6 +510,34 @@ MUTANTS = (
         "self._start = {key: start for key, start in self._start.items() if key in kept}",
         "self._start = {}",
         ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
+        "error feedback before an outer step",
+        "methods/resist/config.py",
+        'return self.outer == "none"',
+        "return True",
+        ("tests/unit/methods/resist/test_fragments.py",),
+    ),
+    Mutant(
+        "a resumed run forgets where branches end",
+        "engine/resume.py",
+        'self._layout.assume(state.get("seen", {}))',
+        "pass",
+        ("tests/integration/test_resume.py",),
+    ),
+    Mutant(
+        "absent blocks are scaled",
+        "methods/resist/sync.py",
+        "present = [self._layout.blocks[index] for index in held]",
+        "present = list(self._layout.blocks)",
+        ("tests/integration/test_resume.py",),
+    ),
+    Mutant(
+        "the thread of a checkpoint removes the files of the next one",
+        "strategies/saving/checkpoint_io.py",
+        "before=min(written, default=None)",
+        "before=None",
+        ("tests/unit/strategies/saving/test_checkpoint_io.py",),
     ),
     Mutant(
         "what rounding took from other fragments is forgotten",

@@ -61,7 +61,9 @@ def make_network(task: str, size: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         channels = input_shape(task)[0]
-        return SmallImageResNet(scale.blocks, scale.width, num_classes=CLASSES, in_channels=channels)
+        network = SmallImageResNet(scale.blocks, scale.width, num_classes=CLASSES, in_channels=channels)
+    layout = torch.channels_last if ALL[task].channels_last else torch.contiguous_format
+    return network.to(memory_format=layout)
 
 
 def _module(task: str, size: str, folder: str | None, cache_dir: str) -> ImageData:

@@ -12,7 +12,6 @@ the module was built. Prints tables, draws a picture and writes experiments/benc
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from experiments.benchmarks import tables
 from experiments.benchmarks.steps import quiet
 from experiments.harness import cli
 from experiments.harness.figures import BLUE, GREEN, GREY, ORANGE, SKY, drawn
-from experiments.harness.memory import resident_bytes
+from experiments.harness.memory import allocate_large_tensors_apart, allocated_bytes, resident_bytes
 from experiments.harness.record import write_record
 from experiments.harness.settings import option
 from experiments.harness.tables import show_and_write
@@ -109,23 +108,13 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.net.parameters(), 0.01, momentum=0.9, foreach=False)
 
 
-class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ["arena", "ord", "smb", "hblks", "hblkhd", "usm", "fsm", "uordblks", "ford", "keep"]
-    ]
-
-
 class Phases:
     """The peak of each phase: bytes from malloc, and bytes in RAM."""
 
     def __init__(self, on_phase: Callable[[str], Any]) -> None:
         self._on_phase = on_phase
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 16)  # tensors of 64 KiB and more come from mmap, and are gone when they are freed
-        self._ask = libc.mallinfo2
-        self._ask.restype = _Mallinfo
-        self._before = {"allocated": self._allocated(), "resident": resident_bytes()}
+        allocate_large_tensors_apart()
+        self._before = {"allocated": allocated_bytes(), "resident": resident_bytes()}
         self._phase, self._peak = "", 0
         self.found: dict[str, dict[str, int]] = {}
         self._ended, self._lock = threading.Event(), threading.Lock()
@@ -145,7 +134,7 @@ class Phases:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
         self._on_phase(phase)
         with self._lock:
-            self._phase, self._peak = phase, self._allocated()
+            self._phase, self._peak = phase, allocated_bytes()
 
     def end(self) -> None:
         self.mark("")
@@ -158,11 +147,7 @@ class Phases:
 
     def _look(self) -> None:
         with self._lock:
-            self._peak = max(self._peak, self._allocated())
-
-    def _allocated(self) -> int:
-        info = self._ask()
-        return int(info.hblkhd + info.uordblks)
+            self._peak = max(self._peak, allocated_bytes())
 
 
 class Marks(L.Callback):

@@ -151,7 +151,7 @@ def copied_bytes(layout: BlockLayout) -> list[int]:
     compressed = sum(outer_bytes(tensor) for tensor in together if wire is not None and compressible(tensor))
     # By rounding, of matrices, in 32 bits as the parameters are.
     matrices = [tensor for tensor in together if compressible(tensor) and not is_vector(tensor)]
-    taken = sum(map(outer_bytes, matrices)) if wire is not None and wire.feedback else 0
+    taken = sum(map(outer_bytes, matrices)) if wire is not None and wire.feedback and not outer else 0
     found = []
     for worker in range(layout.workers):
         owned = [layout.blocks[block] for block, owner in plan.owner.items() if owner == worker]

@@ -76,14 +76,16 @@ class FollowedFolder:
         return (self.path / END_MARKER).exists()
 
     def unseen(self) -> list[Version]:
-        """The checkpoints for which :meth:`done` was not called, oldest first."""
+        """The checkpoints for which :meth:`done` was not called: the best one, then the others, oldest first.
+
+        The best one has no row if an evaluator failed between :meth:`keep_best` and :meth:`write_rows`.
+        """
         found = []
-        for path in self.path.glob(f"*{SUFFIX}"):
-            with suppress(FileNotFoundError):  # removed since, or a link to what was
-                status = path.stat()
+        for path in (*self.path.glob(f"*{SUFFIX}"), self.best):
+            with suppress(FileNotFoundError):  # removed since, a link to what was, or there is none
                 if path.is_file() and not path.name.startswith("."):
-                    found.append(Version(path, status.st_ino, status.st_size, status.st_mtime_ns))
-        return sorted(set(found) - self._done, key=lambda file: (file.modified, file.path.name))
+                    found.append(_version(path))
+        return sorted(set(found) - self._done, key=lambda file: (file.path != self.best, file.modified, file.path.name))
 
     def done(self, file: Version) -> None:
         """Leave this version out of :meth:`unseen`."""
@@ -108,6 +110,7 @@ class FollowedFolder:
     def keep_best(self) -> None:
         """Let the file that is held take the place of the best one."""
         os.replace(self._held, self.best)
+        self.done(_version(self.best))
 
     def release(self) -> None:
         """Give up the second name."""
@@ -124,6 +127,11 @@ class FollowedFolder:
         part = self._rows.with_name(f".{_ROWS}.part")
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(part, self._rows)
+
+
+def _version(path: Path) -> Version:
+    status = path.stat()
+    return Version(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def mark_end(folder: Path, step: int) -> None:

@@ -24,17 +24,6 @@ def digest(fingerprint: Fingerprint) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def to_bytes(fingerprint: Fingerprint) -> bytes:
-    """A fingerprint, to be sent."""
-    return json.dumps(fingerprint).encode()
-
-
-def from_bytes(text: bytes) -> Fingerprint:
-    """The fingerprint from what was received."""
-    found: dict[str, dict[str, str]] = json.loads(text)
-    return found
-
-
 def differences(fingerprints: Sequence[Fingerprint], members: int = 1) -> list[str]:
     """How processes differ, with the value of each; empty if they do not.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 
 from resist_lightning.checks.divergence import DivergenceChecks
 from resist_lightning.checks.environment import fingerprint_of
-from resist_lightning.checks.fingerprint import Fingerprint, differences, digest, from_bytes, to_bytes
+from resist_lightning.checks.fingerprint import Fingerprint, differences, digest
 from resist_lightning.checks.header import Header, Purpose, check_headers, header_numbers, read_header
 from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree, process_name
@@ -154,8 +155,8 @@ class Handshake:
         if len(set(digests)) == 1:
             return
         # Only now: fingerprints are long, and on a healthy start nobody needs them.
-        texts = self._collective.gather_bytes(to_bytes(fingerprint))
-        found = differences([from_bytes(text) for text in texts], self._collective.members)
+        texts = self._collective.gather_bytes(json.dumps(fingerprint).encode())
+        found = differences([json.loads(text) for text in texts], self._collective.members)
         raise WorkersDisagree(
             "workers were started differently:\n  " + "\n  ".join(found) + "\nNo weights were mixed. Start all "
             "workers with the same code, packages and settings."

@@ -52,7 +52,8 @@ class MeanOfChanges:
         """
         counts = self._collective.worker not in left_out
         change = self._encoded_change(values, before, taken if counts else None, counts=counts)
-        mean = self._mean(change, kind, self._collective.workers - len(left_out), taken)
+        entries = sum(map(len, before))
+        mean = self._mean(change, entries, kind, self._collective.workers - len(left_out), taken)
         self._add(mean, values, before)
 
     def _encoded_change(
@@ -84,7 +85,7 @@ class MeanOfChanges:
         self._wire.encode_into(rows, values)
         torch.sub(values, self._decode(rows, len(values)), out=rest)
 
-    def _mean(self, message: Tensor, kind: str, counted: int, taken: Tensor | None) -> Tensor:
+    def _mean(self, message: Tensor, entries: int, kind: str, counted: int, taken: Tensor | None) -> Tensor:
         """The message with the sum of all workers' changes divided by how many count."""
         me, workers = self._collective.worker, self._collective.workers
         peers = [worker for worker in range(workers) if worker != me]
@@ -102,30 +103,32 @@ class MeanOfChanges:
         result = torch.empty_like(message)
         means = {worker: result[shares[worker]] for worker in range(workers)}
         own_mean = means.pop(me)
-        own_taken = taken[shares[me].start * form.group : shares[me].stop * form.group] if taken is not None else None
-        self._average(own_mean, [parts[worker] for worker in range(workers)], counted, own_taken)
+        # Without what fills up the last group, which would count in its scale.
+        first, last = (min(group * form.group, entries) for group in (shares[me].start, shares[me].stop))
+        own_taken = taken[first:last] if taken is not None else None
+        self._average(own_mean, [parts[worker] for worker in range(workers)], last - first, counted, own_taken)
         self._exchange(dict.fromkeys(peers, own_mean), means, kind)
         # The own mean is decoded as well: all apply what was sent, rounding included.
         return result
 
-    def _average(self, mean: Tensor, parts: Sequence[Tensor], counted: int, taken: Tensor | None) -> None:
-        """Write the message with the mean of what the messages of some workers say."""
+    def _average(self, mean: Tensor, parts: Sequence[Tensor], entries: int, counted: int, taken: Tensor | None) -> None:
+        """Write the message with the mean of what the messages of some workers say of so many entries."""
         piece = piece_entries(mean.device) // self._wire.format.group
         done = 0
         for rows, *others in zip(mean.split(piece), *(part.split(piece) for part in parts), strict=True):
             # In the order of workers, so that the sum does not depend on whose share it is.
-            total = self._decode(others[0])
+            size = min(len(rows) * self._wire.format.group, entries - done)
+            total = self._decode(others[0], size)
             for other in others[1:]:
-                total += self._decode(other)
+                total += self._decode(other, size)
             if taken is None:
                 self._wire.encode_into(rows, total.div_(counted))
-                continue
-            # The own change is exact here, as it need not be sent; and what this mean loses is for the next one.
-            rest = taken[done : done + len(total)]
-            total = total[: len(rest)].add_(rest).div_(counted)
-            self._encode_with_rest(rows, total, rest)
-            rest.mul_(self._collective.workers)
-            done += len(rest)
+            else:
+                # The own change is exact here, as it need not be sent; and what this mean loses is for the next one.
+                rest = taken[done : done + size]
+                self._encode_with_rest(rows, total.add_(rest).div_(counted), rest)
+                rest.mul_(self._collective.workers)
+            done += size
 
     def _add(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Make the values what they were before plus the mean change."""

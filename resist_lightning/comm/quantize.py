@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -143,10 +144,17 @@ def piece_entries(device: torch.device) -> int:
     return _PIECE_ENTRIES if device.type == "cpu" else _PIECE_ENTRIES_ON_DEVICE
 
 
-def make_quantizer(name: str) -> Quantizer | None:
-    """The quantizer of that name; None for ``fp32``, with which tensors travel as they are."""
+def make_quantizer(name: str, *, feedback: bool = True) -> Quantizer | None:
+    """The quantizer of that name; None for ``fp32``, with which tensors travel as they are.
+
+    Args:
+        name: of the format.
+        feedback: whether a format that has error feedback uses it.
+    """
     chosen = WIRE_FORMATS[name]
-    return Quantizer(chosen) if chosen is not None else None
+    if chosen is None:
+        return None
+    return Quantizer(replace(chosen, feedback=chosen.feedback and feedback))
 
 
 def noise_for(seed: int, round: int, block: int, worker: int, device: torch.device) -> torch.Generator:

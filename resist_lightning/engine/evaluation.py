@@ -104,11 +104,6 @@ class Observation:
             self._recorder.load_state_dict(own["inputs"], self._device)
         self._writes_at_start = self._writes() - own["unsynced"]
 
-    @property
-    def swapped(self) -> bool:
-        """Whether weights were exchanged between :meth:`note_weights` and the full model that was assembled last."""
-        return self.own.swapped
-
     def note_weights(self) -> None:
         """Copy the weights before code runs that may exchange them for an evaluation. Sends nothing."""
         if self._elsewhere(self._layout.config.first_evaluates):
@@ -116,10 +111,6 @@ class Observation:
         with torch.inference_mode(False):
             self._layout.tensors.keep()
             self.own.note(self._own_tensors())
-
-    def forget_notes(self) -> None:
-        """Free the copies of :meth:`note_weights`, when the evaluation has ended."""
-        self.own.forget_notes()
 
     def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.

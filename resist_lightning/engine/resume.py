@@ -59,6 +59,7 @@ class Resumption:
             "held": self._layout.held(self._clock.round),
             "held_next": self._held_next(),
             "table": self._layout.state_dict(),
+            "seen": self._layout.seen(),
             "round": self._clock.round,
             "step": self._clock.step,
             "steps_before": self._clock.steps_before,
@@ -93,6 +94,8 @@ class Resumption:
             self._observation.undo(state)
         self._restore_clock(state)
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
+        # A run that is complete has no forward that would show it, and its full model is scaled all the same.
+        self._layout.assume(state.get("seen", {}))
         # The module may have changed since: a name that is gone has nothing to average.
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
         same_members = state.get("members", 1) == self._members  # who have their batches and random numbers

@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from resist_lightning.schedule.progress import Activity
 
 
-def _nothing() -> None:
-    """Nothing to do."""
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """Callbacks through which the watchdog learns about the program around it.
@@ -30,4 +26,4 @@ class Surroundings:
     how_to_resume: Callable[[], str]
     how_ended: Callable[[int], str | None] = field(default=lambda _: None)
     orphaned: Callable[[], str] = field(default=lambda: "")
-    before_exit: Callable[[], None] = _nothing
+    before_exit: Callable[[], None] = field(default=lambda: None)

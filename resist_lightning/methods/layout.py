@@ -123,6 +123,13 @@ class LayoutAbilities:
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
         """Resume from what :meth:`state_dict` returned, which may be empty or of another division, in ``round``."""
 
+    def seen(self) -> dict[str, Any]:
+        """What this worker's first forwards have shown of the network, as plain data for a checkpoint."""
+        return {}
+
+    def assume(self, seen: Mapping[str, Any]) -> None:
+        """Take from a checkpoint what :meth:`seen` returned, until the forwards of this run show it themselves."""
+
     def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
         """Holders of a sample of the parts, for a summary; where :meth:`Layout.held` is only a hash."""
         return None

@@ -41,11 +41,13 @@ class Seen:
 
     Attributes:
         ends: of its residual branches; None before the first forward, empty if they could not be verified.
+        assumed: whether the ends are those of a checkpoint, and the first forward of this run is still to come.
         output: how its output is made of its arguments where it is absent; None if the output is the input.
         why: what went wrong when its ends were looked for; empty if nothing.
     """
 
     ends: tuple[BranchEnd, ...] | None = None
+    assumed: bool = False
     output: Any = None
     why: str = ""
 

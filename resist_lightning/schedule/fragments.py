@@ -12,7 +12,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -107,17 +107,4 @@ def plan_of_fragment(plan: SyncPlan, fragment: int, fragments: int) -> SyncPlan:
         merge=of_fragment(plan.merge),
         hand_over=of_fragment(plan.hand_over),
         fragment=fragment,
-    )
-
-
-def join(plans: Collection[SyncPlan]) -> SyncPlan:
-    """Plans of different fragments in one, for who owns a block at its next sync."""
-    owner: dict[int, int] = {}
-    for plan in plans:
-        owner |= plan.owner
-    return SyncPlan(
-        averaged=tuple(sorted(block for plan in plans for block in plan.averaged)),
-        owner=owner,
-        merge=tuple(each for plan in plans for each in plan.merge),
-        hand_over=tuple(each for plan in plans for each in plan.hand_over),
     )

@@ -52,11 +52,6 @@ class Overlaps:
     chosen: tuple[int, int] | None = None
     fragments: int = 1
 
-    @property
-    def waiting_rounds(self) -> int:
-        """Rounds that wait for their sync before the choice."""
-        return waiting_rounds(self.fragments)
-
     def of_round(self, round: int) -> int:
         """Local steps at the end of ``round`` during which its sync is under way; 0: the training waits for it."""
         return self.chosen[1] if self.chosen is not None and round >= self.chosen[0] else self.steps
@@ -131,7 +126,7 @@ class Overlaps:
             local_steps: of its rounds.
             steps: local steps that it has.
         """
-        rounds = self.measured_from + self.waiting_rounds - round
+        rounds = self.measured_from + waiting_rounds(self.fragments) - round
         if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
             return ""
         return (

@@ -80,7 +80,10 @@ def probe(optimizer: Optimizer) -> list[Findings]:
     name = type(optimizer).__name__
     optimizers = with_inner(optimizer)
     if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
-        raise ValueError(f"{name} flattens all parameters into one vector, and a worker does not have them all.")
+        raise ValueError(
+            f"{name} flattens all parameters into one vector, and here state is kept, moved and begun anew by "
+            "parameter. Use SGD, AdamW or the like."
+        )
     messages_before = messages_sent()
     try:
         with random_numbers_apart(), torch.compiler.set_stance("force_eager"):

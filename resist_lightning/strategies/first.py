@@ -23,7 +23,7 @@ from resist_lightning.comm.alone import Apart
 from resist_lightning.comm.members import default_collective
 from resist_lightning.engine.engine import Engine
 from resist_lightning.methods.config import CommonConfig
-from resist_lightning.strategies.patches import Patches, after
+from resist_lightning.strategies.patches import Patches, after, do_nothing
 
 
 class FirstEvaluates:
@@ -69,7 +69,7 @@ class FirstEvaluates:
             usual = loop._on_evaluation_start
             self._patches.replace(loop, "_on_evaluation_start", after(usual, self._apart.enter))
         else:
-            self._patches.replace(loop, "_on_evaluation_epoch_start", _nothing)
+            self._patches.replace(loop, "_on_evaluation_epoch_start", do_nothing)
         run = loop.run
         self._patches.replace(loop, "run", lambda: self._run(loop, run))
 
@@ -121,7 +121,7 @@ class FirstEvaluates:
             "callback": {} if trainer.sanity_checking else metrics["callback"],
             "log": {} if trainer.sanity_checking else metrics["log"],
             "stop": trainer.should_stop,
-            "swapped": engine is not None and engine.observation.swapped,
+            "swapped": engine is not None and engine.observation.own.swapped,
             "written": engine.observation.written_values() if engine is not None else {},
         }
         self._tell(found)
@@ -173,7 +173,3 @@ def check_full_model(trainer: pl.Trainer, engine: Engine | None) -> None:
         f"trainer.{fn.value} needs the full model on every worker, and full_model_on='first' has left it on worker 0 "
         "alone. Set full_model_on='all', or load a checkpoint into a new module, with a new Trainer."
     )
-
-
-def _nothing() -> None:
-    """Replaces a hook."""

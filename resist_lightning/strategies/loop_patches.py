@@ -16,7 +16,7 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.strategies.data.equal_epochs import end_epochs_together
 from resist_lightning.strategies.finetuning import not_in_optimizer
 from resist_lightning.strategies.launching.signals import Signals
-from resist_lightning.strategies.patches import Patches, after
+from resist_lightning.strategies.patches import Patches, after, do_nothing
 from resist_lightning.strategies.saving.data_position import Position
 
 
@@ -31,6 +31,7 @@ class LoopPatches:
         self, trainer: pl.Trainer, position: Position, signals: Signals, collective: Collective, patches: Patches
     ) -> None:
         self.making_loaders = False
+        self._trained_before = 0  # batches, when the batches of this epoch began
         self._trainer = trainer
         self._position = position
         self._patches = patches
@@ -45,7 +46,7 @@ class LoopPatches:
         if hasattr(epoch_loop, "_broadcast_sigterm_tensor"):
             # Lightning 2.5.2 and later broadcast on the default group before every batch, which would make local steps
             # lock-step, and swallow the error of a dead peer. The header of each sync carries the flag instead.
-            self._patches.replace(epoch_loop, "_broadcast_sigterm_tensor", _send_nothing)
+            self._patches.replace(epoch_loop, "_broadcast_sigterm_tensor", do_nothing)
         # Lightning's handler of SIGTERM broadcasts, too. Ours take its place as soon as it is there.
         register = after(connector.register_signal_handlers, signals.install)
         self._patches.replace(connector, "register_signal_handlers", register)
@@ -91,6 +92,19 @@ class LoopPatches:
         replace(epoch_loop, "on_run_start", partial(position.begin_epoch, epoch_loop.on_run_start))
         replace(epoch_loop, "_on_before_fetch", after(position.note_fetch, epoch_loop._on_before_fetch))
         replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
+        replace(epoch_loop, "on_run_start", after(self._note_trained, epoch_loop.on_run_start))
+        replace(fit_loop, "on_advance_end", after(self._end_resumed_epoch, fit_loop.on_advance_end))
+
+    def _note_trained(self, *_: Any) -> None:
+        self._trained_before = self._trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _end_resumed_epoch(self) -> None:
+        """End an epoch in which a batch was trained here as one that began here, so that it has its metrics.
+
+        Lightning passes over a ``ReduceLROnPlateau`` at the end of every epoch that is resumed.
+        """
+        if self._trainer.fit_loop.epoch_loop.batch_progress.total.processed > self._trained_before:
+            self._trainer.fit_loop._restarting = False  # as Lightning does right behind the end
 
     def _patch_callbacks(self) -> None:
         # It compares parameters by value, and those of an absent block have none.
@@ -100,10 +114,6 @@ class LoopPatches:
             if isinstance(callback, LearningRateFinder):
                 search = _unless_resuming(callback.on_fit_start, self._trainer)
                 self._patches.replace(callback, "on_fit_start", search)
-
-
-def _send_nothing() -> None:
-    """Replaces a broadcast."""
 
 
 def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:

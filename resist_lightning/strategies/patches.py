@@ -28,6 +28,10 @@ class Patches:
         self._undo = []
 
 
+def do_nothing(*_: Any, **__: Any) -> None:
+    """Replaces a hook, or a message."""
+
+
 def after(first: Callable[[], object], usual: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls ``first``, then does as ``usual``."""
 

@@ -188,7 +188,7 @@ class FitSession:
         if self.engine.observing:  # unless weights were swapped: see `order_validation`
             self.engine.end_observation()
         self._averages.hide()
-        self.engine.observation.forget_notes()
+        self.engine.observation.own.forget_notes()
 
     def remove(self) -> None:
         """Undo all but the signal handlers, which must note signals until this worker has left the group."""

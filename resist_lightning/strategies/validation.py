@@ -30,7 +30,7 @@ def order_validation(
 
     def end_if_swapped() -> None:
         training = engine()
-        if training is not None and training.observing and training.observation.swapped:
+        if training is not None and training.observing and training.observation.own.swapped:
             training.end_observation()
 
     loop: Any = trainer.fit_loop.epoch_loop.val_loop

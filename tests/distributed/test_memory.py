@@ -19,10 +19,11 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.harness.memory import allocate_large_tensors_apart, allocated_bytes, can_ask_malloc
 from resist_lightning import Config, Engine, NeuronConfig
 from resist_lightning.methods.config import CommonConfig
 from resist_lightning.state.unmade import without_memory
-from tests.helpers.memory import allocate_large_tensors_apart, allocated_bytes, can_ask_malloc, storage_bytes
+from tests.helpers.memory import storage_bytes
 from tests.helpers.nets import MlpBlock, mlp
 from tests.helpers.processes import run_workers
 from tests.helpers.training import Run, train_engine

@@ -228,7 +228,8 @@ def fit_loader(worker: int, kind: str, ckpt_path: str | None, callbacks: list[L.
         **validates,
         **renews,
     )
-    trainer.fit(module, loader, held_out(worker) if validates else None, ckpt_path=ckpt_path)
+    validation = held_out(worker) if validates or kind == "plateau" else None
+    trainer.fit(module, loader, validation, ckpt_path=ckpt_path)
     return clone_state(module)
 
 
@@ -272,6 +273,16 @@ class FollowsALoss(Noisy):
         }
 
 
+class FollowsTheValidation(Noisy):
+    """Lowers its learning rate at the end of every epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()["optimizer"]
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        schedule.best = 0.0  # better than any loss
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+
+
 class OfTwoLoaders(Noisy):
     """The shorter one is begun again and again, in another order each time."""
 
@@ -290,6 +301,7 @@ class Iterates(Noisy):
 
 MODULES = {
     "follows a loss": FollowsALoss,
+    "plateau": FollowsTheValidation,
     "two loaders": OfTwoLoaders,
     "persistent": Iterates,
 }
@@ -303,6 +315,7 @@ KINDS = (
     "own generator",
     "new loaders",
     "follows a loss",
+    "plateau",
 )
 
 

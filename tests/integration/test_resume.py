@@ -9,12 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from resist_lightning import Config
-from tests.helpers.plain import Classifier, Late, held_out, stream
+from tests.helpers.plain import CLASSES, Classifier, Late, held_out, stream
 from tests.helpers.trainers import QUIET, kind_for, make_strategy, make_trainer, run_trainers, train_in_one_process
 from tests.helpers.training import assert_equal_states, clone_state
+from tests.integration.test_exact_resume import SavesAt
 
 State = dict[str, Tensor]
 EPOCH = 9  # three rounds, and more than the eight batches that batch norm is re-estimated on
@@ -187,3 +188,58 @@ def test_a_second_trainer_in_the_process_trains_the_same(ordinary: tuple[Path, S
         assert len(states) == 2
         for state in states:
             assert_equal_states(state, ordinary[1], exactly=True)
+
+
+# Blocks whose first forward shows where their branches end.
+
+
+class Block(nn.Module):
+    """Nothing says that ``out`` ends its branch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.tanh(self.inside(x)))
+
+
+class Unknown(Classifier):
+    """Its blocks are of a class that nobody knows."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            body = nn.Sequential(*(Block(12) for _ in range(8)))
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 12), body, nn.Linear(12, CLASSES))
+
+
+def fit_unknown(worker: int, folder: str, start: int | None, **options: Any) -> State:
+    """A run of two epochs that saves after some batches, or the rest of it from one of these."""
+    module = Unknown(7 if start is None else 8)
+    saves = (
+        SavesAt(folder, (EPOCH, 2 * EPOCH)) if start is None else SavesBeforeTraining(f"{folder}/again-{start}.ckpt")
+    )
+    trainer = make_trainer(make_strategy(**options), max_epochs=2, callbacks=[saves])
+    path = None if start is None else f"{folder}/{start}.ckpt"
+    trainer.fit(module, stream(worker, EPOCH, start=start or 0), ckpt_path=path)
+    return clone_state(module)
+
+
+def fit_unknown_three_times(worker: int, folder: str, options: dict[str, Any]) -> list[State]:
+    return [fit_unknown(worker, folder, start, **options) for start in (None, EPOCH, 2 * EPOCH)]
+
+
+@pytest.mark.parametrize("options", [{"min_blocks": 3}, {"min_blocks": None, "growth": (0.4, 0.7, 1.0)}], ids=str)
+def test_branch_ends_that_were_seen_before_hold_from_the_first_step_of_a_resumed_run(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"blocks": "net.2.*", "local_steps": 4, **options}
+    for unbroken, *others in run_trainers(fit_unknown_three_times, 2, str(tmp_path), options):
+        for state in others:
+            assert_equal_states(state, unbroken, exactly=True)
+
+    for start in (EPOCH, 2 * EPOCH):
+        loaded, saved = (torch.load(tmp_path / f"{name}{start}.ckpt", weights_only=True) for name in ("", "again-"))
+        assert_equal_states(saved["state_dict"], loaded["state_dict"], exactly=True)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from resist_lightning.callbacks import EndMarker
-from resist_lightning.checkpoint.followed_folder import END_MARKER
+from resist_lightning.checkpoint.followed_folder import END_MARKER, FollowedFolder
 from resist_lightning.errors import CheckpointError
 from resist_lightning.evaluator import CheckpointEvaluator, Evaluation, hash_weights
 from tests.helpers.trainers import QUIET
@@ -112,6 +112,29 @@ def test_the_best_is_kept_whatever_the_training_removes(folder: Path) -> None:
     out = folder / "evaluations"
     assert torch.load(out / "best.ckpt", weights_only=True)["global_step"] == 4
     assert sorted(path.name for path in out.iterdir()) == ["best.ckpt", "evaluations.jsonl"]
+
+
+def test_the_best_is_known_again_where_its_row_could_not_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for step in (2, 6, 8):  # 4 is the best of them
+        (folder / f"step={step}.ckpt").rename(folder / f"{step}.later")
+    (folder / "last.ckpt").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(FollowedFolder, "write_rows", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            follow(folder)
+    (folder / "step=4.ckpt").unlink()
+    (folder / "2.later").rename(folder / "step=2.ckpt")
+
+    found = follow(folder)
+
+    assert [(row.checkpoint, row.best) for row in found] == [("best.ckpt", True), ("step=2.ckpt", False)]
+    best = torch.load(folder / "evaluations" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 4
 
 
 def test_it_goes_on_where_it_was(folder: Path) -> None:

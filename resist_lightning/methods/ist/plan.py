@@ -12,7 +12,7 @@ Where neurons have several holders, :mod:`~resist_lightning.methods.ist.holders`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -75,18 +75,6 @@ class NeuronPlan:
             plan_sync(before, after, self.left_out, all_reduce=False)
             for before, after in zip(self.before, self.after, strict=True)
         )
-
-
-class PlannedByCut(dict[Cut, list[Piece]]):
-    """Pieces by cut: many tensors are cut alike, and planning takes time that grows with the square of the workers."""
-
-    def __init__(self, plan: Callable[[Cut], list[Piece]]) -> None:
-        super().__init__()
-        self._plan = plan
-
-    def __missing__(self, cut: Cut) -> list[Piece]:
-        self[cut] = self._plan(cut)
-        return self[cut]
 
 
 def have_several_holders(held: Sequence[Partition]) -> bool:

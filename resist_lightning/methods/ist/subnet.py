@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,9 +75,9 @@ class Subnet:
         self._hooks = []
         # Also after an evaluation, in which the full model computes without them.
         for name, layer in layout.neurons.rescaled:
-            self._hook(name, _Scaled(layers[layer].width / widths[layer]))
+            self._hook(name, partial(_scaled, layers[layer].width / widths[layer]))
         for name, values in layout.neurons.assumed:
-            self._hook(name, _AsTraced(name, values))
+            self._hook(name, partial(_as_traced, name, values))
         return True
 
     def widen(self, name: str) -> None:
@@ -138,33 +139,24 @@ def _order_in_memory(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda dimension: strides[dimension], reverse=True)
 
 
-class _Scaled:
-    """Scales a layer's input: over fewer neurons, its sums then have the same mean as in the full model."""
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (args[0] * self._factor, *args[1:]), kwargs
-        return args, {**kwargs, "input": kwargs["input"] * self._factor}
+def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Scale a layer's input: over fewer neurons, its sums then have the same mean as in the full model."""
+    if args:
+        return (args[0] * factor, *args[1:]), kwargs
+    return args, {**kwargs, "input": kwargs["input"] * factor}
 
 
-class _AsTraced:
-    """Refuses calls with other optional arguments than the traced ones: neurons may go elsewhere with them."""
-
-    def __init__(self, name: str, values: Mapping[str, object]) -> None:
-        self._name = name
-        self._values = values
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        for argument, value in self._values.items():
-            given = bound.arguments[argument]
-            if isinstance(given, Tensor) or given != value:
-                raise ValueError(
-                    f"the forward of {self._name or 'the module'} is called with {argument}={given!r}, and where its "
-                    f"neurons go was found with {argument}={value!r}, the default. Make what you train with the "
-                    "default, or split the module."
-                )
+def _as_traced(
+    name: str, values: Mapping[str, object], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse calls with other optional arguments than the traced ones: neurons may go elsewhere with them."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    for argument, value in values.items():
+        given = bound.arguments[argument]
+        if isinstance(given, Tensor) or given != value:
+            raise ValueError(
+                f"the forward of {name or 'the module'} is called with {argument}={given!r}, and where its neurons go "
+                f"was found with {argument}={value!r}, the default. Make what you train with the default, or split the "
+                "module."
+            )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from resist_lightning.methods.ist.messages import Arrived, KeyedPiece, Messages
 from resist_lightning.methods.ist.network.neurons import Cut
 from resist_lightning.methods.ist.parts import Parts, in_groups
 from resist_lightning.methods.ist.pieces import Part
-from resist_lightning.methods.ist.plan import NeuronPlan, Piece, PlannedByCut, have_several_holders, pieces
+from resist_lightning.methods.ist.plan import NeuronPlan, Piece, have_several_holders, pieces
 from resist_lightning.methods.ist.start import hand_out
 from resist_lightning.methods.sync import Sync
 from resist_lightning.state.optimizer_state import OptimizerStates
@@ -172,8 +172,8 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
 
     def _merge(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
         """Give what several workers hold its mean over them, in the slice of its owner or the store of its keeper."""
-        by_cut = PlannedByCut(lambda cut: merged_pieces(cut, plan, self._worker))
-        moving = [(key, piece) for key, part in parts.items() for piece in by_cut[part.cut]]
+        by_cut = cache(partial(merged_pieces, plan=plan, worker=self._worker))  # many tensors are cut alike
+        moving = [(key, piece) for key, part in parts.items() for piece in by_cut(part.cut)]
         arrived: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
 
         def add(pieces: list[Arrived]) -> None:
@@ -187,13 +187,14 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def _moving_pieces(self, parts: Mapping[str, Part], plan: NeuronPlan) -> list[KeyedPiece]:
         """The pieces that leave or reach this worker, by key, in the same order on all workers."""
         all_moves = handed_over_pieces if plan.several_holders else pieces
-        moved = PlannedByCut(lambda cut: all_moves(cut, plan, self._worker))
-        stayed = PlannedByCut(lambda cut: staying_pieces(cut, plan, self._worker))
+        # Many tensors are cut alike, and planning takes time that grows with the square of the workers.
+        moved = cache(partial(all_moves, plan=plan, worker=self._worker))
+        stayed = cache(partial(staying_pieces, plan=plan, worker=self._worker))
         moving = []
         for key, part in parts.items():
             # Under "keep", optimizer state moves within this worker's slice only.
             planned = stayed if part.is_state and self._parts.no_state_travels else moved
-            moving += [(key, piece) for piece in planned[part.cut]]
+            moving += [(key, piece) for piece in planned(part.cut)]
         return moving
 
     def _put(self, parts: Mapping[str, Part], arrived: Iterable[Arrived], plan: NeuronPlan) -> None:

@@ -143,6 +143,11 @@ class Config(GrowingConfig):
             return f", each sync under way during as many of the last as it needs (0 in {waiting} rounds before)"
         return f", each sync under way during the last {self.overlap}" if self.overlap else ""
 
+    @property
+    def feedback(self) -> bool:
+        """Whether a wire format with error feedback uses it: not before an outer step, whose momentum repeats it."""
+        return self.outer == "none"
+
     def _check_outer(self) -> None:
         check_choice("outer", self.outer, get_args(OuterName))
         for name, limits in (("outer_rate", "above 0"), ("outer_momentum", "of at least 0 and below 1")):

@@ -24,7 +24,7 @@ from resist_lightning.methods.resist.folding import foldable
 from resist_lightning.methods.resist.runs import NotSeenError
 from resist_lightning.methods.resist.trial import copied, is_norm, trial, zero_weights
 from resist_lightning.state.compiled import is_exporting, uncompiled
-from resist_lightning.state.random_state import random_state, set_random_state
+from resist_lightning.state.random_state import random_numbers_apart
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     functional.relu, functional.relu6, functional.leaky_relu, functional.elu, functional.gelu, functional.silu,
@@ -89,14 +89,11 @@ class _Look:
         x = input_of(self._block.name, self._argument, args, kwargs)
         if any(isinstance(child, torch.jit.ScriptModule) for child in self._body.modules()):
             return
-        random = random_state()  # dropout in the block must draw in training what it would have drawn
-        try:
-            # What is compiled inside of the block would be compiled again for other weights.
-            with uncompiled(self._body):
-                self._find_ends(x, args, kwargs)
-                self._try(x, args, kwargs)
-        finally:
-            set_random_state(random)
+        # Dropout in the block must draw in training what it would have drawn; and what is compiled inside of the block
+        # would be compiled again for other weights.
+        with random_numbers_apart(), uncompiled(self._body):
+            self._find_ends(x, args, kwargs)
+            self._try(x, args, kwargs)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._compare(input_of(self._block.name, self._argument, args, kwargs), output)
@@ -105,7 +102,11 @@ class _Look:
     def _find_ends(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find where the residual branches of a present block end, unless the scale folds anyway."""
         seen = self._block.seen
-        if seen.ends is not None or foldable(self._block) or not self._present():
+        if not self._present():
+            return
+        if seen.assumed:  # the code may have changed since the checkpoint
+            seen.ends, seen.assumed = None, False
+        if seen.ends is not None or foldable(self._block):
             return
         kind = _kind(self._body)
         hint = self._known.get(kind)

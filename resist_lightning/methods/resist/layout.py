@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +17,6 @@ from resist_lightning.comm.quantize import compressible, is_vector
 from resist_lightning.comm.tensors import averaged_bytes_by_type, named_tensors
 from resist_lightning.methods.globs import summary
 from resist_lightning.methods.layout import Layout
-from resist_lightning.methods.residual import BranchEnd
 from resist_lightning.methods.resist.bypass import compiled_as_a_whole
 from resist_lightning.methods.resist.bytes import Sizes
 from resist_lightning.methods.resist.config import Config, make_schedule, plan_end
@@ -29,6 +27,7 @@ from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.methods.resist.overview import alternatives, costs
 from resist_lightning.methods.resist.overview_text import brief, brief_of_shared
 from resist_lightning.methods.resist.scaling import BranchScaling, coverage
+from resist_lightning.methods.resist.seen_ends import agree_on_ends, assume_ends, ends_of
 from resist_lightning.schedule.overlap import Overlaps, overlap_of_blocks
 from resist_lightning.schedule.partition import Partition
 from resist_lightning.schedule.progress import Clock
@@ -40,12 +39,6 @@ from resist_lightning.state.outer import has_outer_step, outer_bytes
 
 class BlockLayout(Layout):
     """The partitionable blocks of a model, and which worker trains which of them in each round.
-
-    Args:
-        module: the user's module, complete.
-        config: the settings of the run.
-        workers: number of workers.
-        trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Raises:
         BlockSelectionError: if the blocks cannot be chosen as asked, or lie in what is compiled as a whole.
@@ -153,6 +146,14 @@ class BlockLayout(Layout):
         self.schedule = self.schedule.resumed(state, round)
 
     @override
+    def seen(self) -> dict[str, Any]:
+        return ends_of(self.blocks)
+
+    @override
+    def assume(self, seen: Mapping[str, Any]) -> None:
+        assume_ends(self.blocks, seen)
+
+    @override
     def plan_end(self, clock: Clock, total_steps: int | None) -> None:
         if self.config.needs_total_steps:
             self.schedule = plan_end(self.schedule, self.config, clock, total_steps)
@@ -173,18 +174,7 @@ class BlockLayout(Layout):
         """
         if self._agreed:
             return
-        seen: dict[str, Any] = {}
-        for block in self.blocks:
-            if block.seen.ends is not None:
-                seen[block.name] = [[end.tensors, end.module, end.divided] for end in block.seen.ends]
-        told = [json.loads(text) for text in collective.gather_bytes(json.dumps(seen).encode())]
-        for block in self.blocks:
-            known = [ends[block.name] for ends in told if block.name in ends]
-            if known:
-                # Of workers that have seen different things, one could not run the block.
-                best: list[Any] = next((ends for ends in known if ends), [])
-                block.seen.ends = tuple(BranchEnd(tuple(own), module, tuple(divided)) for own, module, divided in best)
-        self._agreed = all(block.seen.ends is not None or foldable(block) for block in self.blocks)
+        self._agreed = agree_on_ends(self.blocks, collective)
         if stepped and collective.rank == 0:
             self._warn_of_hooks()
 

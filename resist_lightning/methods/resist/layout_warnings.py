@@ -17,11 +17,14 @@ def warn_about_settings(layout: BlockLayout) -> None:
     """Warn, once for each, before the training."""
     unused = left_out(layout.module, layout.config.blocks, layout.trained)
     if unused:
-        warnings.warn(
-            f"{summary(unused)} match `blocks` but stay shared: they seem to change the shape of their input, are "
-            "single layers or chains of layers, or are of a network that does not train.",
-            stacklevel=4,
-        )
+        if layout.config.blocks is None:
+            why = "stay shared: they have a tensor in common with other modules (tied weights)."
+        else:
+            why = (
+                "match `blocks` but stay shared: they seem to change the shape of their input, are single layers or "
+                "chains of layers, or are of a network that does not train."
+            )
+        warnings.warn(f"{summary(unused)} {why}", stacklevel=4)
     still = untrained(layout.module, layout.blocks, layout.trained)
     if still:
         warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -75,8 +75,10 @@ def select_blocks(
 
 
 def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | None = None) -> tuple[str, ...]:
-    """Names of modules that match a glob, but stay shared because they do not qualify."""
-    if choice is None or (callable(choice) and not isinstance(choice, str)):
+    """Names of modules that match a glob, or that the default would choose, but stay shared as they do not qualify."""
+    if choice is None:
+        return tuple(block.name for block in repeated_blocks(module) if _tied_names(block, names_of_tensors(module)))
+    if callable(choice) and not isinstance(choice, str):
         return ()
     patterns = _patterns(choice)
     chosen = {block.name for block in _by_globs(module, patterns, trained)}
@@ -88,14 +90,16 @@ def default_choices(module: nn.Module, trained: Collection[int] | None = None) -
     """The choices that the default is taken from, in their order: each may be empty.
 
     The paper's (section 3.1: the third section of a ResNet without its first block, as first blocks change the shape);
-    the blocks of all sections without the first of each; all blocks that keep the shape. Of networks that train only.
+    the blocks of all sections without the first of each; all blocks that keep the shape. Of networks that train only,
+    and without blocks that have a tensor in common with other modules.
     """
     repeated = repeated_blocks(module)
     without_first = [block for section in sections(repeated, module).values() for block in section]
+    names = names_of_tensors(module)
     choices = []
     for blocks in (_paper_rule(module), without_first, list(repeated)):
         still = untrained(module, blocks, trained)
-        choices.append([block for block in blocks if block not in still])
+        choices.append([block for block in blocks if block not in still and not _tied_names(block, names)])
     return tuple(choices)
 
 
@@ -114,7 +118,9 @@ def _default_choice(module: nn.Module, trained: Collection[int] | None) -> list[
     """
     choices = default_choices(module, trained)
     if not any(choices):
-        _refuse_untrained(module, [*_paper_rule(module), *repeated_blocks(module)], trained)
+        possible = [*_paper_rule(module), *repeated_blocks(module)]
+        _refuse_untrained(module, possible, trained)
+        _refuse_tied(module, possible)
         raise BlockSelectionError(
             "no residual block that keeps the shape of its input was found; choose with `blocks=`. "
             f"{candidates(module)} Or take a strategy that needs no such blocks: 'ist' deals out hidden neurons, "
@@ -211,10 +217,15 @@ def _refuse_nesting(blocks: Sequence[Block]) -> None:
 def _refuse_tied(module: nn.Module, blocks: Sequence[Block]) -> None:
     names = names_of_tensors(module)
     for block in blocks:
-        for tensor in block.tensors().values():
-            if len(names[id(tensor)]) > 1:
-                raise BlockSelectionError(
-                    f"block {block.name!r} shares a tensor under the names {', '.join(names[id(tensor)])} (tied "
-                    "weights); a block that is used twice cannot be handed over. Leave it out of `blocks`, or register "
-                    "the module once."
-                )
+        tied = _tied_names(block, names)
+        if tied:
+            raise BlockSelectionError(
+                f"block {block.name!r} shares a tensor under the names {', '.join(tied)} (tied weights); a block that "
+                "is used twice cannot be handed over. Leave it out of `blocks`, or register the module once."
+            )
+
+
+def _tied_names(block: Block, names: Mapping[int, Sequence[str]]) -> Sequence[str]:
+    """The names of the first tensor of a block that has several; empty if there is none."""
+    tied = (names[id(tensor)] for tensor in block.tensors().values() if len(names[id(tensor)]) > 1)
+    return next(tied, ())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, measured_costs, measured_counts, share_out
-from resist_lightning.schedule.fragments import deal_fragments, join, plan_of_fragment
+from resist_lightning.schedule.fragments import deal_fragments, plan_of_fragment
 from resist_lightning.schedule.overlap import ALL_WAIT, Overlaps
 from resist_lightning.schedule.partition import Partition, blocks_per_worker, deal, draw_partition, everything
 from resist_lightning.schedule.transfers import SyncPlan, plan_sync
@@ -90,16 +90,22 @@ class Schedule:
         return plan_sync(self.partition(round), self.partition(round + 1), left_out)
 
     def coming_plan(self, fragment: int | None, round: int) -> SyncPlan:
-        """The plan of the first sync at the end of ``round`` or later that covers a fragment; None: each of them."""
+        """Who averages and who owns a block at the first sync at the end of ``round`` or later that covers a fragment.
+
+        None: of all fragments. What moves in these syncs is left out.
+        """
         if self.fragments == 1:
             return self.plan(round)
-        plans = []
+        averaged: list[int] = []
+        owner: dict[int, int] = {}
         for each in range(self.fragments) if fragment is None else [fragment]:
             following = round
             while self.fragment(following) not in (None, each):
                 following += 1
-            plans.append(plan_of_fragment(self.whole_plan(following), each, self.fragments))
-        return join(plans)
+            plan = plan_of_fragment(self.whole_plan(following), each, self.fragments)
+            averaged += plan.averaged
+            owner |= plan.owner
+        return SyncPlan(tuple(sorted(averaged)), owner, (), ())
 
     def _began(self, round: int) -> int:
         """The first of the rounds with the counts of ``round``."""

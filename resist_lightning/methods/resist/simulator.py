@@ -96,7 +96,7 @@ class Simulator:
         self._overlap_of_blocks = layout.overlap_of_blocks
         self._partial = layout.partial
         self._scale_hooks: list[ScaleHooks] = []
-        self._wire = make_quantizer(config.wire) if workers > 1 else None  # one worker sends nothing
+        self._wire = make_quantizer(config.wire, feedback=config.feedback) if workers > 1 else None
         self._joint = SimulatedMean(self._wire, workers) if self._wire is not None else None
         self._before: Mapping[str, Tensor] = {}
         self._outer = SimulatedOuter(config)
@@ -145,12 +145,11 @@ class Simulator:
     def _make_worker(self, module: nn.Module, make_optimizers: Callable[[nn.Module], Any]) -> SimulatedWorker:
         made = make_optimizers(module)
         optimizers = [made] if isinstance(made, Optimizer) else list(made)
-        recorder = InputRecorder(module, self.config.recalibration_batches)
         blocks = select_blocks(module, self.config.blocks)
         FirstForward(blocks)
         # A wrapper of torch.compile has its forward as an attribute, as code of the user's may.
         self._forwards.append([vars(block.module).get("forward") for block in blocks])
-        return SimulatedWorker(module, optimizers, blocks, recorder)
+        return SimulatedWorker(module, optimizers, blocks, InputRecorder(module, self.config.recalibration_batches))
 
     def _overlap_of(self, round: int) -> int:
         return self.schedule.overlaps.of_round(round)
@@ -288,8 +287,9 @@ class Simulator:
         for hooks in self._scale_hooks:
             hooks.remove()
         scale = self.schedule.training_scale(self.clock.round, self.scale)
-        self._scale_hooks = [ScaleHooks(worker.blocks, scale, wait=True) for worker in self.workers]
+        self._scale_hooks = []
         for worker, forwards, held in zip(self.workers, self._forwards, partition.held, strict=True):
+            self._scale_hooks.append(ScaleHooks([worker.blocks[number] for number in held], scale, wait=True))
             for number, (block, own) in enumerate(zip(worker.blocks, forwards, strict=True)):
                 for parameter in block.module.parameters():
                     parameter.grad = None  # an absent block has none, so optimizers leave it alone

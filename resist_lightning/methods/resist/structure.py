@@ -18,6 +18,7 @@ from resist_lightning.methods.residual import Block, block_at, recognise, why_no
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NETWORK = 3
+_LIBRARIES = ("torch", "lightning", "builtins", "typing", "abc")
 _ADDITIONS = ("add", "add_", "addcmul", "add_relu")
 
 
@@ -86,17 +87,30 @@ def _shapes(module: nn.Module) -> Any:
 
 @cache
 def _adds(kind: Any) -> bool:  # Any, as mypy does not know that classes can be hashed
-    """Whether a method of a class, other than its constructor, has an addition; True if its source is not at hand."""
+    """Whether a method of a class, inherited or not, has an addition; True if its source is not at hand.
+
+    Constructors do not count, nor what torch and Lightning have.
+    """
     if issubclass(kind, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return True
-    if kind.__module__.startswith("torch.nn."):
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.name.startswith("__")]
-    return any(_is_addition(node) for method in methods for node in ast.walk(method))
+    overridden: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in _LIBRARIES:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            return True
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        methods = [node for node in functions if not node.name.startswith("__") and node.name not in overridden]
+        if any(_is_addition(node) for method in methods for node in ast.walk(method)):
+            return True
+        overridden |= {method.name for method in methods if not _calls_super(method)}
+    return False
+
+
+def _calls_super(method: ast.FunctionDef) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(method))
 
 
 def _is_addition(node: ast.AST) -> bool:

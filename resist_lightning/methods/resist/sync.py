@@ -36,7 +36,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def __init__(
         self, layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
     ) -> None:
-        quantizer = make_quantizer(layout.config.wire)
+        quantizer = make_quantizer(layout.config.wire, feedback=layout.config.feedback)
         super().__init__(layout, states, collective, device, quantizer)
         if layout.config.momentum == "travel":
             states.check_travel()
@@ -238,7 +238,8 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
         self.guard.watch({block.name: block.module for block in absent})
         self._scale_hooks.remove()
-        self._scale_hooks = ScaleHooks(self._layout.blocks, self._layout.training_scale(round), wait=True)
+        present = [self._layout.blocks[index] for index in held]
+        self._scale_hooks = ScaleHooks(present, self._layout.training_scale(round), wait=True)
 
     def _where_is(self, block: int, round: int) -> str:
         holders = ", ".join(map(str, self._layout.partition(round).holders(block)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from resist_lightning.methods.auxnet.step.agreement import named_tensors
 from resist_lightning.state.random_state import random_numbers_apart
 from resist_lightning.strategies.data.seeded_loader import SeededIterable
 
@@ -88,7 +89,7 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
             part = part[which]  # type: ignore[index]
         except (LookupError, TypeError):
             raise ValueError(f"{has}; {name} is not one of them.") from None
-    tensor = next(_tensors(part), None)
+    tensor = next(iter(named_tensors(part).values()), None)
     if tensor is None:
         raise ValueError(f"{has}; there is no tensor in {name}. Name with input= the part that the network gets.")
     return _checked(tensor, f"{has}; the first tensor in {name} is")
@@ -143,15 +144,6 @@ def _batch_size(loader: DataLoader[Any]) -> int:
     if not size:  # the user's own sampler makes the batches
         size = getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
     return min(size, SAMPLES) if isinstance(size, int) else SAMPLES
-
-
-def _tensors(part: object) -> Iterator[Tensor]:
-    """All tensors, depth first."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, Mapping | list | tuple):
-        for each in part.values() if isinstance(part, Mapping) else part:
-            yield from _tensors(each)
 
 
 def _checked(tensor: Tensor, found: str) -> Tensor:

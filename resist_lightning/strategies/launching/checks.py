@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -108,7 +108,7 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
     """Refuse callbacks that read all parameters while a worker holds a part, and warn of those that send messages.
 
     Raises:
-        ValueError: for stochastic weight averaging, and for other averages that the method cannot serve.
+        ValueError: for stochastic weight averaging, pruning, and for other averages that the method cannot serve.
     """
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     for callback in callbacks:
@@ -117,6 +117,12 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
                 f"{type(callback).__name__} adds an epoch without steps, and saves worker 0's average alone. Use "
                 "WeightAveraging (of Lightning 2.6), whose should_update() can choose the ends of epochs, or average "
                 "checkpoints after the training."
+            )
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"{type(callback).__name__} chooses by the weights that a worker has, and these differ between syncs: "
+                "each worker would prune others, and a mean over workers has fewer zeros. Prune the full model after "
+                "the training."
             )
         if isinstance(callback, LearningRateFinder) and config.first_ends:
             raise ValueError(

@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from resist_lightning.errors import process_name
 from resist_lightning.strategies.launching.signals import SAME_SECONDS
-from resist_lightning.strategies.patches import Patches
+from resist_lightning.strategies.patches import Patches, do_nothing
 
 _EXIT_CODES = {128 + signal.SIGTERM: signal.SIGTERM, 128 + signal.SIGINT: signal.SIGINT}
 
@@ -146,9 +146,5 @@ def _save_nothing_more(trainer: pl.Trainer) -> None:
         usual(exception)
 
     for callback in trainer.checkpoint_callbacks:
-        patches.replace(callback, "on_exception", _do_nothing)
+        patches.replace(callback, "on_exception", do_nothing)
     patches.replace(trainer.strategy, "on_exception", then)
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """Replaces a hook."""

@@ -159,16 +159,26 @@ def remove(path: _PATH, rank: int, members: int) -> None:
         remove_files(local, worker=rank // members)
 
 
-def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = None) -> None:
-    """Remove the files of all workers, or of one, beside the checkpoint ``path``, but for those to ``keep``."""
+def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = None, before: int | None = None) -> None:
+    """Remove workers' files beside the checkpoint ``path``.
+
+    Args:
+        path: of the model's file.
+        keep: names of files that stay.
+        worker: whose files; None for all workers'.
+        before: remove only what was written earlier, in nanoseconds by the files' own clock; None for all.
+    """
     folder = folder_of(path)
     names: list[str] = []
     with suppress(FileNotFoundError, NotADirectoryError):  # not there, or another worker has just removed it
         names = os.listdir(folder)
     for name in names:
         ours = name.endswith((".pt", ".part")) and (worker is None or f"-{worker}-of-" in name)
-        if ours and name not in keep:
-            (folder / name).unlink(missing_ok=True)  # another worker may have removed it
+        if not ours or name in keep:
+            continue
+        with suppress(FileNotFoundError):  # another worker has just removed it
+            if before is None or (folder / name).stat().st_mtime_ns < before:
+                (folder / name).unlink()
     with suppress(OSError):  # something else is still there
         folder.rmdir()
 

@@ -29,6 +29,7 @@ from resist_lightning.strategies.saving.checkpoint_files import (
     CHECKPOINT_KEY,
     exists,
     files_named_in,
+    folder_of,
     local_path,
     remove_files,
 )
@@ -52,11 +53,11 @@ class AtomicIO(TorchCheckpointIO):
                 write_file(checkpoint, local)
             except OSError:
                 if not local.exists():  # nothing names the workers' files now, and in a thread nobody else knows
-                    remove_files(local)
+                    _remove_named(local, checkpoint)
                 raise
             # Not before: until then the workers' files of the checkpoint before are in use. AsyncCheckpointIO calls
             # this long after the strategy has saved.
-            remove_files(local, keep=files_named_in(checkpoint))
+            _remove_superseded(local, checkpoint)
         else:
             system = get_filesystem(path)
             system.makedirs(os.path.dirname(path), exist_ok=True)
@@ -117,7 +118,26 @@ def write_model(
     save()
     local = local_path(path)
     if local is not None and not isinstance(base_of(plugin), AtomicIO):  # which does so itself
-        remove_files(local, keep=files_named_in(checkpoint))
+        _remove_superseded(local, checkpoint)
+
+
+def _remove_superseded(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Remove the workers' files beside ``path`` that no checkpoint needs, now that this one is written there.
+
+    A thread may write it while the workers save the next one to the same path: what is newer stays.
+    """
+    folder, keep = folder_of(path), files_named_in(checkpoint)
+    written = [(folder / name).stat().st_mtime_ns for name in keep if (folder / name).exists()]
+    remove_files(path, keep, before=min(written, default=None))
+
+
+def _remove_named(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Remove the workers' files of a checkpoint that could not be written to ``path``."""
+    folder = folder_of(path)
+    for name in files_named_in(checkpoint):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # there are others, or none was written
+        folder.rmdir()
 
 
 def forgive_thread(plugin: CheckpointIO, wait: bool = False) -> None:

@@ -202,8 +202,8 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
         )
     elif not files:
         rank_zero_info(
-            f"{name}: {source} has the full model only, as after the end of a training. The training resumes from "
-            f"it in {where}."
+            f"{name}: resumes from the full model alone, as it is after a training or an evaluation of {source}, in "
+            f"{where}; give `fit` a `ckpt_path` of mid-training to resume exactly."
         )
     else:
         rank_zero_warn(

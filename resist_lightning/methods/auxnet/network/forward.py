@@ -23,7 +23,7 @@ from resist_lightning.methods.tracing import (
     left_behind,
     user_line,
 )
-from resist_lightning.state.random_state import random_state, set_random_state
+from resist_lightning.state.random_state import random_numbers_apart, random_state, set_random_state
 
 _COMPILED = "_orig_mod"  # torch.compile keeps the module that it wraps here
 
@@ -31,12 +31,8 @@ _COMPILED = "_orig_mod"  # torch.compile keeps the module that it wraps here
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Inside, the module is as in training; what tracing does to it and to random generators is undone."""
-    random = random_state()
-    try:
-        with in_training(module), torch.enable_grad():
-            yield
-    finally:
-        set_random_state(random)
+    with random_numbers_apart(), in_training(module), torch.enable_grad():
+        yield
 
 
 def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, fx.Node]:

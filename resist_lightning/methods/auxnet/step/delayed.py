@@ -91,7 +91,7 @@ class DelayedStage:
     def held_bytes(self) -> int:
         """Of copies of weights, and of gradients that wait, between two steps."""
         kept = [*self._before.values()]
-        for late in self._late:
+        for late in (*self._late, *self._due):
             kept += (late.weights if isinstance(late, Pending) else late).values()
         return sum(tensor.nbytes for tensor in kept)
 
@@ -144,19 +144,21 @@ class DelayedStage:
         self._ahead = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Gradients that wait, weights before the last step and in this one. Only after :meth:`settle`."""
+        """Gradients that wait or are due, weights before the last step and in this one. Only after :meth:`settle`."""
         cpu = torch.device("cpu")
+        due = [_moved(gradients, cpu) for gradients in self._due]  # where the user's loop has passed over a step
         late = [_moved(gradients, cpu) for gradients in self._late if not isinstance(gradients, Pending)]
         # In the middle of a step, the weights that its other batches will use too.
         ahead = {name: weight.detach() for name, weight in self._ahead.items()}
-        return {"late": late, "before": _moved(self._before, cpu), "ahead": _moved(ahead, cpu)}
+        return {"late": late, "due": due, "before": _moved(self._before, cpu), "ahead": _moved(ahead, cpu)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from what :meth:`state_dict` returned."""
-        self._late = deque(_moved(late, self._device) for late in state["late"])
-        self._before = _moved(state["before"], self._device)
-        ahead = _moved(state.get("ahead", {}), self._device)
-        self._ahead = {name: weight.clone().requires_grad_() for name, weight in ahead.items()}
+        self._late = deque(_copied(late, self._device) for late in state["late"])
+        self._due = [_copied(gradients, self._device) for gradients in state.get("due", ())]
+        self._before = _copied(state["before"], self._device)
+        ahead = _copied(state.get("ahead", {}), self._device)
+        self._ahead = {name: weight.requires_grad_() for name, weight in ahead.items()}
 
     def _look_ahead(self, steps: float) -> dict[str, Tensor]:
         """Copies of the trained weights, as many steps ahead."""
@@ -215,6 +217,11 @@ def make_delayed(
 
 def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _copied(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """As :func:`_moved`, in memory of their own: a file that is loaded may be mapped, and is overwritten later."""
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 class _Weights:

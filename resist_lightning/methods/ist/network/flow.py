@@ -9,14 +9,14 @@ from torch import Tensor, fx, nn
 
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.ist.network.modules import (
+    ELEMENTWISE,
+    MIXING_POSITIONS,
     NORMS,
     TRANSPARENT,
     cannot_cut,
-    elementwise_module,
     inputs_of,
     norm_size,
     outputs_of,
-    position_module,
     positions_of,
     titled,
     torch_class,
@@ -178,12 +178,12 @@ class Flow:
             return self._norm(node, name, module, value) if value else None
         if isinstance(module, nn.PReLU):
             return self._prelu(node, name, module, value) if value else None
-        if value is None or elementwise_module(module):
+        if value is None or isinstance(module, ELEMENTWISE):
             self._leave(node, module)
             return value
         if isinstance(module, nn.Flatten):
             return flatten(value, module.start_dim, module.end_dim)
-        if position_module(module):
+        if isinstance(module, MIXING_POSITIONS):
             return over_positions(value, titled(name, module), torch_class(module))
         self._leave(node, module)
         raise NotPerNeuron(f"reach {titled(name, module)}, which is not per neuron")

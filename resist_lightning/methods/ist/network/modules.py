@@ -11,27 +11,18 @@ from resist_lightning.methods.ist.network.tracing import Weighted
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TRANSPARENT = (nn.Identity, dropout._DropoutNd)
-# Not Softmax and the like, which sum over all neurons, nor PReLU, which may have parameters per neuron.
-_ELEMENTWISE_MODULES = (
+# Each entry alone. Not Softmax and the like, which sum over all neurons, nor PReLU, with parameters per neuron perhaps.
+ELEMENTWISE = (
     nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
     nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-_POSITION_MODULES = (
+# These mix positions, and never channels.
+MIXING_POSITIONS = (
     pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd,
     nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, padding._ConstantPadNd, padding._ReflectionPadNd,
     padding._ReplicationPadNd, padding._CircularPadNd, nn.Upsample,
 )  # fmt: skip
-
-
-def elementwise_module(module: nn.Module) -> bool:
-    """Whether a module without sizes of its own treats each entry alone."""
-    return isinstance(module, _ELEMENTWISE_MODULES)
-
-
-def position_module(module: nn.Module) -> bool:
-    """Whether a module mixes positions, and never channels."""
-    return isinstance(module, _POSITION_MODULES)
 
 
 def inputs_of(module: Weighted) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from resist_lightning.methods.tracing import (
     is_leaf,
     left_behind,
 )
-from resist_lightning.state.random_state import random_state, set_random_state
+from resist_lightning.state.random_state import random_numbers_apart
 
 Weighted: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -64,20 +64,15 @@ def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
     """
-    random = random_state()
     found = []
-    try:
-        with in_training(module):
-            for prefix, root in _roots(module, ""):
-                try:
-                    found.append(_trace(root, prefix))
-                except LayerSelectionError:
-                    # A child of which nothing is wanted may compute as it likes.
-                    if _any_wanted(root, prefix, wanted):
-                        raise
-    finally:
-        # A forward that is traced may draw random numbers.
-        set_random_state(random)
+    with random_numbers_apart(), in_training(module):  # a forward that is traced may draw random numbers
+        for prefix, root in _roots(module, ""):
+            try:
+                found.append(_trace(root, prefix))
+            except LayerSelectionError:
+                # A child of which nothing is wanted may compute as it likes.
+                if _any_wanted(root, prefix, wanted):
+                    raise
     return found
 
 

@@ -79,12 +79,12 @@ def test_a_sync_makes_its_fragment_equal_and_leaves_the_others_as_they_are() -> 
 
 
 def remainders_after_each_sync(collective: Collective, run: Run) -> list[set[str]]:
-    """Names of the tensors from which rounding has taken something."""
+    """Names of the tensors from which rounding has taken something that is added later."""
     engine, optimizer = start_engine(collective, run)
     found = []
     for step in range(run.steps):
         train_steps(engine, optimizer, range(step, step + 1))
-        found.append(set(engine.sync.state_dict(with_full_model=False)["taken"]))
+        found.append(set(engine.sync.state_dict(with_full_model=False).get("taken", ())))
     engine.abandon()
     return found
 
@@ -94,6 +94,11 @@ def test_what_rounding_took_from_a_fragment_is_kept_until_its_next_sync() -> Non
     for first, *later in run_threads(remainders_after_each_sync, 2, run)[0]:
         assert first < later[0]
         assert later[0] == later[1] == later[2]
+
+
+def test_before_an_outer_step_nothing_that_rounding_took_is_added_later() -> None:
+    run = run_of({"blocks": [], "batch_norm": "running", "local_steps": 1, "wire": "int2", **OUTER}, steps=2)
+    assert run_threads(remainders_after_each_sync, 2, run)[0] == [[set(), set()]] * 2
 
 
 def frozen_in_between(collective: Collective, run: Run) -> State:

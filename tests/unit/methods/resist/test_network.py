@@ -171,22 +171,31 @@ def test_a_block_that_shares_a_weight_is_refused():
     net = small_preact()
     net.section3[2].conv1.weight = net.section3[1].conv1.weight
     with pytest.raises(BlockSelectionError, match=r"section3\.1\.conv1\.weight, section3\.2\.conv1\.weight.*tied"):
-        select_blocks(net)
+        select_blocks(net, "section3.*")
     assert names(net, "section3.[34]") == ["section3.3", "section3.4"]
+    # The default leaves it shared, and says so.
+    assert names(net) == ["section3.3", "section3.4"]
+    assert left_out(net, None) == ("section3.1", "section3.2")
 
 
 def test_a_block_that_shares_a_buffer_is_refused():
     net = small_preact()
     net.section3[2].bn1.running_mean = net.section3[0].bn1.running_mean
     with pytest.raises(BlockSelectionError, match=r"section3\.0\.bn1\.running_mean, section3\.2\.bn1\.running_mean"):
-        select_blocks(net)
+        select_blocks(net, "section3.*")
 
 
 def test_a_block_that_is_registered_twice_is_refused():
     net = small_preact()
     net.section3[3] = net.section3[1]
     with pytest.raises(BlockSelectionError, match="register the module once"):
-        select_blocks(net)
+        select_blocks(net, "section3.*")
+
+
+def test_where_all_blocks_are_one_the_default_says_so():
+    block = MlpBlock(6)
+    with pytest.raises(BlockSelectionError, match=r"tied weights"):
+        select_blocks(nn.Sequential(block, block, block, block))
 
 
 @pytest.mark.parametrize("scripted", ["body.1", "body.1.inside"])

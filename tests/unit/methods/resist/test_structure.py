@@ -48,6 +48,31 @@ class AddsInHelper(Chain):
         return y
 
 
+class Inherits(Adds):
+    """Its forward is its parent's."""
+
+
+class Extends(Adds):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu())
+
+
+class Replaces(Adds):
+    """What its parent adds is not called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+
+class Mixin:
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(x)  # type: ignore[attr-defined, no-any-return]
+
+
+class Mixed(Mixin, Chain):
+    """Its forward is that of a class which is no module."""
+
+
 class Stage(nn.Module):
     """Many blocks, and a skip around them all."""
 
@@ -66,12 +91,12 @@ def names(module: nn.Module) -> list[str]:
     return [block.name for block in repeated_blocks(module)]
 
 
-@pytest.mark.parametrize("kind", [Chain, Counts, lambda: nn.Linear(4, 4), nn.ReLU])
+@pytest.mark.parametrize("kind", [Chain, Counts, Replaces, lambda: nn.Linear(4, 4), nn.ReLU])
 def test_twins_that_add_nothing_are_no_blocks(kind) -> None:
     assert names(nn.Sequential(kind(), kind(), kind())) == []
 
 
-@pytest.mark.parametrize("kind", [Adds, AddsByFunction, AddsInHelper, ResidualLayer])
+@pytest.mark.parametrize("kind", [Adds, AddsByFunction, AddsInHelper, ResidualLayer, Inherits, Extends, Mixed])
 def test_twins_that_add_are_blocks(kind) -> None:
     assert names(nn.Sequential(kind(), kind(), kind())) == ["0", "1", "2"]
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, Timer
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -78,7 +78,7 @@ BAD_FITS: dict[str, tuple[dict[str, Any], Callable[[], Classifier], type[Excepti
         {"blocks": ["section3.0"]}, Classifier, BlockSelectionError, r"'net\.section3\.0' changes the shape",
     ),
     "no blocks": ({}, without_blocks, BlockSelectionError, r"that keeps the shape .*was recognised.*'ist' deals"),
-    "tied weights": ({}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
+    "tied weights": ({"blocks": "section3.*"}, tied, BlockSelectionError, r"tied weights\).* register the module once"),
     "no end": (
         {"finish_rounds": 2}, Classifier, ValueError, r"max_epochs=-1 without max_steps.*\(finish_rounds, growth\)",
     ),
@@ -152,6 +152,11 @@ def test_callbacks_that_send_messages_in_every_batch_are_named() -> None:
     assert [text.split()[0] for text in named] == ["Timer", "ModelCheckpoint"]
     assert all("Limit the training by steps or epochs instead" in text for text in named)
     assert warnings_of([ModelCheckpoint(), ModelCheckpoint(every_n_train_steps=1)]) == []
+
+
+def test_pruning_by_a_workers_own_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ModelPruning.*Prune the full model after"):
+        warnings_of([ModelPruning("l1_unstructured")])
 
 
 # Launchers that go wrong.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,29 +29,32 @@ def test_a_trainer_without_a_plugin_writes_atomically() -> None:
     assert or_atomic(own) is own
 
 
-def test_the_files_before_stay_until_a_thread_has_written_the_model(tmp_path: Path) -> None:
-    before = write_sealed({}, tmp_path / "a.ckpt.workers", "round=1-step=0-0-of-1")
-    after = write_sealed({"new": 1}, tmp_path / "a.ckpt.workers", "round=2-step=0-0-of-1")
+def test_a_thread_that_has_written_the_model_removes_only_what_was_there_before(tmp_path: Path) -> None:
+    folder = tmp_path / "a.ckpt.workers"
+    before, own, later = (write_sealed({"round": n}, folder, f"round={n}-step=0-0-of-1") for n in range(3))
+    coming = folder / ".round=2-step=0-1-of-2.pt.part"  # of a worker that is writing for the next one
+    coming.touch()
+    for age, file in enumerate((coming, later, own, before)):
+        os.utime(file, ns=(0, -age * 10**9 + 10**18))
     plugin = AsyncCheckpointIO(AtomicIO())
 
     assert before.exists()
-    plugin.save_checkpoint({CHECKPOINT_KEY: {"files": [after.name]}}, tmp_path / "a.ckpt")
+    plugin.save_checkpoint({CHECKPOINT_KEY: {"files": [own.name]}}, tmp_path / "a.ckpt")
     plugin.teardown()
 
     assert isinstance(base_of(plugin), AtomicIO)
-    assert not before.exists()
-    assert after.exists()
+    assert sorted(folder.iterdir()) == sorted([own, later, coming])
 
 
 def test_where_a_thread_cannot_write_the_model_no_files_of_workers_are_left(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    own = write_sealed({}, tmp_path / "a.ckpt.workers", "round=1-step=0-0-of-1")
+    own, later = (write_sealed({"round": n}, tmp_path / "a.ckpt.workers", f"round={n}-step=0-0-of-1") for n in (1, 2))
     (tmp_path / ".a.ckpt.part").mkdir()  # where the model's file would be written
 
-    with pytest.raises(IsADirectoryError):
-        AtomicIO().save_checkpoint({CHECKPOINT_KEY: {"files": [own.name]}}, path)
-
-    assert not own.parent.exists()
+    for file, left in ((own, [later]), (later, None)):
+        with pytest.raises(IsADirectoryError):
+            AtomicIO().save_checkpoint({CHECKPOINT_KEY: {"files": [file.name]}}, path)
+        assert (list(own.parent.iterdir()) if own.parent.exists() else None) == left
 
 
 def test_a_thread_that_could_not_write_is_forgiven_once(tmp_path: Path) -> None:

@@ -194,6 +194,16 @@ def test_a_batch_without_a_backward_pass_leaves_no_message() -> None:
     assert all(value.isfinite().all() for state, _, _ in found for value in state.values())
 
 
+@pytest.mark.parametrize("delay", [1, 2])
+def test_a_run_that_resumes_behind_such_a_batch_takes_the_gradients_that_were_due(delay: int) -> None:
+    unbroken, _ = run_threads(by_stages, 3, Training(3, delay, untrained=(4,)))
+    resumed_run, _ = run_threads(by_stages, 3, Training(3, delay, untrained=(4,), saved_at=4))
+    for (expected, _, held), (found, _, held_too) in zip(unbroken, resumed_run, strict=True):
+        assert held == held_too
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_bytes_are_those_of_a_pipeline_and_the_output(workers: int) -> None:
     found, room = run_threads(by_stages, workers, Training(workers))
