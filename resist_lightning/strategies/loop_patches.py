@@ -95,15 +95,21 @@ class LoopPatches:
         replace(epoch_loop, "on_run_start", after(self._note_trained, epoch_loop.on_run_start))
         replace(fit_loop, "on_advance_end", after(self._end_resumed_epoch, fit_loop.on_advance_end))
 
-    def _note_trained(self, *_: Any) -> None:
-        self._trained_before = self._trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    @property
+    def _trained(self) -> int:
+        """Batches since the training began."""
+        total: Any = self._trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def _note_trained(self) -> None:
+        self._trained_before = self._trained
 
     def _end_resumed_epoch(self) -> None:
         """End an epoch in which a batch was trained here as one that began here, so that it has its metrics.
 
         Lightning passes over a ``ReduceLROnPlateau`` at the end of every epoch that is resumed.
         """
-        if self._trainer.fit_loop.epoch_loop.batch_progress.total.processed > self._trained_before:
+        if self._trained > self._trained_before:
             self._trainer.fit_loop._restarting = False  # as Lightning does right behind the end
 
     def _patch_callbacks(self) -> None:
