@@ -530,7 +530,7 @@ MUTANTS = (
         "methods/resist/sync.py",
         "present = [self._layout.blocks[index] for index in held]",
         "present = list(self._layout.blocks)",
-        ("tests/integration/test_resume.py",),
+        ("tests/unit/methods/resist/test_scaling.py",),
     ),
     Mutant(
         "the thread of a checkpoint removes the files of the next one",

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from resist_lightning import Config, Engine
+from resist_lightning.comm.collective import Collective
 from resist_lightning.methods.residual import Block, recognise
 from resist_lightning.methods.resist.folding import fold, foldable, folded
 from resist_lightning.methods.resist.partition import Schedule
-from resist_lightning.methods.resist.scaling import ScaleHooks, coverage, remove_scale_hooks
+from resist_lightning.methods.resist.scaling import ScaleHooks, _WhenSeen, coverage, remove_scale_hooks
 from resist_lightning.models import PreActBlock
 from tests.helpers.nets import MlpBlock, OwnForward, Undeclared, mlp, randomise_norms, residual_block
 from tests.helpers.scaled import KINDS, block_of, branch, ended
+from tests.helpers.threads import run_threads
 
 
 @pytest.mark.parametrize("kind", [Undeclared, OwnForward])
@@ -204,3 +207,31 @@ def test_a_copy_made_before_the_first_forward_hooks_neither_itself_nor_the_origi
     hooks.remove()
     assert not block.module._forward_hooks
     assert not block.module._forward_pre_hooks
+
+
+def scaled_blocks(collective: Collective) -> tuple[list[str], list[str]]:
+    """Names of the blocks that are scaled when a run has grown, and of those that are held."""
+    model = mlp(Undeclared)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = Config(local_steps=1, blocks="body.*", growth=[0.5, 0.75])
+    engine = Engine(model, [optimizer], config, collective=collective, total_steps=4)
+    engine.start()
+    for _ in range(2):
+        engine.after_step()
+    blocks = engine.layout.blocks
+    # A block that has not run is scaled by what its first forward will show.
+    scaled = [block.name for block in blocks if any(map(_waits, block.module._forward_pre_hooks.values()))]
+    held = [blocks[index].name for index in engine.partition.held[collective.worker]]
+    engine.abandon()
+    return scaled, held
+
+
+def _waits(hook: object) -> bool:
+    return isinstance(hook, _WhenSeen)
+
+
+def test_only_blocks_that_are_there_are_scaled() -> None:
+    """Of others the gradient would pass through x + s (x - x), and be rounded."""
+    for scaled, held in run_threads(scaled_blocks, 2)[0]:
+        assert scaled == held
+        assert len(held) == 3
