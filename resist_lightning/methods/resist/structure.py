@@ -6,6 +6,7 @@ A guess, made before the network has run, for the default choice of blocks; the 
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import textwrap
 from collections import Counter
@@ -18,7 +19,7 @@ from resist_lightning.methods.residual import Block, block_at, recognise, why_no
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NETWORK = 3
-_LIBRARIES = ("torch", "lightning", "builtins", "typing", "abc")
+_LIBRARIES = ("torch", "lightning", "typing", "abc")
 _ADDITIONS = ("add", "add_", "addcmul", "add_relu")
 
 
@@ -95,7 +96,8 @@ def _adds(kind: Any) -> bool:  # Any, as mypy does not know that classes can be 
         return True
     overridden: set[str] = set()
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in _LIBRARIES:
+        # What `exec` makes says that it is of `builtins`, too.
+        if base.__module__.partition(".")[0] in _LIBRARIES or vars(builtins).get(base.__name__) is base:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
