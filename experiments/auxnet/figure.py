@@ -28,9 +28,10 @@ from experiments.links.tables import bandwidth
 
 COLOURS = {
     "serial": GREY, "penalty": BLUE, "al-net": SKY, "hybrid": PURPLE, "penalty-store": ORANGE, "al-store": VERMILION,
-    "pipeline": GREEN, "serial-stages": BLACK, "delayed": BLACK, "delayed-warm": YELLOW,
+    "pipeline": GREEN, "serial-stages": BLACK, "delayed": YELLOW, "delayed-warm": BLACK,
 }  # fmt: skip
 BESIDE = 0.1  # distance of the methods from each other, in workers
+LEAST_POINTS = 3  # that an axis of accuracies spans: less would make much of little
 
 
 def draw_all(folder: Path) -> list[Path]:
@@ -74,6 +75,9 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
         own = grouped(chosen(several, method=method), "workers")
         found = {workers + shift: values(rows, "last") for (workers,), rows in own}
         draw_spread(axes, found, color=COLOURS[method], label=TITLES[method], fmt="o", markersize=6)
+    low, high = axes.get_ylim()
+    more = max(0.0, LEAST_POINTS - (high - low)) / 2
+    axes.set_ylim(low - more, high + more)
     axes.grid(True, axis="y")
     workers = distinct(several, "workers")
     axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=workers)

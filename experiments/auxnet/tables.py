@@ -148,7 +148,7 @@ def conditions(content: Content) -> str:
             f"{layers(scale.blocks)} layers, widths {scale.width}, {2 * scale.width}, {4 * scale.width}, "
             f"{sum(rows[0]['parameters']):,} parameters; {rows[0]['steps']} steps of batch {scale.batch}, "
             f"{rows[0]['steps_per_epoch']} to an epoch; SGD, momentum 0.9, decay 5e-4, rate {task.lr:g}, "
-            f"{SCHEDULES[task.schedule]}; cuts {_cuts(scale.cuts)}.\n"
+            f"{SCHEDULES[task.schedule]}{', channels last' if task.channels_last else ''}; cuts {_cuts(scale.cuts)}.\n"
         )
     return "".join([*lines, f"- n = {seeds(content['rows'])} seeds, mean ± standard deviation. {on(content)}.\n"])
 
