@@ -202,8 +202,8 @@ def report_resume(name: str, source: str, engine: Engine, *, same: bool, exact: 
         )
     elif not files:
         rank_zero_info(
-            f"{name}: resumes from the full model alone, as it is after a training or an evaluation of {source}, in "
-            f"{where}; give `fit` a `ckpt_path` of mid-training to resume exactly."
+            f"{name}: {source} gives the full model alone, as after a training, after an evaluation, or on another "
+            f"file system. The training resumes from it in {where}."
         )
     else:
         rank_zero_warn(
