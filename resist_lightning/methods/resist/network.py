@@ -77,7 +77,8 @@ def select_blocks(
 def left_out(module: nn.Module, choice: BlockChoice, trained: Collection[int] | None = None) -> tuple[str, ...]:
     """Names of modules that match a glob, or that the default would choose, but stay shared as they do not qualify."""
     if choice is None:
-        return tuple(block.name for block in repeated_blocks(module) if _tied_names(block, names_of_tensors(module)))
+        names = names_of_tensors(module)
+        return tuple(block.name for block in repeated_blocks(module) if _tied_names(block, names))
     if callable(choice) and not isinstance(choice, str):
         return ()
     patterns = _patterns(choice)

@@ -41,9 +41,8 @@ def agree_on_ends(blocks: Sequence[Block], collective: Collective) -> bool:
             # Of workers that have seen different things, one could not run the block.
             best: list[Any] = next((ends for ends in known if ends), [])
             block.seen.ends, block.seen.assumed = _made(best), not seen
-    return all(foldable(block) or block.seen.ends is not None for block in blocks) and not any(
-        block.seen.assumed for block in blocks
-    )
+    all_known = all(foldable(block) or block.seen.ends is not None for block in blocks)
+    return all_known and not any(block.seen.assumed for block in blocks)
 
 
 def _plain(block: Block) -> list[Any]:
