@@ -100,6 +100,8 @@ def _join_group(task: Task) -> None:
         world_size=task.workers,
         timeout=timedelta(seconds=task.collective_timeout),
     )
+    # A target that leaves the group at once, or fails, must not close connections that a slower peer still makes.
+    distributed.barrier()
 
 
 def _leave_together() -> None:
