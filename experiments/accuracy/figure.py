@@ -43,7 +43,11 @@ COLOURS = {
 def draw_all(folder: Path) -> list[Path]:
     """Draw what the result files of ``folder`` allow; returns the pictures."""
     found = [(key, read(folder, name)) for name, key in (("main", "workers"), ("local_steps", "local_steps"))]
-    return [_draw(folder / f"accuracy_by_{key}.png", content, key) for key, content in found if content]
+    return [
+        _draw(folder / f"accuracy_by_{key}.png", content, key)
+        for key, content in found
+        if content and set(distinct(content["rows"], "method")) - {"single"}  # which is a line beside the others
+    ]
 
 
 def _draw(path: Path, content: Content, key: str) -> Path:

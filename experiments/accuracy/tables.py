@@ -112,7 +112,7 @@ def local_steps(content: Content) -> Grid:
         for method in ("resist", "local_sgd"):
             own = chosen(rows, method=method)
             cells += [mean_of(own, "last"), PAPER_LOCAL_STEPS[method].get(length, "-")]
-        lines.append([*cells, own[0]["local_steps_done"] // length, len(own)])
+        lines.append([*cells, rows[0]["local_steps_done"] // length, seeds(rows)])
     header = ["local steps per round", "ResIST, %", "the paper's (CIFAR-100)"]
     return Grid("Length of a round", [*header, "local SGD, %", "the paper's (CIFAR-100)", "rounds", "n"], lines)
 

@@ -79,7 +79,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
     more = max(0.0, LEAST_POINTS - (high - low)) / 2
     axes.set_ylim(low - more, high + more)
     axes.grid(True, axis="y")
-    workers = distinct(several, "workers")
+    workers = distinct(several, "workers") or [1]
     axes.set(xlabel="workers K", ylabel="test accuracy, %", xticks=workers)
     axes.set_xlim(min(workers) - 0.5, max(workers) + 0.5)
 

@@ -20,12 +20,23 @@ COLOURS = {"ddp": GREEN, "local_sgd": ORANGE, "ist": BLUE}
 
 def draw_all(folder: Path) -> list[Path]:
     """Draw what the result files of ``folder`` allow; returns the pictures."""
-    found = [(draw, name, read(folder, name)) for name, draw in (("accuracy", _accuracy), ("memory", _memory))]
-    return [draw(folder / f"{name}.png", content) for draw, name, content in found if content]
+    pictures = []
+    accuracy, memory = read(folder, "accuracy"), read(folder, "memory")
+    if accuracy and _tasks(accuracy):
+        pictures.append(_accuracy(folder / "accuracy.png", accuracy))
+    if memory:
+        pictures.append(_memory(folder / "memory.png", memory))
+    return pictures
+
+
+def _tasks(content: Content) -> list[str]:
+    """Those that several workers have trained: a single process is a line beside them."""
+    drawn = usual(content["rows"]) + usual(content["rows"], shares="0.5")
+    return distinct([row for row in drawn if row["case"]["method"] != "single"], "task")
 
 
 def _accuracy(path: Path, content: Content) -> Path:
-    rows, tasks = content["rows"], distinct(content["rows"], "task")
+    rows, tasks = content["rows"], _tasks(content)
     with panels(path, tasks, "IST, local SGD and DDP on equal samples") as all_axes:
         for axes, task in zip(all_axes, tasks, strict=True):
             for method, colour in COLOURS.items():
@@ -35,7 +46,8 @@ def _accuracy(path: Path, content: Content) -> Path:
             half = {"task": task, "method": "ist", "shares": "0.5"}
             _errorbars(axes, rows, half, SKY, "IST, half of the neurons each (min_share=0.5)")
             alone = values(usual(rows, task=task, method="single", workers=1), "last")
-            axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), label="one process")
+            if alone:
+                axes.axhline(mean(alone), color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), label="one process")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.grid(True, axis="y")

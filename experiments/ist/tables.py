@@ -19,6 +19,7 @@ from experiments.harness.tables import (
     mean_of,
     page_tables,
     seeds,
+    values,
 )  # fmt: skip
 from experiments.harness.words import bytes_in_words
 from experiments.ist.cases import ABLATED, HOLDERS, LOCAL_STEPS, RATES_SEED, TASKS, rate_of
@@ -70,6 +71,8 @@ def accuracy(content: Content) -> Grid:
     lines = []
     for (task, method, workers), rows in grouped(content["rows"], "task", "method", "workers", titles=TITLES):
         own = usual(rows)
+        if not own:
+            continue
         sent = mean(row["sent_bytes"] for row in own)
         base = usual(content["rows"], task=task, method="local_sgd", workers=workers)
         less = f"{base[0]['sent_bytes'] / sent:.1f}x" if method == "ist" and base and sent else "-"
@@ -95,19 +98,28 @@ def holders(content: Content) -> Grid:
     for (task, workers), _ in grouped(chosen(content["rows"], method="ist", shares="0.5"), "task", "workers"):
         of = partial(usual, content["rows"], task=task, workers=workers)
         base = of(method="local_sgd")
-        lines.append([task, workers, "local SGD", mean_of(base, "last"), "-", len(base), _sent(base), "1.00"])
+        if base:
+            lines.append([task, workers, "local SGD", mean_of(base, "last"), "-", len(base), _sent(base), "1.00"])
         for shares, last in (("", 0), *HOLDERS):
             own = of(method="ist", shares=shares, finish_rounds=last)
             if not own:
                 continue
-            lost = mean(row["last"] for row in base) - mean(row["last"] for row in own)
-            part = mean(row["sent_bytes"] for row in own) / mean(row["sent_bytes"] for row in base)
-            cells = [mean_of(own, "last"), f"{lost:.2f}", len(own), _sent(own), f"{part:.2f}"]
+            lost, part = _against(base, own)
+            cells = [mean_of(own, "last"), lost, len(own), _sent(own), part]
             lines.append([task, workers, _setting(shares, last), *cells])
     # Seeds of one task may have been trained before those of another.
     lines.sort(key=lambda line: list(TASKS).index(str(line[0])))
     header = ["task", "S", "IST with", "test, %", "points lost", "n", "sent by a worker", "part of local SGD's"]
     return Grid("Several holders for each neuron", header, lines)
+
+
+def _against(base: Rows, own: Rows) -> tuple[str, str]:
+    """Points that the base is better by, and the part of its bytes that is sent."""
+    if not base:
+        return "-", "-"
+    lost = mean(values(base, "last")) - mean(values(own, "last"))
+    part = mean(values(own, "sent_bytes")) / mean(values(base, "sent_bytes"))
+    return f"{lost:.2f}", f"{part:.2f}"
 
 
 def _setting(shares: str, finish_rounds: int) -> str:

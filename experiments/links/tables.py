@@ -244,6 +244,8 @@ def _predicted(content: Content) -> list[list[object]]:
         alone = [
             none for none, _ in _beside_none(content) if none["case"]["width_multiplier"] == more["width_multiplier"]
         ]
+        if not alone:
+            continue
         compute = more["computed"] * mean(_compute(none) for none in alone)
         for gbit, local_steps in dict.fromkeys((none["case"]["gbit"], none["case"]["local_steps"]) for none in alone):
             sync = sync_seconds(more["link_bytes"], gbit)
