@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments.elastic.run import Options, change, run
+from experiments.elastic.run import change
 from experiments.elastic.script import LOCAL_STEPS
-from experiments.harness import cli
+from tests.helpers.programs import run_module
 
 
 @pytest.mark.timeout(400)
 def test_the_others_go_on_without_a_lost_host_and_take_it_in_again(tmp_path: Path) -> None:
-    assert cli.run(run, Options, "", (), ["size=smoke", f"out={tmp_path}"]) == 0
+    run_module("experiments.elastic.run", "size=smoke", f"out={tmp_path}")
     record = json.loads((tmp_path / "elastic.jsonl").read_text())
 
     assert (record["lost"]["workers"], record["back"]["workers"]) == (1, 2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any
 
@@ -153,6 +155,21 @@ def run_threads(target: Callable[..., Any], workers: int, *args: Any) -> tuple[l
     return call_in_threads(work, workers, consequences=(threading.BrokenBarrierError, Empty)), room
 
 
+@contextmanager
+def _on_one_core() -> Iterator[None]:
+    """Threads that are begun in the body share a core: on two they would fight for Python's lock at each operation."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    # Each of pytest's workers has another one.
+    os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def call_in_threads(
     work: Callable[[int], Any], workers: int, consequences: type[BaseException] | tuple[type[BaseException], ...]
 ) -> list[Any]:
@@ -163,7 +180,7 @@ def call_in_threads(
         workers: how many there are.
         consequences: errors that one worker raises because of another's; others are raised before them.
     """
-    with ThreadPoolExecutor(workers) as pool:
+    with _on_one_core(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, worker) for worker in range(workers)]
     if "torch._dynamo" in sys.modules:
         # Workers force eager code for a moment, which torch keeps for the process: threads put back what another set.
