@@ -83,13 +83,13 @@ class Observation:
     def state_dict(self) -> dict[str, Any]:
         """This worker's tensors as in training, and what an evaluation needs of it."""
         unsynced = self._writes_unsynced
-        # While the module is the full model, the worker's own tensors lie beside it.
-        own = self.own.as_in_training() if self.whole else None
+        # While the full model is assembled, here or on worker 0, own tensors may lie beside what was made of them.
+        own = self.own.as_in_training() if self.active else {}
         named = named_tensors(self._layout.module)
-        if own is None:
-            tensors = {name: tensor for name, tensor in named.items() if not tensor.is_meta}
-        else:
+        if self.whole:
             tensors = {name: own[id(tensor)] for name, tensor in named.items() if id(tensor) in own}
+        else:
+            tensors = {name: own.get(id(tensor), tensor) for name, tensor in named.items() if not tensor.is_meta}
         if self.active:
             unsynced += len(self.own.written())
         return {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from resist_lightning.comm.quantize import Quantizer, is_vector
+from resist_lightning.comm.quantize import Quantizer, compressible, is_vector
 from resist_lightning.methods.simulation import flat_of, pieces_of
 
 
@@ -21,18 +21,31 @@ class SimulatedMean:
 
     def __init__(self, wire: Quantizer, workers: int) -> None:
         self._wire = wire
+        self._before: dict[str, Tensor] = {}
         self._taken: list[dict[str, Tensor]] = [{} for _ in range(workers)]  # by rounding, from each worker
 
+    def begin_round(self, agreed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Remember what changes will count from.
+
+        Args:
+            agreed: values that all workers know alike, by name; what was remembered of other names stays.
+            tensors: of a worker; what is frozen now is not remembered, and so is sent exactly where it trains later.
+        """
+        known = {**self._before, **agreed}
+        small = {name for name in agreed if compressible(tensors[name])}
+        self._before = {name: value for name, value in known.items() if name in small or name not in agreed}
+
     def of(
-        self, before: Mapping[str, Tensor], copies: Sequence[Mapping[str, Tensor]], kept: Collection[str] = ()
+        self, names: Iterable[str], copies: Sequence[Mapping[str, Tensor]], kept: Collection[str] = ()
     ) -> dict[str, Tensor]:
         """What was there before plus the mean of the workers' changes, each compressed, and then compressed itself.
 
         Args:
-            before: values when the round began.
-            copies: each worker's now.
+            names: in the order of the message; without those that are not compressed, or were not remembered.
+            copies: each worker's tensors now.
             kept: names of parameters of other messages, from which rounding has taken something.
         """
+        before = {n: self._before[n] for n in names if n in self._before and compressible(copies[0][n])}
         vectors = self._wire.for_vectors
         if vectors is None:
             return self._of(self._wire, before, copies, kept)

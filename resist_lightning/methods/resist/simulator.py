@@ -98,7 +98,6 @@ class Simulator:
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire, feedback=config.feedback) if workers > 1 else None
         self._joint = SimulatedMean(self._wire, workers) if self._wire is not None else None
-        self._before: Mapping[str, Tensor] = {}
         self._outer = SimulatedOuter(config)
         self._transit: SimulatedTransit | None = None
         self._begin_round(self.workers[0].copies())
@@ -240,9 +239,9 @@ class Simulator:
         # In the order of the message: shared tensors, then the blocks that all hold.
         blocks = [name for block in plan.averaged for name in self.workers[0].blocks[block].tensors()]
         order = [*(name for name in copies[0] if name not in self._block_of), *blocks]
-        joint = [name for name in order if name in names and compressible(copies[0][name])]
+        joint = [name for name in order if name in names]
         others = {name for name in copies[0] if not self._fragments.covers(plan.fragment, name)}
-        return self._outer.step(self._joint.of({name: self._before[name] for name in joint}, copies, others))
+        return self._outer.step(self._joint.of(joint, copies, others))
 
     def _block_means(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
         """Of the blocks that have an owner, what it makes of trainable parameters, which are sent compressed."""
@@ -282,8 +281,8 @@ class Simulator:
         """Begin a round with what all workers know alike: what their changes and outer steps begin from."""
         partition = self.schedule.partition(self.clock.round)
         self._outer.begin_round(self.workers[0].module, agreed)
-        if self._wire is not None:
-            self._before = {**self._before, **agreed}
+        if self._joint is not None:
+            self._joint.begin_round(agreed, self.workers[0].tensors())
         for hooks in self._scale_hooks:
             hooks.remove()
         scale = self.schedule.training_scale(self.clock.round, self.scale)

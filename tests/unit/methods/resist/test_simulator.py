@@ -11,13 +11,16 @@ import torch
 from resist_lightning import QSR, Config, PostLocal, Simulator
 from resist_lightning.schedule.partition import draw_partition, everything
 from tests.helpers import by_hand
+from tests.helpers.threads import run_threads
 from tests.helpers.training import (
     Run,
     assert_equal_states,
     batch_of,
+    clone_state,
     decay,
     make_model,
     make_optimizer,
+    start_engine,
     train_simulator,
     train_step,
 )
@@ -274,3 +277,36 @@ def test_simulated_workers_have_no_speed():
         train_simulator(Run(Config(blocks_per_worker="auto"), steps=0), 2)
     with pytest.raises(ValueError, match="overlap='auto': simulated syncs take no time"):
         train_simulator(Run(Config(overlap="auto"), steps=0), 2)
+
+
+def thaw(step, model):
+    """Before the third round of two steps, all that was frozen trains."""
+    if step == 4:
+        model.requires_grad_(True)
+
+
+def trained_and_thawed(collective, run):
+    engine, optimizer = start_engine(collective, run)
+    for step in range(run.steps):
+        thaw(step, engine.module)
+        train_step(engine.module, optimizer, batch_of(collective.worker, step))
+        engine.after_step()
+    engine.finish()
+    return clone_state(engine.module)
+
+
+@pytest.mark.parametrize("wire", ["int8", "int2"])
+def test_what_is_unfrozen_between_rounds_is_sent_as_workers_send_it(wire):
+    """Exactly in its first round, as they did not know it alike when that began."""
+    run = Run(Config(local_steps=2, min_blocks=3, batch_norm="running", wire=wire), 9, frozen=("section1", "section3"))
+    states, _ = run_threads(trained_and_thawed, 2, run)
+
+    simulator = train_simulator(replace(run, steps=0), 2)
+    for step in range(run.steps):
+        for number, worker in enumerate(simulator.workers):
+            thaw(step, worker.module)
+            train_step(worker.module, worker.optimizers[0], batch_of(number, step))
+        simulator.after_step()
+
+    for state in states:
+        assert_equal_states(state, simulator.full_model().state_dict())
