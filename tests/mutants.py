@@ -596,6 +596,13 @@ MUTANTS = (
         ("tests/unit/comm/test_mean.py", "tests/distributed/test_observation.py"),
     ),
     Mutant(
+        "what was merged for worker 0 is saved as a worker's own",
+        "engine/evaluation.py",
+        "self.own.as_in_training() if self.active else {}",
+        "self.own.as_in_training() if self.whole else {}",
+        ("tests/unit/methods/ist/test_observation.py",),
+    ),
+    Mutant(
         "right after a sync, averages that are shown are taken for equal",
         "engine/evaluation.py",
         "changes = changes or int(self.own.swapped_since_note(self._own_tensors()))",
