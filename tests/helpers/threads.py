@@ -162,7 +162,7 @@ def _on_one_core() -> Iterator[None]:
         yield
         return
     cores = os.sched_getaffinity(0)
-    # Each of pytest's workers has another one.
+    # By the process's number, so that pytest's workers are spread over the cores.
     os.sched_setaffinity(0, {sorted(cores)[os.getpid() % len(cores)]})
     try:
         yield

@@ -31,9 +31,9 @@ class SimulatedMean:
             agreed: values that all workers know alike, by name; what was remembered of other names stays.
             tensors: of a worker; what is frozen now is not remembered, and so is sent exactly where it trains later.
         """
-        known = {**self._before, **agreed}
-        small = {name for name in agreed if compressible(tensors[name])}
-        self._before = {name: value for name, value in known.items() if name in small or name not in agreed}
+        others = {name: value for name, value in self._before.items() if name not in agreed}
+        trained = {name: value for name, value in agreed.items() if compressible(tensors[name])}
+        self._before = {**others, **trained}
 
     def of(
         self, names: Iterable[str], copies: Sequence[Mapping[str, Tensor]], kept: Collection[str] = ()
