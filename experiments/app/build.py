@@ -57,7 +57,7 @@ def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
         )
     if cfg.trainer.max_epochs is None and cfg.trainer.max_steps == -1:
         raise ConfigError("trainer.max_epochs=null with trainer.max_steps=-1: would never end; set one of the two")
-    if cfg.ckpt_path not in (None, "best", "last") and not Path(cfg.ckpt_path).is_file():
+    if cfg.ckpt_path not in (None, "best", "last") and not Path(str(cfg.ckpt_path)).is_file():
         raise ConfigError(
             f"ckpt_path={cfg.ckpt_path}: is no file; best and last are checkpoints of this training, null tests the "
             "model as the training leaves it"

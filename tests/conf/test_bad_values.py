@@ -52,6 +52,7 @@ BAD = {
     "strategy=single strategy.local_steps=50 trainer.devices=1": r"strategy=single has no settings",
     "strategy=local_sgd strategy.min_blocks=2": r"min_blocks=2: unknown key; strategy=local_sgd has",
     "ckpt_path=besst": r"ckpt_path=besst: is no file; best and last are checkpoints of this training, null tests",
+    "ckpt_path=5": r"ckpt_path=5: is no file; best and last",
     "trainer.devices=0": r"trainer\.devices=0: must be a whole number, at least 1",
     "trainer.devices=two": r"trainer\.devices=two: must be a whole number",
     "trainer.max_epochs=null": r"trainer\.max_epochs=null with trainer\.max_steps=-1: would never end",
