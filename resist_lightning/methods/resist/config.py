@@ -57,8 +57,8 @@ class Config(GrowingConfig):
             probability that a block is held: mean blocks per worker / number of blocks.
         wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6``,
             ``int4`` (with a scale per 256 entries) or ``int2`` (what rounding takes from a mean is added to the next
-            one; blocks that are handed over, and their velocities, in 8 bits). Needs a copy of the shared parameters
-            unless ``fp32``, and another one with ``int2``.
+            one, unless ``outer`` is set; blocks that are handed over, and their velocities, in 8 bits). Needs a copy of
+            the shared parameters unless ``fp32``, and another one where rounding is made up for.
         outer: where a round begins: ``none`` (at the mean of the last one) or ``nesterov`` (the outer optimizer: SGD
             with Nesterov momentum on what the last round has changed; with local SGD this is DiLoCo). It keeps two
             copies of the shared parameters and of the blocks that a worker merges.

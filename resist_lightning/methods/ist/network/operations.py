@@ -230,7 +230,11 @@ def _reduce(node: fx.Node, value: Divided) -> Divided:
     # Each dimension that is named must be one of the positions.
     over_them = len(reduced) == len(dims) and reduced and min(reduced) >= 2
     if value.form != "channels" or not over_them:
-        raise NotPerNeuron(f"reach {operation_name(node)}() over them, which is not per neuron")
+        given = f"dim={dims[0] if len(dims) == 1 else tuple(dims)}" if dims else ""
+        raise NotPerNeuron(
+            f"reach {operation_name(node)}({given}): only the positions of a convolution's output (dimensions from 2 "
+            "on) may be reduced"
+        )
     if argument(node, 2, "keepdim", False):
         return value
     positions = value.positions - len(reduced)

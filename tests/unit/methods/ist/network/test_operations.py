@@ -43,8 +43,10 @@ def views(net, x):
 NOT_PER_NEURON = [
     (lambda net, x: net.c(net.a(x).softmax(1)), "a", "reach softmax()"),
     (lambda net, x: net.c(functional.softmax(net.a(x), dim=1)), "a", "reach softmax()"),
-    (lambda net, x: net.c(h := net.a(x)) + h.sum(1), "a", "reach sum() over them"),
-    (lambda net, x: net.c((h := net.a(x)) - h.mean(-1, keepdim=True)), "a", "reach mean() over them"),
+    (lambda net, x: net.c(h := net.a(x)) + h.sum(1), "a", "reach sum(dim=1): only the positions"),
+    (lambda net, x: net.c((h := net.a(x)) - h.mean(-1, keepdim=True)), "a", "reach mean(dim=-1): only the positions"),
+    (lambda net, x: net.c(h := net.a(x)) + h.mean(0).sum(), "a", "reach mean(dim=0): only the positions"),
+    (lambda net, x: net.c(h := net.a(x)) + h.sum(), "a", "reach sum(): only the positions"),
     (lambda net, x: net.c(net.a(x) @ net.b.weight), "a", "reach matmul() together with another value"),
     (lambda net, x: net.c(torch.matmul(net.a(x), x)), "a", "reach matmul() together with another value"),
     (lambda net, x: net.c(net.a(x)[:, [5, 4, 3, 2, 1, 0]]), "a", "reach getitem()"),
@@ -66,7 +68,7 @@ NOT_PER_NEURON = [
     (lambda net, x: net.c(net.conv(x).flatten()), "conv", "are flattened from dimension 0 to -1"),
     (lambda net, x: net.c(net.conv(x).squeeze()), "conv", "reach squeeze(), which is not known to be per neuron (fl"),
     (lambda net, x: net.c(net.conv(x)), "conv", "reach 'c' (Linear) in a dimension that it does not sum over"),
-    (lambda net, x: net.c(net.conv(x).mean(1).flatten(1)), "conv", "reach mean() over them"),
+    (lambda net, x: net.c(net.conv(x).mean(1).flatten(1)), "conv", "reach mean(dim=1): only the positions"),
     (lambda net, x: functional.linear(net.a(x), net.c.weight), "a", "reach linear() together with another value"),
     (lambda net, x: functional.batch_norm(net.c(net.a(x) + 0 * net.scale), None, None), "a", "are combined by add"),
 ]  # fmt: skip
