@@ -83,7 +83,7 @@ RUNS = {
         3,
         Run(Config(local_steps=2, min_blocks=1, warmup_rounds=1, finish_rounds=2, wire="int2", **OUTER), steps=11),
     ),
-    "growth, outer": (3, Run(Config(local_steps=2, growth=[0.25, 0.6, 1], **OUTER), steps=11)),
+    "growth, outer of its defaults": (3, Run(Config(local_steps=2, growth=[0.25, 0.6, 1], outer="nesterov"), steps=11)),
     "outer, frozen": (2, Run(Config(local_steps=2, min_blocks=3, **OUTER), steps=7, frozen=("section3.2",))),
     "syncs beside the training, warm-up": (
         2,

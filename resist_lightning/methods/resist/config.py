@@ -29,6 +29,9 @@ BlockChoice: TypeAlias = str | Sequence[str] | Callable[[str, nn.Module], bool] 
 PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""
 
+_LARGEST_OUTER_MOMENTUM = 0.9
+"""DiLoCo's, for eight workers: more remembers so many rounds that the end of a training comes too late for it."""
+
 
 def default_min_blocks(blocks: int) -> int:
     """The paper's least number of blocks per worker, or half of them where there are few."""
@@ -63,7 +66,8 @@ class Config(GrowingConfig):
             with Nesterov momentum on what the last round has changed; with local SGD this is DiLoCo). It keeps two
             copies of the shared parameters and of the blocks that a worker merges.
         outer_rate: learning rate of the outer optimizer, above 0; 1 goes to the mean itself.
-        outer_momentum: momentum of the outer optimizer, in [0, 1).
+        outer_momentum: momentum of the outer optimizer, in [0, 1); None: 1 - ``outer_rate`` / number of workers, at
+            most 0.9, so that a change that each round repeats counts as often as there are workers (0.65 for two).
         overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
             the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
             and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync;
@@ -88,7 +92,7 @@ class Config(GrowingConfig):
     wire: WireName = "fp32"
     outer: OuterName = "none"
     outer_rate: float = 0.7
-    outer_momentum: float = 0.9
+    outer_momentum: float | None = None
     overlap: OverlapChoice = 0
     fragments: int = 1
 
@@ -126,11 +130,17 @@ class Config(GrowingConfig):
         exact = self.wire == "fp32" and self.outer == "none" and self.equal_after_sync
         return exact and super().sync_before_evaluation
 
-    @property
-    def rounds_in_words(self) -> str:
-        """What a round is, after "rounds of"."""
+    def outer_momentum_of(self, workers: int) -> float:
+        """The momentum of the outer optimizer of so many workers."""
+        if self.outer_momentum is not None:
+            return self.outer_momentum
+        # A change that each round repeats adds up to rate / (1 - momentum) times of it.
+        return min(max(0.0, 1 - self.outer_rate / workers), _LARGEST_OUTER_MOMENTUM)
+
+    def rounds_in_words(self, workers: int) -> str:
+        """What a round of so many workers is, after "rounds of"."""
         wire = "" if self.wire == "fp32" else f", parameters sent as {self.wire}"
-        rate, momentum = self.outer_rate, self.outer_momentum
+        rate, momentum = self.outer_rate, self.outer_momentum_of(workers)
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
         finish = f", all blocks everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
         growth = "" if self.growth is None else f", shares of {list(self.growth)} of the blocks in turn"
@@ -152,11 +162,13 @@ class Config(GrowingConfig):
         check_choice("outer", self.outer, get_args(OuterName))
         for name, limits in (("outer_rate", "above 0"), ("outer_momentum", "of at least 0 and below 1")):
             value = getattr(self, name)
+            default = next(field.default for field in fields(self) if field.name == name)
+            if value == default:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not (0 < value < float("inf") if name == "outer_rate" else 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} must be a finite number {limits}.")
-            default = next(field.default for field in fields(self) if field.name == name)
-            if self.outer == "none" and value != default:
+            if self.outer == "none":
                 raise ValueError(
                     f"{name}={value!r} has no effect with outer='none'; set outer='nesterov', or leave {name} out."
                 )

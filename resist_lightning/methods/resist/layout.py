@@ -235,15 +235,16 @@ class BlockLayout(Layout):
     @override
     def describe(self) -> str:
         workers = self.workers
+        rounds = self.config.rounds_in_words(workers)
         if not self.blocks:
-            sentence = f"All parameters are shared by {workers} worker(s); rounds of {self.config.rounds_in_words}."
+            sentence = f"All parameters are shared by {workers} worker(s); rounds of {rounds}."
             return sentence if workers == 1 else f"{sentence}\n{brief_of_shared(costs(self))}"
         counts = map(len, self.usual_partition().held)
         later = " at first, later in proportion to speed" if self.schedule.measured_from is not None else ""
         sentence = (
             f"{len(self.blocks)} residual blocks are partitioned over {workers} worker(s), "
             f"{', '.join(map(str, counts))} a worker{later}: {summary([block.name for block in self.blocks])}; "
-            f"all else is shared. Rounds of {self.config.rounds_in_words}; test-time scale {self.scaling.scale:.4g}."
+            f"all else is shared. Rounds of {rounds}; test-time scale {self.scaling.scale:.4g}."
         )
         if workers == 1:
             return sentence

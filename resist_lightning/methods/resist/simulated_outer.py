@@ -19,10 +19,12 @@ class SimulatedOuter:
 
     Args:
         config: the settings.
+        workers: number of workers.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, workers: int) -> None:
         self._config = config
+        self._rate, self._momentum = config.outer_rate, config.outer_momentum_of(workers)
         self._start: dict[str, Tensor] = {}  # of the parameters that trained when the round began
         self._velocities: dict[str, Tensor] = {}
 
@@ -41,7 +43,7 @@ class SimulatedOuter:
     def _step(self, name: str, mean: Tensor) -> Tensor:
         if name not in self._start:
             return mean
-        rate, momentum = self._config.outer_rate, self._config.outer_momentum
+        rate, momentum = self._rate, self._momentum
         wide = mean.to(torch.promote_types(mean.dtype, torch.float32))
         change = self._start[name].to(wide.dtype) - wide
         velocity = momentum * self._velocities.get(name, torch.zeros_like(change)) + change

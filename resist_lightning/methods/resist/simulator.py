@@ -98,7 +98,7 @@ class Simulator:
         self._scale_hooks: list[ScaleHooks] = []
         self._wire = make_quantizer(config.wire, feedback=config.feedback) if workers > 1 else None
         self._joint = SimulatedMean(self._wire, workers) if self._wire is not None else None
-        self._outer = SimulatedOuter(config)
+        self._outer = SimulatedOuter(config, workers)
         self._transit: SimulatedTransit | None = None
         self._begin_round(self.workers[0].copies())
 

@@ -47,7 +47,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._compressed_mean = CompressedMean(collective, quantizer) if quantizer is not None else None
         self._outer: OuterOptimizer | None = None
         if layout.config.outer == "nesterov":
-            self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum)
+            self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum_of(layout.workers))
         self._payloads = Payloads(layout, states, self._outer, collective.worker, device)
         self._begun = False
         # By identity, what a sync beside the training has brought, until the round has begun with it.

@@ -113,12 +113,27 @@ def test_an_impossible_value_is_named_with_its_limit(option, value, message):
         {"outer": "nesterov", "outer_rate": 1, "outer_momentum": 0},
         {"outer": "nesterov", "outer_rate": 1e-3, "outer_momentum": 0.999},
         {"growth": (0.25, 0.25, 1), "warmup_rounds": 1},
-        {"outer": "none", "outer_rate": 0.7, "outer_momentum": 0.9},
+        {"outer": "none", "outer_rate": 0.7, "outer_momentum": None},
         {"momentum": "travel", "batch_norm": "batch", "warmup_rounds": 3, "finish_rounds": 2},
     ],
 )
 def test_values_at_the_limits_are_taken(options):
     assert {name: getattr(Config(**options), name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("rate", "momenta"),
+    [
+        (0.7, {1: 0.3, 2: 0.65, 4: 0.825, 8: 0.9, 1000: 0.9}),
+        (1.0, {1: 0.0, 2: 0.5}),
+        (3, {1: 0.0, 2: 0.0, 4: 0.25}),
+    ],
+)
+def test_the_outer_momentum_follows_the_number_of_workers(rate, momenta):
+    config = Config(outer="nesterov", outer_rate=rate)
+    assert {workers: config.outer_momentum_of(workers) for workers in momenta} == pytest.approx(momenta)
+    assert "rate 0.7 and momentum 0.65" in Config(outer="nesterov").rounds_in_words(2)
+    assert Config(outer="nesterov", outer_rate=rate, outer_momentum=0.2).outer_momentum_of(8) == 0.2
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ BAD = {
     "wire": [("fp8", "choose one of 'fp32', 'bf16', 'int8', 'int6', 'int4'")],
     "outer": [("adam", "choose one of 'none', 'nesterov'")],
     "outer_rate": [(-0.7, "finite number above 0"), (0.5, "has no effect with outer='none'; set outer='nesterov'")],
-    "outer_momentum": [(1.0, "of at least 0 and below 1"), (None, "finite number")],
+    "outer_momentum": [(1.0, "of at least 0 and below 1"), ("most", "finite number")],
     "overlap": [(-1, "at least 0 (0: the training waits"), (50, "the shortest round has 50. Choose an overlap below")],
     "fragments": [(0, "at least 1 (1: each sync covers the whole network)"), (2.5, "whole number")],
     "evaluate_on": [("one", "choose one of 'all', 'first'"), (0, "choose one of")],
@@ -119,7 +119,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert ResISTStrategy().config.wire == LocalSGDStrategy().config.wire == "fp32"
     assert LocalSGDStrategy(wire="int8").config.wire == "int8"
     diloco = LocalSGDStrategy(outer="nesterov").config
-    assert (diloco.outer, diloco.outer_rate, diloco.outer_momentum) == ("nesterov", 0.7, 0.9)
+    assert (diloco.outer, diloco.outer_rate, diloco.outer_momentum) == ("nesterov", 0.7, None)
     assert (config.outer, LocalSGDStrategy().config.outer) == ("none", "none")
 
 
