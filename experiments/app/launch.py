@@ -31,6 +31,7 @@ class Check(Protocol):
 def check_command_line(config_name: str, check: Check, arguments: Sequence[str] | None = None) -> None:
     """Compose and check every job that the command line asks for, before Hydra starts the first.
 
+    A key of the user's own model or data (``model.width=8``), which no file has, gets its plus signs here.
     Other flags than ``--multirun`` (``--cfg job``, ``--help``) are left to Hydra, and so is the check to the job.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -38,16 +39,21 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
     if flags - {"-m", "--multirun"}:
         return
     overrides = [argument for argument in given if argument not in flags]
+    added: set[str] = set()
     with readable_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         for job, sweep in _jobs(config_name, overrides, multirun=bool(flags)):
-            check(_composed(config_name, job), sweep=sweep)
+            cfg, accepted = _composed(config_name, job)
+            check(cfg, sweep=sweep)
+            added |= {_key(old) for old, new in zip(job, accepted, strict=True) if old != new}
+    if arguments is None:  # Hydra reads them next
+        sys.argv[1:] = [f"++{argument}" if _key(argument) in added else argument for argument in given]
 
 
 def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:
     parsed = _parse(overrides)
     # Whether it is a sweep may be said in a file, such as hparams_search, so Hydra's own part is composed first.
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    hydra_node = _composed(config_name, single, hydra=True).hydra
+    hydra_node = _composed(config_name, single, hydra=True)[0].hydra
     sweep = multirun or hydra_node.mode == RunMode.MULTIRUN
     if not sweep:
         yield list(overrides), False
@@ -94,12 +100,12 @@ def _values(override: Override, *, grid: bool) -> list[str]:
     return values
 
 
-def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
-    """Compose; a key that Hydra does not know is let through: the check names it with its neighbours."""
+def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False) -> tuple[DictConfig, list[str]]:
+    """The configuration, and the overrides that make it: a key that no file has is let through, for the check."""
     wanted = list(overrides)
     for _ in range(len(wanted) + 1):  # Hydra names one unknown key at a time
         try:
-            return compose(config_name, wanted, return_hydra_config=hydra)
+            return compose(config_name, wanted, return_hydra_config=hydra), wanted
         except (HydraException, OmegaConfBaseException) as error:
             unknown = re.search(r"Could not override '([^']+)'", str(error))
             forced = [_forced(item, unknown.group(1)) for item in wanted] if unknown else wanted
@@ -113,4 +119,8 @@ def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False
 
 
 def _forced(override: str, key: str) -> str:
-    return f"++{override}" if override.split("=", 1)[0] == key else override
+    return f"++{override}" if _key(override) == key else override
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0]

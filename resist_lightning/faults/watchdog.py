@@ -194,7 +194,8 @@ class Watchdog:
         self._heartbeats.post(own)
         if self._urgent or time.monotonic() - self._last_reading >= BEAT_SECONDS / 2:
             self._last_reading = time.monotonic()
-            self._hear(self._heartbeats.read(wanted))
+            if own.end != "done":  # then worker 0, which serves the store, may be gone before it answers
+                self._hear(self._heartbeats.read(wanted))
             if self._detector.monitoring:
                 with self._lock:
                     report = self._detector.report(self._reports + 1, self.verdict)

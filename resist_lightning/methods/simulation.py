@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +57,26 @@ class SimulatedWorker:
         """Clear their state, and restore the values in parameter groups that their own steps have changed."""
         for optimizer, first in zip(self.optimizers, self._first, strict=True):
             optimizer.state.clear()
-            for group, values in zip(optimizer.param_groups, first, strict=True):
+            for group, values in _of_groups(optimizer, first):
                 group.update(values)
                 values.clear()
 
 
+def _of_groups(optimizer: Optimizer, first: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each parameter group, with what is remembered of it; groups may have been added since the last call."""
+    first += [{} for _ in optimizer.param_groups[len(first) :]]
+    return zip(optimizer.param_groups, first, strict=True)
+
+
 def _remember(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
-    for group, values in zip(optimizer.param_groups, first, strict=True):
+    for group, values in _of_groups(optimizer, first):
         for name, value in group.items():
             if isinstance(value, int | float):
                 values.setdefault(name, value)
 
 
 def _forget_unchanged(optimizer: Optimizer, first: list[dict[str, Any]]) -> None:
-    for group, values in zip(optimizer.param_groups, first, strict=True):
+    for group, values in _of_groups(optimizer, first):
         unchanged = [name for name, value in values.items() if group[name] == value]
         for name in unchanged:
             del values[name]

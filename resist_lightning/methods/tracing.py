@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
         CannotTrace: if torch.fx cannot.
     """
     try:
-        return tracer.trace(root, concrete_args=defaults(root) or None)
+        with _compiled_as_written():
+            return tracer.trace(root, concrete_args=defaults(root) or None)
     except Exception as error:
         # The innermost module that was being called.
         stack = list(tracer.module_stack.values())
@@ -116,6 +118,12 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
         name = f"{prefix}{path}".rstrip(".")
         where = f"{name!r} ({kind.__name__})" if name else f"the module itself ({kind.__name__})"
         raise CannotTrace(path, where, f"{_raised_at(error)}: {type(error).__name__}: {error}") from error
+
+
+def _compiled_as_written() -> AbstractContextManager[Any]:
+    """A context in which torch.fx traces the forward of a compiled module, where torch.compile would raise."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second, and it is there where anything is compiled
+    return nullcontext() if dynamo is None else dynamo.config.patch(error_on_nested_fx_trace=False)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def test_a_network_and_data_of_the_users_own_train_from_outside(
     (tmp_path / "mine.py").write_text(MINE)
     own = ["model._target_=mine.Net", "data._target_=mine.Data", "strategy=ist", "trainer.accelerator=cpu"]
     quick = ["trainer.max_epochs=1", "logger=csv", "threads=1", "callbacks.progress_bar=null"]
-    few = ["strategy.local_steps=2", "+model.width=8", "+data.count=60", "strategy.start_method=fork"]
+    few = ["strategy.local_steps=2", "model.width=8", "+data.count=60", "strategy.start_method=fork"]
     run_module(
         "experiments.train", *own, *quick, *few, f"hydra.run.dir={tmp_path}/run", PYTHONPATH=f"{ROOT}:{tmp_path}"
     )
@@ -221,3 +222,8 @@ def test_a_network_and_data_of_the_users_own_train_from_outside(
         with pytest.raises(SystemExit):
             check_command_line("train", check_train, [*own, option])
         assert capsys.readouterr().err.startswith(message)
+
+    # What Hydra reads next: it refuses a key that no file has, unless it is added.
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *own, "model.width=8,12", "+data.count=60"])
+    check_command_line("train", check_train)
+    assert sys.argv == ["train.py", "-m", *own, "++model.width=8,12", "+data.count=60"]

@@ -8,15 +8,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from resist_lightning.faults import heartbeats as heartbeats_module
 from resist_lightning.faults import watchdog as watchdog_module
-from resist_lightning.faults.heartbeats import Heartbeats
+from resist_lightning.faults.heartbeats import Heartbeats, Lines
 from resist_lightning.faults.host import this_process
 from resist_lightning.faults.messages import Heartbeat, Process, to_line
 from resist_lightning.faults.surroundings import Surroundings
@@ -90,6 +91,26 @@ def watch_the_store(store: dist.TCPStore, server: int) -> None:
         assert [thread.name for thread in threading.enumerate() if "resist_lightning" in thread.name] == []
     finally:
         os.kill(server, signal.SIGCONT)
+
+
+def test_at_a_good_end_nothing_is_read_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker 0 serves the store, and may be gone before it answers."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(heartbeats_module, "clone_store", server.clone)
+    watchdog, other = watching(0), Heartbeats(ELSEWHERE, 2, "test")
+    other.begin(PROCESSES, KEY)
+    watchdog.start()
+    read, ends = watchdog._heartbeats.read, []
+
+    def reading(workers: Collection[int]) -> Lines:
+        ends.append(watchdog._own.end)
+        return read(workers)
+
+    monkeypatch.setattr(watchdog._heartbeats, "read", reading)
+    wait_for(lambda: len(ends) > 0)
+    watchdog.post_end("done")
+    assert "done" not in ends
+    assert other.read([0]).heartbeats[0].end == "done"
 
 
 def watching(worker: int) -> Watchdog:

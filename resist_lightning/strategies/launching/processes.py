@@ -178,6 +178,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
         """Called in each worker at the end. The file of weights goes to the folder that the main process removes."""
+        strategy: Any = trainer.strategy
+        if strategy.engine is not None and strategy.engine.incomplete:
+            return None  # `super` would ask for a state dict first, which worker 0 alone has (`full_model_on`)
         usual, tempfile.tempdir = tempfile.tempdir, self._folder
         try:
             return super()._collect_rank_zero_results(trainer, results)

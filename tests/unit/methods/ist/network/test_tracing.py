@@ -122,3 +122,14 @@ def mul(h: Tensor, factor: float) -> Tensor:
 def test_a_function_of_the_users_own_is_not_taken_for_torchs_of_the_same_name():
     with pytest.raises(LayerSelectionError, match=r"neurons reach mul\(\), a function of .* not looked into"):
         find_neurons(Net(lambda net, x: net.c(mul(net.a(x), 2.0))))
+
+
+def test_a_compiled_network_inside_a_forward_is_followed_as_it_is_written():
+    def names(module: nn.Module) -> list[str]:
+        return [layer.name for layer in find_neurons(module).layers]
+
+    module = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    assert names(module) == ["0.0"]
+    module[0].compile(backend="eager")
+    assert names(module) == ["0.0"]
+    assert names(nn.Sequential(torch.compile(module[0], backend="eager"))) == ["0._orig_mod.0"]
