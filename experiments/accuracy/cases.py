@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ TITLES = {
 PARTITIONING = ("resist", "resist_outer", "resist_growth")
 OUTER = ("diloco", "resist_outer", "resist_growth")
 GROWTH = (0.25, 0.5, 1.0)  # shares of the blocks, each for a third of the rounds
+MOMENTA = (0.5, 0.65, 0.825, 0.9)  # of the outer optimizer: the defaults of 2, 4 and 8 workers, and a smaller one
 # `Config.blocks` by name.
 PARTITIONED: dict[str, Any] = {
     "naive": "section[1-4].*", "strided_shared": "section[1-4].[!0]*", "paper": PAPER_BLOCKS, "none": [],
@@ -47,12 +49,13 @@ class Case(AnyCase):
     blocks: str = "paper"  # a key of `PARTITIONED`
     overlap: int = 0  # local steps beside which a sync runs
     fragments: int = 1  # in which the network is synced, one after each round
+    outer_momentum: float | None = None  # of the outer optimizer; None is the default
 
     @property
     @override
     def key(self) -> dict[str, Any]:
-        """As of any case; rows that were measured before there were overlaps and fragments have none."""
-        newer = {"overlap": 0, "fragments": 1}
+        """As of any case; rows that were measured before there were the newer fields have none."""
+        newer = {"overlap": 0, "fragments": 1, "outer_momentum": None}
         return {name: value for name, value in super().key.items() if name not in newer or value != newer[name]}
 
 
@@ -65,7 +68,7 @@ def config_of(case: Case, options: Any) -> Config:
     blocks = PARTITIONED[case.blocks if partitioning else "none"]
     outer = "nesterov" if case.method in OUTER else "none"
     policies: dict[str, Any] = {"momentum": case.momentum, "wire": case.wire, "outer": outer, "overlap": case.overlap}
-    policies["fragments"] = case.fragments
+    policies |= {"fragments": case.fragments, "outer_momentum": case.outer_momentum}
     local_steps: int | PostLocal = case.local_steps
     if case.method == "post_local":
         half = steps_of(options.samples, options.batch, case.workers) // 2
@@ -161,12 +164,11 @@ def scale(options: Any) -> list[Case]:
 
 def wire(options: Any) -> list[Case]:
     """Numbers of fewer bits on the wire; the fewest where everything is averaged too."""
-    averaged = [
-        replace(base(method, 2, seed, options), wire=bits)
-        for seed in range(options.ablation_seeds)
-        for method in ("local_sgd", "diloco")
-        for bits in (WIRES[0], WIRES[-1])
-    ]
+    averaged: list[Case] = []
+    for seed in range(options.ablation_seeds):
+        diloco = replace(base("diloco", 2, seed, options), outer_momentum=0.9)  # as its paper has it
+        for case in (base("local_sgd", 2, seed, options), diloco):
+            averaged += [replace(case, wire=bits) for bits in (WIRES[0], WIRES[-1])]
     return [*_changed(options, 2, "wire", WIRES), *averaged]
 
 
@@ -183,6 +185,20 @@ def overlap(options: Any) -> list[Case]:
     return cases
 
 
+def outer(options: Any) -> list[Case]:
+    """Momenta of the outer optimizer by number of workers, in rounds of equally many samples."""
+    cases: list[Case] = []
+    for seed, workers in product(range(options.seeds), (2, 4, 8)):
+        steps = max(1, 2 * options.local_steps // workers)
+        default = Config(outer="nesterov").outer_momentum_of(workers)
+        cases.append(replace(base("resist", workers, seed, options), local_steps=steps))
+        for momentum in MOMENTA:
+            stepping = replace(base("resist_outer", workers, seed, options), local_steps=steps)
+            # Under its default, so that it is the case of the main table where the round is as long.
+            cases.append(stepping if momentum == default else replace(stepping, outer_momentum=momentum))
+    return cases
+
+
 def rates(options: Any) -> list[Case]:
     """Learning rates, judged on the hold-out; a seed that no other study uses."""
     return [
@@ -193,5 +209,6 @@ def rates(options: Any) -> list[Case]:
 
 
 STUDIES: dict[str, Callable[[Any], list[Case]]] = {
-    study.__name__: study for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, rates)
+    study.__name__: study
+    for study in (main, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
 }

@@ -6,7 +6,7 @@ python experiments/accuracy/run.py data=cifar10 folder=PATH    (torchvision down
 python experiments/accuracy/run.py size=short folder=PATH      (minutes a training, on images of 16 x 16 pixels)
 python experiments/accuracy/run.py size=smoke out=/tmp/smoke   (seconds, on digits)
 
-Studies: main check design local_steps momentum batch_norm scale wire overlap rates. Options are key=value: see `Options`. A
+Studies: main check design local_steps momentum batch_norm scale wire overlap outer rates. Options are key=value: see `Options`. A
 result is written as soon as it is there (results/STUDY.jsonl); a second call resumes from there, fresh=true begins anew.
 """
 

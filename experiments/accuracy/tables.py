@@ -7,9 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.accuracy.cases import TITLES
+from experiments.accuracy.cases import MOMENTA, OUTER, TITLES
 from experiments.harness.tables import Content, Grid, Rows, chosen, distinct, grouped, mean_of, page_tables, seeds
 from experiments.real_processes import agreement
+from resist_lightning import Config
 
 RESULTS = Path(__file__).parent / "results"
 SHORT = RESULTS / "short"
@@ -176,6 +177,21 @@ def overlap(content: Content) -> Grid:
     return Grid("Syncs beside the training", header, lines)
 
 
+def outer(content: Content) -> Grid:
+    lines = []
+    for (workers, steps), own in grouped(content["rows"], "workers", "local_steps"):
+        default = Config(outer="nesterov").outer_momentum_of(workers)
+        by_momentum: dict[float | None, Rows] = {}
+        for row in own:
+            momentum = row["case"].get("outer_momentum", default) if row["case"]["method"] in OUTER else None
+            by_momentum.setdefault(momentum, []).append(row)
+        cells = [mean_of(by_momentum.get(momentum, []), "last") for momentum in (None, *MOMENTA)]
+        lines.append([workers, steps, f"{default:g}", *cells, min(map(len, by_momentum.values()))])
+    momenta = [f"{momentum:g}, %" for momentum in MOMENTA]
+    header = ["S", "local steps per round", "default", "no outer step, %", *momenta, "n, at least"]
+    return Grid("Momenta of the outer optimizer", header, lines)
+
+
 def rates(content: Content) -> Grid:
     found, lines = distinct(content["rows"], "lr"), []
     for (method, workers), own in grouped(content["rows"], "method", "workers", titles=TITLES):
@@ -185,6 +201,7 @@ def rates(content: Content) -> Grid:
 
 
 STUDIES = {"main": (conditions, main)} | {
-    make.__name__: (make,) for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, rates)
+    make.__name__: (make,)
+    for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
 }
 TABLES = page_tables(RESULTS, STUDIES, "accuracy_") | page_tables(SHORT, STUDIES, "accuracy_short_")
