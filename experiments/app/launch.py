@@ -31,12 +31,13 @@ class Check(Protocol):
 def check_command_line(config_name: str, check: Check, arguments: Sequence[str] | None = None) -> None:
     """Compose and check every job that the command line asks for, before Hydra starts the first.
 
-    A key of the user's own model or data (``model.width=8``), which no file has, gets its plus signs here.
+    A key of the user's own model or data (``model.width=8``), which no file has, gets its plus signs here; and flags
+    come first, as Hydra's parser wants them.
     Other flags than ``--multirun`` (``--cfg job``, ``--help``) are left to Hydra, and so is the check to the job.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    flags = {argument for argument in given if argument.startswith("-")}
-    if flags - {"-m", "--multirun"}:
+    flags = [argument for argument in given if argument.startswith("-")]
+    if set(flags) - {"-m", "--multirun"}:
         return
     overrides = [argument for argument in given if argument not in flags]
     added: set[str] = set()
@@ -46,7 +47,7 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
             check(cfg, sweep=sweep)
             added |= {_key(old) for old, new in zip(job, accepted, strict=True) if old != new}
     if arguments is None:  # Hydra reads them next
-        sys.argv[1:] = [f"++{argument}" if _key(argument) in added else argument for argument in given]
+        sys.argv[1:] = [*flags, *(f"++{each}" if _key(each) in added else each for each in overrides)]
 
 
 def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:

@@ -224,6 +224,6 @@ def test_a_network_and_data_of_the_users_own_train_from_outside(
         assert capsys.readouterr().err.startswith(message)
 
     # What Hydra reads next: it refuses a key that no file has, unless it is added.
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *own, "model.width=8,12", "+data.count=60"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *own, "-m", "model.width=8,12", "+data.count=60"])
     check_command_line("train", check_train)
     assert sys.argv == ["train.py", "-m", *own, "++model.width=8,12", "+data.count=60"]

@@ -30,7 +30,7 @@ PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""
 
 _LARGEST_OUTER_MOMENTUM = 0.9
-"""DiLoCo's, for eight workers: more remembers so many rounds that the end of a training comes too late for it."""
+"""DiLoCo's, for eight workers. It remembers ten rounds; with more, the last ones would still follow earlier ones."""
 
 
 def default_min_blocks(blocks: int) -> int:
