@@ -463,6 +463,13 @@ MUTANTS = (
         ("tests/unit/engine/test_by_the_rules_of_nccl.py",),
     ),
     Mutant(
+        "the outer momentum of one worker for all numbers of them",
+        "methods/resist/sync.py",
+        "outer_momentum_of(layout.workers)",
+        "outer_momentum_of(1)",
+        ("tests/distributed/test_oracle.py",),
+    ),
+    Mutant(
         "outer step in the wrong direction",
         "state/outer.py",
         "mean.copy_(wide - beyond)",
