@@ -188,7 +188,7 @@ def overlap(options: Any) -> list[Case]:
 def outer(options: Any) -> list[Case]:
     """Momenta of the outer optimizer by number of workers, in rounds of equally many samples."""
     cases: list[Case] = []
-    for seed, workers in product(range(options.seeds), (2, 4, 8)):
+    for seed, workers in product(range(options.seeds), sorted(COUNTS)):
         steps = max(1, 2 * options.local_steps // workers)
         default = Config(outer="nesterov").outer_momentum_of(workers)
         cases.append(replace(base("resist", workers, seed, options), local_steps=steps))
