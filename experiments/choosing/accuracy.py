@@ -11,6 +11,7 @@ from experiments.accuracy import tables as residual
 from experiments.harness.tables import Content, Rows, chosen, read
 from experiments.ist import tables as neurons
 from experiments.ist.cases import TASKS
+from resist_lightning.methods.ist.config import HALF
 
 TITLES = {**residual.TITLES, "ist": "IST"}
 
@@ -90,12 +91,20 @@ def neuron_studies(folder: Path = neurons.RESULTS) -> list[Study]:
         return []
     size, found = content["settings"]["size"], []
     for name, task in TASKS.items():
-        rows = neurons.usual(content["rows"], task=name)
+        rows = _by_default(content["rows"], name)
         if rows:
             samples = max(row["samples"] for row in rows)
             words = f"{task.title}; {task.depth} linear layers, hidden {task.width[size]}, {samples:,} samples"
             found.append(Study(name, words, rows))
     return found
+
+
+def _by_default(rows: Rows, task: str) -> Rows:
+    """The rows of a task, of IST with the default number of holders: one with two workers, half of all with more."""
+    others = [row for row in neurons.usual(rows, task=task) if row["case"]["method"] != "ist"]
+    two = neurons.usual(rows, task=task, method="ist", workers=2)
+    several = neurons.usual(rows, task=task, method="ist", shares=str(HALF))
+    return [*others, *two, *several]
 
 
 def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:

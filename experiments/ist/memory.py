@@ -41,7 +41,7 @@ def _train(worker: int, group: Group) -> dict[str, Any]:
     torch.manual_seed(0)
     model = mlp(in_features=group.inputs, num_classes=CLASSES, depth=DEPTH, width=group.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
-    engine = Engine(model, [optimizer], NeuronConfig(local_steps=LOCAL_STEPS))
+    engine = Engine(model, [optimizer], NeuronConfig(local_steps=LOCAL_STEPS, min_share=0))
     assert isinstance(engine.layout, NeuronLayout)
     full, inner = sizes(engine.layout), sorted(engine.layout.inner())
     engine.start()
@@ -67,7 +67,7 @@ def sizes(layout: NeuronLayout) -> dict[str, int]:
 
 
 def closed_form(group: Mapping[str, Any], slots: int = 1) -> dict[str, float]:
-    """Bytes of a worker with an equal share of the neurons, while it trains: parameters, gradients and ``slots`` of an optimizer (1: momentum)."""
+    """Bytes of a worker where each neuron has one holder, while it trains: parameters, gradients and ``slots`` of an optimizer (1: momentum)."""
     workers = group["workers"]
     inner, outer = group["inner"] / workers**2, group["outer"] / workers
     held = inner + outer + group["shared"]

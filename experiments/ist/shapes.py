@@ -63,7 +63,7 @@ def volumes(shape: Shape, workers: int, rounds: int) -> dict[str, Any]:
         network = shape.make()
     parameters = sum(p.nbytes for p in network.parameters())
     buffers = sum(b.nbytes for b in network.buffers())
-    layout = NeuronLayout(network, NeuronConfig(local_steps=LOCAL_STEPS), workers)
+    layout = NeuronLayout(network, NeuronConfig(local_steps=LOCAL_STEPS, min_share=0), workers)
     states = OptimizerStates([torch.optim.SGD(network.parameters(), 0.01)])
     sent = [neuron_bytes(layout, states, number) for number in range(rounds)]
     return {

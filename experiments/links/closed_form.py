@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from itertools import chain
 from math import prod
 
 from resist_lightning.comm.byte_formulas import all_reduce_bytes
 from resist_lightning.engine.engine import Engine
+from resist_lightning.methods.ist.holders import handed_over_pieces, merged_pieces
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.methods.ist.plan import pieces
 from resist_lightning.methods.resist.bytes import sync_bytes
@@ -56,9 +58,10 @@ def _of_neurons(layout: NeuronLayout, states: OptimizerStates, round: int, worke
     """What arrives is counted over the pieces of the plan, without optimizer state."""
     plan, received = layout.plan(round), shared_bytes(layout)
     tensors = {**dict(layout.module.named_parameters()), **dict(layout.module.named_buffers())}
+    all_moves = (merged_pieces, handed_over_pieces) if plan.several_holders else (pieces,)
     for name, cut in layout.neurons.cuts.items():
         bytes_of_each = layout.rest(name) * tensors[name].element_size()
-        for piece in pieces(cut, plan, worker):
+        for piece in chain.from_iterable(moves(cut, plan, worker) for moves in all_moves):
             if piece.source != worker == piece.target:
                 # A side that is None is not cut: `rest` counts it.
                 sides = [len(side) for side in (piece.rows, piece.columns) if side is not None]

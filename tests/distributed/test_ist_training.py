@@ -20,7 +20,7 @@ from resist_lightning.comm.byte_formulas import SYNC_KINDS, all_reduce_bytes
 from resist_lightning.methods.ist.layout import NeuronLayout
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.state.optimizer_state import OptimizerStates
-from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, start_engine, train_simulator
+from tests.helpers.ist import Run, batch_of, make_net, make_optimizer, one_holder, start_engine, train_simulator
 from tests.helpers.memory import storage_bytes
 from tests.helpers.processes import run_workers
 from tests.helpers.training import assert_equal_states, clone_state, train_step
@@ -28,21 +28,21 @@ from tests.helpers.wire import Call, Quantizer, collectives_so_far, groups, sent
 
 # AdamW trains no bias before batch norm: its gradient is rounding noise, which Adam blows up to steps of full length.
 RUNS = {
-    "reset": Run(NeuronConfig(local_steps=3), 8),
-    "keep, AdamW": Run(NeuronConfig(local_steps=2, momentum="keep", seed=5), 7, optimizer="adamw"),
-    "travel, AdamW": Run(NeuronConfig(local_steps=2, momentum="travel"), 9, optimizer="adamw"),
-    "convolutions, travel": Run(NeuronConfig(local_steps=2, momentum="travel"), 7, "conv"),
-    "convolutions, AdamW": Run(NeuronConfig(local_steps=1), 4, "conv", "adamw"),
-    "the paper's net, statistics of batches": Run(NeuronConfig(local_steps=2, batch_norm="batch"), 7, "paper"),
+    "reset": Run(one_holder(local_steps=3), 8),
+    "keep, AdamW": Run(one_holder(local_steps=2, momentum="keep", seed=5), 7, optimizer="adamw"),
+    "travel, AdamW": Run(one_holder(local_steps=2, momentum="travel"), 9, optimizer="adamw"),
+    "convolutions, travel": Run(one_holder(local_steps=2, momentum="travel"), 7, "conv"),
+    "convolutions, AdamW": Run(one_holder(local_steps=1), 4, "conv", "adamw"),
+    "the paper's net, statistics of batches": Run(one_holder(local_steps=2, batch_norm="batch"), 7, "paper"),
     "biases, running statistics, keep": Run(
-        NeuronConfig(local_steps=2, batch_norm="running", momentum="keep"), 7, "biased"
+        one_holder(local_steps=2, batch_norm="running", momentum="keep"), 7, "biased"
     ),
     "no norm, a sync after every step": Run(NeuronConfig(local_steps=1, momentum="travel"), 6, "plain"),
-    "frozen, travel": Run(NeuronConfig(local_steps=2, momentum="travel"), 7, frozen=("0.weight", "3.weight", "8.bias")),
-    "a choice of layers": Run(NeuronConfig(local_steps=2, layers=["3", "6"]), 5),
+    "frozen, travel": Run(one_holder(local_steps=2, momentum="travel"), 7, frozen=("0.weight", "3.weight", "8.bias")),
+    "a choice of layers": Run(one_holder(local_steps=2, layers=["3", "6"]), 5),
     "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.6), 7),
     "more and more holders, at last all": Run(NeuronConfig(local_steps=1, growth=(0.1, 0.6), finish_rounds=1), 5),
-    "one layer": Run(NeuronConfig(local_steps=2, layers="0", momentum="travel"), 5),
+    "one layer": Run(one_holder(local_steps=2, layers="0", momentum="travel"), 5),
 }
 
 
@@ -117,7 +117,7 @@ def layout_of(run: Run, workers: int) -> NeuronLayout:
 
 
 def has_several_holders(run: Run) -> bool:
-    return run.config.min_share > 0 or run.config.growth is not None
+    return run.config.min_share != 0 or run.config.growth is not None
 
 
 # ------------------------------------------------------------------ what is trained

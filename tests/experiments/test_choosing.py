@@ -63,8 +63,10 @@ def test_bytes_and_memory_are_those_that_workers_over_real_links_counted() -> No
         assert row.method == "ddp" or row.seconds == pytest.approx(own["seconds_per_step"], rel=0.1)
 
 
-def test_ist_holds_slices_and_sends_what_its_formula_says() -> None:
-    inputs, width, classes, workers = 64, 128, 10, 4
+@pytest.mark.parametrize("workers", [2, 4])
+def test_ist_holds_slices_and_sends_what_its_formula_says(workers: int) -> None:
+    """By default half of the neurons: of four workers two hold a neuron, and means are taken."""
+    inputs, width, classes = 64, 128, 10
     example = torch.empty(2, inputs, device="meta")
     setting = Setting(workers, 20, slots=2)
     with torch.device("meta"):
@@ -73,12 +75,15 @@ def test_ist_holds_slices_and_sends_what_its_formula_says() -> None:
         )
     (ist,) = [one for one in footprints(parts, setting) if one.method == "ist"]
 
-    own = width // workers
+    own, holders = width // 2, workers // 2
     assert list(refused) == ["blocks"]
     assert ist.parameters == inputs * own + own + own * own + own + own * classes + classes
     assert ist.memory_bytes == 4 * (4 * ist.parameters) + 4 * width * width // workers
-    inner = (workers - 1) / workers * own**2 * (2 - 1 / workers)
-    outer = (workers - 1) / workers * own * (inputs + classes + 2)
+    inner = (workers - 1) / workers * own**2 * (2 - 1 / workers if holders == 1 else 2)
+    # Of two holders one sends its copy to the other, the owner, who sends the mean to the next two, unless it is one of
+    # them: of the pairs of four workers five in six share one, and that one is the owner.
+    copies = 1 / 2 if holders == 1 else 1 + 2 - 5 / 6
+    outer = copies * width / workers * (inputs + classes + 2)
     shared = 2 * (workers - 1) / workers * classes
     assert ist.sync_bytes == pytest.approx(4 * (inner + outer + shared), rel=0.03)
 

@@ -87,9 +87,10 @@ def test_the_papers_networks_have_the_weights_and_bytes_of_the_specification(wid
     assert found["ddp_step"] == 2 * (workers - 1) * 4 * parameters // workers
 
 
-def test_what_is_sent_is_received() -> None:
+@pytest.mark.parametrize("min_share", [0, None])
+def test_what_is_sent_is_received(min_share: float | None) -> None:
     net = make_network("digits", "smoke")
-    layout = NeuronLayout(net, NeuronConfig(), 4)
+    layout = NeuronLayout(net, NeuronConfig(min_share=min_share), 4)
     states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
     for number in range(3):
         each = [_of_neurons(layout, states, number, worker) for worker in range(4)]
@@ -151,7 +152,7 @@ def test_bytes_of_the_other_methods_by_hand() -> None:
 
 def test_bytes_of_ist_are_those_of_the_rounds_that_end_before_the_training() -> None:
     net = make_network("digits", "smoke")
-    layout = NeuronLayout(net, NeuronConfig(seed=7), 4)
+    layout = NeuronLayout(net, NeuronConfig(seed=7, min_share=0), 4)
     states = OptimizerStates([torch.optim.SGD(net.parameters(), 0.1)])
     rounds = [mean(neuron_bytes(layout, states, number)) for number in range(3)]
     assert len(set(rounds)) == 3

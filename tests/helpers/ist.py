@@ -91,6 +91,11 @@ class Run:
     decay: float = 1.0  # of the learning rate, after each step
 
 
+def one_holder(**settings: Any) -> NeuronConfig:
+    """Settings of a run in which each neuron has one holder, with more than two workers too."""
+    return NeuronConfig(min_share=0, **settings)
+
+
 def make_net(run: Run) -> nn.Module:
     """The network of a run, the same in every process; no weight or statistic of a norm is 0 or 1."""
     with torch.random.fork_rng(devices=[]):

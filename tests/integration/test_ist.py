@@ -207,7 +207,7 @@ class TooNarrow(Classifier):
 
 
 def train_too_narrow(worker: int) -> None:
-    fit(worker, TooNarrow(), 2, make_strategy("ist"))
+    fit(worker, TooNarrow(), 2, make_strategy("ist", min_share=0))
 
 
 def test_a_layer_with_fewer_neurons_than_workers_is_refused_before_the_training() -> None:

@@ -43,7 +43,7 @@ def speech(hidden_layers):
     ],
 )  # fmt: skip
 def test_a_worker_has_as_many_weights_of_the_papers_nets_as_the_specification_says(hidden_layers, workers, weights):
-    layout = layout_of(on_meta(lambda: speech(hidden_layers)), workers)
+    layout = layout_of(on_meta(lambda: speech(hidden_layers)), workers, min_share=0)
     width = {1: 4096, 2: 8192}[hidden_layers]
     norms = 2 * hidden_layers * width // workers
     assert layout.held_parameters(3) == [weights + norms] * workers
@@ -85,7 +85,7 @@ def test_of_one_worker_everything_is_held():
 @pytest.mark.parametrize("net", ["mixed", "conv"])
 def test_bytes_to_hand_over_are_those_of_all_entries_that_change_their_worker(net, momentum, optimizer):
     """Entry by entry: where it is, where it will be; with its state where that travels."""
-    run = Run(NeuronConfig(momentum=momentum), 0, net, optimizer, frozen=("0.weight",))
+    run = Run(NeuronConfig(momentum=momentum, min_share=0), 0, net, optimizer, frozen=("0.weight",))
     module, workers = make_net(run), 3
     layout = NeuronLayout(module, run.config, workers)
     states = OptimizerStates([make_optimizer(run, module)])
@@ -155,7 +155,8 @@ def test_what_a_checkpoint_says_of_who_held_what_differs_between_workers_and_rou
 def test_it_says_in_words_what_was_chosen():
     layout = layout_of(make_net(Run(NeuronConfig(), 0)), 3, local_steps=7)
     assert layout.describe().startswith(
-        "the neurons of 3 hidden layer(s) are dealt out to 3 worker(s); rounds of 7 local steps.\n0 (11 neurons): rows"
+        "the neurons of 3 hidden layer(s) are dealt out to 3 worker(s); each has 1.64 holders; "
+        "rounds of 7 local steps.\n0 (11 neurons): rows"
     )
     assert layout.parts() == ["0", "3", "6"]
     assert layout.describe_tensor("3.weight") == "its neurons' part of 3.weight"
@@ -169,8 +170,10 @@ def test_it_says_in_words_how_many_hold_a_neuron_and_what_changes():
         "steps, shares of [0.5, 1] of the neurons in turn, all neurons everywhere in the last 2.\n0 (11"
     )
     thin = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
-    assert "each worker has 0.2 of them: below a quarter, accuracy falls" in layout_of(thin, 5).describe()
+    assert "each worker has 0.2 of them: below a quarter, accuracy falls" in layout_of(thin, 5, min_share=0).describe()
     assert "accuracy falls" not in layout_of(thin, 5, min_share=0.25).describe()
+    assert "holders" not in layout_of(thin, 2).describe()
+    assert "each has 2.5 holders" in layout_of(thin, 5).describe()
 
 
 # ------------------------------------------------------------------ refusals
@@ -178,15 +181,16 @@ def test_it_says_in_words_how_many_hold_a_neuron_and_what_changes():
 
 def test_fewer_neurons_than_workers_are_refused_with_the_layer_and_ways_out():
     module = make_net(Run(NeuronConfig(), 0, "plain"))
-    assert layout_of(module, 5).partition(0)[1].held  # one neuron each
+    assert layout_of(module, 5, min_share=0).partition(0)[1].held  # one neuron each
     with pytest.raises(LayerSelectionError) as raised:
-        layout_of(module, 6)
+        layout_of(module, 6, min_share=0)
     said = str(raised.value)
     assert "layer '2' has 5 neurons for 6 workers" in said
     assert "Use at most 5 workers" in said
     assert "`layers`" in said
-    assert layout_of(module, 6, layers="0").parts() == ["0"]
+    assert layout_of(module, 6, layers="0", min_share=0).parts() == ["0"]
     assert all(layout_of(module, 6, min_share=0.4).partition(0)[1].held), "two neurons each"
+    assert all(layout_of(module, 6).partition(0)[1].held), "by default half"
 
 
 def test_growth_and_finish_need_the_end_of_the_run_and_the_share_once():

@@ -55,7 +55,7 @@ def train(collective, run):
 @pytest.mark.parametrize(
     "run",
     [
-        Run(NeuronConfig(local_steps=1, momentum="travel"), 5, "conv", "adamw"),
+        Run(NeuronConfig(local_steps=1, momentum="travel", min_share=0), 5, "conv", "adamw"),
         Run(NeuronConfig(local_steps=1, momentum="keep", growth=(0.1, 0.6), finish_rounds=1), 5),
     ],
     ids=["one holder", "growth"],

@@ -18,6 +18,7 @@ from tests.helpers.ist import (
     batch_of,
     make_net,
     make_optimizer,
+    one_holder,
     start_engine,
     train_engine,
     train_simulator,
@@ -27,18 +28,18 @@ from tests.helpers.training import assert_equal_states, clone_state, decay, trai
 
 STEPS = 6
 RUNS = {
-    "reset": Run(NeuronConfig(local_steps=3), STEPS),
-    "keep, running statistics": Run(NeuronConfig(local_steps=3, momentum="keep", batch_norm="running"), STEPS),
-    "travel, AdamW": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, optimizer="adamw"),
+    "reset": Run(one_holder(local_steps=3), STEPS),
+    "keep, running statistics": Run(one_holder(local_steps=3, momentum="keep", batch_norm="running"), STEPS),
+    "travel, AdamW": Run(one_holder(local_steps=2, momentum="travel"), STEPS, optimizer="adamw"),
     "no norm": Run(NeuronConfig(local_steps=2), STEPS, "plain"),
     "several holders, travel": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0.5), STEPS, "conv"),
     "more and more holders, at last all, keep": Run(
         NeuronConfig(local_steps=1, momentum="keep", growth=(0.1, 0.6), finish_rounds=2), STEPS
     ),
-    "convolutions": Run(NeuronConfig(local_steps=2, momentum="travel"), STEPS, "conv"),
-    "rounds that follow the rate": Run(NeuronConfig(local_steps=QSR(1, 0.06), momentum="travel"), STEPS, decay=0.8),
-    "rounds that grow": Run(NeuronConfig(local_steps=PostLocal(1, 3, 2)), STEPS),
-    "statistics of batches": Run(NeuronConfig(local_steps=2, batch_norm="batch"), STEPS, "paper"),
+    "convolutions": Run(one_holder(local_steps=2, momentum="travel"), STEPS, "conv"),
+    "rounds that follow the rate": Run(one_holder(local_steps=QSR(1, 0.06), momentum="travel"), STEPS, decay=0.8),
+    "rounds that grow": Run(one_holder(local_steps=PostLocal(1, 3, 2)), STEPS),
+    "statistics of batches": Run(one_holder(local_steps=2, batch_norm="batch"), STEPS, "paper"),
 }
 
 
@@ -166,7 +167,7 @@ def observed_then_synced(collective, run):
 
 
 def test_what_is_seen_at_the_end_of_a_round_is_what_the_sync_makes_of_it_bit_for_bit():
-    run = Run(NeuronConfig(local_steps=1, batch_norm="running", momentum="travel"), 4)
+    run = Run(one_holder(local_steps=1, batch_norm="running", momentum="travel"), 4)
     for pairs in run_threads(observed_then_synced, 3, run)[0]:
         for before, after in pairs:
             assert_equal_states(after, before, exactly=True)
@@ -273,7 +274,7 @@ def test_a_run_resumed_after_any_step_is_the_unbroken_run_bit_for_bit(run, worke
 
 
 def test_without_the_workers_own_files_a_run_goes_on_from_the_full_model():
-    run = Run(NeuronConfig(local_steps=2, batch_norm="running"), STEPS)
+    run = Run(one_holder(local_steps=2, batch_norm="running"), STEPS)
     unbroken, _ = run_threads(train_and_save, 2, run)
     checkpoints = [found[1] for found, _ in unbroken]  # a sync is due, after which momentum restarts: nothing is lost
     for state, first in run_threads(resume, 2, run, checkpoints, False)[0]:
@@ -284,7 +285,7 @@ def test_without_the_workers_own_files_a_run_goes_on_from_the_full_model():
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
 def test_a_checkpoint_resumes_with_another_number_of_workers(before, after):
     """From the full model, in the next round, with the partition of that many workers."""
-    run = Run(NeuronConfig(local_steps=2, batch_norm="running", momentum="travel"), STEPS)
+    run = Run(one_holder(local_steps=2, batch_norm="running", momentum="travel"), STEPS)
     unbroken, _ = run_threads(train_and_save, before, run)
     results, _ = run_threads(resume, after, run, [found[2] for found, _ in unbroken], True)
 

@@ -23,9 +23,9 @@ from tests.helpers.training import assert_equal_states, clone_state, train_step
 
 WORKERS = 3
 RUNS = {
-    "mixed": Run(NeuronConfig(local_steps=2, momentum="travel"), 3),
-    "conv": Run(NeuronConfig(local_steps=2), 3, "conv", "adamw"),
-    "several holders": Run(NeuronConfig(local_steps=2, min_share=0.5), 3, "conv"),
+    "mixed": Run(NeuronConfig(local_steps=2, momentum="travel", min_share=0), 3),
+    "conv": Run(NeuronConfig(local_steps=2, min_share=0), 3, "conv", "adamw"),
+    "several holders": Run(NeuronConfig(local_steps=2), 3, "conv"),
 }
 
 
@@ -68,7 +68,7 @@ def bytes_by_hand(layout: NeuronLayout) -> int:
     total = (WORKERS - 1) * shared
     for name, cut in layout.neurons.cuts.items():
         size = named_tensors(layout.module)[name].element_size()
-        if not layout.config.min_share:
+        if layout.config.min_share == 0:
             away = [entry for entry in entries(cut, held) if place(cut, held, entry)[0] != 0]
             # A side without hidden neurons has two rows or columns there.
             all_entries = prod(layout.shapes[name])

@@ -34,8 +34,9 @@ from tests.helpers.training import assert_equal_states, clone_state, train_step
 MOMENTA = ("reset", "keep", "travel")
 NETS = ("paper", "mixed", "biased", "plain", "conv")
 
-HOLDERS = ({}, {}, {"min_share": 0.6}, {"min_share": 1}, {"growth": (0.1, 0.5, 0.8)}, {"finish_rounds": 1})
-"""One holder for each neuron; several; all; and more and more of them."""
+ONE = {"min_share": 0}
+HOLDERS = (ONE, ONE, {}, {"min_share": 0.6}, {"min_share": 1}, {"growth": (0.1, 0.5, 0.8)}, {**ONE, "finish_rounds": 1})
+"""One holder for each neuron; the default; several; all; and more and more of them."""
 
 
 @st.composite
@@ -116,7 +117,7 @@ def note_slices(collective, run):
 def test_every_slice_is_in_the_full_model_as_its_worker_has_it_and_the_rest_is_as_it_was(drawn):
     """Checks 2 and 4 of section 8: a copy where one worker holds an entry, and not a bit where nobody does."""
     run, workers = drawn
-    run = Run(NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running"), run.steps, run.net)
+    run = Run(NeuronConfig(local_steps=2, seed=run.config.seed, batch_norm="running", **ONE), run.steps, run.net)
     noted, _ = run_threads(note_slices, workers, run)
     engine = noted[0][0]
     cuts = engine.layout.neurons.cuts
