@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from typing_extensions import override
 
 from experiments.harness.study import Case as AnyCase
 from resist_lightning import Config
@@ -17,9 +19,10 @@ PARTITIONING = ("resist", "resist_outer")
 OUTER = ("diloco", "resist_outer")
 BLOCKS = "blocks.[!0]*"  # all but the first: what `resist` chooses by default, but in very small networks
 RATES_SEED = 1000  # no other study uses it
+MOMENTA = ("reset", "keep", "travel")
 # What happens to Adam's state at a sync, by method; DiLoCo's paper keeps it.
 POLICIES = {
-    "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": ("reset", "keep", "travel"), "resist_outer": ("keep",),
+    "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": MOMENTA, "resist_outer": ("keep",),
 }  # fmt: skip
 
 
@@ -33,6 +36,13 @@ class Case(AnyCase):
     lr: float  # highest learning rate
     momentum: str = ""  # policy at a sync; empty where there is none
     images: bool = False  # the ViT; else the language model
+    outer_momentum: float | None = None  # of the outer optimizer; None is the default
+
+    @property
+    @override
+    def key(self) -> dict[str, Any]:
+        """As of any case; rows that were measured before there was an outer momentum have none."""
+        return {name: value for name, value in super().key.items() if name != "outer_momentum" or value is not None}
 
     @property
     def syncs(self) -> bool:
@@ -45,7 +55,16 @@ def config_of(case: Case, options: Any) -> Config:
     blocks: Any = BLOCKS if case.method in PARTITIONING else []
     outer: Any = "nesterov" if case.method in OUTER else "none"
     momentum: Any = case.momentum
-    return Config(local_steps=options.local_steps, seed=case.seed, blocks=blocks, momentum=momentum, outer=outer)
+    settings = {"momentum": momentum, "outer": outer, "outer_momentum": case.outer_momentum}
+    return Config(local_steps=options.local_steps, seed=case.seed, blocks=blocks, **settings)
+
+
+def outer_momentum_of(case: Mapping[str, Any]) -> float | None:
+    """The outer momentum of a row's case; None where there is no outer step."""
+    if case["method"] not in OUTER:
+        return None
+    default = Config(outer="nesterov").outer_momentum_of(case["workers"])
+    return float(case.get("outer_momentum", default))
 
 
 def _methods(seed: int, lr: float, options: Any, *, images: bool) -> list[Case]:
@@ -53,15 +72,23 @@ def _methods(seed: int, lr: float, options: Any, *, images: bool) -> list[Case]:
     cases = [Case("single", 1, seed, lr, images=images)]
     for workers in sorted(options.workers, reverse=True):
         for method in TITLES:
-            for momentum in POLICIES.get(method, ()):
-                cases.append(Case(method, workers, seed, lr, momentum, images=images))
+            policies = [policy for policy in POLICIES.get(method, ()) if policy in options.momenta]
+            cases += [Case(method, workers, seed, lr, policy, images=images) for policy in policies]
         cases.append(Case("ddp", workers, seed, lr, images=images))
     return cases
 
 
 def language(options: Any) -> list[Case]:
-    """All methods on the language model, equal samples."""
-    return [case for seed in range(options.seeds) for case in _methods(seed, options.lr, options, images=False)]
+    """All methods on the language model, equal samples; ResIST with other outer momenta than the default too."""
+    cases: list[Case] = []
+    for seed in range(options.seeds):
+        for case in _methods(seed, options.lr, options, images=False):
+            cases.append(case)
+            if case.method == "resist_outer":
+                default = outer_momentum_of(case.key)
+                others = [momentum for momentum in options.outer_momenta if momentum != default]
+                cases += [replace(case, outer_momentum=momentum) for momentum in others]
+    return cases
 
 
 def images(options: Any) -> list[Case]:

@@ -3,6 +3,7 @@
 python experiments/transformers/run.py folder=PATH               (all studies; PATH: train/<class>/*, test/<class>/*)
 python experiments/transformers/run.py rates language            (the language model, which needs no folder)
 python experiments/transformers/run.py images data=cifar10 folder=PATH   (torchvision downloads CIFAR-10 to PATH)
+python experiments/transformers/run.py size=long language        (eight times as many sequences: two minutes for each row)
 python experiments/transformers/run.py size=smoke out=/tmp/smoke (seconds)
 
 Studies: check rates language images. Options are key=value: see `Options`. A result is written as soon as it is there
@@ -26,7 +27,7 @@ from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.trainers import LARGEST_WORKERS, steps_of
 from experiments.transformers import check, tables
-from experiments.transformers.cases import STUDIES
+from experiments.transformers.cases import MOMENTA, STUDIES
 from experiments.transformers.text import digest
 from experiments.transformers.training import measure, prepared
 
@@ -44,7 +45,7 @@ RECORDED = {
 
 @dataclass(kw_only=True)
 class Options(cli.Command):
-    out: str = option(str(tables.RESULTS), "folder of the result files")
+    out: str = option(str(tables.RESULTS), "folder of the result files", long=str(tables.LONG))
     data: str = option(
         "folder", "cifar10 is torchvision's download", choices=("folder", "cifar10", "digits"), smoke="digits"
     )
@@ -55,8 +56,16 @@ class Options(cli.Command):
     workers: list[int] = option([2, 4], "numbers of workers", least=2, most=LARGEST_WORKERS, smoke=[2])
     seeds: int = option(2, "of the language model", least=1, most=100, smoke=1)
     image_seeds: int = option(1, "of the ViT", least=1, most=100)
-    samples: int = option(6_144, "sequences that all workers of a case see together", least=1, smoke=128)
-    image_samples: int = option(6_144, "images that all workers of a case see together", least=1, smoke=128)
+    momenta: list[str] = option(
+        ["reset", "keep", "travel"], "what happens to Adam's state at a sync", choices=MOMENTA, long=["keep"]
+    )
+    outer_momenta: list[float] = option(
+        [0.65, 0.825, 0.9], "beside the default, in the language model", least=0, below=1, empty=True, smoke=[0.9]
+    )
+    samples: int = option(6_144, "sequences that all workers of a case see together", least=1, long=49_152, smoke=128)
+    image_samples: int = option(
+        6_144, "images that all workers of a case see together", least=1, long=49_152, smoke=128
+    )
     rate_samples: int = option(3_072, "sequences in the study of learning rates", least=1, smoke=64)
     check_samples: int = option(1_024, "sequences in the check against real processes", least=1, smoke=128)
     batch: int = option(4, "sequences or images per local step of one worker", least=1)

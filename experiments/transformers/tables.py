@@ -22,9 +22,10 @@ from experiments.harness.tables import (
 )
 from experiments.harness.words import bytes_in_words
 from experiments.real_processes import agreement
-from experiments.transformers.cases import TITLES
+from experiments.transformers.cases import TITLES, outer_momentum_of
 
 RESULTS = Path(__file__).parent / "results"
+LONG = RESULTS / "long"
 
 
 def _named(case: Mapping[str, Any]) -> str:
@@ -80,17 +81,23 @@ def baselines(content: Content) -> str:
 def _main(title: str, content: Content, columns: Mapping[str, Any]) -> Grid:
     rows = content["rows"]
     lines = []
-    for (_, workers, momentum), own in grouped(rows, "method", "workers", "momentum", titles=TITLES):
-        if own:
-            first = own[0]
+    for (method, workers, momentum), alike in grouped(rows, "method", "workers", "momentum", titles=TITLES):
+        for outer, own in _by_outer_momentum(alike).items():
             lines.append([
-                TITLES[first["case"]["method"]], momentum or "-", workers, first["local_steps_done"],
+                TITLES[method], momentum or "-", "-" if outer is None else f"{outer:g}", workers, own[0]["local_steps_done"],
                 *(cell(own) for cell in columns.values()),
                 f"{mean(row['held'] / row['parameters'] for row in own):.0%}",
                 bytes_in_words(mean(row["sent_bytes"] for row in own)) if workers > 1 else "0",
             ])  # fmt: skip
-    header = ["", "Adam's state at a sync", "S", "local steps", *columns, "parameters in a worker", "sent by a worker"]
-    return Grid(title, header, lines)
+    settings = ["", "Adam's state at a sync", "outer momentum", "S", "local steps"]
+    return Grid(title, [*settings, *columns, "parameters in a worker", "sent by a worker"], lines)
+
+
+def _by_outer_momentum(rows: Rows) -> dict[float | None, Rows]:
+    found: dict[float | None, Rows] = {}
+    for row in sorted(rows, key=lambda row: outer_momentum_of(row["case"]) or 0.0):
+        found.setdefault(outer_momentum_of(row["case"]), []).append(row)
+    return found
 
 
 def _perplexity(rows: Rows) -> str:
@@ -132,4 +139,4 @@ STUDIES = {
     "check": (check,), "rates": (rates,), "language": (language_conditions, baselines, language),
     "images": (images_conditions, images),
 }  # fmt: skip
-TABLES = page_tables(RESULTS, STUDIES, "transformers_")
+TABLES = page_tables(RESULTS, STUDIES, "transformers_") | page_tables(LONG, STUDIES, "transformers_long_")
