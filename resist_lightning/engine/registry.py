@@ -44,13 +44,17 @@ _METHODS: dict[type[CommonConfig], tuple[type[Layout], Callable[..., Sync[Any, A
 }
 
 
-def make_layout(module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = ()) -> Layout:
-    """Divide a module; ``optimizers`` is empty if they are not known yet.
+def make_layout(
+    module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = (), *, members: int = 1
+) -> Layout:
+    """Divide a module; ``optimizers`` is empty if they are not known yet, and a worker has so many members.
 
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
     """
     refuse_lazy(module)
+    if members == 1:
+        _refuse_sync_batch_norm(module)
     trained: set[int] = set()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -139,3 +143,12 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
             table.update(before)
         for child, forward in forwards:
             vars(child)["forward"] = forward
+
+
+def _refuse_sync_batch_norm(module: nn.Module) -> None:
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.SyncBatchNorm)]
+    if names:
+        raise ValueError(
+            f"{names[0]} is a SyncBatchNorm: it would communicate in every step, in a sub-network that differs between "
+            "workers. Use BatchNorm; the full model has statistics of all workers."
+        )

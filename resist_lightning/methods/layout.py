@@ -152,7 +152,7 @@ class Layout(LayoutAbilities, ABC):
         written: names of frozen parameters that the program of some worker writes; the same on all workers.
 
     Raises:
-        ValueError: if the module synchronises batch norm, or has tensors that cannot be averaged.
+        ValueError: if the module has tensors that cannot be averaged.
     """
 
     shared: dict[str, Tensor]
@@ -161,7 +161,6 @@ class Layout(LayoutAbilities, ABC):
     def __init__(
         self, module: nn.Module, config: CommonConfig, workers: int, trained: Collection[int] | None = None
     ) -> None:
-        _refuse_sync_batch_norm(module)
         check_tensors(module)
         self.tensors = KnownTensors(module)
         self.companion: Companion | None = None
@@ -259,12 +258,3 @@ class Layout(LayoutAbilities, ABC):
                 "batch_norm='recalibrate'.",
                 stacklevel=5,
             )
-
-
-def _refuse_sync_batch_norm(module: nn.Module) -> None:
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.SyncBatchNorm)]
-    if names:
-        raise ValueError(
-            f"{names[0]} is a SyncBatchNorm: it would communicate in every step, in a sub-network that differs between "
-            "workers. Use BatchNorm; the full model has statistics of all workers."
-        )

@@ -197,11 +197,6 @@ def steps_by_hand(rank: int) -> dict[str, Any]:
 
     for _ in range(2):
         replicas.call_with_backward(step)
-    norm = nn.SyncBatchNorm(1)
-    others = Replicas(norm, collective)
-    assert norm.process_group is collective.inside
-    others.end()
-    copy.deepcopy(norm)  # with a group in it that fails
     return {**noted, "gradient": model["second"].weight.grad.tolist()}
 
 
@@ -209,6 +204,21 @@ def test_steps_by_hand_average_all_they_should_share_buffers_and_hide_ddp_from_c
     """Up to 0.3, a reducer without the second layer was made in the middle of the step, and nobody averaged that."""
     for result in run_workers(steps_by_hand, 2):
         assert result == {"seen": [0, 1], "compiles for": {None}, "gradient": [[3.0, 3.0]]}
+
+
+def synchronised(rank: int) -> None:
+    split_into_workers(2)
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.SyncBatchNorm(2), nn.Flatten(), nn.Linear(2, 2))
+    engine = Engine(net, [torch.optim.SGD(net.parameters(), 0.1)], Config(local_steps=2, blocks=[]))
+    collective: Any = engine.collective
+    assert net[1].process_group is collective.inside
+    engine.abandon()
+    copy.deepcopy(net)  # with a group in it that fails
+
+
+def test_synchronised_batch_norm_stays_inside_a_worker_of_several_processes() -> None:
+    """No forward, which needs a GPU. Workers of one process refuse it: see `test_checks.py`."""
+    run_workers(synchronised, 4)
 
 
 def splits(rank: int) -> str:

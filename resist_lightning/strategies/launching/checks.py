@@ -68,7 +68,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
         return  # the workers make the model, after the launch
     completed_in_setup = is_overridden("setup", module) and any(is_lazy(tensor) for tensor in module.parameters())
     if not completed_in_setup:
-        make_layout(module, config, processes // members)
+        make_layout(module, config, processes // members, members=members)
 
 
 def refuse_launch(environment: ClusterEnvironment, accelerator: object, start_method: StartMethod) -> None:

@@ -229,12 +229,6 @@ def test_a_snapshot_of_a_run_with_other_shares_is_put_together_by_those_shares()
     assert all(torch.equal(found[name], tensor) for name, tensor in named.items())
 
 
-def test_batch_norm_that_communicates_is_refused():
-    module = nn.Sequential(nn.Linear(4, 6), nn.SyncBatchNorm(6), nn.Linear(6, 2))
-    with pytest.raises(ValueError, match=r"1 is a SyncBatchNorm: .* Use BatchNorm"):
-        layout_of(module, 2)
-
-
 BAD = {
     "local_steps": (0, "at least 1"),
     "seed": (-1, "0 is a seed"),

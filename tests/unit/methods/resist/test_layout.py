@@ -297,12 +297,6 @@ def test_measured_counts_change_neither_the_scale_nor_whether_anything_is_partit
     assert (layout.scaling.scale, layout.partial) == (0.5, True)
 
 
-def test_synchronised_batch_norm_is_refused_by_name():
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(small_preact())
-    with pytest.raises(ValueError, match=r"section1\.0\.bn1 is a SyncBatchNorm.*Use BatchNorm"):
-        BlockLayout(net, Config(min_blocks=1), 2)
-
-
 def test_a_network_without_blocks_is_an_error_unless_none_are_asked_for():
     with pytest.raises(BlockSelectionError):
         BlockLayout(nn.Linear(3, 3), Config(), 2)
