@@ -54,8 +54,8 @@ class Options(cli.Command):
     jobs: int = option(1, "cases at a time, one core each", least=1, most=64)
     fresh: bool = option(False, "true measures again what is there")
     workers: list[int] = option([2, 4], "numbers of workers", least=2, most=LARGEST_WORKERS, smoke=[2])
-    seeds: int = option(2, "of the language model", least=1, most=100, smoke=1)
-    image_seeds: int = option(1, "of the ViT", least=1, most=100)
+    seeds: int = option(2, "number of seeds of the language model", least=1, most=100, smoke=1)
+    image_seeds: int = option(1, "number of seeds of the ViT", least=1, most=100)
     momenta: list[str] = option(
         ["reset", "keep", "travel"], "what happens to Adam's state at a sync", choices=MOMENTA, long=["keep"]
     )

@@ -108,7 +108,7 @@ class DivergenceChecks:
         found = self._where_it_began(found)
         # If all were left out, there would be nothing to take a mean of.
         if self._layout.config.non_finite == "raise" or len(workers_with) == self._collective.workers:
-            raise NotFinite(self._describe(found, clock) + _WAY_OUT)
+            raise NotFinite(self._describe(found, clock) + self._way_out())
         self.left_out = tuple(sorted(workers_with))
         if self._collective.rank == 0:
             warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
@@ -214,11 +214,18 @@ class DivergenceChecks:
             " A worker's members average their gradients in every step, so all of them have it from those named here."
         )
 
+    def _way_out(self) -> str:
+        if not self._layout.config.trains_alone:
+            return f" Stages exchange messages in every step, so others may have it from this worker. {_CAUSES}."
+        return (
+            f" Nothing was averaged: no other worker has them from this one. {_CAUSES}; non_finite='drop' leaves "
+            "such a worker out of a round, as long as another one is sound."
+        )
 
-_WAY_OUT = (
-    " Nothing was averaged: no other worker has them from this one. Likely causes: a learning rate that is too high, "
-    "a bad batch, 16-bit numbers that overflow. Resume from the last checkpoint with that changed; "
-    "non_finite='drop' leaves such a worker out of a round, as long as another one is sound."
+
+_CAUSES = (
+    "Likely causes: a learning rate that is too high, a bad batch, 16-bit numbers that overflow. Resume from the last "
+    "checkpoint with that changed"
 )
 
 

@@ -56,7 +56,7 @@ class PartGuard:
 
     def end(self, reason: str) -> None:
         """End the training: a module that is incomplete now stays so."""
-        self._way_out = f"It stays so: {reason}. {NEW_MODULE}"
+        self._way_out = f"This is permanent: {reason}. {NEW_MODULE}"
 
     @contextmanager
     def training_step(self) -> Iterator[None]:

@@ -94,8 +94,8 @@ def one_round(steps: int, clock: Clock) -> str:
         has = f"{clock.local_steps} by local_steps={clock.rule}"
         way_out = "Choose shorter rounds (where the learning rate begins low, by the warmup_steps of QSR)"
     return (
-        f"this training has {steps} local steps, and a round has {has}: the workers average once, at the end, each "
-        f"after training alone. {way_out}, or train longer."
+        f"this training has {steps} local steps, and a round has {has}: the workers will average only once, at the "
+        f"end of the training. {way_out}, or train longer."
     )
 
 

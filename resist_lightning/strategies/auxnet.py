@@ -182,8 +182,8 @@ class AuxNetStrategy(SubnetStrategy):
         if engine.collective.workers > 1 and outside and _clips_by_norm(trainer):
             raise ValueError(
                 f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of what a worker has, so "
-                f"{outside[0]}, which lies outside of the stages and is trained alike on all workers, would part. Clip "
-                "by value (gradient_clip_algorithm='value'), or make it a part of the network."
+                f"{outside[0]}, which lies outside of the stages and is trained alike on all workers, would diverge. "
+                "Clip by value (gradient_clip_algorithm='value'), or make it a part of the network."
             )
         if engine.collective.workers > 1:
             engine.prepare(example_input(trainer, module, self._input))

@@ -95,8 +95,8 @@ def take_step(trainer: pl.Trainer, step: Callable[..., Any], optimizer: Optimize
 
 _UNKNOWN_MESSAGES = (
     "something sends messages in a training step: torch.distributed, or a metric with dist_sync_on_step=True. The "
-    "workers wait for each other in every step, and where they are at different steps a message can pair with another "
-    "worker's sync. Send them outside of training_step, by the strategy's reduce, broadcast or all_gather."
+    "workers wait for each other in every step, and where they are at different steps a message can be matched with "
+    "another worker's sync. Send them outside of training_step, by the strategy's reduce, broadcast or all_gather."
 )
 _GATHERED = (
     "self.all_gather in training sends messages each time, so the workers wait for each other in every step. Gather in "

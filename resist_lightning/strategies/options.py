@@ -48,7 +48,7 @@ class StrategyOptions:
             step; as in DDP.
         on_save_error: what happens when a checkpoint cannot be written, e.g. to a full disk: ``"raise"`` ends the
             training on all workers, ``"warn"`` continues; the previous checkpoint stays as it is.
-        snapshots: folder to which every worker writes its state between rounds, best one that all workers can read;
+        snapshots: folder to which every worker writes its state between rounds, preferably readable by all workers;
             when torchrun restarts the workers, they resume from the newest snapshot by themselves. Removed at the end
             of the training. None: no snapshots.
         snapshot_every_n_rounds: rounds between two snapshots, at least 1.

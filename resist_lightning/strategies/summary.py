@@ -18,4 +18,4 @@ def sent_in_words(engine: Engine) -> str:
     )
 
 
-_LESS = " With evaluate_on='first' that would be at most half; fewer validations send less, too."
+_LESS = " With evaluate_on='first' this would be at most half; validating less often also helps."

@@ -53,7 +53,7 @@ class StageConfig(CommonConfig):
         aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
             the first optimizer does.
 
-    The others are those of :class:`CommonConfig`; ``local_steps`` is how often the workers look whether all is well.
+    The others are those of :class:`CommonConfig`; ``local_steps`` is the number of steps between two health checks.
     Optimizer state is always kept, and a worker with NaN or infinity ends the run.
 
     Raises:
@@ -81,7 +81,7 @@ class StageConfig(CommonConfig):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        check_integer("local_steps", self.local_steps, 1, "how often the workers look whether all is well")
+        check_integer("local_steps", self.local_steps, 1, "steps between two health checks")
         check_choice("momentum", self.momentum, ["keep"])
         check_choice("non_finite", self.non_finite, ["raise"])
         check_choice("method", self.method, get_args(AuxMethod))

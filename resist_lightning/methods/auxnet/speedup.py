@@ -1,4 +1,4 @@
-"""Predicts the speed-up of stages over serial training (Eq. 27 of the paper, as far as it is known).
+"""Predicts the speed-up of stages over serial training (Eq. 27 of the paper, as third-party summaries have it).
 
 Standard library only.
 """

@@ -30,7 +30,7 @@ def warn_about_settings(layout: BlockLayout) -> None:
         warnings.warn(
             f"nothing trains now in the network of {summary([block.name for block in still])}, and `blocks` deals "
             "them out all the same: what it computes depends on the worker. If it is a teacher or a moving "
-            "average, leave it out of `blocks`; if it is trained later, all is well.",
+            "average, leave it out of `blocks`; if it will be trained later, ignore this.",
             stacklevel=4,
         )
     if layout.workers == 1:

@@ -47,8 +47,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     check_count(members, processes)
     if options.devices_per_worker == 1 and (options.find_unused_parameters or options.across_hosts):
         rank_zero_warn(
-            "find_unused_parameters and across_hosts say how the processes of one worker work together, and here "
-            "every process is a worker: they have no effect. Set devices_per_worker, or leave them out."
+            "find_unused_parameters and across_hosts apply only to workers of several processes, and here every "
+            "process is a worker: they have no effect. Set devices_per_worker, or leave them out."
         )
     if members > 1 and config.overlaps_syncs:
         given = f"overlap={config.in_words()['overlap']} with devices_per_worker={options.devices_per_worker!r}"
@@ -121,8 +121,8 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
         if isinstance(callback, ModelPruning):
             raise ValueError(
                 f"{type(callback).__name__} chooses by the weights that a worker has, and these differ between syncs: "
-                "each worker would prune others, and a mean over workers has fewer zeros. Prune the full model after "
-                "the training."
+                "each worker would prune different ones, and a mean over workers has fewer zeros. Prune the full model "
+                "after the training."
             )
         if isinstance(callback, LearningRateFinder) and config.first_ends:
             raise ValueError(

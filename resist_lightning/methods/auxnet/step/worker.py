@@ -133,7 +133,7 @@ class StageWorker:
         if not self._called:
             raise PartialModelError(
                 "the network that is cut into stages was not called in this step. Call it as a whole in training_step, "
-                "self.net(x); a way around it through its layers finds only those of one stage."
+                "self.net(x); calling its layers directly reaches only this worker's stage."
             )
         self._called = False
         self.steps += 1
