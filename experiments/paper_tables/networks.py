@@ -28,7 +28,7 @@ from resist_lightning.models import preact_resnet
 WORKERS = (2, 4, 8)
 SLOTS = 1  # tensors of optimizer state per parameter (m): SGD with momentum
 
-# Blocks per worker that the volumes of the paper's Table 1 imply (section 2.9 of the specification).
+# Blocks per worker that the volumes of the paper's Table 1 imply.
 TABLE_1_BLOCKS = {2: 11, 4: 6, 8: 4}
 
 TORCHVISION = (

@@ -11,7 +11,7 @@ from experiments.harness.tables import Content, Grid, Row, page_tables
 RESULTS = Path(__file__).parent / "results"
 MB, GB, G = 1e6, 1e9, 1e9
 
-# Section 3 of the specification, derived there by hand; the paper itself prints none.
+# Derived by hand from the widths and the numbers of blocks; the paper itself prints none.
 BY_HAND_GMACS = {22: 2.443, 11: 1.612, 6: 1.235, 5: 1.159, 4: 1.084}
 
 

@@ -46,7 +46,7 @@ class CompressedMean:
             self._before[key] = copies[key] if key in copies else _copied(tensor.detach(), earlier.pop(key, None))
 
     def state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """What is remembered of some tensors, by name, and what rounding has taken from them; on the CPU."""
+        """By name, the values that differences are taken from, and what rounding has taken; on the CPU."""
         state: dict[str, dict[str, Tensor]] = {"before": {}}
         if self._feedback is not None:
             state["taken"] = {}

@@ -33,7 +33,7 @@ from resist_lightning.schedule.transfers import SyncPlan, Transfer
 
 
 class Exchange:
-    """The worker's side of a sync.
+    """Packs tensors into flat buffers, and averages, merges and hands them over through a `Collective`.
 
     Args:
         collective: the workers.
@@ -185,7 +185,7 @@ class Exchange:
                 copy_into(arrange(payload.compressed), self._decompressed(message, payload))
 
     def normalise(self, averaged: Iterable[Tensor]) -> None:
-        """Give those of some tensors that are unit vectors the length 1, which a mean of them has not."""
+        """Bring unit vectors back to length 1, which their mean has not."""
         if self._module is None or self.collective.workers == 1:
             return
         vectors = {id(vector) for vector in unit_vectors(self._module).values()}

@@ -12,12 +12,12 @@ class Feedback:
     """A worker's remainders: a number for each entry that is averaged, in a buffer for each message, in its order."""
 
     def __init__(self) -> None:
-        # By identity of the tensor, its piece of a buffer; and the buffer of some tensors, in their order.
+        # By identity of the tensor, its piece of a buffer; and by the tensors together, in their order, the buffer.
         self._pieces: dict[int, Tensor] = {}
         self._flats: dict[tuple[int, ...], Tensor] = {}
 
     def flat(self, tensors: Sequence[Tensor], kept: Collection[int] = ()) -> Tensor:
-        """The buffer of some tensors, in their order; zeros where nothing was taken yet.
+        """The buffer of the tensors, in their order; zeros where nothing was taken yet.
 
         Args:
             tensors: of one message.
@@ -44,6 +44,6 @@ class Feedback:
         return self._pieces.get(id(tensor))
 
     def load(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Resume with what :meth:`of` has told of some tensors."""
+        """Resume with what :meth:`of` returned."""
         self._flats = {}
         self._pieces = {id(tensor): piece for tensor, piece in pieces}

@@ -62,7 +62,7 @@ def averaged_bytes(tensor: Tensor) -> int:
 
 
 def averaged_bytes_by_type(tensors: Iterable[Tensor]) -> Counter[str]:
-    """Bytes that an average of some tensors sends once, by data type: each has an all-reduce of its own."""
+    """Bytes that an average of the tensors sends once, by data type: each has an all-reduce of its own."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[str(tensor.dtype)] += averaged_bytes(tensor)

@@ -120,7 +120,7 @@ class SyncAbilities:
 
 
 class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
-    """A worker's side of the syncs of a run; it also holds the parts that the layout gives this worker.
+    """What a method does at a sync: plan it, average, hand over, assemble the full model. It holds this worker's parts.
 
     Args:
         layout: the model's parts and the settings.
@@ -294,7 +294,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
                 tensor.detach().copy_(copy)
 
     def _may_change(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some tensors that may have changed in this round."""
+        """Leave out the tensors that cannot have changed in this round."""
         # Frozen since the round began, or unfrozen in it: workers may differ in either.
         names = self._changing | self._layout.changing()
         return {name: tensor for name, tensor in tensors.items() if name in names}

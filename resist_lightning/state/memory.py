@@ -17,7 +17,7 @@ _OF_ABSENT = ("absent_name", "absence")  # attributes that only absent tensors h
 
 
 class Memory:
-    """The memory of some tensors; the Python objects stay, as optimizers and the user's code refer to them.
+    """Frees and restores the memory of tensors; the Python objects, which optimizers and user code refer to, stay.
 
     Args:
         tensors: by name; all present, or on the meta device, as in a module that was built without memory.

@@ -59,7 +59,7 @@ class OuterOptimizer:
         self._velocity: dict[int, Tensor] = {}
 
     def forget_start(self, kept: Collection[int] = ()) -> None:
-        """Free what :meth:`begin_round` has copied, but of some tensors, by identity."""
+        """Free what :meth:`begin_round` has copied, except for these tensors, by identity."""
         self._start = {key: start for key, start in self._start.items() if key in kept}
 
     def begin_round(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor], kept: Collection[int] = ()) -> None:
@@ -81,7 +81,7 @@ class OuterOptimizer:
         self._start, self._velocity = start, velocity
 
     def step(self, tensors: Iterable[Tensor], means: Iterable[Tensor] | None = None) -> None:
-        """Take a step with those of some tensors that were noted. Sends nothing.
+        """Take a step with the tensors that :meth:`begin_round` noted. Sends nothing.
 
         Args:
             tensors: of the module.
@@ -115,7 +115,7 @@ class OuterOptimizer:
         return self._velocity[id(tensor)]
 
     def velocities(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The :meth:`velocity` of each of some tensors that takes outer steps."""
+        """The :meth:`velocity` of each tensor that takes outer steps."""
         return [self.velocity(tensor) for tensor in tensors if has_outer_step(tensor)]
 
     def state_dict(self, tensors: Mapping[str, Tensor], elsewhere: Collection[str], *, in_training: bool) -> OuterState:

@@ -125,7 +125,7 @@ def version(tensor: Tensor) -> int:
 
 
 def versions(tensors: Iterable[Tensor]) -> int:
-    """A number that changes whenever one of some tensors is written."""
+    """A number that changes whenever one of the tensors is written."""
     return sum(map(version, tensors))
 
 

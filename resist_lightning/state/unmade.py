@@ -27,7 +27,7 @@ def present_device(module: nn.Module, device: torch.device | None = None) -> tor
 
 
 def allocate(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Give those of some tensors that have no memory some, for the caller to fill; their Python objects stay."""
+    """Allocate the tensors that have no memory, for the caller to fill; their Python objects stay."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)

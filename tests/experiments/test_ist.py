@@ -74,7 +74,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize(("width", "workers"), WEIGHTS)
-def test_the_papers_networks_have_the_weights_and_bytes_of_the_specification(width: int, workers: int) -> None:
+def test_the_papers_networks_have_the_weights_and_bytes_counted_by_hand(width: int, workers: int) -> None:
     """Section 3 for the weights. Bytes: the chance that the next place of a number is another worker."""
     found = volumes(Shape(4096, width), workers, 4)
     assert found["weights"] == WEIGHTS[width, workers]

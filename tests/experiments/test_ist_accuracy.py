@@ -1,4 +1,4 @@
-"""Check 9 of section 8 of IST's specification: it comes to the accuracy of local SGD, within a tolerance."""
+"""IST comes to the accuracy of local SGD, within a tolerance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The augmented Lagrangian of a network that is cut into stages, written down as in section 2.2 of the specification.
+"""The augmented Lagrangian of a network that is cut into stages, written down from its definition.
 
 Nothing of the package's steps is used; only where the network is cut.
 """

@@ -1,6 +1,6 @@
 """Reference simulator of AuxNet: all stages in one process, without messages, to test the engine against.
 
-Written as section 2.2 of the specification has it: of a sample and not of a batch mean, with multipliers κ in their own
+Written as docs/decisions/0019 derives it: of a sample and not of a batch mean, with multipliers κ in their own
 units; the engine computes in units of the guess. With the engine it shares where the network is cut, how auxiliary
 networks are made, how β grows, and recalibration, and nothing else.
 """
@@ -193,7 +193,7 @@ class StageSimulator:
         return loss, wanted
 
     def _beta(self, share: float, boundary: Tensor) -> float:
-        """β of the formulas: that of the settings weighs a mean over the boundary's elements (decision 2)."""
+        """β of the formulas: that of the settings weighs a mean over the boundary's elements."""
         beta = self.config.beta * growth(self.config.beta_growth, share)
         return beta / math.prod(boundary.shape[1:])
 

@@ -1,4 +1,4 @@
-"""The layout of IST: which worker holds which hidden neurons (section 2.1 of its specification)."""
+"""The layout of IST (arXiv 1910.02120): which worker holds which hidden neurons in each round."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _WORTH_DIVIDING = 2**18
 
 
 class Messages:
-    """A worker's side of the messages."""
+    """Packs pieces of divided tensors and exchanges them, packing some while others are sent."""
 
     def __init__(self, collective: Collective, device: torch.device) -> None:
         self._collective = collective

@@ -64,7 +64,7 @@ def neurons_per_worker(width: int, workers: int, min_share: float) -> tuple[int,
 def draw_neurons(
     widths: Sequence[int], workers: int, seed: int, round: int, min_share: float = 0.0
 ) -> tuple[Partition, ...]:
-    """Deal the neurons of every hidden layer (section 2.1 of the specification of IST).
+    """Deal the neurons of every hidden layer (IST, arXiv 1910.02120).
 
     Each neuron goes to exactly one worker, or, where ``min_share`` is above 1 / workers, to several, as evenly as can
     be. Each layer is dealt in an order of its own, and shares differ by at most one neuron.

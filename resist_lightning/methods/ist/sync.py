@@ -1,6 +1,6 @@
 """The sync of IST: sends every neuron, with its weights and optimizer state, to its next holder.
 
-Only tensors that all workers hold whole are averaged (section 2.4 of the specification of IST).
+Only tensors that all workers hold whole are averaged (docs/ist.md).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Fragments:
         return fragment is None or self._of.get(name) == fragment
 
     def within(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of some tensors, by name, that are in a fragment."""
+        """The named tensors that belong to a fragment."""
         return {name: tensor for name, tensor in tensors.items() if self.covers(fragment, name)}
 
     def parts(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -53,7 +53,7 @@ class Fragments:
         return [self.within(fragment, tensors) for fragment in range(self._count)]
 
     def inside(self, fragment: int, tensors: Iterable[AnyTensor]) -> list[AnyTensor]:
-        """Those of some tensors of the module that are in a fragment."""
+        """The tensors that belong to a fragment."""
         return [tensor for tensor in tensors if self._of_tensors.get(id(tensor)) == fragment]
 
     def outside(self, fragment: int | None) -> set[int]:

@@ -251,7 +251,7 @@ class OverlappedSync(BlockSync):
             self._changing_at_border = set(own["changing_at_border"])
 
     def _stepping(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those of some tensors that take steps of the outer optimizer."""
+        """The tensors that take steps of the outer optimizer."""
         return list(filter(has_outer_step, tensors)) if self._outer is not None else []
 
     def _tensors_of(self, blocks: Iterable[int]) -> list[Tensor]:
@@ -269,7 +269,7 @@ class OverlappedSync(BlockSync):
         return [(tensor, velocity) for tensor, velocity in pairs if velocity.is_meta]
 
     def _unit_vectors(self, averaged: list[Tensor]) -> list[Tensor]:
-        """Those of some tensors whose mean must have the length 1."""
+        """The tensors whose mean must be brought to length 1."""
         if self._layout.workers == 1:
             return []
         among = set(map(id, averaged))

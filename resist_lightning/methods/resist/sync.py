@@ -250,7 +250,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return [block for block, root in plan.owner.items() if root == self._worker]
 
     def _copies(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        """By identity, copies of some tensors from the beginning of the round that are kept anyway."""
+        """Copies from the beginning of the round that are kept anyway, by identity of the tensor."""
         copies = {**self._arrived, **{id(tensor): copy for tensor, copy in self._as_received}}
         for tensor in tensors:
             before = self._compressed_mean.before(tensor) if self._compressed_mean is not None else None
@@ -272,7 +272,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return super()._start_average(exact, plan)
 
     def split_averaged(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of some tensors whose mean is compressed, and the others."""
+        """Split tensors into those whose mean is compressed and those whose mean is exact."""
         compressed: list[Tensor] = []
         exact: list[Tensor] = []
         for tensor in tensors:
@@ -283,7 +283,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return compressed, exact
 
     def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those of some tensors of which all workers know the same value when a round begins."""
+        """The tensors that are equal on all workers when a round begins: all of them here."""
         return list(tensors)
 
     @override

@@ -57,7 +57,7 @@ class Transit:
         return [self._values.get(id(tensor), tensor) for tensor in tensors]
 
     def make_room(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        """Allocate copies of those of some tensors that are absent, for the caller to fill."""
+        """Allocate copies of the tensors that are absent, for the caller to fill."""
         for tensor in tensors:
             if not tensor.is_meta:
                 continue

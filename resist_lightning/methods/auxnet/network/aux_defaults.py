@@ -1,4 +1,4 @@
-"""The auxiliary networks that are made by default: for images, sequences and vectors (section 3 of the specification).
+"""The auxiliary networks that are made by default: for images, sequences and vectors.
 
     image     (channels, height, width)   convolutions; to a sequence, patches and a transformer block; to a vector, a
                                           perceptron

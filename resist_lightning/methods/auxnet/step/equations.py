@@ -1,7 +1,7 @@
-"""The updates of one step (section 2.2 of the specification), in units of the guess.
+"""The updates of one step of AuxNet with guesses (arXiv 2112.05387; docs/decisions/0019), in units of the guess.
 
 Of a boundary with |X| elements per sample: guess λ, truth Y, multiplier u = κ / β', gradient r = p / β' of what comes
-after it, where β' = β / |X|, since β weighs the *mean* square (decision 2). All of them have the boundary's shape, with
+after it, where β' = β / |X|, since β weighs the *mean* square. All of them have the boundary's shape, with
 the batch first, and p is that of a sample, not of the batch mean.
 """
 
@@ -21,7 +21,7 @@ class Penalty:
 
     Args:
         beta: weight of half the mean square of guess minus truth, above 0.
-        step: of the guess, in units of 1 / β'; c in the specification, in (0, 1].
+        step: of the guess, in units of 1 / β', in (0, 1].
     """
 
     beta: float

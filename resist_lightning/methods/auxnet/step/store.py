@@ -94,7 +94,7 @@ class SampleStore:
         return values[0], values[1] if self._multipliers else None
 
     def put(self, names: Sequence[bytes], guess: Tensor, multiplier: Tensor | None) -> None:
-        """Keep those of some samples; of one that stands in the batch twice, the last."""
+        """Store the guesses of a batch, by sample; of a sample that is in it twice, the last."""
         parts = [guess.detach().cpu()]
         if multiplier is not None:
             parts.append(multiplier.detach().cpu())

@@ -26,7 +26,7 @@ def layout_of(net, workers, **settings):
 
 
 def speech(hidden_layers):
-    """The nets of section 3 of the specification: batch norm after every layer, no bias."""
+    """The nets of the paper: batch norm after every layer, no bias."""
     width = {1: 4096, 2: 8192}[hidden_layers]
     sizes = [4096, *[width] * hidden_layers, 35]
     parts = []
@@ -42,7 +42,7 @@ def speech(hidden_layers):
         (2, 2, 33_697_792), (2, 4, 12_654_592), (2, 8, 5_278_720),
     ],
 )  # fmt: skip
-def test_a_worker_has_as_many_weights_of_the_papers_nets_as_the_specification_says(hidden_layers, workers, weights):
+def test_a_worker_has_an_equal_share_of_the_weights_of_the_papers_nets(hidden_layers, workers, weights):
     layout = layout_of(on_meta(lambda: speech(hidden_layers)), workers, min_share=0)
     width = {1: 4096, 2: 8192}[hidden_layers]
     norms = 2 * hidden_layers * width // workers

@@ -1,4 +1,4 @@
-"""Who holds which neuron: the rules of section 2.1 of the specification of IST, and contract 1."""
+"""Who holds which neuron: the rules of IST, and that all workers draw the same."""
 
 from __future__ import annotations
 
