@@ -98,7 +98,9 @@ class Handshake:
             self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
         # Here, before it begins, the length of the next round is compared: later nobody would meet to do it.
-        state = Header(purpose, clock.round, clock.step, self._host.stop_flag(), layout, clock.agreed_steps)
+        # A message of the host's may be that by which workers agree to stop, as LearningRateFinder's is.
+        stop = 0 if purpose is Purpose.HOST else self._host.stop_flag()
+        state = Header(purpose, clock.round, clock.step, stop, layout, clock.agreed_steps)
         header = header_numbers(state)
         checks = self.divergence.numbers(purpose)
         # One size for every purpose, so that workers that come with different ones can compare their headers.

@@ -29,7 +29,7 @@ from resist_lightning.comm.members import default_collective
 from resist_lightning.comm.replicas import Replicas
 from resist_lightning.engine.evaluation import Observation
 from resist_lightning.engine.optimizer_steps import StepWatch
-from resist_lightning.engine.registry import detach_hooks, make_layout, make_sync
+from resist_lightning.engine.registry import check_arguments, detach_hooks, make_layout, make_sync
 from resist_lightning.engine.resume import Resumption
 from resist_lightning.engine.round_end import RoundEnd
 from resist_lightning.methods.config import CommonConfig
@@ -70,6 +70,7 @@ class Engine:
         total_steps: int | None = None,
         device: torch.device | None = None,
     ) -> None:
+        check_arguments(optimizers, config)
         self.module, self.config = module, (config := config.for_optimizers(optimizers))
         self._device = present_device(module, device)
         self.collective = collective or default_collective(self._device)
@@ -87,8 +88,8 @@ class Engine:
         self.observation = Observation(self.layout, self.sync, self._handshake, self._device, forward_context)
         self.resumption = Resumption(self.layout, self.clock, self.states, self.sync, self.observation, total_steps)
         self.replicas = Replicas(module, self.collective, partial=self.layout.partial)
-        watched = (self._handshake, self.observation, self.replicas, self.activity)
-        self._round_end = RoundEnd(self.layout, self.clock, self.states, self.sync, *watched)
+        watched = (self._handshake, self.observation, self.replicas, self.activity, self.seconds)
+        self._round_end = RoundEnd(self.layout, self.clock, self.sync, *watched)
         self.swaps = SwappingOptimizers(optimizers, self._on_own_weights, alone=config.first_evaluates)
         self.sent_bytes_by_worker: dict[str, list[int]] = {}
         self._resume_state: dict[str, Any] = {}
@@ -132,6 +133,8 @@ class Engine:
         Raises:
             WorkersDisagree: if the workers' code, models or settings differ.
         """
+        if self.running:
+            raise RuntimeError("the engine is running: start() is called once, before the first local step.")
         if self.collective.worker == 0:
             initialise(self.module, self._device)
         detach_hooks(self.module)  # it may have been a full model
@@ -179,18 +182,7 @@ class Engine:
         Returns:
             Whether a new round has begun.
         """
-        if self._round_end.sync_must_begin:
-            with self.seconds.timed("sync"):
-                self._round_end.begin_sync()
-        self._round_end.send_blocks_if_due()
-        if not self.clock.due:
-            return False
-        with self.seconds.timed("sync"):
-            if self.sync.under_way:
-                self._round_end.apply_sync()
-            else:
-                self._round_end.sync()
-        return True
+        return self._round_end.sync_if_due()
 
     @contextmanager
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
@@ -203,6 +195,9 @@ class Engine:
         Args:
             kind: how the bytes are counted: ``evaluation`` or ``checkpoint``.
         """
+        if self.observing:  # inside another one
+            yield self.module
+            return
         # An evaluation may draw random numbers, and the training must not notice.
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             self.begin_observation(kind)
@@ -257,9 +252,12 @@ class Engine:
     def checkpoint_state(self) -> dict[str, Any]:
         """What resuming from a checkpoint of the full model needs beside its ``state_dict``.
 
-        Numbers, strings, lists and tensors only; empty before the training starts.
+        Numbers, strings, lists and tensors only; empty before the training starts. In the training it is called inside
+        :meth:`full_model`.
         """
         if not self.observing:
+            if self.running:
+                raise RuntimeError("checkpoint_state() goes with the full model: call it inside `full_model()`.")
             return self._resume_state
         return {**self.resumption.place(), **self.observation.full_state()}
 
@@ -273,6 +271,8 @@ class Engine:
         Returns:
             Whether the partition is the one that the checkpoint was made with.
         """
+        if self.running:
+            raise RuntimeError("the engine is running: call restore() before start().")
         return self.resumption.restore(state, own)
 
     def meet(self) -> None:

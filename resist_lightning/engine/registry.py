@@ -44,6 +44,19 @@ _METHODS: dict[type[CommonConfig], tuple[type[Layout], Callable[..., Sync[Any, A
 }
 
 
+def check_arguments(optimizers: object, config: object) -> None:
+    """Refuse arguments of another kind than :class:`~resist_lightning.Engine` takes.
+
+    Raises:
+        TypeError: with the right form.
+    """
+    form = "Engine(model, [optimizer], Config(local_steps=50))"
+    if isinstance(optimizers, Optimizer):
+        raise TypeError(f"optimizers is one {type(optimizers).__name__} and must be a list of them: {form}.")
+    if not isinstance(config, CommonConfig):
+        raise TypeError(f"config is {config!r} and must be a Config, NeuronConfig or StageConfig: {form}.")
+
+
 def make_layout(
     module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = (), *, members: int = 1
 ) -> Layout:

@@ -12,7 +12,6 @@ from resist_lightning.engine.evaluation import Observation
 from resist_lightning.methods.layout import Layout
 from resist_lightning.methods.sync import Plan
 from resist_lightning.schedule.progress import Activity, Clock, StepTimer
-from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.timing import Seconds
 
 
@@ -22,12 +21,12 @@ class RoundEnd:
     Args:
         layout: the model's parts and the settings.
         clock: where the run is.
-        states: the optimizers' state.
         sync: the method's.
         handshake: compares what the workers must have alike.
         observation: learns when a round begins.
         replicas: the members of this worker.
         activity: tells others what this worker does.
+        seconds: adds up the seconds that this worker spends in syncs.
 
     Attributes:
         step_seconds: of each worker, the mean seconds of a local step in the last round; empty in the first one.
@@ -37,32 +36,48 @@ class RoundEnd:
         self,
         layout: Layout,
         clock: Clock,
-        states: OptimizerStates,
         sync: Any,
         handshake: Handshake,
         observation: Observation,
         replicas: Replicas,
         activity: Activity,
+        seconds: Seconds,
     ) -> None:
         self._layout = layout
         self._clock = clock
-        self._states = states
         self._sync = sync
         self._collective: Collective = sync.exchange.collective
         self._handshake = handshake
         self._observation = observation
         self._replicas = replicas
         self._activity = activity
+        self._seconds = seconds
         self._exchanging = Seconds(sync.exchange.device)
         self._step_timer = StepTimer(activity)
         self.step_seconds: list[float] = []
 
-    @property
-    def sync_must_begin(self) -> bool:
-        """Whether a sync in the background must begin before the next local step."""
-        return self._clock.overlap > 0 and self._clock.at_border and not self._sync.under_way
+    def sync_if_due(self) -> bool:
+        """Sync if the round is complete, or begin to where syncs overlap. Collective then: every worker must call this.
 
-    def sync(self) -> None:
+        Returns:
+            Whether a new round has begun.
+        """
+        if self._clock.overlap > 0 and self._clock.at_border and not self._sync.under_way:
+            with self._seconds.timed("sync"):
+                self._begin_sync()
+        # Of a sync in the background, whose shared layers are under way already.
+        if self._sync.blocks_must_leave(self._clock.round, self._clock.steps_left):
+            self._sync.send_blocks(self._clock.round)
+        if not self._clock.due:
+            return False
+        with self._seconds.timed("sync"):
+            if self._sync.under_way:
+                self._apply_sync()
+            else:
+                self._run_sync()
+        return True
+
+    def _run_sync(self) -> None:
         """Sync, and begin the next round. Collective: every worker must call this."""
         ended, plan = self._meet()
         # Without the handshake, in which the workers wait for the slowest one.
@@ -80,19 +95,14 @@ class RoundEnd:
         self.begin_round()
         self._activity.begin("local steps")
 
-    def begin_sync(self) -> None:
+    def _begin_sync(self) -> None:
         """Begin the sync of this round in the background. Collective: every worker must call this."""
         ended, plan = self._meet()
         self._sync.start(plan, ended)
         self._activity.begin("local steps")
 
-    def send_blocks_if_due(self) -> None:
-        """Let blocks leave, of a sync in the background whose shared layers are under way already."""
-        if self._sync.blocks_must_leave(self._clock.round, self._clock.steps_left):
-            self._sync.send_blocks(self._clock.round)
-
-    def apply_sync(self) -> None:
-        """Begin the next round with what :meth:`begin_sync` has begun; waits if it must. Sends nothing more."""
+    def _apply_sync(self) -> None:
+        """Begin the next round with what :meth:`_begin_sync` has begun; waits if it must. Sends nothing more."""
         self._activity.begin("averaging")
         self._sync.wait()
         self._layout.tensors.keep()  # as the handshake does, before a sync for which the training waits

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -93,6 +93,7 @@ class LoopPatches:
         replace(epoch_loop, "_on_before_fetch", after(position.note_fetch, epoch_loop._on_before_fetch))
         replace(epoch_loop, "reset", _unless_exact(epoch_loop.reset, position))
         replace(epoch_loop, "on_run_start", after(self._note_trained, epoch_loop.on_run_start))
+        replace(epoch_loop, "on_run_start", after(self._accumulate_as_scheduled, epoch_loop.on_run_start))
         replace(fit_loop, "on_advance_end", after(self._end_resumed_epoch, fit_loop.on_advance_end))
 
     @property
@@ -103,6 +104,15 @@ class LoopPatches:
 
     def _note_trained(self) -> None:
         self._trained_before = self._trained
+
+    def _accumulate_as_scheduled(self) -> None:
+        """Set the number of batches of a step in an epoch that is resumed, whose start Lightning passes over."""
+        if self._trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            return  # it begins here, and Lightning has done it
+        callbacks: list[Any] = getattr(self._trainer, "callbacks", [])
+        for callback in callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                callback.on_train_epoch_start(self._trainer)
 
     def _end_resumed_epoch(self) -> None:
         """End an epoch in which a batch was trained here as one that began here, so that it has its metrics.

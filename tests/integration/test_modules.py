@@ -208,6 +208,26 @@ def test_a_search_for_the_learning_rate_leaves_no_trace(face: str, tmp_path: Pat
             assert place == [2, 2, untuned[-1]]
 
 
+def search_until_it_diverges(worker: int, folder: str) -> tuple[float, int, int]:
+    """The rate that was found, and how many steps found it; on data of the worker's own."""
+    module = Tunable("preact")
+    data = DataLoader([batch_of(worker, step) for step in range(40)], batch_size=None)  # type: ignore[arg-type]
+    finder = LearningRateFinder(min_lr=1e-3, max_lr=1e3, num_training_steps=40, early_stop_threshold=1.2)
+    strategy = make_strategy("local_sgd", local_steps=100)
+    trainer = make_trainer(strategy, max_steps=2, default_root_dir=folder, callbacks=[finder])
+    trainer.fit(module, data)
+    assert finder.optimal_lr is not None
+    return module.lr, len(finder.optimal_lr.results["lr"]), trainer.global_step
+
+
+def test_a_search_that_stops_early_on_one_worker_stops_on_all(tmp_path: Path) -> None:
+    """Lightning sets the stop flag of the worker whose loss diverges, then broadcasts worker 0's."""
+    first, second = run_trainers(search_until_it_diverges, 2, str(tmp_path))
+    assert first == second
+    assert 1 < first[1] < 40
+    assert first[2] == 2
+
+
 # What a module may ask of the other workers.
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 
@@ -25,6 +25,7 @@ STOP = 3
 
 class Tunable(Classifier):
     lr = 0.05
+    monitor = ""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
@@ -48,6 +49,96 @@ def test_a_resumed_run_keeps_the_learning_rate_that_was_found(tmp_path: Path) ->
 
     assert found != Tunable.lr
     assert (resumed_steps, rate) == (steps, found)
+    assert_equal_states(resumed, unbroken, exactly=True)
+
+
+PASSED_OVER = ".*the metric of ReduceLROnPlateau was known, and the step that it decides is passed over"
+
+
+class Follows(Tunable):
+    """Halves its learning rate at the end of every epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        schedule.best = 0.0  # better than any loss
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", super().training_step(batch, batch_idx))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+class SavesAtEveryEnd(L.Callback):
+    """After the last batch, its validation, and its epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-batch.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-validation.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-epoch.ckpt")
+
+
+def fit_and_follow(folder: Path, monitor: str, ckpt_path: Path | None = None) -> tuple[dict[str, Tensor], float]:
+    L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+    module = Follows("preact", 7)
+    module.monitor = monitor
+    saving = [] if ckpt_path else [SavesAtEveryEnd(folder)]
+    trainer = make_trainer(make_strategy("local_sgd"), max_epochs=3, callbacks=saving, num_sanity_val_steps=0)
+    data = DataLoader(Augmented(), batch_size=4, shuffle=True)
+    trainer.fit(module, data, DataLoader(Augmented(), batch_size=8), ckpt_path=ckpt_path)
+    return clone_state(module), trainer.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "loss"])
+def test_a_schedule_that_follows_a_metric_steps_at_the_end_of_the_epoch_that_was_saved(
+    monitor: str, tmp_path: Path
+) -> None:
+    """Lightning passes over it, as the checkpoint is older."""
+    unbroken, rate = fit_and_follow(tmp_path, monitor)
+    assert rate == Tunable.lr / 8
+    # In a validation the loss of the training is that of the epoch before.
+    for place in ("0-validation", "1-validation", "1-epoch") if monitor == "val/loss" else ("0-epoch", "1-epoch"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=PASSED_OVER)
+            resumed, resumed_rate = fit_and_follow(tmp_path, monitor, tmp_path / f"{place}.ckpt")
+        assert resumed_rate == rate
+        assert_equal_states(resumed, unbroken, exactly=True)
+
+
+@pytest.mark.parametrize(("monitor", "place"), [("loss", "1-validation"), ("val/loss", "1-batch")])
+def test_a_schedule_whose_metric_is_not_known_yet_where_it_was_saved_is_warned_of(
+    monitor: str, place: str, tmp_path: Path
+) -> None:
+    fit_and_follow(tmp_path, monitor)
+    with pytest.warns(UserWarning, match=PASSED_OVER):
+        fit_and_follow(tmp_path, monitor, tmp_path / f"{place}.ckpt")
+
+
+def test_batches_of_a_step_are_those_of_the_schedule_in_an_epoch_that_is_resumed(tmp_path: Path) -> None:
+    def fit(ckpt_path: str | None, *callbacks: L.Callback) -> tuple[dict[str, Tensor], int]:
+        L.seed_everything(1 if ckpt_path is None else 2, verbose=False)
+        module = Tunable("preact", 7)
+        schedule = GradientAccumulationScheduler({0: 2})
+        trainer = make_trainer(make_strategy("local_sgd"), max_epochs=2, callbacks=[schedule, *callbacks])
+        trainer.fit(module, DataLoader(Augmented(), batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+        return clone_state(module), trainer.global_step
+
+    unbroken, steps = fit(None, SavesAt(str(tmp_path), (STOP,)))
+    resumed, resumed_steps = fit(f"{tmp_path}/{STOP}.ckpt")
+
+    assert resumed_steps == steps
     assert_equal_states(resumed, unbroken, exactly=True)
 
 

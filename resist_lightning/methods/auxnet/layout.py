@@ -145,7 +145,10 @@ class StageLayout(Layout):
     @override
     def identity(self) -> dict[str, Any]:
         # A worker's own tensors are its stage, and its auxiliary network or store.
-        return {"stages": self.parts(), "method": self.config.method, "aux_width": self.config.aux_width}
+        own: dict[str, Any] = {"stages": self.parts(), "method": self.config.method, "aux_width": self.config.aux_width}
+        if self.config.aux_network is not None:
+            own["aux_network"] = self.config.in_words()["aux_network"]
+        return own
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
             f"{given}: a sync beside the training needs workers of one process each. Set devices_per_worker=1, or "
             "overlap=0."
         )
+    if strategy._start_method != "popen":
+        _refuse_lost_search(trainer)
     check_callbacks(trainer, config)
     if config.needs_total_steps and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
         raise ValueError(
@@ -102,6 +104,17 @@ def check_processes(environment: ClusterEnvironment, devices: int, nodes: int) -
         slurm.check_tasks(os.environ, devices, nodes)
     elif isinstance(environment, TorchElasticEnvironment):
         torchrun.check_processes(os.environ, devices, nodes)
+
+
+def _refuse_lost_search(trainer: pl.Trainer) -> None:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        if isinstance(callback, LearningRateFinder) and callback._early_exit:
+            raise ValueError(
+                "Tuner.lr_find would search in workers that this process starts, and its result would end with them. "
+                "Take a strategy that runs the script again (no _spawn, _fork or _notebook in its name), or give the "
+                "Trainer the callback LearningRateFinder."
+            )
 
 
 def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:

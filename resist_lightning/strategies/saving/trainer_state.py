@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from resist_lightning.engine.engine import Engine
 from resist_lightning.strategies.saving.data_position import Position
@@ -39,7 +40,43 @@ class TrainerState:
             "gradients": {name: gradient.cpu() for name, gradient in gradients.items()},
             # Schedules that follow a metric differ where workers see different values of it.
             "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "passed_over": self._passed_over(),
         }
+
+    def _passed_over(self) -> list[list[Any]]:
+        """The schedules that Lightning would pass over if the run resumed here, and the metric that each follows.
+
+        A ``ReduceLROnPlateau`` steps at the end of its epoch, after checkpoints of the last validation. A run that is
+        resumed from one of these begins with the next epoch.
+        """
+        trainer = self._trainer
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached() and progress.completed < progress.ready
+        if not at_end or not trainer.lightning_module.automatic_optimization:
+            return []
+        # At the end of the epoch all metrics are those of the epoch; in the validation before it, its own are.
+        metrics = trainer.callback_metrics if progress.processed == progress.ready else self._metrics_of_validation()
+        found: list[list[Any]] = []
+        for place, config in enumerate(trainer.lr_scheduler_configs):
+            due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
+            if config.reduce_on_plateau and due:
+                metric = metrics.get(str(config.monitor))
+                found.append([place, None if metric is None else float(metric)])
+        return found
+
+    def _metrics_of_validation(self) -> dict[str, Any]:
+        return self._trainer._logger_connector.metrics["callback"] if self._trainer.validating else {}
+
+    def _step_passed_over(self, passed_over: list[list[Any]]) -> None:
+        for place, metric in passed_over:
+            scheduler = self._trainer.lr_scheduler_configs[place].scheduler
+            if metric is None:
+                rank_zero_warn(
+                    f"the checkpoint was written before the metric of {type(scheduler).__name__} was known, and the "
+                    "step that it decides is passed over: the learning rate may differ from the unbroken run's."
+                )
+            else:
+                self._trainer.lightning_module.lr_scheduler_step(scheduler, metric)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned."""
@@ -48,6 +85,7 @@ class TrainerState:
             trainer.precision_plugin.load_state_dict(state["precision"])
         for config, schedule in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
             config.scheduler.load_state_dict(schedule)
+        self._step_passed_over(state.get("passed_over", []))  # earlier versions have not noted it
         parameters = dict(trainer.lightning_module.named_parameters())
         for name, gradient in state["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)

@@ -134,3 +134,38 @@ def test_several_optimizers_and_none():
     engine.after_step()
     assert not one.state
     assert not two.state
+
+
+def test_a_full_model_inside_another_one_is_the_same_and_own_weights_come_back():
+    engine, model, _ = engine_for(Config(local_steps=3, min_blocks=1, test_scale=0.5))
+    engine.start()
+    own = clone_state(model)
+    with engine.full_model():
+        full = clone_state(model)
+        with engine.full_model() as inner:
+            assert inner is model
+            assert_equal_states(clone_state(model), full, exactly=True)
+        assert engine.observing
+    assert_equal_states(clone_state(model), own, exactly=True)
+    assert any(not torch.equal(full[name], own[name]) for name in own), "scaled"
+
+
+def test_calls_in_the_wrong_order_are_refused():
+    engine, _, _ = engine_for()
+    assert engine.checkpoint_state() == {}
+    engine.start()
+    with pytest.raises(RuntimeError, match=r"start\(\) is called once"):
+        engine.start()
+    with pytest.raises(RuntimeError, match=r"call restore\(\) before start\(\)"):
+        engine.restore({})
+    with pytest.raises(RuntimeError, match=r"inside `full_model\(\)`"):
+        engine.checkpoint_state()
+
+
+@pytest.mark.parametrize("wrong", [{"optimizers": "one"}, {"config": {"local_steps": 5}}])
+def test_arguments_of_another_kind_are_refused_with_the_right_form(wrong):
+    module = small_preact()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    optimizers = optimizer if "optimizers" in wrong else [optimizer]
+    with pytest.raises(TypeError, match=r"Engine\(model, \[optimizer\], Config\(local_steps=50\)\)"):
+        Engine(module, optimizers, wrong.get("config", Config()))

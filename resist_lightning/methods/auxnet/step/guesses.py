@@ -167,11 +167,16 @@ class NetworkGuesses(Guesses):
 
     @override
     def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
-        # The graph is kept: `learn` goes back through it.
+        # The graph is kept: `learn` goes back through it, or the next batch replaces it.
         self._made = guess, multiplier = self.network(x.images)
         if multiplier is not None:
             multiplier = multiplier.detach()
         return guess.detach(), multiplier
+
+    @override
+    def begin_at(self, x: Samples, truth: Tensor, gradient: Tensor, share: float) -> None:
+        self._made = None  # of an earlier batch that had no backward pass
+        super().begin_at(x, truth, gradient, share)
 
     # The last batch may be finished inside an evaluation, where no gradients are recorded.
     @override

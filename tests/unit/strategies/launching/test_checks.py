@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, Timer
+from lightning.pytorch.tuner import Tuner
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -298,3 +299,10 @@ def test_rounds_of_changing_length_are_judged_by_the_first(rule: Any, steps: int
     trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=0)
     with pytest.warns(match=message) if message else nullcontext():
         warn_of_short_training(trainer, Clock.by(rule, lambda: 0.001), all_have_an_effect)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_a_search_whose_result_would_be_lost_is_refused(start_method: Any, trainer_with: MakeTrainer) -> None:
+    trainer = trainer_with(LocalSGDStrategy(start_method=start_method))
+    with pytest.raises(ValueError, match=r"would end with them\. Take a strategy that runs the script again"):
+        Tuner(trainer).lr_find(Classifier("preact"), stream(0, 8), num_training=4)
