@@ -140,3 +140,20 @@ def test_a_scripted_part_is_refused_by_name():
     with pytest.raises(StageSelectionError, match=r"'body\.1' is TorchScript"):
         StageLayout(net, StageConfig(), 2)
     StageLayout(net, StageConfig(), 1)
+
+
+def wide(given: torch.Size, boundary: torch.Size) -> nn.Module:
+    return nn.Identity()
+
+
+def narrow(given: torch.Size, boundary: torch.Size) -> nn.Module:
+    return nn.Identity()
+
+
+def test_another_auxiliary_network_is_another_setting_of_a_checkpoint():
+    identities = []
+    for made in (None, wide, narrow, wide):
+        identities.append(StageLayout(make_net(), StageConfig(method="penalty", aux_network=made), 2).identity())
+    default, first, other, again = identities
+    assert "aux_network" not in default
+    assert first == again != other

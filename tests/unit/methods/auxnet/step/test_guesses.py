@@ -1,7 +1,8 @@
-"""Guesses when the learning rate ends at 0: beta stays where it was (workers are threads)."""
+"""Guesses when the learning rate ends at 0, and after a batch without a backward pass (workers are threads)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 
@@ -80,3 +81,28 @@ def test_the_simulator_keeps_beta_when_the_rate_ends_at_0() -> None:
         simulator.optimizers[0].param_groups[0]["lr"] = rate
         found.append(simulator._beta(simulator._rate_share(), torch.zeros(1, 1)) / 3.0)
     assert found == pytest.approx(FACTORS)
+
+
+def weights_after_a_serial_step(collective: ThreadCollective, problem: Problem) -> list[list[Tensor]]:
+    """Of the auxiliary network: after a serial step alone, and after one behind a batch that was only guessed."""
+    guesses = make_staged(collective, problem.net, problem.config, problem.x, lambda: 0.1).worker.guesses
+    if guesses is None:
+        return []
+    with torch.no_grad():
+        truth = guesses.network(problem.x)[0] + 1
+    found = []
+    for skipped in (None, problem.x[:1]):
+        learning = copy.deepcopy(guesses)
+        if skipped is not None:
+            learning.make(Samples(skipped))
+        learning.begin_at(Samples(problem.x), truth, torch.zeros_like(truth), 1.0)
+        found.append([parameter.detach() for parameter in learning.network.parameters()])
+    return found
+
+
+def test_a_serial_step_learns_nothing_from_a_batch_that_had_no_backward_pass() -> None:
+    problem = make_problem(2, seed=2, method="penalty", serial_every=2)
+
+    (_, (alone, behind)), _ = run_threads(weights_after_a_serial_step, 2, problem)
+
+    assert all(map(torch.equal, alone, behind))
