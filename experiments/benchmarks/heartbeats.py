@@ -38,7 +38,6 @@ from resist_lightning.faults.failure_detector import FailureDetector
 from resist_lightning.faults.heartbeats import Heartbeats
 from resist_lightning.faults.host import this_process
 from resist_lightning.faults.messages import Heartbeat, Process
-from resist_lightning.faults.monitors import operations_per_beat
 from resist_lightning.faults.surroundings import Surroundings
 from resist_lightning.faults.watchdog import Watchdog
 
@@ -100,6 +99,23 @@ def beat(everybody: Sequence[Heartbeats], detectors: Sequence[FailureDetector], 
         if detector.monitoring:
             each.publish(detector.report(number, detector.judge(number, {})))
         assert detector.judge(number, {}) is None
+
+
+def operations_per_beat(workers: int) -> dict[str, int]:
+    """What all workers together ask of the store in a second in which all is well.
+
+    Returns:
+        Requests, and keys that they read or write. With each worker reading all lines, as before, these were
+        ``2 S`` requests and ``S + S²`` keys.
+    """
+    monitors = min(workers, 2)
+    posted = workers + monitors  # each worker's heartbeat, and the reports
+    reports_read = workers * monitors
+    heartbeats_read = monitors * (workers - 1)
+    return {
+        "requests": workers + monitors + workers,  # a worker reads everything that it reads by one request
+        "keys": posted + reports_read + heartbeats_read,
+    }
 
 
 def count(workers: int) -> dict[str, int]:

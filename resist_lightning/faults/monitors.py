@@ -25,20 +25,3 @@ def choose_neighbours(processes: Sequence[Process], worker: int) -> list[Process
     own = here.index(processes[worker])
     others = here[own + 1 :] + here[:own]
     return others if worker in choose_monitors(processes) else others[:NEIGHBOURS]
-
-
-def operations_per_beat(workers: int) -> dict[str, int]:
-    """What all workers together ask of the store in a second (:data:`BEAT_SECONDS`) in which all is well.
-
-    Returns:
-        Requests, and keys that they read or write. With each worker reading all lines, as before, these were
-        ``2 S`` requests and ``S + S²`` keys.
-    """
-    monitors = min(workers, 2)
-    posted = workers + monitors  # each worker's heartbeat, and the reports
-    reports_read = workers * monitors
-    heartbeats_read = monitors * (workers - 1)
-    return {
-        "requests": workers + monitors + workers,  # a worker reads everything that it reads by one request
-        "keys": posted + reports_read + heartbeats_read,
-    }

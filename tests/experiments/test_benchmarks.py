@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.benchmarks import tables
+from experiments.benchmarks.heartbeats import operations_per_beat
 from experiments.harness.record import read_record
 from tests.helpers.programs import run_module
 
@@ -27,3 +28,9 @@ def test_every_study_is_measured_and_has_its_table(tmp_path: Path) -> None:
     assert found["step_time"]["ratio"] > 0
     sent = {row["wire"]: row["sent_bytes"] for row in found["wires"]["rows"]}
     assert 0.25 < sent["int8"] / sent["fp32"] < 0.28
+
+
+def test_the_store_is_asked_in_proportion_to_the_number_of_workers() -> None:
+    assert operations_per_beat(2) == {"requests": 6, "keys": 10}
+    for workers in (64, 1000, 4096):
+        assert operations_per_beat(workers) == {"requests": 2 * workers + 2, "keys": 5 * workers}

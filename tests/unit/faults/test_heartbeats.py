@@ -12,7 +12,6 @@ import torch.distributed as dist
 from resist_lightning.faults import heartbeats
 from resist_lightning.faults.heartbeats import Heartbeats, Lines
 from resist_lightning.faults.messages import Heartbeat, Process, Report, to_line
-from resist_lightning.faults.monitors import operations_per_beat
 
 KEY = b"k" * 32
 PLACE = "resist_lightning/heartbeats/run/1"
@@ -116,4 +115,4 @@ def test_a_beat_of_all_workers_costs_the_store_what_the_formula_says(
         each.read([other for other in range(workers) if monitoring and other != each.own.worker])
         if monitoring:
             each.publish(Report(1))
-    assert store.asked == operations_per_beat(workers)
+    assert store.asked == {"requests": 2 * workers + 2, "keys": 5 * workers}

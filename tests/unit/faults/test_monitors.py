@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from resist_lightning.faults.messages import Process
-from resist_lightning.faults.monitors import NEIGHBOURS, choose_monitors, choose_neighbours, operations_per_beat
+from resist_lightning.faults.monitors import NEIGHBOURS, choose_monitors, choose_neighbours
 
 
 def processes(*homes: str) -> list[Process]:
@@ -32,9 +32,3 @@ def test_on_a_large_host_each_process_is_seen_by_some_and_a_monitor_sees_all() -
     assert seen[98] == [99, 0, 1, 2, 3, 4, 5, 6]
     for worker in range(100):
         assert sum(worker in others for others in seen.values()) >= NEIGHBOURS
-
-
-def test_the_store_is_asked_in_proportion_to_the_number_of_workers() -> None:
-    assert operations_per_beat(2) == {"requests": 6, "keys": 10}
-    for workers in (64, 1000, 4096):
-        assert operations_per_beat(workers) == {"requests": 2 * workers + 2, "keys": 5 * workers}
