@@ -10,7 +10,7 @@ import torch
 
 from experiments.paper_tables.networks import TABLE_1_BLOCKS, WORKERS, on_meta, paper_network
 from resist_lightning import Config
-from resist_lightning.comm.byte_formulas import local_sgd_bytes, parameter_server_bytes
+from resist_lightning.comm.byte_formulas import local_sgd_bytes
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.transfers import plan_sync
@@ -35,8 +35,8 @@ def table_1(workers: int) -> dict[str, Any]:
     return {
         "workers": workers,
         "held": [len(mine) for mine in held],
-        "local_sgd_bytes": parameter_server_bytes([shared + sum(blocks)] * workers),
-        "resist_bytes": parameter_server_bytes(subnets),
+        "local_sgd_bytes": 2 * workers * (shared + sum(blocks)),
+        "resist_bytes": 2 * sum(subnets),
         "printed_gb": {method: printed[workers] for method, printed in PRINTED.items()},
     }
 

@@ -6,7 +6,6 @@ Bytes are decimal and count what a worker *sends*; what it receives is the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 SYNC_KINDS = ("shared", "merge", "hand_over", "state", "outer")
@@ -33,11 +32,6 @@ def ddp_bytes(model_bytes: int, workers: int, steps: int) -> int:
 def local_sgd_bytes(model_bytes: int, workers: int, rounds: int) -> int:
     """Bytes that one worker of local SGD sends: all parameters, once a round."""
     return rounds * all_reduce_bytes(model_bytes, workers)
-
-
-def parameter_server_bytes(subnet_bytes: Sequence[int]) -> int:
-    """Bytes of a round by the paper's accounting (Table 1): every worker sends and receives its sub-network."""
-    return 2 * sum(subnet_bytes)
 
 
 @dataclass(frozen=True)

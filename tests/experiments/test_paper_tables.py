@@ -48,6 +48,10 @@ def test_table_1_of_the_paper(workers: int) -> None:
     assert row["resist_bytes"] == 8 * (workers * SHARED + sum(COUNTS[workers]) * BLOCK)
 
 
+def test_313_rounds_of_table_1_are_the_end_of_the_curve_in_figure_4() -> None:
+    assert round(313 * table_1(4)["resist_bytes"] / 1e9, 1) == 225.4
+
+
 @pytest.mark.parametrize(("workers", "held"), [(4, [6, 6, 5, 5]), (8, [5] * 8)])
 def test_other_counts_do_not_give_the_printed_volumes(workers: int, held: list[int]) -> None:
     volume = 8 * (workers * SHARED + sum(held) * BLOCK) / 1e9

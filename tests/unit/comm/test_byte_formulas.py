@@ -1,4 +1,4 @@
-"""Bytes by closed form: Table 1 of the paper, and section 5 of the design with our networks and plans."""
+"""Bytes by closed form: section 5 of the design with our networks and plans."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from resist_lightning.comm.byte_formulas import (
     all_reduce_bytes,
     ddp_bytes,
     local_sgd_bytes,
-    parameter_server_bytes,
 )
 from resist_lightning.methods.resist.bytes import Sizes, sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
-from resist_lightning.methods.resist.network import select_blocks
 from resist_lightning.models import preact_resnet
 from resist_lightning.schedule.partition import draw_partition, everything
 from resist_lightning.schedule.transfers import plan_outer, plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 from tests.helpers.partitions import two_partitions
 
-GB, MB = 10**9, 10**6
+MB = 10**6
 
 
 def paper_network(num_classes):
@@ -43,40 +41,7 @@ def parameter_bytes(module):
     return sum(4 * parameter.numel() for parameter in module.parameters())
 
 
-def subnet_bytes(module, min_blocks, workers, round=0):
-    blocks = [parameter_bytes(block.module) for block in select_blocks(module)]
-    shared = parameter_bytes(module) - sum(blocks)
-    partition = draw_partition(len(blocks), workers, min_blocks, 0, round)
-    return [shared + sum(blocks[index] for index in held) for held in partition.held]
-
-
-@pytest.mark.parametrize(("workers", "printed"), [(2, 0.662), (4, 1.325), (8, 2.649)])
-def test_table_1_local_sgd(workers, printed):
-    full = parameter_bytes(paper_network(100))
-    assert full == 4 * 41_396_900
-    assert round(parameter_server_bytes([full] * workers) / GB, 3) == printed
-
-
-@pytest.mark.parametrize(
-    ("workers", "min_blocks", "blocks", "digits", "printed"),
-    [(2, 11, 11, 5, 0.45455), (4, 6, 6, 3, 0.720), (8, 4, 4, 3, 1.289)],
-)
-def test_table_1_resist(workers, min_blocks, blocks, digits, printed):
-    """The paper prints 0.454, which is 0.45455 cut off (spec 2.9)."""
-    subnets = subnet_bytes(paper_network(100), min_blocks, workers)
-    assert subnets == [4 * (15_422_116 + blocks * 1_180_672)] * workers
-    assert round(parameter_server_bytes(subnets) / GB, digits) == printed
-
-
-@pytest.mark.parametrize(("workers", "min_blocks", "gigabytes"), [(4, 5, 0.7013), (8, 5, 1.365)])
-def test_table_1_would_be_another_with_the_minimum_of_five(workers, min_blocks, gigabytes):
-    subnets = subnet_bytes(paper_network(100), min_blocks, workers)
-    assert round(parameter_server_bytes(subnets) / GB, 4) == pytest.approx(gigabytes, abs=5e-4)
-
-
-def test_313_rounds_of_table_1_are_the_end_of_the_curve_in_figure_4():
-    subnets = subnet_bytes(paper_network(100), 6, 4)
-    assert round(313 * parameter_server_bytes(subnets) / GB, 1) == 225.4
+def test_ddp_sends_in_every_step():
     assert ddp_bytes(10, 4, 7) == 7 * 15
 
 
