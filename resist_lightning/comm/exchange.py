@@ -25,7 +25,7 @@ from resist_lightning.comm.packing import (
     split,
     unpack,
 )
-from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.comm.payload import Payload
 from resist_lightning.comm.quantize import Quantizer, arrange
 from resist_lightning.comm.tensors import all_sendable, sendable
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
@@ -149,12 +149,13 @@ class Exchange:
             self.collective.broadcast_inside(flat, kind)
             copy_into(part, split(flat, part))
 
-    def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds) -> None:
+    def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kind: str = "") -> None:
         """Give every block that several workers held its mean over them, at its owner.
 
+        ``kind`` is how all bytes are counted; "" counts a merge as one, and optimizer state apart.
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received, _ = self._transfer(plan.merge, payload_of, kinds.merge, kinds.state)
+        received, _ = self._transfer(plan.merge, payload_of, kind or "merge", kind or "state")
         copies: dict[int, list[list[Tensor]]] = defaultdict(list)
         for block, tensors in received:
             copies[block].append(tensors)
@@ -166,14 +167,16 @@ class Exchange:
             self.normalise(own)
 
     def hand_over(
-        self, plan: SyncPlan, payload_of: Callable[[int], Payload], kinds: Kinds, make_room: Callable[[], None]
+        self, plan: SyncPlan, payload_of: Callable[[int], Payload], make_room: Callable[[], None], kind: str = ""
     ) -> None:
         """Send every block from its owner to its next holders, and put what arrives in place.
 
         ``make_room`` is called when all has been sent and received, to free blocks that leave and allocate those that
-        arrive. Collective: every worker must call this, in the same order; only pairs with a transfer talk.
+        arrive. ``kind`` is as for :meth:`merge`.
+
+        Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
-        received, sent = self._transfer(plan.hand_over, payload_of, kinds.hand_over, kinds.state)
+        received, sent = self._transfer(plan.hand_over, payload_of, kind or "hand_over", kind or "state")
         make_room()
         # Payloads are asked for again: before, what arrives was a stand-in on the meta device.
         for block, tensors in received:

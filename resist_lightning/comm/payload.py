@@ -20,7 +20,7 @@ class Payload:
         state: its optimizer state, if that travels.
         compressed: parameters that travel in fewer bits.
         noise: random numbers for rounding these.
-        kind: under which kind the block's bytes are counted; "" for that of the operation (:class:`Kinds`).
+        kind: under which kind the block's bytes are counted; "" for that of the operation.
     """
 
     block: Sequence[Tensor]
@@ -43,17 +43,3 @@ class Payload:
     def entries(self) -> int:
         """Numbers that travel in fewer bits."""
         return sum(tensor.numel() for tensor in self.compressed)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Under which kind the bytes of each operation are counted."""
-
-    merge: str = "merge"
-    hand_over: str = "hand_over"
-    state: str = "state"
-
-    @classmethod
-    def all(cls, kind: str) -> Kinds:
-        """Everything under one kind."""
-        return cls(kind, kind, kind)

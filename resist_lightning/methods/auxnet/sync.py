@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from resist_lightning.comm.collective import Collective
-from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.comm.payload import Payload
 from resist_lightning.errors import PartialModelError
 from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.step.spans import NAMES, measured_speedup, step_seconds, typical_step
@@ -121,7 +121,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         if unequal:
             replicas = list(self._averaged(plan).values())
             self.exchange.average(replicas, kind, plan.left_out)
-        self.exchange.hand_over(plan, self._payload, Kinds.all(kind), self._hold_all)
+        self.exchange.hand_over(plan, self._payload, self._hold_all, kind)
 
     @override
     def make_room(self, round: int) -> None:

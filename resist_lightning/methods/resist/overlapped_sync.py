@@ -26,7 +26,7 @@ from resist_lightning.comm.background import Background
 from resist_lightning.comm.collective import Collective
 from resist_lightning.comm.compressed_mean import CompressedMean
 from resist_lightning.comm.exchange import Exchange
-from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.comm.payload import Payload
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.comm.unit_vectors import normalise, unit_vectors
 from resist_lightning.methods.resist.layout import BlockLayout
@@ -186,11 +186,11 @@ class OverlappedSync(BlockSync):
             for each in payloads.values():
                 transit.make_room(each.tensors, self._device)
 
-        self._beside.merge(plan, payload, Kinds())
+        self._beside.merge(plan, payload)
         normalise(transit.of(departure.unit_vectors))
         if self._outer is not None:
             self._outer.step(departure.stepping, transit.of(departure.stepping))
-        self._beside.hand_over(plan, payload, Kinds(), make_room)
+        self._beside.hand_over(plan, payload, make_room)
         if self._outer is not None:
             for tensor, velocity in departure.velocities:
                 self._outer.receive_velocity(tensor, transit.pop(velocity))

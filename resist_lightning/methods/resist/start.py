@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from resist_lightning.comm.exchange import Exchange
-from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.comm.payload import Payload
 from resist_lightning.methods.resist.layout import BlockLayout
 from resist_lightning.schedule.transfers import SyncPlan, Transfer
 
@@ -30,4 +30,4 @@ def hand_out(layout: BlockLayout, round: int, exchange: Exchange, payload_of: Ca
     partition = layout.partition(round)
     for block in range(partition.blocks):
         transfers = tuple(Transfer(0, holder, block) for holder in partition.holders(block) if holder != 0)
-        exchange.hand_over(SyncPlan((), {}, (), transfers), payload_of, Kinds.all(KIND), lambda: None)
+        exchange.hand_over(SyncPlan((), {}, (), transfers), payload_of, lambda: None, KIND)

@@ -14,7 +14,6 @@ from typing_extensions import override
 from resist_lightning.comm.assembly import collect
 from resist_lightning.comm.collective import Collective, Finish
 from resist_lightning.comm.compressed_mean import CompressedMean
-from resist_lightning.comm.payload import Kinds
 from resist_lightning.comm.quantize import compressible, make_quantizer
 from resist_lightning.comm.tensors import named_tensors
 from resist_lightning.methods.residual import parameters_of
@@ -165,7 +164,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         payload = partial(self._payloads.of, round=round)
         self.agree_on_branches(round)
         # Merging comes first: owners hand over the mean of what several workers held.
-        self.exchange.merge(plan, payload, Kinds())
+        self.exchange.merge(plan, payload)
         if self._outer is not None:
             # What a worker that is left out owns is what it alone held: it was put back to where the round began.
             for index in self._owned_blocks(plan) if self._worker not in plan.left_out else ():
@@ -174,7 +173,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         leaving = self._subnet.forget_gradients(self._layout.partition(round + 1).held[self._worker])
         if self._layout.config.momentum != "travel":
             self._states.drop(parameters_of(leaving))
-        self.exchange.hand_over(plan, payload, Kinds(), lambda: self.make_room(round + 1))
+        self.exchange.hand_over(plan, payload, lambda: self.make_room(round + 1))
         self._states.take_numbers()
 
     def agree_on_branches(self, round: int) -> None:
@@ -201,14 +200,13 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
         self._scale_hooks.remove()
         self._layout.agree(self.exchange.collective, stepped=self._stepped)
-        workers, kinds = self._layout.workers, Kinds.all(kind)
-        plan = plan_observation(plan, self._worker, workers, unequal=unequal)
+        plan = plan_observation(plan, self._worker, self._layout.workers, unequal=unequal)
         self._leave_out(plan)
         if unequal:
             for part in self._layout.fragments.parts(self._averaged(plan)):  # in the buffers of their syncs
                 self.exchange.average(list(part.values()), kind, plan.left_out)
-            self.exchange.merge(plan, self._payloads.of, kinds)
-        self.exchange.hand_over(plan, self._payloads.of, kinds, self._subnet.hold_all)
+            self.exchange.merge(plan, self._payloads.of, kind)
+        self.exchange.hand_over(plan, self._payloads.of, self._subnet.hold_all, kind)
         self.guard.release()
 
     @override

@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from resist_lightning.comm import packing
 from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.exchange import Exchange
-from resist_lightning.comm.payload import Kinds, Payload
+from resist_lightning.comm.payload import Payload
 from resist_lightning.schedule.partition import draw_partition, everything
 from resist_lightning.schedule.transfers import plan_observation, plan_sync
 from tests.helpers.partitions import two_partitions
@@ -67,8 +67,8 @@ def sync_one(collective, before, after, with_state):
     exchange = Exchange(collective, CPU)
     if plan.averaged:
         exchange.average([t for block in plan.averaged for t in has[block]], "shared")
-    exchange.merge(plan, payload, Kinds())
-    exchange.hand_over(plan, payload, Kinds(), make_room)
+    exchange.merge(plan, payload)
+    exchange.hand_over(plan, payload, make_room)
     return has, states, plan.averaged, dict(collective.sent_bytes)
 
 
@@ -144,7 +144,7 @@ def test_one_flat_buffer_per_pair_and_data_type_however_many_tensors():
     before, after = everything(6, 3), draw_partition(6, 3, 0, 0, 0)
     listening = Listening()
     plan = plan_sync(before, after)
-    Exchange(listening, CPU).merge(plan, lambda block: Payload(trained(0, block)), Kinds())
+    Exchange(listening, CPU).merge(plan, lambda block: Payload(trained(0, block)))
     messages = [entry for entry in listening.asked if entry[0] in ("send", "receive")]
     pairs = {(t.source, t.target) for t in plan.merge if 0 in (t.source, t.target)}
     assert len(messages) == len(pairs) == 4
@@ -166,7 +166,7 @@ def test_what_all_others_get_is_packed_once():
 
     keeping = Keeping()
     plan = plan_observation(plan_sync(draw_partition(6, 3, 0, 0, 0), draw_partition(6, 3, 0, 0, 1)), 0, 3)
-    Exchange(keeping, CPU).hand_over(plan, lambda block: Payload(trained(0, block)), Kinds(), lambda: None)
+    Exchange(keeping, CPU).hand_over(plan, lambda block: Payload(trained(0, block)), lambda: None)
     assert sorted(keeping.sends) == [1, 2]
     assert all(one is other for one, other in zip(keeping.sends[1], keeping.sends[2], strict=True))
 
@@ -232,8 +232,8 @@ def merge_equal(collective):
     has = {0: [tensor.clone()]}
     exchange = Exchange(collective, CPU)
     plan = plan_sync(before, after)
-    exchange.merge(plan, lambda block: Payload(has[block]), Kinds())
-    exchange.hand_over(plan, lambda block: Payload(has[block]), Kinds(), lambda: None)
+    exchange.merge(plan, lambda block: Payload(has[block]))
+    exchange.hand_over(plan, lambda block: Payload(has[block]), lambda: None)
     return torch.equal(has[0][0], tensor)
 
 
@@ -248,15 +248,21 @@ def test_alone_nothing_is_sent():
     exchange.average(tensors, "shared")
     exchange.broadcast(tensors, "start")
     plan = plan_sync(everything(2, 1), everything(2, 1))
-    exchange.merge(plan, lambda _: Payload(tensors), Kinds())
-    exchange.hand_over(plan, lambda _: Payload(tensors), Kinds(), lambda: None)
+    exchange.merge(plan, lambda _: Payload(tensors))
+    exchange.hand_over(plan, lambda _: Payload(tensors), lambda: None)
     assert sum(solo.sent_bytes.values()) == 0
     assert solo.gather_numbers([1.0, 2.0]) == [[1.0, 2.0]]
     assert torch.equal(tensors[0], torch.ones(3))
 
 
-def test_kinds_may_all_be_one():
-    assert Kinds.all("checkpoint") == Kinds("checkpoint", "checkpoint", "checkpoint")
+def test_all_bytes_may_be_counted_under_one_kind():
+    listening = Listening()
+    plan = plan_observation(plan_sync(everything(6, 3), draw_partition(6, 3, 0, 0, 0)), 0, 3)
+    exchange = Exchange(listening, CPU)
+    payload = Payload(trained(0, 0), state_of(0, 0))
+    exchange.merge(plan, lambda _: payload, "checkpoint")
+    exchange.hand_over(plan, lambda _: payload, lambda: None, "checkpoint")
+    assert [set(entry[1]) for entry in listening.asked if entry[0] == "kinds"] == [{"checkpoint"}, {"checkpoint"}]
 
 
 def test_payload_travels_in_a_fixed_order_state_last():
