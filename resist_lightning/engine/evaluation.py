@@ -147,7 +147,7 @@ class Observation:
             self.own.keep(self._own_tensors())  # before the averages of `assemble` overwrite them
         # Where no worker has stepped or written, replicas are equal already, and need not be averaged.
         unequal = any(changes for _, changes in reports)
-        (self._sync.assemble_at_first if at_first else self._sync.assemble)(plan, kind, unequal=unequal)
+        self._sync.assemble(plan, kind, unequal=unequal, at_first=at_first)
         self.active, self.whole = True, not elsewhere
         if elsewhere:
             return

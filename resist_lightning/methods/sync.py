@@ -95,17 +95,8 @@ class SyncAbilities:
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
     def writes_to_assemble(self, plan: Any) -> bool:
-        """Whether :meth:`assemble_at_first` writes into the tensors of workers that keep their part."""
+        """Whether :meth:`Sync.assemble` on worker 0 alone writes into the tensors of workers that keep their part."""
         return False
-
-    def assemble_at_first(self, plan: Any, kind: str, *, unequal: bool) -> None:
-        """Make worker 0's module the full model; the others send it what it lacks, and keep their part as it is.
-
-        A worker that the plan leaves out may have what it had when the round began afterwards.
-
-        Collective: every worker must call this, in the same order. The arguments are those of :meth:`Sync.assemble`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} assembles the full model on every worker only.")
 
     def metrics(self) -> dict[str, float]:
         """What to log of the round that ended, by name; the same on all workers."""
@@ -226,8 +217,8 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         """
 
     @abstractmethod
-    def assemble(self, plan: AnyPlan, kind: str, *, unequal: bool) -> None:
-        """Make the module the full model on every worker, as if the round ended here.
+    def assemble(self, plan: AnyPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
+        """Make the module the full model on every worker, or on worker 0 alone, as if the round ended here.
 
         Collective: every worker must call this, in the same order.
 
@@ -235,6 +226,8 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
             plan: the plan of the sync that would come next.
             kind: how the bytes are counted.
             unequal: whether replicas may have diverged since the last sync.
+            at_first: whether worker 0 alone gets it; the others send it what it lacks, and keep their part as it is.
+                A worker that the plan leaves out may have what it had when the round began afterwards.
         """
 
     @abstractmethod

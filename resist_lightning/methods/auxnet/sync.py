@@ -111,7 +111,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self._history.append([round, self.metrics()])
 
     @override
-    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
+    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
+        assert not at_first  # its settings cannot ask for it
         if self.stage_worker is not None:
             # Messages of the last batch may still be under way.
             self.stage_worker.finish()

@@ -94,18 +94,11 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         self._states.take_numbers()
 
     @override
-    def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
-        self._assemble(plan, kind, unequal=unequal, at_first=False)
-
-    @override
-    def assemble_at_first(self, plan: NeuronPlan, kind: str, *, unequal: bool) -> None:
-        self._assemble(plan, kind, unequal=unequal, at_first=True)
-
-    @override
     def writes_to_assemble(self, plan: NeuronPlan) -> bool:
         return have_several_holders(plan.before)  # means, at their owners
 
-    def _assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
+    @override
+    def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
         self._leave_out(plan)
         # Between two syncs only: right after one, replicas are equal.
         if unequal:

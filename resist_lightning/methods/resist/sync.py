@@ -197,31 +197,28 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return replace(plan, hand_over=(*plan.hand_over, *numbered))
 
     @override
-    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
-        self._scale_hooks.remove()
-        self._layout.agree(self.exchange.collective, stepped=self._stepped)
-        plan = plan_observation(plan, self._worker, self._layout.workers, unequal=unequal)
-        self._leave_out(plan)
-        if unequal:
-            for part in self._layout.fragments.parts(self._averaged(plan)):  # in the buffers of their syncs
-                self.exchange.average(list(part.values()), kind, plan.left_out)
-            self.exchange.merge(plan, self._payloads.of, kind)
-        self.exchange.hand_over(plan, self._payloads.of, self._subnet.hold_all, kind)
-        self.guard.release()
-
-    @override
-    def assemble_at_first(self, plan: SyncPlan, kind: str, *, unequal: bool) -> None:
-        self._layout.agree(self.exchange.collective, stepped=self._stepped)
-        self._leave_out(plan)
-        if unequal:
-            for part in self._layout.fragments.parts(self._averaged(plan)):
-                self.exchange.average_at_first(list(part.values()), kind, plan.left_out)
-        if self._worker == 0:
+    def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
+        whole = self._worker == 0 or not at_first
+        if whole:
             self._scale_hooks.remove()
-            self._subnet.hold_all()
+        self._layout.agree(self.exchange.collective, stepped=self._stepped)
+        self._leave_out(plan)
+        if unequal:
+            average = self.exchange.average_at_first if at_first else self.exchange.average
+            for part in self._layout.fragments.parts(self._averaged(plan)):  # in the buffers of their syncs
+                average(list(part.values()), kind, plan.left_out)
+        if at_first:
+            if whole:
+                self._subnet.hold_all()
+            collection = plan_collection(plan, unequal=unequal)
+            collect(self.exchange, collection, lambda block: self._payloads.of(block).tensors, kind)
+        else:
+            plan = plan_observation(plan, self._worker, self._layout.workers, unequal=unequal)
+            if unequal:
+                self.exchange.merge(plan, self._payloads.of, kind)
+            self.exchange.hand_over(plan, self._payloads.of, self._subnet.hold_all, kind)
+        if whole:
             self.guard.release()
-        collection = plan_collection(plan, unequal=unequal)
-        collect(self.exchange, collection, lambda block: self._payloads.of(block).tensors, kind)
 
     @override
     def make_room(self, round: int) -> None:
