@@ -296,4 +296,4 @@ class Engine:
         self.replicas.end_steps()
         # It is applied when it is due, whoever looks at the full model before.
         self.sync.wait()
-        self.observation.assemble(purpose, self.clock, self._round_end.plan_observation, kind, keep=keep)
+        self.observation.assemble(purpose, self.clock, kind, keep=keep)

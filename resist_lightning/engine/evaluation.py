@@ -112,7 +112,7 @@ class Observation:
             self._layout.tensors.keep()
             self.own.note(self._own_tensors())
 
-    def assemble(self, purpose: Purpose, clock: Clock, sync_plan: Callable[[], Plan], kind: str, *, keep: bool) -> None:
+    def assemble(self, purpose: Purpose, clock: Clock, kind: str, *, keep: bool) -> None:
         """Make the module the full model, as if the round ended here.
 
         Collective: every worker must call this, in the same order.
@@ -120,7 +120,6 @@ class Observation:
         Args:
             purpose: what for.
             clock: where this worker is.
-            sync_plan: plans a sync of the whole network; called after the handshake, which may leave workers out.
             kind: how the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """
@@ -140,7 +139,8 @@ class Observation:
             changes += 1
         changes = changes or int(self.own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
-        plan = sync_plan()
+        # After the handshake, which may leave workers out.
+        plan: Plan = self._sync.plan_observation(clock.round, self._handshake.divergence.left_out)
         at_first = self._at_first(purpose)
         elsewhere = self._elsewhere(at_first)
         if keep and (not elsewhere or plan.left_out or self._sync.writes_to_assemble(plan)):

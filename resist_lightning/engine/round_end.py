@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from resist_lightning.checks.handshake import Handshake
 from resist_lightning.checks.header import Purpose
@@ -117,10 +117,6 @@ class RoundEnd:
         """Note what the round begins with. Sends nothing."""
         self._sync.begin_round(self._clock.round)
         self._observation.begin_round()
-
-    def plan_observation(self) -> Plan:
-        """Plan a sync of the whole model at the end of this round."""
-        return cast(Plan, self._sync.plan_observation(self._clock.round, self._handshake.divergence.left_out))
 
     def _meet(self) -> tuple[int, Plan]:
         """Compare what the workers must have alike before they sync; returns the round that ends, and the plan."""
