@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -31,6 +31,12 @@ PAPER_MIN_BLOCKS = 5
 
 _LARGEST_OUTER_MOMENTUM = 0.9
 """DiLoCo's, for eight workers. It remembers ten rounds; with more, the last ones would still follow earlier ones."""
+
+_NOT_IN_PARTS = (
+    ("non_finite", "drop", "'raise'"),  # what a sync does not cover would keep its NaN
+    ("blocks_per_worker", "auto", "a list with a count for each worker"),
+)
+"""Settings that work only where a sync covers everything at once: name, value, and what to use instead."""
 
 
 def default_min_blocks(blocks: int) -> int:
@@ -187,34 +193,22 @@ class Config(GrowingConfig):
                 f"before the end of its round, and the shortest round has {shortest}. Choose an overlap below that, or "
                 "longer rounds."
             )
-        for name, value, instead in self._without_overlap():
-            raise ValueError(
-                f"overlap={self.overlap!r} does not work with {name}={value!r} yet: use {instead}, or overlap=0."
-            )
+        # State of a block that stays has seen steps that the state which comes to it has not.
+        self._refuse_beside("overlap", 0, ("momentum", "travel", "'keep' or 'reset'"), *_NOT_IN_PARTS)
 
     def _check_fragments(self) -> None:
         check_integer("fragments", self.fragments, 1, "1: each sync covers the whole network")
-        if self.fragments == 1:
-            return
-        for name, refused, instead in (
-            ("non_finite", "drop", "'raise'"),  # what is not covered would keep its NaN
-            ("blocks_per_worker", "auto", "a list with a count for each worker"),
-        ):
-            if getattr(self, name) == refused:
-                raise ValueError(
-                    f"fragments={self.fragments} does not work with {name}={refused!r} yet: use {instead}, or "
-                    "fragments=1."
-                )
+        if self.fragments > 1:
+            self._refuse_beside("fragments", 1, *_NOT_IN_PARTS)
 
-    def _without_overlap(self) -> Iterator[tuple[str, object, str]]:
-        """Settings that an overlap refuses, with their values and what to use instead."""
-        if self.momentum == "travel":
-            # State of a block that stays has seen steps that the state which comes to it has not.
-            yield "momentum", self.momentum, "'keep' or 'reset'"
-        if self.non_finite == "drop":
-            yield "non_finite", self.non_finite, "'raise'"
-        if self.blocks_per_worker == "auto":
-            yield "blocks_per_worker", self.blocks_per_worker, "a list with a count for each worker"
+    def _refuse_beside(self, name: str, off: int, *others: tuple[str, str, str]) -> None:
+        """Raise a ValueError if another setting has the value that does not work with the setting ``name``."""
+        for other, refused, instead in others:
+            if getattr(self, other) == refused:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not work with {other}={refused!r} yet: use {instead}, or "
+                    f"{name}={off}."
+                )
 
 
 def _check_counts(value: object) -> None:
