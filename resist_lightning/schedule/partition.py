@@ -7,7 +7,6 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -79,8 +78,9 @@ def draw_partition(blocks: int, workers: int, min_blocks: int, seed: int, round:
     return deal(blocks, blocks_per_worker(blocks, workers, min_blocks), seed, round)
 
 
+@lru_cache(maxsize=64)  # a sync asks several times for the partitions of two rounds; IST has one for each layer
 def deal(
-    blocks: int, counts: Sequence[int], seed: int, round: int, what: str = "block", *, turns: str = "worker"
+    blocks: int, counts: tuple[int, ...], seed: int, round: int, what: str = "block", *, turns: str = "worker"
 ) -> Partition:
     """Draw the partition of a round by the circular deal.
 
@@ -101,11 +101,6 @@ def deal(
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
     """
-    return _dealt(blocks, tuple(counts), seed, round, what, turns)
-
-
-@lru_cache(maxsize=64)  # a sync asks several times for the partitions of two rounds; IST has one for each layer
-def _dealt(blocks: int, counts: tuple[int, ...], seed: int, round: int, what: str, turns: str) -> Partition:
     workers = len(counts)
     circle = _shuffled(blocks, f"{seed}/{round}/{what}")
     held: list[tuple[int, ...]] = [()] * workers

@@ -107,7 +107,7 @@ def test_any_counts_that_pass_the_check_can_be_dealt(counts, blocks, round):
     except ValueError:
         assert max(counts) > blocks or sum(counts) < blocks
         return
-    partition = deal(blocks, counts, 3, round)
+    partition = deal(blocks, tuple(counts), 3, round)
     assert [len(set(held)) for held in partition.held] == counts
     holders = [len(partition.holders(block)) for block in range(blocks)]
     assert min(holders, default=1) >= 1
