@@ -72,9 +72,9 @@ class Task:
     channels_last: bool = False  # of the convolutions: a third faster with narrow layers on large images
 
 
-def _smoke(batch: int = 8) -> Scale:
+def _smoke() -> Scale:
     cuts = {2: ("section2.0",), 3: ("section1.1", "section2.1")}
-    return Scale(blocks=2, width=4, batch=batch, epochs=2, limit=20, limit_test=5, cuts=cuts)
+    return Scale(blocks=2, width=4, batch=8, epochs=2, limit=20, limit_test=5, cuts=cuts)
 
 
 def _timed(pixels: int, blocks: int, width: int, batch: int, cuts: Mapping[int, tuple[str, ...]]) -> Task:

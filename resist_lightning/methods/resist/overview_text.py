@@ -79,12 +79,12 @@ def evaluation_in_words(cost: Costs) -> str:
     return f"For an evaluation it sends {everywhere:.3g} MB (with evaluate_on='first' {first:.3g} MB on average)."
 
 
-def _option(globs: Sequence[str], most: int = 4) -> str:
-    """The value of ``blocks`` as Python; of a long list the first entries."""
+def _option(globs: Sequence[str]) -> str:
+    """The value of ``blocks`` as Python; of a long list the first four entries."""
     if len(globs) == 1:
         return f'"{globs[0]}"'
-    shown = [f'"{glob}"' for glob in globs[:most]]
-    return f"[{', '.join([*shown, '...'] if len(globs) > most else shown)}]"
+    shown = [f'"{glob}"' for glob in globs[:4]]
+    return f"[{', '.join([*shown, '...'] if len(globs) > len(shown) else shown)}]"
 
 
 def _line(
