@@ -85,7 +85,7 @@ def test_ist_learns_the_digits_and_its_checkpoint_is_a_model(tmp_path: Path) -> 
     full, held = (64 * w + w + w + w * w + w + w + 10 * w + 10 for w in (64, 32))
     assert results["parameters"] == {"full": full, "held_by_one_worker": held, "held_share": held / full}
     assert results["sent_bytes"]["ddp_ratio"] > 20 * results["sent_bytes"]["local_sgd_ratio"] > 20
-    drawn = [draw_neurons([64, 64], 2, 0, number)[0].held for number in range(7)]
+    drawn = [draw_neurons((64, 64), 2, 0, number)[0].held for number in range(7)]
     holders = [[int(neuron in worker_1) for neuron in range(64)] for _, worker_1 in drawn]
     assert summary["neurons"] == {"layer": "net.1", "width": 64, "shown": list(range(64)), "holders": holders}
     for name in ("partition.png", "accuracy.png", "bytes.png"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,7 +31,7 @@ class NeuronSchedule:
 
     def partitions(self, round: int) -> tuple[Partition, ...]:
         """The partition of each layer in ``round``."""
-        return _drawn(self.widths, self.workers, self.seed, round, self._share(round))
+        return draw_neurons(self.widths, self.workers, self.seed, round, self._share(round))
 
     def counts(self, round: int) -> list[tuple[int, ...]]:
         """For each layer, how many neurons each worker holds in ``round``."""
@@ -61,8 +61,9 @@ def neurons_per_worker(width: int, workers: int, min_share: float) -> tuple[int,
     return blocks_per_worker(width, workers, least)
 
 
+@lru_cache(maxsize=8)  # a sync asks again and again for the partitions of two rounds
 def draw_neurons(
-    widths: Sequence[int], workers: int, seed: int, round: int, min_share: float = 0.0
+    widths: tuple[int, ...], workers: int, seed: int, round: int, min_share: float = 0.0
 ) -> tuple[Partition, ...]:
     """Deal the neurons of every hidden layer (IST, arXiv 1910.02120).
 
@@ -88,11 +89,6 @@ def draw_neurons(
         turns = f"worker of layer {layer}" if sum(counts) > width else "worker"
         partitions.append(deal(width, counts, seed, round, what, turns=turns))
     return tuple(partitions)
-
-
-@lru_cache(maxsize=8)  # a sync asks again and again for the partitions of two rounds
-def _drawn(widths: tuple[int, ...], workers: int, seed: int, round: int, min_share: float) -> tuple[Partition, ...]:
-    return draw_neurons(widths, workers, seed, round, min_share)
 
 
 def kept_rows(width: int, workers: int, worker: int) -> range:

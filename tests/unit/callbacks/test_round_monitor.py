@@ -35,7 +35,7 @@ def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, ste
     assert len(found["shown"]) <= 64
     assert len(found["holders"]) == 60
     for number in (0, 59):
-        held = draw_neurons([width, 9], 3, 5, number)[0].held
+        held = draw_neurons((width, 9), 3, 5, number)[0].held
         for neuron, worker in zip(found["shown"], found["holders"][number], strict=True):
             assert neuron in held[worker]
 

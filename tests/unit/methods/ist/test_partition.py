@@ -20,7 +20,7 @@ def drawn(draw):
     """Widths, workers, seed and round, all valid."""
     workers = draw(st.integers(1, 9))
     widths = draw(st.lists(st.integers(workers, 40), min_size=1, max_size=4))
-    return widths, workers, draw(SEEDS), draw(ROUNDS)
+    return tuple(widths), workers, draw(SEEDS), draw(ROUNDS)
 
 
 @given(drawn())
@@ -51,7 +51,7 @@ def test_the_same_is_drawn_everywhere_and_no_generator_is_read_or_moved(setting)
 
 def test_the_deal_is_the_same_in_every_version():
     """A checkpoint of today must find its neurons tomorrow."""
-    first, second = draw_neurons([5, 6], 2, 3, 7)
+    first, second = draw_neurons((5, 6), 2, 3, 7)
     assert first.held == ((2, 3, 4), (0, 1))
     assert second.held == ((1, 2, 3), (0, 4, 5))
 
@@ -59,14 +59,14 @@ def test_the_deal_is_the_same_in_every_version():
 @pytest.mark.parametrize("other", [{"seed": 1}, {"round": 1}])
 def test_every_round_and_every_seed_has_a_deal_of_its_own(other):
     usual = {"seed": 0, "round": 0}
-    assert draw_neurons([40], 2, **usual) != draw_neurons([40], 2, **{**usual, **other})
+    assert draw_neurons((40,), 2, **usual) != draw_neurons((40,), 2, **{**usual, **other})
 
 
 def test_layers_are_dealt_independently_of_each_other_and_of_layers_before_them():
-    first, second = draw_neurons([40, 40], 2, 0, 0)
+    first, second = draw_neurons((40, 40), 2, 0, 0)
     assert first != second
-    assert draw_neurons([40, 10], 2, 0, 0)[0] == first
-    assert draw_neurons([10, 40], 2, 0, 0)[1] == second
+    assert draw_neurons((40, 10), 2, 0, 0)[0] == first
+    assert draw_neurons((10, 40), 2, 0, 0)[1] == second
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
@@ -89,7 +89,7 @@ def test_any_two_neurons_of_a_layer_meet_as_often_as_any_others():
     rounds = 1500
     together = dict.fromkeys(combinations(range(8), 2), 0)
     for round in range(rounds):
-        (partition,) = draw_neurons([8], 2, 5, round)
+        (partition,) = draw_neurons((8,), 2, 5, round)
         for held in partition.held:
             for pair in combinations(held, 2):
                 together[pair] += 1
@@ -122,7 +122,7 @@ def test_workers_that_share_neurons_in_a_layer_are_not_those_that_share_them_in_
     """Or in a round 7 of 8 entries of an inner matrix would train, where 69 of 70 can."""
     trained, rounds = 0, 40
     for round in range(rounds):
-        rows, columns = draw_neurons([16, 16], 8, 3, round, 0.5)
+        rows, columns = draw_neurons((16, 16), 8, 3, round, 0.5)
         pairs = {(row, column) for w in range(8) for row in rows.held[w] for column in columns.held[w]}
         trained += len(pairs)
     assert trained / rounds / 256 > 0.92
