@@ -142,12 +142,12 @@ class Engine:
         reports = self._handshake.start(self.clock, self.states, self.resumption.numbers())
         exact, complete = self.resumption.agree(reports)
         if not complete:
-            self.sync.distribute(self.clock.round)
+            self.sync.distribute_weights(self.clock.round)
         self.collective.connect()
         self.sync.connect()
         self._handshake.divergence.begin()
         self.observation.start()
-        self.sync.begin(self.clock.round)
+        self.sync.keep_own_parts(self.clock.round)
         # A file has the tensors of this worker's part, and what was noted when the round began refers to them.
         self.resumption.load_tensors()
         self._round_end.begin_round()
@@ -280,7 +280,7 @@ class Engine:
 
         Collective: every worker must call this, in the same order. Raises WorkersDisagree.
         """
-        self.sync.wait()
+        self.sync.wait_overlapped()
         self._handshake.run(Purpose.HOST, self.clock)
 
     def _on_own_weights(self, act: Callable[[], Any]) -> None:
@@ -295,5 +295,5 @@ class Engine:
         self.steps.check_counted(finished=not keep)
         self.replicas.end_steps()
         # It is applied when it is due, whoever looks at the full model before.
-        self.sync.wait()
+        self.sync.wait_overlapped()
         self.observation.assemble(purpose, self.clock, kind, keep=keep)

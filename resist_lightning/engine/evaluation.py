@@ -140,7 +140,7 @@ class Observation:
         changes = changes or int(self.own.swapped_since_note(self._own_tensors()))  # averages, right after a sync
         reports = self._handshake.run(purpose, clock, [len(calls), changes])
         # After the handshake, which may leave workers out.
-        plan: Plan = self._sync.plan_observation(clock.round, self._handshake.divergence.left_out)
+        plan: Plan = self._sync.plan_full_model(clock.round, self._handshake.divergence.left_out)
         at_first = self._at_first(purpose)
         elsewhere = self._elsewhere(at_first)
         if keep and (not elsewhere or plan.left_out or self._sync.writes_to_assemble(plan)):

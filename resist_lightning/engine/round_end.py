@@ -98,16 +98,16 @@ class RoundEnd:
     def _begin_sync(self) -> None:
         """Begin the sync of this round in the background. Collective: every worker must call this."""
         ended, plan = self._meet()
-        self._sync.start(plan, ended)
+        self._sync.start_overlapped(plan, ended)
         self._activity.begin("local steps")
 
     def _apply_sync(self) -> None:
         """Begin the next round with what :meth:`_begin_sync` has begun; waits if it must. Sends nothing more."""
         self._activity.begin("averaging")
-        self._sync.wait()
+        self._sync.wait_overlapped()
         self._layout.tensors.keep()  # as the handshake does, before a sync for which the training waits
         self._next_round()
-        agreed = self._sync.apply(self._clock.round)
+        agreed = self._sync.apply_overlapped(self._clock.round)
         # Each worker has learned something else meanwhile; what has arrived must be equal, and is compared.
         self._handshake.divergence.note(agreed, self._clock.round)
         self.begin_round()

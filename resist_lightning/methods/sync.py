@@ -56,7 +56,7 @@ class SyncAbilities:
         """Whether a sync has begun beside the training that is not applied yet; the same on all workers."""
         return False
 
-    def start(self, plan: Any, round: int) -> None:
+    def start_overlapped(self, plan: Any, round: int) -> None:
         """Begin the sync at the end of ``round`` beside the training, from copies of what this worker has now.
 
         Collective: every worker must call this, in the same order. Only where the settings overlap syncs.
@@ -73,20 +73,20 @@ class SyncAbilities:
         return False
 
     def send_blocks(self, round: int) -> None:
-        """Begin to hand over beside the training, behind what :meth:`start` has begun, from copies of what it is now.
+        """Begin to hand over beside the training, behind what :meth:`start_overlapped` has begun, from copies made now.
 
         Collective: every worker must call this, in the same order.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
-    def wait(self) -> None:
+    def wait_overlapped(self) -> None:
         """Wait until everything under way has arrived; what it has brought is not applied. Sends nothing more.
 
         Raises:
             Exception: what went wrong beside the training.
         """
 
-    def apply(self, round: int) -> dict[str, Tensor]:
+    def apply_overlapped(self, round: int) -> dict[str, Tensor]:
         """Wait for the sync under way, hold the parts of ``round``, which begins, and put in what has arrived.
 
         Returns:
@@ -122,7 +122,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
 
     Attributes:
         exchange: sends and receives.
-        guard: refuses to use a module of which this worker has only a part.
+        part_guard: refuses to use a module of which this worker has only a part.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         device: torch.device,
         quantizer: Quantizer | None = None,
     ) -> None:
-        self.guard = PartGuard(collective.worker)
+        self.part_guard = PartGuard(collective.worker)
         self.exchange = Exchange(collective, device, quantizer and quantizer.for_values, layout.module)
         self._layout = layout
         self._states = states
@@ -143,8 +143,8 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self._changing: set[str] = set()
         self._as_received: list[tuple[Tensor, Tensor]] = []
 
-    def distribute(self, round: int) -> None:
-        """Give every worker what ``round`` gives it of worker 0's module; called once, before :meth:`begin`.
+    def distribute_weights(self, round: int) -> None:
+        """Give every worker what ``round`` gives it of worker 0's module; called once, before :meth:`keep_own_parts`.
 
         Collective: every worker must call this, in the same order.
         """
@@ -152,7 +152,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         allocate(tensors, self._device)
         self.exchange.broadcast(list(tensors.values()), "start")
 
-    def begin(self, round: int) -> None:
+    def keep_own_parts(self, round: int) -> None:
         """Keep, of the full model, what ``round`` gives this worker; called once, when training starts. Sends nothing.
 
         Shared tensors move into common memory, so that averaging them needs no copy.
@@ -165,7 +165,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
     def end(self) -> None:
         """Release everything; called once, when training has ended. Every tensor gets memory of its own again."""
         self.exchange.take_apart()
-        self.guard.end(self.incomplete)
+        self.part_guard.end(self.incomplete)
         self._as_received = []
 
     @property
@@ -184,7 +184,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
     def plan(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
         """Plan the sync between ``round`` and the next."""
 
-    def plan_observation(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
+    def plan_full_model(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
         """Plan a sync of all that the full model has, at the end of ``round``."""
         return self.plan(round, left_out)
 

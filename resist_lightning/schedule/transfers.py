@@ -134,7 +134,7 @@ def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
     return replace(partition, held=tuple(held))
 
 
-def plan_observation(sync: SyncPlan, worker: int, workers: int, *, unequal: bool = True) -> SyncPlan:
+def plan_assembly(sync: SyncPlan, worker: int, workers: int, *, unequal: bool = True) -> SyncPlan:
     """Plan one worker's part in assembling the full model on every worker, as if the round ended here.
 
     Averages and merges as ``sync`` would, at the same owners, so that what is seen equals what the sync would make of

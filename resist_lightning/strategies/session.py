@@ -121,7 +121,7 @@ class FitSession:
         self._averages.begin()
         if engine.collective.workers > 1:
             warn_of_short_training(trainer, engine.clock, engine.layout.without_effect, alone=self._config.trains_alone)
-        engine.sync.guard.stepping = False  # not None, as in a plain loop: `training_step` tells
+        engine.sync.part_guard.stepping = False  # not None, as in a plain loop: `training_step` tells
 
     def before_batch(self, batch_idx: int) -> None:
         """Called before each batch: the only place where training syncs, and where signals take effect."""
@@ -152,7 +152,7 @@ class FitSession:
         assert self.engine is not None
         module = self._trainer.lightning_module
         call = self.replicas.call if module.automatic_optimization else self.replicas.call_with_backward
-        with self.engine.sync.guard.training_step():
+        with self.engine.sync.part_guard.training_step():
             return call(module.training_step, *args, **kwargs)
 
     def prepare_backward(self, loss: Tensor) -> None:

@@ -18,7 +18,7 @@ from resist_lightning.methods.auxnet.layout import StageLayout
 from resist_lightning.methods.auxnet.step.spans import NAMES, measured_speedup, step_seconds, typical_step
 from resist_lightning.methods.auxnet.step.worker import StageWorker
 from resist_lightning.methods.sync import Sync
-from resist_lightning.schedule.transfers import SyncPlan, plan_observation, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, plan_assembly, plan_sync
 from resist_lightning.state.memory import Memory
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -48,8 +48,8 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         self.stage_worker: StageWorker | None = None
 
     @override
-    def begin(self, round: int) -> None:
-        super().begin(round)
+    def keep_own_parts(self, round: int) -> None:
+        super().keep_own_parts(round)
         layout, chain = self._layout, self._layout.chain
         if chain is None:
             return
@@ -118,7 +118,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self.stage_worker.finish()
             self._settle()
             self.stage_worker.spans.pause()
-        plan = plan_observation(plan, self._worker, self._layout.workers)
+        plan = plan_assembly(plan, self._worker, self._layout.workers)
         if unequal:
             replicas = list(self._averaged(plan).values())
             self.exchange.average(replicas, kind, plan.left_out)

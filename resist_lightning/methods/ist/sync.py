@@ -56,10 +56,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         if self._layout.workers > 1:
             owners = {name.rpartition(".")[0] for name in self._subnet.tensors}
             module = self._layout.module
-            self.guard.watch({owner: module.get_submodule(owner) for owner in sorted(owners)})
+            self.part_guard.watch({owner: module.get_submodule(owner) for owner in sorted(owners)})
 
     @override
-    def distribute(self, round: int) -> None:
+    def distribute_weights(self, round: int) -> None:
         allocate(self._layout.shared, self._device)
         if self._worker:
             self._parts.cut(round, empty=True)  # what is given to others goes before anything arrives
@@ -71,10 +71,10 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
         return is_unmade(self._layout.module) and not own["store"].keys() >= self._layout.inner().keys()
 
     @override
-    def begin(self, round: int) -> None:
+    def keep_own_parts(self, round: int) -> None:
         if not self._subnet.is_held:
             self._parts.cut(round, empty=is_unmade(self._layout.module))  # then its own file has the values
-        super().begin(round)
+        super().keep_own_parts(round)
 
     @override
     def hand_over(self, plan: NeuronPlan, round: int) -> None:
@@ -114,7 +114,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
                 self._make_whole(some, plan, kind)
         if self._worker == 0 or not at_first:
             self._subnet.hold_all()
-            self.guard.release()
+            self.part_guard.release()
 
     def _make_whole(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
         """Give some tensors all their entries, on every worker. Collective."""

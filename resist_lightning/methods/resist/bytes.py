@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from resist_lightning.comm.byte_formulas import WireFormat, all_reduce_bytes
 from resist_lightning.schedule.fragments import fragment_of_block
-from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_collection, plan_observation, plan_outer
+from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_assembly, plan_collection, plan_outer
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def observation_bytes(plan: SyncPlan, sizes: Observed, workers: int, *, unequal:
     merge = _sent(plan.merge if unequal else (), sizes.blocks)
     spread: Counter[int] = Counter()
     for worker in range(workers):
-        own = plan_observation(plan, worker, workers, unequal=unequal).hand_over
+        own = plan_assembly(plan, worker, workers, unequal=unequal).hand_over
         spread[worker] = _sent([each for each in own if each.source == worker], sizes.blocks)[worker]
     return [together + merge[worker] + spread[worker] for worker in range(workers)]
 

@@ -104,7 +104,7 @@ class OverlappedSync(BlockSync):
             self._compressed_mean = CompressedMean(collective, self._quantizer)
 
     @override
-    def start(self, plan: SyncPlan, round: int) -> None:
+    def start_overlapped(self, plan: SyncPlan, round: int) -> None:
         self.agree_on_branches(round)
         self._changing_at_border = self._changing | self._layout.changing()
         averaged = list(self._averaged(plan).values())
@@ -196,14 +196,14 @@ class OverlappedSync(BlockSync):
                 self._outer.receive_velocity(tensor, transit.pop(velocity))
 
     @override
-    def wait(self) -> None:
+    def wait_overlapped(self) -> None:
         if self._background is not None:
             self._background.wait()
             self._background = None
 
     @override
-    def apply(self, round: int) -> dict[str, Tensor]:
-        self.wait()
+    def apply_overlapped(self, round: int) -> dict[str, Tensor]:
+        self.wait_overlapped()
         assert self._transit is not None
         transit, self._transit = self._transit, None
         stayed = {id(tensor) for tensor in named_tensors(self._layout.module).values() if not tensor.is_meta}
@@ -235,7 +235,7 @@ class OverlappedSync(BlockSync):
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        self.wait()
+        self.wait_overlapped()
         state = super().state_dict(with_full_model=with_full_model)
         if self._transit is not None:
             names = {id(tensor): name for name, tensor in named_tensors(self._layout.module).items()}

@@ -23,7 +23,7 @@ from resist_lightning.methods.resist.scaling import ScaleHooks
 from resist_lightning.methods.resist.start import hand_out
 from resist_lightning.methods.resist.subnet import Subnet
 from resist_lightning.methods.sync import Sync
-from resist_lightning.schedule.transfers import SyncPlan, plan_collection, plan_observation, plan_outer
+from resist_lightning.schedule.transfers import SyncPlan, plan_assembly, plan_collection, plan_outer
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import OuterOptimizer
 from resist_lightning.state.unmade import allocate
@@ -54,7 +54,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         self._scale_hooks = ScaleHooks([], 1.0)
 
     @override
-    def distribute(self, round: int) -> None:
+    def distribute_weights(self, round: int) -> None:
         if self._worker:
             self.make_room(round)  # what is given to others goes before anything arrives
         allocate(self._layout.shared, self._device)
@@ -129,7 +129,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return self._layout.schedule.plan(round, left_out)
 
     @override
-    def plan_observation(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
+    def plan_full_model(self, round: int, left_out: tuple[int, ...]) -> SyncPlan:
         return self._layout.schedule.whole_plan(round, left_out)
 
     @override
@@ -213,12 +213,12 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             collection = plan_collection(plan, unequal=unequal)
             collect(self.exchange, collection, lambda block: self._payloads.of(block).tensors, kind)
         else:
-            plan = plan_observation(plan, self._worker, self._layout.workers, unequal=unequal)
+            plan = plan_assembly(plan, self._worker, self._layout.workers, unequal=unequal)
             if unequal:
                 self.exchange.merge(plan, self._payloads.of, kind)
             self.exchange.hand_over(plan, self._payloads.of, self._subnet.hold_all, kind)
         if whole:
-            self.guard.release()
+            self.part_guard.release()
 
     @override
     def make_room(self, round: int) -> None:
@@ -231,7 +231,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             names = [name for block in held for name in self._layout.blocks[block].tensors()]
             self._layout.companion.hold([*self._layout.shared, *names])
         absent = [block for index, block in enumerate(self._layout.blocks) if index not in held]
-        self.guard.watch({block.name: block.module for block in absent})
+        self.part_guard.watch({block.name: block.module for block in absent})
         self._scale_hooks.remove()
         present = [self._layout.blocks[index] for index in held]
         self._scale_hooks = ScaleHooks(present, self._layout.training_scale(round), wait=True)

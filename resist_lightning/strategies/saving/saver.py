@@ -197,7 +197,7 @@ def _without_values(engine: Engine, *, partial: bool) -> dict[str, Any]:
         partial: whether it has only a part, so that tensors must not be touched.
     """
     found: dict[str, Any] = {}
-    with engine.sync.guard.open():
+    with engine.sync.part_guard.open():
         state = engine.module.state_dict(keep_vars=True) if partial else engine.module.state_dict()
     for name, value in state.items():
         is_tensor = isinstance(value, Tensor)

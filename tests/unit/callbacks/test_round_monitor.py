@@ -29,7 +29,7 @@ def test_pictures_are_not_below_none() -> None:
 @pytest.mark.parametrize(("width", "step"), [(6, 1), (64, 1), (65, 2), (640, 10), (700, 11)])
 def test_of_many_neurons_the_summary_has_some_at_equal_distances(width: int, step: int) -> None:
     net = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 9), nn.ReLU(), nn.Linear(9, 2))
-    found = NeuronLayout(net, NeuronConfig(seed=5), 3).holders_for_summary(80)
+    found = NeuronLayout(net, NeuronConfig(seed=5, min_share=0), 3).holders_for_summary(80)
     assert found is not None
     assert (found["layer"], found["width"], found["shown"]) == ("0", width, list(range(0, width, step)))
     assert len(found["shown"]) <= 64

@@ -13,7 +13,7 @@ from resist_lightning.comm.collective import SoloCollective
 from resist_lightning.comm.exchange import Exchange
 from resist_lightning.comm.payload import Payload
 from resist_lightning.schedule.partition import draw_partition, everything
-from resist_lightning.schedule.transfers import plan_observation, plan_sync
+from resist_lightning.schedule.transfers import plan_assembly, plan_sync
 from tests.helpers.partitions import two_partitions
 from tests.helpers.strict_collective import run_strictly
 from tests.helpers.threads import run_threads
@@ -165,7 +165,7 @@ def test_what_all_others_get_is_packed_once():
             self.sends = sends
 
     keeping = Keeping()
-    plan = plan_observation(plan_sync(draw_partition(6, 3, 0, 0, 0), draw_partition(6, 3, 0, 0, 1)), 0, 3)
+    plan = plan_assembly(plan_sync(draw_partition(6, 3, 0, 0, 0), draw_partition(6, 3, 0, 0, 1)), 0, 3)
     Exchange(keeping, CPU).hand_over(plan, lambda block: Payload(trained(0, block)), lambda: None)
     assert sorted(keeping.sends) == [1, 2]
     assert all(one is other for one, other in zip(keeping.sends[1], keeping.sends[2], strict=True))
@@ -257,7 +257,7 @@ def test_alone_nothing_is_sent():
 
 def test_all_bytes_may_be_counted_under_one_kind():
     listening = Listening()
-    plan = plan_observation(plan_sync(everything(6, 3), draw_partition(6, 3, 0, 0, 0)), 0, 3)
+    plan = plan_assembly(plan_sync(everything(6, 3), draw_partition(6, 3, 0, 0, 0)), 0, 3)
     exchange = Exchange(listening, CPU)
     payload = Payload(trained(0, 0), state_of(0, 0))
     exchange.merge(plan, lambda _: payload, "checkpoint")

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from resist_lightning.schedule.partition import Partition, draw_partition, everything
-from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_collection, plan_observation, plan_sync
+from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_assembly, plan_collection, plan_sync
 from tests.helpers.partitions import of_holders, settings, two_partitions
 
 Values = dict[tuple[int, int], Fraction]
@@ -129,7 +129,7 @@ def test_an_observation_gives_everyone_what_the_sync_would_make(partitions):
     before, after = partitions
     workers, values = before.workers, trained(before)
     sync = plan_sync(before, after)
-    parts = [plan_observation(sync, worker, workers) for worker in range(workers)]
+    parts = [plan_assembly(sync, worker, workers) for worker in range(workers)]
     plan = together(parts)
     seen, synced = execute(plan, values, workers), execute(sync, values, workers)
     assert (plan.averaged, plan.owner, plan.merge) == (sync.averaged, sync.owner, sync.merge)

@@ -212,7 +212,7 @@ def test_what_goes_wrong_beside_the_training_is_raised_where_the_sync_would_be_a
 def unequal(collective: Collective, run: Run) -> None:
     engine, optimizer = start_engine(collective, run)
     train_steps(engine, optimizer, range(ROUND - 1))
-    engine.sync.wait()
+    engine.sync.wait_overlapped()
     if collective.worker == 1:
         engine.sync._transit.agreed()["stem.weight"].add_(1)  # a value that got lost on its way
     train_steps(engine, optimizer, range(ROUND - 1, 2 * ROUND))
