@@ -18,7 +18,7 @@ from tests.helpers.processes import run_workers
 from tests.helpers.training import clone_state, held_tensors, train_step
 
 WORKERS, ODD = 3, 1
-CONFIG = NeuronConfig(local_steps=2, batch_norm="running", check="full")
+CONFIG = NeuronConfig(min_share=0, local_steps=2, batch_norm="running", check="full")
 BIAS = "8.bias"  # of the output, which all workers hold
 
 

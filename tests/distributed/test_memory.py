@@ -257,7 +257,7 @@ def net_for(method: str) -> tuple[nn.Module, CommonConfig]:
         return mlp(MlpBlock, BLOCKS, WIDTH), Config(local_steps=2, min_blocks=0, blocks="body.*")
     widths = [3, NEURONS, NEURONS, NEURONS, 4]
     layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]), NeuronConfig(local_steps=2)
+    return nn.Sequential(*layers[:-1]), NeuronConfig(local_steps=2, min_share=None if method == SEVERAL else 0)
 
 
 @contextmanager
@@ -305,8 +305,17 @@ def start_one(worker: int, build: str, start: Start) -> dict[str, int]:
 
 
 HELD_AT_START = 2  # of the six blocks, by each of three workers
-NEURONS, OWN = 960, 320  # of each of three hidden layers, and those of each of three workers
-SLICE_BYTES = 4 * (4 * OWN + 2 * (OWN + 1) * OWN + 4 * OWN + 4)
+NEURONS, KEPT = 960, 320  # of each of three hidden layers, and those whose rows each of three workers keeps
+OWN = {"ist": KEPT, "ist, several holders": NEURONS // 2}  # neurons of a worker in each layer
+SEVERAL = "ist, several holders"
+
+
+def slice_bytes(own: int) -> int:
+    """Of all tensors, where a worker has so many neurons of each layer."""
+    return 4 * (4 * own + 2 * (own + 1) * own + 4 * own + 4)
+
+
+ROWS_BYTES = 4 * KEPT * NEURONS  # that a worker keeps, of one matrix between hidden layers
 STARTS = [
     Start(
         "resist",
@@ -314,12 +323,16 @@ STARTS = [
         part=SHARED_BYTES + HELD_AT_START * BLOCK_BYTES,
         message=BLOCK_BYTES + SHARED_BYTES,  # a block, or the shared tensors
     ),
-    Start(
-        "ist",
-        whole=4 * (4 * NEURONS + 2 * (NEURONS + 1) * NEURONS + 4 * NEURONS + 4),
-        # Of the matrices between hidden layers its slice, and the rows that it keeps.
-        part=SLICE_BYTES + 4 * 2 * OWN * NEURONS,
-        message=4 * OWN * NEURONS,
+    *(
+        Start(
+            method,
+            whole=slice_bytes(NEURONS),
+            # Of the matrices between hidden layers its slice, and the rows that it keeps.
+            part=slice_bytes(own) + 2 * ROWS_BYTES,
+            # One holder has what is not in its slice; where neurons have several, all of a row.
+            message=ROWS_BYTES if method == "ist" else ROWS_BYTES + 4 * own * own,
+        )
+        for method, own in OWN.items()
     ),
 ]
 
@@ -338,17 +351,17 @@ def test_when_it_starts_only_worker_0_has_the_whole_model(build: str, start: Sta
         assert peaks["start"] <= start.part + start.message + NOISE_BYTES
 
 
-def peaks_of_evaluation(worker: int, where: str) -> int:
+def peaks_of_evaluation(worker: int, where: str, method: str) -> int:
     """The most bytes got from malloc in an evaluation of a training of neurons."""
     allocate_large_tensors_apart()
     gc.disable()
-    evaluate_one(where)  # what libraries make once is theirs
-    return evaluate_one(where)
+    evaluate_one(where, method)  # what libraries make once is theirs
+    return evaluate_one(where, method)
 
 
-def evaluate_one(where: str) -> int:
+def evaluate_one(where: str, method: str) -> int:
     before, peak = allocated_bytes(), 0
-    model, config = net_for("ist")
+    model, config = net_for(method)
     optimizer = optimizer_for("sgd", model)
     engine = Engine(model, [optimizer], replace(config, evaluate_on=where))
 
@@ -367,17 +380,20 @@ def evaluate_one(where: str) -> int:
 
 
 @pytest.mark.skipif(not can_ask_malloc(), reason="needs glibc 2.33 or later to ask malloc")
+@pytest.mark.parametrize("start", STARTS[1:], ids=lambda start: start.method)
 @pytest.mark.parametrize("where", ["first", "all"])
-def test_neurons_are_put_together_some_tensors_at_a_time(where: str) -> None:
+def test_neurons_are_put_together_some_tensors_at_a_time(where: str, start: Start) -> None:
     """No more at once than the largest tensor; where worker 0 evaluates, one worker after the other."""
-    start = STARTS[1]
-    peaks = run_workers(peaks_of_evaluation, 3, where)
+    peaks = run_workers(peaks_of_evaluation, 3, where, start.method)
+    own = slice_bytes(OWN[start.method])
     # Slices with gradients and momentum, and what is stored.
-    training = start.part + 2 * SLICE_BYTES
+    training = start.part + 2 * own
+    # Means are taken in the slices, so copies are kept to go back to.
+    copies = own if start.method == SEVERAL else 0
     # Besides, who puts the network together has copies of its slices to go back to, in the place of the slices.
     whole = start.whole + training
     if where == "first":
         assert whole <= peaks[0] <= whole + start.message + NOISE_BYTES
-        assert all(training < peak <= training + start.message + NOISE_BYTES for peak in peaks[1:])
+        assert all(training < peak <= training + copies + start.message + NOISE_BYTES for peak in peaks[1:])
     else:
         assert all(whole <= peak <= whole + 4 * NEURONS * NEURONS + NOISE_BYTES for peak in peaks)

@@ -53,7 +53,7 @@ def test_what_follows_what(options: dict[str, Any], modules: str) -> None:
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 def test_ist_divides_all_of_its_hidden_layers(norm: str) -> None:
     net = mlp(in_features=6, num_classes=3, depth=4, width=8, norm=norm, dropout=0.1)
-    layout = NeuronLayout(net, NeuronConfig(), 4)
+    layout = NeuronLayout(net, NeuronConfig(min_share=0), 4)
     assert [layer.width for layer in layout.neurons.layers] == [8, 8, 8]
     per_neuron = 1 if norm == "none" else 2  # a bias, or the two of the norm
     assert layout.held_parameters(0) == [2 * 6 + 2 * 2 * 2 + 3 * 2 + 3 + per_neuron * 3 * 2] * 4

@@ -166,7 +166,7 @@ class Told(Classifier):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.heard is None:
-            self.heard = any("the workers average once" in str(warning.message) for warning in self.caught)
+            self.heard = any("the workers will average only once" in str(warning.message) for warning in self.caught)
 
 
 def train_shortly(worker: int) -> dict[str, tuple[int, list[str], bool]]:
