@@ -13,16 +13,18 @@ from resist_lightning import Config
 
 TITLES = {
     "single": "one process", "ddp": "DDP", "local_sgd": "local SGD", "diloco": "DiLoCo",
-    "resist": "ResIST", "resist_outer": "ResIST, outer step",
+    "resist": "ResIST", "resist_outer": "ResIST, outer step", "resist_growth": "ResIST, outer step, growth",
 }  # fmt: skip
-PARTITIONING = ("resist", "resist_outer")
-OUTER = ("diloco", "resist_outer")
+PARTITIONING = ("resist", "resist_outer", "resist_growth")
+OUTER = ("diloco", "resist_outer", "resist_growth")
+GROWTH = (0.5, 1.0)  # shares of the blocks, each for half of the rounds
 BLOCKS = "blocks.[!0]*"  # all but the first: what `resist` chooses by default, but in very small networks
 RATES_SEED = 1000  # no other study uses it
 MOMENTA = ("reset", "keep", "travel")
 # What happens to Adam's state at a sync, by method; DiLoCo's paper keeps it.
 POLICIES = {
     "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": MOMENTA, "resist_outer": ("keep",),
+    "resist_growth": ("keep",),
 }  # fmt: skip
 
 
@@ -55,7 +57,8 @@ def config_of(case: Case, options: Any) -> Config:
     blocks: Any = BLOCKS if case.method in PARTITIONING else []
     outer: Any = "nesterov" if case.method in OUTER else "none"
     momentum: Any = case.momentum
-    settings = {"momentum": momentum, "outer": outer, "outer_momentum": case.outer_momentum}
+    growth = GROWTH if case.method == "resist_growth" else None
+    settings = {"growth": growth, "momentum": momentum, "outer": outer, "outer_momentum": case.outer_momentum}
     return Config(local_steps=options.local_steps, seed=case.seed, blocks=blocks, **settings)
 
 

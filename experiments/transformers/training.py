@@ -22,6 +22,7 @@ from resist_lightning import Simulator
 from resist_lightning.comm.byte_formulas import ddp_bytes
 from resist_lightning.methods.resist.bytes import sync_bytes
 from resist_lightning.methods.resist.layout import BlockLayout
+from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.transfers import plan_sync
 from resist_lightning.state.optimizer_state import OptimizerStates
 
@@ -79,7 +80,8 @@ def make_trainer(case: Case, options: Any) -> Trainer:
     if not case.syncs:
         return DataParallel(network, RECIPE.optimizer(network, case.lr), case.workers, RECIPE)
     config = config_of(case, options)
-    simulator = Simulator(network, lambda copied: RECIPE.optimizer(copied, case.lr), config, case.workers)
+    steps = steps_of(samples_of(case, options), options.batch, case.workers)
+    simulator = Simulator(network, lambda copied: RECIPE.optimizer(copied, case.lr), config, case.workers, steps)
     return Simulated(simulator, RECIPE)
 
 
@@ -130,6 +132,7 @@ def costs(case: Case, options: Any, steps: int) -> dict[str, Any]:
             "sent_bytes": ddp_bytes(4 * parameters, case.workers, steps),
         }
     layout = BlockLayout(network, config_of(case, options), case.workers)
+    layout.plan_end(Clock(options.local_steps), steps)
     rounds = steps // options.local_steps
     sizes = layout.sizes(OptimizerStates([RECIPE.optimizer(network, case.lr)]))
     partitions = [layout.partition(number) for number in range(rounds + 2)]
