@@ -76,7 +76,7 @@ class Options(cli.Command):
     heads: int = option(2, "of each attention", least=1)
     local_steps: int = option(25, "local steps per round", least=1, smoke=3)
     lr: float = option(0.004, "highest learning rate of the language model", above=0)
-    image_lr: float = option(0.001, "highest learning rate of the ViT", above=0)
+    image_lr: float = option(0.001, "highest learning rate of the ViT", above=0, long=0.0005)
     rates: list[float] = option([0.002, 0.004, 0.008], "learning rates", above=0, smoke=[0.004])
     limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
     limit_test: int | None = option(300, "test images per class, null for all", least=1, smoke=5)
