@@ -212,7 +212,8 @@ def search_until_it_diverges(worker: int, folder: str) -> tuple[float, int, int]
     """The rate that was found, and how many steps found it; on data of the worker's own."""
     module = Tunable("preact")
     data = DataLoader([batch_of(worker, step) for step in range(40)], batch_size=None)  # type: ignore[arg-type]
-    finder = LearningRateFinder(min_lr=1e-3, max_lr=1e3, num_training_steps=40, early_stop_threshold=1.2)
+    threshold = 1e-4 if worker == 0 else None  # the first loss that is compared, and none
+    finder = LearningRateFinder(min_lr=1e-3, max_lr=1.0, num_training_steps=40, early_stop_threshold=threshold)
     strategy = make_strategy("local_sgd", local_steps=100)
     trainer = make_trainer(strategy, max_steps=2, default_root_dir=folder, callbacks=[finder])
     trainer.fit(module, data)
