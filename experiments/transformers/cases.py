@@ -20,10 +20,10 @@ OUTER = ("diloco", "resist_outer", "resist_growth")
 GROWTH = (0.5, 1.0)  # shares of the blocks, each for half of the rounds
 BLOCKS = "blocks.[!0]*"  # all but the first: what `resist` chooses by default, but in very small networks
 RATES_SEED = 1000  # no other study uses it
-MOMENTA = ("reset", "keep", "travel")
+ALL_POLICIES = ("reset", "keep", "travel")
 # What happens to Adam's state at a sync, by method; DiLoCo's paper keeps it.
 POLICIES = {
-    "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": MOMENTA, "resist_outer": ("keep",),
+    "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": ALL_POLICIES, "resist_outer": ("keep",),
     "resist_growth": ("keep",),
 }  # fmt: skip
 
@@ -75,7 +75,7 @@ def _methods(seed: int, lr: float, options: Any, *, images: bool) -> list[Case]:
     cases = [Case("single", 1, seed, lr, images=images)]
     for workers in sorted(options.workers, reverse=True):
         for method in TITLES:
-            policies = [policy for policy in POLICIES.get(method, ()) if policy in options.momenta]
+            policies = [policy for policy in POLICIES.get(method, ()) if policy in options.policies]
             cases += [Case(method, workers, seed, lr, policy, images=images) for policy in policies]
         cases.append(Case("ddp", workers, seed, lr, images=images))
     return cases

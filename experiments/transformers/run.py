@@ -27,7 +27,7 @@ from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.trainers import LARGEST_WORKERS, steps_of
 from experiments.transformers import check, tables
-from experiments.transformers.cases import MOMENTA, STUDIES
+from experiments.transformers.cases import ALL_POLICIES, STUDIES
 from experiments.transformers.text import digest
 from experiments.transformers.training import measure, prepared
 
@@ -56,8 +56,8 @@ class Options(cli.Command):
     workers: list[int] = option([2, 4], "numbers of workers", least=2, most=LARGEST_WORKERS, smoke=[2])
     seeds: int = option(2, "number of seeds of the language model", least=1, most=100, smoke=1)
     image_seeds: int = option(1, "number of seeds of the ViT", least=1, most=100)
-    momenta: list[str] = option(
-        ["reset", "keep", "travel"], "what happens to Adam's state at a sync", choices=MOMENTA, long=["keep"]
+    policies: list[str] = option(
+        ["reset", "keep", "travel"], "what happens to Adam's state at a sync", choices=ALL_POLICIES, long=["keep"]
     )
     outer_momenta: list[float] = option(
         [0.65, 0.825, 0.9], "beside the default, in the language model", least=0, below=1, empty=True, smoke=[0.9]
