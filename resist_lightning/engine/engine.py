@@ -44,15 +44,15 @@ class Engine:
     """Trains this worker's part of a network in rounds: residual blocks, neurons, a stage, or all of it.
 
     Args:
-        module: the user's module, complete and on its device; or, but for its buffers, on the meta device: then it gets
-            memory for what this worker holds, and worker 0 makes the values (``reset_parameters`` of each part).
+        module: the user's module, complete and on its device; or, except for its buffers, on the meta device: then it
+            gets memory for this worker's parts, and worker 0 makes the values (``reset_parameters`` of each part).
         optimizers: its optimizers, built on the complete module.
         config: the settings of the run.
         collective: the workers; by default those of torch.distributed's default group, or one alone.
         forward_context: a context in which recorded inputs are replayed, e.g. autocast.
         host: the surrounding framework, which may compare settings and stop all workers together.
         total_steps: local steps of the run, where the settings need them (``finish_rounds``, ``growth``).
-        device: of a module that is on the meta device.
+        device: device for a module that is on the meta device.
 
     Raises:
         ValueError: if settings, module or optimizers do not fit the method.
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def step_seconds(self) -> list[float]:
-        """Of each worker, the mean seconds of a local step in the last round; empty in the first one."""
+        """Each worker's mean seconds per local step in the last round; empty in the first one."""
         return self._round_end.step_seconds
 
     @property
@@ -123,7 +123,7 @@ class Engine:
         self.layout.prepare(example.to(self._device), self.collective)
 
     def start(self) -> bool:
-        """Begin with worker 0's weights, or resume with what :meth:`restore` was given; hold this worker's part only.
+        """Begin with worker 0's weights, or resume from the state of :meth:`restore`; hold this worker's part only.
 
         Collective: every worker must call this, in the same order.
 
@@ -148,7 +148,7 @@ class Engine:
         self._handshake.divergence.begin()
         self.observation.start()
         self.sync.keep_own_parts(self.clock.round)
-        # A file has the tensors of this worker's part, and what was noted when the round began refers to them.
+        # A file has the tensors of this worker's part, and the notes from the beginning of the round refer to them.
         self.resumption.load_tensors()
         self._round_end.begin_round()
         self.resumption.load_rest()
@@ -177,7 +177,7 @@ class Engine:
         self.activity.begin("local steps")
 
     def sync_if_due(self) -> bool:
-        """Sync if the round is complete, or begin to where syncs overlap. Collective then: every worker must call this.
+        """Sync if the round is complete, or begin one that overlaps. Collective then: every worker must call this.
 
         Returns:
             Whether a new round has begun.
@@ -188,12 +188,12 @@ class Engine:
     def full_model(self, kind: str = "evaluation") -> Iterator[nn.Module]:
         """Inside, the module is the full model, as if the round ended here; training then continues unchanged.
 
-        With ``evaluate_on="first"`` it is so on worker 0; on the others it stays their part.
+        With ``evaluate_on="first"`` this holds on worker 0; on the others the module stays their part.
 
         Collective: every worker must enter and leave it, in the same order.
 
         Args:
-            kind: how the bytes are counted: ``evaluation`` or ``checkpoint``.
+            kind: name under which the bytes are counted: ``evaluation`` or ``checkpoint``.
         """
         if self.observing:  # inside another one
             yield self.module
@@ -217,7 +217,7 @@ class Engine:
         self.swaps.catch()
 
     def end_observation(self) -> None:
-        """Return to this worker's part, bit for bit; buffers that were written stay so. Sends nothing."""
+        """Return to this worker's part, bit for bit; writes to buffers stay. Sends nothing."""
         self.swaps.release()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self.observation.put_back(self.clock.round)
@@ -232,7 +232,7 @@ class Engine:
         self.steps.warn_of_one_round()
         with torch.inference_mode(False), self.seconds.timed("observe"):
             self._assemble(Purpose.FINISH, "evaluation", keep=False)
-            self._resume_state = self.checkpoint_state()  # while the observation still knows what it has scaled
+            self._resume_state = self.checkpoint_state()  # while the observation still knows the scaled tensors
             self.ended_on_first = self.config.first_ends and self.layout.workers > 1
             self.observation.settle()
             self.abandon()
@@ -250,7 +250,7 @@ class Engine:
         self.running = False
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What resuming from a checkpoint of the full model needs beside its ``state_dict``.
+        """State for resuming from a checkpoint of the full model, beside its ``state_dict``.
 
         Numbers, strings, lists and tensors only; empty before the training starts. In the training it is called inside
         :meth:`full_model`.
@@ -294,6 +294,6 @@ class Engine:
             raise RuntimeError("the engine is not running: call start() first.")
         self.steps.check_counted(finished=not keep)
         self.replicas.end_steps()
-        # It is applied when it is due, whoever looks at the full model before.
+        # The sync under way is applied when it is due, even if the full model is assembled before.
         self.sync.wait_overlapped()
         self.observation.assemble(purpose, self.clock, kind, keep=keep)

@@ -76,14 +76,14 @@ class Observation:
         self._recorder = None
 
     def begin_round(self) -> None:
-        """Note what the round begins with."""
+        """Note the state at the beginning of the round."""
         self._writes_at_start = self._writes()
         self._handshake.divergence.frozen.note(self._sync.unsettled)
 
     def state_dict(self) -> dict[str, Any]:
-        """This worker's tensors as in training, and what an evaluation needs of it."""
+        """This worker's tensors as in training, recorded inputs, and number of writes since the last sync."""
         unsynced = self._writes_unsynced
-        # While the full model is assembled, here or on worker 0, own tensors may lie beside what was made of them.
+        # While the full model is assembled, here or on worker 0, own tensors may lie beside the assembled ones.
         own = self.own.as_in_training() if self.active else {}
         named = named_tensors(self._layout.module)
         if self.whole:
@@ -118,9 +118,9 @@ class Observation:
         Collective: every worker must call this, in the same order.
 
         Args:
-            purpose: what for.
-            clock: where this worker is.
-            kind: how the bytes are counted.
+            purpose: the purpose, which all workers compare.
+            clock: this worker's position in the run.
+            kind: name under which the bytes are counted.
             keep: whether :meth:`put_back` will be called.
         """
         self._layout.tensors.keep()
@@ -167,7 +167,7 @@ class Observation:
         self.own.watch(self._layout.scaling.tensors().keys() | buffers.keys())
 
     def put_back(self, round: int) -> None:
-        """Return to this worker's part in ``round``, bit for bit; what user code has written stays. Sends nothing."""
+        """Return to this worker's part in ``round``, bit for bit; writes by user code stay. Sends nothing."""
         self._writes_unsynced += len(self.own.written())
         whole = self.whole
         self._batch_statistics.remove()
@@ -190,7 +190,7 @@ class Observation:
         self._close()
 
     def written(self) -> Collection[str]:
-        """Names of the tensors that the user's code has written in this observation, and that stay so."""
+        """Names of the tensors that the user's code has written in this observation; these writes stay."""
         return self.own.written().keys()
 
     def written_values(self) -> dict[str, Tensor]:
@@ -198,13 +198,13 @@ class Observation:
         return {name: tensor.detach().cpu() for name, tensor in self.own.written().items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Write what worker 0's :meth:`written_values` has, where this worker has a place for it."""
+        """Write worker 0's :meth:`written_values` into the tensors that are present on this worker."""
         present = self.own.write(values)
         if self._layout.companion is not None:
             self._layout.companion.keep(present)
 
     def full_state(self) -> dict[str, Any]:
-        """What :meth:`undo` and :func:`attach_hooks` need, beside the weights of the full model."""
+        """State for :meth:`undo` and :func:`attach_hooks`, without the weights of the full model."""
         return {
             **self._layout.scaling.state_dict(),
             "batch_statistics": self._layout.config.batch_norm == "batch",
@@ -216,7 +216,7 @@ class Observation:
     def undo(self, state: Mapping[str, Any]) -> None:
         """Turn weights of a full model back into weights to train, exactly.
 
-        What has been written since, e.g. by loading other weights, is taken as it is.
+        Tensors that have been written since, e.g. by loading other weights, are taken as they are.
         """
         buffers = self._norm_buffers()
         untouched: set[str] | None = None  # checkpoints without marks: treat all tensors
@@ -250,9 +250,9 @@ class Observation:
         return self.own.stop_watching()
 
     def _share_estimates(self, estimated: list[Tensor], kind: str | None, left_out: Sequence[int]) -> None:
-        """Give the full model batch-norm statistics that all who have it share; ``kind`` is None on worker 0 alone."""
+        """Share batch-norm statistics among workers with the full model; ``kind`` is None if only worker 0 has it."""
         exchange = self._sync.exchange
-        # The members of a worker have seen other batches; what is sent between workers must be equal on them.
+        # The members of a worker have seen different batches; messages between workers must be equal on them.
         mean_inside(exchange.collective, estimated)
         if kind is not None and self._layout.config.first_evaluates:
             exchange.broadcast(list(self._norm_buffers().values()), kind)
@@ -260,7 +260,7 @@ class Observation:
             exchange.average(estimated, kind, left_out)
 
     def _not_as_trained(self) -> dict[str, Tensor]:
-        """By name, the tensors that in the full model are not what they are in training."""
+        """By name, the tensors whose values in the full model are not those in training."""
         scaling, buffers = self._layout.scaling, self._norm_buffers()
         found = dict(scaling.tensors())
         for name, statistic in self._statistics.items():

@@ -1,4 +1,4 @@
-"""Watches every optimizer step of the process: each must be counted, and of an optimizer that the engine knows."""
+"""Watches every optimizer step of the process: each must be counted, and by an optimizer that the engine knows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepWatch:
         self._clock = clock
         self._alone = alone  # whether workers send nothing between two syncs
         self._handles: list[RemovableHandle] = []
-        self._outermost: Optimizer | None = None  # steps now; it may step others that it has inside
+        self._outermost: Optimizer | None = None  # stepping now; it may step inner optimizers
         self._taken: Counter[int] = Counter()  # steps of each optimizer before the first local step was counted
         self._counted = False
         self._written, self._batches = 0, 0
@@ -67,7 +67,7 @@ class StepWatch:
         if self._counted:
             return
         taken = max(self._taken.values(), default=0)
-        # A loop may look at the full model between `optimizer.step()` and `engine.after_step()`.
+        # A loop may assemble the full model between `optimizer.step()` and `engine.after_step()`.
         allowed = 0 if finished else 1
         if taken > allowed:
             raise RuntimeError(
@@ -142,7 +142,7 @@ class StepWatch:
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A global hook that keeps nothing alive: after an error nobody may end the engine, and its model would stay."""
+    """A global hook that keeps nothing alive: an engine that an error leaves open would keep its model in memory."""
     reference = WeakMethod(method)
 
     def call(*args: Any) -> None:

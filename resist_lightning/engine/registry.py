@@ -1,4 +1,4 @@
-"""Chooses a method's layout and sync by the type of the config, and attaches what its full models need beside weights.
+"""Chooses a method's layout and sync by the type of the config, and attaches the hooks of full models.
 
 This is the only module of the engine that knows single methods: a new one is a folder in ``methods`` and a line here.
 The names of strategies for ``Trainer(strategy=...)`` are registered in ``strategies/registry``.
@@ -60,7 +60,7 @@ def check_arguments(optimizers: object, config: object) -> None:
 def make_layout(
     module: nn.Module, config: CommonConfig, workers: int, optimizers: Sequence[Optimizer] = (), *, members: int = 1
 ) -> Layout:
-    """Divide a module; ``optimizers`` is empty if they are not known yet, and a worker has so many members.
+    """Divide a module; ``optimizers`` is empty if not known yet, ``members`` is the number of members per worker.
 
     Raises:
         ValueError: if the settings do not fit the module; see the layouts.
@@ -107,7 +107,7 @@ def refuse_lazy(module: nn.Module) -> None:
 
 
 def attach_hooks(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Let a module with the weights of a full model evaluate as that did, where its weights alone do not.
+    """Attach the hooks by which a module with the weights of a full model evaluates as that did.
 
     Args:
         module: the user's; hooks of an earlier full model are removed.

@@ -1,4 +1,4 @@
-"""Saves what only this worker has, and resumes from it in any step of any round."""
+"""Saves a worker's own state, and resumes from it in any step of any round."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.unmade import is_unmade
 
 STATE_VERSION = 2
-"""The format of what is saved; version 1 had no worker's own state."""
+"""Version of the saved format; version 1 had no worker's own state."""
 
 
 class Resumption:
-    """Collects what a worker needs to resume, and takes it back.
+    """Collects a worker's resume state, and restores it.
 
     Attributes:
-        changed_settings: what a checkpoint was written with and what is set here, in words, where these differ.
+        changed_settings: settings that differ from the checkpoint's, in words, with both values.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Resumption:
         layout.plan_end(clock, total_steps)
 
     def place(self) -> dict[str, Any]:
-        """The round, the step and the partition; with the own states of all workers enough to resume."""
+        """The round, the step and the partition; enough to resume, with the own states of all workers."""
         return {
             "version": STATE_VERSION,
             "identity": self._layout.identity(),
@@ -69,7 +69,7 @@ class Resumption:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What only this worker has: its tensors in mid-round, optimizer state, recorded inputs.
+        """This worker's own state: its tensors in mid-round, optimizer state, recorded inputs.
 
         Numbers, strings, lists and tensors on the CPU only, which may be the live ones.
         """
@@ -89,16 +89,16 @@ class Resumption:
         """Go to the place of ``state``; see :meth:`resist_lightning.Engine.restore`."""
         if not state:
             return True
-        # A snapshot has the weights in training, not those of a full model; what is unmade comes from worker 0.
+        # A snapshot has the weights in training, not those of a full model; unmade tensors come from worker 0.
         if "scale" in state and not is_unmade(self._layout.module):
             self._observation.undo(state)
         self._restore_clock(state)
         self._layout.load_state_dict(state.get("table", {}), self._clock.round)
-        # A run that is complete has no forward that would show it, and its full model is scaled all the same.
+        # A run that is complete has no forward that would find these, and its full model is scaled all the same.
         self._layout.assume(state.get("seen", {}))
         # The module may have changed since: a name that is gone has nothing to average.
         self._layout.written = self._layout.shared.keys() & state.get("written", ())
-        same_members = state.get("members", 1) == self._members  # who have their batches and random numbers
+        same_members = state.get("members", 1) == self._members  # each has its batches and random numbers
         theirs, ours = state.get("identity") or {}, self._layout.identity()
         self.changed_settings = _differences(theirs, ours)
         same_layout = same_members and theirs == ours
@@ -106,14 +106,14 @@ class Resumption:
         held, held_next = self._layout.held(self._clock.round), self._held_next()
         same = same_layout and state.get("held") == held and state.get("held_next", held_next) == held_next
         self._own = own if same else None
-        # Another partition cannot begin in mid-round; the full model is what a sync would have made.
+        # Another partition cannot begin in mid-round; the full model equals the result of a sync.
         if not same and self._clock.step:
             self._clock.next_round()
             self._knows_length = False
         return same
 
     def _held_next(self) -> Any:
-        """Who holds what later, by which it is decided who merges a block, and keeps its outer optimizer's state."""
+        """Holders in the coming rounds, which decide where a block is merged and its outer state is kept."""
         ahead = [self._layout.held(self._clock.round + 1 + more) for more in range(self._layout.fragment_count)]
         return ahead[0] if len(ahead) == 1 else ahead
 
@@ -137,11 +137,11 @@ class Resumption:
         self._layout.plan_end(self._clock, self._total_steps)
 
     def numbers(self) -> list[float]:
-        """Whether this worker has its own state to resume from, and whether it needs more than that; for the others."""
+        """Flags for the other workers: whether this worker has its own state, and whether it needs more to resume."""
         return [float(self._own is not None), float(self._own is not None and self._sync.lacks(self._own))]
 
     def agree(self, numbers: Sequence[Sequence[float]]) -> tuple[bool, bool]:
-        """Decide by the :meth:`numbers` of all workers how they resume.
+        """Decide, from the :meth:`numbers` of all workers, the way in which they resume.
 
         Returns:
             Whether every worker uses its own state, and whether this is all that they need.
@@ -156,7 +156,7 @@ class Resumption:
         """Resume from the full model alone."""
         self._own = None
         self._states.reset_stateless()
-        if self._clock.due:  # the full model is already what this sync would make
+        if self._clock.due:  # the full model is already the result of this sync
             self._clock.next_round()
 
     def load_tensors(self) -> None:
@@ -192,7 +192,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     """The settings that two layouts both have and differ in, with both values."""
     found = []
     for name in ours.keys() & theirs.keys():
-        # What is a list, such as stages, would say little.
+        # A list, such as stages, would say little.
         if theirs[name] != ours[name] and isinstance(theirs[name], str | int | float):
             found.append(f"{name}={theirs[name]!r}, here {ours[name]!r}")
     return sorted(found)

@@ -1,4 +1,4 @@
-"""Ends the rounds of a run: the sync for which the training waits, or the two ends of one in the background."""
+"""Ends the rounds of a run: by a sync for which the training waits, or by start and end of one in the background."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class RoundEnd:
 
     Args:
         layout: the model's parts and the settings.
-        clock: where the run is.
-        sync: the method's.
-        handshake: compares what the workers must have alike.
-        observation: learns when a round begins.
+        clock: the position in the run.
+        sync: the method's sync.
+        handshake: compares values that the workers must agree on.
+        observation: is told when a round begins.
         replicas: the members of this worker.
-        activity: tells others what this worker does.
+        activity: shows others this worker's activity.
         seconds: adds up the seconds that this worker spends in syncs.
 
     Attributes:
-        step_seconds: of each worker, the mean seconds of a local step in the last round; empty in the first one.
+        step_seconds: each worker's mean seconds per local step in the last round; empty in the first one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RoundEnd:
         self.step_seconds: list[float] = []
 
     def sync_if_due(self) -> bool:
-        """Sync if the round is complete, or begin to where syncs overlap. Collective then: every worker must call this.
+        """Sync if the round is complete, or begin one that overlaps. Collective then: every worker must call this.
 
         Returns:
             Whether a new round has begun.
@@ -65,7 +65,7 @@ class RoundEnd:
         if self._clock.overlap > 0 and self._clock.at_border and not self._sync.under_way:
             with self._seconds.timed("sync"):
                 self._begin_sync()
-        # Of a sync in the background, whose shared layers are under way already.
+        # The blocks of a sync in the background, whose shared layers are in transit already.
         if self._sync.blocks_must_leave(self._clock.round, self._clock.steps_left):
             self._sync.send_blocks(self._clock.round)
         if not self._clock.due:
@@ -90,7 +90,7 @@ class RoundEnd:
             # Blocks are packed and sent while the average of the shared tensors is under way.
             self._sync.hand_over(plan, ended)
             finish_average()
-        # What the sync covers is equal now, which the next handshake verifies by these hashes.
+        # The tensors that the sync covers are equal now, which the next handshake verifies by these hashes.
         self._handshake.divergence.note(self._sync.replicated_tensors(self._clock.round), self._clock.round)
         self.begin_round()
         self._activity.begin("local steps")
@@ -102,33 +102,33 @@ class RoundEnd:
         self._activity.begin("local steps")
 
     def _apply_sync(self) -> None:
-        """Begin the next round with what :meth:`_begin_sync` has begun; waits if it must. Sends nothing more."""
+        """Begin the next round with the result of :meth:`_begin_sync`; waits for it if it must. Sends nothing more."""
         self._activity.begin("averaging")
         self._sync.wait_overlapped()
         self._layout.tensors.keep()  # as the handshake does, before a sync for which the training waits
         self._next_round()
         agreed = self._sync.apply_overlapped(self._clock.round)
-        # Each worker has learned something else meanwhile; what has arrived must be equal, and is compared.
+        # Each worker has learned something else meanwhile; the values that arrived must be equal, and are compared.
         self._handshake.divergence.note(agreed, self._clock.round)
         self.begin_round()
         self._activity.begin("local steps")
 
     def begin_round(self) -> None:
-        """Note what the round begins with. Sends nothing."""
+        """Note the state at the beginning of the round. Sends nothing."""
         self._sync.begin_round(self._clock.round)
         self._observation.begin_round()
 
     def _meet(self) -> tuple[int, Plan]:
-        """Compare what the workers must have alike before they sync; returns the round that ends, and the plan."""
+        """The handshake before a sync, which compares the workers; returns the round that ends, and the plan."""
         self._replicas.end_steps()
         self._activity.begin("handshake")
         measured = [self._step_timer.take(), self._exchanging.take_sync()]
         reports = self._handshake.run(Purpose.SYNC, self._clock, measured)
         ended = self._clock.round
-        # Before `learn`: the plan must not depend on what was just measured.
+        # Before `learn`: the plan must not depend on the newest measurements.
         plan: Plan = self._sync.plan(ended, self._handshake.divergence.left_out)
         by_worker = self._collective.by_worker(reports)
-        # Of the slowest members.
+        # The times of the slowest members.
         slowest = [[max(column) for column in zip(*rows, strict=True)] for rows in by_worker]
         self.step_seconds, sync_seconds = ([row[place] for row in slowest] for place in (0, 1))
         self._layout.learn(ended, self.step_seconds, sync_seconds)

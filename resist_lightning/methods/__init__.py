@@ -1,1 +1,1 @@
-"""What a method is, and the three methods."""
+"""The interface of a method, and the three methods."""

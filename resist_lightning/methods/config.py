@@ -26,20 +26,20 @@ class CommonConfig:
     """Settings of a run that every method has.
 
     Args:
-        local_steps: local steps per round, at least 1; or what decides them when a round begins: `QSR` (longer rounds
-            as the learning rate falls) or `PostLocal` (short rounds first).
+        local_steps: local steps per round, at least 1; or a rule that decides them when a round begins: `QSR` (longer
+            rounds as the learning rate falls) or `PostLocal` (short rounds first).
         seed: seed of the partitions; 0 is a seed.
-        momentum: what happens to optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep``
-            (state of what a worker keeps stays), ``travel`` (as keep, and state moves with what is handed over). None:
-            ``reset`` with SGD, ``keep`` with other optimizers, whose second moments take long to estimate.
-        batch_norm: where the full model's batch-norm statistics come from: ``recalibrate`` (re-estimated on recent
+        momentum: policy for optimizer state at a sync: ``reset`` (all of it restarts, as in the papers), ``keep`` (the
+            state of parts that a worker keeps stays), ``travel`` (as keep, and state moves with parts that are handed
+            over). None: ``reset`` with SGD, ``keep`` with others, whose second moments take long to estimate.
+        batch_norm: source of the full model's batch-norm statistics: ``recalibrate`` (re-estimated on recent
             training batches), ``running`` (the workers' running statistics), ``batch`` (of each batch).
         recalibration_batches: recent batches per worker that ``recalibrate`` uses, at least 1; the host keeps
             that many.
-        check: which entries of the shared tensors are hashed after each sync, and compared between workers:
-            ``sampled`` (one in 64 of large tensors, others each round), ``full`` or ``off``.
-        non_finite: what happens when a worker reaches a sync with NaN or infinity: ``raise``, or ``drop`` (it is left
-            out of the means, and what it alone holds is reset to the beginning of the round, of which it keeps a copy).
+        check: entries of the shared tensors that are hashed after each sync and compared between workers: ``sampled``
+            (one in 64 of large tensors, others each round), ``full`` or ``off``.
+        non_finite: reaction to NaN or infinity in a worker at a sync: ``raise``, or ``drop`` (the worker is left out of
+            the means, and parts that it alone holds are reset to the beginning of the round, of which it keeps a copy).
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -69,7 +69,7 @@ class CommonConfig:
         check_choice("non_finite", self.non_finite, get_args(NonFinitePolicy))
 
     def for_optimizers(self, optimizers: Sequence[Optimizer]) -> Self:
-        """These settings, with a momentum policy that suits some optimizers where none was chosen."""
+        """These settings, with a momentum policy that suits the optimizers if none was chosen."""
         if self.momentum is not None:
             return self
         plain = all(isinstance(optimizer, SGD) for optimizer in optimizers)
@@ -77,7 +77,7 @@ class CommonConfig:
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether the division depends on how many local steps the run will have."""
+        """Whether the division depends on the number of local steps of the run."""
         return False
 
     @property
@@ -92,8 +92,8 @@ class CommonConfig:
 
     @property
     def sync_before_evaluation(self) -> bool:
-        """Whether a sync that is due may come before an evaluation: it makes what the evaluation would show."""
-        return self.trains_alone and not isinstance(self.local_steps, QSR)  # whose rates may change in between
+        """Whether a sync that is due may come before an evaluation, whose result it does not change."""
+        return self.trains_alone and not isinstance(self.local_steps, QSR)  # its rate may change in between
 
     @property
     def first_evaluates(self) -> bool:
@@ -118,12 +118,12 @@ class GrowingConfig(CommonConfig):
         finish_rounds: last rounds in which every worker holds everything. Needs the number of local steps of the run,
             so an end of the training by steps or epochs, and rounds of known lengths.
         growth: shares of the parts that each worker holds at least, each for an equal part of the rounds: ``(0.25,
-            0.5, 1)`` is thin at first, and whole at last; None: as many in all rounds. Needs the number of local steps
+            0.5, 1)`` is thin at first, and whole at last; None: equal in all rounds. Needs the number of local steps
             of the run, as ``finish_rounds`` does.
-        evaluate_on: who evaluates, and has the full model then: ``all`` (every worker, a shard of the data each) or
-            ``first`` (worker 0 alone, all of the data; the others send it what it lacks, keep their part, and wait, so
+        evaluate_on: workers that evaluate, and have the full model then: ``all`` (a shard of the data each) or
+            ``first`` (worker 0 alone, all of the data; the others send it the missing parts, keep theirs, and wait, so
             ``timeout`` must exceed an evaluation). Checkpoints are assembled there too.
-        full_model_on: who has the full model when the training has ended: ``all`` or ``first`` (worker 0 alone; the
+        full_model_on: workers with the full model after the training: ``all`` or ``first`` (worker 0 alone; the
             others keep their part). ``first`` needs ``evaluate_on="first"``.
 
     Raises:
@@ -179,7 +179,7 @@ class GrowingConfig(CommonConfig):
         return f"finish_rounds={self.finish_rounds}" if self.growth is None else f"growth={self.growth}"
 
     def refuse_beside_growth(self, **given: object) -> None:
-        """Raise a ValueError where ``growth`` and another setting both say how much a worker holds.
+        """Raise a ValueError where ``growth`` and another setting both decide a worker's share.
 
         Args:
             **given: the other settings by name, None where they are not set.
@@ -195,7 +195,7 @@ class GrowingConfig(CommonConfig):
 
 def _in_words(value: Any) -> str:
     if callable(value):
-        return "a predicate"  # what it chooses is compared
+        return "a predicate"  # its choices are compared instead
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = list(value)  # a list and a tuple mean the same
     return str(value)

@@ -30,7 +30,7 @@ class Scaling:
     scale: float = 1.0
 
     def apply(self) -> dict[str, Tensor]:
-        """Scale the assembled weights, or what they compute.
+        """Scale the assembled weights, or outputs by hooks.
 
         Returns:
             Copies, by name, of the tensors that dividing by the scale would not restore bit for bit.
@@ -45,11 +45,11 @@ class Scaling:
         return {}
 
     def tensors_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors that were multiplied in a full model that was saved, by name."""
+        """The tensors that the scale multiplies in a saved full model, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`undo` needs, beside the copies, of a full model that was saved."""
+        """State for :meth:`undo` of a saved full model, without the copies."""
         return {"scale": self.scale, "blocks": [], "hooked": []}
 
     def undo(self, state: Mapping[str, Any], only: Collection[str] | None) -> None:
@@ -62,12 +62,12 @@ class Scaling:
 
 
 class LayoutAbilities:
-    """What only some methods do. Each of these does nothing until a method overrides it."""
+    """Optional abilities of a layout; each does nothing until a method overrides it."""
 
     scaling = Scaling()
 
     def prepare(self, example: Tensor, collective: Collective) -> None:
-        """See an input of the network, a batch, before training starts.
+        """Inspect an example batch of the network's input before training starts.
 
         Collective: every worker must call this, in the same order.
         """
@@ -76,10 +76,10 @@ class LayoutAbilities:
     """Local steps of the run, where the division depends on them."""
 
     def plan_end(self, clock: Clock, total_steps: int | None) -> None:
-        """See how long the run will be, before training starts; all workers must give the same.
+        """Plan for the length of the run, before training starts; all workers must give the same.
 
         Args:
-            clock: where the run is.
+            clock: the position in the run.
             total_steps: local steps from its beginning to its end; None if that is not known.
 
         Raises:
@@ -90,17 +90,17 @@ class LayoutAbilities:
     """Number of fragments, one of which each sync covers."""
 
     def without_effect(self, clock: Clock, steps: int) -> list[str]:
-        """Warnings of settings that change nothing in a training, or not what they should, because it is so short.
+        """Warnings of settings for which the training is too short.
 
         Args:
-            clock: where the training begins.
-            steps: local steps that it has.
+            clock: the position at which the training begins.
+            steps: number of its local steps.
         """
         return []
 
     @property
     def overlaps(self) -> Overlaps:
-        """Of each round, the local steps beside which its sync runs."""
+        """The overlap of each round: the local steps during which its sync runs."""
         return ALL_WAIT
 
     def overlapped_steps(self, round: int) -> int:
@@ -108,7 +108,7 @@ class LayoutAbilities:
         return self.overlaps.of_round(round)
 
     def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> None:
-        """Take in what was measured, when a round ends; all workers must give the same.
+        """Take in the measurements of a round that ends; all workers must give the same.
 
         Args:
             round: the round that ends.
@@ -121,14 +121,14 @@ class LayoutAbilities:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], round: int) -> None:
-        """Resume from what :meth:`state_dict` returned, which may be empty or of another division, in ``round``."""
+        """Resume in ``round`` from a :meth:`state_dict`, which may be empty or of another division."""
 
     def seen(self) -> dict[str, Any]:
-        """What this worker's first forwards have shown of the network, as plain data for a checkpoint."""
+        """Findings of this worker's first forwards about the network, as plain data for a checkpoint."""
         return {}
 
     def assume(self, seen: Mapping[str, Any]) -> None:
-        """Take from a checkpoint what :meth:`seen` returned, until the forwards of this run show it themselves."""
+        """Use a checkpoint's findings of :meth:`seen`, until the forwards of this run make their own."""
 
     def holders_for_summary(self, rounds: int) -> dict[str, Any] | None:
         """Holders of a sample of the parts, for a summary; where :meth:`Layout.held` is only a hash."""
@@ -136,7 +136,7 @@ class LayoutAbilities:
 
 
 class Layout(LayoutAbilities, ABC):
-    """How a model is divided among the workers in each round.
+    """Base class: the division of a model among the workers in each round.
 
     Args:
         module: the user's module, complete.
@@ -181,7 +181,7 @@ class Layout(LayoutAbilities, ABC):
         """The partition of ``round``: which worker holds which parts."""
 
     def held(self, round: int) -> list[Any]:
-        """What each worker holds in ``round``, as plain data to compare with a checkpoint's."""
+        """The parts that each worker holds in ``round``, as plain data to compare with a checkpoint's."""
         return [list(held) for held in self.partition(round).held]
 
     @abstractmethod
@@ -190,11 +190,11 @@ class Layout(LayoutAbilities, ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a worker's own tensors to fit, as plain data for a checkpoint."""
+        """Properties that must match for a worker's own tensors to fit, as plain data for a checkpoint."""
 
     @abstractmethod
     def parts(self) -> list[str]:
-        """Names of what is partitioned, in order."""
+        """Names of the partitioned parts, in order."""
 
     @abstractmethod
     def describe_tensor(self, name: str) -> str:
@@ -202,7 +202,7 @@ class Layout(LayoutAbilities, ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """A sentence that tells the user how the model is divided."""
+        """A sentence for the user about the division of the model."""
 
     def warn_about_settings(self) -> None:
         """Warn about settings without the effect that a user may expect."""
@@ -210,17 +210,17 @@ class Layout(LayoutAbilities, ABC):
             self.warn_of_batch_statistics()
 
     def showing_companion(self) -> AbstractContextManager[None]:
-        """Inside, the copy that goes with the module, if there is one, is in its place."""
+        """Inside, the module has the values of its companion, if there is one."""
         return self.companion.showing() if self.companion is not None else nullcontext()
 
     def full_tensors(self, states: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-        """The full model, assembled from what the workers had between two rounds, where all holders agree.
+        """The full model, assembled from the workers' states between two rounds, where all holders agree.
 
         Args:
             states: for each worker in order its ``place`` and its ``own`` state; see :class:`Resumption`.
 
         Raises:
-            CheckpointError: if they are not of this model.
+            CheckpointError: if the states are not of this model.
         """
         tensors: dict[str, Tensor] = {}
         for state in states:
@@ -250,7 +250,7 @@ class Layout(LayoutAbilities, ABC):
         return self._digested[1]
 
     def warn_of_batch_statistics(self) -> None:
-        """A checkpoint, as a plain model, cannot carry that evaluation uses the statistics of each batch."""
+        """Warn that a checkpoint, as a plain model, cannot carry ``batch_norm="batch"``."""
         if self.config.batch_norm == "batch" and norms_with_statistics(self.module):
             warnings.warn(
                 "batch_norm='batch' evaluates by the statistics of each batch, but a checkpoint of this model will use "

@@ -30,7 +30,7 @@ class PartGuard:
         worker: this worker.
 
     Attributes:
-        stepping: whether the program is in a training step; None in a plain loop, where nobody tells.
+        stepping: whether the program is in a training step; None in a plain loop, where this is unknown.
     """
 
     def __init__(self, worker: int) -> None:

@@ -21,7 +21,7 @@ _KNOWN_BLOCKS = ("BasicBlock", "Bottleneck")
 
 @dataclass(frozen=True)
 class BranchEnd:
-    """Where a residual branch of a block ends, verified by running it.
+    """The end of a residual branch of a block, verified by running the block.
 
     Args:
         tensors: names, within the block, of tensors of one submodule that the branch is proportional to.
@@ -37,13 +37,13 @@ class BranchEnd:
 
 @dataclass
 class Seen:
-    """What the first forward of a block has shown.
+    """Findings of the first forward of a block.
 
     Attributes:
-        ends: of its residual branches; None before the first forward, empty if they could not be verified.
+        ends: ends of its residual branches; None before the first forward, empty if they could not be verified.
         assumed: whether the ends are those of a checkpoint, and the first forward of this run is still to come.
-        output: how its output is made of its arguments where it is absent; None if the output is the input.
-        why: what went wrong when its ends were looked for; empty if nothing.
+        output: form by which its output is made of its arguments while it is absent; None if the output is the input.
+        why: error of the last failed search for its ends; empty if there was none.
     """
 
     ends: tuple[BranchEnd, ...] | None = None
@@ -52,7 +52,7 @@ class Seen:
     why: str = ""
 
     def take(self, other: Seen) -> None:
-        """Take over what was seen of a copy of the block."""
+        """Take over the findings of a copy of the block."""
         self.ends, self.output = other.ends, other.output
 
 
@@ -66,7 +66,7 @@ class Block:
         branch_end: name of the submodule whose output is the residual branch, so that scaling its weight and bias
             scales the branch; None if unknown.
         keeps_shape: whether input and output seem to have the same shape; a guess until its first forward.
-        seen: what its first forward has shown.
+        seen: findings of its first forward.
     """
 
     name: str
@@ -87,11 +87,11 @@ class Block:
 
     @cached_property
     def compiled(self) -> CompiledCall:
-        """Its compiled code, which must not run while its hooks or its forward are not its own."""
+        """The block's compiled code, which must not run while the block's hooks or forward are replaced."""
         return CompiledCall(self.module)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters, then its buffers, by qualified name."""
+        """The block's parameters, then its buffers, by qualified name."""
         return {f"{self.name}.{name}": tensor for name, tensor in named_tensors(self.module).items()}
 
 
@@ -131,7 +131,7 @@ def scripted(module: nn.Module) -> list[str]:
 
 
 def candidates(module: nn.Module) -> str:
-    """A sentence for errors that lists the blocks that could be chosen."""
+    """A sentence for errors that lists the blocks to choose from."""
     names = [block.name for block in find_blocks(module) if block.keeps_shape]
     if not names:
         return (
@@ -142,7 +142,7 @@ def candidates(module: nn.Module) -> str:
 
 
 def untrained(module: nn.Module, blocks: Iterable[Block], trained: Collection[int] | None = None) -> list[Block]:
-    """Those of some blocks whose network does not train.
+    """The blocks whose network does not train.
 
     Args:
         module: the user's module.
@@ -160,7 +160,7 @@ def _trains(network: nn.Module, trained: Collection[int] | None) -> bool:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why leaving out a module is certainly not the identity; None if it may be."""
+    """The reason why leaving out a module is certainly not the identity; None if it may be."""
     if projection(module) is not None:
         return f"changes the shape of its input (its skip path has the layer {projection(module)!r})"
     if _is_chain(module):
@@ -174,7 +174,7 @@ def _is_chain(module: nn.Module) -> bool:
     """Whether a module is a layer of torch.nn, or a sequence with such a layer, so that it has no skip connection."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return any(_is_chain(child) for child in module)
-    # What the user has put in place of the class's forward may add a residual.
+    # A forward that the user has put in place of the class's may add a residual.
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return False
     known = str(type(module).forward.__module__).startswith("torch.nn.modules.")

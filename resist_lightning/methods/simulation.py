@@ -23,7 +23,7 @@ from resist_lightning.state.optimizer_state import first_rate
 
 @dataclass
 class SimulatedWorker:
-    """One simulated worker: train ``module`` with ``optimizers``, as if it were alone.
+    """A simulated worker: train ``module`` with ``optimizers``, as if it were alone.
 
     Args:
         module: a complete copy of the network; blocks that the worker lacks are skipped.
@@ -54,7 +54,7 @@ class SimulatedWorker:
             optimizer.register_step_post_hook(lambda o, *_, first=first: _forget_unchanged(o, first))
 
     def restart_optimizers(self) -> None:
-        """Clear their state, and restore the values in parameter groups that their own steps have changed."""
+        """Clear the optimizers' state, and restore the values in parameter groups that their own steps have changed."""
         for optimizer, first in zip(self.optimizers, self._first, strict=True):
             optimizer.state.clear()
             for group, values in _of_groups(optimizer, first):
@@ -63,7 +63,7 @@ class SimulatedWorker:
 
 
 def _of_groups(optimizer: Optimizer, first: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each parameter group, with what is remembered of it; groups may have been added since the last call."""
+    """Each parameter group, with its remembered values; groups may have been added since the last call."""
     first += [{} for _ in optimizer.param_groups[len(first) :]]
     return zip(optimizer.param_groups, first, strict=True)
 
@@ -90,7 +90,7 @@ def clock_of(
     Args:
         config: the settings.
         workers: the simulated workers.
-        overlap_of: gives, of a round, the local steps at its end during which its sync is under way.
+        overlap_of: gives, for a round, the local steps at its end during which its sync is under way.
 
     Raises:
         ValueError: when a round begins, if the workers train at different rates, so that its length is not known.
@@ -126,7 +126,7 @@ def mean_state(values: list[Any]) -> Any:
 
 
 def flat_of(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Some tensors in one, in the order of a compressed message."""
+    """Tensors flattened into one, in the order of a compressed message."""
     return flatten(arrange(tensors.values()))
 
 

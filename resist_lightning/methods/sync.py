@@ -33,22 +33,22 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
 class SyncAbilities:
-    """What only some methods do. Each of these does nothing until a method overrides it."""
+    """Optional abilities of a sync: without effect, or not implemented, until a method overrides them."""
 
     incomplete = ENDED_EARLY
-    """Why a module that lacks something when the training has ended will never get it."""
+    """The reason why a module that is incomplete when the training has ended stays so."""
 
     def end_step(self) -> None:
         """Called after each local step."""
 
     def connect(self) -> None:
-        """Connect the workers for what is sent beside the training; called once, when it starts.
+        """Connect the workers for messages beside the training; called once, when it starts.
 
         Collective: every worker must call this, in the same order.
         """
 
     def lacks(self, own: Mapping[str, Any]) -> bool:
-        """Whether this worker, to resume from its own :meth:`Sync.state_dict`, needs more that worker 0 must send."""
+        """Whether this worker, to resume from its own :meth:`Sync.state_dict`, also needs tensors of worker 0."""
         return False
 
     @property
@@ -57,14 +57,14 @@ class SyncAbilities:
         return False
 
     def start_overlapped(self, plan: Any, round: int) -> None:
-        """Begin the sync at the end of ``round`` beside the training, from copies of what this worker has now.
+        """Begin the sync at the end of ``round`` beside the training, from copies of this worker's present tensors.
 
         Collective: every worker must call this, in the same order. Only where the settings overlap syncs.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
     def blocks_must_leave(self, round: int, steps_left: int) -> bool:
-        """Whether what is handed over must leave now, of the sync of ``round`` that is under way.
+        """Whether the hand-over of the sync of ``round``, which is under way, must begin now.
 
         Args:
             round: the round.
@@ -73,24 +73,24 @@ class SyncAbilities:
         return False
 
     def send_blocks(self, round: int) -> None:
-        """Begin to hand over beside the training, behind what :meth:`start_overlapped` has begun, from copies made now.
+        """Begin the hand-over beside the training, from copies made now, behind the average that is under way.
 
         Collective: every worker must call this, in the same order.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
     def wait_overlapped(self) -> None:
-        """Wait until everything under way has arrived; what it has brought is not applied. Sends nothing more.
+        """Wait until everything in transit has arrived, without applying it. Sends nothing more.
 
         Raises:
-            Exception: what went wrong beside the training.
+            Exception: any error of the sync beside the training.
         """
 
     def apply_overlapped(self, round: int) -> dict[str, Tensor]:
-        """Wait for the sync under way, hold the parts of ``round``, which begins, and put in what has arrived.
+        """Wait for the sync under way, hold the parts of ``round``, which begins, and apply the values that arrived.
 
         Returns:
-            By name, what the sync has made equal on all workers, before each adds what it has learned meanwhile.
+            By name, the values that the sync made equal on all workers, before each adds its progress since.
         """
         raise NotImplementedError(f"{type(self).__name__} begins no sync beside the training.")
 
@@ -99,11 +99,11 @@ class SyncAbilities:
         return False
 
     def metrics(self) -> dict[str, float]:
-        """What to log of the round that ended, by name; the same on all workers."""
+        """Numbers to log about the round that ended, by name; the same on all workers."""
         return {}
 
     def summary(self) -> dict[str, Any]:
-        """What to report of the whole run, as plain data; the same on all workers.
+        """The method's report on the whole run, as plain data; the same on all workers.
 
         Collective: every worker must call this, in the same order.
         """
@@ -111,14 +111,14 @@ class SyncAbilities:
 
 
 class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
-    """What a method does at a sync: plan it, average, hand over, assemble the full model. It holds this worker's parts.
+    """Base class: plans a sync, averages, hands over, assembles the full model, and holds this worker's parts.
 
     Args:
         layout: the model's parts and the settings.
         states: the optimizers' state.
         collective: the workers.
-        device: where present tensors live.
-        quantizer: how the exchange compresses; None if nothing is compressed.
+        device: device of present tensors.
+        quantizer: compresses the messages of the exchange; None if nothing is compressed.
 
     Attributes:
         exchange: sends and receives.
@@ -144,7 +144,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self._as_received: list[tuple[Tensor, Tensor]] = []
 
     def distribute_weights(self, round: int) -> None:
-        """Give every worker what ``round`` gives it of worker 0's module; called once, before :meth:`keep_own_parts`.
+        """Give every worker its parts for ``round`` of worker 0's module; called once, before :meth:`keep_own_parts`.
 
         Collective: every worker must call this, in the same order.
         """
@@ -153,7 +153,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         self.exchange.broadcast(list(tensors.values()), "start")
 
     def keep_own_parts(self, round: int) -> None:
-        """Keep, of the full model, what ``round`` gives this worker; called once, when training starts. Sends nothing.
+        """Keep only this worker's parts for ``round``; called once, when training starts. Sends nothing.
 
         Shared tensors move into common memory, so that averaging them needs no copy.
         """
@@ -170,11 +170,11 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
 
     @property
     def unsettled(self) -> set[str]:
-        """Names of tensors that do not change any more, and that workers do not have alike before their next sync."""
+        """Names of tensors that no longer change, and that may differ between workers until their next sync."""
         return self._changing - self._layout.changing()
 
     def begin_round(self, round: int) -> None:
-        """Note what training can change from now on, and copy what leaving a worker out would need."""
+        """Note the tensors that training can change from now on, and copy those that leaving a worker out restores."""
         self._changing = self._layout.changing()
         self._as_received = []  # before the new copies, so that there are never two at once
         if self._layout.config.non_finite == "drop":
@@ -185,15 +185,15 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         """Plan the sync between ``round`` and the next."""
 
     def plan_full_model(self, round: int, left_out: tuple[int, ...]) -> AnyPlan:
-        """Plan a sync of all that the full model has, at the end of ``round``."""
+        """Plan a sync of the whole model at the end of ``round``."""
         return self.plan(round, left_out)
 
     def restart_states(self, round: int) -> None:
-        """Restart the optimizer state of what the sync at the end of ``round`` covers."""
+        """Restart the optimizer state of the parameters that the sync at the end of ``round`` covers."""
         self._states.reset()
 
     def start_average(self, plan: AnyPlan) -> Finish:
-        """Begin to replace what all workers hold, before and after the sync, by its mean over the workers.
+        """Begin to replace tensors that all workers hold, before and after the sync, by their mean over the workers.
 
         Collective: every worker must call this, in the same order.
 
@@ -207,7 +207,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
 
     @abstractmethod
     def hand_over(self, plan: AnyPlan, round: int) -> None:
-        """Bring what is not averaged to its holders of the next round.
+        """Bring the parts that are not averaged to their holders of the next round.
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
 
@@ -224,15 +224,15 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
 
         Args:
             plan: the plan of the sync that would come next.
-            kind: how the bytes are counted.
+            kind: name under which the bytes are counted.
             unequal: whether replicas may have diverged since the last sync.
-            at_first: whether worker 0 alone gets it; the others send it what it lacks, and keep their part as it is.
-                A worker that the plan leaves out may have what it had when the round began afterwards.
+            at_first: whether worker 0 alone gets it; the others send it the missing parts, and keep theirs as they are.
+                Afterwards, a worker that the plan leaves out may have its values from the beginning of the round.
         """
 
     @abstractmethod
     def make_room(self, round: int) -> None:
-        """Free what ``round`` gives to others, and allocate what is missing for the caller to fill. Sends nothing."""
+        """Free the parts of others in ``round``, and allocate missing ones for the caller to fill. Sends nothing."""
 
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
         """By name, the tensors that the sync into ``round`` makes equal on all workers."""
@@ -270,7 +270,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
             copy.copy_(received.get(id(tensor), copy))
 
     def _averaged_together(self) -> list[dict[str, Tensor]]:
-        """By name, the tensors that are averaged in one message, of each message."""
+        """For each message of an average, its tensors by name."""
         return [self._may_change(self._layout.shared)]
 
     def _averaged(self, plan: AnyPlan) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ class Sync(SyncAbilities, ABC, Generic[AnyLayout, AnyPlan]):
         return self.exchange.start_average(tensors, "shared", plan.left_out)
 
     def _leave_out(self, plan: AnyPlan) -> None:
-        """Where the plan leaves this worker out, restore what it alone holds to what it was when the round began."""
+        """If the plan leaves this worker out, reset its owned tensors to their values when the round began."""
         if self._worker in plan.left_out:
             for tensor, copy in self._as_received:
                 tensor.detach().copy_(copy)

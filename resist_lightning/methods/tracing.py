@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-# With the separator at the end, so that torchvision is not meant.
+# With the separator at the end, so that torchvision does not match.
 _NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+(?:\n\s*(?!File ")(\S.*))?')
 
@@ -50,14 +50,14 @@ class Tracer(fx.Tracer):
 
 
 class ChainTracer(Tracer):
-    """Also records what a graph does not contain: modules of values, calls, and contexts such as no_grad.
+    """Also records information that a graph lacks: modules of values, calls, and contexts such as no_grad.
 
     Args:
-        leaf: whether a module is not traced into.
+        leaf: tells whether a module is not traced into.
 
     Attributes:
         ends: for each value the name of the innermost module that returned it.
-        calls: how often each module was called, by name.
+        calls: number of calls of each module, by name.
         unlike: values that are computed under no_grad, autocast or the like.
     """
 
@@ -103,7 +103,7 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
     Args:
         tracer: decides which modules are traced into.
         root: the module.
-        prefix: of its names in the user's module, with a dot at the end.
+        prefix: prefix of its names in the user's module, with a dot at the end.
 
     Raises:
         CannotTrace: if torch.fx cannot.

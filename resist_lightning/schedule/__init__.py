@@ -1,1 +1,1 @@
-"""When a round ends, and who holds what in it: pure functions, standard library only."""
+"""Lengths of rounds, partitions and transfers: pure functions, standard library only."""

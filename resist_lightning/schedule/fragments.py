@@ -48,7 +48,7 @@ def spread(sizes: Mapping[str, int], fragments: int) -> dict[str, int]:
 
 
 def counts_of_fragments(blocks: int, counts: Sequence[int], fragments: int) -> tuple[tuple[int, ...], ...]:
-    """How many blocks of each fragment each worker holds: as even as the fragments are.
+    """Number of blocks of each fragment that each worker holds: as even as the fragments are.
 
     Args:
         blocks: number of partitionable blocks.
@@ -56,8 +56,8 @@ def counts_of_fragments(blocks: int, counts: Sequence[int], fragments: int) -> t
         fragments: number of fragments.
 
     Returns:
-        For each fragment, a count for each worker. Those of a worker add up to its count, those of a fragment to at
-        least its blocks; no worker has more than there are.
+        For each fragment, a count for each worker. The counts of a worker add up to its total, those of a fragment to
+        at least its blocks; none exceeds the number of blocks in the fragment.
     """
     sizes = [len(range(fragment, blocks, fragments)) for fragment in range(fragments)]
     table = [[0] * len(counts) for _ in range(fragments)]
@@ -65,7 +65,7 @@ def counts_of_fragments(blocks: int, counts: Sequence[int], fragments: int) -> t
     for worker, count in enumerate(counts):
         left = count
         while left:
-            # One of each in turn, going on with the next worker, so that every block has a holder.
+            # Fragments take turns, across workers too, so that every block has a holder.
             if table[turn][worker] < sizes[turn]:
                 table[turn][worker] += 1
                 left -= 1
@@ -81,7 +81,7 @@ def deal_fragments(blocks: int, counts: tuple[int, ...], seed: int, drawn: tuple
         blocks: number of partitionable blocks.
         counts: blocks of each worker.
         seed: seed of the partitions.
-        drawn: of each fragment, the round from which on its blocks are held as they are now.
+        drawn: for each fragment, the round for which its present holders were drawn.
     """
     fragments = len(drawn)
     held: list[list[int]] = [[] for _ in counts]

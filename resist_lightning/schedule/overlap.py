@@ -1,4 +1,4 @@
-"""How many local steps a sync may take beside the training: a number, or one that follows from measured times.
+"""The overlap: the number of local steps during which a sync runs, given or chosen from measured times.
 
 Standard library only.
 """
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 OverlapChoice: TypeAlias = int | Literal["auto"]
 
 MEASURED_SYNCS = 2
-"""Of two syncs, and of the local steps in two rounds, each worker's shorter time counts: a disturbance adds time."""
+"""Number of measured syncs and rounds: each worker's shortest time counts, as a disturbance only adds time."""
 
 MARGIN = 1.2
 """Beside the training a sync takes longer than alone, as both use the same cores."""
@@ -24,9 +24,9 @@ WORTH = 0.01
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Of each round, the local steps beside which its sync runs; immutable, and equal on all workers.
+    """The overlap of each round: the local steps during which its sync runs; immutable, and equal on all workers.
 
-    Where they are chosen, the first rounds wait for their syncs, and are measured::
+    Where the overlap is chosen, the first rounds wait for their syncs, and are measured::
 
         round                   0          1                2                3 ...
         overlap                 0          0                0                as chosen
@@ -35,13 +35,13 @@ class Overlaps:
     A sync has the overlap that was known when its round began, so nothing changes in the middle of a round.
 
     Args:
-        steps: in every round; before the choice, where there is one.
+        steps: overlap of every round, or, where it is chosen, of the rounds before the choice.
         round_steps: local steps of the shortest round, at least 2; None: nothing is chosen.
         workers: number of workers.
         measured_from: the first round whose sync is measured.
-        seconds: of each measured round, each worker's seconds of a local step, and of the sync before it.
+        seconds: for each measured round, each worker's seconds per local step, and of the sync before it.
         chosen: the first round with the chosen overlap, and the overlap; None before.
-        fragments: how many syncs cover the network, one after the other; each is measured twice.
+        fragments: number of successive syncs that cover the network; each is measured twice.
     """
 
     steps: int = 0
@@ -57,7 +57,7 @@ class Overlaps:
         return self.chosen[1] if self.chosen is not None and round >= self.chosen[0] else self.steps
 
     def learn(self, round: int, step_seconds: Sequence[float], sync_seconds: Sequence[float]) -> Overlaps:
-        """The overlaps with a measurement added, and chosen after the last one.
+        """The overlaps with a measurement added; after the last measurement, with the choice.
 
         Args:
             round: the round that ends.
@@ -75,14 +75,14 @@ class Overlaps:
         return replace(known, chosen=(round + 1, choose_overlap(*known.shortest_seconds(), self.round_steps)))
 
     def shortest_seconds(self) -> tuple[list[float], list[float]]:
-        """Of each worker, the shortest measured time of a local step, and of a sync; of the longest fragment."""
+        """Each worker's shortest measured time of a local step, and of a sync of its slowest fragment."""
         steps, syncs = zip(*self.seconds, strict=True)
         # A fragment is synced every `fragments` rounds.
         of_fragments = [_shortest(syncs[fragment :: self.fragments]) for fragment in range(self.fragments)]
         return _shortest(steps), [max(times) for times in zip(*of_fragments, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured and chosen, as plain data for a checkpoint; empty where nothing is chosen."""
+        """The measurements and the choice, as plain data for a checkpoint; empty where nothing is chosen."""
         if self.round_steps is None:
             return {}
         return {
@@ -98,8 +98,8 @@ class Overlaps:
         """The overlaps of a run that resumes in ``round``.
 
         Args:
-            state: from :meth:`state_dict`; where it is empty, or of other workers, rounds or fragments, measuring
-                begins again.
+            state: from :meth:`state_dict`; if it is empty, or of other workers, rounds or fragments, the measurements
+                begin again.
             round: the round.
         """
         if self.round_steps is None:
@@ -110,7 +110,7 @@ class Overlaps:
         return self.with_state_dict(state)
 
     def with_state_dict(self, state: Mapping[str, Any]) -> Overlaps:
-        """The overlaps with what a :meth:`state_dict` of a run with as many workers has."""
+        """The overlaps with the measurements of a :meth:`state_dict` of a run with as many workers."""
         return replace(
             self,
             measured_from=int(state["measured_from"]),
@@ -122,9 +122,9 @@ class Overlaps:
         """A warning of a training that ends before anything is chosen; empty if it does not.
 
         Args:
-            round: in which it begins.
-            local_steps: of its rounds.
-            steps: local steps that it has.
+            round: the round in which it begins.
+            local_steps: local steps of its rounds.
+            steps: number of its local steps.
         """
         rounds = self.measured_from + waiting_rounds(self.fragments) - round
         if self.round_steps is None or self.chosen is not None or not 0 < steps <= rounds * local_steps:
@@ -135,7 +135,7 @@ class Overlaps:
         )
 
     def summary(self) -> dict[str, Any] | None:
-        """What was chosen, from which round on, and why, as plain data; None before, or where nothing is chosen."""
+        """The chosen overlap, its first round and the reason, as plain data; None before the choice, or without one."""
         if self.chosen is None:
             return None
         steps, syncs = self.shortest_seconds()
@@ -168,8 +168,8 @@ def choose_overlap(step_seconds: Sequence[float], sync_seconds: Sequence[float],
     """The fewest local steps of the fastest worker that are longer than the slowest sync, with a margin.
 
     Args:
-        step_seconds: each worker's seconds of a local step.
-        sync_seconds: each worker's seconds of a sync.
+        step_seconds: each worker's seconds per local step.
+        sync_seconds: each worker's seconds per sync.
         round_steps: local steps of the shortest round; at least one of them comes before the sync begins.
 
     Returns:
@@ -182,20 +182,20 @@ def choose_overlap(step_seconds: Sequence[float], sync_seconds: Sequence[float],
 
 
 def overlap_of_blocks(overlap: int, shared_bytes: int, block_bytes: int) -> int:
-    """Of the local steps beside which a sync runs, those at the end for which blocks are under way.
+    """The local steps at the end of a sync's overlap during which blocks are in transit.
 
     A link carries one message after the other: blocks need not leave before the shared layers have arrived.
 
     Args:
         overlap: the local steps of the whole sync.
-        shared_bytes: of the shared tensors; an all-reduce sends and receives them nearly twice.
-        block_bytes: of the blocks that a worker holds.
+        shared_bytes: bytes of the shared tensors; an all-reduce sends and receives them nearly twice.
+        block_bytes: bytes of the blocks that a worker holds.
     """
     return math.ceil(overlap * block_bytes / max(2 * shared_bytes + block_bytes, 1))
 
 
 def waiting_rounds(fragments: int) -> int:
-    """Rounds that wait for their sync before the choice: how long a sync took is told when the next one begins."""
+    """Rounds that wait for their sync before the choice: the time of a sync is reported when the next one begins."""
     return MEASURED_SYNCS * fragments + 1
 
 

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 @dataclass(frozen=True)
 class Partition:
-    """Which worker holds which block in one round.
+    """The blocks that each worker holds in one round.
 
     Args:
         held: for each worker, in order, the indices of its blocks in ascending order.
@@ -44,7 +44,7 @@ class Partition:
 
 
 def blocks_per_worker(blocks: int, workers: int, min_blocks: int) -> tuple[int, ...]:
-    """How many blocks each worker gets (section 4 of the paper: an equal share, but never below a minimum depth).
+    """Number of blocks that each worker gets (section 4 of the paper: an equal share, but at least a minimum depth).
 
     Args:
         blocks: number of partitionable blocks, 0 or more.
@@ -92,11 +92,11 @@ def deal(
 
     Args:
         blocks: number of partitionable blocks, 0 or more.
-        counts: how many blocks each worker takes: at most ``blocks`` each, and together at least ``blocks``.
+        counts: number of blocks that each worker takes: at most ``blocks`` each, and together at least ``blocks``.
         seed: seed of the whole run; 0 is a seed.
         round: number of the round, counted from 0.
-        what: name of what is dealt, a part of the random key: things of different names lie in different orders.
-        turns: name of the order in which workers take: things dealt with the same ``turns`` share it.
+        what: name of the parts that are dealt, in the random key: parts of different names lie in different orders.
+        turns: name of the order in which workers take: parts dealt with the same ``turns`` share it.
 
     Returns:
         The same partition for the same arguments, on every machine and in every version of Python.
@@ -121,7 +121,7 @@ def everything(blocks: int, workers: int) -> Partition:
 
 def _shuffled(count: int, key: str) -> list[int]:
     """The numbers below ``count`` in an order drawn from ``key``: sorted by a hash, so it depends on nothing else."""
-    # Hashed once for all numbers, as only what follows differs.
+    # Hashed once for all numbers, as only the suffix differs.
     prefix = hashlib.sha256(f"{key}/".encode())
 
     def drawn(index: int) -> bytes:

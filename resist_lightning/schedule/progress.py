@@ -16,14 +16,14 @@ ActivityName: TypeAlias = Literal[
 
 
 class Activity:
-    """What a worker is doing, and where in the run; other threads may read it.
+    """A worker's current activity, and its position in the run; other threads may read it.
 
     Attributes:
         what: the name of the activity.
         round: the round in which it began; for a sync, the round that ends.
         step: local steps taken in the round by then.
         since: ``time.monotonic()`` of its beginning.
-        listeners: called with this object whenever the worker begins something else.
+        listeners: called with this object whenever the activity changes.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -32,7 +32,7 @@ class Activity:
         self.begin("starting")
 
     def begin(self, what: ActivityName) -> None:
-        """From now on the worker does ``what``."""
+        """Set the activity to ``what``, and call the listeners."""
         self.what: ActivityName = what
         self.round = self._clock.round
         self.step = self._clock.step
@@ -42,15 +42,15 @@ class Activity:
 
     @contextmanager
     def during(self, what: ActivityName) -> Iterator[None]:
-        """Inside, the worker does ``what``; then what it did before, unless an error ends it there."""
+        """Inside, the activity is ``what``; afterwards the one before, unless an error ends it there."""
         before = self.what
         self.begin(what)
-        # No `finally`: after an error, heartbeats must still say where it happened.
+        # No `finally`: after an error, heartbeats must still name the activity in which it happened.
         yield
         self.begin(before)
 
     def describe(self) -> str:
-        """In words, e.g. ``hand-over, round 2, local step 50``."""
+        """The activity in words, e.g. ``hand-over, round 2, local step 50``."""
         return f"{self.what.replace('_', '-')}, round {self.round}, local step {self.step}"
 
 
@@ -101,18 +101,18 @@ def one_round(steps: int, clock: Clock) -> str:
 
 @dataclass
 class Clock:
-    """Where a run is: the round, and the local steps taken in it.
+    """The position in a run: the round, and the local steps taken in it.
 
     A round ends after ``local_steps`` local steps, wherever the borders of the epochs fall.
 
     Args:
-        local_steps: of this round.
+        local_steps: length of this round.
         round: its number, counted from 0.
         step: local steps taken in it.
         steps_before: local steps taken in the rounds before it.
-        rule: decides how many local steps the next round has; None: as many as this one.
+        rule: decides the length of the next round; None: that of this one.
         rate: gives the learning rate now; None where no optimizer has one.
-        overlap_of: gives, of a round, the local steps at its end during which its sync is under way; fewer than it has.
+        overlap_of: gives, for a round, the local steps at its end during which its sync is under way; fewer than all.
 
     Raises:
         ValueError: if the rule needs a learning rate and there is none.
@@ -134,7 +134,7 @@ class Clock:
         rate: Callable[[], float | None],
         overlap_of: Callable[[int], int] = lambda _: 0,
     ) -> Clock:
-        """A clock at the beginning of a run, by the setting ``local_steps``; the others are those of the class."""
+        """A clock at the beginning of a run; ``setting`` is the option ``local_steps``, the others are the class's."""
         if isinstance(setting, int):
             return cls(setting, overlap_of=overlap_of)
         clock = cls(setting.shortest, rule=setting, rate=rate, overlap_of=overlap_of)
@@ -142,7 +142,7 @@ class Clock:
         return clock
 
     def __post_init__(self) -> None:
-        """Check that there is what the rule needs."""
+        """Check that there is a learning rate if the rule needs one."""
         if self.rule is not None and self.rule.follows_rate and self.rate() is None:
             raise ValueError(
                 f"local_steps={self.rule} follows the learning rate, and no optimizer has one (a parameter group with "
@@ -176,12 +176,12 @@ class Clock:
 
     @property
     def agreed_steps(self) -> int:
-        """What all workers must have alike: the local steps of the next round if this one is complete, else of it."""
+        """The round length that all workers must agree on: of the next round if this one is complete, else of this."""
         return self._length_after(self.total_steps) if self.due else self.local_steps
 
     @property
     def rate_rose(self) -> bool:
-        """Whether this round is long by a learning rate that has risen since: it should have been shorter."""
+        """Whether the learning rate that made this round long has risen since: the round should have been shorter."""
         if self.rule is None or not self.rule.follows_rate or self.local_steps == self.rule.shortest:
             return False
         return (self.rate() or 0.0) > self._rate_at_first

@@ -1,6 +1,6 @@
-"""How many local steps a round has: a fixed number, or one that follows the learning rate or the step.
+"""Length of a round in local steps: fixed, or by a rule that follows the learning rate or the step.
 
-The length is decided when a round begins, from what all workers have alike. Standard library only.
+The length is decided when a round begins, from values that all workers share. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class QSR:
         base: local steps of the shortest round, at least 1.
         coefficient: above 0, in units of the learning rate: below ``coefficient / sqrt(base)`` rounds are longer than
             ``base``. The paper takes 0.0175 for AdamW at rates up to 0.008, with a base of 4.
-        warmup_steps: rounds that begin in the first so many local steps have ``base``. Set it where the learning rate
-            rises at first: while it is small, the rule would give rounds of many thousand steps.
+        warmup_steps: number of first local steps; rounds that begin in them have ``base``. Set it where the learning
+            rate rises at first: while it is small, the rule would give rounds of many thousand steps.
 
     Raises:
         ValueError: if a value is outside its limits.
@@ -60,7 +60,7 @@ class QSR:
         return max(self.base, math.floor(min(root * root, LONGEST)))
 
     def describe(self) -> str:
-        """In words, after "rounds of"."""
+        """The rule in words, after "rounds of"."""
         warmup = f"; {self.base} in the first {self.warmup_steps}" if self.warmup_steps else ""
         return f"({self.coefficient:g} / learning rate)² local steps, at least {self.base}{warmup}"
 
@@ -112,7 +112,7 @@ class PostLocal:
         return self.first if step < self.switch_step else self.then
 
     def describe(self) -> str:
-        """In words, after "rounds of"."""
+        """The rule in words, after "rounds of"."""
         return f"{self.first} local steps, and of {self.then} from step {self.switch_step} on"
 
     def unused(self, steps: int) -> str:
@@ -134,7 +134,7 @@ def shortest_round(rule: LocalStepsRule) -> int:
 
 
 def rounds_in(rule: int | PostLocal, first: int, steps: int) -> int:
-    """How many rounds a training has from ``first`` local steps on, where a round begins, to its last of ``steps``."""
+    """Number of rounds in a training of ``steps`` local steps from step ``first`` on, where a round begins."""
     rounds = 0
     if isinstance(rule, PostLocal):
         short = max(0, -(-(min(rule.switch_step, steps) - first) // rule.first))

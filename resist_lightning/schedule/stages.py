@@ -1,6 +1,6 @@
-"""Which share of its parts each worker holds at least in each round of a run that grows, or ends whole.
+"""Least share of the parts that each worker holds, by round, in a run that grows or ends whole.
 
-Pure functions of the settings and of where the last round is. Standard library only.
+Pure functions of the settings and the number of the last round. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Stages:
     """Least shares of the parts, by round.
 
     Args:
-        shares: of a run that grows, the least share from a round on, until the next entry.
+        shares: for a run that grows, the least share from a round on, until the next entry.
         finish_from: the round from which every worker holds everything; None if none is known.
     """
 
@@ -64,7 +64,7 @@ def plan_stages(
         growth: the shares, each for equally many rounds; empty if the run does not grow.
         finish_rounds: last rounds with everything on all workers.
         rule: lengths of rounds.
-        clock: where the run is, at the beginning of a round or in it.
+        clock: the position in the run, at the beginning of a round or in it.
         total_steps: local steps from the run's beginning to its end; None if that is not known.
         by: the setting that needs to know the end, in words, for the error.
         first: the round in which growth begins, after a warm-up.
@@ -81,7 +81,7 @@ def plan_stages(
     last = clock.round + left - finish_rounds
     shares = []
     for number, share in enumerate(growth):
-        # Of equally many rounds, between the warm-up and the finish.
+        # Stages of equally many rounds, between the warm-up and the finish.
         begins = first + number * max(0, last - first) // len(growth)
         shares.append((begins, share))
     return Stages(tuple(shares), last if finish_rounds else None)
@@ -93,8 +93,8 @@ def never_divided(warmup_rounds: int, finish_from: int | None, rounds: int, part
     Args:
         warmup_rounds: first rounds in which every worker holds everything.
         finish_from: the round from which every worker holds everything; None if there is none.
-        rounds: of the training.
-        parts: what a method divides, in the plural.
+        rounds: number of rounds of the training.
+        parts: name of a method's parts, in the plural.
     """
     finished = finish_from is not None and finish_from <= warmup_rounds
     if not finished and rounds > warmup_rounds:
@@ -107,5 +107,5 @@ def never_divided(warmup_rounds: int, finish_from: int | None, rounds: int, part
 
 
 def parts_of(share: float, parts: int) -> int:
-    """A share of some parts, at least one; 0.1 of ten parts is one, whatever the last bit of 0.1 is."""
+    """Number of parts in a share, at least one; 0.1 of ten parts is one, whatever the last bit of 0.1 is."""
     return max(min(1, parts), math.ceil(share * parts - 1e-9))

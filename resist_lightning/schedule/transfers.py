@@ -10,7 +10,7 @@ from resist_lightning.schedule.partition import Partition
 
 
 class Transfer(NamedTuple):
-    """One block on its way from one worker to another."""
+    """The transfer of a block from one worker to another."""
 
     source: int
     target: int
@@ -19,7 +19,7 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """What happens to the blocks between two rounds, in this order.
+    """The merges and hand-overs of the blocks between two rounds, in this order.
 
     ::
 
@@ -34,7 +34,7 @@ class SyncPlan:
         owner: for every other block, the worker that has its value after the merge.
         merge: transfers of the values that the owner averages with its own.
         hand_over: transfers of the final values to the holders of the next round.
-        left_out: workers whose values no mean has in it.
+        left_out: workers whose values enter no mean.
         fragment: the fragment that the sync covers (``schedule/fragments.py``); None: the whole network.
     """
 
@@ -59,7 +59,7 @@ def plan_sync(
         before: the partition of the round that ends.
         after: the partition of the next round.
         left_out: workers that do not count as holders of blocks that others hold too.
-        all_reduce: whether what all workers hold before and after is averaged; else it has an owner as all the others.
+        all_reduce: whether blocks that all workers hold before and after are averaged; else they have owners as well.
 
     Returns:
         The plan, the same on every worker.
@@ -82,7 +82,7 @@ def plan_sync(
         old, new = before.holders(block), after.holders(block)
         if not old or not new:
             raise ValueError(f"block {block} has no holder {'after' if old else 'before'} the sync: it would be lost.")
-        # What all hold before and after is cheaper in the all-reduce than collected at one owner.
+        # A block that all hold before and after is cheaper in the all-reduce than collected at one owner.
         if all_reduce and len(old) == len(new) == before.workers > 1:
             averaged.append(block)
             continue
@@ -95,7 +95,7 @@ def plan_sync(
 
 
 def plan_outer(sync: SyncPlan, following: SyncPlan, workers: int) -> tuple[Transfer, ...]:
-    """Plan how the velocities of an outer optimizer travel: from the owner of a block to who will own it next.
+    """Plan how the velocities of an outer optimizer travel: from the owner of a block to its next owner.
 
     The owner takes the outer step, as it has the mean; all workers do where the block is averaged. So a velocity goes
     to one of the next holders only, beside the block itself.
@@ -113,7 +113,7 @@ def plan_outer(sync: SyncPlan, following: SyncPlan, workers: int) -> tuple[Trans
 
 
 def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> int:
-    """Of the last holders, preferably those that stay, the one that owns the fewest blocks so far."""
+    """The last holder, preferably one that stays, that owns the fewest blocks so far."""
     if len(old) == 1:
         return old[0]
     # An owner that stays saves a transfer; owners send to all next holders, so their work is spread.
@@ -122,14 +122,14 @@ def _owner(old: tuple[int, ...], new: tuple[int, ...], owned: Counter[int]) -> i
 
 
 def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
-    """The partition in which workers that are left out hold only what nobody else does."""
+    """The partition in which workers that are left out hold only blocks that nobody else holds."""
     held_by_others: set[int] = set()
     for worker, blocks in enumerate(partition.held):
         if worker not in left_out:
             held_by_others.update(blocks)
     held = list(partition.held)
     for worker in left_out:
-        # What only this worker has must not be lost, whatever it is worth.
+        # A block that only this worker has must not be lost, whatever its values are worth.
         held[worker] = tuple(block for block in held[worker] if block not in held_by_others)
     return replace(partition, held=tuple(held))
 
@@ -137,12 +137,12 @@ def _without(partition: Partition, left_out: tuple[int, ...]) -> Partition:
 def plan_assembly(sync: SyncPlan, worker: int, workers: int, *, unequal: bool = True) -> SyncPlan:
     """Plan one worker's part in assembling the full model on every worker, as if the round ended here.
 
-    Averages and merges as ``sync`` would, at the same owners, so that what is seen equals what the sync would make of
-    it, bit for bit.
+    Averages and merges as ``sync`` would, at the same owners, so that the full model equals the result of the sync,
+    bit for bit.
 
     Args:
         sync: the plan of the sync that would come next.
-        worker: whose part; all parts together have (workers - 1) transfers of every block, too many to be made here.
+        worker: the worker; all parts together have (workers - 1) transfers of every block, too many to be made here.
         workers: number of workers.
         unequal: whether the holders of a block may have different values; else they need none from its owner.
     """
@@ -170,8 +170,8 @@ def plan_collection(sync: SyncPlan, *, unequal: bool) -> dict[int, tuple[int, ..
         unequal: whether the holders of a block may have different values.
 
     Returns:
-        For each block that is not averaged with the shared layers, the workers of whose values worker 0 takes the mean:
-        the owner, then the others. None where worker 0 holds what it needs; worker 0 itself may be among them.
+        For each block that is not averaged with the shared layers, the workers whose values worker 0 averages: the
+        owner, then the others; worker 0 itself may be among them. Empty where worker 0 holds the value already.
     """
     holders = {block: [root] for block, root in sync.owner.items()}
     for source, _, block in sync.merge:

@@ -1,1 +1,1 @@
-"""What a worker has, as tensors; sends nothing."""
+"""A worker's tensors, optimizer state, batch norm and random state; sends nothing."""

@@ -2,7 +2,7 @@
 
 The meta device alone is not enough, since reading from it is no error for torch: ``ema.add_(p)`` adds nothing, and
 ``linear(x, p)`` returns uninitialised memory. So an absent tensor is of a subclass whose operations all end in
-``__torch_dispatch__``, by whatever way they are called. Reading shape, data type, gradient or hooks is no operation.
+``__torch_dispatch__``, however they are called. Reading shape, data type, gradient or hooks is no operation.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NEW_MODULE = "Load a checkpoint into a new module."
 
 @dataclass
 class Absence:
-    """Why some tensors have no values; one object serves all tensors of a part, and may be changed.
+    """The reason why tensors have no values; one object serves all tensors of a part, and may be changed.
 
     Attributes:
         reason: a clause of the error message.
-        way_out: its last sentence, the remedy.
+        way_out: the remedy, the last sentence of the message.
     """
 
     reason: str = "another worker holds it in this round"

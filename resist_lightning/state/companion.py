@@ -1,4 +1,4 @@
-"""A copy of the module that the user's code keeps beside it, such as a moving average of its weights."""
+"""A copy of the module that the user's code keeps beside it, such as a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Companion:
         self._copies = named_tensors(copy)
         self._recurrent = [child for child in copy.modules() if isinstance(child, nn.RNNBase)]
         for rnn in self._recurrent:
-            # Weak references, with which torch frees no memory.
+            # Weak references to them keep torch from freeing memory.
             rnn._flat_weight_refs = [None] * len(rnn._flat_weights_names)
-        # One for each tensor, so that blocks come and go by themselves.
+        # One for each tensor, so that each block can be freed and allocated alone.
         self._memory: dict[str, Memory] = {}
         for name, tensor in self._copies.items():
             self._memory[name] = Memory({f"the average of {name}": tensor}, {})
@@ -48,11 +48,11 @@ class Companion:
         return [self._copies[name] for name in names]
 
     def bytes(self, names: Iterable[str]) -> int:
-        """Bytes of what :meth:`tensors` gives."""
+        """Bytes of :meth:`tensors`."""
         return packed_bytes(self.tensors(names))
 
     def present(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The module's and the copy's tensor for everything that this worker holds, by name."""
+        """By name, the module's and the copy's tensor, for each tensor that this worker holds."""
         pairs = {}
         for name, own in named_tensors(self._module).items():
             copy = self._copies[name]
@@ -100,7 +100,7 @@ class Companion:
             copy.data.copy_(own.data)
 
     def keep(self, written: Collection[str]) -> None:
-        """Keep, in the copy and in the hidden weights, what the user's code has written while the copy was shown."""
+        """Keep, in the copy and in the hidden weights, tensors that user code has written while the copy was shown."""
         if not self.shown:
             return
         for name, (own, copy) in self.present().items():
@@ -124,7 +124,7 @@ class Companion:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state` returned, when the module holds the same parts again."""
+        """Load a :meth:`state`, when the module holds the same parts again."""
         with torch.no_grad():
             for name, (_, copy) in self.present().items():
                 copy.copy_(state[name])

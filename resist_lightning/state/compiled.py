@@ -1,4 +1,4 @@
-"""Finds code that torch.compile has made, and leaves it out where a module's own code must run."""
+"""Finds code that torch.compile has made, and bypasses it where a module's own code must run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _ORIGINAL = "_orig_mod"  # torch.compile keeps the module that it wraps here
 
 
 class CompiledCall:
-    """The code that ``module.compile()`` has made: it runs unless somebody holds it back.
+    """The code that ``module.compile()`` has made: it runs unless it is held back.
 
-    Compiled code knows the hooks and the forward of the time when it was compiled. Where they change, torch compiles
-    again, and after eight times it never does for any module.
+    Compiled code has the hooks and the forward of its compilation. Where they change, torch compiles again, and after
+    eight times it compiles no module any more.
 
     Args:
-        module: compiled in place or not.
+        module: the module, compiled in place or not.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -61,12 +61,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces. ``torch.compiler.is_exporting`` says so in all code that torch 2.10 compiles."""
+    """Whether torch.export traces. ``torch.compiler.is_exporting`` is true in all code that torch 2.10 compiles."""
     return torch.compiler._is_exporting_flag
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, what is compiled in a module, or around it, runs uncompiled."""
+    """Inside, compiled code in a module, or around it, runs uncompiled."""
     # Only where it is needed: the stance is one for all threads.
     if any(map(is_compiled, module.modules())):
         stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

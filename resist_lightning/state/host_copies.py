@@ -1,4 +1,4 @@
-"""Copies of inputs that are kept: those of a GPU lie in memory of the host."""
+"""Copies of inputs that are kept; those of GPU tensors are in host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def copied(values: Any) -> Any:
 
 
 def recorded(values: Any) -> Any:
-    """As :func:`copied`, with what lies on a GPU on the host."""
+    """Like :func:`copied`, with the copies of GPU tensors in host memory."""
     copies = copied(values)
     return tree_map(lambda value: _OnHost(value) if isinstance(value, Tensor) and value.is_cuda else value, copies)
 
@@ -39,7 +39,7 @@ def moved(values: Any, device: torch.device) -> Any:
 
 
 class _OnHost:
-    """A GPU's tensor in memory of the host, copied there while the GPU goes on computing."""
+    """A GPU tensor in host memory, copied there while the GPU goes on computing."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._device = tensor.device

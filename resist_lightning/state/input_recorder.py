@@ -27,7 +27,7 @@ class InputRecorder:
 
     Args:
         module: the user's module.
-        calls: number of calls to record; each keeps its batch in memory, of the host.
+        calls: number of calls to record; each keeps its batch in host memory.
 
     Attributes:
         calls: the recorded calls, oldest first.
@@ -41,12 +41,12 @@ class InputRecorder:
         self.missed = False
         self._module = module
         self._norms = norms_with_statistics(module)
-        self._outermost: object = None  # whose forward runs now
+        self._outermost: object = None  # the module whose forward runs now
         self._handles: list[RemovableHandle] = []
         self._outside: list[_Outside] = []
         for name in _containers(self._norms):
             watched = module.get_submodule(name)
-            # First, so that it sees what the user's code gave; and last even after an error, so that none stays open.
+            # First, so that it sees the user's own arguments; and last even after an error, so that none stays open.
             enter = watched.register_forward_pre_hook(_OnlyHere(self._enter), prepend=True, with_kwargs=True)
             leave = watched.register_forward_hook(_OnlyHere(self._leave), always_call=True)
             self._handles += [enter, leave]
@@ -61,7 +61,7 @@ class InputRecorder:
         return {"calls": on_cpu, "still": sorted(self.still)} if _plain(on_cpu) else None
 
     def load_state_dict(self, own: dict[str, Any], device: torch.device) -> None:
-        """Load what :meth:`state_dict` returned."""
+        """Load a :meth:`state_dict`."""
         for name, args, kwargs in moved(own["calls"], device):
             self.calls.append((self._module.get_submodule(name), recorded(tuple(args)), recorded(kwargs)))
         self.still = frozenset(own["still"])
@@ -75,16 +75,16 @@ class InputRecorder:
         self.calls.clear()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # First of all, as torch.compile cannot trace what follows, and blocks inside are compiled one by one.
+        # First of all, as torch.compile cannot trace the code below, and blocks inside are compiled one by one.
         if self._outermost is None:
             self.open(module, args, kwargs)
 
     @torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool = False) -> None:
-        """Called before a forward that is in no other.
+        """Called before a forward that is not inside another one.
 
         Args:
-            module: what is called.
+            module: the module that is called.
             args: its arguments by position.
             kwargs: its arguments by name.
             compiled: whether the module's own hooks are in compiled code, so that :meth:`close` will be called.
@@ -120,8 +120,8 @@ class _Outside:
     """Calls the compiled code of a module, and records its inputs outside of it: recording would break the graph.
 
     Args:
-        recorder: what records.
-        module: compiled in place.
+        recorder: the recorder of its inputs.
+        module: the module, compiled in place.
     """
 
     def __init__(self, recorder: InputRecorder, module: nn.Module) -> None:
@@ -173,7 +173,7 @@ def _plain(values: Any) -> bool:
 
 
 def _containers(names: Iterable[str]) -> set[str]:
-    """Names of all modules that contain one of these, and of the whole."""
+    """Names of all modules that contain one of these, and of the root."""
     found = {""}
     for name in names:
         parts = name.split(".")

@@ -20,9 +20,9 @@ class Memory:
     """Frees and restores the memory of tensors; the Python objects, which optimizers and user code refer to, stay.
 
     Args:
-        tensors: by name; all present, or on the meta device, as in a module that was built without memory.
+        tensors: the tensors by name; all present, or on the meta device, as in a module that was built without memory.
         modules: by name, the modules that own them.
-        device: of those without memory, once they get some; None if they stay on the meta device.
+        device: device for those without memory, once they get some; None if they stay on the meta device.
 
     Attributes:
         absence: the reason in errors for reading a value while the memory is free.

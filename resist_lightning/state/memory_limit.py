@@ -1,4 +1,4 @@
-"""Finds how much memory this process may have, and whether what it trains with fits: weights, gradients, state."""
+"""Finds the memory limit of this process, and whether weights, gradients and optimizer state fit in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from resist_lightning.state.optimizer_state import OptimizerStates
 
-_UNLIMITED = 1 << 60  # control groups of version 1 say a number near 2**63
+_UNLIMITED = 1 << 60  # control groups of version 1 report a number near 2**63
 
 
 class Limit(NamedTuple):
@@ -31,7 +31,7 @@ class Needed(NamedTuple):
 
 
 def shortage(needed: Needed, limit: Limit, remedy: str) -> str:
-    """What to tell a user whose worker cannot train within a limit; empty where it may."""
+    """Error text for a worker that cannot train within a limit; empty if it may."""
     missing = sum(needed) - limit.bytes
     if missing <= 0:
         return ""
@@ -44,11 +44,11 @@ def shortage(needed: Needed, limit: Limit, remedy: str) -> str:
 
 
 def needed_to_train(module: nn.Module, states: OptimizerStates, *, gradients: bool) -> Needed:
-    """What the present parameters of a module need in a step.
+    """Memory that the present parameters of a module need in a step.
 
     Args:
         module: the user's; absent parameters are on the meta device.
-        states: of its optimizers.
+        states: state of its optimizers.
         gradients: whether all gradients are there at the same time, as where Lightning calls the optimizer.
     """
     present = [parameter for parameter in module.parameters() if not parameter.is_meta]
@@ -97,7 +97,7 @@ def _of_groups(mine: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
 
 
 def _text(path: Path) -> str:
-    """The content of a file of the kernel's; empty where there is none."""
+    """The content of a kernel file; empty where there is none."""
     try:
         return path.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Finds out what state an optimizer keeps, and where, by trial steps of a twin on small parameters."""
+"""Finds the state that an optimizer keeps, by trial steps of a twin on small parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Kind: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of a parameter's optimizer state, e.g. ``exp_avg``.
+    """An entry of a parameter's optimizer state, e.g. ``exp_avg``.
 
     Args:
         shaped: whether it has the shape of its parameter; else it is one number.
-        dtype: of the tensor that it is, or travels as.
+        dtype: data type of the tensor that it is, or travels as.
         device: where a tensor of one number lives.
         number: the type of a Python number; None for a tensor.
         copies_weights: whether it follows the weights themselves, so that it cannot begin with zeros.
@@ -52,15 +52,15 @@ class Slot:
 
 @dataclass
 class Findings:
-    """What one optimizer keeps, as trial steps have shown.
+    """State of one optimizer, as found by trial steps.
 
     Attributes:
         slots: for each kind of parameter, the slots of its state by name.
         odd: names of state that has another shape than its parameter, or is neither a tensor nor a number.
         group: names of the values in parameter groups that steps change.
         attributes: names of the optimizer's own numbers that steps change.
-        estimates: those of the last two that depend on the gradients.
-        unknown: why no trial succeeded; empty if one did.
+        estimates: names from ``group`` and ``attributes`` whose values depend on the gradients.
+        unknown: the error of the trial steps; empty if they succeeded.
     """
 
     slots: dict[Kind, dict[str, Slot]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Findings:
 
 
 def probe(optimizer: Optimizer) -> list[Findings]:
-    """What an optimizer, and each one inside of it, keeps. Changes neither it nor its parameters nor a generator.
+    """Findings on an optimizer and each inner one. Changes neither it nor its parameters nor a random generator.
 
     Raises:
         ValueError: for an optimizer that cannot work with absent parameters, or that talks to other workers.
@@ -88,7 +88,7 @@ def probe(optimizer: Optimizer) -> list[Findings]:
     try:
         with random_numbers_apart(), torch.compiler.set_stance("force_eager"):
             trial = take_trial_steps(optimizer)
-            # What differs in these depends on the gradients, or copies the weights.
+            # State that differs in these depends on the gradients, or copies the weights.
             other_gradient = take_trial_steps(optimizer, gradient=-2.0)
             other_weight = take_trial_steps(optimizer, weight=1000.0)
     except Exception as error:
@@ -107,7 +107,7 @@ def probe(optimizer: Optimizer) -> list[Findings]:
 
 
 def _compare(trial: Trial, gradient: Trial, weight: Trial, place: int) -> Findings:
-    """What the steps of three trials have made and changed, in the optimizer at this place."""
+    """Findings on the optimizer at ``place``, from the steps of three trials."""
     found = Findings()
     _find_slots(found, trial.optimizers[place], weight.optimizers[place])
     _find_numbers(found, trial.before[place], trial.after[place], gradient.after[place])
@@ -115,7 +115,7 @@ def _compare(trial: Trial, gradient: Trial, weight: Trial, place: int) -> Findin
 
 
 def _find_slots(found: Findings, twin: Optimizer, shifted: Optimizer) -> None:
-    """What state a twin keeps; ``shifted`` took the same steps with larger weights."""
+    """Find the slots of a twin's state; ``shifted`` took the same steps with larger weights."""
     for number, group in enumerate(twin.param_groups):
         others = shifted.param_groups[number]["params"]
         for small, other in zip(group["params"], others, strict=True):
@@ -132,7 +132,7 @@ def _find_slots(found: Findings, twin: Optimizer, shifted: Optimizer) -> None:
 
 
 def _find_numbers(found: Findings, before: Numbers, after: Numbers, otherwise: Numbers) -> None:
-    """Which numbers outside of the state steps change; ``otherwise`` are those after steps with other gradients."""
+    """Find the numbers outside of the state that steps change; ``otherwise``: after steps with other gradients."""
     changed: list[str] = []
     for old, new, other in zip(before, after, otherwise, strict=True):
         names = [name for name, value in new.items() if name not in old or not _same(old[name], value)]

@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str, tuple, type(None))  # print the same on all wor
 
 
 class OptimizerStates:
-    """The state of all optimizers of a worker, and of those that they have inside.
+    """The state of all optimizers of a worker, and of their inner optimizers.
 
     Args:
         optimizers: the user's optimizers, built on the full model.
@@ -37,12 +37,12 @@ class OptimizerStates:
         for optimizer in optimizers:
             for each, findings in zip(with_inner(optimizer), probe(optimizer), strict=True):
                 self._tracked.append(TrackedOptimizer(each, findings))
-        # Python numbers that are on their way, by optimizer, parameter and name.
+        # Python numbers in transit, by optimizer, parameter and name.
         self._numbers: dict[tuple[int, int, str], StateNumber] = {}
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """All of them, including those inside others."""
+        """All optimizers, inner ones included."""
         return [tracked.optimizer for tracked in self._tracked]
 
     def rate(self) -> float:
@@ -134,7 +134,7 @@ class OptimizerStates:
             tracked.reset_numbers()
 
     def reset_stateless(self) -> None:
-        """Of optimizers without state, reset the numbers in groups and attributes that belonged to it."""
+        """For optimizers without state, reset the numbers in groups and attributes that belonged to it."""
         for tracked in self._tracked:
             if not tracked.optimizer.state:
                 tracked.reset_numbers()
@@ -156,7 +156,7 @@ class OptimizerStates:
         return [tracked.state_dict() for tracked in self._tracked]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Load what :meth:`state_dict` returned, bit for bit."""
+        """Load a :meth:`state_dict`, bit for bit."""
         for tracked, state in zip(self._tracked, states, strict=True):
             tracked.load_state_dict(state)
 
@@ -175,7 +175,7 @@ class OptimizerStates:
         """
         found: list[Tensor] = []
         for parameter, tracked, slots in self._slots_of(parameters):
-            # Of an absent one only shapes and data types are asked: its state has been dropped.
+            # Only shapes and data types are needed for an absent parameter: its state has been dropped.
             if parameter.is_meta:
                 found += [slot.empty(parameter, torch.device("meta")) for slot in slots.values()]
                 continue

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 STEPS = 3
 """Steps of a trial; some optimizers make a part of their state in the second step."""
 
-# Shapes of small parameters by dimension. Long sides, as some optimizers keep less of matrices with short ones.
+# Shapes of small parameters by dimension. Long sides, as some optimizers keep less for matrices with short ones.
 _SIDES = ((), (36,), (36, 48))
 _MORE_SIDES = (5, 4, 3, 2)
 _SCHEDULED = ("params", "lr", "initial_lr")  # values of a group that schedules change, not steps
@@ -24,7 +24,7 @@ Numbers: TypeAlias = list[dict[str, Any]]
 
 
 def with_inner(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer, and those that it has inside, as Lookahead and SAM do."""
+    """An optimizer and its inner ones, as Lookahead and SAM have."""
     found = [optimizer]
     for value in vars(optimizer).values():
         for inner in items_of(value):
@@ -43,7 +43,7 @@ class Trial:
     def __init__(self, optimizer: Optimizer, gradient: float, weight: float) -> None:
         self._gradient = gradient
         self._weight = weight
-        # As `copy.deepcopy` has it: by the identity of an object, its copy.
+        # As for `copy.deepcopy`: by the identity of an object, its copy.
         memo: dict[int, Any] = {}
         real = with_inner(optimizer)
         # First all groups and empty twins, as the attributes that are copied last refer to them.
@@ -163,7 +163,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _numbers(optimizer: Optimizer) -> Numbers:
-    """Copies of what steps may change besides state: the values of each group, and last the optimizer's own numbers."""
+    """Copies of values that steps may change besides state: those of each group, and last the optimizer's numbers."""
     found: Numbers = []
     for group in optimizer.param_groups:
         names = [name for name in group if name not in _SCHEDULED]

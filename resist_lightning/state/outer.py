@@ -1,4 +1,4 @@
-"""The outer optimizer: SGD with Nesterov momentum on what a round has changed (DiLoCo, arXiv 2311.08105)."""
+"""The outer optimizer: SGD with Nesterov momentum on the change of a round (DiLoCo, arXiv 2311.08105)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resist_lightning.comm.tensors import is_continuous
 
 
 class OuterState(TypedDict):
-    """An outer optimizer in a checkpoint, by name of the parameter: which step next, from which values, velocities."""
+    """An outer optimizer in a checkpoint, by name: parameters that step next, their start values, velocities."""
 
     steps: list[str]
     start: dict[str, Tensor]
@@ -43,8 +43,8 @@ class OuterOptimizer:
         velocity  = momentum * velocity + change
         parameter = mean - ((rate - 1) * change + rate * momentum * velocity)
 
-    The last line is SGD's step from where the round began, written so that with rate 1 and without momentum it is the
-    mean, bit for bit. All who hold equal values compute equal ones, so nothing needs to be sent.
+    The last line is SGD's step from the start of the round, written so that with rate 1 and without momentum it is the
+    mean, bit for bit. Workers with equal values compute equal ones, so nothing needs to be sent.
 
     Args:
         rate: learning rate, above 0.
@@ -59,16 +59,16 @@ class OuterOptimizer:
         self._velocity: dict[int, Tensor] = {}
 
     def forget_start(self, kept: Collection[int] = ()) -> None:
-        """Free what :meth:`begin_round` has copied, except for these tensors, by identity."""
+        """Free the copies of :meth:`begin_round`, except for these tensors, by identity."""
         self._start = {key: start for key, start in self._start.items() if key in kept}
 
     def begin_round(self, tensors: Iterable[Tensor], copies: Mapping[int, Tensor], kept: Collection[int] = ()) -> None:
-        """Note what some tensors are when a round begins, for their next step; forget the velocity of all others.
+        """Note the values of tensors when a round begins, for their next step; forget the velocity of all others.
 
         Args:
-            tensors: all with which this worker will take a step at the next sync that covers them.
-            copies: by identity, copies of tensors that somebody else keeps in this round: they need no second one.
-            kept: by identity, tensors that the last sync did not cover: what is kept of them stays.
+            tensors: all tensors with which this worker will take a step at the next sync that covers them.
+            copies: by identity, copies of tensors that are kept elsewhere in this round: they need no second one.
+            kept: by identity, tensors that the last sync did not cover: their start and velocity stay.
         """
         self.forget_start(kept)
         start = self._start
@@ -84,7 +84,7 @@ class OuterOptimizer:
         """Take a step with the tensors that :meth:`begin_round` noted. Sends nothing.
 
         Args:
-            tensors: of the module.
+            tensors: tensors of the module.
             means: their means, which take the step; None where the tensors are their means now.
         """
         tensors = list(tensors)
@@ -119,10 +119,10 @@ class OuterOptimizer:
         return [self.velocity(tensor) for tensor in tensors if has_outer_step(tensor)]
 
     def state_dict(self, tensors: Mapping[str, Tensor], elsewhere: Collection[str], *, in_training: bool) -> OuterState:
-        """What :meth:`load_state_dict` needs, on the CPU.
+        """State for :meth:`load_state_dict`, on the CPU.
 
         Args:
-            tensors: of the module, by name.
+            tensors: tensors of the module, by name.
             elsewhere: names of the tensors whose values at the beginning of the round are saved elsewhere.
             in_training: whether the tensors have their values in training now.
         """
@@ -147,9 +147,9 @@ class OuterOptimizer:
 
         Args:
             state: from :meth:`state_dict`.
-            tensors: of the module, by name, with their values in training.
+            tensors: tensors of the module, by name, with their values in training.
             copies: as for :meth:`begin_round`.
-            device: of velocities.
+            device: device of the velocities.
         """
         self._start = {}
         for name in state["steps"]:

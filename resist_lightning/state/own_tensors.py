@@ -1,4 +1,4 @@
-"""Keeps this worker's own tensors while its module is the full model, and notices which the user's code writes then."""
+"""Keeps this worker's own tensors while its module is the full model, and detects writes by the user's code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resist_lightning.comm.tensors import named_tensors, same
 
 @dataclass(frozen=True)
 class _Before:
-    """What a tensor was before the user's code ran: the object, its count of writes, and a copy where that may lie."""
+    """A tensor before the user's code ran: the object, its version, and a copy where the version may miss writes."""
 
     tensor: Tensor
     version: int
@@ -21,7 +21,7 @@ class _Before:
 
 
 class OwnTensors:
-    """Copies of a worker's tensors, to put back bit for bit; what the user's code has written meanwhile stays.
+    """Copies of a worker's tensors, to put back bit for bit; tensors that user code writes meanwhile stay as written.
 
     Attributes:
         swapped: whether parameters were exchanged between :meth:`note` and the last :meth:`keep`.
@@ -35,7 +35,7 @@ class OwnTensors:
         self._watched: dict[str, _Before] = {}
 
     def note(self, tensors: Iterable[Tensor]) -> None:
-        """Copy tensors before anybody has prepared them for an evaluation, as callbacks for moving averages do."""
+        """Copy tensors before user code can prepare them for an evaluation, as callbacks for moving averages do."""
         self._noted = {id(tensor): tensor.detach().clone() for tensor in tensors}
 
     def swapped_since_note(self, tensors: Iterable[Tensor]) -> bool:
@@ -62,11 +62,11 @@ class OwnTensors:
             self._copies.append((tensor, copy))
 
     def storages(self) -> set[int]:
-        """Where the tensors lie that :meth:`restore` will write."""
+        """Storage addresses of the tensors that :meth:`restore` will write."""
         return {tensor.untyped_storage().data_ptr() for tensor, _ in self._copies}
 
     def watch(self, ours: Collection[str]) -> None:
-        """From now on notice writes to buffers and frozen parameters, but for those that are named."""
+        """Begin to detect writes to buffers and frozen parameters, except those named in ``ours``."""
         # A slice has become a whole tensor: it is ours too.
         shapes = {id(tensor): copy.shape for tensor, copy in self._copies}
         self._watched = {}
@@ -97,14 +97,14 @@ class OwnTensors:
         return present
 
     def as_in_training(self) -> dict[int, Tensor]:
-        """What this worker's tensors will be after :meth:`restore`, by the identity of the module's tensors."""
+        """This worker's tensors as they will be after :meth:`restore`, by the identity of the module's tensors."""
         tensors = {id(tensor): copy for tensor, copy in self._copies}
         for tensor in self.written().values():
             tensors[id(tensor)] = tensor
         return tensors
 
     def stop_watching(self) -> Collection[str]:
-        """Decide that what is written now stays, and return the names of it."""
+        """Keep the tensors written so far as they are, and return their names."""
         written = self.written()
         kept = set(map(id, written.values()))
         self._copies = [(tensor, copy) for tensor, copy in self._copies if id(tensor) not in kept]

@@ -1,4 +1,4 @@
-"""Finds what still refers to a tensor, for the error that a block cannot be handed over."""
+"""Finds references to a tensor, for the error that a block cannot be handed over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORGETS = "invalidate_compile_context_weakrefs"  # torch 2.10 has no such setti
 
 
 def who_holds(tensor: Tensor) -> str:
-    """A sentence that names what uses a tensor's memory, with the remedy."""
+    """A sentence that names the users of a tensor's memory, with the remedy."""
     weak = weakref.getweakrefs(tensor)
     if any(isinstance(reference, WeakIdRef) for reference in weak):
         return f"what torch.compile has noted about it has a weak reference to it. {_remedy_for_compiled()}"
@@ -44,7 +44,7 @@ def _users(tensor: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """All tensors of the process that are views of a tensor, and those whose autograd graph ends in it."""
     views, graphs = [], []
     for other in gc.get_objects():
-        # Not isinstance, which asks proxies of strangers for their class and runs their code.
+        # Not isinstance, which asks third-party proxies for their class and runs their code.
         if not issubclass(type(other), Tensor) or other is tensor:
             continue
         if other._base is tensor:
@@ -95,7 +95,7 @@ def _names(attributes: Mapping[str, object], reached: set[int]) -> list[str]:
 
 
 def _remedy_for_compiled() -> str:
-    import torch._dynamo  # a heavy module, which is there where something was compiled
+    import torch._dynamo  # a heavy module, which is loaded already if anything was compiled
 
     if hasattr(torch._dynamo.config, _FORGETS):
         return (

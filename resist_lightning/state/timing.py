@@ -14,10 +14,10 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 class DeviceClock:
-    """Marks moments in the work of a device. A GPU's marks are put into its queue, and read when it has come to them.
+    """Marks moments in the work of a device. A GPU's marks go into its queue, and are read when it has reached them.
 
     Args:
-        device: whose work is timed.
+        device: the device that is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class DeviceClock:
         return self._event()
 
     def between(self, start: Mark, end: Mark) -> float:
-        """Seconds between two marks; waits until the device has come to the second."""
+        """Seconds between two marks; waits until the device has reached the second."""
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
             milliseconds: float = start.elapsed_time(end)
@@ -45,7 +45,7 @@ class DeviceClock:
     def read(self, mark: Mark) -> float:
         """Seconds of a mark on the clock of :func:`time.perf_counter`, which all processes of a host share.
 
-        On a GPU a clock that has run for an hour is right to a fraction of a millisecond only: make a new one before.
+        On a GPU a clock that has run for an hour is exact to a fraction of a millisecond only: make a new one before.
         """
         if isinstance(mark, float):
             return mark
@@ -63,7 +63,7 @@ class Seconds:
     """Adds up the time that a worker spends outside local steps.
 
     Args:
-        device: whose time counts.
+        device: the device whose time counts.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,7 +90,7 @@ class Seconds:
     @contextmanager
     def timed(self, what: Literal["sync", "observe"]) -> Iterator[None]:
         """Add the time inside to ``what``."""
-        self._read()  # those before, which have ended long ago
+        self._read()  # earlier spans, which have ended long ago
         start = self._clock.mark()
         yield
         self._unread.append((what, start, self._clock.mark()))

@@ -1,4 +1,4 @@
-"""One optimizer with all its state, which can be reset, saved and loaded exactly."""
+"""An optimizer with all its state, which can be reset, saved and loaded exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrackedOptimizer:
     def __init__(self, optimizer: Optimizer, findings: Findings) -> None:
         self.optimizer = optimizer
         self.findings = findings
-        # What steps change, as it was before the first one.
+        # The numbers that steps change, as before the first step.
         self._first_groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             first = {name: self._first(group, name) for name in findings.group}
@@ -48,14 +48,14 @@ class TrackedOptimizer:
         found = self.findings.slots
         if (group, dim) in found:
             return found[group, dim]
-        # The group was added since: its parameters are taken to have what others of that shape have.
+        # The group was added since: its parameters are taken to have the slots of others with as many dimensions.
         for (_, other_dim), slots in found.items():
             if other_dim == dim:
                 return slots
         return {}
 
     def check_shown(self, parameter: nn.Parameter, state: dict[str, Any], slots: dict[str, Slot]) -> None:
-        """Check that the state of a present parameter is what a trial step has shown.
+        """Check that the state of a present parameter matches the findings of a trial step.
 
         Raises:
             ValueError: if there is more of it, or it has another shape.
@@ -63,7 +63,7 @@ class TrackedOptimizer:
         more = [name for name, value in state.items() if value is not None and name not in slots]
         odd: list[str] = []
         for name, slot in slots.items():
-            # What has no shape is missing, as before the first step, or None.
+            # State without a shape is missing, as before the first step, or None.
             shape = getattr(state.get(name), "shape", parameter.shape)
             if slot.shaped and shape != parameter.shape:
                 odd.append(name)
@@ -75,11 +75,11 @@ class TrackedOptimizer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's ``state_dict``, but of this optimizer alone: others around it may show the same state."""
+        """Like torch's ``state_dict``, but of this optimizer alone: others around it may show the same state."""
         index: dict[int, int] = {}
         groups = []
         for group in self.optimizer.param_groups:
-            # By place, as a file knows no objects; a parameter in two groups has one.
+            # By position, as a file has no object identities; a parameter in two groups has one.
             places = [index.setdefault(id(parameter), len(index)) for parameter in group["params"]]
             groups.append({**group, "params": places})
         # State of the whole optimizer stands under a name.

@@ -1,4 +1,4 @@
-"""Modules whose parameters have a shape and no memory: built so by a worker that is sent what it will hold."""
+"""Modules whose parameters have a shape and no memory: built so by workers that will be sent their parts."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def initialise(module: nn.Module, device: torch.device) -> None:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load the state dict of an optimizer whose parameters may have no memory: what belongs to them has all the same.
+    """Load the state dict of an optimizer whose parameters may have no memory: their state has memory all the same.
 
-    ``Optimizer.load_state_dict`` would cast it to the device of its parameter, where it lost its values.
+    ``Optimizer.load_state_dict`` would cast it to the device of its parameter, where it would lose its values.
     """
     optimizer.load_state_dict({**state, "state": {}})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

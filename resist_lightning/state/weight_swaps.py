@@ -14,7 +14,7 @@ class SwappingOptimizers:
     The optimizer's state belongs to this worker's weights: a swap with those of the full model would corrupt both.
 
     Args:
-        optimizers: the user's; those without the two methods are left alone.
+        optimizers: the user's optimizers; those without the two methods are left alone.
         on_own_weights: calls a function while the module holds this worker's part. Collective.
         alone: whether others take no part in an evaluation, so that ``on_own_weights`` cannot be called in one.
     """

@@ -1,1 +1,1 @@
-"""AuxNet: stages of a residual network that train at the same time, each fed by a small auxiliary network."""
+"""AuxNet: stages of a residual network that train at the same time, with late gradients or guessed inputs."""

@@ -31,16 +31,15 @@ class StageConfig(CommonConfig):
             auxiliary networks), ``penalty-store`` and ``al-store`` (no auxiliary networks: guesses and multipliers are
             kept for each sample, and random transforms of the data set are frozen; the first epoch is serial).
         beta: weight of the penalty, half the mean square of guess minus truth per element; above 0.
-        beta_growth: ``beta`` is multiplied by it for each factor of ten by which the learning rate has fallen; at
-            least 1.
+        beta_growth: factor on ``beta`` for each factor of ten by which the learning rate has fallen; at least 1.
         lambda_step: step of the guess in units of 1 / beta, in (0, 1]; None takes 1, and 0.1 where guesses of
             three stages or more are stored, as 1 diverges there.
         multiplier_every: steps between two updates of the multipliers, at least 1.
         warmup_steps: first steps, in which the stages wait for each other and train by plain back-propagation; where
             inputs are guessed, the auxiliary networks learn the true ones meanwhile.
-        serial_every: after them, of so many steps one is serial and corrects by the true gradient: accuracy at the
+        serial_every: after the warm-up, period of serial steps, which correct by the true gradient: accuracy at the
             price of speed. 4 makes every fourth step wait; 0 is never, 1 always: back-propagation.
-        delay: steps by which a gradient is late for each stage that it comes through, with ``delayed``; 1 is enough on
+        delay: steps by which a gradient is late for each stage that it passes, with ``delayed``; 1 is enough on
             a fast link, 2 hides a slow one, 0 is back-propagation.
         cuts: names of the modules behind which the network is cut, one fewer than workers, such as ``["layer2"]``; None
             balances the stages by measured time.
@@ -48,7 +47,7 @@ class StageConfig(CommonConfig):
         aux_network: makes an auxiliary network from the shapes of the network's input and of a boundary, without the
             batch; None makes a small one: convolutions between images, a transformer block for sequences, a perceptron
             for vectors. With ``al-net`` it is asked for a first dimension of twice the length.
-        aux_width: channels of the auxiliary networks that are made by default, at least 1; up to four times as many
+        aux_width: channels of the default auxiliary networks, at least 1; up to four times as many
             where the boundary has them.
         aux_learning_rate: highest learning rate of the auxiliary networks (SGD with momentum 0.9); it falls as that of
             the first optimizer does.

@@ -37,7 +37,7 @@ class StageLayout(Layout):
         measured: times and shapes of the units.
 
     Raises:
-        StageSelectionError: if the network cannot be cut, or has too few places for so many workers.
+        StageSelectionError: if the network cannot be cut, or has too few cut points for the workers.
         ValueError: if the module synchronises batch norm.
     """
 
@@ -49,7 +49,7 @@ class StageLayout(Layout):
         self.chain: Chain | None = None
         self.cuts: tuple[int, ...] = ()
         self.measured: Measured | None = None
-        # Cuts that must not be balanced anew: those of the settings, or of a resumed run.
+        # Cuts of the settings or of a resumed run, which must not be balanced anew.
         self._wanted: tuple[int, ...] | None = None
         inside: set[str] = set()
         if workers > 1:
@@ -79,13 +79,13 @@ class StageLayout(Layout):
     def prepare(self, example: Tensor, collective: Collective) -> None:
         if self.chain is None:
             return
-        # Also where the cuts are known: the shapes of what crosses them are not.
+        # Also where the cuts are known: the shapes of the tensors that cross them are not.
         self.measured = measure(self.chain, example)
         if self._wanted is not None:
             self.cuts = self._wanted
             return
         entries = measure_entries(self.config, self.measured, example)
-        # All workers must cut alike, so they balance by the mean of what they have measured.
+        # All workers must cut alike, so they balance by the mean of their measurements.
         rows = collective.gather_numbers([*self._unit_seconds(), *entries])
         columns = zip(*rows, strict=True)
         means = [sum(column) / len(rows) for column in columns]
@@ -94,7 +94,7 @@ class StageLayout(Layout):
         self.cuts = balance(unit_seconds, self.workers, entry_seconds)
         for number, cut in enumerate(self.cuts):
             if entry_seconds[cut] == math.inf:
-                # No auxiliary network could be made for any place: making this one raises the error that says why.
+                # No auxiliary network could be made for any place: making this one raises the error with the reason.
                 make_aux_network(
                     self.config,
                     self.measured.given,
@@ -238,7 +238,7 @@ def _refuse_scripted(network: nn.Module) -> None:
 
 def _refuse_tied(module: nn.Module, network: nn.Module) -> None:
     inside = set(network.modules())
-    # A module may have several names: what counts is whose tensor it is.
+    # By module object, as a module may have several names.
     for names in names_of_tensors(module).values():
         owners = {module.get_submodule(name.rpartition(".")[0]) for name in names}
         if owners & inside and owners - inside:

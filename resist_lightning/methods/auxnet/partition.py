@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 
 def balance(seconds: Sequence[float], stages: int, entry: Sequence[float] | None = None) -> tuple[int, ...]:
-    """Cuts with the smallest possible largest stage; of several such choices, that with the earliest cuts.
+    """The cuts that make the largest stage as small as possible; among equal choices, the earliest cuts.
 
     Args:
         seconds: time of each unit, in order of computation; finite and not negative.
         stages: number of stages, between 1 and the number of units; each gets at least one unit.
-        entry: for each unit, the time that a stage that begins with it takes besides its units, for its auxiliary
-            network; of the first, which has none, 0. Infinity where no stage can begin. None for no such time.
+        entry: for each unit, the additional time of a stage that begins with it, for its auxiliary network; 0 for the
+            first, which has none. Infinity where no stage can begin. None for no such time.
 
     Returns:
         Numbers of units before each cut, ascending; ``stages`` - 1 of them.
@@ -29,7 +29,7 @@ def balance(seconds: Sequence[float], stages: int, entry: Sequence[float] | None
     finite = all(0 <= time < math.inf for time in seconds)
     if not finite or not all(time >= 0 for time in entry):
         raise ValueError(f"seconds={list(seconds)} must be finite and not negative, entry={list(entry)} not negative.")
-    # time[first][last]: of a stage of the units from `first` to before `last`.
+    # time[first][last]: time of a stage of the units from `first` to before `last`.
     time: list[list[float]] = []
     for first in range(units):
         # fsum rounds once, so that equal stages compare as equal, however their units are added up.
@@ -37,7 +37,7 @@ def balance(seconds: Sequence[float], stages: int, entry: Sequence[float] | None
         for last in range(units + 1):
             row.append(math.fsum([entry[first], *seconds[first:last]]))
         time.append(row)
-    # slowest[n][first]: the slowest of n stages that divide the units from `first` on, at best.
+    # slowest[n][first]: least time of the slowest of n stages that divide the units from `first` on.
     slowest = [[math.inf] * (units + 1) for _ in range(stages + 1)]
     slowest[0][units] = 0.0
     for count in range(1, stages + 1):

@@ -29,7 +29,7 @@ class Boundary(ABC):
 
     @abstractmethod
     def learn(self, x: Tensor, guess: Tensor, multiplier: Tensor, share: float) -> None:
-        """Move to λ and κ for a batch; after :meth:`guess`, from those that it gave.
+        """Move to λ and κ for a batch; after :meth:`guess`, starting from its result.
 
         Args:
             x: the batch.
@@ -43,8 +43,8 @@ class NetworkBoundary(Boundary):
     """An auxiliary network, trained by SGD with momentum 0.9, one step per batch.
 
     Args:
-        network: gives λ and κ / β of a batch, with the β that the training begins with.
-        beta: that β, per element.
+        network: gives λ and κ / β of a batch, with the initial β.
+        beta: the initial β, per element.
         learning_rate: the highest rate.
     """
 
@@ -85,7 +85,7 @@ class NetworkBoundary(Boundary):
 
 
 class StoredBoundary(Boundary):
-    """λ and κ as they were last left, for each sample, which is known by its values."""
+    """The last λ and κ of each sample, which is identified by its values."""
 
     def __init__(self) -> None:
         self.table: dict[bytes, Pair] = {}

@@ -1,4 +1,4 @@
-"""The reference of late gradients: plain back-propagation through the whole network, whose gradients wait."""
+"""The reference for late gradients: plain back-propagation through the whole network, whose gradients wait."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 class LateGradients:
     """Back-propagation whose gradient stage k of K applies ``delay * (K - 1 - k)`` steps late.
 
-    It is taken at weights that are moved on by so many times the last step. In the warm-up no gradient is late.
+    It is taken at weights that are extrapolated by that many times the last step. In the warm-up no gradient is late.
 
     Args:
-        stages: of the network, from the first.
-        delay: steps for each stage that a gradient comes through.
-        warmup_steps: first steps without a delay.
+        stages: stages of the network, from the first.
+        delay: steps by which a gradient is late for each stage that it passes.
+        warmup_steps: number of first steps without a delay.
     """
 
     def __init__(self, stages: Sequence[nn.Module], delay: int, warmup_steps: int) -> None:
@@ -29,7 +29,7 @@ class LateGradients:
         self._last: list[list[Tensor]] = []  # each stage's weights before the last step
 
     def step(self, x: Tensor, loss_of_output: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss of a batch; behind it, parameters have the gradients that are due."""
+        """The loss of a batch; afterwards, parameters have the gradients that are due."""
         steps_late = self._steps_late
         if self._steps < self._warmup_steps:
             steps_late = [0] * len(self._stages)

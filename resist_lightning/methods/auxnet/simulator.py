@@ -1,8 +1,8 @@
 """Reference simulator of AuxNet: all stages in one process, without messages, to test the engine against.
 
-Written as docs/decisions/0019 derives it: of a sample and not of a batch mean, with multipliers κ in their own
-units; the engine computes in units of the guess. With the engine it shares where the network is cut, how auxiliary
-networks are made, how β grows, and recalibration, and nothing else.
+Written as docs/decisions/0019 derives it: per sample and not for a batch mean, with multipliers κ in their own
+units; the engine computes in units of the guess. With the engine it shares the cuts, the auxiliary networks, the
+growth of β, and recalibration, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LossOfOutput: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class StageSimulator:
-    """Simulates K workers that train a stage each, at the same time.
+    """Simulates K workers that each train a stage, at the same time.
 
     ::
 
@@ -40,7 +40,7 @@ class StageSimulator:
             simulator.step(x, lambda output: loss_function(output, y))
         evaluate(simulator.full_model())
 
-    Random numbers that stages draw, as dropout does, are others than in K processes.
+    Random numbers that stages draw, as for dropout, differ from those in K processes.
 
     Args:
         module: the network, or a module that has it; it is copied, not changed.
@@ -51,9 +51,9 @@ class StageSimulator:
 
     Attributes:
         module: the copy, all of whose stages train.
-        optimizers: those of the copy.
-        boundaries: make the guesses of each boundary, from the first; none where nothing is guessed.
-        steps: how many were taken.
+        optimizers: optimizers of the copy.
+        boundaries: for each boundary, from the first, its source of guesses; none where nothing is guessed.
+        steps: number of steps taken.
 
     Raises:
         StageSelectionError: if the network cannot be cut as asked.
@@ -86,11 +86,11 @@ class StageSimulator:
         self._share = 1.0
 
     def step(self, x: Tensor, loss_of_output: LossOfOutput) -> Tensor:
-        """One step of all stages, and of their auxiliary networks; in the mode in which :attr:`module` is.
+        """Take a step of all stages and their auxiliary networks, in the present mode of :attr:`module`.
 
         Args:
             x: (batch, ...), the network's input.
-            loss_of_output: from the network's output to the mean of the loss over the batch.
+            loss_of_output: gives the mean loss of the batch from the network's output.
 
         Returns:
             The loss.
@@ -175,7 +175,7 @@ class StageSimulator:
         """Plain back-propagation; the boundaries learn values from which the next parallel step continues."""
         made = [x]
         for stage in self._stages[:-1]:
-            # Behind a frozen stage too, whose output requires no gradient by itself.
+            # Also behind a frozen stage, whose output requires no gradient by itself.
             made.append(stage(made[-1]).requires_grad_())
             made[-1].retain_grad()
         loss = loss_of_output(self._stages[-1](made[-1]))
@@ -193,7 +193,7 @@ class StageSimulator:
         return loss, wanted
 
     def _beta(self, share: float, boundary: Tensor) -> float:
-        """β of the formulas: that of the settings weighs a mean over the boundary's elements."""
+        """β of the formulas: the setting's β weighs a mean over the boundary's elements."""
         beta = self.config.beta * growth(self.config.beta_growth, share)
         return beta / math.prod(boundary.shape[1:])
 
@@ -208,7 +208,7 @@ class StageSimulator:
 
 
 def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], list[Boundary]]:
-    """Stages, and boundaries where inputs are guessed; none with one worker."""
+    """The stages, and boundaries where inputs are guessed; none with one worker."""
     if layout.chain is None:
         return [], []
     stages: list[nn.Module] = []
@@ -233,5 +233,5 @@ def _divide(layout: StageLayout, config: StageConfig) -> tuple[list[nn.Module], 
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    """Its gradient; zero where nothing flows back, as out of a stage that begins with a detached tensor."""
+    """The tensor's gradient; zero where nothing flows back, as out of a stage that begins with a detached tensor."""
     return tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)

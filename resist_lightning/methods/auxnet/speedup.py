@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
-    """The seconds of one step, by cause; any other unit of time will do, if it is the same for all.
+    """The seconds of a step, by cause; any other unit of time will do, if it is the same for all.
 
     Args:
         data: loading a batch (T_d of the paper); every worker loads for itself.
         forward: forward of the full network (T_f).
         backward: backward of the full network (T_b).
-        penalty: evaluating the penalty and exchanging for it (t_psi).
+        penalty: evaluation of the penalty, with its messages (t_psi).
         aux_forward: forward of an auxiliary network.
         aux_backward: backward and step of an auxiliary network.
 

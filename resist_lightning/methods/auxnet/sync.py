@@ -40,10 +40,10 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         super().__init__(layout, states, collective, device)
         self._collective = collective
         self._absent: dict[int, Memory] = {}  # the other workers' stages
-        self._reports: list[list[float]] = []  # of the last round: for each worker its mismatch, then its seconds
+        self._reports: list[list[float]] = []  # in the last round: for each worker its mismatch, then its seconds
         self._history: list[Any] = []
         self._holding = False  # whether the module is this worker's stage alone
-        self._forward: Any = None  # the user's, if it stood on the object
+        self._forward: Any = None  # the user's forward, if it was set on the object
         self._guards: list[RemovableHandle] = []
         self.stage_worker: StageWorker | None = None
 
@@ -79,7 +79,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def state_dict(self, *, with_full_model: bool) -> dict[str, Any]:
-        # Gradients are saved, and graphs cannot be.
+        # Late gradients can be saved, graphs cannot.
         self._settle()
         stage = self.stage_worker.state_dict() if self.stage_worker is not None else {}
         return {**super().state_dict(with_full_model=with_full_model), "stage": stage}
@@ -114,7 +114,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
     def assemble(self, plan: SyncPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
         assert not at_first  # its settings cannot ask for it
         if self.stage_worker is not None:
-            # Messages of the last batch may still be under way.
+            # Messages of the last batch may still be in transit.
             self.stage_worker.finish()
             self._settle()
             self.stage_worker.spans.pause()
@@ -126,7 +126,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold this worker's stage alone, and compute it where the network is called."""
+        """Hold this worker's stage alone, and compute it when the network is called."""
         layout, chain = self._layout, self._layout.chain
         if chain is None or self._holding:
             return
@@ -138,7 +138,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             absent.update(tensors)
             if worker not in self._absent:
                 self._absent[worker] = self._memory_of(worker, tensors)
-        # Other workers train these: optimizer state of them would only take room.
+        # Other workers train these: optimizer state for them would only take memory.
         parameters = [tensor for tensor in absent.values() if isinstance(tensor, nn.Parameter)]
         self._states.drop(parameters)
         for memory in self._absent.values():
@@ -190,7 +190,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
             self.stage_worker.spans.pause()
 
     def _span_seconds(self) -> list[dict[str, float]]:
-        """For each worker the mean seconds of its spans in a step of the round that ended."""
+        """For each worker, the mean seconds of its spans in a step of the round that ended."""
         seconds: list[dict[str, float]] = []
         for _, *spans in self._reports:
             named: dict[str, float] = dict(zip(NAMES, spans, strict=True))
@@ -230,7 +230,7 @@ class StageSync(Sync[StageLayout, SyncPlan]):
         network = self._layout.chain.network
         for guard in self._guards:
             guard.remove()
-        # Deleted from the object, the class's forward shows again.
+        # Once it is deleted from the object, the class's forward shows again.
         if self._forward is None:
             del network.forward
         else:

@@ -13,12 +13,12 @@ from resist_lightning.schedule.transfers import Transfer
 
 
 def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
-    """For each worker, how many (row, column) pairs of a tensor it sends at a sync, or rows where it has no columns.
+    """For each worker, the number of (row, column) pairs of a tensor that it sends; of neurons, if one side is whole.
 
-    With neurons on one side, a worker sends those that it does not keep. With neurons on both sides it sends, of its
-    slice, the entries of the next holder or the keeper of the row, and of its store, those that others begin to train.
+    With neurons on one side, a worker sends those that it does not keep. With neurons on both sides it sends entries of
+    its slice to the next holder or the keeper of the row, and entries of its store that others begin to train.
     Where neurons have several holders it sends, after the means, the neurons that it owns to each of their next
-    holders, and of its store all that others will have.
+    holders, and all entries of its store that others will hold.
     """
     if cut.rows is not None and cut.columns is not None:
         if plan.several_holders:
@@ -35,7 +35,7 @@ def sent_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
 
 
 def merged_entries(cut: Cut, plan: NeuronPlan) -> list[int]:
-    """As :func:`sent_entries`, what a worker sends before that, for the means of what several workers hold."""
+    """Like :func:`sent_entries`, for the merge before it, which takes means where neurons have several holders."""
     if not plan.several_holders:
         return [0] * plan.before[0].workers
     if cut.rows is not None and cut.columns is not None:
@@ -88,7 +88,7 @@ def _inner_entries(row_layer: int, column_layer: int, plan: NeuronPlan) -> list[
 
 
 def _overlaps(before: Partition, after: Partition) -> list[list[int]]:
-    """By old and new worker, how many neurons go from one to the other."""
+    """By old and new worker, the number of neurons that go from one to the other."""
     counts = [[0] * after.workers for _ in range(before.workers)]
     for neuron in range(before.blocks):
         (source,) = before.holders(neuron)

@@ -25,11 +25,11 @@ class NeuronConfig(GrowingConfig):
     """Settings of a run that partitions hidden neurons (IST).
 
     Args:
-        momentum: as in the other methods, but always ``reset`` by default: what a worker could keep is a small part.
-        layers: whose neurons are dealt out: None (those of all hidden layers), a glob or several over the names of
+        momentum: as in the other methods, but always ``reset`` by default: a worker could keep only a small part.
+        layers: layers whose neurons are dealt out: None (all hidden layers), a glob or several over the names of
             layers, or a predicate of (name, module).
         min_share: least share of the neurons of each hidden layer that a worker holds, from 0 to 1. Above 1 / workers,
-            several workers hold a neuron, and what they made of it is averaged at a sync. 0: one holder for each, as in
+            several workers hold a neuron, and their values are averaged at a sync. 0: one holder for each, as in
             the paper. None, the default: one holder with two workers, half of the neurons with more, where the paper's
             way loses much accuracy.
         finish_rounds: last rounds with all neurons on all workers, as in local SGD. Needs the number of local steps of
@@ -71,14 +71,14 @@ class NeuronConfig(GrowingConfig):
 
     @property
     def rounds_in_words(self) -> str:
-        """What a round is, after "rounds of"."""
+        """The settings of a round in words, after "rounds of"."""
         growth = "" if self.growth is None else f", shares of {list(self.growth)} of the neurons in turn"
         finish = f", all neurons everywhere in the last {self.finish_rounds}" if self.finish_rounds else ""
         return f"{in_words(self.local_steps)}{growth}{finish}"
 
 
 def make_schedule(config: NeuronConfig, widths: tuple[int, ...], workers: int) -> NeuronSchedule:
-    """The partitions of all rounds, by the settings; of a run whose end is not planned yet, those of its beginning."""
+    """The schedule of the settings, to which :func:`plan_end` adds the stages of growth and finish."""
     return NeuronSchedule(widths, workers, config.seed, config.min_share_of(workers))
 
 

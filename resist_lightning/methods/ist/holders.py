@@ -1,8 +1,8 @@
 """Plans a sync where neurons have several holders: means first, at one place for each entry, then the hand-over.
 
-Of a tensor with hidden neurons on one side, the mean of a neuron is taken by its owner, one of its holders. Of one with
-neurons on both sides, by the keeper of the row (:func:`~resist_lightning.methods.ist.partition.kept_rows`), whose store
-then has all columns as they are::
+In a tensor with hidden neurons on one side, the mean of a neuron is taken by its owner, one of its holders. In one
+with neurons on both sides, by the keeper of the row (:func:`~resist_lightning.methods.ist.partition.kept_rows`), whose
+store then has all columns as they are::
 
                      merge                  hand over
     one side    holders ──► owner      owner ──► next holders       the owner's slice has the mean
@@ -23,7 +23,7 @@ from resist_lightning.schedule.partition import Partition
 
 
 def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """The pieces that leave or reach ``worker`` for the means, its own included, in an order that all agree upon."""
+    """The pieces that leave or reach ``worker`` for the means, its own included, in the same order on all workers."""
     if cut.rows is not None and cut.columns is not None:
         found = _to_keepers(cut.rows, cut.columns, plan)
     else:
@@ -35,7 +35,7 @@ def merged_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def handed_over_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """The pieces that leave or reach ``worker`` after the means, in an order that all agree upon."""
+    """The pieces that leave or reach ``worker`` after the means, in the same order on all workers."""
     if cut.rows is not None and cut.columns is not None:
         found = _from_keepers(cut.rows, cut.columns, plan)
     else:
@@ -49,7 +49,7 @@ def handed_over_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
 
 
 def staying_pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """What ``worker`` holds before and after the sync."""
+    """The piece that ``worker`` holds both before and after the sync; empty if there is none."""
     rows = columns = None
     if cut.rows is not None:
         rows = common(plan.before[cut.rows].held[worker], set(plan.after[cut.rows].held[worker]))
@@ -81,7 +81,7 @@ def _from_keepers(row_layer: int, column_layer: int, plan: NeuronPlan) -> Iterat
 def _kept_and_held(
     partitions: Sequence[Partition], row_layer: int, column_layer: int, plan: NeuronPlan
 ) -> Iterator[tuple[int, int, Indices, Indices]]:
-    """Each keeper with each holder of some of its rows: the two workers, these rows, and the holder's columns."""
+    """For each keeper and each holder of some of its rows: the two workers, these rows, and the holder's columns."""
     rows, columns = partitions[row_layer], partitions[column_layer]
     for keeper in range(rows.workers):
         for holder in range(rows.workers):
@@ -91,7 +91,7 @@ def _kept_and_held(
 
 
 def _grouped(cut: Cut, transfers: Iterable[tuple[int, int, int]]) -> Iterator[Piece]:
-    """One piece for each pair of workers."""
+    """The transfers, joined to one piece for each pair of workers."""
     moved: dict[tuple[int, int], list[int]] = defaultdict(list)
     for source, target, neuron in transfers:
         moved[source, target].append(neuron)

@@ -1,4 +1,4 @@
-"""The layout of IST (arXiv 1910.02120): which worker holds which hidden neurons in each round."""
+"""The layout of IST (arXiv 1910.02120): the hidden neurons that each worker holds in each round."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ FEW = 0.25
 
 
 class NeuronLayout(Layout):
-    """The hidden neurons of a model, and which worker trains which of them in each round.
+    """The hidden neurons of a model, and the workers that train them in each round.
 
     Attributes:
-        neurons: the hidden layers, and how tensors are divided among their neurons.
+        neurons: the hidden layers, and the division of tensors among their neurons.
         shapes: by name, the shapes of divided tensors in the full model.
 
     Raises:
@@ -112,7 +112,7 @@ class NeuronLayout(Layout):
         return tuple(shape)
 
     def share(self, layer: int, worker: int, round: int) -> int:
-        """How many neurons of a hidden layer a worker holds in ``round``; the same in all that do not grow or end."""
+        """Number of neurons of a hidden layer that a worker holds in ``round``; equal in all rounds without stages."""
         return self.schedule.counts(round)[layer][worker]
 
     def inner(self) -> dict[str, Cut]:
@@ -136,7 +136,7 @@ class NeuronLayout(Layout):
 
     @override
     def identity(self) -> dict[str, Any]:
-        # All that the partition of a round follows from, and so which neurons a slice is of.
+        # All inputs of a round's partition, which decide the neurons of a slice.
         return {
             "neurons": [[layer.name, layer.width] for layer in self.neurons.layers],
             "workers": self.workers,
@@ -221,7 +221,7 @@ class NeuronLayout(Layout):
         holders = []
         for round in range(min(rounds, SHOWN_ROUNDS)):
             partition = self.partition(round)[0]
-            # Of several holders the first.
+            # The first, where there are several.
             holders.append([partition.holders(neuron)[0] for neuron in shown])
         return {"layer": layer.name, "width": layer.width, "shown": list(shown), "holders": holders}
 
@@ -241,7 +241,7 @@ class NeuronLayout(Layout):
                 f"the snapshot was written by a run that dealt out the neurons of {theirs}, and this one deals out "
                 f"those of {ours}. Resume with the same model and the same `layers`."
             )
-        # Not this run's: the snapshot may be of another number of workers.
+        # Not this run's schedule: the snapshot may be of another number of workers.
         schedule = self.schedule.of(identity["workers"], identity["seed"], place["table"])
         return schedule.partitions(place["round"])
 

@@ -47,9 +47,9 @@ class Messages:
         write: Callable[[list[Arrived]], None],
         kind: str = "hand_over",
     ) -> None:
-        """Send and receive the pieces that leave or reach this worker, in an order that both ends agree upon.
+        """Send and receive the pieces that leave or reach this worker, in the same order at both ends.
 
-        A large message goes in three::
+        A large message is sent in three turns::
 
             link                first     middle                              last
             this worker   pack  pack all  write what stays, then the first    write the middle    write the last
@@ -57,12 +57,12 @@ class Messages:
         Collective: every worker must call this, in the same order; only pairs with a piece talk.
 
         Args:
-            parts: this worker's, by key.
-            pieces: what moves, by key.
+            parts: this worker's parts, by key.
+            pieces: the pieces that move, by key.
             held: the partitions by which slices are cut.
             write: called with pieces to write here, some at a time; at first with copies of those that stay on this
-                worker. By then all that leaves has been copied, and nothing is read of the parts any more.
-            kind: how the bytes of all but optimizer state are counted.
+                worker. By then all leaving pieces have been copied, and the parts are not read any more.
+            kind: name under which all bytes but those of optimizer state are counted.
         """
         outgoing, expected, stays = self._by_peer(pieces)
         sends, receives = (_in_three(side, parts) for side in (outgoing, expected))
@@ -86,7 +86,7 @@ class Messages:
             write(arrived.pop())
 
         for turn, meanwhile in enumerate((pack_the_rest, write_what_is_here, lambda: write(arrived.pop()))):
-            # Popped, so that what has been sent and written is freed.
+            # Popped, so that buffers are freed once they are sent and written.
             kinds = _kinds(parts, sends[turn], kind)
             arrived.append(self._exchange(packed.pop(turn), receives[turn], parts, kinds, meanwhile))
         write(arrived.pop())
@@ -107,7 +107,7 @@ class Messages:
         return mine + self._exchange(sends, expected, parts, Counter({kind: sent}))
 
     def own(self, parts: Mapping[str, Part], pieces_of: PiecesOf, held: Sequence[Partition]) -> list[Arrived]:
-        """What this worker would send of its parts, as copies. Sends nothing."""
+        """Copies of the pieces that this worker would send of its parts. Sends nothing."""
         return self._pack(parts, _all_pieces(parts, pieces_of, self._worker), held)[1]
 
     def collect(
@@ -134,7 +134,7 @@ class Messages:
         outgoing: dict[int, list[KeyedPiece]] = defaultdict(list)
         expected: dict[int, list[KeyedPiece]] = defaultdict(list)
         stays: list[KeyedPiece] = []
-        # In the order of the list, which is how the other end unpacks them.
+        # In the order of the list, in which the other end unpacks them.
         for key, piece in pieces:
             if piece.source != self._worker:
                 expected[piece.source].append((key, piece))
@@ -186,7 +186,7 @@ class Messages:
 
 
 def _in_three(messages: Mapping[int, list[KeyedPiece]], parts: Mapping[str, Part]) -> list[dict[int, list[KeyedPiece]]]:
-    """Messages by peer in three turns: a small one to begin with, most of it, and a small one at last."""
+    """Messages by peer, divided in three turns: a small part, most of the message, and another small part."""
     turns: list[dict[int, list[KeyedPiece]]] = [{}, {}, {}]
     for peer, pieces in messages.items():
         total = sum(parts[key].entries(piece) for key, piece in pieces)
@@ -199,7 +199,7 @@ def _in_three(messages: Mapping[int, list[KeyedPiece]], parts: Mapping[str, Part
 
 
 def _divided(pieces: Iterable[KeyedPiece], parts: Mapping[str, Part], ends: Sequence[int]) -> list[list[KeyedPiece]]:
-    """Pieces in order, divided where so many entries have gone, or a row later; a piece without rows stays whole."""
+    """Pieces in order, divided after the entries ``ends``, or a row later; a piece without rows stays whole."""
     divided: list[list[KeyedPiece]] = [[] for _ in ends]
     gone = turn = 0
     for key, piece in pieces:
@@ -233,7 +233,7 @@ def _kinds(parts: Mapping[str, Part], sends: Mapping[int, list[KeyedPiece]], kin
 
 
 def _all_pieces(parts: Mapping[str, Part], pieces_of: PiecesOf, worker: int) -> list[KeyedPiece]:
-    """All pieces that make a worker's parts, in an order that all workers agree upon."""
+    """All pieces that make a worker's parts, in the same order on all workers."""
     found = []
     for key, part in parts.items():
         for piece in pieces_of(part.cut, worker):

@@ -1,4 +1,4 @@
-"""Deals hidden neurons to workers, and says which worker stores the rows that nobody trains. Standard library only."""
+"""Deals hidden neurons to workers, and rows that nobody trains to their keepers. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class NeuronSchedule:
     """The partitions of all rounds of a run; immutable, and equal on all workers.
 
     Args:
-        widths: neurons of each hidden layer.
+        widths: number of neurons of each hidden layer.
         workers: number of workers.
         seed: seed of the whole run.
         min_share: least share of the neurons of each layer that a worker holds.
-        stages: shares of rounds that are dealt otherwise, by growth or at the end.
+        stages: least shares in other rounds, by growth or at the end.
     """
 
     widths: tuple[int, ...]
@@ -34,11 +34,11 @@ class NeuronSchedule:
         return draw_neurons(self.widths, self.workers, self.seed, round, self._share(round))
 
     def counts(self, round: int) -> list[tuple[int, ...]]:
-        """For each layer, how many neurons each worker holds in ``round``."""
+        """For each layer, the number of neurons that each worker holds in ``round``."""
         return [neurons_per_worker(width, self.workers, self._share(round)) for width in self.widths]
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides how many neurons a worker holds, as plain data for a checkpoint; empty for equal shares."""
+        """The shares of the neurons, as plain data for a checkpoint; empty for equal shares in all rounds."""
         if self == NeuronSchedule(self.widths, self.workers, self.seed):
             return {}
         stages = self.stages
@@ -56,7 +56,7 @@ class NeuronSchedule:
 
 
 def neurons_per_worker(width: int, workers: int, min_share: float) -> tuple[int, ...]:
-    """How many neurons of a layer each worker holds: an equal share, but never less than the least one."""
+    """Number of neurons of a layer that each worker holds: an equal share, but never less than the least one."""
     least = parts_of(min_share, width) if min_share else 0
     return blocks_per_worker(width, workers, least)
 
@@ -71,7 +71,7 @@ def draw_neurons(
     be. Each layer is dealt in an order of its own, and shares differ by at most one neuron.
 
     Args:
-        widths: neurons of each hidden layer, at least as many as workers.
+        widths: number of neurons of each hidden layer, at least that of workers.
         workers: number of workers, at least 1.
         seed: seed of the whole run.
         round: number of the round, counted from 0.
@@ -83,9 +83,9 @@ def draw_neurons(
     partitions = []
     for layer, width in enumerate(widths):
         counts = neurons_per_worker(width, workers, min_share)
-        # The number, not the name: the order of a layer must survive a renaming.
+        # Keyed by the number, not the name: the order of a layer must survive a renaming.
         what = f"neuron of layer {layer}"
-        # Or the same workers would share neurons in all layers: fewer entries would train, by more workers each.
+        # Else the same workers would share neurons in all layers: fewer entries would train, by more workers each.
         turns = f"worker of layer {layer}" if sum(counts) > width else "worker"
         partitions.append(deal(width, counts, seed, round, what, turns=turns))
     return tuple(partitions)
@@ -94,7 +94,7 @@ def draw_neurons(
 def kept_rows(width: int, workers: int, worker: int) -> range:
     """The rows of inner matrices for which ``worker`` is the keeper: the same in all rounds.
 
-    An inner matrix has hidden neurons on both sides. Of row i, which belongs to a neuron of its output, only the
+    An inner matrix has hidden neurons on both sides. In row i, which belongs to a neuron of its output, only the
     columns of neurons that the holder of i has too are trained in a round; its keeper stores the rest of the row.
     """
     return range(width * worker // workers, width * (worker + 1) // workers)

@@ -1,4 +1,4 @@
-"""A worker's parts of all divided tensors and of their optimizer state: cuts them, and makes room for other ones."""
+"""A worker's parts of all divided tensors and of their optimizer state: cuts them, and makes room for new ones."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Parts:
     """The parts of one worker.
 
     Args:
-        layout: how tensors are divided.
+        layout: the division of tensors.
         states: the optimizers' state.
         worker: the worker.
-        device: where tensors get memory that have none.
+        device: device on which tensors without memory get it.
 
     Attributes:
         subnet: switches the module between slices and full tensors.
@@ -54,7 +54,7 @@ class Parts:
         return {name: self._part(name) for name in self._layout.neurons.cuts}
 
     def widened(self, names: Iterable[str]) -> dict[str, Part]:
-        """Give some tensors the memory of the full model, which the caller must fill, and return the parts of them."""
+        """Give some tensors the memory of the full model, which the caller must fill, and return their parts."""
         parts = {}
         for name in names:
             self.subnet.widen(name)
@@ -77,7 +77,7 @@ class Parts:
         """Make the full module this worker's subnet of ``round``.
 
         Args:
-            round: that begins.
+            round: the round that begins.
             empty: whether the caller will fill tensors and stores; else they keep their values. State always does.
         """
         held = self._layout.partition(round)
@@ -107,7 +107,7 @@ class Parts:
         self._states.take_numbers()
 
     def of_next(self, round: int, state: dict[str, Part]) -> dict[str, Part]:
-        """Make room for a round. The caller must fill the slices, of weights and of the state that moves."""
+        """Make room for a round. The caller must fill the slices of weights and of moving state."""
         self._forget_others(state)
         # Gradients belong to the neurons that have left.
         for tensor in self.subnet.tensors.values():
@@ -115,7 +115,7 @@ class Parts:
         counters = self._counters({_parameter_of(key) for key in state})
         if self.subnet.hold(round):
             state = self._new_state(counters)
-        # Under "keep" only a part of the state arrives; what has left must not meet other neurons.
+        # Under "keep" only a part of the state arrives; state of neurons that left must not meet other neurons.
         for part in state.values():
             part.tensor.zero_()
         return {**self.of_weights(), **state}
@@ -132,7 +132,7 @@ class Parts:
     def _make_stores(self, weights: dict[str, Part]) -> None:
         for name, part in weights.items():
             if self._needs_store(part):
-                # Zeros where entries are in slices: snapshots have all of it.
+                # Zeros where entries are in slices: snapshots contain the whole store.
                 shape = len(self._kept_rows(part)), *part.whole[1:]
                 self.store[name] = torch.zeros(shape, dtype=part.tensor.dtype)
 
@@ -148,7 +148,7 @@ class Parts:
         return not (part.is_state and self.no_state_travels)
 
     def _forget_others(self, moving: Iterable[str]) -> None:
-        """Drop optimizer state that does not move, as of frozen parameters: it would meet other neurons."""
+        """Drop optimizer state that does not move, such as of frozen parameters: it would meet other neurons."""
         moved = {_parameter_of(key) for key in moving}
         others = [parameter for name, parameter in self._parameters.items() if name not in moved]
         self._states.drop(others)
@@ -192,7 +192,7 @@ class Parts:
 
 
 def in_groups(parts: Mapping[str, Part]) -> Iterator[dict[str, Part]]:
-    """Parts of divided tensors, some at a time: those of tensors that are together no larger than the largest one."""
+    """Groups of parts whose full tensors are together no larger than the largest one."""
     sizes = {name: prod(part.whole) * part.tensor.element_size() for name, part in parts.items()}
     group: dict[str, Part] = {}
     for name, part in parts.items():

@@ -15,7 +15,7 @@ from resist_lightning.methods.ist.partition import kept_rows
 from resist_lightning.methods.ist.plan import Frame, Indices, Piece
 from resist_lightning.schedule.partition import Partition
 
-_AT_ONCE = 2**17  # entries that are copied at a time, so that they and their places stay in the cache
+_AT_ONCE = 2**17  # entries copied at a time, so that they and their places stay in the cache
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
     """A worker's part of a tensor that is divided among neurons.
 
     Args:
-        cut: how it is divided.
+        cut: the division of the tensor.
         whole: its shape in the full model.
         worker: the worker.
         tensor: the slice, or the full tensor.
@@ -65,7 +65,7 @@ class Part:
             _scatter(view, rows, columns, values)
 
     def entries(self, piece: Piece) -> int:
-        """How many numbers a piece has."""
+        """Number of entries of a piece."""
         rows, columns, rest = _folded(self.whole, self.cut)
         if piece.rows is not None:
             rows = len(piece.rows)
@@ -74,7 +74,7 @@ class Part:
         return rows * columns * rest
 
     def tensor_of(self, frame: Frame) -> Tensor:
-        """The tensor of this worker in which a piece is."""
+        """The tensor of this worker that contains a piece."""
         tensor = self.store if frame == "store" else self.tensor
         assert tensor is not None
         return tensor.detach()
@@ -82,10 +82,10 @@ class Part:
     def _place(
         self, piece: Piece, frame: Frame, held: Sequence[Partition]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Where a piece is: a view of the tensor whose second dimension is that of columns, and the places in both."""
+        """The place of a piece: a view of the tensor whose second dimension is the columns, and the indices of both."""
         view = self.tensor_of(frame)
         if self.cut.columns is not None:
-            # A view in every memory format; to fold the other dimensions would copy channels_last.
+            # A view in every memory format; folding the other dimensions would copy channels_last.
             view = view.unflatten(1, (view.shape[1] // self.cut.repeat, self.cut.repeat))
         rows = self._along_rows(piece.rows, frame, held)
         columns = self._along_columns(piece.columns, frame, held)
@@ -130,7 +130,7 @@ def _gather(view: Tensor, rows: Tensor | None, columns: Tensor | None, out: Tens
     elif columns is None:
         torch.index_select(view, 0, rows, out=out)
     else:
-        # Whole rows first, so few that they are still in the cache when columns are taken of them.
+        # Whole rows first, so few that they are still in the cache when their columns are selected.
         step = max(1, _AT_ONCE // view[0].numel())
         for some, part in zip(rows.split(step), out.split(step), strict=True):
             torch.index_select(view.index_select(0, some), 1, columns, out=part)
@@ -153,7 +153,7 @@ def _scatter(view: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Non
 
 
 def _extent(view: Tensor) -> int:
-    """How many entries lie from the first to the last one of a tensor in memory."""
+    """Number of entries of memory from a tensor's first entry to its last one."""
     steps = [(size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True)]
     return 1 + sum(steps)
 
@@ -167,7 +167,7 @@ def _folded(shape: Sequence[int], cut: Cut) -> tuple[int, int, int]:
 
 
 def _positions(neurons: Indices, known: Sequence[int]) -> Tensor:
-    """Where in an ascending sequence some of its members are."""
+    """The positions of ``neurons`` in the ascending sequence ``known``."""
     return torch.searchsorted(_index(tuple(known)), _index(neurons))
 
 

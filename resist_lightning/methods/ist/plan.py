@@ -1,4 +1,4 @@
-"""Plans which entries of a tensor go where at a sync: a pure function of two partitions. Standard library only.
+"""Plans the moves of a tensor's entries at a sync: a pure function of two partitions. Standard library only.
 
 An entry is in the ``slice`` of the worker that holds its neurons, or, if no worker holds both, in the ``store`` of the
 worker that keeps its row (:func:`~resist_lightning.methods.ist.partition.kept_rows`)::
@@ -24,7 +24,7 @@ from resist_lightning.schedule.transfers import SyncPlan, plan_sync
 
 Indices: TypeAlias = tuple[int, ...]
 Frame: TypeAlias = Literal["slice", "store", "full"]
-"""In which tensor of a worker entries are: in that of its subnet, in its store, or in that of the full model."""
+"""The tensor of a worker that contains entries: the subnet's, its store, or the full model's."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Piece:
         target: the worker that will have them; it may be the same one.
         rows: neurons of dimension 0; None for all of it.
         columns: neurons of dimension 1; None for all of it.
-        leaves: which tensor of the source they are in.
-        enters: which tensor of the target they go to.
+        leaves: the tensor of the source that contains them.
+        enters: the tensor of the target to which they go.
     """
 
     source: int
@@ -69,8 +69,8 @@ class NeuronPlan:
 
     @cached_property
     def owners(self) -> tuple[SyncPlan, ...]:
-        """For each layer, which holder of a neuron takes the mean over its holders, and who sends it to whom."""
-        # Each neuron has an owner, where all hold all too: owners are spread, so that it costs what an all-reduce does.
+        """For each layer, the owner of each neuron, which takes the mean over its holders, and the transfers."""
+        # Each neuron has an owner, even where all hold all: owners are spread, so this costs as much as an all-reduce.
         return tuple(
             plan_sync(before, after, self.left_out, all_reduce=False)
             for before, after in zip(self.before, self.after, strict=True)
@@ -83,7 +83,7 @@ def have_several_holders(held: Sequence[Partition]) -> bool:
 
 
 def pieces(cut: Cut, plan: NeuronPlan, worker: int) -> list[Piece]:
-    """The pieces of a tensor that leave or reach ``worker``, in an order that both ends of every pair agree upon."""
+    """The pieces of a tensor that leave or reach ``worker``, in the same order at both ends of every pair."""
     if cut.rows is not None and cut.columns is not None:
         moves = _inner_moves(cut.rows, cut.columns, plan, worker)
     else:
@@ -104,7 +104,7 @@ def own_slice(cut: Cut, held: Sequence[Partition], worker: int) -> Piece:
 def first_pieces(cut: Cut, held: Sequence[Partition], worker: int) -> list[Piece]:
     """The pieces of worker 0's full tensor that ``worker`` gets when the training starts.
 
-    They are what it would send to make the tensor whole; where neurons have several holders, all of its store.
+    The same that it would send to make the tensor whole; where neurons have several holders, all of its store.
     """
     found = full_pieces(cut, held, worker)
     if have_several_holders(held) and cut.rows is not None and cut.columns is not None:
@@ -120,7 +120,7 @@ def full_pieces(cut: Cut, before: Sequence[Partition], worker: int) -> list[Piec
     if cut.rows is not None and cut.columns is not None:
         row_layer, column_layer = before[cut.rows], before[cut.columns]
         kept = kept_rows(row_layer.blocks, row_layer.workers, worker)
-        # Of a row that this worker keeps, its store has the columns that the row's holder does not train.
+        # For a row that this worker keeps, its store has the columns that the row's holder does not train.
         for holder in range(row_layer.workers):
             stored = common(row_layer.held[holder], kept)
             others = _without(range(column_layer.blocks), column_layer.held[holder])
@@ -161,7 +161,7 @@ def _inner_moves(row_layer: int, column_layer: int, plan: NeuronPlan, worker: in
             gone, begun = _without(old, both), _without(new, both)
             if both:
                 yield Piece(holder, next_holder, rows, both)
-            # A worker that has no part in the rows takes part as their keeper only.
+            # A worker that is no holder of the rows takes part as their keeper only.
             keepers = workers if worker in (holder, next_holder) else (worker,)
             for keeper in keepers:
                 here = common(rows, kept[keeper])

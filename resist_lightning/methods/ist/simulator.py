@@ -27,7 +27,7 @@ from resist_lightning.state.batch_norm import BatchStatistics, norms_with_statis
 from resist_lightning.state.input_recorder import InputRecorder
 
 Slot: TypeAlias = tuple[int, str, str]
-"""Number of an optimizer, name of a parameter, key of the state that the optimizer has of it."""
+"""Number of an optimizer, name of a parameter, key in its optimizer state."""
 
 
 class NeuronSimulator:
@@ -178,7 +178,7 @@ class NeuronSimulator:
         return torch.where(holders > 0, mean.to(full.dtype), full)
 
     def _states(self) -> list[dict[Slot, Tensor]]:
-        """For each worker, optimizer state that it goes on with, in tensors of the full shapes; none if it is reset."""
+        """Each worker's optimizer state for the next round, in tensors of the full shapes; none if it is reset."""
         if self.config.momentum == "reset":
             return [{} for _ in self.workers]
         by_worker = [self._slices_of_state(worker) for worker in self.workers]

@@ -1,4 +1,4 @@
-"""Gives every worker, when the training starts, its slices and its stores of worker 0's module."""
+"""Sends every worker its slices and its stores of worker 0's module, when the training starts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ KIND = "start"
 def hand_out(
     layout: NeuronLayout, round: int, exchange: Exchange, messages: Messages, parts: Mapping[str, Part]
 ) -> None:
-    """Give all workers the shared tensors of worker 0, and of each divided tensor what they hold in ``round``.
+    """Send worker 0's shared tensors to all workers, and the parts of divided tensors to their holders in ``round``.
 
     Some tensors and one worker at a time, so that worker 0, which has the whole model, needs memory for one message
     beside it, and so does a worker that receives. Collective: every worker must call this, in the same order.
 
     Args:
-        layout: which worker holds what.
-        round: the training begins in.
+        layout: the division of tensors.
+        round: the round in which the training begins.
         exchange: sends the shared tensors.
         messages: sends pieces of divided ones.
-        parts: of divided tensors, by name; on worker 0 the full tensors, on the others slices and stores.
+        parts: parts of divided tensors, by name; on worker 0 the full tensors, on the others slices and stores.
     """
     exchange.broadcast(list(layout.shared.values()), KIND)
     me, held = exchange.collective.worker, layout.partition(round)

@@ -36,7 +36,7 @@ class Subnet:
         named = named_tensors(layout.module)
         self.tensors = {name: named[name] for name in layout.neurons.cuts}
         self.gradients: dict[str, Tensor] = {}
-        # Kept, as an error may leave tensors on the meta device, and slices do not tell the order of dimensions.
+        # Kept, as an error may leave tensors on the meta device, and slices do not show the order of dimensions.
         self._devices = {
             name: (device if tensor.is_meta else None) or tensor.device for name, tensor in self.tensors.items()
         }
@@ -93,7 +93,7 @@ class Subnet:
         self._set_widths([layer.width for layer in self._layout.neurons.layers])
 
     def leave(self, reason: str) -> None:
-        """Where the module will not become the full one: make what is left of the subnet raise where it is read."""
+        """Make tensors of a remaining subnet raise when they are read, as the module will not become the full one."""
         # A module that is whole can be used as it is.
         if not self.is_held or self._layout.workers == 1:
             return
@@ -149,7 +149,7 @@ def _scaled(factor: float, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def _as_traced(
     name: str, values: Mapping[str, object], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Refuse calls with other optional arguments than the traced ones: neurons may go elsewhere with them."""
+    """Refuse calls with other optional arguments than those traced, with which neurons may go elsewhere."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     for argument, value in values.items():

@@ -62,12 +62,12 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     def distribute_weights(self, round: int) -> None:
         allocate(self._layout.shared, self._device)
         if self._worker:
-            self._parts.cut(round, empty=True)  # what is given to others goes before anything arrives
+            self._parts.cut(round, empty=True)  # parts of others are freed before anything arrives
         hand_out(self._layout, round, self.exchange, self._messages, self._parts.of_weights())
 
     @override
     def lacks(self, own: Mapping[str, Any]) -> bool:
-        # Beside a full model the file has no stores of parameters, and this worker has no full model.
+        # With a full model beside it, the file has no stores of parameters, and this worker has no full model.
         return is_unmade(self._layout.module) and not own["store"].keys() >= self._layout.inner().keys()
 
     @override
@@ -84,7 +84,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self._merge(self._parts.of_weights() if self._parts.no_state_travels else parts, plan, "merge")
         after: dict[str, Part] = {}
 
-        # While messages travel: whatever leaves has been copied by then.
+        # While messages travel: all leaving pieces have been copied by then.
         def write(some: list[Arrived]) -> None:
             if not after:
                 after.update(self._parts.of_next(round + 1, state))
@@ -100,7 +100,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
     @override
     def assemble(self, plan: NeuronPlan, kind: str, *, unequal: bool, at_first: bool) -> None:
         self._leave_out(plan)
-        # Between two syncs only: right after one, replicas are equal.
+        # Only between two syncs: right after one, replicas are equal.
         if unequal:
             average = self.exchange.average_at_first if at_first else self.exchange.average
             average(list(self._averaged(plan).values()), kind, plan.left_out)
@@ -164,7 +164,7 @@ class NeuronSync(Sync[NeuronLayout, NeuronPlan]):
             self._parts.store[key] = rows.clone()
 
     def _merge(self, parts: Mapping[str, Part], plan: NeuronPlan, kind: str) -> None:
-        """Give what several workers hold its mean over them, in the slice of its owner or the store of its keeper."""
+        """Take the means of entries that several workers hold, in the slice of the owner or the store of the keeper."""
         by_cut = cache(partial(merged_pieces, plan=plan, worker=self._worker))  # many tensors are cut alike
         moving = [(key, piece) for key, part in parts.items() for piece in by_cut(part.cut)]
         arrived: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)

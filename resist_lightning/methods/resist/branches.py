@@ -24,10 +24,10 @@ from resist_lightning.methods.resist.runs import EXACT, Call, Group, Runs, betwe
 from resist_lightning.methods.resist.trial import random_weights, trial
 
 _LINEAR = 1e-3
-"""Largest deviation from a linear function, in relation to the branch."""
+"""Largest deviation from a linear function, relative to the branch."""
 
 _STATISTICS = (0.3, 1.7)
-"""Of norms. With 0 and 1 a norm without weights would be the identity, and the layer before it would seem to end."""
+"""Mean and variance of norms. With 0 and 1 a norm without weights is the identity, and the layer before it an end."""
 
 _FAR = 256.0
 """Largest factor on a group: only far from zero does a branch that is clamped or capped show it."""
@@ -44,7 +44,7 @@ class _End:
     gate: str = ""
 
     def factors(self, factor: float) -> dict[str, float]:
-        """What each tensor is multiplied by; a group that is off needs no gate."""
+        """The factor of each tensor, by name; a group that is off needs no gate."""
         gates = {self.gate: 1 / factor} if self.gate and factor else {}
         return {**dict.fromkeys(self.group, factor), **gates}
 
@@ -63,7 +63,7 @@ def find_branch_ends(
         x: an input of it, for shape and device.
         call: calls its forward with that input and copies of its other arguments, of this data type.
         hint: the ends of a block like this one, which are tried first.
-        dtype: in which the block runs; single precision tells more than 16 bits.
+        dtype: data type in which the block runs; single precision tells more than 16 bits.
 
     Raises:
         NotSeenError: if a part of the block does not run with this input, such as an expert that no token is sent to.
@@ -97,7 +97,7 @@ class _Search:
     def search(self) -> list[_End]:
         """The ends of all branches, the last branch first; empty if switching them off leaves no identity."""
         ends: list[_End] = []
-        # The latest layer comes first: where a branch has no bias, earlier ones are as good, but surprise a reader.
+        # The latest layer comes first: where a branch has no bias, earlier ones fit as well, but surprise a reader.
         order = self._runs.run({}, ()).called
         pending = sorted(self._runs.groups, key=lambda group: position(group, order), reverse=True)
         while True:
@@ -105,7 +105,7 @@ class _Search:
             if found is None:
                 break
             pending.remove(found.group)
-            # What has no effect without the new end is part of its branch, and no end of its own.
+            # An end without effect when the new one is off is part of its branch, and no end of its own.
             ends = [end for end in ends if not self._within(end, found)]
             ends.append(found)
         return ends if ends and self._runs.is_identity(self._runs.x, _groups(ends)) else []
@@ -126,7 +126,7 @@ class _Search:
     def module_of(self, end: _End, off: Sequence[_End]) -> str | None:
         """Name of the innermost submodule whose output a factor on ``end`` scales, for a hook there; else None.
 
-        Without a gate that is the tensors' own or one around it; with a gate, one that returns after the gate.
+        Without a gate it is the tensors' own submodule or one around it; with a gate, one that returns after the gate.
         """
         own = end.group[0].rpartition(".")[0]
         tried = [name for name in reversed(self._runs.names) if name and f"{own}.".startswith(f"{name}.")]
@@ -146,7 +146,7 @@ class _Search:
         return None
 
     def _next(self, pending: list[Group], off: Sequence[_End], order: Sequence[str]) -> _End | None:
-        """The end of the last branch that is not off, without a gate if possible; what ends none leaves ``pending``."""
+        """The last end that is not off, if possible without a gate; removes groups without effect from ``pending``."""
         full = self._runs.run({}, _groups(off)).value
         for group in list(pending):
             linear = self._is_linear(_End(group), off, self._runs.x, full)
@@ -214,7 +214,7 @@ class _Search:
         return differ_at_most((much - none)[inside], expected, self._limit(expected, expected))
 
     def _limit(self, branch: Tensor, output: Tensor) -> Tensor:
-        """How much two ways to compute a branch may differ, if it is seen as a difference of outputs."""
+        """Largest allowed difference between two ways to compute a branch, each a difference of outputs."""
         return _LINEAR * branch.abs().max() + 4 * self._eps * output.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""The forward of an absent block: it returns its input, by whatever name it is passed, in the form of its output."""
+"""The forward of an absent block: returns the input, by whatever name it is passed, in the form of the output."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def first_argument(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How the output of a block, a tuple for example, is made where the block is absent.
+    """The form of a block's output, a tuple for example, by which it is made while the block is absent.
 
     Its first tensor is the input. Each other value is one of the arguments, passed on (the position bias of T5), or
     the same in every call.
 
     Args:
-        structure: of the output.
-        arguments: for each value after the first, where among the arguments it is; None if it is a constant.
-        constants: for each value after the first, itself, where it is a constant.
+        structure: structure of the output.
+        arguments: for each value after the first, its path among the arguments; None if it is a constant.
+        constants: for each value after the first, the constant; None if it is an argument.
     """
 
     structure: TreeSpec
@@ -54,7 +54,7 @@ def output_form(outputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str
     """The form of a block's output; None if a value of it is computed by the block.
 
     Args:
-        outputs: of two calls with other inputs but the same other arguments; not a tensor alone.
+        outputs: outputs of two calls with different inputs and the same other arguments; not a tensor alone.
         args: the arguments of the first call by position.
         kwargs: the arguments of the first call by name.
     """
@@ -75,7 +75,7 @@ def output_form(outputs: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def _by_path(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All values in the arguments by where they are."""
+    """All values in the arguments by their paths."""
     return {keystr(path): value for path, value in tree_flatten_with_path((tuple(args), dict(kwargs)))[0]}
 
 
@@ -90,13 +90,13 @@ class Bypass:
     overwrite the block's input, which a long skip may still need: such a network gets a copy of the input.
 
     Args:
-        name: the block's, for messages.
+        name: the block's name, for messages.
         module: the block, with its own forward.
-        seen: what its first forward has shown.
+        seen: findings of its first forward.
         written: whether the network writes into the block's output; None if the first local step shall tell.
 
     Attributes:
-        written: the same, and what the first local step told.
+        written: the same, or the finding of the first local step.
     """
 
     def __init__(self, name: str, module: nn.Module, seen: Seen, written: bool | None = None) -> None:
@@ -104,13 +104,13 @@ class Bypass:
         self._seen = seen
         self._name = name
         self._argument = first_argument(module)
-        self._copies: list[Tensor] = []  # what was returned until it is known
+        self._copies: list[Tensor] = []  # those returned until `written` is known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the input, or a copy of it, and what else the block returns.
+        """Return the input, or a copy of it, and the block's other return values.
 
         Raises:
-            BlockSelectionError: if the input is not a tensor, or the network was compiled as a whole.
+            BlockSelectionError: if the input is not a floating tensor, or the network was compiled as a whole.
         """
         if torch.compiler.is_compiling() and not is_exporting():
             refuse_compiled(self._name)
@@ -128,7 +128,7 @@ class Bypass:
         return copy
 
     def settle(self) -> None:
-        """Called after a local step: look whether the network has written into what was returned."""
+        """Called after a local step: check whether the network has written into the returned copies."""
         if self._copies:
             self.written = any(copy._version > 0 for copy in self._copies)
             self._copies = []
@@ -174,5 +174,5 @@ def input_of(block: str, argument: str, args: Sequence[Any], kwargs: Mapping[str
 
 
 def is_continuous(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor of real or complex numbers."""
+    """Whether a value is a floating-point or complex tensor."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

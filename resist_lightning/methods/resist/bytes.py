@@ -13,15 +13,15 @@ from resist_lightning.schedule.transfers import SyncPlan, Transfer, plan_assembl
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts; those that are averaged, by name of the data type.
+    """Bytes of a model's parts; of those that are averaged, by name of the data type.
 
     Args:
         shared: bytes of the shared tensors that are averaged, but for those that are compressed.
         blocks: bytes of each partitionable block on the wire, its buffers included; all data types together.
         averaged: bytes of each block that an average of it sends: all but frozen and compressed parameters.
-        states: bytes of what travels with each block beside it: its optimizer state, if momentum travels, and its part
-            of a copy of the module that is kept.
-        wire: how trainable parameters are compressed; None if they are not.
+        states: bytes that travel beside each block: its optimizer state, if momentum travels, and its part of a copy of
+            the module that is kept.
+        wire: format of compressed trainable parameters; None if they are not compressed.
         shared_entries: entries of the shared parameters that are compressed: of matrices, and of vectors.
         block_entries: the same for each block.
         outer: bytes of the velocity of each block, on the wire; empty without an outer optimizer.
@@ -46,7 +46,7 @@ def sync_bytes(plan: SyncPlan, sizes: Sizes, workers: int, following: SyncPlan |
         plan: the plan of the sync.
         sizes: bytes of the model's parts.
         workers: number of workers.
-        following: the plan of the next sync; velocities of an outer optimizer go to who merges the block then.
+        following: the plan of the next sync; velocities of an outer optimizer go to the block's owner in it.
 
     Returns:
         For each worker, the bytes sent of the kinds ``shared``, ``merge``, ``hand_over``, ``state`` and ``outer``.
@@ -85,9 +85,9 @@ class Observed:
         shared: bytes that an all-reduce of the shared tensors sums up, by name of the data type, for each fragment.
         shared_packed: bytes of the same tensors in a message.
         blocks: bytes of each partitionable block in a message.
-        averaged: as ``shared``, of what may change in each block.
-        averaged_packed: as ``shared_packed``, of what may change in each block.
-        norms: the same of the batch-norm statistics that are re-estimated, in one message for each data type.
+        averaged: as ``shared``, for the tensors of each block that may change.
+        averaged_packed: as ``shared_packed``, for the tensors of each block that may change.
+        norms: the same for batch-norm statistics that are re-estimated, in one message for each data type.
     """
 
     shared: tuple[Mapping[str, int], ...]
@@ -105,7 +105,7 @@ def observation_bytes(plan: SyncPlan, sizes: Observed, workers: int, *, unequal:
         plan: the plan of a sync of the whole network, as if the round ended here.
         sizes: bytes of the model's parts.
         workers: number of workers.
-        unequal: whether somebody has stepped since the last sync.
+        unequal: whether any worker has stepped since the last sync.
         at_first: whether worker 0 alone gets it.
     """
     if at_first:

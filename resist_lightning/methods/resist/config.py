@@ -30,13 +30,13 @@ PAPER_MIN_BLOCKS = 5
 """Section 4 of the paper: a minimum of five blocks per worker works best."""
 
 _LARGEST_OUTER_MOMENTUM = 0.9
-"""DiLoCo's, for eight workers. It remembers ten rounds; with more, the last ones would still follow earlier ones."""
+"""DiLoCo's, for eight workers. Its memory is ten rounds; with more, the last ones would still follow earlier ones."""
 
 _NOT_IN_PARTS = (
-    ("non_finite", "drop", "'raise'"),  # what a sync does not cover would keep its NaN
+    ("non_finite", "drop", "'raise'"),  # tensors that a sync does not cover would keep their NaN
     ("blocks_per_worker", "auto", "a list with a count for each worker"),
 )
-"""Settings that work only where a sync covers everything at once: name, value, and what to use instead."""
+"""Settings that work only where a sync covers everything at once: name, value, and a replacement."""
 
 
 def default_min_blocks(blocks: int) -> int:
@@ -51,32 +51,32 @@ class Config(GrowingConfig):
     Args:
         min_blocks: least number of partitionable blocks per worker; None means 5, as in the paper, or half of them
             where there are fewer than 10, or the least number that ``blocks_per_worker`` lists.
-        blocks_per_worker: how many each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in proportion
-            to the speed that each shows in the first rounds), or a list with a count for each worker.
-        blocks: which residual blocks are partitioned: None (section 3 of a ResNet without its first block, as in the
+        blocks_per_worker: blocks that each worker holds: ``equal`` (counts differ by at most one), ``auto`` (in
+            proportion to its speed in the first rounds), or a list with a count for each worker.
+        blocks: residual blocks to partition: None (section 3 of a ResNet without its first block, as in the
             paper, or the blocks of all sections where those are less than half of the parameters), a glob or several
             over module names, a predicate of (name, module), or an empty list (none: local SGD).
         warmup_rounds: first rounds with all blocks on all workers, scaled as at test time.
         finish_rounds: last rounds with all blocks on all workers, scaled as at test time. Needs the number of local
             steps of the run, so an end of the training by steps or epochs, and rounds of known lengths.
         growth: shares of the blocks that each worker holds at least, each for an equal part of the rounds: ``(0.25,
-            0.5, 1)`` is thin at first, and whole at last; None: as many in all rounds. Branches are scaled by the first
+            0.5, 1)`` is thin at first, and whole at last; None: equal in all rounds. Branches are scaled by the first
             share divided by the present one. Needs the number of local steps of the run, as ``finish_rounds`` does.
         test_scale: factor on the residual branches of partitioned blocks in the full model, in (0, 1]; None means the
             probability that a block is held: mean blocks per worker / number of blocks.
-        wire: how trainable parameters are sent at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6``,
-            ``int4`` (with a scale per 256 entries) or ``int2`` (what rounding takes from a mean is added to the next
+        wire: format of trainable parameters at a sync: ``fp32`` (as they are), ``bf16``, ``int8``, ``int6``,
+            ``int4`` (with a scale per 256 entries) or ``int2`` (the rounding error of a mean is added to the next
             one, unless ``outer`` is set; blocks that are handed over, and their velocities, in 8 bits). Needs a copy of
-            the shared parameters unless ``fp32``, and another one where rounding is made up for.
-        outer: where a round begins: ``none`` (at the mean of the last one) or ``nesterov`` (the outer optimizer: SGD
-            with Nesterov momentum on what the last round has changed; with local SGD this is DiLoCo). It keeps two
+            the shared parameters unless ``fp32``, and another one where rounding errors are kept.
+        outer: start of a round: ``none`` (the mean of the last one) or ``nesterov`` (a step of the outer optimizer: SGD
+            with Nesterov momentum on the change of the last round; with local SGD this is DiLoCo). It keeps two
             copies of the shared parameters and of the blocks that a worker merges.
         outer_rate: learning rate of the outer optimizer, above 0; 1 goes to the mean itself.
         outer_momentum: momentum of the outer optimizer, in [0, 1); None: 1 - ``outer_rate`` / number of workers, at
             most 0.9, so that a change that each round repeats counts as often as there are workers (0.65 for two).
-        overlap: local steps that a sync may take: it begins so many before the end of its round, from copies of what
-            the worker has then, and is applied at the end, so a slow link holds nobody up. Workers train on meanwhile,
-            and of blocks that move they lose these steps. Below ``local_steps``; 0: the training waits for each sync;
+        overlap: local steps that a sync may take: it begins that many before the end of its round, from copies of the
+            worker's tensors, and is applied at the end, so a slow link delays nobody. Workers train on meanwhile, and
+            blocks that move lose these steps. Below ``local_steps``; 0: the training waits for each sync;
             ``auto``: it waits in the first three rounds (two more for each further fragment), and then takes as many as
             a sync was measured to need.
         fragments: number of fragments of the network; each sync covers one of them, in turn, so each is averaged and
@@ -137,14 +137,14 @@ class Config(GrowingConfig):
         return exact and super().sync_before_evaluation
 
     def outer_momentum_of(self, workers: int) -> float:
-        """The momentum of the outer optimizer of so many workers."""
+        """The momentum of the outer optimizer, for a number of workers."""
         if self.outer_momentum is not None:
             return self.outer_momentum
         # A change that each round repeats adds up to rate / (1 - momentum) times of it.
         return min(max(0.0, 1 - self.outer_rate / workers), _LARGEST_OUTER_MOMENTUM)
 
     def rounds_in_words(self, workers: int) -> str:
-        """What a round of so many workers is, after "rounds of"."""
+        """The settings of a round in words, after "rounds of", for a number of workers."""
         wire = "" if self.wire == "fp32" else f", parameters sent as {self.wire}"
         rate, momentum = self.outer_rate, self.outer_momentum_of(workers)
         outer = f", outer steps of rate {rate:g} and momentum {momentum:g}" if self.outer != "none" else ""
@@ -161,7 +161,7 @@ class Config(GrowingConfig):
 
     @property
     def feedback(self) -> bool:
-        """Whether a wire format with error feedback uses it: not before an outer step, whose momentum repeats it."""
+        """Whether a wire format with error feedback uses it: not with an outer step, whose momentum would repeat it."""
         return self.outer == "none"
 
     def _check_outer(self) -> None:
@@ -193,7 +193,7 @@ class Config(GrowingConfig):
                 f"before the end of its round, and the shortest round has {shortest}. Choose an overlap below that, or "
                 "longer rounds."
             )
-        # State of a block that stays has seen steps that the state which comes to it has not.
+        # The state of a block that stays has seen steps that arriving state has not.
         self._refuse_beside("overlap", 0, ("momentum", "travel", "'keep' or 'reset'"), *_NOT_IN_PARTS)
 
     def _check_fragments(self) -> None:
@@ -267,7 +267,7 @@ def plan_end(schedule: Schedule, config: Config, clock: Clock, total_steps: int 
     Args:
         schedule: from :func:`make_schedule`.
         config: the settings.
-        clock: where the run is, at the beginning of a round or in it.
+        clock: the position in the run, at the beginning of a round or in it.
         total_steps: local steps from the run's beginning to its end; None if that is not known.
 
     Raises:

@@ -1,6 +1,6 @@
 """Checks in the first forward of each block that it is residual, and finds where its branches end.
 
-The list of a block's layers does not tell that. So its input and output are compared in its first call, and it is
+The list of a block's layers does not show this. So its input and output are compared in its first call, and it is
 called once more on random numbers with all weights at zero: a residual block then returns its input, whatever its
 branch computes; an MLP without a skip connection, a chain of convolutions or a pooling layer does not.
 """
@@ -33,11 +33,11 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 class FirstForward:
-    """Looks at the first forward of each block on every worker, by hooks that remove themselves.
+    """Checks the first forward of each block on every worker, by hooks that remove themselves.
 
-    Absent blocks are looked at too, with weights of zero: all workers refuse a wrong shape, data type or tuple in the
-    first step. That a block is residual, and where its branches end, is only seen where it is present;
-    :meth:`BlockLayout.agree` tells the ends to the other workers. What is seen is noted in :attr:`Block.seen`.
+    Absent blocks are checked too, with weights of zero: all workers refuse a wrong shape, data type or tuple in the
+    first step. Whether a block is residual, and where its branches end, shows only where it is present;
+    :meth:`BlockLayout.agree` tells the ends to the other workers. Findings are noted in :attr:`Block.seen`.
 
     Args:
         blocks: all blocks, with their own forwards.
@@ -58,7 +58,7 @@ class _Look:
 
     Args:
         block: the block.
-        known: the branch ends of blocks that were looked at, by their kind; shared by all looks.
+        known: the branch ends of blocks that were checked, by their kind; shared by all checks.
     """
 
     def __init__(self, block: Block, known: dict[Any, tuple[BranchEnd, ...]]) -> None:
@@ -66,7 +66,7 @@ class _Look:
         self._block = block
         self._known = known
         self._argument = first_argument(module)
-        self._body = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        self._body = getattr(module, "_orig_mod", module)  # the module that torch.compile wraps
         self._forward: Callable[..., Any] = self._body.forward
         block.compiled.hold_back("not seen")
         self._handles: list[RemovableHandle] = [
@@ -89,8 +89,8 @@ class _Look:
         x = input_of(self._block.name, self._argument, args, kwargs)
         if any(isinstance(child, torch.jit.ScriptModule) for child in self._body.modules()):
             return
-        # Dropout in the block must draw in training what it would have drawn; and what is compiled inside of the block
-        # would be compiled again for other weights.
+        # Dropout in the block must draw the same numbers in training as without this; and modules that are compiled
+        # inside of the block would be compiled again for other weights.
         with random_numbers_apart(), uncompiled(self._body):
             self._find_ends(x, args, kwargs)
             self._try(x, args, kwargs)
@@ -111,7 +111,7 @@ class _Look:
         kind = _kind(self._body)
         hint = self._known.get(kind)
         ends = () if hint == () else self._ends_of_kind(x, args, kwargs, hint or ())
-        # One of a kind whose ends are not found is enough: a search takes some twenty forwards of the block.
+        # Blocks of a kind are not searched again if one failed: a search takes some twenty forwards of the block.
         if not hint:
             self._known[kind] = ends
         prefix = "" if self._body is self._block.module else "_orig_mod."
@@ -130,7 +130,7 @@ class _Look:
             for given in inputs:
                 try:
                     return self._ends_for(*given, hint, dtype)
-                except Exception as error:  # noqa: BLE001 - the user's code, given what it may not expect
+                except Exception as error:  # noqa: BLE001 - the user's code, given unexpected arguments
                     self._block.seen.why = f"{type(error).__name__}: {error}".splitlines()[0]
                     unseen = isinstance(error, NotSeenError)
             if unseen:
@@ -171,7 +171,7 @@ class _Look:
                     self._block.seen.output = output_form(outputs, *arguments[0])
                 tensors = [self._tensor_in(output) for output in outputs]
                 residual = all(isinstance(value, Tensor) for value in tensors) and _is_residual(inputs, tensors, norms)
-        except Exception:  # noqa: BLE001 - the user's code, given what it may not expect
+        except Exception:  # noqa: BLE001 - the user's code, given unexpected arguments
             return
         # Outside of the `try`: these errors are for the user.
         self._compare(x, outputs[0])
@@ -207,7 +207,7 @@ class _Look:
         return not isinstance(vars(self._block.module).get("forward"), Bypass)
 
     def _tensor_in(self, output: Any) -> Any:
-        """The part of an output that is the block's input where it is absent."""
+        """The tensor in an output whose place the input takes while the block is absent."""
         return output if self._block.seen.output is None else tree_flatten(output)[0][0]
 
     def _compare(self, x: Tensor, output: Any) -> None:
@@ -239,7 +239,7 @@ def _prefixed(end: BranchEnd, prefix: str) -> BranchEnd:
 
 
 def _kind(body: nn.Module) -> Any:
-    """The same for blocks of one class with tensors of the same names and shapes."""
+    """A key that is the same for blocks of one class with tensors of the same names and shapes."""
     tensors = [*body.named_parameters(), *body.named_buffers()]
     return type(body), tuple((name, tensor.shape) for name, tensor in tensors)
 
@@ -247,7 +247,7 @@ def _kind(body: nn.Module) -> Any:
 def _two_samples(
     x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments for the first two samples of a batch; None where that is not certain to be all that is needed."""
+    """The arguments for the first two samples of a batch; None where these may not be enough."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if x.dim() < 3 or len(x) <= 2:
@@ -275,7 +275,7 @@ def _is_residual(inputs: Sequence[Tensor], outputs: Sequence[Tensor], norms: Seq
     """Whether the outputs are the inputs plus a constant, or an activation or a norm of the inputs."""
     x, y = _numbers(inputs[0]), _numbers(outputs[0])
     if x.shape != y.shape or not y.isfinite().all():
-        return True  # shapes are compared elsewhere, and without numbers nothing is known
+        return True  # shapes are compared elsewhere, and without entries nothing is known
     coarse = inputs[0].dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)
     tolerance = 0.05 if coarse else 1e-3
 

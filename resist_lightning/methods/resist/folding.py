@@ -1,4 +1,4 @@
-"""Folds the test-time scale of a residual branch into the weights that end it, and takes it out again, exactly."""
+"""Folds the test-time scale of a residual branch into the weights that end it, and removes it again, exactly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fold(tensors: Mapping[str, Folded], scale: float) -> dict[str, Tensor]:
     """Fold ``scale`` into the tensors of :func:`folded`.
 
     Returns:
-        Copies, by name, of the tensors that the opposite would not restore bit for bit.
+        Copies, by name, of the tensors that the inverse operation would not restore bit for bit.
     """
     originals: dict[str, Tensor] = {}
     with torch.no_grad():

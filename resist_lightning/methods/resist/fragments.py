@@ -16,7 +16,7 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 class Fragments:
-    """Which fragment each tensor of a module is in.
+    """The fragment of each tensor of a module.
 
     Args:
         shared: the tensors that are in no block, by name.
@@ -33,7 +33,7 @@ class Fragments:
         for number, block in enumerate(blocks):
             self._of.update(dict.fromkeys(block.tensors(), fragment_of_block(number, count)))
             names.update({id(tensor): name for name, tensor in block.tensors().items()})
-        # Of tensors by identity: one may get another name, and a module new ones, which no sync averages.
+        # By identity of the tensor: one may get another name, and a module new tensors, which no sync averages.
         self._of_tensors = {key: self._of[name] for key, name in names.items()}
         self._count = count
         used = len(set(self._of.values()))
@@ -41,7 +41,7 @@ class Fragments:
             raise ValueError(f"fragments={count}: this network has tensors for {used}. Choose as many or fewer.")
 
     def covers(self, fragment: int | None, name: str) -> bool:
-        """Whether a tensor is in a fragment, by the name that it had at first; None: the whole network."""
+        """Whether a tensor is in a fragment, by its first name; None: the whole network."""
         return fragment is None or self._of.get(name) == fragment
 
     def within(self, fragment: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class Fragments:
         return {name: tensor for name, tensor in tensors.items() if self.covers(fragment, name)}
 
     def parts(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Some tensors, by name, of each fragment."""
+        """For each fragment, its tensors among ``tensors``, by name."""
         return [self.within(fragment, tensors) for fragment in range(self._count)]
 
     def inside(self, fragment: int, tensors: Iterable[AnyTensor]) -> list[AnyTensor]:
@@ -64,10 +64,10 @@ class Fragments:
 
 
 def mean_of_holders(module: nn.Module, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The full model, from what workers had between two rounds, where holders of a tensor do not have it alike.
+    """The full model, from the workers' tensors between two rounds, where holders of a tensor have different values.
 
     Args:
-        module: of this model.
+        module: a module of this model.
         parts: the tensors of each worker, by name.
     """
     found: dict[str, list[Tensor]] = {}

@@ -38,10 +38,10 @@ from resist_lightning.state.outer import has_outer_step, outer_bytes
 
 
 class BlockLayout(Layout):
-    """The partitionable blocks of a model, and which worker trains which of them in each round.
+    """The partitionable blocks of a model, and the workers that train them in each round.
 
     Raises:
-        BlockSelectionError: if the blocks cannot be chosen as asked, or lie in what is compiled as a whole.
+        BlockSelectionError: if the blocks cannot be chosen as asked, or lie in code that is compiled as a whole.
         ValueError: if ``min_blocks`` or ``blocks_per_worker`` does not fit the number of blocks, or the module
             synchronises batch norm.
     """
@@ -77,7 +77,7 @@ class BlockLayout(Layout):
         return self.schedule.overlaps
 
     def overlap_of_blocks(self, overlap: int) -> int:
-        """Of the local steps beside which a sync runs, those at the end for which blocks are under way."""
+        """The local steps at the end of a sync's overlap during which blocks are in transit."""
         blocks = sum(tensor.nbytes for block in self.blocks for tensor in block.tensors().values())
         shared = sum(tensor.nbytes for tensor in self.shared.values())
         return overlap_of_blocks(overlap, shared, round(blocks * coverage(self.schedule)))
@@ -100,9 +100,9 @@ class BlockLayout(Layout):
 
     @override
     def identity(self) -> dict[str, Any]:
-        # Everything that partitions are drawn from but the measured counts, which `state_dict` has.
+        # All inputs of the partitions but the measured counts, which `state_dict` has.
         drawn = asdict(replace(self.schedule, counts=(), measured_from=None, seconds=()))
-        # A run may be prolonged; who holds what is compared.
+        # A run may be prolonged; the holders are compared instead.
         del drawn["overlaps"], drawn["finish_from"], drawn["stages"]
         if self.config.fragments == 1:
             del drawn["fragments"]  # earlier checkpoints do not have it
@@ -164,7 +164,7 @@ class BlockLayout(Layout):
         return self.schedule.training_scale(round, self.scaling.scale)
 
     def agree(self, collective: Collective, *, stepped: bool) -> None:
-        """Tell all workers where the branches of blocks end that only their holders have seen.
+        """Tell all workers the branch ends of blocks that only their holders have seen.
 
         Collective: every worker must call this, in the same order.
 
@@ -259,7 +259,7 @@ class BlockLayout(Layout):
                 raise compiled_as_a_whole(f"block {block.name!r}", where)
 
     def usual_partition(self) -> Partition:
-        """That of the first round after the warm-up, in a run that does not end there."""
+        """The partition of the first round after the warm-up, without growth or finish."""
         return replace(self.schedule, finish_from=None, stages=()).partition(self.config.warmup_rounds)
 
     @override

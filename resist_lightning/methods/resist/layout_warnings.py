@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # which warns with it
 
 
 def warn_about_settings(layout: BlockLayout) -> None:
-    """Warn, once for each, before the training."""
+    """Warn before the training, once about each such setting."""
     unused = left_out(layout.module, layout.config.blocks, layout.trained)
     if unused:
         if layout.config.blocks is None:

@@ -1,4 +1,4 @@
-"""Chooses which residual blocks of a network are partitioned: by default, by names or by a predicate."""
+"""Chooses the residual blocks of a network that are partitioned: by default, by names or by a predicate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARTITIONED = 0.5
 """Share of the parameters in partitioned blocks from which on two workers hold at most three quarters each."""
 
 _CLOSE = 0.05
-"""A later choice is not worth it if it partitions only so much more."""
+"""A later choice is not worth it if it partitions only this share more."""
 
 
 def select_blocks(
@@ -40,8 +40,8 @@ def select_blocks(
     Args:
         module: the user's module.
         choice: None for the default (:func:`_default_choice`), a glob or a list of globs that match the last parts of
-            a module's name (``"layer3.*"``), a predicate of (name, module), or an empty list for none. Of what a glob
-            with a wildcard matches, blocks that seem to change the shape, single layers and chains of them stay shared.
+            a module's name (``"layer3.*"``), a predicate of (name, module), or an empty list for none. Of several
+            matches of a glob, blocks that seem to change the shape, single layers and chains of them stay shared.
         trained: ids of the parameters that optimizers have; None if they are not known yet.
 
     Returns:
@@ -60,7 +60,7 @@ def select_blocks(
         _refuse_others(blocks, module)
     else:
         blocks = _by_globs(module, _patterns(choice), trained)
-    # Each of these would send a tensor twice, or leave a part of a block behind.
+    # Each of these cases would send a tensor twice, or leave a part of a block behind.
     _refuse_nesting(blocks)
     _refuse_tied(module, blocks)
     for block in blocks:
@@ -185,7 +185,7 @@ def _by_globs(module: nn.Module, patterns: Sequence[str], trained: Collection[in
         possible = [block for block in blocks if why_not(block.module) is None]
         if not possible:
             _refuse_others(blocks, module)
-        # What keeps the shape is a guess, so a glob that selects nothing else is taken at its word.
+        # `keeps_shape` is a guess, so a glob that selects no block with it is taken at its word.
         keeping = [block for block in possible if block.keeps_shape] or possible
         chosen.update((block.name, block) for block in keeping)
     still = untrained(module, chosen.values(), trained)

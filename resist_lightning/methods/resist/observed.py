@@ -1,4 +1,4 @@
-"""What the assembly of a full model sends of each part of a network."""
+"""Bytes of each part of a network in the assembly of its full model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # which shows an overview with it
 
 
 def observed(layout: BlockLayout) -> Observed:
-    """Bytes of the parts of a network in the assembly of its full model."""
+    """The bytes of a layout's parts in the assembly of the full model."""
     changing = layout.changing()
 
     def those(tensors: Mapping[str, Tensor]) -> list[Tensor]:

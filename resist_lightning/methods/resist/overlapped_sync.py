@@ -36,19 +36,19 @@ from resist_lightning.schedule.transfers import SyncPlan
 from resist_lightning.state.optimizer_state import OptimizerStates
 from resist_lightning.state.outer import has_outer_step
 
-_LEAVING_SECONDS = 10.0  # in which what is under way ends by itself, unless a worker is lost
+_LEAVING_SECONDS = 10.0  # in which a sync under way ends by itself, unless a worker is lost
 
 
 @dataclass(frozen=True)
 class _SharedDeparture:
-    """What all workers average beside the training, as decided at the border; tensors are the module's.
+    """The average of all workers beside the training, as decided at the border; tensors are the module's.
 
     Args:
         plan: the plan of the sync.
-        compressed: what is averaged in fewer bits.
-        exact: what is averaged as it is.
-        stepping: what of it takes a step of the outer optimizer.
-        unit_vectors: what of it must have the length 1 afterwards.
+        compressed: tensors that are averaged in fewer bits.
+        exact: tensors that are averaged as they are.
+        stepping: averaged tensors that take a step of the outer optimizer.
+        unit_vectors: averaged tensors that must have the length 1 afterwards.
     """
 
     plan: SyncPlan
@@ -60,14 +60,14 @@ class _SharedDeparture:
 
 @dataclass(frozen=True)
 class _BlockDeparture:
-    """What is merged and handed over beside the training, as decided when the blocks leave.
+    """The merge and hand-over of blocks beside the training, as decided when the blocks leave.
 
     Args:
         plan: the plan of the sync, with the velocities of the outer optimizer.
-        payloads: what is sent and received of each block, and of each velocity behind them.
-        stepping: what takes a step of the outer optimizer here.
-        unit_vectors: what must have the length 1 after it was merged here.
-        velocities: parameters that are absent, whose velocity arrives, with its stand-in in a payload.
+        payloads: payload of each block that is sent or received, and of each velocity, numbered behind the blocks.
+        stepping: tensors that take a step of the outer optimizer here.
+        unit_vectors: tensors that must have the length 1 after they were merged here.
+        velocities: absent parameters whose velocity arrives, each with the velocity's stand-in in a payload.
     """
 
     plan: SyncPlan
@@ -96,7 +96,7 @@ class OverlappedSync(BlockSync):
 
     @override
     def connect(self) -> None:
-        # A message of the host's or of a metric could otherwise pair with one that is sent beside the training.
+        # Otherwise a message of the host's or of a metric could pair with one that is sent beside the training.
         collective = self.exchange.collective.beside()
         collective.connect()
         self._beside = Exchange(collective, self._device, self._quantizer and self._quantizer.for_values)
@@ -118,7 +118,7 @@ class OverlappedSync(BlockSync):
         )
         self._transit = transit = Transit(self.replicated_tensors(round + 1))
         transit.add(averaged)
-        # One after the other, so that there are never three copies: an average of copies in one buffer needs no other.
+        # In this order, so that there are never three copies: an average of copies in one buffer needs no other.
         self._beside.put_together([transit.of(exact)])
         transit.keep_own(averaged)
         transit.blocks_left = not plan.owner
@@ -144,7 +144,7 @@ class OverlappedSync(BlockSync):
         self._background = Background(partial(self._send_blocks, departure, transit, self._background), self._device)
 
     def _depart(self, plan: SyncPlan, round: int) -> _BlockDeparture:
-        """Decide all that training on could change: parameters may be frozen."""
+        """Decide everything that could change while the training goes on: parameters may be frozen."""
         owned: list[int] = []
         if self._outer is not None:
             owned = self._owned_blocks(plan)
@@ -162,7 +162,7 @@ class OverlappedSync(BlockSync):
         )
 
     def _send_shared(self, departure: _SharedDeparture, transit: Transit) -> None:
-        """Average copies. In another thread, as the next one: neither looks at the module's values."""
+        """Average copies. Runs in another thread, as the next function does: neither reads the module's values."""
         left_out, compressed = departure.plan.left_out, departure.compressed
         if self._compressed_mean is not None:
             others = self._layout.fragments.outside(departure.plan.fragment)
@@ -217,12 +217,12 @@ class OverlappedSync(BlockSync):
     def begin_round(self, round: int) -> None:
         super().begin_round(round)
         self._arrived = {}
-        # What was frozen after the border has trained since then, on each worker for itself.
+        # Tensors that were frozen after the border have trained until then, on each worker for itself.
         self._changing |= self._changing_at_border
 
     @override
     def _alike(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        # After a sync each worker has learned something else; and of what was frozen at the border, all of it.
+        # After an overlapped sync workers differ in the tensors that it did not send, as those frozen at the border.
         return [tensor for tensor in tensors if not self._arrived or id(tensor) in self._arrived]
 
     @override
@@ -279,6 +279,6 @@ class OverlappedSync(BlockSync):
 def make_block_sync(
     layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
 ) -> BlockSync:
-    """The sync that the settings ask for: one for which the training waits, or one beside it."""
+    """The sync of the settings: one for which the training waits, or one beside it."""
     kind: Callable[..., BlockSync] = OverlappedSync if layout.config.overlap else BlockSync
     return kind(layout, states, collective, device)

@@ -1,4 +1,4 @@
-"""Tells what a partition of residual blocks means before anything trains: blocks, memory, messages and computing."""
+"""The costs of a partition of residual blocks before anything trains: blocks, memory, messages and computing."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Row:
         globs: choose exactly these blocks; their names where they cannot be chosen.
         kind: name of their class.
         blocks: number of blocks.
-        bytes: of their parameters.
-        keeps_shape: whether they return what has the shape of their input.
+        bytes: bytes of their parameters.
+        keeps_shape: whether their output has the shape of their input.
         chosen: whether they are partitioned.
         folds: whether the test-time scale folds into their weights; None before a forward has shown it.
         ends: layers, or tensors, into which it folds.
@@ -65,18 +65,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a worker holds, sends and computes, as means over workers and rounds.
+    """Costs of a worker in memory, messages and computing, as means over workers and rounds.
 
     Args:
         parameters: number of parameters of the network.
         held: parameters that a worker holds: the mean, the least and the most.
         sent: bytes that a worker sends per sync: the mean, the least and the most; without optimizer state.
-        slowest: bytes per sync of the worker that sends the most in it, as a mean over rounds: who the others wait for.
-        local_sgd: bytes that it would send if nothing was partitioned and compressed.
+        slowest: bytes per sync of the worker that sends the most in it and delays the others, as a mean over rounds.
+        local_sgd: bytes per sync of a worker if nothing was partitioned and compressed.
         computed: share of the forward's operations that a worker does; None if it is not known.
-        evaluation: bytes that it sends for an evaluation in the middle of a round, as a mean, where all workers
-            evaluate and where the first does.
-        evaluate_on: which of the two it is.
+        evaluation: bytes that it sends for an evaluation in the middle of a round, as a mean, if all workers
+            evaluate and if the first does.
+        evaluate_on: the setting that decides between the two.
     """
 
     parameters: int
@@ -94,8 +94,8 @@ class Alternative:
     """Another choice of blocks.
 
     Args:
-        rule: in words.
-        globs: for the option ``blocks``.
+        rule: the rule of the choice, in words.
+        globs: value of the option ``blocks``.
         blocks: number of blocks.
         held: mean share of the parameters that a worker would hold.
     """
@@ -107,7 +107,7 @@ class Alternative:
 
 
 def rows(layout: BlockLayout, flops: Flops | None = None) -> list[Row]:
-    """One row for each section, class and kind of treatment of the blocks of a network, in its order."""
+    """The rows for a network: one for each section, class and kind of treatment of its blocks, in its order."""
     chosen = {block.name: block for block in layout.blocks}
     keeping = {block.name for block in repeated_blocks(layout.module)} | set(chosen)
     groups: dict[Any, list[Block]] = {}
@@ -135,7 +135,7 @@ def rows(layout: BlockLayout, flops: Flops | None = None) -> list[Row]:
 
 
 def costs(layout: BlockLayout, flops: Flops | None = None) -> Costs:
-    """What a worker holds, sends and computes in the first rounds after the warm-up."""
+    """The costs of a worker in the first rounds after the warm-up."""
     first = layout.config.warmup_rounds
     states, fragments = OptimizerStates([]), layout.config.fragments
     sizes = {fragment: layout.sizes(states, fragment) for fragment in (None, *range(fragments))}
@@ -194,7 +194,7 @@ def count_flops(module: nn.Module, blocks: Sequence[Block], call: Callable[[], A
     Args:
         module: the network.
         blocks: blocks of it.
-        call: runs its forward.
+        call: function that runs its forward.
     """
     counter = FlopCounterMode(display=False)
     flops = dict.fromkeys([block.name for block in blocks], 0)
@@ -233,7 +233,7 @@ def _nested(name: str, other: str) -> bool:
 
 
 def _ends(block: Block) -> tuple[bool | None, tuple[str, ...]]:
-    """Whether the scale folds, and into what."""
+    """Whether the scale folds, and the layers or tensors into which it does."""
     if block.seen.ends:
         return True, tuple(_layer(end) for end in reversed(block.seen.ends))
     if foldable(block):

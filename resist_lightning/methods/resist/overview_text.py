@@ -22,7 +22,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def costs_in_words(costs: Costs) -> str:
-    """A sentence, on a few lines, about what a worker holds, sends and computes."""
+    """A sentence, on a few lines, about a worker's memory, messages and computing."""
     lines = [f"A worker {_held(costs)}", _sent(costs)]
     if costs.computed is None:
         lines[-1] += "."
@@ -72,7 +72,7 @@ def _sent(cost: Costs) -> str:
 
 
 def evaluation_in_words(cost: Costs) -> str:
-    """A sentence about what an evaluation sends."""
+    """A sentence about the bytes of an evaluation."""
     everywhere, first = (sent / 1e6 for sent in cost.evaluation)
     if cost.evaluate_on == "first":
         return f"For an evaluation it sends {first:.3g} MB on average, worker 0 nothing (evaluate_on='first')."

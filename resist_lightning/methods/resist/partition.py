@@ -1,4 +1,4 @@
-"""Decides which worker holds which blocks in each round of a run. Standard library only."""
+"""Decides the blocks that each worker holds, for each round of a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Schedule:
         min_blocks: least number of blocks per worker.
         seed: seed of the partitions.
         warmup_rounds: number of first rounds in which every worker holds every block.
-        stages: of a run that grows, least number of blocks per worker from a round on, until the next entry.
+        stages: for a run that grows, least number of blocks per worker from a round on, until the next entry.
         finish_from: the round from which every worker holds every block again; None if none is known.
         counts: blocks of each worker from a round on, until the next entry; equal shares before the first one.
         measured_from: first of the rounds in which seconds are measured; None if none is.
-        seconds: of the measured rounds so far, the round and each worker's seconds per local step.
-        overlaps: local steps beside which the syncs run.
+        seconds: for each measured round so far, the round and each worker's seconds per local step.
+        overlaps: local steps during which the syncs run.
         fragments: number of fragments of the network; each sync covers one of them, in turn.
     """
 
@@ -70,7 +70,7 @@ class Schedule:
         return round % self.fragments
 
     def unsynced(self, rounds: int) -> str:
-        """A warning of a training of so many rounds that ends before each fragment had a sync; empty if it does not."""
+        """A warning of a training whose ``rounds`` end before each fragment had a sync; empty if they do not."""
         synced = {self.fragment(round) for round in range(min(rounds, self.fragments))}
         if None in synced or len(synced) == self.fragments:
             return ""
@@ -86,13 +86,13 @@ class Schedule:
         return plan if fragment is None else plan_of_fragment(plan, fragment, self.fragments)
 
     def whole_plan(self, round: int, left_out: tuple[int, ...] = ()) -> SyncPlan:
-        """As :meth:`plan`, of all blocks: those that the sync does not cover stay where they are."""
+        """Like :meth:`plan`, but of all fragments: blocks that the sync does not cover stay where they are."""
         return plan_sync(self.partition(round), self.partition(round + 1), left_out)
 
     def coming_plan(self, fragment: int | None, round: int) -> SyncPlan:
-        """Who averages and who owns a block at the first sync at the end of ``round`` or later that covers a fragment.
+        """The averaged blocks and the owners of the first sync at the end of ``round`` or later that covers a fragment.
 
-        None: of all fragments. What moves in these syncs is left out.
+        None: of all fragments. With several fragments the transfers are left out.
         """
         if self.fragments == 1:
             return self.plan(round)
@@ -196,13 +196,13 @@ class Schedule:
             return ()
         shortest = []
         for count in sorted(rows):
-            # Of two rounds alike, each worker's shorter time.
+            # Two rounds are alike: each worker's shorter time counts.
             shortest.append((count, [min(times) for times in zip(*rows[count], strict=True)]))
         few, many = shortest
         return measured_costs(few, many)
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements and what follows from them, as plain data for a checkpoint; empty if nothing is measured."""
+        """The measurements and the resulting counts, as plain data for a checkpoint; empty if nothing is measured."""
         overlap = self.overlaps.state_dict()
         if self.measured_from is None:
             return {"overlap": overlap} if overlap else {}

@@ -1,4 +1,4 @@
-"""What is sent of a residual block: its tensors, what goes with them, and what the outer optimizer keeps of it."""
+"""Payloads of residual blocks: their tensors, state that goes with them, and their outer velocities."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Payloads:
         states: the optimizers' state.
         outer: the outer optimizer; None without one.
         worker: the worker.
-        device: where present tensors live.
+        device: device of present tensors.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Payloads:
         self._compresses = layout.config.wire != "fp32"
 
     def of(self, index: int, *, round: int | None = None) -> Payload:
-        """What is sent of a block at the end of ``round``; if None for an observation, exact and without state.
+        """The payload of a block at the end of ``round``; None: for an observation, exact and without state.
 
         Args:
-            index: of the block; numbers behind the last block's are those of the blocks' velocities.
+            index: index of the block; numbers behind the last block's are those of the blocks' velocities.
             round: the round that ends.
         """
         blocks = self._layout.blocks
@@ -65,7 +65,7 @@ class Payloads:
         return Payload(plain, state, [tensor for tensor in tensors if compressible(tensor)], noise)
 
     def _of_velocity(self, number: int, round: int) -> Payload:
-        """What is sent of the outer optimizer's velocity of a block."""
+        """The payload of the outer optimizer's velocity of a block."""
         assert self._outer is not None
         tensors = self._layout.blocks[number - len(self._layout.blocks)].tensors().values()
         plain, compressed = map(self._outer.velocities, self.split_velocities(tensors))
@@ -75,10 +75,10 @@ class Payloads:
         return Payload(plain, (), compressed, noise, kind="outer")
 
     def split_velocities(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of a block's tensors whose velocity travels as it is, and those whose velocity is compressed."""
+        """The tensors of a block whose velocity travels as it is, and those whose velocity is compressed."""
         stepping = list(filter(has_outer_step, tensors))
         if not self._compresses:
             return stepping, []
-        # As the block itself: else it would cost four times as much as the block in int8.
+        # Compressed like the block itself: else the velocity would cost four times as much as the block in int8.
         plain = [tensor for tensor in stepping if not compressible(tensor)]
         return plain, list(filter(compressible, stepping))

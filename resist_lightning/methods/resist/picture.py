@@ -1,4 +1,4 @@
-"""Draws which worker holds which block in some rounds. Needs matplotlib, which is imported when it draws."""
+"""Draws the holders of each block in some rounds. Needs matplotlib, which is imported when it draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_partition(layout: BlockLayout, rounds: int = 3, first: int | None = Non
     """A grid for each of some rounds: a row for each worker, a column for each block.
 
     Args:
-        layout: the blocks, and who holds them.
+        layout: the blocks and their holders.
         rounds: number of rounds.
         first: the first of them; None: the one after the warm-up.
 

@@ -15,7 +15,7 @@ from resist_lightning.methods.resist.trial import is_norm, own_tensors
 from resist_lightning.state.random_state import random_state, set_random_state
 
 EXACT = 1e-5
-"""Largest deviation from the identity, in relation to the input; and the least change that counts as one."""
+"""Largest deviation from the identity, relative to the input; and the least change that counts as one."""
 
 Call: TypeAlias = Callable[[Tensor], Any]
 Group: TypeAlias = tuple[str, ...]
@@ -23,12 +23,12 @@ Group: TypeAlias = tuple[str, ...]
 
 
 class NotSeenError(Exception):
-    """A part of a block did not run, so that nothing is known of what it adds."""
+    """A part of a block did not run, so that its contribution is unknown."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a run has shown.
+    """Results of a run.
 
     Args:
         value: the block's output.
@@ -52,7 +52,7 @@ class Runs:
     Attributes:
         x: a random input of this shape.
         groups: the groups of tensors that may end a branch.
-        names: of all submodules.
+        names: names of all submodules.
     """
 
     def __init__(self, body: nn.Module, x: Tensor, call: Call) -> None:
@@ -65,9 +65,9 @@ class Runs:
             own = {f"{owner}.{name}".lstrip("."): tensor for name, tensor in own_tensors(child).items()}
             self._tensors.update(own)
             self.groups.extend(_groups_of(owner, tuple(own)))
-        # Of the tensors that are scaled now only: a copy of all weights would be a second one in single precision.
+        # Only of the tensors that are scaled now: a copy of all weights would be a second one in single precision.
         self._originals: dict[str, Tensor] = {}
-        # Every run begins with the same numbers, for forwards that draw some although they are told to evaluate.
+        # Every run begins with the same random state, for forwards that draw numbers even in evaluation mode.
         self._random = random_state()
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
@@ -137,7 +137,7 @@ class Runs:
         """Run the block with other weights.
 
         Args:
-            factors: on some tensors, by name.
+            factors: factors of some tensors, by name.
             off: groups that are switched off.
             x: the input; None for the random one.
             keep: names of submodules whose outputs are kept.
@@ -200,7 +200,7 @@ def _halve(_: nn.Module, __: Any, output: Any) -> Any:
 
 
 def position(group: Group, order: Sequence[str]) -> int:
-    """When the innermost submodule around some tensors has returned, among those that were called."""
+    """The position in ``order`` of the innermost submodule around some tensors that was called; -1 if none."""
     name = group[0].rpartition(".")[0]
     while name and name not in order:
         name = name.rpartition(".")[0]
@@ -216,7 +216,7 @@ def _groups_of(owner: str, names: Group) -> list[Group]:
 
 
 def between_bounds(value: Tensor) -> Tensor:
-    """Where a tensor has neither its least nor its greatest value, if many entries share it, as clipping does."""
+    """A mask of the entries between a tensor's bounds: without the least or greatest value if many entries share it."""
     inside = torch.ones_like(value, dtype=torch.bool)
     if not value.numel():
         return inside

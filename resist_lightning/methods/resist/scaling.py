@@ -2,8 +2,8 @@
 
 In the full model all blocks are active at once, so each branch is multiplied by the probability that a block was held
 in training. The factor is folded into the weights that end each branch, so that a checkpoint is a plain model: where
-they are is known of some classes, and found by running any other block (:mod:`.branches`). A block whose branches could
-not be verified is scaled by a hook instead: x + s (block(x) - x).
+they are is known for some classes, and found for other blocks by running them (:mod:`.branches`). A block whose
+branches could not be verified is scaled by a hook instead: x + s (block(x) - x).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def coverage(schedule: Schedule) -> float:
 class ScaleHook:
     """A forward hook that scales a residual branch.
 
-    It may stay on the user's module, so it pickles, copies and exports with it.
+    It may stay on the user's module, so it can be pickled, copied and exported with it.
 
     Args:
         scale: the factor.
@@ -45,7 +45,7 @@ class ScaleHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Called by torch after the forward of the block, or of its last submodule."""
-        # Blocks may return a tuple, of which the first tensor is what the next block gets.
+        # Blocks may return a tuple, whose first tensor is the next block's input.
         (value, *others), structure = tree_flatten(output)
         if self.argument is None:
             scaled = value * self.scale
@@ -84,7 +84,7 @@ class ScaleHooks:
         self._handles = []
 
     def _attach_when_seen(self, block: Block) -> None:
-        # It is called after the hook that looks at the first forward, which was registered earlier.
+        # It is called after the hook that checks the first forward, which was registered earlier.
         later = _WhenSeen(self, block)
         later.handle = block.module.register_forward_pre_hook(later)
         self._handles.append(later.handle)
@@ -109,7 +109,7 @@ class _WhenSeen:
     A copy of the module has it too, for the block of the original: there it does nothing.
 
     Args:
-        hooks: what hooks the block.
+        hooks: attaches the hooks to the block.
         block: the block.
     """
 
@@ -135,7 +135,7 @@ class _WhenSeen:
 
 
 class _Nothing:
-    """What a pickled :class:`_WhenSeen` becomes."""
+    """A hook without effect, which a pickled :class:`_WhenSeen` becomes."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Do nothing."""

@@ -1,4 +1,4 @@
-"""Tells where the branches of blocks end: to workers that have not run them, and to a run that is resumed."""
+"""Shares the branch ends of blocks: with workers that have not run them, and with a resumed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def assume_ends(blocks: Sequence[Block], known: Mapping[str, Any]) -> None:
 
 
 def agree_on_ends(blocks: Sequence[Block], collective: Collective) -> bool:
-    """Have all workers know what any of them has seen. Collective: every worker must call this, in the same order.
+    """Share the ends that any worker has seen with all. Collective: every worker must call this, in the same order.
 
     Returns:
         Whether all is known that will ever be: every block has been seen, or needs not be.
@@ -38,7 +38,7 @@ def agree_on_ends(blocks: Sequence[Block], collective: Collective) -> bool:
         seen = [ends for ends, assumed in found if not assumed]
         known = seen or [ends for ends, _ in found]
         if known:
-            # Of workers that have seen different things, one could not run the block.
+            # Where workers have different findings, one could not run the block.
             best: list[Any] = next((ends for ends in known if ends), [])
             block.seen.ends, block.seen.assumed = _made(best), not seen
     all_known = all(foldable(block) or block.seen.ends is not None for block in blocks)

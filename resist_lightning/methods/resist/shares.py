@@ -1,4 +1,4 @@
-"""Chooses how many blocks each worker holds where workers differ in speed. Standard library only.
+"""Chooses the number of blocks of each worker where workers differ in speed. Standard library only.
 
 A local step of a worker with n blocks takes ``shared + block * n`` seconds. In four rounds all workers hold *few* and
 *many* blocks alternately, so that both terms can be estimated; then the counts are chosen that make the slowest
@@ -73,7 +73,7 @@ def measured_costs(few: tuple[int, Sequence[float]], many: tuple[int, Sequence[f
     """
     few_blocks, few_seconds = few
     many_blocks, many_seconds = many
-    # Of two steps, one with few blocks and one with many.
+    # For two steps together, one with few blocks and one with many.
     both_blocks = few_blocks + many_blocks
     both_seconds = [fewer + more for fewer, more in zip(few_seconds, many_seconds, strict=True)]
     # The share of a block is estimated from all workers together, as it is the difference of two noisy numbers.
@@ -98,7 +98,7 @@ def shortest_step(costs: Sequence[Cost], blocks: int, min_blocks: int) -> tuple[
         min_blocks: least number of blocks for every worker, between 0 and ``blocks``.
 
     Returns:
-        One count per worker; they add up to what equal counts add up to. Equal costs give equal counts.
+        One count per worker; their sum is that of equal counts. Equal costs give equal counts.
     """
     counts = [min_blocks] * len(costs)
     while sum(counts) < blocks:

@@ -13,11 +13,11 @@ _ENDINGS = ("*", "[!0]*")
 
 
 def short_globs(names: Sequence[str], choose: Choose) -> tuple[str, ...]:
-    """Globs that choose exactly the blocks of these names: one, or one per container, or else all the names.
+    """Globs that choose exactly the blocks with these names: one, or one per container, or else all the names.
 
     Args:
-        names: of the blocks, at least one.
-        choose: tells what globs choose.
+        names: names of the blocks, at least one.
+        choose: gives the blocks that globs choose.
     """
     sections: dict[str, list[str]] = {}
     for name in names:
@@ -53,7 +53,7 @@ def _tails(name: str) -> list[str]:
 
 
 def _common(names: Sequence[str]) -> str:
-    """A glob that matches all of some names; empty if they have not as many parts."""
+    """A glob that matches all names; empty if their numbers of parts differ."""
     split = [name.split(".") for name in names]
     if len({len(parts) for parts in split}) > 1:
         return ""
@@ -62,7 +62,7 @@ def _common(names: Sequence[str]) -> str:
         if len(set(parts)) == 1:
             common.append(parts[0])
         else:
-            # Characters that all have at the start: `layer` of layer1 and layer2.
+            # The common prefix: `layer` of layer1 and layer2.
             alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*parts, strict=False))
             common.append("".join(letters[0] for letters in alike) + "*")
     return ".".join(common)

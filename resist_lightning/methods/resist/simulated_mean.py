@@ -1,4 +1,4 @@
-"""The mean in fewer bits of the reference simulator: of what all workers hold, by name of the parameter."""
+"""The reference simulator's mean in fewer bits, of parameters that all workers hold, by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from resist_lightning.methods.simulation import flat_of, pieces_of
 
 
 class SimulatedMean:
-    """What becomes of parameters whose changes are sent in few bits.
+    """The mean of parameters whose changes are sent in few bits.
 
     Args:
-        wire: how numbers are encoded.
+        wire: encoding of the numbers.
         workers: number of simulated workers.
     """
 
@@ -25,11 +25,11 @@ class SimulatedMean:
         self._taken: list[dict[str, Tensor]] = [{} for _ in range(workers)]  # by rounding, from each worker
 
     def begin_round(self, agreed: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Remember what changes will count from.
+        """Note the values from which changes count.
 
         Args:
-            agreed: values that all workers know alike, by name; what was remembered of other names stays.
-            tensors: of a worker; what is frozen now is not remembered, and so is sent exactly where it trains later.
+            agreed: values that are equal on all workers, by name; notes of other names stay.
+            tensors: tensors of a worker; those frozen now are not noted, and so are sent exactly if they train later.
         """
         others = {name: value for name, value in self._before.items() if name not in agreed}
         trained = {name: value for name, value in agreed.items() if compressible(tensors[name])}
@@ -38,12 +38,12 @@ class SimulatedMean:
     def of(
         self, names: Iterable[str], copies: Sequence[Mapping[str, Tensor]], kept: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        """What was there before plus the mean of the workers' changes, each compressed, and then compressed itself.
+        """The noted values plus the mean of the workers' compressed changes, which is compressed itself.
 
         Args:
-            names: in the order of the message; without those that are not compressed, or were not remembered.
+            names: names in the order of the message; those that are not compressed, or were not noted, are left out.
             copies: each worker's tensors now.
-            kept: names of parameters of other messages, from which rounding has taken something.
+            kept: names of parameters in other fragments, whose rounding errors are kept.
         """
         before = {n: self._before[n] for n in names if n in self._before and compressible(copies[0][n])}
         vectors = self._wire.for_vectors
@@ -60,7 +60,7 @@ class SimulatedMean:
         copies: Sequence[Mapping[str, Tensor]],
         kept: Collection[str],
     ) -> dict[str, Tensor]:
-        """Of the parameters that travel in one message."""
+        """The result of :meth:`of` for parameters that travel in one message."""
         if not before:
             return {}
         changes = [flat_of({name: copy[name] - value for name, value in before.items()}) for copy in copies]
@@ -72,7 +72,7 @@ class SimulatedMean:
         return {name: before[name] + change for name, change in pieces_of(mean, before).items()}
 
     def _with_feedback(self, changes: list[Tensor], before: Mapping[str, Tensor], kept: Collection[str]) -> Tensor:
-        """The mean of changes, to each of which its worker adds what rounding took before."""
+        """The mean of changes, to each of which its worker adds its earlier rounding error."""
         owed, sent = [], []
         for taken, change in zip(self._taken, changes, strict=True):
             zeros = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in before.items()}

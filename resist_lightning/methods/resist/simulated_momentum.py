@@ -1,4 +1,4 @@
-"""What becomes of optimizer state at a sync of the reference simulator, by name of the parameter."""
+"""Optimizer state at a sync of the reference simulator, by name of the parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from resist_lightning.methods.simulation import SimulatedWorker, mean_state
 
 Momenta: TypeAlias = dict[tuple[int, str, str], Any]
-"""By number of the optimizer, name of the parameter, and slot."""
+"""Optimizer state, by number of the optimizer, name of the parameter, and slot."""
 
 
 def block_momenta(
@@ -21,7 +21,7 @@ def block_momenta(
 
     Args:
         workers: the simulated workers.
-        held: blocks of each.
+        held: blocks of each worker.
         block_of: the block of each tensor that is not shared, by name.
     """
     gathered: dict[tuple[int, str, str], list[Any]] = {}
@@ -52,12 +52,12 @@ def move_momenta(
     holds: Collection[int],
     momenta: Momenta,
 ) -> None:
-    """Let a worker keep the state of what stays, and get that of what comes.
+    """Let a worker keep the state of blocks that stay, and get that of blocks that arrive.
 
     Args:
         worker: the worker.
         block_of: the block of each tensor that is not shared, by name.
-        covered: names of the tensors that the sync treats.
+        covered: names of the tensors that the sync covers.
         kept: blocks whose state stays.
         holds: its blocks after the sync.
         momenta: state that comes with blocks; empty where none does.

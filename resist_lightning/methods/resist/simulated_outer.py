@@ -15,7 +15,7 @@ from resist_lightning.schedule.transfers import Transfer
 
 
 class SimulatedOuter:
-    """What the outer optimizer makes of the means of the simulated workers.
+    """Takes the steps of the outer optimizer with the means of the simulated workers.
 
     Args:
         config: the settings.
@@ -29,7 +29,7 @@ class SimulatedOuter:
         self._velocities: dict[str, Tensor] = {}
 
     def begin_round(self, module: nn.Module, agreed: Mapping[str, Tensor]) -> None:
-        """Note where the next steps of the parameters that train now begin: at what all workers now know alike."""
+        """Note where the next steps of the parameters that train now begin: at values that all workers share."""
         if self._config.outer == "none":
             return
         earlier = {name: start for name, start in self._start.items() if name not in agreed}  # in other fragments
@@ -37,7 +37,7 @@ class SimulatedOuter:
         self._start = earlier | {name: agreed[name] for name in training & agreed.keys()}
 
     def step(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What becomes of some means, by name: each must be given once in a round."""
+        """The means after an outer step, by name: each must be given once in a round."""
         return {name: self._step(name, mean) for name, mean in means.items()}
 
     def _step(self, name: str, mean: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class SimulatedOuter:
         return (wide - ((rate - 1) * change + rate * momentum * velocity)).to(mean.dtype)
 
     def send(self, wire: Quantizer, round: int, blocks: Sequence[Block], transfers: Sequence[Transfer]) -> None:
-        """Round the velocities of blocks that travel, once for all who get them."""
+        """Round the velocities of blocks that travel, once for all receivers."""
         sources = {transfer.block: transfer.source for transfer in transfers}
         for index, source in sources.items():
             own: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A sync of the reference simulator that is under way: what was sent at its border, and how it is applied later."""
+"""A sync of the reference simulator that is under way: values that have left, to be applied later."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SimulatedTransit:
     Args:
         before: the partition of the round that ends.
         after: the partition of the next one.
-        plan: from the one to the other.
+        plan: the plan from one to the other.
         block_of: the block of each tensor that is not shared, by name.
         waits: whether the training waits for the sync.
 
     Attributes:
-        values: what the sync gives, by name, of all that has left so far.
-        own: for each worker, what it had of it when it left.
-        momenta: optimizer state of the blocks when they left, if that travels.
+        values: results of the sync for the tensors that have left so far, by name.
+        own: for each worker, its own values of these tensors when they left.
+        momenta: optimizer state of the blocks when they left, if it travels.
         blocks_left: whether blocks have left.
     """
 
@@ -43,11 +43,11 @@ class SimulatedTransit:
     blocks_left: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        """Make room for what each worker had."""
+        """Make room for each worker's own values."""
         self.own = [{} for _ in self.before.held]
 
     def apply(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
-        """Give a worker what the sync has brought; what it has learned since the border stays, where it stays."""
+        """Give a worker the results of the sync; parameters that stay keep their progress since they were sent."""
         moved = {transfer.block for transfer in (*self.plan.merge, *self.plan.hand_over)}
         with torch.no_grad():
             for name, tensor in tensors.items():

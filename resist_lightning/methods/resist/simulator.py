@@ -64,7 +64,7 @@ class Simulator:
         total_steps: local steps of the run, where the settings need them (``finish_rounds``).
 
     Raises:
-        ValueError: if settings or module do not fit the method, or counts or overlap shall follow measured times.
+        ValueError: if settings or module do not fit the method, or counts or overlap depend on measured times.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Simulator:
         return self.schedule.overlaps.of_round(round)
 
     def _begin_sync(self) -> SimulatedTransit:
-        """Average what all workers hold."""
+        """Average the tensors that all workers hold."""
         round = self.clock.round
         before, after = self.schedule.partition(round), self.schedule.partition(round + 1)
         plan = self.schedule.plan(round)
@@ -168,7 +168,7 @@ class Simulator:
         return transit
 
     def _send_blocks(self, transit: SimulatedTransit) -> None:
-        """Merge and hand over what not all workers hold."""
+        """Merge and hand over the blocks that not all workers hold."""
         round, plan, blocks = self.clock.round, transit.plan, self.workers[0].blocks
         transit.blocks_left = True
         names = {name for name, block in self._block_of.items() if block in plan.owner}
@@ -181,7 +181,7 @@ class Simulator:
             transit.momenta = block_momenta(self.workers, transit.before.held, self._block_of)
 
     def _send(self, transit: SimulatedTransit, names: Collection[str], sent: Mapping[str, Tensor]) -> None:
-        """Put what a sync makes of some tensors into a transit; what is sent compressed is known already."""
+        """Put the results of a sync for some tensors into a transit; ``sent``: those of compressed ones."""
         exact = {name: mean for name, mean in self._means().items() if name in names and name not in sent}
         transit.values.update({**sent, **self._outer.step(exact)})
         if not transit.waits:
@@ -198,7 +198,7 @@ class Simulator:
             for block in stays:
                 if len(before.holders(block)) == len(after.holders(block)) == len(self.workers):
                     everywhere.add(block)
-            # Under "travel", each block comes with the mean state, but for blocks that do not move at all.
+            # Under "travel", each block comes with the mean state, except blocks that do not move at all.
             kept = stays if self.config.momentum == "keep" else everywhere
             covered = self._fragments.within(transit.plan.fragment, worker.tensors())
             if self.config.momentum != "reset":
@@ -210,7 +210,7 @@ class Simulator:
         self._begin_round(transit.values)
 
     def _agree(self) -> None:
-        """Let all workers know the branch ends that the first of them has seen who saw all of a block."""
+        """Give all workers each block's branch ends, as the first worker that found any has them."""
         for blocks in zip(*(worker.blocks for worker in self.workers), strict=True):
             known = [block.seen.ends for block in blocks if block.seen.ends is not None]
             for block in blocks if known else ():
@@ -233,7 +233,7 @@ class Simulator:
         return means
 
     def _joint_means(self, plan: SyncPlan, names: Collection[str]) -> dict[str, Tensor]:
-        """Of what all workers average, the means of trainable parameters, which are sent compressed."""
+        """The means of trainable parameters that all workers average, which are sent compressed."""
         assert self._joint is not None
         copies = [worker.tensors() for worker in self.workers]
         # In the order of the message: shared tensors, then the blocks that all hold.
@@ -244,7 +244,7 @@ class Simulator:
         return self._outer.step(self._joint.of(joint, copies, others))
 
     def _block_means(self, wire: Quantizer, plan: SyncPlan) -> dict[str, Tensor]:
-        """Of the blocks that have an owner, what it makes of trainable parameters, which are sent compressed."""
+        """The owners' values of trainable parameters in blocks that have an owner, which are sent compressed."""
         copies, means = [worker.tensors() for worker in self.workers], {}
         for block, root in plan.owner.items():
             tensors = self.workers[0].blocks[block].tensors()
@@ -256,7 +256,7 @@ class Simulator:
     def _block_over(
         self, wire: Quantizer, plan: SyncPlan, block: int, root: int, names: list[str], copies: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """A block: the owner's mean with the other holders' compressed values, itself compressed if it is sent on."""
+        """A block's value: the owner's mean with the other holders' compressed values, compressed if it is sent on."""
 
         def sent_by(worker: int, values: Tensor) -> Tensor:
             noise = noise_for(self.config.seed, self.clock.round, block, worker, values.device)
@@ -278,7 +278,7 @@ class Simulator:
         return pieces_of(value, own)
 
     def _begin_round(self, agreed: Mapping[str, Tensor]) -> None:
-        """Begin a round with what all workers know alike: what their changes and outer steps begin from."""
+        """Begin a round with values that all workers share, from which their changes and outer steps count."""
         partition = self.schedule.partition(self.clock.round)
         self._outer.begin_round(self.workers[0].module, agreed)
         if self._joint is not None:

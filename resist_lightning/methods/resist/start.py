@@ -1,4 +1,4 @@
-"""Gives every worker, when the training starts, what the first round gives it of worker 0's module."""
+"""Sends every worker its parts of worker 0's module for the first round, when the training starts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ KIND = "start"
 
 
 def hand_out(layout: BlockLayout, round: int, exchange: Exchange, payload_of: Callable[[int], Payload]) -> None:
-    """Give all workers the shared tensors of worker 0, and each block to its holders in ``round``.
+    """Send worker 0's shared tensors to all workers, and each block to its holders in ``round``.
 
     One block at a time: worker 0, which may have the whole model, needs memory for one message beside it, and so does
     a worker that receives. Collective: every worker must call this, in the same order.
 
     Args:
-        layout: the model's parts; on worker 0 all present, on the others what they hold.
-        round: the training begins in.
+        layout: the model's parts; on worker 0 all present, on the others those that they hold.
+        round: the round in which the training begins.
         exchange: sends and receives.
-        payload_of: what is sent of a block.
+        payload_of: gives the payload of a block.
     """
     exchange.broadcast(list(layout.shared.values()), KIND)
     if exchange.collective.worker == 0:

@@ -1,4 +1,4 @@
-"""Finds residual blocks by structure: classes of which a container holds twins, and that add to something.
+"""Finds residual blocks by structure: classes with twins in a container, and with an addition.
 
 A guess, made before the network has run, for the default choice of blocks; the first forward of each block verifies it.
 """
@@ -24,7 +24,7 @@ _ADDITIONS = ("add", "add_", "addcmul", "add_relu")
 
 
 def repeated_blocks(module: nn.Module) -> tuple[Block, ...]:
-    """The modules that look like residual blocks which keep the shape of their input, in their order."""
+    """The modules that look like residual blocks and keep the shape of their input, in their order."""
     return tuple(_inside(module, "", _block_classes(module)))
 
 
@@ -46,10 +46,10 @@ def _inside(module: nn.Module, name: str, classes: set[type]) -> list[Block]:
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}".lstrip(".")
         within = _inside(child, path, classes)
-        # What has many blocks of its own is a stage or a network, of an ensemble for example.
+        # A module with many blocks of its own is a stage or a network, of an ensemble for example.
         if len(within) < _NETWORK and isinstance(module, _CONTAINERS) and _is_candidate(child, classes):
             block = recognise(path, child) or block_at(path, child)
-            # A twin among the siblings takes what they give, so both keep the shape.
+            # A twin among the siblings takes their output as its input, so both keep the shape.
             if block.keeps_shape or (shapes[_shapes(child)] > 1 and why_not(child) is None):
                 found.append(block)
                 continue
@@ -72,7 +72,7 @@ def _is_candidate(child: nn.Module, classes: set[type]) -> bool:
         return True
     if type(child) not in classes or why_not(child) is not None:
         return False
-    # A sequence of blocks is none: its parts are looked at.
+    # A sequence of blocks is no block: its parts are checked.
     if type(child).forward is nn.Sequential.forward or isinstance(child, _CONTAINERS):
         return False
     kinds: set[Any] = {type(part) for part in child.modules()}
@@ -80,7 +80,7 @@ def _is_candidate(child: nn.Module, classes: set[type]) -> bool:
 
 
 def _shapes(module: nn.Module) -> Any:
-    """Equal for modules of one class with tensors of the same names and shapes, and layers with the same strides."""
+    """A key, equal for modules of one class with tensors of the same names and shapes, and layers of equal strides."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     strides = tuple(str(getattr(part, "stride", "")) for part in module.modules())
     return type(module), tuple((name, tensor.shape) for name, tensor in tensors), strides
@@ -90,13 +90,13 @@ def _shapes(module: nn.Module) -> Any:
 def _adds(kind: Any) -> bool:  # Any, as mypy does not know that classes can be hashed
     """Whether a method of a class, inherited or not, has an addition; True if its source is not at hand.
 
-    Constructors do not count, nor what torch and Lightning have.
+    Constructors do not count, nor methods of torch and Lightning.
     """
     if issubclass(kind, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         return True
     overridden: set[str] = set()
     for base in kind.__mro__:
-        # What `exec` makes says that it is of `builtins`, too.
+        # Classes made by `exec` claim to be of `builtins`, too.
         if base.__module__.partition(".")[0] in _LIBRARIES or vars(builtins).get(base.__name__) is base:
             continue
         try:
@@ -116,7 +116,7 @@ def _calls_super(method: ast.FunctionDef) -> bool:
 
 
 def _is_addition(node: ast.AST) -> bool:
-    """Whether a piece of source adds something that is no literal number, as a counter does."""
+    """Whether a node adds something other than a literal number, which a counter would."""
     if isinstance(node, ast.BinOp):
         added = [node.left, node.right] if isinstance(node.op, ast.Add) else []
     elif isinstance(node, ast.AugAssign):

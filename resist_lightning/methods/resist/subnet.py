@@ -13,11 +13,11 @@ from resist_lightning.state.memory import Memory
 
 
 class SubnetBlock:
-    """One block, present or absent.
+    """A block, present or absent.
 
     Args:
         block: the block; it must be present, or without memory from the beginning.
-        device: where its tensors are when it is present.
+        device: device of its tensors when it is present.
 
     Attributes:
         absence: the reason in errors for reading a value while the block is absent.
@@ -36,7 +36,7 @@ class SubnetBlock:
 
     @property
     def unmade(self) -> bool:
-        """Whether it has had no memory so far, and reading it would be no error."""
+        """Whether the block has had no memory so far, and reading it would raise no error."""
         return self._memory.unmade
 
     def free(self) -> None:
@@ -66,8 +66,8 @@ class Subnet:
 
     Args:
         blocks: the partitionable blocks; all present, or without memory from the beginning.
-        device: where present ones are.
-        look: whether the first forward of each is looked at.
+        device: device of present blocks.
+        look: whether the first forward of each is checked.
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device | None = None, *, look: bool = False) -> None:
@@ -91,11 +91,11 @@ class Subnet:
         return leaving
 
     def hold(self, keep: Collection[int], reason: Callable[[int], str] | None = None) -> None:
-        """Free all blocks but those to keep, then allocate those of them that are absent; the caller fills them.
+        """Free all blocks but those to keep, then allocate the absent ones among these; the caller fills them.
 
         Args:
             keep: the blocks to keep, by index.
-            reason: for an absent block, by index, which worker holds it.
+            reason: gives the reason of absence for a block, by index.
         """
         if self._look and self._first_forward is None:
             # While the blocks still have their own forwards.
@@ -111,12 +111,12 @@ class Subnet:
                 self._blocks[index].allocate()
 
     def end_step(self) -> None:
-        """Called after each local step: look at what the network does with the outputs of absent blocks."""
+        """Called after each local step: check whether the network writes into the outputs of absent blocks."""
         for subnet in self._blocks:
             subnet.bypass.settle()
 
     def written(self) -> dict[str, bool]:
-        """Of each block that has been absent, by name, whether the network writes into its output in place."""
+        """For each block that has been absent, by name, whether the network writes into its output in place."""
         return {
             subnet.block.name: subnet.bypass.written for subnet in self._blocks if subnet.bypass.written is not None
         }

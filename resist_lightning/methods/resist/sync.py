@@ -30,7 +30,7 @@ from resist_lightning.state.unmade import allocate
 
 
 class BlockSync(Sync[BlockLayout, SyncPlan]):
-    """A worker's side of the syncs of a run whose residual blocks are partitioned, or (local SGD) nothing."""
+    """A worker's side of the syncs of a run that partitions residual blocks, or (local SGD) nothing."""
 
     def __init__(
         self, layout: BlockLayout, states: OptimizerStates, collective: Collective, device: torch.device
@@ -49,7 +49,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._outer = OuterOptimizer(layout.config.outer_rate, layout.config.outer_momentum_of(layout.workers))
         self._payloads = Payloads(layout, states, self._outer, collective.worker, device)
         self._begun = False
-        # By identity, what a sync beside the training has brought, until the round has begun with it.
+        # By identity, values that a sync beside the training has brought, until the round has begun with them.
         self._arrived: dict[int, Tensor] = {}
         self._scale_hooks = ScaleHooks([], 1.0)
 
@@ -64,7 +64,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def end(self) -> None:
         super().end()
         if self._outer is not None:
-            self._outer.begin_round([], {})  # frees what it keeps
+            self._outer.begin_round([], {})  # frees its copies
         self._scale_hooks.remove()
         self._subnet.end(self.incomplete)
 
@@ -75,14 +75,14 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def begin_round(self, round: int) -> None:
-        # When the training starts, all workers know all tensors alike; later, those that the last sync has covered.
+        # At the start all tensors are equal on all workers; later, those that the last sync has covered.
         fragment = self._layout.schedule.fragment(round - 1) if self._begun else None
         self._begun = True
         others, earlier = self._layout.fragments.outside(fragment), self._changing
         if self._outer is not None:
             self._outer.forget_start(others)  # before the new copies, so that there are never two at once
         super().begin_round(round)
-        # What was frozen since the last sync that covered it still differs between workers.
+        # Tensors that were frozen since the last sync that covered them still differ between workers.
         tensors = named_tensors(self._layout.module)
         self._changing |= {name for name in earlier & tensors.keys() if id(tensors[name]) in others}
         if self._compressed_mean is not None:
@@ -118,7 +118,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         super().load_state_dict(own)
         self._subnet.load_written(own.get("written", {}))
         tensors = named_tensors(self._layout.module)
-        # What was trained when the round began may be frozen now, or the other way round.
+        # Tensors that trained when the round began may be frozen now, or the other way round.
         if self._compressed_mean is not None:
             self._compressed_mean.load_state_dict(own, tensors)
         if self._outer is not None:
@@ -134,7 +134,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def replicated_tensors(self, round: int) -> dict[str, Tensor]:
-        """Of the fragment that was synced, shared tensors and the blocks that all workers hold."""
+        """Shared tensors and blocks that all workers hold, of the fragment that was synced."""
         return self._replicated(round, self._layout.schedule.fragment(round - 1))
 
     def _replicated(self, round: int, fragment: int | None) -> dict[str, Tensor]:
@@ -163,10 +163,10 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
     def hand_over(self, plan: SyncPlan, round: int) -> None:
         payload = partial(self._payloads.of, round=round)
         self.agree_on_branches(round)
-        # Merging comes first: owners hand over the mean of what several workers held.
+        # Merging comes first: owners hand over the mean of blocks that several workers held.
         self.exchange.merge(plan, payload)
         if self._outer is not None:
-            # What a worker that is left out owns is what it alone held: it was put back to where the round began.
+            # A worker that is left out owns only blocks that it alone held: they were reset to the start of the round.
             for index in self._owned_blocks(plan) if self._worker not in plan.left_out else ():
                 self._outer.step(self._layout.blocks[index].tensors().values())
             plan = self.with_velocities(plan, round)
@@ -186,7 +186,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
             self._layout.agree(self.exchange.collective, stepped=self._stepped)
 
     def with_velocities(self, plan: SyncPlan, round: int) -> SyncPlan:
-        """The plan of the sync at the end of ``round`` with the hand-over of what the outer optimizer keeps of blocks.
+        """The plan of the sync at the end of ``round``, with the hand-over of the blocks' outer velocities.
 
         Velocities are numbered after the blocks: the one of block b of n has the number n + b.
         """
@@ -222,9 +222,9 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
 
     @override
     def make_room(self, round: int) -> None:
-        """Hold the blocks of ``round``, scaled if they are more than usual."""
+        """Hold the blocks of ``round``, with their training scale."""
         held = self._layout.partition(round).held[self._worker]
-        # Of arriving blocks too: some optimizers make state of parameters without gradient, so of absent ones.
+        # Of arriving blocks too: some optimizers make state for parameters without gradient, so for absent ones.
         self._states.drop(parameters_of(self._subnet.not_staying(held)))
         self._subnet.hold(held, lambda block: self._where_is(block, round))
         if self._layout.companion is not None:
@@ -245,7 +245,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return [block for block, root in plan.owner.items() if root == self._worker]
 
     def _copies(self, tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-        """Copies from the beginning of the round that are kept anyway, by identity of the tensor."""
+        """By identity of the tensor, copies from the beginning of the round that are kept for other purposes."""
         copies = {**self._arrived, **{id(tensor): copy for tensor, copy in self._as_received}}
         for tensor in tensors:
             before = self._compressed_mean.before(tensor) if self._compressed_mean is not None else None
@@ -286,7 +286,7 @@ class BlockSync(Sync[BlockLayout, SyncPlan]):
         return self._layout.fragments.parts(self._may_change(self._layout.shared))
 
     def _with_blocks(self, blocks: Sequence[int], fragment: int | None) -> dict[str, Tensor]:
-        """Shared tensors of a fragment, and its tensors of some blocks, that may have changed in this round."""
+        """Tensors of a fragment, shared or in some blocks, that may have changed in this round."""
         tensors = dict(self._layout.shared)
         for block in blocks:
             tensors.update(self._layout.blocks[block].tensors())

@@ -1,4 +1,4 @@
-"""What is in transit while the training goes on: copies of what a sync sends, and what it has brought."""
+"""Tensors in transit during overlapped training: copies for a sync to send, and values that it has brought."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resist_lightning.comm.tensors import is_continuous
 
 
 class TransitState(TypedDict):
-    """What a checkpoint has of a sync under way, by name."""
+    """A sync under way in a checkpoint, by name of the tensor."""
 
     values: dict[str, Tensor]
     own: dict[str, Tensor]
@@ -22,13 +22,13 @@ class TransitState(TypedDict):
 
 
 class Transit:
-    """Copies of the module's tensors that a sync changes beside the training, until they are put into the module.
+    """Copies of the module's tensors that a sync changes beside the training, until they are applied to the module.
 
     Args:
         agreed: by name, the tensors whose copies will be equal on all workers.
 
     Attributes:
-        blocks_left: whether the copies of what is merged and handed over are there, and on their way.
+        blocks_left: whether the blocks to merge and hand over were copied, and are in transit.
     """
 
     def __init__(self, agreed: Mapping[str, Tensor]) -> None:
@@ -40,20 +40,20 @@ class Transit:
         self._own: dict[int, Tensor] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Copy what this worker has now of what is averaged, merged or sent."""
+        """Copy this worker's present values of tensors that are averaged, merged or sent."""
         for tensor in tensors:
             if id(tensor) not in self._values:
                 self._tensors[id(tensor)] = tensor
                 self._values[id(tensor)] = tensor.detach().clone()
 
     def keep_own(self, tensors: Iterable[Tensor]) -> None:
-        """Copy weights once more, as they are now: what they change from here on is the difference to these."""
+        """Copy weights once more, as they are now: their change from here on is the difference to these copies."""
         for tensor in tensors:
             if isinstance(tensor, nn.Parameter) and is_continuous(tensor.dtype):
                 self._own[id(tensor)] = tensor.detach().clone()
 
     def of(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The copies of some of the module's tensors; those that have none, as they are absent, themselves."""
+        """The copies of tensors of the module; for those without a copy, as they are absent, the tensors themselves."""
         return [self._values.get(id(tensor), tensor) for tensor in tensors]
 
     def make_room(self, tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Transit:
             )
 
     def pop(self, tensor: Tensor) -> Tensor:
-        """Take out what has arrived in the place of a tensor."""
+        """Take out the value that has arrived in the place of a tensor."""
         del self._tensors[id(tensor)]
         return self._values.pop(id(tensor))
 
@@ -76,11 +76,11 @@ class Transit:
         return dict(self._values)
 
     def agreed(self) -> dict[str, Tensor]:
-        """By name, what the sync has made equal on all workers."""
+        """By name, the values that the sync has made equal on all workers."""
         return {name: self._values[id(tensor)] for name, tensor in self._agreed.items()}
 
     def apply(self, stayed: Collection[int]) -> None:
-        """Put what has arrived into the module's tensors; what was learned since the copies were made stays in them.
+        """Apply the values that arrived to the module's tensors, whose progress since the copies were made stays.
 
         Args:
             stayed: by identity, the tensors that this worker has held since then; the others have no value yet.
@@ -91,14 +91,14 @@ class Transit:
             if key in stayed and key in self._own:
                 move_by(tensor, self._own[key], self._values[key])
             else:
-                # Of buffers the steps since then are lost: a variance that is shifted may become negative.
+                # Buffers lose the steps since then: a variance that is shifted may become negative.
                 tensor.detach().copy_(self._values[key])
 
     def state_dict(self, names: Mapping[int, str]) -> TransitState:
-        """What :meth:`load` needs, on the CPU; everything must have arrived.
+        """State for :meth:`load`, on the CPU; everything must have arrived.
 
         Args:
-            names: of the module's tensors, by identity.
+            names: names of the module's tensors, by identity.
         """
         values = {names[key]: value.cpu() for key, value in self._values.items()}
         own = {names[key]: value.cpu() for key, value in self._own.items()}
@@ -109,9 +109,9 @@ class Transit:
         """Undo :meth:`state_dict`.
 
         Args:
-            state: of a worker that held the same.
-            tensors: of the module, by name.
-            device: of the copies.
+            state: state of a worker that held the same parts.
+            tensors: tensors of the module, by name.
+            device: device of the copies.
         """
         transit = cls({name: tensors[name] for name in state["agreed"]})
         transit.blocks_left = state.get("blocks_left", True)  # in earlier versions everything left at once

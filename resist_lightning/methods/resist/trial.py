@@ -1,4 +1,4 @@
-"""Runs a module with other weights than its own, and leaves no trace: tensors, hooks and attributes are as before."""
+"""Runs a module with other weights than its own, without a trace: tensors, hooks and attributes are as before."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def trial(
 ) -> Iterator[None]:
     """Inside, a module has other weights and no dropout; afterwards it is as before.
 
-    The user's hooks are not called. What the forward leaves in attributes and buffers is undone, in lists, dicts, sets
-    and tensors that are attributes too.
+    The user's hooks are not called. Writes of the forward to attributes and buffers are undone, also in lists, dicts,
+    sets and tensors that are attributes.
 
     Args:
-        module: present or absent.
-        device: where its tensors are when it is present.
+        module: the module, present or absent.
+        device: device of its tensors when it is present.
         weights: values of its parameters.
-        dtype: of its floating tensors; None for their own.
-        statistics: of its norms, while the whole module evaluates; None leaves its mode, and norms without statistics.
+        dtype: data type of its floating tensors; None for their own.
+        statistics: running statistics of its norms, in evaluation mode; None: (0, 1), without a change of mode.
     """
     children = list(module.modules())
     kept = [dict(vars(child)) for child in children]
     contents = [_Content(value) for child in children for value in _attributes(child)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # torch's fused encoder layer reads weights that it has not been given.
+    # torch's fused encoder layer would read other weights than the trial's.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
@@ -73,14 +73,14 @@ def trial(
 
 
 class _Content:
-    """What an attribute holds, to put it back into the same object."""
+    """The content of an attribute, to be restored in the same object."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
         self._kept = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def restore(self) -> None:
-        """Undo what was written into the object."""
+        """Undo writes into the object."""
         value = self._value
         if isinstance(value, Tensor):
             if not torch.equal(value, self._kept):
@@ -112,7 +112,7 @@ def zero_weights(child: nn.Module, name: str, shape: torch.Size) -> Tensor:
 
 
 def random_weights() -> Weights:
-    """Weights of usual size, the same on all workers: of linear layers so that they keep the size of their input."""
+    """Weights of usual size, the same on all workers; those of linear layers keep the size of the input."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(child: nn.Module, name: str, shape: torch.Size) -> Tensor:
@@ -140,11 +140,11 @@ def is_scale(name: str) -> bool:
 
 
 def copied(arguments: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copies of arguments, as a forward may write to them.
+    """Copies of arguments, as a forward may write into them.
 
     Args:
         arguments: tensors and plain values in tuples, lists, dicts and objects, such as a cache of keys and values.
-        dtype: of the floating tensors in the copies; None for their own.
+        dtype: data type of the floating tensors in the copies; None for their own.
 
     Raises:
         TypeError: for objects that cannot be copied attribute by attribute.
@@ -198,7 +198,7 @@ def _replace(
         _backward_hooks=OrderedDict(),
         _backward_pre_hooks=OrderedDict(),
     )
-    # In evaluation stochastic depth and layer-drop are off too: what they leave out would not be seen.
+    # In evaluation stochastic depth and layer-drop are off too: modules that they leave out would not be seen.
     if statistics is not None or isinstance(child, dropout._DropoutNd):
         vars(child).update(training=False)
     if isinstance(child, nn.RNNBase):  # which reads its weights from a list of its own

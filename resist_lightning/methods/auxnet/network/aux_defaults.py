@@ -1,4 +1,4 @@
-"""The auxiliary networks that are made by default: for images, sequences and vectors.
+"""The default auxiliary networks: for images, sequences and vectors.
 
     image     (channels, height, width)   convolutions; to a sequence, patches and a transformer block; to a vector, a
                                           perceptron
@@ -25,17 +25,17 @@ from typing_extensions import override
 from resist_lightning.errors import StageSelectionError
 
 _WAY_OUT = "Give `aux_network`: a function from these two shapes to a module."
-_PIXELS = 32  # each way, that are left of a large image of which a vector is made
+_PIXELS = 32  # height and width to which a large image is reduced before it becomes a vector
 
 
 @dataclass(frozen=True)
 class NetworkInput:
-    """What a network is given.
+    """The input of a network.
 
     Args:
-        shape: without the batch.
-        dtype: of the tensor.
-        vocabulary: of token ids, how many there are; None for other inputs, and where no embedding was seen.
+        shape: shape without the batch.
+        dtype: data type of the tensor.
+        vocabulary: number of token ids; None for other inputs, and where no embedding was seen.
     """
 
     shape: tuple[int, ...]
@@ -49,8 +49,8 @@ def default_body(given: NetworkInput, boundary: Sequence[int], width: int, heads
     Args:
         given: the network's input.
         boundary: shape of the boundary, without the batch.
-        width: channels, of a sequence a quarter of them.
-        heads: tensors of the boundary's shape that it makes, side by side in the first dimension behind the batch.
+        width: number of channels; for a sequence a quarter of them.
+        heads: number of outputs of the boundary's shape, side by side in the first dimension behind the batch.
 
     Raises:
         StageSelectionError: if there is none for these shapes.
@@ -92,11 +92,11 @@ def convolutions(image: Sequence[int], boundary: Sequence[int], width: int) -> n
 
     Args:
         image: channels, height and width of the images.
-        boundary: the same of the boundary.
+        boundary: channels, height and width of the boundary.
         width: channels of the stem; doubled at each halving, up to the boundary's.
     """
     wanted = min(map(truediv, image[1:], boundary[1:]))
-    # Down to 2 x 2 pixels: of one, a batch norm makes nothing where a batch has one image.
+    # Down to 2 x 2 pixels: with one pixel and one image per batch, a batch norm has nothing to normalise.
     possible = min(image[1:]) / 2
     halvings = int(math.log2(max(1.0, min(wanted, possible))))
     widest = max(width, boundary[0])
@@ -129,7 +129,7 @@ class ResizeTo(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """Moves the channels of each of several images behind their places, as in Swin."""
+    """Moves the channels of each of several images behind height and width, as in Swin."""
 
     def __init__(self, images: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def _layer(before: int, after: int, *, stride: int) -> list[nn.Module]:
 
 
 def _image_to_image(image: Sequence[int], boundary: Sequence[int], width: int, heads: int) -> nn.Module:
-    # The channels stand where the other two are as high to wide as the image; where both are, in front.
+    # The channels' dimension is the one without which the other two have the image's proportions; if tied, the first.
     if _distortion(image, boundary[1:]) <= _distortion(image, boundary[:2]):
         return convolutions(image, (heads * boundary[0], *boundary[1:]), width)
     height, breadth, channels = boundary
@@ -156,12 +156,12 @@ def _image_to_image(image: Sequence[int], boundary: Sequence[int], width: int, h
 
 
 def _distortion(image: Sequence[int], size: Sequence[int]) -> float:
-    """How far a height and width are from the proportions of an image; 0 if they are the same."""
+    """Deviation of a height and width from the proportions of an image; 0 if these are the same."""
     return abs(math.log(image[1] * size[1] / (image[2] * size[0])))
 
 
 def _image_to_vector(image: Sequence[int], asked: Sequence[int], width: int) -> nn.Module:
-    # A vector so early is what a perceptron makes of pixels; of a large image, of fewer.
+    # A vector so early is a perceptron's output for the pixels, or, for a large image, for fewer.
     size = [min(_PIXELS, side) for side in image[1:]]
     features = image[0] * math.prod(size)
     return nn.Sequential(ResizeTo(size), nn.Flatten(), *perceptron(features, asked, width))
@@ -174,9 +174,9 @@ class Tokens(nn.Module):
     """Puts learned tokens in front of a sequence, and adds learned positions.
 
     Args:
-        extra: tokens in front, such as a class token; may be 0.
-        tokens: of the sequence.
-        width: of a token.
+        extra: number of tokens in front, such as a class token; may be 0.
+        tokens: number of tokens in the sequence.
+        width: width of a token.
     """
 
     def __init__(self, extra: int, tokens: int, width: int) -> None:
@@ -187,18 +187,18 @@ class Tokens(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to (batch, extra + tokens, width)."""
-        # What is added to zeros is a token of its own.
+        # Positions that are added to zeros are tokens of their own.
         padded = functional.pad(x, (0, 0, self.extra, 0)) if self.extra else x
         return padded + self.positions
 
 
 class ToBoundary(nn.Module):
-    """Projects tokens to the shape of a boundary, after averaging them to fewer where that has fewer.
+    """Projects tokens to the shape of a boundary, after averaging them to fewer if the boundary has fewer.
 
     Args:
-        width: of a token.
+        width: width of a token.
         boundary: (tokens, width) or (width,).
-        heads: tensors of this shape, side by side in the first dimension behind the batch.
+        heads: number of outputs of this shape, side by side in the first dimension behind the batch.
     """
 
     def __init__(self, width: int, boundary: Sequence[int], heads: int) -> None:
@@ -223,7 +223,7 @@ class PatchesToTokens(nn.Module):
         super().__init__()
         height, breadth = (max(1, side // patches) for side, patches in zip(image[1:], grid, strict=True))
         self.embed = nn.Conv2d(image[0], width, (height, breadth), stride=(height, breadth))
-        # An image that is no multiple of the grid has patches left over.
+        # An image that is no multiple of the grid has patches left over; they are averaged.
         self.resize = ResizeTo(grid)
 
     @override
@@ -250,8 +250,8 @@ def _of_sequence(shape: Sequence[int], boundary: Sequence[int], width: int, head
 
 
 def _transformer(embed: nn.Module, tokens: int, width: int, boundary: Sequence[int], heads: int) -> nn.Module:
-    """One block between an embedding, which makes (batch, tokens, width), and the boundary."""
-    # More tokens than the input has: a network puts those that it learns in front.
+    """A transformer block between an embedding, which makes (batch, tokens, width), and the boundary."""
+    # More tokens than in the input: a network puts its learned tokens in front.
     extra = max(0, _tokens(boundary) - tokens)
     block = nn.TransformerEncoderLayer(
         width, math.gcd(width, 4), 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -266,12 +266,12 @@ def _tokens(boundary: Sequence[int]) -> int:
 
 
 def _hidden(width: int, boundary: Sequence[int]) -> int:
-    """Wide enough for the boundary, up to four times the width that was set: two halvings of an image."""
+    """A width that suffices for the boundary, up to four times the one that was set: two halvings of an image."""
     return min(4 * width, max(width, boundary[-1]))
 
 
 def _grid(image: Sequence[int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of patches, as high to wide as the image, that are no more than some tokens."""
+    """Rows and columns of patches in the proportions of the image, together no more than ``tokens``."""
     rows = max(1, math.isqrt(tokens * image[1] // image[2]))
     columns = max(1, math.isqrt(tokens * image[2] // image[1]))
     # A very flat image is one row.
@@ -282,7 +282,7 @@ def _grid(image: Sequence[int], tokens: int) -> tuple[int, int]:
 
 
 def perceptron(features: int, asked: Sequence[int], width: int) -> nn.Sequential:
-    """Two hidden layers, four times as wide as the width that was set."""
+    """A perceptron with two hidden layers, four times as wide as the width that was set."""
     hidden = 4 * width
     layers: list[nn.Module] = []
     for before in (features, hidden):

@@ -21,8 +21,8 @@ class AuxNetwork(nn.Module):
     Args:
         body: maps the network's input to (batch, *boundary_shape); if there are multipliers, the first dimension behind
             the batch is twice that long.
-        multipliers: whether there are.
-        nonnegative: whether the guess goes through a ReLU, as the tensor that it stands for does.
+        multipliers: whether there are multipliers.
+        nonnegative: whether the guess goes through a ReLU, as the guessed tensor does.
     """
 
     def __init__(self, body: nn.Module, *, multipliers: bool, nonnegative: bool) -> None:
@@ -51,16 +51,16 @@ def make_aux_network(
     Args:
         config: the settings.
         given: the network's input.
-        boundary_shape: of the stage's input, without the batch.
-        nonnegative: whether that is the output of a ReLU.
-        boundary: its number, from 1.
+        boundary_shape: shape of the stage's input, without the batch.
+        nonnegative: whether that input is the output of a ReLU.
+        boundary: number of the boundary, from 1.
 
     Raises:
         StageSelectionError: if the user's network gives another shape, or there is no default one for these shapes.
     """
     heads = 2 if config.multipliers else 1
     asked = (heads * boundary_shape[0], *boundary_shape[1:])
-    # As in the simulator, whatever was drawn before; the user's generators stay where they are.
+    # As in the simulator, whatever was drawn before; the user's generators are unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(config.seed, boundary))
         if config.aux_network is None:
@@ -68,7 +68,7 @@ def make_aux_network(
         else:
             body = config.aux_network(given.shape, asked)
             _check_shape(body, given, asked)
-    # A network of the user's ends as the user wants.
+    # A network of the user's has its own output activation.
     nonnegative = nonnegative and config.aux_network is None
     return AuxNetwork(body, multipliers=config.multipliers, nonnegative=nonnegative)
 

@@ -23,25 +23,25 @@ from resist_lightning.methods.tracing import names_of_tensors
 class Stage(nn.Module):
     """A run of units of a network, as a module: one tensor in, one tensor out. Only for training.
 
-    It reads the network's submodules, parameters and buffers where the network has them, so that it is up to date
-    after they were moved or replaced. It never changes its input, not even where a block works in place. Hooks of
-    blocks run; those of the containers around them do not.
+    It reads submodules, parameters and buffers from the network itself, so that it is up to date after they were
+    moved or replaced. It never changes its input, not even where a block works in place. Hooks of blocks run; those
+    of the containers around them do not.
     """
 
     def __init__(self, network: nn.Module, parts: fx.GraphModule) -> None:
         super().__init__()
         self.parts = parts
-        self._network = (network,)  # a tuple, so that it is not taken for a submodule
+        self._network = (network,)  # a tuple, so that it is not registered as a submodule
 
     @property
     def network(self) -> nn.Module:
-        """The network that it is a part of."""
+        """The network that the stage is a part of."""
         return self._network[0]
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """The output of the last unit for ``x``, an input of the first."""
-        # With the network as `self`, the generated code finds what the network has now.
+        # With the network as `self`, the generated code finds the network's present tensors.
         output: Tensor = type(self.parts).forward(self.network, x)
         return output
 
@@ -115,7 +115,7 @@ class Chain:
 
 
 def find_chain(module: nn.Module, network: str | None = None) -> Chain:
-    """Find the network of a user's module, and where it can be cut.
+    """Find the network of a user's module, and its cut points.
 
     Nothing in the module, nor any random generator, is changed. No other thread may compute meanwhile (torch.fx).
 
@@ -160,7 +160,7 @@ def check_stages(chain: Chain, workers: int) -> None:
 
 
 def cut_points(chain: Chain) -> str:
-    """A sentence that lists where the network can be cut."""
+    """A sentence that lists the cut points of a network."""
     return f"It can be cut behind {summary(chain.units[:-1])}."
 
 

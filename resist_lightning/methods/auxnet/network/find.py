@@ -24,7 +24,7 @@ def find_network(module: nn.Module) -> str:
     name = _common([_parent(content) for content in _contents(module)])
     while name and _is_part(module, name):
         name = _parent(name)
-    # Outward as far as something is trained before: the gradient of a guess would not reach it.
+    # Outward as far as trained parameters come first: the gradient of a guess would not reach them.
     outer = name
     while outer:
         outer = _parent(outer)
@@ -40,7 +40,7 @@ def find_network(module: nn.Module) -> str:
 
 
 def _contents(module: nn.Module) -> list[str]:
-    """Names of what the network must contain: residual blocks, or else parameters."""
+    """Names of the residual blocks, or else of the parameters, that the network must contain."""
     blocks = find_blocks(module)
     still = untrained(module, blocks)
     # A teacher is no part of the network, unless nothing else has blocks.
@@ -94,7 +94,7 @@ def _is_part(module: nn.Module, name: str) -> bool:
     parent = module.get_submodule(_parent(name))
     if not has_forward(here):
         return True
-    # A LightningModule that calls one layer or a Sequential is no network around it.
+    # A LightningModule that calls one layer or a Sequential is not itself the network.
     is_network = not isinstance(here, nn.Sequential) and not is_leaf(here)
     return not is_network and has_forward(parent) and not _is_lightning(parent)
 
@@ -108,7 +108,7 @@ def _trains_before(outer: nn.Module, path: str) -> bool:
     if not has_forward(outer):
         return False
     inner = outer.get_submodule(path)
-    # Only what contains the submodule is looked into.
+    # Only modules that contain the submodule are traced into.
     tracer = ChainTracer(lambda module: module is inner or inner not in module.modules())
     try:
         graph = follow(tracer, outer, "")

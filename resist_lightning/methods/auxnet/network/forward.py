@@ -30,7 +30,7 @@ _COMPILED = "_orig_mod"  # torch.compile keeps the module that it wraps here
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is as in training; what tracing does to it and to random generators is undone."""
+    """Inside, the module is as in training; effects of tracing on it and on random generators are undone."""
     with random_numbers_apart(), in_training(module), torch.enable_grad():
         yield
 
@@ -44,7 +44,7 @@ def trace_network(network: nn.Module, name: str) -> tuple[ChainTracer, fx.Node, 
     Raises:
         StageSelectionError: if torch.fx cannot trace it, or a graph would compute something else.
     """
-    # By `compile()` in place, or wrapped by `torch.compile`, or what it has wrapped.
+    # Compiled in place, or wrapped by `torch.compile`, or the module that it has wrapped.
     wrapped = hasattr(network, _COMPILED) or _COMPILED in name.split(".")
     if wrapped or network._compiled_call_impl is not None:
         raise StageSelectionError(
@@ -90,14 +90,14 @@ def _trace(network: nn.Module, name: str) -> ChainTracer:
                     "transformers, call the parts one after another in a module of your own (docs/auxnet.md)."
                 ) from error
             opaque.add(network.get_submodule(path))
-            # The next try must draw nothing but what it draws itself.
+            # The next try must begin with the same random state.
             set_random_state(random)
 
 
 class _Leaves:
-    """Tells the tracer which modules are single nodes.
+    """Decides for the tracer whether a module is a single node.
 
-    Only modules that contain residual blocks are looked into; without any, all but torch's own.
+    Only modules that contain residual blocks are traced into; without any, all but torch's own.
     """
 
     def __init__(self, blocks: set[nn.Module], opaque: set[nn.Module]) -> None:
@@ -135,7 +135,7 @@ def _is_variadic(node: fx.Node) -> bool:
 
 
 def _is_fixed(node: fx.Node, fixed: dict[str, object]) -> bool:
-    """Whether torch.fx was given a value for an argument: those it numbers, as ``mask_1``."""
+    """Whether torch.fx was given a value for an argument: it numbers these, as ``mask_1``."""
     stem, _, number = str(node.target).rpartition("_")
     return stem in fixed and number.isdecimal()
 
@@ -164,7 +164,7 @@ def _output(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _refuse_state(network: nn.Module, tracer: ChainTracer, name: str, changed: list[str], *, drew: bool) -> None:
-    """Refuse a forward with side effects: they would be lost, or be those of the tracing for ever."""
+    """Refuse a forward with side effects: they would be lost, or frozen as traced."""
     problem = None
     left = left_behind(network, tracer.graph)
     read = [node for node in tracer.graph.nodes if node.op == "get_attr"]

@@ -3,8 +3,8 @@
     x -> stem -> block -> | -> block -> | -> block -> pool -> head -> y
          -------- unit 0    - unit 1      ------------------ unit 2
 
-A cut is possible where the output of a block is all that crosses it: no other value, and no tensor of the network that
-is used on both sides.
+A cut is possible where only the output of a block crosses it: no other value, and no tensor of the network that is
+used on both sides.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Unit:
     """The nodes between two neighbouring cut points.
 
     Args:
-        end: name in the network of the module that it ends with.
+        end: name in the network of the module that the unit ends with.
         nodes: its computation, in order; without parameters and buffers that a forward reads itself.
-        entry: the value that comes in.
-        exit: the value that goes out.
+        entry: its input.
+        exit: its output.
         tensors: ids of the parameters and buffers that it uses.
     """
 
@@ -42,11 +42,11 @@ class Unit:
 
 
 class Cuts:
-    """Finds where a graph can be cut.
+    """Finds the places where a graph can be cut.
 
     Args:
         network: the traced module.
-        tracer: has traced it.
+        tracer: the tracer that has traced it.
         entry: the network's input.
         exit: the network's output.
         blocks: names of the residual blocks in the network; empty: a cut may be behind any module.
@@ -56,7 +56,7 @@ class Cuts:
         self, network: nn.Module, tracer: ChainTracer, entry: fx.Node, exit: fx.Node, blocks: Collection[str]
     ) -> None:
         self._network = network
-        self._calls = tracer.calls  # how often each module was called
+        self._calls = tracer.calls  # number of calls of each module
         self._entry, self._exit = entry, exit
         self._blocks = blocks
         self._nodes = computing(entry)
@@ -70,7 +70,7 @@ class Cuts:
             uses = [self._place_of_user(user) for user in node.users]
             self._last_use[node] = max(uses, default=-1)
         self._tensors = [_tensors(network, node) for node in self._nodes]
-        # Of each tensor: from the first node that uses it to before the last one.
+        # For each tensor: from the first node that uses it to before the last one.
         self._span: dict[int, range] = {}
         for place, tensors in enumerate(self._tensors):
             for tensor in tensors:
@@ -87,7 +87,7 @@ class Cuts:
         parts: list[range] = []
         for start, stop in pairwise([*starts, len(self._nodes)]):
             part = range(start, stop)
-            # What would be no stage's worth is joined to its neighbour.
+            # A part that is too small for a stage is joined to its neighbour.
             if parts and not (self._stands_alone(parts[-1]) and self._stands_alone(part)):
                 parts[-1] = range(parts[-1].start, stop)
             else:
@@ -95,7 +95,7 @@ class Cuts:
         return [self._unit(part.start, part.stop) for part in parts]
 
     def why_none(self) -> str:
-        """Why there is no place to cut at, as a sentence."""
+        """The reason why there is no place to cut at, as a sentence."""
         kind = "residual block" if self._blocks else "module"
         if not self._ends:
             return f"its forward calls no {kind}"
@@ -115,7 +115,7 @@ class Cuts:
         return not self._blocks or (node.op == "call_module" and node.target in self._blocks)
 
     def _crossing(self, place: int) -> list[str]:
-        """Everything besides the value at ``place`` that is used behind it, in words."""
+        """The values and tensors besides the value at ``place`` that are used behind it, in words."""
         before = [self._entry, *self._nodes[:place]]
         crossing = [_describe(node) for node in before if self._last_use[node] > place]
         tied = {tensor for tensor, span in self._span.items() if place in span}
@@ -130,7 +130,7 @@ class Cuts:
         return self._place.get(user, -1)
 
     def _stands_alone(self, part: range) -> bool:
-        """Whether it is worth a stage: it has a block, or, in a network without blocks, something to train."""
+        """Whether a part can be a stage: it has a block, or, in a network without blocks, parameters."""
         if self._blocks:
             return any(self._nodes[place] in self._ends for place in part)
         return any(self._tensors[place] & self._parameters for place in part)
@@ -152,7 +152,7 @@ class Cuts:
 
 def computing(entry: fx.Node) -> list[fx.Node]:
     """The nodes of a graph that compute: no inputs, tensors that are read, or checks of optional arguments."""
-    # Optional arguments have their defaults: what depends on them alone is settled.
+    # Optional arguments have their defaults: nodes that depend on them alone are constant.
     checks = {node for node in entry.graph.nodes if node.op == "placeholder" and node is not entry}
     nodes = []
     for node in entry.graph.nodes:
@@ -173,7 +173,7 @@ def build(network: nn.Module, units: Sequence[Unit], *, copies_input: bool) -> f
         made[units[0].entry] = graph.call_method("clone", (entry,))
     for unit in units:
         for node in unit.nodes:
-            # Tensors that the forward reads itself are no nodes of a unit, and come in where they are used first.
+            # Tensors that the forward reads itself are no nodes of a unit, and are added where they are used first.
             for value in node.all_input_nodes:
                 if value.op == "get_attr" and value not in made:
                     made[value] = graph.node_copy(value)

@@ -32,12 +32,12 @@ class Measured:
     """Times and shapes of the units of a network. Shapes are without the batch.
 
     Args:
-        forward_seconds: of each unit, for the whole batch.
-        backward_seconds: of each unit, for the whole batch; that of the first ends at its parameters.
-        shapes: of each unit's output; the last is the network's output.
+        forward_seconds: forward time of each unit, for the whole batch.
+        backward_seconds: backward time of each unit, for the whole batch; the first unit's ends at its parameters.
+        shapes: shape of each unit's output; the last is the network's output.
         given: the network's input.
-        nonnegative: whether no entry of each unit's output was below 0, as behind a ReLU.
-        dtype: of the units' outputs.
+        nonnegative: for each unit, whether no entry of its output was below 0, as behind a ReLU.
+        dtype: data type of the units' outputs.
     """
 
     forward_seconds: tuple[float, ...]
@@ -51,12 +51,12 @@ class Measured:
 def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measured:
     """Run a network unit by unit, in training mode, once to warm up and then ``repeats`` times.
 
-    Buffers, gradients, random generators and modes are afterwards what they were.
+    Buffers, gradients, random generators and modes are unchanged afterwards.
 
     Args:
-        chain: the network; all of it must be there.
+        chain: the network; all of it must be present.
         example: (batch, ...), an input of the network, on its device.
-        repeats: runs whose median is taken, at least 1.
+        repeats: number of runs whose median is taken, at least 1.
 
     Raises:
         StageSelectionError: if a unit's output is not a tensor of floats with the batch as first dimension, or units
@@ -75,7 +75,7 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
             x = example.detach()
             for number, stage in enumerate(stages):
                 try:
-                    # Nobody needs the gradient of the network's input.
+                    # The gradient of the network's input is not needed.
                     output, forward_time, backward_time = _run(stage, x.requires_grad_(number > 0))
                 except (ValueError, TypeError, RuntimeError, IndexError) as error:
                     raise StageSelectionError(
@@ -88,7 +88,7 @@ def measure(chain: Chain, example: Tensor, *, repeats: int = _REPEATS) -> Measur
                 outputs.append(x)
                 forward[number].append(forward_time)
                 backward[number].append(backward_time)
-    # The first run is left out: it warms caches up.
+    # The first run is left out: it warms up caches.
     return Measured(
         forward_seconds=tuple(median(times[1:]) for times in forward),
         backward_seconds=tuple(median(times[1:]) for times in backward),
@@ -103,17 +103,17 @@ def measure_entries(config: StageConfig, measured: Measured, example: Tensor) ->
     """Time the auxiliary network of a stage that would begin with each unit, forward and backward.
 
     Returns:
-        Seconds for each unit, of the first 0; infinity where there can be no auxiliary network.
+        Seconds for each unit, 0 for the first; infinity where there can be no auxiliary network.
     """
     if config.stored or config.delayed:
         return (0.0,) * len(measured.shapes)
     boundaries = list(zip(measured.shapes, measured.nonnegative, strict=True))[:-1]
-    # Most boundaries look like others, whose times are theirs too.
+    # Equal boundaries share one measurement.
     seconds: dict[tuple[tuple[int, ...], bool], float] = {}
     for shape, nonnegative in set(boundaries):
         try:
             network = make_aux_network(config, measured.given, shape, nonnegative=nonnegative, boundary=0)
-        except Exception:  # noqa: BLE001 - a user's network raises what it likes; told if a stage must begin here
+        except Exception:  # noqa: BLE001 - any error of the user's network; told if a stage must begin here
             seconds[shape, nonnegative] = math.inf
             continue
         network.to(example.device, measured.dtype)
@@ -140,13 +140,13 @@ class _Guess(nn.Module):
 
 
 def _vocabulary(stage: nn.Module, ids: Tensor) -> int | None:
-    """How many token ids there are, by the embedding that is given them; None if none is."""
+    """Number of token ids, by the embedding that is given them; None if none is."""
     watch = _Embeddings(ids)
     try:
         with watch, torch.no_grad():
             stage(ids)
     except (ValueError, TypeError, RuntimeError, IndexError):
-        return None  # measuring fails likewise, and says where
+        return None  # measuring fails likewise, and names the unit
     return max(watch.sizes, default=None)
 
 
@@ -162,14 +162,14 @@ class _Embeddings(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (functional.embedding, functional.embedding_bag):
             given, weight = args[:2]
-            # In whatever shape; positions and kinds of tokens, which are embedded too, are other numbers.
+            # In any shape; positions and kinds of tokens, which are embedded too, are other numbers.
             if torch.equal(given.flatten(), self._ids.to(given.dtype)):
                 self.sizes.append(len(weight))
         return func(*args, **(kwargs or {}))
 
 
 def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:
-    """Output and seconds of the forward and the backward; gradients go nowhere."""
+    """Output and seconds of the forward and the backward; gradients are discarded."""
     start = now(x.device)
     output: Any = stage(x)
     middle = now(x.device)
@@ -181,7 +181,7 @@ def _run(stage: nn.Module, x: Tensor) -> tuple[Any, float, float]:
 
 
 def _check(chain: Chain, number: int, output: object, before: list[Tensor]) -> None:
-    """Refuse a unit's output that cannot cross a boundary; ``before`` are the example and the outputs so far."""
+    """Refuse a unit's output that cannot cross a boundary; ``before``: the example and the outputs so far."""
     batch, dtype = len(before[0]), before[-1].dtype
     if not isinstance(output, Tensor):
         problem = f"a {type(output).__name__}, not a tensor"

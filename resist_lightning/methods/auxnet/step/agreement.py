@@ -14,7 +14,7 @@ from resist_lightning.comm.collective import Collective
 from resist_lightning.errors import WorkersDisagree
 
 Summary: TypeAlias = dict[str, dict[str, Any]]
-"""By name of a tensor its ``shape``, its ``dtype`` and, as ``sums``, a checksum for each sample."""
+"""For each tensor, by name, its ``shape``, its ``dtype`` and, as ``sums``, a checksum for each sample."""
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -38,7 +38,7 @@ def check_equal(collective: Collective, named: Mapping[str, Tensor], where: str)
     Args:
         collective: the workers.
         named: tensors whose first dimension counts samples, or of no dimension; names and shapes may differ.
-        where: when this is, for the message: ``"step 50"``.
+        where: the time, for the message: ``"step 50"``.
 
     Raises:
         WorkersDisagree: on all workers, naming the tensors, the samples and the workers.
@@ -71,7 +71,7 @@ def named_tensors(batch: object, name: str = "batch") -> dict[str, Tensor]:
 
 
 def _summary(tensor: Tensor) -> dict[str, Any]:
-    # Conjugate and negative views are lazy: their memory is not what they show.
+    # Conjugate and negative views are lazy: their memory does not have their values.
     samples = tensor.detach().cpu().resolve_conj().resolve_neg()
     if not samples.dim():
         samples = samples.reshape(1)
@@ -83,7 +83,7 @@ def _summary(tensor: Tensor) -> dict[str, Any]:
 
 
 def _differences(summaries: list[Summary]) -> list[str]:
-    """One text for each tensor that is not the same everywhere."""
+    """A text for each tensor that differs between workers."""
     differences = []
     # A dict keeps the order of the first worker, which is that of the batch; a set would not.
     names = dict.fromkeys(name for summary in summaries for name in summary)
@@ -104,7 +104,7 @@ def _differences(summaries: list[Summary]) -> list[str]:
 
 
 def _samples(tensors: list[dict[str, Any]]) -> str:
-    """In which samples, and between which workers."""
+    """The samples and the workers that differ, in words."""
     sums = [tuple(tensor["sums"]) for tensor in tensors]
     groups = _groups(sums).values()
     between = " and ".join(map(_workers, groups))

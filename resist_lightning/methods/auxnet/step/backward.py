@@ -21,7 +21,7 @@ class Batch:
     """The state of a worker's step on one batch.
 
     Args:
-        size: samples.
+        size: number of samples.
         serial: whether the stages wait for each other.
         true_input: whether the stage is given the previous one's output, and not a guess.
         share: the learning rate as a share of the highest, when the batch came.
@@ -48,9 +48,9 @@ class Batch:
 
 
 class ReplacedGradient(torch.autograd.Function):
-    """Forward, the network's output; backward, what the next worker wants takes the place of the loss's gradient.
+    """Forward, the network's output; backward, a gradient from the next worker's reply replaces the loss's.
 
-    ``anchor`` requires a gradient, so that there is a backward pass of a frozen stage too.
+    ``anchor`` requires a gradient, so that a frozen stage has a backward pass too.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class ReplacedGradient(torch.autograd.Function):
     def forward(ctx: Any, made: Tensor, anchor: Tensor, output: Tensor, worker: StageWorker, batch: Batch) -> Tensor:
         """The network's output, whose gradient goes to ``made``, the stage's own."""
         ctx.made, ctx.worker, ctx.batch = made.detach(), worker, batch
-        # autograd wants a tensor that is none of the inputs.
+        # autograd needs a tensor that is none of the inputs.
         return output.clone()
 
     @staticmethod
@@ -91,7 +91,7 @@ class LateGradients(torch.autograd.Function):
 
 
 class NotedBackward(torch.autograd.Function):
-    """The identity on the last stage's output; it tells the worker when the backward pass begins."""
+    """The identity on the last stage's output, which notifies the worker when the backward pass begins."""
 
     @staticmethod
     @override

@@ -5,8 +5,8 @@ Two stages, a delay of one step; F and B are forward and backward passes, number
     stage 0   F0     F1 B0     F2 B1     F3 B2
     stage 1      F0 B0     F1 B1     F2 B2
 
-Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, has no delay. In a warm-up nobody has:
-each backward pass is waited for, and its gradient taken in the same step.
+Stage 0 takes its step 1 with the gradient of batch 0. Stage 1, the last one, has no delay. In a warm-up no stage has
+one: each backward pass is waited for, and its gradient taken in the same step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from resist_lightning.methods.auxnet.step.messages import Expected, Messages
 from resist_lightning.methods.auxnet.step.spans import Spans
 
 Gradients: TypeAlias = dict[str, Tensor]
-"""By the name of a parameter in the network; without those that a batch has no gradient for."""
+"""Gradients by name of the parameter in the network; parameters without a gradient are left out."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Pending:
     Args:
         given: the stage's input.
         made: its output, with the graph.
-        weights: those of the forward pass, by name.
+        weights: the weights of the forward pass, by name.
         reply: the gradient at the output, from the next worker.
     """
 
@@ -52,15 +52,15 @@ class DelayedStage:
     """A stage whose gradient of a batch is used some batches later.
 
     Both passes over a batch use the same weights, a copy made in the forward pass. The copy is ahead of the weights by
-    as many steps as the gradient will be late, each taken to be like the last one: so the gradient is that of weights
-    near those that it will change (as SpecTrain does, arXiv 1809.02839).
+    as many steps as the gradient will be late, each taken to equal the last one: so the gradient is taken near the
+    weights that it will change (as in SpecTrain, arXiv 1809.02839).
 
     Args:
         stage: the worker's stage.
         delay: batches between a forward pass and the step that takes its gradient.
-        messages: this worker's.
-        spans: when it computes, and when it waits.
-        device: of the stage.
+        messages: this worker's messages.
+        spans: records its times of computing and waiting.
+        device: device of the stage.
         first: whether the stage is the first, which sends no gradient on.
     """
 
@@ -76,7 +76,7 @@ class DelayedStage:
         self._weights = _Weights(stage)
         # By batch, the oldest first: backward passes still to come, or the gradients they have given.
         self._late: deque[Pending | Gradients] = deque()
-        self._wait = delay  # how many of them there may be behind a batch
+        self._wait = delay  # number of them that may remain after a batch
         self._due: list[Gradients] = []
         # Weights of this step's forward passes; made at the first one.
         self._ahead: dict[str, Tensor] = {}
@@ -84,12 +84,12 @@ class DelayedStage:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those that train now."""
+        """The parameters that train now."""
         return list(self._weights.trained().values())
 
     @property
     def held_bytes(self) -> int:
-        """Of copies of weights, and of gradients that wait, between two steps."""
+        """Bytes of copies of weights, and of gradients that wait, between two steps."""
         kept = [*self._before.values()]
         for late in (*self._late, *self._due):
             kept += (late.weights if isinstance(late, Pending) else late).values()
@@ -100,8 +100,8 @@ class DelayedStage:
 
         Args:
             given: the stage's input.
-            reply: the gradient at the output, when it will have come.
-            accumulate: batches of a step.
+            reply: the gradient at the output, which has yet to arrive.
+            accumulate: number of batches in a step.
             warmup: whether this step takes the gradient of this batch.
         """
         self._wait = 0 if warmup else self._delay
@@ -115,7 +115,7 @@ class DelayedStage:
         """Compute the backward passes whose gradients this step takes. Waits for the next worker.
 
         Args:
-            but: batches that are left, the newest.
+            but: number of the newest batches that are left.
         """
         while len(self._late) > max(self._wait, but):
             late = self._late.popleft()
@@ -146,14 +146,14 @@ class DelayedStage:
     def state_dict(self) -> dict[str, Any]:
         """Gradients that wait or are due, weights before the last step and in this one. Only after :meth:`settle`."""
         cpu = torch.device("cpu")
-        due = [_moved(gradients, cpu) for gradients in self._due]  # where the user's loop has passed over a step
+        due = [_moved(gradients, cpu) for gradients in self._due]  # where the user's loop has skipped a step
         late = [_moved(gradients, cpu) for gradients in self._late if not isinstance(gradients, Pending)]
         # In the middle of a step, the weights that its other batches will use too.
         ahead = {name: weight.detach() for name, weight in self._ahead.items()}
         return {"late": late, "due": due, "before": _moved(self._before, cpu), "ahead": _moved(ahead, cpu)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from what :meth:`state_dict` returned."""
+        """Resume from a :meth:`state_dict`."""
         self._late = deque(_copied(late, self._device) for late in state["late"])
         self._due = [_copied(gradients, self._device) for gradients in state.get("due", ())]
         self._before = _copied(state["before"], self._device)
@@ -161,7 +161,7 @@ class DelayedStage:
         self._ahead = {name: weight.requires_grad_() for name, weight in ahead.items()}
 
     def _look_ahead(self, steps: float) -> dict[str, Tensor]:
-        """Copies of the trained weights, as many steps ahead."""
+        """Copies of the trained weights, ``steps`` ahead."""
         ahead: dict[str, Tensor] = {}
         now = self._weights.trained()
         for name, weight in now.items():
@@ -189,13 +189,13 @@ class DelayedStage:
         return found
 
     def _gradients(self, late: Pending, wanted: list[Tensor], gradient: Tensor) -> Sequence[Tensor | None]:
-        """Of ``wanted``; by the rules of a backward pass, though a forward pass of the user's module is under way."""
+        """Gradients of ``wanted``, without the autocast of a forward pass of the user's module that is under way."""
 
         def compute() -> Sequence[Tensor | None]:
             return torch.autograd.grad(late.made, wanted, gradient, allow_unused=True)
 
         with torch.autocast(self._device.type, enabled=False):
-            # With the weights in place, as a block that saves memory computes its forward pass again.
+            # With the weights in place, as a block with activation checkpointing computes its forward pass again.
             found: Sequence[Tensor | None] = self._weights.use(late.weights, compute)
             return found
 
@@ -208,7 +208,7 @@ def make_delayed(
     collective: Collective,
     device: torch.device,
 ) -> DelayedStage | None:
-    """For each stage but the last, where the settings delay gradients."""
+    """The delayed stage of each worker but the last, where the settings delay gradients; else None."""
     behind = collective.workers - 1 - collective.worker
     if not config.delayed or behind == 0:
         return None
@@ -220,12 +220,12 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
 
 
 def _copied(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """As :func:`_moved`, in memory of their own: a file that is loaded may be mapped, and is overwritten later."""
+    """Like :func:`_moved`, but always copies: a loaded file may be memory-mapped, and is overwritten later."""
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 class _Weights:
-    """The parameters of a stage by name, and other tensors in their place for a moment."""
+    """The parameters of a stage by name, with other tensors in their place during a call."""
 
     def __init__(self, stage: Stage) -> None:
         self._network = stage.network
@@ -233,7 +233,7 @@ class _Weights:
         self._holder = _Holder(self._network)
 
     def trained(self) -> dict[str, Tensor]:
-        """Those that train now, each by the first of its names."""
+        """The parameters that train now, each by the first of its names."""
         found: dict[int, tuple[str, Tensor]] = {}
         for name in self._names:
             weight = self._network.get_parameter(name)
@@ -254,7 +254,7 @@ class _Weights:
 
 
 class _Holder(nn.Module):
-    """Calls what it is given: for `functional_call`, which puts tensors in place while a module is called."""
+    """Calls a function: for `functional_call`, which replaces tensors while a module is called."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -262,5 +262,5 @@ class _Holder(nn.Module):
 
     @override
     def forward(self, act: Callable[[], Any]) -> Any:
-        """What ``act`` returns."""
+        """Call ``act`` and return its result."""
         return act()

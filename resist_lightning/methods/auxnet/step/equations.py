@@ -1,7 +1,7 @@
 """The updates of one step of AuxNet with guesses (arXiv 2112.05387; docs/decisions/0019), in units of the guess.
 
-Of a boundary with |X| elements per sample: guess λ, truth Y, multiplier u = κ / β', gradient r = p / β' of what comes
-after it, where β' = β / |X|, since β weighs the *mean* square. All of them have the boundary's shape, with
+For a boundary with |X| elements per sample: guess λ, truth Y, multiplier u = κ / β', gradient r = p / β' of the
+later stages, where β' = β / |X|, since β weighs the *mean* square. All of them have the boundary's shape, with
 the batch first, and p is that of a sample, not of the batch mean.
 """
 
@@ -21,7 +21,7 @@ class Penalty:
 
     Args:
         beta: weight of half the mean square of guess minus truth, above 0.
-        step: of the guess, in units of 1 / β', in (0, 1].
+        step: step of the guess, in units of 1 / β', in (0, 1].
     """
 
     beta: float
@@ -40,7 +40,7 @@ class Penalty:
         return self.beta / math.prod(guess.shape[1:])
 
     def gradient(self, truth: Tensor, target: Tensor) -> Tensor:
-        """q: what replaces the back-propagated gradient of a sample at a stage's output.
+        """q: the replacement for the back-propagated gradient of a sample at a stage's output.
 
         Args:
             truth: Y, the stage's output.
@@ -80,7 +80,7 @@ def mismatch(guess: Tensor, truth: Tensor) -> Tensor:
 
 
 def default_step(stages: int, *, stored: bool) -> float:
-    """c: the closed form; of stored guesses of three stages or more a tenth, as it diverges there (section 2.2, 4).
+    """c: the closed form's 1; a tenth for stored guesses of three stages or more, where 1 diverges (section 2.2, 4).
 
     An auxiliary network itself takes a small step only towards the closed form, so all of it may be its target.
     """
@@ -88,10 +88,10 @@ def default_step(stages: int, *, stored: bool) -> float:
 
 
 def growth(factor: float, rate: float) -> float:
-    """By how much β has grown.
+    """Growth of β so far, as a factor.
 
     Args:
-        factor: for each factor of ten by which the learning rate has fallen.
+        factor: growth for each factor of ten by which the learning rate has fallen.
         rate: learning rate as a share of the highest, in [0, 1].
     """
     if rate <= 0:

@@ -1,4 +1,4 @@
-"""A worker's guesses of its stage's input, from an auxiliary network or a store, and how they learn."""
+"""A worker's guesses of its stage's input, from an auxiliary network or a store, and their updates."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Guesses(ABC):
         share: float,
         step: int,
     ) -> None:
-        """Move the guess, and in every so many steps the multiplier.
+        """Move the guess, and every ``multiplier_every`` steps the multiplier.
 
         Args:
             x: the images.
-            guess: λ and u, as :meth:`guess` gave them.
+            guess: λ and u from :meth:`guess`.
             truth: Y.
-            gradient: p, of each sample.
-            share: of the highest learning rate.
+            gradient: p of each sample.
+            share: the learning rate as a share of the highest.
             step: number of the step, from 1.
         """
         given, multiplier = guess
@@ -74,8 +74,8 @@ class Guesses(ABC):
     def begin_at(self, x: Samples, truth: Tensor, gradient: Tensor, share: float) -> None:
         """Learn from a serial step, in which the stage was given the truth.
 
-        A multiplier begins where all stands still, at -r; a stored guess where the stage before is then given the true
-        gradient; an auxiliary network begins with the truth.
+        A multiplier begins at its stationary point, -r; a stored guess where it gives the stage before the true
+        gradient; an auxiliary network learns the truth.
         """
         after = self._penalty(share).in_units_of_guess(gradient)
         guess = truth - after if self._config.method == "penalty-store" else truth
@@ -83,7 +83,7 @@ class Guesses(ABC):
         self._learn(x, guess, multiplier, share)
 
     def take_mismatch(self) -> float:
-        """Mean over the batches since the last call; 0 if there was none."""
+        """Mean mismatch over the batches since the last call; 0 if there was none."""
         mean = float(self._mismatch) / self._batches if self._batches else 0.0
         self._mismatch.zero_()
         self._batches = 0
@@ -104,7 +104,7 @@ class Guesses(ABC):
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """Memory that it needs between two steps."""
+        """Bytes that are kept between two steps."""
 
     @abstractmethod
     def make(self, x: Samples) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +112,7 @@ class Guesses(ABC):
 
     @abstractmethod
     def learn(self, x: Samples, guess: Tensor, multiplier: Tensor | None, rate: float) -> None:
-        """Move to the λ and u that a batch should have; after :meth:`make`, from those that it gave.
+        """Move to the λ and u that a batch should have; after :meth:`make`, starting from its result.
 
         Args:
             x: the batch.
@@ -123,11 +123,11 @@ class Guesses(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All of it, on the CPU."""
+        """The whole state, on the CPU."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from what :meth:`state_dict` returned."""
+        """Resume from a :meth:`state_dict`."""
 
 
 def make_guesses(
@@ -138,7 +138,7 @@ def make_guesses(
     collective: Collective,
     device: torch.device,
 ) -> Guesses | None:
-    """Choose a worker's source of guesses by the settings; None where there are none: worker 0 has the image."""
+    """A worker's source of guesses, by the settings; None without guesses, as on worker 0, which has the image."""
     boundary, stages = collective.worker, collective.workers
     if boundary == 0 or config.delayed:
         return None
@@ -210,7 +210,7 @@ class NetworkGuesses(Guesses):
 
 
 class StoredGuesses(Guesses):
-    """Guesses and multipliers as they were last left, for each sample."""
+    """The last guess and multiplier of each sample."""
 
     def __init__(self, config: StageConfig, stages: int, device: torch.device) -> None:
         super().__init__(config, stages, device)

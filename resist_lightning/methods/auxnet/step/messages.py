@@ -16,26 +16,26 @@ from resist_lightning.methods.auxnet.network.aux_defaults import NetworkInput
 class Tag(IntEnum):
     """The content of a message."""
 
-    # Several may be under way between two workers; a receive takes the one of its tag.
+    # Several may be in transit between two workers; a receive takes the one with its tag.
     TARGET = 1
     """λ + u, to the worker before."""
     TRUTH = 2
     """Y, to the worker behind."""
     GRADIENT = 3
-    """In serial steps: the gradient of the loss, to the worker before."""
+    """The gradient of the loss, to the worker before; in serial steps and with delayed gradients."""
     OUTPUT = 4
-    """Of the network, from the last worker to all others."""
+    """The network's output, from the last worker to all others."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The network's input, and without the batch the shapes, and the data type, of all messages.
+    """The network's input, and the shapes, without the batch, and the data type of all messages.
 
     Args:
-        input: of the network.
-        boundaries: of the tensor that crosses each boundary, from the first.
-        output: of the network's output.
-        dtype: of all messages.
+        input: input of the network.
+        boundaries: shape of the tensor that crosses each boundary, from the first.
+        output: shape of the network's output.
+        dtype: data type of all messages.
     """
 
     input: NetworkInput
@@ -52,7 +52,7 @@ class Expected:
         self._finish: Finish | None = finish
 
     def take(self) -> Tensor:
-        """Wait for it."""
+        """Wait for the message, and return it."""
         if self._finish is not None:
             self._finish()
             self._finish = None
@@ -60,7 +60,7 @@ class Expected:
 
 
 class Messages:
-    """One worker's messages; see :class:`Tag`."""
+    """The messages of one worker; see :class:`Tag`."""
 
     def __init__(self, collective: Collective, shapes: Shapes, device: torch.device) -> None:
         self._collective = collective
@@ -69,44 +69,44 @@ class Messages:
         self._under_way: list[Finish] = []
 
     def expect_truth(self, batch: int) -> Expected:
-        """From the worker before: its stage's output."""
+        """Expect, from the worker before, its stage's output."""
         worker = self._collective.worker
         return self._expect(Tag.TRUTH, worker - 1, batch, self._shapes.boundaries[worker - 1])
 
     def expect_target(self, batch: int) -> Expected:
-        """From the worker behind: the output that it wants of this stage."""
+        """Expect, from the worker behind, its target for this stage's output."""
         return self._expect_from_next(Tag.TARGET, batch)
 
     def expect_gradient(self, batch: int) -> Expected:
-        """From the worker behind: the gradient of the loss at this stage's output."""
+        """Expect, from the worker behind, the gradient of the loss at this stage's output."""
         return self._expect_from_next(Tag.GRADIENT, batch)
 
     def expect_output(self, batch: int) -> Expected:
-        """From the last worker: the network's output."""
+        """Expect, from the last worker, the network's output."""
         return self._expect(Tag.OUTPUT, self._collective.workers - 1, batch, self._shapes.output)
 
     def send_target(self, target: Tensor) -> None:
-        """To the worker before."""
+        """Send to the worker before."""
         self._send(Tag.TARGET, self._collective.worker - 1, target, "boundary")
 
     def send_truth(self, made: Tensor) -> None:
-        """To the worker behind."""
+        """Send to the worker behind."""
         self._send(Tag.TRUTH, self._collective.worker + 1, made, "boundary")
 
     def send_gradient(self, gradient: Tensor) -> None:
-        """To the worker before."""
+        """Send to the worker before."""
         self._send(Tag.GRADIENT, self._collective.worker - 1, gradient, "boundary")
 
     def send_output(self, output: Tensor) -> None:
-        """To all other workers; call it on the last one."""
+        """Send to all other workers; call it on the last one."""
         # Not a broadcast: the others post their receives early, and take the output when they need it.
-        # From the host, where gloo sends it from: else each message would be brought there by itself.
+        # From host memory, from which gloo sends: else it would be copied there for each message.
         on_host = output.detach().to(self._shapes.dtype).cpu()
         for worker in range(self._collective.workers - 1):
             self._send(Tag.OUTPUT, worker, on_host, "output")
 
     def settle(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all sends have completed."""
         for finish in self._under_way:
             finish()
         self._under_way = []

@@ -1,4 +1,4 @@
-"""The learning rate as a share of the highest so far, by which beta and the auxiliary networks' rates go."""
+"""The learning rate as a share of the highest so far, on which beta and the auxiliary networks' rates depend."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 
 class RateShare:
-    """Asks for the rate, once per batch on every worker.
+    """Reads the rate, once per batch on every worker.
 
     Args:
-        rate: the learning rate now.
+        rate: gives the learning rate now.
     """
 
     def __init__(self, rate: Callable[[], float]) -> None:
@@ -32,5 +32,5 @@ class RateShare:
         return {"highest_rate": self._highest, "share": self._share}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Resume from what :meth:`state_dict` returned, among other things."""
+        """Resume from a state that contains a :meth:`state_dict`."""
         self._highest, self._share = state["highest_rate"], state["share"]

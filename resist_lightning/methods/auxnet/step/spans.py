@@ -1,4 +1,4 @@
-"""Times the parts of a step: when a worker computes, and when it waits for others."""
+"""Times the parts of a step, in which a worker computes or waits for others."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Name: TypeAlias = Literal[
     "wait for truth",
     "aux backward",
 ]
-"""The parts of a step, in this order; ``data`` is all that is outside of steps. ``loss`` is what the user's step does
-with the output, ``optimizer`` what comes between the backward pass and the end of the step."""
+"""The parts of a step, in this order; ``data`` is all time outside of steps. ``loss`` is the user's step with the
+output, ``optimizer`` the time between the backward pass and the end of the step."""
 
 KEPT_STEPS = 15  # enough for a median
 
@@ -40,7 +40,7 @@ class Spans:
     ``time.perf_counter`` is the same clock for all processes of a Linux host.
 
     Args:
-        device: where the steps are computed. A GPU is not waited for: a step is read when the next one has ended.
+        device: device of the steps. A GPU is not waited for: a step is read when the next one has ended.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +91,7 @@ class Spans:
         step, self._current = self._current, []
         if not counts:
             return
-        self._read()  # those before, which a GPU has computed by now or will soon
+        self._read()  # earlier steps, which a GPU has computed by now or will soon
         self._unread.append(step)
 
     def pause(self) -> None:
@@ -124,7 +124,7 @@ def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]
     """The recent step that took the median time: for each worker its spans, from 0.
 
     Args:
-        workers: for each, its :attr:`Spans.recent`; the last steps are the same steps.
+        workers: for each worker, its :attr:`Spans.recent`; the last steps are the same steps.
     """
     kept = min(map(len, workers), default=0)
     if kept == 0:
@@ -142,7 +142,7 @@ def typical_step(workers: Sequence[Sequence[Sequence[Span]]]) -> list[list[Span]
 
 
 def _start(step: Sequence[Sequence[Span]]) -> float:
-    """When the first worker began with it."""
+    """The time when the first worker began with a step."""
     return min(spans[0][1] for spans in step)
 
 
@@ -152,18 +152,17 @@ def _end(step: Sequence[Sequence[Span]]) -> float:
 
 _WAITS: tuple[Name, ...] = ("wait for output", "wait for target", "wait for truth")
 _DONE_BY_ALL: tuple[Name, ...] = ("data", "loss", "optimizer")
-"""Work of every worker that one process would do once: the user's step, hooks, what the optimizer does for each of its
-parameters. Of the optimizer's own work a stage has a part only, which is not told apart: a small injustice to the
-stages."""
+"""Work of every worker that one process would do once: the user's step, hooks, the optimizer's loop over parameters.
+Of the updates themselves a stage does only a part, which is not told apart: a small disadvantage for the stages."""
 
 
 def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
     """The six numbers of section 2.6 from the spans of all workers; None where a worker has none.
 
-    Of the waits, those of the worker that waits least: the others wait for it, which is no cost of the exchange.
+    The waits are those of the worker that waits least: the others wait for it, which is no cost of the exchange.
 
     Args:
-        workers: for each, the mean seconds of each of :data:`NAMES` in a step.
+        workers: for each worker, the mean seconds of each of :data:`NAMES` in a step.
     """
     # In a round of serial steps only, nothing was recorded.
     if not workers or not all(row["forward"] for row in workers):
@@ -180,13 +179,13 @@ def step_seconds(workers: Sequence[Mapping[str, float]]) -> StepSeconds | None:
 
 
 def measured_speedup(workers: Sequence[Mapping[str, float]]) -> float:
-    """Seconds of a step of one process that trains all stages, over those of a step here."""
-    # One process would compute all stages, one behind the other.
+    """Seconds of a step in one process that trains all stages, divided by those of a step here."""
+    # One process would compute all stages, one after the other.
     stages = sum(row["forward"] + row["backward"] for row in workers)
     alone = _done_by_all(workers) + stages
     return alone / max(sum(row.values()) for row in workers)
 
 
 def _done_by_all(workers: Sequence[Mapping[str, float]]) -> float:
-    """Seconds of the worker that is quickest with it: the others' may be a wait."""
+    """Seconds of the worker that is quickest with this work: those of others may contain a wait."""
     return min(sum(row[name] for name in _DONE_BY_ALL) for row in workers)

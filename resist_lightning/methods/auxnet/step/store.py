@@ -1,7 +1,7 @@
 """Stores guesses and multipliers by sample, for the methods without auxiliary networks.
 
-A sample is known by its content, so no loader has to tell its number; which also means that a sample that is augmented
-anew in each epoch is never seen twice.
+A sample is identified by its content, so a loader need not give its index; but a sample that is augmented anew in
+each epoch is never seen twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Samples:
-    """A batch of images whose names are made once, and only where they are asked for."""
+    """A batch of images whose names are computed once, and only on demand."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.detach()
@@ -39,18 +39,18 @@ def contents(x: Tensor) -> list[bytes]:
 
 
 class SeenSamples:
-    """Which samples have been seen, on every worker alike."""
+    """The samples that have been seen, the same on every worker."""
 
     def __init__(self) -> None:
         self._names: set[bytes] = set()
         self._misses = 0  # batches in a row without a known sample
 
     def add(self, x: Samples) -> None:
-        """These have been seen now."""
+        """Add samples that have been seen."""
         self._names.update(x.names)
 
     def lacks(self, x: Samples, epoch_batches: int) -> bool:
-        """Whether one of a batch has not been seen.
+        """Whether a sample of a batch has not been seen.
 
         Raises:
             ValueError: if none was seen in more batches than an epoch has: every step would be serial.
@@ -69,7 +69,7 @@ class SeenSamples:
         return {"misses": self._misses, "seen": sorted(name.hex() for name in self._names)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from what :meth:`state_dict` returned, among other things."""
+        """Resume from a state that contains a :meth:`state_dict`."""
         self._misses = state["misses"]
         self._names = {bytes.fromhex(name) for name in state["seen"]}
 
@@ -94,7 +94,7 @@ class SampleStore:
         return values[0], values[1] if self._multipliers else None
 
     def put(self, names: Sequence[bytes], guess: Tensor, multiplier: Tensor | None) -> None:
-        """Store the guesses of a batch, by sample; of a sample that is in it twice, the last."""
+        """Store the guesses of a batch, by sample; for a sample that is in it twice, the last."""
         parts = [guess.detach().cpu()]
         if multiplier is not None:
             parts.append(multiplier.detach().cpu())
@@ -112,7 +112,7 @@ class SampleStore:
         return {"names": names, "values": torch.stack(list(self._rows.values()))}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Resume from what :meth:`state_dict` returned."""
+        """Resume from a :meth:`state_dict`."""
         self._rows = {}
         if not state:
             return

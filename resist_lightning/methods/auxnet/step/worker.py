@@ -1,4 +1,4 @@
-"""Computes a worker's stage in place of the whole network, and trains it by the messages of its neighbours."""
+"""Computes a worker's stage in place of the whole network, and trains it by messages from its neighbours."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ class StageWorker:
     """Computes one stage in the place of the whole network.
 
     Called with the network's input, it returns the network's output, on every worker. The gradient at that output
-    trains the last stage only; the others are trained by how far their output is from what the next worker wants.
+    trains the last stage only; the others are trained by the reply of the next worker: its target or its gradient.
 
     Args:
         stage: the worker's stage: one tensor in, one out.
-        shapes: of the tensors that cross the boundaries.
-        nonnegative: whether the input of this stage comes out of a ReLU.
+        shapes: shapes of the tensors that cross the boundaries.
+        nonnegative: whether the input of this stage is the output of a ReLU.
         config: the settings.
         collective: the workers; at least two.
-        device: of the stage.
-        rate: the learning rate now.
+        device: device of the stage.
+        rate: gives the learning rate now.
 
     Attributes:
-        accumulate: batches whose gradients are added up before a step.
-        epoch_batches: batches of all the data, after which a method that stores guesses must see samples again.
+        accumulate: number of batches whose gradients are added up before a step.
+        epoch_batches: number of batches in an epoch, after which a method that stores guesses must see samples again.
         delayed: trains this stage with gradients that arrive late; None on the last worker, and for other methods.
         guesses: makes the guesses of this stage's input; None where there are none, as on worker 0: it has the image.
-        steps: how many were taken.
-        spans: when it computed, and when it waited.
+        steps: number of steps taken.
+        spans: records the times of computing and waiting.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class StageWorker:
         self._called = False
         self._seen = SeenSamples()
         self._checks = CHECKED_STEPS
-        # With it, the output requires a gradient where the stage itself is frozen.
+        # With this anchor, the output requires a gradient even if the stage itself is frozen.
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class StageWorker:
 
         Raises:
             ValueError: if the batch has another shape than the network was cut with.
-            WorkersDisagree: if the workers have different batches; looked for in the first steps.
+            WorkersDisagree: if the workers have different batches; checked in the first steps.
         """
         if self._batch is not None:
             # Gradients are being accumulated: no optimizer came between the last batch and this one.
@@ -113,7 +113,7 @@ class StageWorker:
             return NotedBackward.apply(made, self._anchor, self, batch)  # type: ignore[no-any-return]
         self._messages.send_truth(made)
         if self.delayed is not None:
-            # While the stages behind work on this batch; its gradient comes behind losses that may talk to this one.
+            # While the stages behind work on this batch, whose gradient arrives after losses that may need this worker.
             self.delayed.work_off(but=1)
         self.spans.begin("wait for output")
         assert batch.output is not None
@@ -141,7 +141,7 @@ class StageWorker:
             self.delayed.end_step()
 
     def finish(self) -> None:
-        """Finish the last batch: receive what is under way, and correct the guess. Waits for the neighbours."""
+        """Finish the last batch: receive its messages, and correct the guess. Waits for the neighbours."""
         batch, self._batch = self._batch, None
         if batch is None:
             return
@@ -165,7 +165,7 @@ class StageWorker:
 
     @property
     def held_bytes(self) -> int:
-        """Memory between two steps beside the stage: of guesses, or of what is late."""
+        """Bytes kept between two steps beside the stage: for guesses, or for late gradients."""
         return sum(part.held_bytes for part in (self.guesses, self.delayed) if part is not None)
 
     def report(self) -> list[float]:
@@ -174,7 +174,7 @@ class StageWorker:
         return [mismatch, *self.spans.take()]
 
     def state_dict(self) -> dict[str, Any]:
-        """What this worker needs to resume, beside its stage: numbers, strings, lists and tensors."""
+        """This worker's resume state, without its stage: numbers, strings, lists and tensors."""
         return {
             "steps": self.steps,
             **self._rate_share.state_dict(),
@@ -184,7 +184,7 @@ class StageWorker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from what :meth:`state_dict` returned."""
+        """Resume from a :meth:`state_dict`."""
         self.steps = state["steps"]
         self._rate_share.load_state_dict(state)
         self._seen.load_state_dict(state)
@@ -224,7 +224,7 @@ class StageWorker:
             assert batch.truth is not None
             self.spans.begin("wait for truth")
             given = batch.truth.take().clone().requires_grad_()
-            # Sent as soon as it is there: the previous worker's backward pass waits for it.
+            # The gradient is sent at once: the previous worker's backward pass waits for it.
             given.register_post_accumulate_grad_hook(self._send_gradient_of)
         else:
             assert self.guesses is not None

@@ -25,11 +25,11 @@ _SHOWN = 5
 
 
 def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
-    """Find the hidden layers of a module, and all that is divided with their neurons.
+    """Find the hidden layers of a module, and all tensors and sizes that are divided with their neurons.
 
     Args:
         module: the user's module, a LightningModule or any other; nothing in it is changed. One without a forward of
-            its own is looked at child by child, and inputs and outputs of a child are whole.
+            its own is traced child by child, and inputs and outputs of a child are whole.
         choice: None for all hidden layers, a glob or a list of globs that match the last parts of their names
             (``"encoder.*"``), or a predicate of (name, module), which is asked for each hidden layer. Layers that
             are not chosen stay whole, and are shared.
@@ -39,7 +39,7 @@ def find_neurons(module: nn.Module, choice: LayerChoice = None) -> Neurons:
             a chosen layer cannot be divided.
     """
     traces = trace(module, _chooser(choice))
-    # Who names the layers has decided which of two equal networks is meant.
+    # A user who names the layers has decided which of two equal networks is meant.
     if choice is None:
         _refuse_twins(traces)
     flows = [Flow(traced) for traced in traces]
@@ -154,7 +154,7 @@ def _candidates(layers: Iterable[Layer]) -> str:
 
 
 def _add_problems_of_tensors(module: nn.Module, layers: Iterable[Layer], accessed: dict[int, str]) -> None:
-    """Note which layers divide a tensor that something else uses too."""
+    """Note a problem for layers that divide a tensor that is also used elsewhere."""
     names = names_of_tensors(module)
     by_name: dict[str, int] = {}
     for tensor, aliases in names.items():

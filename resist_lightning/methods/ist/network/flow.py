@@ -45,17 +45,17 @@ _KINDS = ("device", "dtype", "ndim")
 
 @dataclass
 class Layer:
-    """Everything that the neurons of one Linear or Conv reach.
+    """All tensors and modules that the neurons of one Linear or Conv reach.
 
     Args:
         name: its qualified name.
-        width: how many neurons it has.
+        width: number of its neurons.
         hidden: whether they reach another layer with weights, in whatever way.
-        rows: tensors whose dimension 0 they are.
-        columns: tensors whose dimension 1 they are, with the entries per neuron.
+        rows: names of tensors whose dimension 0 they are.
+        columns: names of tensors whose dimension 1 they are, with the entries per neuron.
         sizes: module, attribute and entries per neuron of the attributes that change with the subnet.
         rescaled: layers that read them, with no norm straight behind.
-        problems: why they cannot be divided; each continues "its neurons".
+        problems: reasons why they cannot be divided; each continues "its neurons".
     """
 
     name: str
@@ -173,7 +173,7 @@ class Flow:
         name, module = self._traced.called(node)
         if isinstance(module, Weighted):
             return self._weighted(node, name, module, value)
-        # Of whole values, a norm's vectors are whole, too.
+        # With whole values, a norm's vectors are whole, too.
         if isinstance(module, NORMS):
             return self._norm(node, name, module, value) if value else None
         if isinstance(module, nn.PReLU):
@@ -200,7 +200,7 @@ class Flow:
 
     def _weighted(self, node: fx.Node, name: str, module: Weighted, value: Divided | None) -> Divided:
         self._mark_hidden(node)
-        # What comes out are this layer's neurons only.
+        # The output has this layer's neurons only.
         self._reaching[node] = frozenset({name})
         attribute, width = outputs_of(module)
         made = self.layers.setdefault(name, Layer(name, width))
@@ -275,7 +275,7 @@ class Flow:
 
 
 def _owner(value: Value) -> Divided | None:
-    """The divided tensor that a value is, or was read from."""
+    """The divided tensor behind a value: the value itself, or the tensor whose shape it is from."""
     if isinstance(value, Shape | Width):
         return value.of
     return value if isinstance(value, Divided) else None

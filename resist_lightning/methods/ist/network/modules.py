@@ -1,4 +1,4 @@
-"""Tells how the modules of torch.nn treat a tensor whose neurons are divided."""
+"""Describes the effect of torch.nn's modules on a tensor whose neurons are divided."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resist_lightning.methods.ist.network.tracing import Weighted
 
 NORMS = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 TRANSPARENT = (nn.Identity, dropout._DropoutNd)
-# Each entry alone. Not Softmax and the like, which sum over all neurons, nor PReLU, with parameters per neuron perhaps.
+# Each entry alone. Not Softmax and the like, which sum over all neurons, nor PReLU, whose parameters may be per neuron.
 ELEMENTWISE = (
     nn.Identity, dropout._DropoutNd, nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
@@ -69,25 +69,25 @@ def norm_size(name: str, module: nn.Module, value: Divided) -> str:
 
 
 def titled(name: str, module: nn.Module) -> str:
-    """A module in a message."""
+    """Name and class of a module, for a message."""
     return f"{name!r} ({type(module).__name__})"
 
 
 def torch_class(module: nn.Module) -> str:
-    """Name of the class in torch.nn that a module is of, or descends from."""
+    """Name of a module's class in torch.nn, or of the base class there."""
     # A user's class has a name of its own, which tells nothing of its dimensions.
     bases = type(module).__mro__
     return next(base.__name__ for base in bases if base.__module__.startswith("torch.nn."))
 
 
 def cannot_cut(name: str, module: nn.Module, tensors: set[str], calls: int) -> str:
-    """Why the tensors of a module cannot be cut; empty if they can.
+    """The reason why the tensors of a module cannot be cut; empty if they can.
 
     Args:
         name: its qualified name.
         module: a layer or a norm.
         tensors: the names of parameters and buffers that its class knows.
-        calls: how often a forward calls it.
+        calls: number of its calls in a forward.
     """
     what = titled(name, module)
     if isinstance(module, lazy.LazyModuleMixin) and module.has_uninitialized_params():

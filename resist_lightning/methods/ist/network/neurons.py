@@ -1,4 +1,4 @@
-"""Describes hidden neurons, and which parts of which tensors belong to them. Standard library only.
+"""Describes hidden neurons, and the parts of tensors that belong to them. Standard library only.
 
 ::
 
@@ -17,7 +17,7 @@ class HiddenLayer:
 
     Args:
         name: qualified name of the Linear or Conv that makes them.
-        width: how many there are; a channel of a convolution is a neuron.
+        width: number of neurons; a channel of a convolution is a neuron.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Neurons:
-    """The hidden neurons of a module, and everything that is divided with them.
+    """The hidden neurons of a module, and the tensors and sizes that are divided with them.
 
     Args:
         layers: the hidden layers, in the order of the network.
-        cuts: by qualified name of a parameter or buffer; a tensor that is not here is shared by all workers.
+        cuts: cuts by qualified name of a parameter or buffer; a tensor that is not here is shared by all workers.
         sizes: the attributes that change with the subnet.
-        rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm follows it straight, so
+        rescaled: name of a Linear or Conv, and index of the hidden layer of its input. No norm directly follows it, so
             that the sum over fewer neurons must be scaled in a subnet.
         assumed: name of a module that was traced, and the values that optional arguments of its forward had then. With
             other values the neurons may go elsewhere.

@@ -1,4 +1,4 @@
-"""Tells how functions and methods treat a tensor whose neurons are divided: each neuron alone, or not.
+"""Describes the effect of functions and methods on a tensor whose neurons are divided: per neuron, or not.
 
 Three forms of a tensor with neurons in it, for a batch of N and a layer of H neurons::
 
@@ -25,8 +25,8 @@ class Divided:
     Args:
         layer: qualified name of the layer.
         width: number of its neurons.
-        form: where they are.
-        positions: dimensions behind them; 0 unless the form is ``channels``.
+        form: their place among the dimensions.
+        positions: number of dimensions behind them; 0 unless the form is ``channels``.
     """
 
     layer: str
@@ -37,7 +37,7 @@ class Divided:
 
 @dataclass(frozen=True)
 class Number:
-    """A number that is the same in a subnet: of the batch, of positions, or a parameter with one entry."""
+    """A number that is the same in a subnet: batch size, number of positions, or a parameter with one entry."""
 
     batch: bool = False
 
@@ -68,7 +68,7 @@ DROPOUTS = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 )
 
-# Functions, methods and operators by one name each: in-place ones are asked for without their underscore.
+# Functions, methods and operators by one name each: in-place ones are looked up without their underscore.
 _ELEMENTWISE_NAMES = """
     relu relu6 leaky_relu rrelu elu selu celu gelu silu mish hardtanh hardswish hardsigmoid hardshrink softplus
     softshrink softsign tanhshrink threshold logsigmoid sigmoid tanh sin cos tan asin acos atan sinh cosh asinh acosh
@@ -94,7 +94,7 @@ _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 def over_positions(value: Divided, what: str, kind: str) -> Divided:
     """A tensor after pooling or padding; ``kind`` may end with the number of their dimensions (``MaxPool2d``).
 
-    torch takes a tensor with one dimension less for one without a batch, and the neurons for positions.
+    torch would take a tensor with one dimension less as one without a batch, and the neurons as positions.
     """
     dimensions = value.positions
     if kind[-2:] in ("1d", "2d", "3d"):
@@ -115,7 +115,7 @@ def flatten(value: Divided, start: int, end: int) -> Divided:
         if 2 <= start <= last:
             return replace(value, positions=start - 1)
     if value.form != "channels" and start == 1 and end == -1:
-        # Wrong for features with more dimensions, whose number is not known; the next layer's size then tells.
+        # Wrong for features with more dimensions, whose number is not known; the next layer's size then shows it.
         return value
     raise NotPerNeuron(f"are flattened from dimension {start} to {end}, which mixes them with another dimension")
 
@@ -135,7 +135,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         NotPerNeuron: if it is not per neuron.
     """
     name = operation_name(node)
-    # Built-in functions of torch tell no module.
+    # The `__module__` of torch's built-in functions is None.
     home = getattr(node.target, "__module__", None) or "torch"
     package = home.partition(".")[0]
     if node.op == "call_function" and package not in _KNOWN_PACKAGES:
@@ -153,7 +153,7 @@ def operate(node: fx.Node, value: Divided, others: list[Value]) -> Value:
         raise NotPerNeuron(_combined(name))
     if name in _POOLING | _RESIZING:
         return over_positions(value, f"{name}()", name)
-    # What is not known is refused: a wrong guess would train another network in silence.
+    # Unknown operations are refused: a wrong guess would silently train another network.
     special: dict[str, Callable[[fx.Node, Divided], Divided]] = {"flatten": _flatten, "pad": _pad}
     special.update(dict.fromkeys(_REDUCTIONS, _reduce))
     if name not in special:
@@ -227,7 +227,7 @@ def _reduce(node: fx.Node, value: Divided) -> Divided:
     dims = [dims] if isinstance(dims, int) else list(dims or ())
     rank = value.positions + 2
     reduced = {dim % rank for dim in dims if isinstance(dim, int) and -rank <= dim < rank}
-    # Each dimension that is named must be one of the positions.
+    # Each reduced dimension must be one of the positions.
     over_them = len(reduced) == len(dims) and reduced and min(reduced) >= 2
     if value.form != "channels" or not over_them:
         given = f"dim={dims[0] if len(dims) == 1 else tuple(dims)}" if dims else ""
@@ -256,7 +256,7 @@ def shape_entry(shape: Shape, index: Any) -> Value:
 
 
 def entries_per_neuron(value: Divided, size: int, consumer: str) -> int:
-    """How many neighbouring entries each neuron has among the ``size`` inputs of a layer."""
+    """Number of neighbouring entries of each neuron among the ``size`` inputs of a layer."""
     # Flattened positions; features and channels have one entry.
     if value.form == "flat" and size % value.width == 0:
         return size // value.width

@@ -32,7 +32,7 @@ class Traced:
     Args:
         module: the module.
         graph: its forward, from whole inputs to whole outputs; modules of torch.nn are single nodes.
-        prefix: of its names in the user's module, with the dot at the end.
+        prefix: prefix of its names in the user's module, with the dot at the end.
         attributes: parameters, buffers and constants that its forward reads itself, by name.
         stored: values that its forward leaves in attributes of modules.
         defaults: optional arguments of its forward, with the values that they had.
@@ -58,8 +58,8 @@ def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *
 
     Args:
         module: the user's module.
-        wanted: asked for the name and module of each Linear and Conv; a child that cannot be traced, with none that
-            is wanted, is left out.
+        wanted: predicate of the name and module of each Linear and Conv; a child that cannot be traced, and has none
+            that is wanted, is left out.
 
     Raises:
         LayerSelectionError: if torch.fx cannot trace it.
@@ -70,7 +70,7 @@ def trace(module: nn.Module, wanted: Callable[[str, nn.Module], bool] = lambda *
             try:
                 found.append(_trace(root, prefix))
             except LayerSelectionError:
-                # A child of which nothing is wanted may compute as it likes.
+                # A child without a wanted layer may compute as it likes.
                 if _any_wanted(root, prefix, wanted):
                     raise
     return found
@@ -85,7 +85,7 @@ def _any_wanted(root: nn.Module, prefix: str, wanted: Callable[[str, nn.Module],
 
 def _roots(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules with a forward of their own, as far as they have layers that train."""
-    # What is inside a module with a forward is traced with it.
+    # Modules inside a module with a forward are traced with it.
     if has_forward(module):
         if not is_leaf(module) and _has_weights(module) and _trains(module):
             yield prefix, module
