@@ -5,7 +5,15 @@ A garbage collection in a worker would go through everything that is imported, a
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+
+from resist_lightning.checks.environment import _hash_of_package
+
+# A worker that a signal such as SIGSEGV ends says where: its forks, which have no output of their own, inherit this.
+faulthandler.enable()
+
+_hash_of_package()  # kept: reading 190 files takes 0.06 s of the 1 s of a worker
 
 gc.collect()
 gc.freeze()
