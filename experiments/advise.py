@@ -1,11 +1,11 @@
-"""Which method to take for a network, a link and a number of workers: what each holds, sends and takes, before training.
+"""Advises on a method for a network, a link and a number of workers: memory, traffic and time of each, before training.
 
 python experiments/advise.py link=1gbit workers=4
 python experiments/advise.py model=torchvision model.name=resnet50 link=100mbit workers=8 optimizer_slots=2
 python experiments/advise.py model=mlp input=4096 link=12.5e6 local_steps=20
 python experiments/advise.py model._target_=my_package.MyNet model.width=64 input=3x224x224 step_seconds=0.08
 
-The network is named as for train.py, and may be anyone's. Prints a table and what to take; writes advise.jsonl.
+The network is named as for train.py, and may be anyone's. Prints a table and a recommendation; writes advise.jsonl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[int, Callable[[Any], torch.optim.Optimizer]] = {
     1: partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
     2: partial(torch.optim.Adam, lr=1e-4),
 }
-"""By the number of tensors that they keep for each parameter."""
+"""Optimizers by the number of tensors that they keep for each parameter."""
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class Options(cli.Command):
             ) from error
 
     def network(self) -> nn.Module:
-        """Made anew."""
+        """A new instance of the network."""
         shape = self.example(1).shape[1:]
         known = {"num_classes": self.classes, "in_channels": shape[0], "in_features": prod(shape)}
         made = build_network(OmegaConf.create(self.model), known)
@@ -107,7 +107,7 @@ class Options(cli.Command):
 
 
 def with_network(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``model=NAME`` replaced by what the file of conf/model says, as Hydra does for train.py."""
+    """The command line with ``model=NAME`` replaced by its file's values in conf/model, as Hydra does for train.py."""
     size = next((word.partition("=")[2] for word in arguments if word.startswith("size=")), "full")
     if not any(word.startswith(("model=", "model._target_=")) for word in arguments):
         arguments = [*NETWORK.get(size, NETWORK["full"]), *arguments]
@@ -151,7 +151,7 @@ def run(_: Sequence[str], options: Options) -> None:
 
 
 def step_seconds(parts: dict[str, Part], example: Tensor, options: Options) -> dict[str, float]:
-    """Seconds of a local step with what is held: measured, or scaled from what the user has given."""
+    """Seconds of a local step with each part: measured, or scaled from the user's ``step_seconds``."""
     try:
         if options.step_seconds is not None:
             one = example[:1]
@@ -172,13 +172,13 @@ def measured(modules: Mapping[str, nn.Module], example: Tensor, options: Options
 
 
 def one_step(module: nn.Module, example: Tensor, slots: int) -> Callable[[], None]:
-    """A local step on an example, of what is held."""
+    """A local step of a held part on an example."""
     optimizer = OPTIMIZERS[slots]([parameter for parameter in module.parameters() if not parameter.is_meta])
 
     def step() -> None:
         optimizer.zero_grad()
         outputs = [leaf for leaf in tree_leaves(module(example)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        # Any scalar will do: what a loss itself takes is little beside the network.
+        # Any scalar will do: the cost of a loss is small beside the network's.
         torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
         optimizer.step()
 

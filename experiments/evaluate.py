@@ -79,7 +79,7 @@ def evaluate(
 
     Args:
         module: the plain module.
-        data: where the examples come from.
+        data: the data module.
         cfg: the configuration of the training; accelerator, devices and limits are taken from it.
         checkpoint: a file whose weights are loaded; None takes the module as it is.
         strategy: the strategy to evaluate under; None for one plain process, which needs no more than Lightning.
@@ -104,7 +104,7 @@ def own_strategy(wanted: DictConfig, trained: DictConfig) -> DictConfig:
     if wanted._target_ != trained._target_:
         asked, own = map(strategy_name, (wanted, trained))
         raise ConfigError(f"strategy={asked}: this run was trained with {own}; set strategy={own} or single")
-    # Only what this command line names: the rest of its section is the defaults, not the training's.
+    # Only settings named on this command line: the others in its section are defaults, not the training's.
     merged = trained.copy()
     for override in HydraConfig.get().overrides.task:
         key = override.partition("=")[0].lstrip("+")

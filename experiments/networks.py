@@ -61,7 +61,7 @@ def mlp(
     output_norm: bool = False,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """A fully connected network as IST's paper has it: linear, norm, ReLU, ..., linear.
+    """A fully connected network as in IST's paper: linear, norm, ReLU, ..., linear.
 
     Layers that a norm follows have no bias. (The paper's batch norm uses the statistics of each batch, in the test too:
     that is the strategy's ``batch_norm="batch"``.)
@@ -195,7 +195,7 @@ class OpenResNet(nn.Module):
 
 
 class SmallImageResNet(nn.Module):
-    """As He et al. have it on CIFAR: stem, three sections of pre-activation blocks, batch norm, ReLU, global average pooling, linear head.
+    """He et al.'s network for CIFAR: stem, three sections of pre-activation blocks, BN, ReLU, pooling, linear head.
 
     With `blocks` of 18 and a width of 16 it has the depth and the widths of ResNet-110, with 2 and 64 those of WRN-16-4.
 
@@ -253,7 +253,7 @@ def described(
 
 
 def in_words(network: Mapping[str, Any]) -> str:
-    """What a record was made with."""
+    """The network of a record, in words."""
     if fully_connected(network):
         return f"fully connected, {network['depth']} layers, hidden {network['width']}"
     return f"PreActResNet {network['depth']}, width x {network['width_multiplier']:g}"

@@ -61,7 +61,7 @@ def main() -> None:
             engine.after_step()  # at the end of a round the workers average, and exchange blocks
             if engine.clock.total_steps == args.steps:
                 break
-        with engine.full_model():  # whole inside, and as before behind it
+        with engine.full_model():  # whole inside, and as before afterwards
             found = accuracy(model, data)
         if dist.get_rank() == 0:
             print(f"epoch {epoch}: round {engine.clock.round}, test accuracy of the full model {100 * found:.1f} %")

@@ -22,7 +22,7 @@ WORKERS = 2
 
 @dataclass(frozen=True)
 class Training:
-    """What both train: the same network on the same examples."""
+    """The training of both: the same network on the same examples."""
 
     network: nn.Module
     config: Config | None  # None is torch's DistributedDataParallel
@@ -50,7 +50,7 @@ def compare(training: Training, simulation: Trainer, evaluate: Callable[[nn.Modu
 
 
 def agreement(rows: Rows, named: Callable[[dict[str, Any]], str], measure: str, digits: int) -> Grid:
-    """The table of such rows; ``named`` says what a case is, and ``measure`` what was evaluated."""
+    """The table of rows of `compare`; ``named`` describes a case, and ``measure`` names the evaluated quantity."""
     return Grid.of("Real processes against the simulator", rows, {
         "": lambda row: f"{named(row['case'])}, S = {row['case']['workers']}",
         "local steps": lambda row: row["local_steps"],
@@ -63,7 +63,7 @@ def agreement(rows: Rows, named: Callable[[dict[str, Any]], str], measure: str, 
 
 
 def _train(worker: int, task: tuple[Path, Training, Stream[Any]]) -> None:
-    """One real worker: a plain loop, as a user would write it."""
+    """A real worker: a plain loop, as a user would write it."""
     place, training, stream = task
     model, recipe = training.network, training.recipe
     optimizer = recipe.optimizer(model, training.rates[0])

@@ -23,7 +23,7 @@ from experiments.app.timeline_figure import draw_timeline
 from experiments.harness.cli import fail
 from experiments.harness.words import bytes_in_words, run_in_words, seconds_in_words
 
-Row = tuple[str, str, str]  # what, how much in this run, and what to compare it with
+Row = tuple[str, str, str]  # quantity, its value in this run, and values to compare with
 KINDS = {
     "shared": "shared", "hand_over": "hand-over", "merge": "merge", "state": "state", "boundary": "boundaries",
     "output": "outputs", "outer": "outer velocities",
@@ -56,7 +56,7 @@ def report(folder: Path, console: Console | None = None) -> dict[str, Any]:
 
 
 def make_table(results: Mapping[str, Any]) -> Table:
-    """Accuracy, parameters held, bytes sent and time: what was measured, and what to compare it with."""
+    """Accuracy, parameters held, bytes sent and time: measured values, and values to compare with."""
     table = Table(title=headline(results), title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("this run", justify="right")
@@ -69,7 +69,7 @@ def make_table(results: Mapping[str, Any]) -> Table:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """What ran, in one line: ``ResIST, 2 workers, 2000 local steps in 40 rounds of 50``."""
+    """The run in one line: ``ResIST, 2 workers, 2000 local steps in 40 rounds of 50``."""
     words = run_in_words(results)
     if results["local_steps"] is not None:
         words += f", {results['local_steps']} local steps"
@@ -96,7 +96,7 @@ def _parameter_rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _stage_rows(results: Mapping[str, Any]) -> list[Row]:
-    """Of a network in stages: where it is cut, how wrong the guesses are, and what the stages gain."""
+    """Of a network in stages: the cuts, the mismatch of the guesses, and the speed-up."""
     found = results["stages"]
     if found is None:
         return []

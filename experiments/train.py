@@ -47,7 +47,7 @@ hush()
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float:
-    """One job; returns its test accuracy, for sweepers that optimise."""
+    """Run a job; returns its test accuracy, for sweepers that optimise."""
     with readable_errors():
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         check_train(cfg, sweep=sweep)
@@ -133,7 +133,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
-    """Train; what the strategy refuses before it starts a process becomes a ConfigError."""
+    """Train; an error of the strategy's checks before any process starts becomes a ConfigError."""
     try:
         trainer.fit(module, datamodule=data)
     except ValueError as error:

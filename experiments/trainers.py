@@ -42,7 +42,7 @@ class Stream(Generic[Examples]):
     seed: int  # of order and augmentation; 0 is a seed
 
     def __post_init__(self) -> None:
-        """Whole steps per pass, for any number of workers that is compared."""
+        """Set the length of a pass: whole steps, for any number of workers that is compared."""
         step = self.batch_size * LARGEST_WORKERS
         self.pass_length = len(self.examples.labels) // step * step
         self._pass = -1
@@ -98,7 +98,7 @@ class Prepared:
         return Stream(self.examples, self.augmented if augment else self.plain, batch, seed)
 
     def accuracies(self, model: nn.Module) -> dict[str, float]:
-        """On the hold-out and on the test examples, in per cent."""
+        """Accuracies on the hold-out and on the test examples, in per cent."""
         training = model.training  # the model may go on being trained
         found = {"holdout": accuracy(model, self.holdout), "test": accuracy(model, self.test)}
         model.train(training)
@@ -110,16 +110,16 @@ class Curve:
     """Accuracies of the full model in the course of a training."""
 
     data: Prepared
-    stops: frozenset[int]  # after which steps it is evaluated
+    stops: frozenset[int]  # numbers of steps after which it is evaluated
     points: list[dict[str, float]] = field(default_factory=list)
 
     def __call__(self, trainer: Trainer, done: int) -> None:
-        """So many steps are done."""
+        """Called with the number of steps done."""
         if done in self.stops:
             self.points.append({"step": done, **self.data.accuracies(trainer.full_model())})
 
     def row(self) -> dict[str, Any]:
-        """What a record says of it."""
+        """Its columns in the row of a record."""
         last = self.points[-1]
         best = max(point["test"] for point in self.points)
         return {"last": last["test"], "last_holdout": last["holdout"], "best_on_test": best, "curve": self.points}
@@ -127,7 +127,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all methods of a comparison are trained; the defaults are the paper's.
+    """The recipe by which all methods of a comparison are trained; the defaults are the paper's.
 
     Args:
         schedule: of the learning rate: ``steps`` (÷10 at 50 % and 75 %) or ``one_cycle`` (up for a fifth, then down to 0).
@@ -144,7 +144,7 @@ class Recipe:
         return torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=self.nesterov)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the batch."""
+        """The loss: the mean over the batch."""
         return nn.functional.cross_entropy(output, labels, label_smoothing=self.smoothing)
 
     def rates(self, lr: float, steps: int) -> list[float]:
@@ -172,7 +172,7 @@ class DataParallel:
         self.recipe = recipe
 
     def step(self, batches: Batches, lr: float) -> None:
-        """One step of all workers."""
+        """Take a step of all workers."""
         set_rate(self.optimizer, lr)
         self.module.train()
         self.optimizer.zero_grad()
@@ -198,7 +198,7 @@ class Simulated:
         self.recipe = recipe
 
     def step(self, batches: Batches, lr: float) -> None:
-        """One local step of all workers."""
+        """Take a local step of all workers."""
         for worker, (x, y) in zip(self.simulator.workers, batches, strict=True):
             (optimizer,) = worker.optimizers
             set_rate(optimizer, lr)
@@ -206,7 +206,7 @@ class Simulated:
         self.simulator.after_step()
 
     def full_model(self, batch_norm: NormPolicy | None = None, **more: Any) -> nn.Module:
-        """As the simulator's own."""
+        """The simulator's full model."""
         return self.simulator.full_model(batch_norm, **more)
 
     def policies(self, test: Batches) -> dict[str, float]:
@@ -226,21 +226,21 @@ Trainer = DataParallel | Simulated
 
 
 def make_optimizer(module: nn.Module, lr: float) -> torch.optim.SGD:
-    """The paper's: momentum 0.9, weight decay 5e-4."""
+    """The paper's SGD: momentum 0.9, weight decay 5e-4."""
     return PAPER.optimizer(module, lr)
 
 
 def sgd_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, recipe: Recipe = PAPER) -> None:
-    """One step on a batch, by cross entropy: the loop body that a user would write."""
+    """Take a step on a batch, by cross entropy: the loop body that a user would write."""
     optimizer.zero_grad()
     recipe.loss(model(x), y).backward()
     optimizer.step()
 
 
 def median_seconds(steps: Sequence[Callable[[], object]], count: int) -> list[float]:
-    """The median over so many calls of each; one more before them warms up.
+    """The median seconds of so many calls of each; one more before them warms up.
 
-    They are called in turn, so that what else the machine does slows all of them down alike.
+    They are called in turn, so that other load of the machine slows all of them down alike.
     """
     found: list[list[float]] = [[] for _ in steps]
     for _ in range(count + 1):
@@ -262,14 +262,14 @@ def steps_of(samples: int, batch: int, workers: int) -> int:
 
 
 def rate(lr: float, step: int, steps: int) -> float:
-    """A tenth from half of the steps on, a hundredth from three quarters on, as in the paper."""
+    """The learning rate: a tenth from half of the steps on, a hundredth from three quarters on, as in the paper."""
     if step < steps / 2:
         return lr
     return lr * (0.1 if step < steps * 3 / 4 else 0.01)
 
 
 def one_cycle(lr: float, step: int, steps: int) -> float:
-    """Up on a line in the first fifth of the steps, then down to 0 on half a cosine."""
+    """The learning rate: up linearly in the first fifth of the steps, then down to 0 on half a cosine."""
     rising = steps / 5
     if step < rising:
         return lr * (step + 1) / (rising + 1)
@@ -277,7 +277,7 @@ def one_cycle(lr: float, step: int, steps: int) -> float:
 
 
 def stops(steps: int, evaluations: int) -> frozenset[int]:
-    """After which steps a training is evaluated, at equal distances; the last one is among them."""
+    """Numbers of steps after which a training is evaluated, at equal distances; the last one is among them."""
     return frozenset(max(1, steps * number // evaluations) for number in range(1, evaluations + 1))
 
 
@@ -288,7 +288,7 @@ def train(
     rates: Iterable[float],
     after_step: Callable[[Trainer, int], Trainer | None] = lambda trainer, done: None,
 ) -> Trainer:
-    """Train with these learning rates, one for each local step; what ``after_step`` returns trains on."""
+    """Train with these learning rates, one for each local step; a trainer that ``after_step`` returns takes over."""
     for step, lr in enumerate(rates):
         trainer.step([stream.batch(step, worker, workers) for worker in range(workers)], lr)
         trainer = after_step(trainer, step + 1) or trainer
@@ -306,9 +306,9 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 def differences(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], before: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """How far two trained models, which were one model ``before``, lie apart, as a row of a record.
+    """The differences of two trained models, which were one model ``before``, as a row of a record.
 
-    Numbers that are no fractions, such as the count of batches that a norm has seen, are left out.
+    Integers, such as a norm's count of batches, are left out.
     """
     found = {name: _distance(value, theirs[name]) for name, value in ours.items() if value.is_floating_point()}
     worst = max(found, key=lambda name: found[name])
@@ -326,7 +326,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def quiet_trainer(strategy: Strategy | str, devices: int | str = 1, **options: Any) -> L.Trainer:
-    """A trainer that logs, shows and saves nothing; on the CPU where nothing else is said."""
+    """A trainer that logs, shows and saves nothing; on the CPU by default."""
     quiet = {"accelerator": "cpu", "enable_checkpointing": False, **options}
     return L.Trainer(
         strategy=strategy, devices=devices, logger=False, enable_progress_bar=False, enable_model_summary=False, **quiet
@@ -334,7 +334,7 @@ def quiet_trainer(strategy: Strategy | str, devices: int | str = 1, **options: A
 
 
 class Module(L.LightningModule):
-    """A network in the least LightningModule, for experiments that look at time, bytes and files."""
+    """A network in a minimal LightningModule, for experiments on time, bytes and files."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The errors of this package, and how those of others are quoted. Standard library only."""
+"""The errors of this package, and helpers for messages about processes and errors. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WorkersDisagree(RuntimeError):
 
 
 class NotFinite(RuntimeError):
-    """A worker has NaN or infinity in what would be averaged; the message says which, where and when."""
+    """A worker has NaN or infinity in tensors to be averaged; the message says which, where and when."""
 
 
 class PartialModelError(RuntimeError):
@@ -38,7 +38,7 @@ class WorkerLost(RuntimeError):
 
 
 class CheckpointError(ValueError):
-    """A file to resume from cannot be used; the message says what it is and what to do."""
+    """A file to resume from cannot be used; the message says why, and what to do."""
 
 
 class CheckpointNotWritten(RuntimeError):

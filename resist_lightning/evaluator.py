@@ -1,11 +1,11 @@
-"""Evaluates the checkpoints of a training from a process of its own, while all workers train.
+"""Evaluates the checkpoints of a training in a separate process, while all workers train.
 
 ::
 
     workers      | round | round | save | round | round | save | round ...
     evaluator                            | validate            | validate
 
-Nothing joins the two but the folder of the checkpoints, so neither waits for the other, and either may be restarted.
+They share nothing but the folder of the checkpoints, so neither waits for the other, and either may be restarted.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _NO_CHECKPOINT = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the validation of one checkpoint has found.
+    """The result of validating one checkpoint.
 
     Args:
         checkpoint: name of the file.
         step: the global step of the training at which it was saved.
         epoch: the epoch.
-        metrics: what the module has logged.
+        metrics: the metrics that the module has logged.
         best: whether it was the best so far.
         weights: a hash of the state dict.
-        by: the metric that says which is best, with ``min`` or ``max``; None without one.
+        by: the metric that decides which is best, with ``min`` or ``max``; None without one.
     """
 
     checkpoint: str
@@ -62,12 +62,12 @@ class Evaluation:
 
 
 class CheckpointEvaluator:
-    """Validates every checkpoint that a training writes to a folder, as it comes, in a process of its own.
+    """Validates every checkpoint that a training writes to a folder, as it comes, in a separate process.
 
     Each model is validated once by ``trainer.validate``, in the order in which it was written, and logged at the global
-    step of the training at which it was saved. Results are in ``evaluations.jsonl``; a call that is repeated goes on
-    from there. What is still being written is waited for; what the training removes before its turn is left out, so
-    ``ModelCheckpoint(save_top_k=3, monitor="step", mode="max")`` also says how far the evaluator may fall behind.
+    step of the training at which it was saved. Results are in ``evaluations.jsonl``; a call that is repeated resumes
+    there. Files still being written are waited for; those removed before their turn are left out, so
+    ``ModelCheckpoint(save_top_k=3, monitor="step", mode="max")`` also limits how far the evaluator may fall behind.
 
     Args:
         trainer: of one process, with loggers of its own; usually without a strategy.
@@ -79,7 +79,7 @@ class CheckpointEvaluator:
         poll_seconds: between two looks at the folder.
 
     Raises:
-        ValueError: if arguments are impossible.
+        ValueError: if arguments are invalid.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class _Following:
         rank_zero_info(f"Following {self._folder.path.resolve()}: {len(self._found)} models are evaluated already.")
         last = time.monotonic()
         while True:
-            ended = self._folder.ended  # before the look: what was written before the marker is seen by it
+            ended = self._folder.ended  # before the look, so that it sees all files written before the marker
             files = self._folder.unseen()
             looked = [self._look_at(file) for file in files]
             if any(looked):
@@ -199,7 +199,7 @@ class _Following:
             if all(other.weights != weights for other in self._found):
                 # For `global_step` and `current_epoch` of the module.
                 self._trainer.fit_loop.load_state_dict(fit_loop)
-                # Where loggers log: one less in a checkpoint that was saved in `on_train_batch_end`.
+                # The loggers' step: one less in a checkpoint that was saved in `on_train_batch_end`.
                 self._trainer.fit_loop.epoch_loop._batches_that_stepped = place[0]
                 self._evaluate(file, held, place, weights)
         except CheckpointError as error:
@@ -235,7 +235,7 @@ class _Following:
         return not math.isnan(value) and all(value > other for other in before)
 
     def _refuse(self, file: Version, text: str) -> None:
-        """Look again at what may still be written, and say so of what stays as it is."""
+        """Retry a file that may still be written; warn of one that stays as it is, and leave it out."""
         self._tries[file] += 1
         if self._tries[file] == _TRIES:
             self._folder.done(file)

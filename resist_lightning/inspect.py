@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """How a network would be divided; prints as a table.
+    """The division of a network among workers; prints as a table.
 
     Args:
-        layout: the blocks, and who holds them.
+        layout: the blocks and their holders.
         rows: one for each section and class of blocks.
-        costs: what a worker holds, sends and computes.
+        costs: memory, traffic and computation of a worker.
         alternatives: other choices of blocks.
-        note: what could not be found out, and how to; empty if nothing.
+        note: missing results, and how to get them; empty if there are none.
     """
 
     layout: BlockLayout
@@ -73,12 +73,12 @@ class Inspection:
         return f'{table}<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>'
 
     def figure(self, rounds: int = 3) -> Figure:
-        """A picture of who holds which block in the first rounds; needs matplotlib."""
+        """A picture of the holders of each block in the first rounds; needs matplotlib."""
         return draw_partition(self.layout, rounds)
 
 
 def inspect_model(module: nn.Module, *, workers: int = 2, example: Any = None, **options: Any) -> Inspection:
-    """How a network would be divided among workers; it is left as it is.
+    """Inspect the division of a network among workers, which leaves it as it is.
 
     Args:
         module: the network.

@@ -35,32 +35,32 @@ PARTITIONED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training."""
+    """A training of the accuracy study."""
 
     method: str  # a key of `TITLES`
     workers: int  # number of workers
     seed: int  # of weights, order, augmentation and partitions
     lr: float  # highest learning rate
     local_steps: int = 0  # local steps per round; 0 where there are no rounds
-    min_blocks: int = 0  # least blocks per worker
+    min_blocks: int = 0  # minimum number of blocks per worker
     momentum: str = "reset"  # policy at a sync
-    wire: str = "fp32"  # what a number is on the wire
+    wire: str = "fp32"  # format of the numbers on the wire
     network: str = "preact"  # preact, open_pre or open_post
     blocks: str = "paper"  # a key of `PARTITIONED`
     overlap: int = 0  # local steps beside which a sync runs
-    fragments: int = 1  # in which the network is synced, one after each round
+    fragments: int = 1  # of the network; one is synced after each round
     outer_momentum: float | None = None  # of the outer optimizer; None is the default
 
     @property
     @override
     def key(self) -> dict[str, Any]:
-        """As of any case; rows that were measured before there were the newer fields have none."""
+        """The key in the result file, without newer fields at their defaults: rows measured before these have none."""
         newer = {"overlap": 0, "fragments": 1, "outer_momentum": None}
         return {name: value for name, value in super().key.items() if name not in newer or value != newer[name]}
 
 
 def config_of(case: Case, options: Any) -> Config:
-    """The package's settings of a method that has rounds."""
+    """The package's config for a method with rounds."""
     partitioning = case.method in PARTITIONING
     depth: dict[str, Any] = {"min_blocks": case.min_blocks} if partitioning else {}
     if case.method == "resist_growth":
@@ -91,7 +91,7 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
     if method in ("single", "ddp"):
         return Case(method, workers, seed, options.lr, blocks="none")
     if method not in PARTITIONING:
-        # As their papers have it; with rounds of one step, a reset would be SGD without momentum.
+        # As in their papers; with rounds of one step, a reset would be SGD without momentum.
         momentum = "keep" if method in ("post_local", "diloco") else "reset"
         return Case(method, workers, seed, options.lr, options.local_steps, momentum=momentum, blocks="none")
     least = 0 if method == "resist_growth" else options.min_blocks
@@ -100,7 +100,7 @@ def base(method: str, workers: int, seed: int, options: Any) -> Case:
 
 ORDER = ("resist", "resist_outer", "ddp", "resist_growth", "local_sgd", "diloco")
 COUNTS = (8, 2, 4)  # workers
-# The ends first, and the dearest method last: an interrupted study has the most telling rows.
+# The extremes first, and the most expensive method last: an interrupted study has the most telling rows.
 MAIN = [
     ("single", 1),
     *((method, workers) for workers in COUNTS for method in ORDER),
@@ -118,7 +118,7 @@ def design(options: Any) -> list[Case]:
     cases: list[Case] = []
     for seed in range(options.ablation_seeds):
         two, eight = (base("resist", workers, seed, options) for workers in (2, 8))
-        # The paper's first steps are of networks with activations behind the sum.
+        # The paper's first steps use networks with the activation after the sum.
         post = replace(two, network="open_post", min_blocks=0)
         cases += [replace(post, blocks="naive"), replace(post, blocks="strided_shared"), post]
         cases += [replace(post, network="open_pre")]
@@ -142,13 +142,13 @@ def local_steps(options: Any) -> list[Case]:
 
 
 def _changed(options: Any, workers: int, key: str, values: Any) -> list[Case]:
-    """ResIST with one thing changed."""
+    """ResIST with one setting changed."""
     seeds = range(options.ablation_seeds)
     return [replace(base("resist", workers, seed, options), **{key: value}) for seed in seeds for value in values]
 
 
 def momentum(options: Any) -> list[Case]:
-    """What happens to momentum at a sync."""
+    """Policies for momentum at a sync."""
     return _changed(options, 2, "momentum", ("reset", "keep", "travel"))
 
 
@@ -163,17 +163,17 @@ def scale(options: Any) -> list[Case]:
 
 
 def wire(options: Any) -> list[Case]:
-    """Numbers of fewer bits on the wire; the fewest where everything is averaged too."""
+    """Fewer bits on the wire; the fewest also for methods that average everything."""
     averaged: list[Case] = []
     for seed in range(options.ablation_seeds):
-        diloco = replace(base("diloco", 2, seed, options), outer_momentum=0.9)  # as its paper has it
+        diloco = replace(base("diloco", 2, seed, options), outer_momentum=0.9)  # as in its paper
         for case in (base("local_sgd", 2, seed, options), diloco):
             averaged += [replace(case, wire=bits) for bits in (WIRES[0], WIRES[-1])]
     return [*_changed(options, 2, "wire", WIRES), *averaged]
 
 
 def overlap(options: Any) -> list[Case]:
-    """Syncs beside the training, for a fifth of a round and for two; and of a fragment each, in rounds as much shorter."""
+    """Syncs beside the training, over one and two fifths of a round; and of single fragments, in shorter rounds."""
     steps = [options.local_steps * fifths // 5 for fifths in (0, 1, 2)]
     short = max(options.local_steps // options.fragments, 2)
     cases: list[Case] = []
@@ -194,13 +194,13 @@ def outer(options: Any) -> list[Case]:
         cases.append(replace(base("resist", workers, seed, options), local_steps=steps))
         for momentum in MOMENTA:
             stepping = replace(base("resist_outer", workers, seed, options), local_steps=steps)
-            # Under its default, so that it is the case of the main table where the round is as long.
+            # As the default, so that it is the case of the main table where the round is as long.
             cases.append(stepping if momentum == default else replace(stepping, outer_momentum=momentum))
     return cases
 
 
 def rates(options: Any) -> list[Case]:
-    """Learning rates, judged on the hold-out; a seed that no other study uses."""
+    """Learning rates, judged on the hold-out; with a seed that no other study uses."""
     return [
         replace(base(method, workers, 1000, options), lr=lr)
         for method, workers in (("single", 1), ("ddp", 2), ("local_sgd", 8), ("resist", 2), ("resist", 8))

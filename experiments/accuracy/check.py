@@ -15,7 +15,7 @@ from experiments.trainers import accuracy, steps_of
 
 
 def cases(options: Any) -> list[Case]:
-    """One case per method that communicates."""
+    """A case for each method that communicates."""
     return [base(method, WORKERS, 0, options) for method in ("resist", "local_sgd", "ddp")]
 
 

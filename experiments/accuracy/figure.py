@@ -24,7 +24,7 @@ from experiments.harness.figures import (
 )
 from experiments.harness.tables import Content, Rows, chosen, distinct, grouped, read, seeds, values
 
-# What a picture is over: in its title, and at its axis.
+# The horizontal variable of a picture, in its title and at its axis.
 WORDS = {
     "workers": ("number of workers", "workers S"), "local_steps": ("local steps per round, S = 2", "local steps per round"),
 }  # fmt: skip
@@ -41,7 +41,7 @@ COLOURS = {
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """Draw what the result files of ``folder`` allow; returns the pictures."""
+    """Draw the pictures for which ``folder`` has result files; returns their paths."""
     found = [(key, read(folder, name)) for name, key in (("main", "workers"), ("local_steps", "local_steps"))]
     return [
         _draw(folder / f"accuracy_by_{key}.png", content, key)

@@ -30,8 +30,8 @@ from experiments.harness.study import Study
 from experiments.harness.tables import show_and_write
 from experiments.trainers import LARGEST_WORKERS
 
-NAMES = ["main", "check", *list(STUDIES)[1:]]  # the dear one that only chooses a learning rate comes last
-# What a result depends on, besides the case.
+NAMES = ["main", "check", *list(STUDIES)[1:]]  # the expensive one, which only chooses a learning rate, comes last
+# Options that a result depends on, besides the case.
 RECORDED = (
     "data", "samples", "batch", "eval_batch", "evaluations", "limit", "limit_test", "holdout", "shrink", "width", "deep",
     "lr", "local_steps", "min_blocks", "check_samples", "schedule", "smoothing", "nesterov", "fast",
@@ -100,12 +100,12 @@ class Options(cli.Command):
 
 
 def opened(name: str, options: Options) -> Study:
-    """What was measured of a study so far."""
+    """A study with the rows measured so far."""
     return Study.at(Path(options.out) / f"{name}.jsonl", options.take(*RECORDED), fresh=options.fresh)
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Measure what is missing of these studies, then show them and draw the pictures."""
+    """Measure the missing cases of these studies, then show tables and draw the pictures."""
     trained = [name for name in names if name != "check"]
     studies = {name: opened(name, options) for name in names}
     if "check" in names:  # forks: it must be first
@@ -124,7 +124,7 @@ def run(names: Sequence[str], options: Options) -> None:
 
 
 def _copy_known(studies: dict[str, Study], name: str, wanted: Sequence[Case], options: Options) -> None:
-    """A case that several studies have is trained once."""
+    """Copy rows that other studies have measured, so that a case of several studies is trained once."""
     for other in STUDIES:  # their files too, which may be of an earlier call
         try:
             source = studies.get(other) or (None if options.fresh else opened(other, options))

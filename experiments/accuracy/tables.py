@@ -53,7 +53,7 @@ def conditions(content: Content) -> str:
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
-    """What the settings add to the paper's SGD."""
+    """The settings' additions to the paper's SGD, in words."""
     words = [
         (settings["nesterov"], "Nesterov momentum"),
         (settings["smoothing"], f"labels smoothed by {settings['smoothing']:g}"),

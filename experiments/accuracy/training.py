@@ -46,7 +46,7 @@ def prepared(options: Any) -> Prepared:
             f"limit={options.limit} with batch={options.batch} leaves {len(pixels)} training images; "
             f"one step of {LARGEST_WORKERS} workers needs {least}: raise limit or lower batch"
         )
-    padding = max(1, pixels.shape[-1] // 8)  # as much of an image as the usual 4 of 32
+    padding = max(1, pixels.shape[-1] // 8)  # in proportion to the usual 4 of 32
     augmented = BatchTransform(module.mean, module.std, crop_padding=padding, flip=options.data != "digits")
     return Prepared.made(parts, augmented, BatchTransform(module.mean, module.std), options.eval_batch)
 
@@ -75,7 +75,7 @@ def _shrunk(images: Images, factor: int) -> Images:
 
 
 def make_trainer(case: Case, options: Any) -> Trainer:
-    """What trains ``case``."""
+    """The trainer of ``case``."""
     network = make_network(case, options, prepared(options).examples.pixels.shape[1])
     recipe = recipe_of(options)
     if case.method in ("single", "ddp"):
@@ -88,12 +88,12 @@ def make_trainer(case: Case, options: Any) -> Trainer:
 
 
 def recipe_of(options: Any) -> Recipe:
-    """The same for all methods."""
+    """The recipe, the same for all methods."""
     return Recipe(options.schedule, options.smoothing, options.nesterov)
 
 
 def measure(case: Case, options: Any) -> dict[str, Any]:
-    """Train and evaluate ``case``: one row of a record, accuracies in per cent."""
+    """Train and evaluate ``case``: a row of a record, accuracies in per cent."""
     started, data = time.perf_counter(), prepared(options)
     steps = steps_of(options.samples, options.batch, case.workers)
     curve = Curve(data, stops(steps, options.evaluations))

@@ -1,7 +1,7 @@
-"""Builds strategy, data and module of a configuration, all of it before anything starts; a value they refuse is one line.
+"""Builds strategy, data and module of a configuration before anything starts; a refused value is one line.
 
-A section is checked against the arguments of its own ``_target_``, which may be anyone's: a network or a data module of the
-user's own needs no entry here.
+A section is checked against the arguments of its own ``_target_``, which may be anyone's: a network or a data module of
+the user's own needs no entry here.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from resist_lightning.models import PreActResNet
 from resist_lightning.strategies.base import SubnetStrategy
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-# Whose arguments a ``**loading`` or ``**options`` of ours stands for.
+# The classes whose arguments a ``**loading`` or ``**options`` of ours takes.
 VARIADIC: dict[str, Any] = {"loading": Loading, "options": PreActResNet}
-GIVEN = ("num_classes", "in_channels", "in_features")  # what a network is told of the data, if it asks for it
+GIVEN = ("num_classes", "in_channels", "in_features")  # values of the data that a network gets if it has such arguments
 
 
 def check_train(cfg: DictConfig, *, sweep: bool = False) -> None:
-    """Build everything that ``train.py`` (or one job of a sweep) will use, and refuse what is impossible."""
+    """Build everything that ``train.py`` (or one job of a sweep) will use, and refuse impossible values."""
     cfg = _with_folder(cfg)
     check_keys(cfg, schema.Train, "")
     check_keys(cfg.trainer, schema.Trainer, "trainer")
@@ -86,7 +86,7 @@ def check_follow(cfg: DictConfig, *, sweep: bool = False) -> None:
 
 
 def _check_beside_run(cfg: DictConfig, root: type[Any], place: str, where: str) -> DictConfig:
-    """Check the keys of a command that uses what a run has left at ``place``."""
+    """Check the keys of a command that uses the files of a run at ``place``."""
     if OmegaConf.is_missing(cfg, place):
         raise ConfigError(f"{place} is missing: {where}")
     cfg = _with_folder(cfg)
@@ -96,7 +96,7 @@ def _check_beside_run(cfg: DictConfig, root: type[Any], place: str, where: str) 
 
 
 def _with_folder(cfg: DictConfig) -> DictConfig:
-    """Before the first job there is no run folder of Hydra's yet, which other values may name."""
+    """Set the run folder, which other values may name: before the first job Hydra has none yet."""
     try:
         _ = cfg.output_dir
     except OmegaConfBaseException:
@@ -111,13 +111,13 @@ def is_plain(strategy: DictConfig) -> bool:
 
 
 def strategy_name(strategy: DictConfig) -> str:
-    """As the command line calls it: ``resist``."""
+    """The strategy's name on the command line: ``resist``."""
     files = {section["_target_"]: name for name, section in files_of("strategy").items()}
     return files.get(strategy._target_, strategy._target_)
 
 
 def build_strategy(section: DictConfig) -> Any:
-    """What ``Trainer(strategy=...)`` takes."""
+    """The strategy for ``Trainer(strategy=...)``."""
     return make(section, "strategy")
 
 
@@ -152,17 +152,17 @@ def build_module(cfg: DictConfig, data: L.LightningDataModule) -> LitClassifier:
 
 
 def wants(section: DictConfig) -> list[str]:
-    """What a network asks to be told of the data, of `GIVEN`."""
+    """The arguments of `GIVEN` that a network has."""
     return [name for name in GIVEN if name in _arguments(section._target_)[0]]
 
 
 def build_network(section: DictConfig, known: Mapping[str, Any]) -> Any:
-    """The network of a section; of what it `wants`, the section's own values come first."""
+    """The network of a section; for arguments that it `wants`, the section's own values come first."""
     return make(section, "model", **{name: known[name] for name in wants(section) if name not in section})
 
 
 def make(node: DictConfig, key: str, **arguments: Any) -> Any:
-    """Instantiate a section; what its constructor refuses becomes a ConfigError that names the key."""
+    """Instantiate a section; an error of its constructor becomes a ConfigError that names the key."""
     try:
         return instantiate(_own(node, key), _convert_="all", **arguments)
     except InstantiationException as error:
@@ -173,10 +173,10 @@ def make(node: DictConfig, key: str, **arguments: Any) -> Any:
 
 
 def count_workers(strategy: Any, trainer: DictConfig) -> int:
-    """How many workers a run has; in this package's strategies one may be several processes.
+    """Number of workers of a run; in this package's strategies one may be several processes.
 
     Args:
-        strategy: what `build_strategy` gives, or the trainer has made of it.
+        strategy: from `build_strategy`, or as the trainer has made it.
         trainer: the section of that name.
     """
     processes = int(trainer.devices * trainer.num_nodes)
@@ -188,7 +188,7 @@ def count_workers(strategy: Any, trainer: DictConfig) -> int:
 
 
 def _check_layout(module: nn.Module, strategy: SubnetStrategy, cfg: DictConfig) -> None:
-    """The method can divide this network among so many workers."""
+    """Check that the method can divide this network among the workers."""
     try:
         make_layout(module, strategy.config, count_workers(strategy, cfg.trainer))
     except ValueError as error:
@@ -232,7 +232,7 @@ def _check_workers(cfg: DictConfig) -> None:
 
 
 def _check_entries(section: Any, name: str) -> None:
-    """Callbacks or loggers; an entry that is null is left out."""
+    """Check callbacks or loggers; null entries are left out."""
     if section is not None and not isinstance(section, DictConfig):
         raise ConfigError(f"{name}={section}: must be a group of named entries; choose by {name}=NAME")
     for key, node in (section or {}).items():
@@ -243,7 +243,7 @@ def _check_entries(section: Any, name: str) -> None:
 
 
 def check_section(node: Any, prefix: str) -> None:
-    """Its keys are arguments of what it names, and its values have their types."""
+    """Check that a section's keys are arguments of its target, and that its values have their types."""
     if not isinstance(node, DictConfig) or not node.get("_target_"):
         raise ConfigError(f"{prefix}={node}: must have a _target_; choose by {prefix}=NAME")
     arguments, anything = _arguments(node._target_, prefix)
@@ -268,19 +268,19 @@ def check_section(node: Any, prefix: str) -> None:
 
 
 def _check_type(full_key: str, node: DictConfig, key: str, hint: Any) -> None:
-    """Plain types and choices are checked here; what else a value must be, its target says itself."""
+    """Check plain types and choices; the target itself checks other limits."""
     if get_origin(hint) is Literal:
         check_value(full_key, node, key, str, Limit({}, get_args(hint)))
         return
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    # What a _target_ makes, as a rule for local_steps, is a section of its own.
+    # Objects made from a _target_, such as a rule for local_steps, are sections of their own.
     members = tuple(member for member in members if not is_dataclass(member))
     plain = members and all(getattr(member, "__name__", "") in WORDS for member in members)
     check_value(full_key, node, key, reduce(or_, members) if plain else Any, Limit({}))
 
 
 def _arguments(target: str, prefix: str = "model") -> tuple[dict[str, Any], bool]:
-    """The arguments of a target with their types, and whether it takes any others too."""
+    """The arguments of a target with their types, and whether it also takes others."""
     if target == "builtins.str":  # of strategy=single
         return {"object": str}, False
     try:
@@ -320,7 +320,7 @@ def _own(node: DictConfig, prefix: str) -> DictConfig:
     raw: dict[str, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
     kept = {}
     for key, value in raw.items():
-        # What some file of the group says comes from there; what none says was given, and is refused if unknown.
+        # A value that some file of the group has comes from there; any other was given, and is refused if unknown.
         default = any(key in section and section[key] == value for section in files.values())
         if anything or key in arguments or not default:
             kept[key] = value

@@ -12,18 +12,18 @@ from experiments.harness.figures import BLUE, GREY, ORANGE, drawn, label_ends
 from experiments.harness.words import bytes_in_words, strategy_in_words
 from resist_lightning.comm.byte_formulas import TRAINING_KINDS
 
-WITHOUT_AVERAGES = ("local_sgd", "auxnet")  # beside these, local SGD with the same rounds is itself, or means nothing
+WITHOUT_AVERAGES = ("local_sgd", "auxnet")  # for these, local SGD with the same rounds is identical, or means nothing
 
 
 def draw_bytes(path: Path, summary: Mapping[str, Any]) -> Path:
-    """Bytes that worker 0 has sent by each step, beside what DDP and local SGD would have sent."""
+    """Bytes that worker 0 has sent by each step, beside those of DDP and local SGD."""
     name = strategy_in_words(summary["strategy"])
     last = summary["local_steps"]
     total = sum(summary["sent_bytes"].get(kind, [0])[0] for kind in TRAINING_KINDS)
     syncs = [step for step, _ in summary["sent_by_round"]]
     measured = [sent for _, sent in summary["sent_by_round"]]
     averages = [summary["local_sgd_bytes"] * (index + 1) / len(syncs) for index in range(len(syncs))]
-    dense = [max(1, last * part // 200) for part in range(201)]  # from 1: nothing has no logarithm
+    dense = [max(1, last * part // 200) for part in range(201)]  # from 1, as 0 has no logarithm
     lines = [
         (GREY, "DDP, by closed form", dense, [summary["ddp_bytes"] * step / last for step in dense]),
         (ORANGE, "local SGD, by closed form", [*syncs, last], [*averages, summary["local_sgd_bytes"]]),

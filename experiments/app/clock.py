@@ -1,4 +1,4 @@
-"""A callback that measures a run in the worker that trains, and writes a file: a spawned process takes its memory with it."""
+"""A callback that measures a run in the training process, and writes a file: a spawned process's memory is lost."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def check_command_line(config_name: str, check: Check, arguments: Sequence[str] 
 
 def _jobs(config_name: str, overrides: Sequence[str], *, multirun: bool) -> Iterator[tuple[list[str], bool]]:
     parsed = _parse(overrides)
-    # Whether it is a sweep may be said in a file, such as hparams_search, so Hydra's own part is composed first.
+    # A file, such as hparams_search, may make it a sweep, so Hydra's own part is composed first.
     single = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     hydra_node = _composed(config_name, single, hydra=True)[0].hydra
     sweep = multirun or hydra_node.mode == RunMode.MULTIRUN
@@ -79,7 +79,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _values(override: Override, *, grid: bool) -> list[str]:
-    """What the jobs of a sweep are given in the place of an override; of an interval its ends."""
+    """The overrides of a sweep's jobs in the place of one; of an interval its ends."""
     given, key = override.input_line or "", override.get_key_element()
     if not override.is_sweep_override():
         return [given]
@@ -113,7 +113,7 @@ def _composed(config_name: str, overrides: Sequence[str], *, hydra: bool = False
             if forced == wanted:
                 raise ConfigError(str(error).partition("Config search path")[0]) from error
             wanted = forced
-        except (AssertionError, AttributeError) as error:  # what OmegaConf raises inside, where null is given members
+        except (AssertionError, AttributeError) as error:  # raised inside of OmegaConf, where null is given members
             said = str(error).partition("\n")[0]
             raise ConfigError(f"{' '.join(wanted)}: cannot be put into the configuration ({said})") from error
     raise AssertionError("every override is forced at most once")

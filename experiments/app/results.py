@@ -36,7 +36,7 @@ class Curve:
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Keep what only the main process knows, with the versions and the machine."""
+    """Write the main process's part of the results, with the versions and the machine."""
     stamped = {**run, "made_with": _made_with(), "overrides": _overrides(folder)}
     (folder / RUN_FILE).write_text(json.dumps(stamped, indent=1) + "\n")
 
@@ -93,14 +93,14 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _rounds(summary: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
-    """How many, and how long; none where workers only look at each other at the end of one."""
+    """Number and length of the rounds; none where workers only run a handshake at the end of one."""
     if summary is None or summary["strategy"] == "auxnet":
         return None, None
     return summary["rounds"], summary["local_steps_per_round"]
 
 
 def _stages(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Of a network in stages, with what the workers found in the last round that ended."""
+    """The stages of a network, with the workers' metrics of the last complete round."""
     if summary is None or summary["strategy"] != "auxnet":
         return None
     method = summary["method"]
@@ -121,7 +121,7 @@ def _parameters(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> di
 
 
 def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes sent by one worker in training, mean over workers, beside what DDP and local SGD would send."""
+    """Bytes sent by one worker in training, mean over workers, beside those of DDP and local SGD."""
     if summary is None:
         by_closed_form = ddp_bytes(BYTES_PER_PARAMETER * run["full_parameters"], run["workers"], clock.get("steps", 0))
         sent = by_closed_form if run["strategy"] == "ddp" else 0  # one process sends nothing
@@ -140,7 +140,7 @@ def _sent(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapp
 
 
 def _seconds(run: Mapping[str, Any], summary: Mapping[str, Any] | None, clock: Mapping[str, Any]) -> dict[str, Any]:
-    """Worker 0's. Compute is the time in batches without the syncs."""
+    """Worker 0's seconds. Compute is the time in batches without the syncs."""
     sync = summary["seconds"]["sync"] if summary else None
     compute = summary["seconds"]["training"] - sync if summary and sync is not None else None
     return {

@@ -1,4 +1,4 @@
-"""The pictures of a run: who held which block, loss and accuracy."""
+"""The pictures of a run: the holders of blocks, loss and accuracy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN_ROUNDS = 60
 
 
 def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
-    """Who held which block in which round; of a long run, the first rounds.
+    """Draw the holders of each block in each round; of a long run, in the first rounds.
 
     Few workers that share no block: one map of blocks over rounds, coloured by holder. Otherwise: a map per worker.
     """
@@ -45,7 +45,7 @@ def draw_partition(path: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def _pairs(workers: int) -> int:
-    """Rows of two maps each."""
+    """Number of rows of two maps each."""
     return (workers + 1) // 2
 
 
@@ -96,7 +96,7 @@ def _round_axis(axes: Axes, rounds: int, blocks: int) -> None:
 
 
 def draw_neurons(path: Path, summary: Mapping[str, Any]) -> Path:
-    """Who held which neuron of the first hidden layer, of some neurons in the first rounds."""
+    """Draw the holders of neurons of the first hidden layer, of some neurons in the first rounds."""
     neurons, workers = summary["neurons"], summary["workers"]
     holders, shown = neurons["holders"], neurons["shown"]
     some = "" if len(shown) == neurons["width"] else f"; one neuron in {shown[1]} is shown"
@@ -142,7 +142,7 @@ def draw_accuracy(path: Path, curves: Mapping[str, Curve], results: Mapping[str,
         validation = curve("val/loss")
         _line(loss_axes, smooth, BLUE, _who_trained(results))
         _line(loss_axes, validation, ORANGE, "validation, full model", marker="o")
-        # From the first values down: a single bad batch later would flatten all the rest.
+        # The axis ends at the first values: a single bad batch later would flatten all the rest.
         top = max([*smooth.values[:1], *validation.values[:1]], default=1)
         loss_axes.set(ylabel="cross entropy", ylim=(0, top * 1.05))
 

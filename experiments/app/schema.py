@@ -1,6 +1,6 @@
 """Limits of the configuration where no class of ours checks it: the root, Lightning's trainer, the optimizer.
 
-Fields have no defaults: those stand in ``conf/``, once. All other sections are checked against what they build.
+Fields have no defaults: those stand in ``conf/``, once. All other sections are checked against their targets.
 """
 
 from __future__ import annotations

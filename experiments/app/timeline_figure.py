@@ -1,4 +1,4 @@
-"""The picture of one step whose stages train at the same time: who computed and who waited, measured."""
+"""The picture of one step whose stages train at the same time: measured times of computing and waiting."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COLOURS: Mapping[str, str] = {
     "aux backward": ORANGE, WAIT: LIGHT,
 }  # fmt: skip
 WORDS = {"data": "batch", "aux forward": "guess", "aux backward": "learning to guess", WAIT: "waiting"}
-LABELLED = 0.04  # least share of the picture's width that a name needs
+LABELLED = 0.04  # minimum share of the picture's width that a name needs
 
 
 def kind(name: str) -> str:
-    """What a span is drawn as: all waits alike."""
+    """The kind as which a span is drawn: all waits alike."""
     return WAIT if name.startswith(WAIT) else name
 
 

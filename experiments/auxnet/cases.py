@@ -1,4 +1,4 @@
-"""Tasks and cases: a case is one training of a task, small enough for two cores; the tables choose among all of them."""
+"""Tasks and cases: a case is a training of a task, small enough for two cores; the tables choose among all of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SERIAL_STAGES = "serial-stages"
 HYBRID = "hybrid"  # the penalty method with a step of back-propagation now and then
 HYBRID_EVERY = 4
 DELAYED = "delayed"  # true gradients that arrive late, from the first step on
-WARMED = "delayed-warm"  # the same behind a warm-up, as by default
+WARMED = "delayed-warm"  # the same after a warm-up, as by default
 LATE = (DELAYED, WARMED)
 WITH_THREE = ("penalty", "al-net", HYBRID, *LATE)  # methods that are trained on three workers too
 SWEEP_SEED = 1000  # settings are judged on the hold-out, with a seed that no other table uses
 SWEEP_WORKERS = 2
-STEP_WORKERS = 3  # of the step of the guesses, which from three stages on is a question
+STEP_WORKERS = 3  # for the step of the guesses, which matters from three stages on
 
 
 TITLES = {
@@ -40,13 +40,13 @@ TITLES = {
 
 
 def title(method: str, schedule: str | None = None) -> str:
-    """A method, and the schedule of a pipeline where there are several."""
+    """A method's title, and the schedule of a pipeline where there are several."""
     return TITLES[method] + (f", {schedule}" if schedule else "")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a task is."""
+    """The size of a task."""
 
     blocks: int  # residual blocks of each of the three sections
     width: int  # channels of the first section
@@ -54,7 +54,7 @@ class Scale:
     epochs: int  # passes over the training images
     limit: int | None  # training images of each class before the hold-out is taken; None for all
     limit_test: int | None  # test images of each class; None for all
-    cuts: Mapping[int, tuple[str, ...]]  # for each number of workers, behind which modules the network is cut
+    cuts: Mapping[int, tuple[str, ...]]  # for each number of workers, the modules behind which the network is cut
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _cifar(
     return Task(f"CIFAR-10, JPEG copy, {shape}", images="folder", pixels=16, holdout=0.1, lr=0.1, scales=scales)
 
 
-ALL_IMAGES = "cifar_all"  # the task at height: an hour for each training
+ALL_IMAGES = "cifar_all"  # the full-size task: an hour for each training
 
 # Cuts are those that balance measured seconds of forward and backward, an auxiliary network being on every stage but the
 # first; they are fixed here, so that all seeds and all methods have the same.
@@ -123,7 +123,7 @@ ALL = {**TASKS, **TIMED}
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training. What a method does not have is None."""
+    """A training. Settings that the method does not have are None."""
 
     task: str  # a key of `ALL`
     method: str  # serial, pipeline, `SERIAL_STAGES`, `HYBRID`, one of `LATE` or of `AUXNET`
@@ -155,7 +155,7 @@ SETTINGS = (
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    """What a `StageConfig` is given: the method, and settings that the case has."""
+    """Arguments of a `StageConfig`: the method, and the settings of the case."""
     methods = {SERIAL_STAGES: "penalty", HYBRID: "penalty", WARMED: DELAYED}
     usual = {"warmup_steps": 0} if case.method == DELAYED else {}
     given = {key: value for key, value in case.key.items() if key in SETTINGS and value is not None}
@@ -209,7 +209,7 @@ def _methods(options: Any, task: str, seed: int) -> Iterator[Case]:
 
 
 def sweep(options: Any) -> list[Case]:
-    """One thing changed at a time; of the penalty method beta and the size of the auxiliary networks together."""
+    """One setting changed at a time; with the penalty method, beta and the size of the auxiliary networks together."""
     found: list[Case] = []
     for task in options.sweep_tasks:
         usual, al, kept = (
@@ -225,7 +225,7 @@ def sweep(options: Any) -> list[Case]:
         found += [replace(usual, warmup_steps=steps) for steps in options.warmups]
         found += [replace(usual, method=HYBRID, serial_every=every) for every in options.serial_every]
         found += [replace(usual, workers=STEP_WORKERS, lambda_step=step) for step in options.lambda_steps]
-    # Settings may meet: what several lines of a table need is trained once.
+    # Settings may coincide: a case that several lines of a table need is trained once.
     return [
         replace(case, multiplier_every=base(case.task, "al-store", 1, 0).multiplier_every)
         if case.method == "al-store"
@@ -240,7 +240,7 @@ def timing(options: Any) -> list[Case]:
     for turn in range(options.repeats):
         for network in options.networks:
             found.append(base(network, "serial", 1, turn))
-            # A step behind the warm-up is as long as one without.
+            # A step after the warm-up is as long as one without.
             for method in (name for name in options.methods if name not in ("serial", "pipeline", WARMED)):
                 case = base(network, method, 2, turn)
                 found.append(case if method == DELAYED else replace(case, warmup_steps=2))
@@ -249,7 +249,7 @@ def timing(options: Any) -> list[Case]:
 
 
 def links(options: Any) -> list[LinkCase]:
-    """One process, and two workers over every link, interleaved; the seed is the number of the turn."""
+    """A single process, and two workers over every link, interleaved; the seed is the number of the turn."""
     found = []
     for turn in range(options.repeats):
         for network in options.link_networks:

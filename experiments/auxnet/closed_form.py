@@ -38,12 +38,12 @@ def held_bytes(parameters: Sequence[int], aux_parameters: Sequence[int], *, dela
 
 
 def hybrid_speed_up(speed_up: float, every: int) -> float:
-    """Where one of ``every`` steps is as long as in one process, and the others are ``speed_up`` times as fast."""
+    """Speed-up where one of ``every`` steps is as long as in one process, and the others ``speed_up`` times as fast."""
     return every / ((every - 1) / speed_up + 1)
 
 
 def pipeline_speed_up(workers: int, micro_batches: int, compute: float, data: float = 0.0) -> float:
-    """Of a pipeline whose stages are equally long, over one process.
+    """Speed-up of a pipeline of equally long stages over one process.
 
     ``compute`` is the seconds of forward and backward of the whole network on a whole batch, ``data`` those of making
     the batch, which every worker needs.

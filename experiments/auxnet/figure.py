@@ -1,4 +1,4 @@
-"""Pictures: test accuracy by method, seconds of a step, also over links, and who computes and who waits in it."""
+"""Pictures: test accuracy by method, seconds of a step, also over links, and a timeline of it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ COLOURS = {
     "pipeline": GREEN, "serial-stages": BLACK, "delayed": YELLOW, "delayed-warm": BLACK,
 }  # fmt: skip
 BESIDE = 0.1  # distance of the methods from each other, in workers
-LEAST_POINTS = 3  # that an axis of accuracies spans: less would make much of little
+LEAST_POINTS = 3  # minimum span of an axis of accuracies, so that small differences are not exaggerated
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """Draw what the result files of ``folder`` allow; returns the pictures."""
+    """Draw the pictures for which ``folder`` has result files; returns their paths."""
     pictures = []
     for name, heading, draw in (
         ("accuracy", "Test accuracy of the full model", _accuracy),
@@ -53,7 +53,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def _timelines(folder: Path, content: Content | None) -> list[Path]:
-    """Of the penalty method, the last step of the first training of each network."""
+    """Draw the last step of each network's first training by the penalty method."""
     pictures = []
     rows = chosen(content["rows"], method="penalty") if content else []
     for task in distinct(rows, "task"):

@@ -1,4 +1,4 @@
-"""The tables of steps over links: seconds, what of the exchange is hidden behind computing, and bytes."""
+"""The tables of steps over links: seconds, the share of the exchange hidden behind computing, and bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.links.tables import bandwidth
 
 
 def methods_of(rows: Rows, *before: str) -> Iterator[tuple[list[Any], Rows]]:
-    """Method and schedule (behind other keys) with their rows."""
+    """Method and schedule (after other keys) with their rows."""
     return grouped(rows, *before, "method", "schedule", titles=TITLES)
 
 
@@ -24,21 +24,21 @@ def by_link(rows: Rows) -> Iterator[tuple[float | None, Rows]]:
 
 
 def exchange_seconds(row: Row) -> float:
-    """Of a step's bytes, by formula, one direction after the other, over the row's link.
+    """Seconds of a step's bytes, by formula, one direction after the other, over the row's link.
 
-    So long the link is needed where nothing is hidden: a gradient cannot be sent before the activation has arrived.
+    The link is busy for this long where nothing is hidden: a gradient cannot be sent before the activation has arrived.
     """
     return float(sum(row["sent_by_formula"]) * 8 / (row["case"]["bandwidth_gbit"] * 1e9))
 
 
 def pairs(rows: Rows, others: Rows) -> list[tuple[Row, Row]]:
-    """Rows with those of the same turn, so that what slows the machine for a while slows both."""
+    """Pairs of rows of the same turn, so that a temporary slow-down of the machine affects both."""
     of_turn = {row["case"]["seed"]: row for row in others}
     return [(row, of_turn[row["case"]["seed"]]) for row in rows if row["case"]["seed"] in of_turn]
 
 
 def links(content: Content) -> Grid:
-    """All over the turns: medians of seconds, of ratios and of differences."""
+    """Steps over links: medians of seconds, of ratios and of differences over the turns."""
     lines = []
     for (task, method, schedule), own in methods_of(content["rows"], "task"):
         alone = chosen(content["rows"], task=task, method="serial")
@@ -54,7 +54,7 @@ def links(content: Content) -> Grid:
 
 
 def link_bytes(content: Content) -> Grid:
-    """At the boundary, both directions together."""
+    """Bytes at the boundary, both directions together."""
     lines = []
     rows = [row for row in content["rows"] if row["case"]["method"] != "serial"]
     for (task, method, schedule), own in methods_of(rows, "task"):
@@ -69,13 +69,13 @@ def link_bytes(content: Content) -> Grid:
 
 
 def milliseconds(rows: Rows, middle: Callable[[list[float]], float]) -> list[str]:
-    """Of a step: their mean or median, and their range."""
+    """Milliseconds of a step, as cells: their mean or median, and their range."""
     found = [1000 * row["step_seconds"] for row in rows]
     return [f"{middle(found):.1f}", f"{min(found):.1f} to {max(found):.1f}"]
 
 
 def _exchange(rows: Rows, unshaped: Rows) -> list[str]:
-    """What the link costs, as cells."""
+    """The cost of the link, as cells."""
     found, ideal = pairs(rows, unshaped), exchange_seconds(rows[0])
     if not found:
         return ["-", "-", f"{1000 * ideal:.1f}", "-"]
@@ -88,7 +88,7 @@ def _ratio(found: list[tuple[Row, Row]]) -> str:
 
 
 def _sums(rows: Rows, key: str) -> list[float]:
-    """Over all workers, where each of them has counted."""
+    """Sums over all workers, where each of them has counted."""
     return [sum(row[key]) for row in rows if None not in row[key]]
 
 

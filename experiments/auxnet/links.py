@@ -25,15 +25,15 @@ from experiments.harness.workers import PATIENCE
 from experiments.links.rig import network
 
 WORKERS = 2
-# Of a shaper's bucket, which is full again after each step's computing: what it holds is sent without a limit. A step
-# sends half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms.
+# A shaper's bucket is full again after each step's computing, and its content is sent without a limit. A step sends
+# half a megabyte and more at once. With less, 0.1 Gbit/s is reached less exactly, and 1 Gbit/s needs its 1 ms.
 LEAST_BURST_BYTES = 32 * 1024
 TIMEOUT_SECONDS = 300  # for one training over one link
 
 
 @contextmanager
 def over_links(options: Any) -> Iterator[tuple[Callable[[LinkCase], dict[str, Any]], Collection[float | None]]]:
-    """What measures a case, and the bandwidths that links can have here: without namespaces, unshaped ones only."""
+    """The function that measures a case, and the possible bandwidths: without namespaces, unshaped links only."""
     with (
         network(WORKERS, options.bandwidths_gbit, least_burst=LEAST_BURST_BYTES) as (made, possible),
         linked_workers(made, "experiments.auxnet.links") as workers,
@@ -42,7 +42,7 @@ def over_links(options: Any) -> Iterator[tuple[Callable[[LinkCase], dict[str, An
 
 
 def _measured(case: LinkCase, options: Any, workers: LinkedWorkers) -> dict[str, Any]:
-    """One process alone has no link."""
+    """Measure a case; a single process has no link."""
     trained = Case(**{item.name: getattr(case, item.name) for item in fields(Case)})
     if case.workers == 1:
         return measure(trained, options, steps=options.link_steps)
@@ -64,7 +64,7 @@ class Window:
         self._before: tuple[int, int] | None = None
 
     def __call__(self, steps: int) -> None:
-        """So many steps are done."""
+        """Called with the number of steps done."""
         if steps == self.opens_at:
             self.place.ready()
             self._before = self.place.bytes()
@@ -75,7 +75,7 @@ class Window:
 
 
 def main(place: Place, settings: dict[str, Any]) -> None:
-    """A worker: trains once, and reports what `training.work` tells, and the kernel's count."""
+    """A worker: trains once, and reports the result of `training.work`, and the kernel's count."""
     torch.set_num_threads(1)
     case = Case(**settings["case"])
     data = prepared(case.task, settings["size"], None, "")

@@ -34,12 +34,12 @@ def stages(network: nn.Module, cuts: Sequence[str]) -> list[nn.Module]:
 
 
 def parameters_of(network: nn.Module, cuts: Sequence[str]) -> list[int]:
-    """Numbers in the parameters of each stage."""
+    """Number of parameters of each stage."""
     return [sum(parameter.numel() for parameter in stage.parameters()) for stage in stages(network, cuts)]
 
 
 def boundary_elements(network: nn.Module, cuts: Sequence[str], input_shape: Sequence[int]) -> list[int]:
-    """Numbers of one sample at each cut; the network must be on the meta device."""
+    """Number of elements of one sample at each cut; the network must be on the meta device."""
     found: list[int] = []  # the cuts are in the order in which they are computed
     for name in cuts:
         network.get_submodule(name).register_forward_hook(lambda _, __, made: found.append(made[0].numel()))
@@ -48,33 +48,33 @@ def boundary_elements(network: nn.Module, cuts: Sequence[str], input_shape: Sequ
 
 
 class Method(ABC):
-    """A worker's part of a training. Every worker calls the same in the same order."""
+    """A worker's part of a training. Every worker makes the same calls in the same order."""
 
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
     def step(self, x: Tensor, y: Tensor) -> None:
-        """One step on a batch, the same on all workers."""
+        """Take a step on a batch, the same on all workers."""
 
     @abstractmethod
     def full_model(self) -> AbstractContextManager[nn.Module]:
-        """The whole network as it is now, to be evaluated by worker 0; training continues behind it."""
+        """The whole network as it is now, to be evaluated by worker 0; training continues afterwards."""
 
     @abstractmethod
     def held_bytes(self) -> int:
         """Bytes of parameters, gradients and optimizer state that this worker holds."""
 
     def set_rate(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        """Set the learning rate of the next steps."""
         set_rate(self.optimizer, lr)
 
     def explained(self, data: Prepared) -> dict[str, Any]:
-        """Test accuracies in per cent, of what the full model is not: with the ``running`` statistics of the training,
-        and of the last stage, ``aux_fed``. None where there is no such thing."""
+        """Test accuracies in per cent of other models than the full one: with the ``running`` statistics of the
+        training, and of the last stage, ``aux_fed``. None where there is no such model."""
         return {"running": None, "aux_fed": None}
 
     def told(self) -> dict[str, Any]:
-        """What only this method knows of this worker, when the training is over."""
+        """This worker's results that only this method has, after the training."""
         return {"aux_parameters": 0, "stored_bytes": 0, "sent_by_step": None}
 
 
@@ -112,13 +112,13 @@ class Pipelined(Method):
         self.stage = parts[self.worker]
         for part in parts:
             if part is not self.stage:
-                part.to("meta")  # its shapes stay, its memory goes: what a worker holds is measured
+                part.to("meta")  # keeps shapes, frees memory: the memory that a worker holds is measured
         self.optimizer = make_optimizer(self.stage, lr)
         stage = PipelineStage(self.stage, self.worker, self.workers, torch.device("cpu"))
         self.schedule = SCHEDULES[schedule](stage, micro_batches, loss_fn=functional.cross_entropy)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """The first stage is given the images, the last one the labels."""
+        """Take a step: the first stage is given the images, the last one the labels."""
         self.stage.train()
         self.optimizer.zero_grad()
         # Every worker has the whole batch, as the data are the same; torch wants it at the two ends only.
@@ -129,7 +129,7 @@ class Pipelined(Method):
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:
-        """Worker 0's copy of all stages; of the other workers, their own stage."""
+        """Worker 0's copy of all stages; on the other workers, their own stage."""
         named = [*self.network.named_parameters(), *self.network.named_buffers()]
         own = {name: tensor.detach() for name, tensor in named if not tensor.is_meta}
         told: list[Any] | None = [None] * self.workers if self.worker == 0 else None
@@ -148,7 +148,7 @@ class Pipelined(Method):
 class Layered(Method):
     """Stages that train at the same time: of the whole network a worker keeps its stage only.
 
-    Its workers look at each other every ``round_steps``; rounds of the uncounted first steps tell nothing.
+    Its workers run a handshake every ``round_steps``; rounds of the uncounted first steps are ignored.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Layered(Method):
         self.engine.start()
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """As every user of the engine writes it."""
+        """Take a step as every user of the engine does."""
         sgd_step(self.network.train(), self.optimizer, x, y)
         self.engine.after_step()
 
@@ -174,7 +174,7 @@ class Layered(Method):
             yield model
 
     def held_bytes(self) -> int:
-        """Of the stage, of the auxiliary network, and of what is late."""
+        """Bytes of the stage, of the auxiliary network, and of the copies for late gradients."""
         own, guesses = held_bytes(self.network, self.optimizer), self._guesses
         worker = self.engine.sync.stage_worker
         if worker is not None and worker.delayed is not None:
@@ -182,7 +182,7 @@ class Layered(Method):
         return own + (held_bytes(guesses.network, guesses.optimizer) if isinstance(guesses, NetworkGuesses) else 0)
 
     def explained(self, data: Prepared) -> dict[str, Any]:
-        """Test accuracies of what the full model is not; see `Method.explained`."""
+        """Test accuracies of other models than the full one; see `Method.explained`."""
         found = {"running": self._with_running_statistics(data), "aux_fed": self._fed_by_guesses(data)}
         told: list[Any] = [None] * self.engine.collective.workers
         dist.all_gather_object(told, found)
@@ -190,7 +190,7 @@ class Layered(Method):
         return {key: next((one[key] for one in told if one[key] is not None), None) for key in found}
 
     def told(self) -> dict[str, Any]:
-        """Of the rounds behind the warm-up, and of a typical step. Collective: every worker must call this."""
+        """Metrics of the rounds after the warm-up, and of a typical step. Collective: every worker must call this."""
         guesses = self._guesses
         counted = self.engine.collective.sent_bytes
         summary = self.engine.sync.summary()
@@ -214,20 +214,21 @@ class Layered(Method):
         return worker.guesses if worker is not None else None
 
     def _with_running_statistics(self, data: Prepared) -> float | None:
-        """On worker 0."""
+        """Test accuracy with the training's running statistics; on worker 0."""
         own = {name: tensor.clone() for name, tensor in self.network.named_buffers() if not tensor.is_meta}
         worker = self.engine.collective.worker
         told: list[Any] | None = [None] * self.engine.collective.workers if worker == 0 else None
         dist.gather_object(own, told)
         with self.full_model() as model:
-            if told is None:  # all workers assemble the model, and worker 0 looks at it
+            if told is None:  # all workers assemble the model, and worker 0 evaluates it
                 return None
             whole = copy.deepcopy(model)  # the engine's own must keep its statistics
             whole.load_state_dict({name: tensor for buffers in told for name, tensor in buffers.items()}, strict=False)
             return accuracy(whole, data.test)
 
     def _fed_by_guesses(self, data: Prepared) -> float | None:
-        """On the last worker: the last stage behind its auxiliary network, with the statistics of its training."""
+        """The last stage's test accuracy, fed by its auxiliary network, with its running statistics; on the last
+        worker."""
         layout, worker = self.engine.layout, self.engine.collective.worker
         if worker != layout.workers - 1 or not isinstance(self._guesses, NetworkGuesses):
             return None

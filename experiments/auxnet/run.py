@@ -5,11 +5,12 @@ python experiments/auxnet/run.py accuracy tasks=[digits]         (some of them, 
 python experiments/auxnet/run.py accuracy tasks=[cifar_all] methods=[serial,delayed-warm] folder=PATH    (hours)
 python experiments/auxnet/run.py size=smoke out=FOLDER           (seconds)
 
-Studies: accuracy, sweep, timing, links. Options are key=value: see `Options`. Every method trains in real processes of one
-thread each, on the same images in the same order, in the same loop; nothing else should run on the machine, as all of it is
-timed. But accuracies of late gradients come from the reference simulator. Prints tables, and writes a result file for each study and pictures; the full size into experiments/auxnet/results,
-and its tables into README.md. A training that was measured is not measured again, unless fresh=true. Links need root and
-iproute2: without, they are unshaped only.
+Studies: accuracy, sweep, timing, links. Options are key=value: see `Options`. Every method trains in real processes of
+one thread each, on the same images in the same order, in the same loop; nothing else should run on the machine, as all
+of it is timed. Only accuracies of late gradients come from the reference simulator. Prints tables, and writes a result
+file for each study and pictures; the full size into experiments/auxnet/results, and its tables into README.md. A
+training that was measured is not measured again, unless fresh=true. Links need root and iproute2: without, they are
+unshaped only.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from experiments.harness.tables import Row, show_and_write
 from experiments.links.rig import UNSHAPED, check_bandwidths
 
 METHODS = ("serial", "penalty", "al-net", "hybrid", "delayed", "delayed-warm", "penalty-store", "al-store", "pipeline")
-# What the results of a study depend on, besides their cases.
+# Options that the results of a study depend on, besides their cases.
 RECORDED = {
     "accuracy": ("epochs", "evaluations"), "sweep": ("epochs", "evaluations"), "timing": ("steps",), "links": ("link_steps",),
 }  # fmt: skip
@@ -88,7 +89,7 @@ class Options(cli.Command):
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Measure what is missing of these studies, one training after the other: each may need both cores."""
+    """Measure the missing cases of these studies, one training after the other: each may need both cores."""
     _check_folder(names, options)
     torch.set_num_threads(1)
     out = Path(options.out)
@@ -117,12 +118,12 @@ def _check_folder(names: Sequence[str], options: Options) -> None:
 
 
 def _measure_or_simulate(case: Any, options: Options, steps: int | None) -> Row:
-    """In processes; accuracies of late gradients by the simulator, whose numbers are theirs bit for bit."""
+    """Measure in processes; accuracies of late gradients by the simulator, which equals them bit for bit."""
     return simulate(case, options) if steps is None and case.method in LATE else measure(case, options, steps=steps)
 
 
 def _kept(study: Study, work: Any, case: Any) -> Row:
-    """A row; the picture shows one step of each network, and a timeline is long, so that one is enough."""
+    """A row; its timeline is long and kept only for the first of each network, as the picture shows one step."""
     found = work(case)
     if study.path.stem != "timing" or any(row["timeline"] for row in study.rows if row["case"]["task"] == case.task):
         found["timeline"] = None

@@ -11,7 +11,7 @@ ONE_AT_A_TIME = ("beta", "aux_width", "aux_learning_rate", "warmup_steps")
 
 
 def betas(content: Content) -> Grid:
-    """Of the penalty method: beta by the size of the auxiliary networks."""
+    """The penalty method: beta by the size of the auxiliary networks."""
     rows = _usual(_of_two(content), "aux_learning_rate", "warmup_steps")
     return _by(rows, "beta", "β = {:g}", "β and the auxiliary networks' width", {"task": "task", "aux_width": "width"})
 
@@ -30,7 +30,7 @@ def warmups(content: Content) -> Grid:
 
 
 def hybrids(content: Content) -> Grid:
-    """Every so many steps one of back-propagation; never is the penalty method with its defaults."""
+    """One step of back-propagation in every so many; never is the penalty method with its defaults."""
     never = _usual(_of_two(content), *ONE_AT_A_TIME)
     rows = chosen(content["rows"], method=HYBRID)
     found = sorted(distinct(rows, "serial_every"), reverse=True)

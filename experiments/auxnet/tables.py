@@ -41,13 +41,13 @@ def _yes(value: bool) -> str:
 
 
 def _alone(content: Content, own: Rows) -> Rows:
-    """One process with the same augmentation: the fair baseline of a method that must do without."""
+    """Rows of a single process with the same augmentation: the fair baseline of a method that must do without."""
     case = own[0]["case"]
     return chosen(content["rows"], task=case["task"], method="serial", augment=case["augment"])
 
 
 def accuracy(content: Content) -> Grid:
-    """Against one process with the same seeds and augmentation."""
+    """Test accuracies, against one process with the same seeds and augmentation."""
     lines = []
     for (task, method, workers, augment), own in kinds(content):
         behind = [row["last"] - other["last"] for row, other in pairs(own, _alone(content, own))]
@@ -73,7 +73,7 @@ def speed(content: Content) -> Grid:
 
 
 def sizes(content: Content) -> Grid:
-    """Of the worker that holds, or sends, the most."""
+    """Memory and bytes of the worker that holds, or sends, the most."""
     lines = []
     for (task, method, workers, augment), own in kinds(content):
         if "held_bytes" not in own[0] or (not augment and method == "serial"):
@@ -92,7 +92,7 @@ def sizes(content: Content) -> Grid:
 
 
 def explanation(content: Content) -> Grid:
-    """What the stages have learned to work with, beside what they are given when they are put in sequence."""
+    """Accuracies with the statistics and the input that the stages were trained with, beside those in sequence."""
     lines = []
     for (task, method, workers, _), own in kinds(content):
         if method not in (*AUXNET, HYBRID, *LATE) or workers == 1:
@@ -138,7 +138,7 @@ SCHEDULES = {"steps": "÷10 at 50 % and 75 %", "one_cycle": "at the top of one c
 
 
 def conditions(content: Content) -> str:
-    """What the accuracies were measured with."""
+    """The conditions of the accuracies."""
     lines = []
     for name in distinct(content["rows"], "task"):
         task, scale = ALL[name], ALL[name].scales[content["settings"]["size"]]
@@ -163,12 +163,12 @@ def on(content: Content) -> str:
 
 
 def sweep_conditions(content: Content) -> str:
-    """What the sweep was measured with."""
+    """The conditions of the sweep."""
     return f"K = {SWEEP_WORKERS}, one seed, accuracies on the hold-out. {on(content)}.\n"
 
 
 def timing_conditions(content: Content) -> str:
-    """What the steps were timed with."""
+    """The conditions of the timed steps."""
     rows, steps = content["rows"], content["settings"]["steps"]
     return (
         f"K = 2; median of the last two thirds of {steps} steps, mean over n = {seeds(rows)} interleaved trainings; "
@@ -177,7 +177,7 @@ def timing_conditions(content: Content) -> str:
 
 
 def link_conditions(content: Content) -> str:
-    """What the steps over links were timed with."""
+    """The conditions of the steps over links."""
     rows, settings = content["rows"], content["settings"]
     networks = []
     for name in distinct(rows, "task"):

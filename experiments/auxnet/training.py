@@ -27,10 +27,10 @@ from experiments.trainers import stops as stops_of
 from resist_lightning import NotFinite, StageConfig, StageSimulator
 
 CLASSES = 10
-# What every worker tells of itself, and what worker 0 tells of all.
+# Results that every worker reports of itself, and those that worker 0 reports of all.
 EACH = ("aux_parameters", "stored_bytes", "sent_by_step", "kernel_sent_by_step")
 OF_ALL = ("running", "aux_fed", "mismatch", "predicted", "timeline")
-ROUND = 50  # steps between two looks of AuxNet's workers at each other, at most
+ROUND = 50  # steps between two handshakes of AuxNet's workers, at most
 
 
 @lru_cache(maxsize=2)
@@ -45,7 +45,7 @@ def prepared(task: str, size: str, folder: str | None, cache_dir: str) -> Prepar
 
 
 def scale_of(task: str, size: str) -> Scale:
-    """How large a task is in a study of this size."""
+    """The size of a task in a study of this size."""
     return ALL[task].scales[size]
 
 
@@ -84,18 +84,18 @@ def _module(task: str, size: str, folder: str | None, cache_dir: str) -> ImageDa
 
 @dataclass(frozen=True)
 class Job:
-    """A case and what surrounds it."""
+    """A case, with the data and the length of its training."""
 
-    case: Case  # what is trained
+    case: Case  # the training
     size: str  # of the study
     data: Prepared  # the images, read before the processes start
     steps: int  # of the training
-    stops: frozenset[int]  # after which steps the whole network is evaluated
+    stops: frozenset[int]  # numbers of steps after which the whole network is evaluated
     # first steps whose time is not counted: of a warm-up, or in which guesses are stored for the first time
     uncounted: int
 
 
-Launch: TypeAlias = Callable[[Job], list[dict[str, Any]]]  # has all workers of a job do `work`; what each of them told
+Launch: TypeAlias = Callable[[Job], list[dict[str, Any]]]  # runs `work` on a job's workers; returns their results
 
 
 def alone_here(job: Job) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ class Clock:
     whole: list[float] = field(default_factory=list)  # of each step, with that
 
     def told(self, uncounted: int, period: int = 1) -> dict[str, float]:
-        """Of the steps behind the uncounted first ones; the training's seconds are of all.
+        """Seconds of the steps after the uncounted first ones; the training's seconds are of all.
 
         Where every step of a ``period`` is of another kind, seconds are the medians of each kind, and their mean.
         """
@@ -126,9 +126,9 @@ class Clock:
 
 
 def measure(case: Case, options: Any, *, steps: int | None = None, launch: Launch = alone_here) -> dict[str, Any]:
-    """Train ``case`` and evaluate it: one row of a record, accuracies in per cent; or that it came to NaN or infinity.
+    """Train ``case`` and evaluate it: a row of a record, accuracies in per cent; or a note of NaN or infinity.
 
-    Of a training that is only timed ``steps`` are given; None takes the epochs of the options or of the task.
+    ``steps`` are given for a training that is only timed; None takes the epochs of the options or of the task.
     """
     started = time.perf_counter()
     data = prepared(case.task, options.size, options.folder, options.cache_dir)
@@ -208,7 +208,7 @@ def rates_of(case: Case, steps: int) -> list[float]:
 
 
 def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str, Any]:
-    """What a worker sends and holds, by closed form."""
+    """Bytes that a worker sends and holds, by closed form."""
     cuts = cuts_of(case, size)
     with torch.device("meta"):
         network = make_network(case.task, size, case.seed)
@@ -222,12 +222,12 @@ def by_formula(case: Case, size: str, aux_parameters: Sequence[int]) -> dict[str
 
 
 def cuts_of(case: Case, size: str) -> tuple[str, ...]:
-    """Behind which modules the case's network is cut."""
+    """The modules behind which the case's network is cut."""
     return scale_of(case.task, size).cuts[case.workers] if case.workers > 1 else ()
 
 
 def make_method(job: Job) -> Method:
-    """What a worker trains with. Collective: every worker must call this, in the same order."""
+    """A worker's training method. Collective: every worker must call this, in the same order."""
     case = job.case
 
     def network() -> nn.Module:
@@ -258,7 +258,7 @@ def stream_of(job: Job) -> Stream[Any]:
 
 
 def work(worker: int, job: Job, done: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
-    """A worker of a training; ``done`` is told before each step, and behind the last, how many there were.
+    """A worker of a training; ``done`` is called before each step, and after the last, with the number of steps done.
 
     ::
 

@@ -1,15 +1,15 @@
-"""What does an evaluation cost the training: on all workers, on the first, or in a process beside them?
+"""The cost of an evaluation for the training: on all workers, on the first, or in a process beside them.
 
 python experiments/benchmarks/evaluations.py                         (a minute and a half on two free cores)
 python experiments/benchmarks/evaluations.py size=smoke out=FOLDER   (to see that it works)
 
-Real processes under the Trainer, one thread each: a training of the demo's network on random images, evaluated after every
-second round. In turn in one run: without evaluations, on all workers, on worker 0 alone, and by an evaluator, for which the
-workers save checkpoints. Counted are processor seconds, of each round those of the worker that has most, as the others wait
-for it: what a training takes where each worker has a core, and links and disks take no time. So the numbers do not depend
-on what else the machine does. Lost is what a training takes longer than the one without evaluations of the same turn. The
-evaluator follows the checkpoints afterwards, to be measured too; it needs a core of its own, or as much of the workers'.
-Writes experiments/benchmarks/results/evaluations.jsonl.
+Real processes under the Trainer, one thread each: a training of the demo's network on random images, evaluated after
+every second round. Interleaved in one run: without evaluations, on all workers, on worker 0 alone, and by an evaluator,
+for which the workers save checkpoints. CPU seconds are counted, in each round those of the slowest worker, for which
+the others wait: the time of a training in which each worker has a core, and links and disks take no time. So the
+numbers do not depend on other load of the machine. Lost time is the difference to the training without evaluations of
+the same turn. The evaluator follows the checkpoints afterwards, to be measured too; it needs a core of its own, or as
+much of the workers'. Writes experiments/benchmarks/results/evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Options(cli.Command):
 
 
 class Net(Module):
-    """Notes when each round begins, behind the sync and the evaluation, by this process's clock."""
+    """Notes the start of each round, after the sync and the evaluation, by this process's CPU clock."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(preact_resnet(options.depth, width_multiplier=options.width))
@@ -80,7 +80,7 @@ class Net(Module):
 
 
 class Watch(L.Callback):
-    """Processor seconds of each evaluation on this worker, from when the full model is assembled until it is left."""
+    """CPU seconds of each evaluation on this worker, from the assembly of the full model until it is left."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -127,7 +127,7 @@ def train(worker: int, task: tuple[str, str, Options]) -> dict[str, Any]:
 
 
 def follow(_: int, task: tuple[str, Options]) -> list[float]:
-    """The evaluator; its seconds for each evaluation, with the loading of the file."""
+    """Run the evaluator; returns its mean CPU seconds for each evaluation, with the loading of the file."""
     folder, options = task
     quiet()
     started = time.process_time()
@@ -137,7 +137,7 @@ def follow(_: int, task: tuple[str, Options]) -> list[float]:
 
 
 def measure(way: str, turn: int, options: Options) -> dict[str, Any]:
-    """One training, and what its evaluator does."""
+    """A row: a training, and its evaluator's work."""
     with tempfile.TemporaryDirectory() as folder:
         found = forked(train, (way, folder, options), options.workers)
         by_worker = [worker["rounds"] for worker in found]

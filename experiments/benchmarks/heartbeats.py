@@ -1,13 +1,14 @@
-"""What do heartbeats cost the store, and how soon is a lost worker known, with many workers?
+"""The cost of heartbeats for the store, and the time until a lost worker is known, with many workers.
 
 python experiments/benchmarks/heartbeats.py                         (all parts, some three minutes)
 python experiments/benchmarks/heartbeats.py size=smoke out=FOLDER   (to see that it works)
 
-`counted`: everything that S workers ask of the store in one beat, counted in a store that only counts, with the package's
-own heartbeats and failure detectors; it must be the closed form, or the command fails. `busy`: how long a real store
-(torch's TCPStore, in a process of its own) works on such a beat, and on one of the former scheme, in which every worker
-read all lines. `live`: real light processes on this machine, each with the package's watchdog and no training, at one store; one is
-frozen, then in a second run one is killed. Prints tables and writes experiments/benchmarks/results/heartbeats.jsonl.
+`counted`: all requests of S workers to the store in one beat, counted in a store that only counts, with the package's
+own heartbeats and failure detectors; they must equal the closed form, or the command fails. `busy`: CPU time of a real
+store (torch's TCPStore, in a process of its own) for such a beat, and for one of the former scheme, in which every
+worker read all lines. `live`: real light processes on this machine, each with the package's watchdog and no training,
+at one store; one is frozen, then in a second run one is killed. Prints tables and writes
+experiments/benchmarks/results/heartbeats.jsonl.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Options(cli.Command):
 
 
 class CountingStore:
-    """Stands for a store, and counts what is asked of it."""
+    """A stand-in for a store that counts requests, keys and bytes."""
 
     def __init__(self) -> None:
         self.lines: dict[str, bytes] = {}
@@ -67,7 +68,7 @@ class CountingStore:
         return self
 
     def set_timeout(self, timeout: object) -> None:
-        """There is nothing to wait for."""
+        """A no-op: there is nothing to wait for."""
 
     def set(self, key: str, line: str) -> None:
         self.asked.update(requests=1, keys=1, bytes=len(line))
@@ -89,7 +90,7 @@ def introduced(workers: int, name: str) -> list[Heartbeats]:
 
 
 def beat(everybody: Sequence[Heartbeats], detectors: Sequence[FailureDetector], number: int) -> None:
-    """What all workers do in one second in which all is well, as the watchdog does it."""
+    """One second of all workers in which all is well, as the watchdog does it."""
     for each, detector in zip(everybody, detectors, strict=True):
         heartbeat = replace(BUSY, beat=number)
         detector.note_own(heartbeat, number)
@@ -102,7 +103,7 @@ def beat(everybody: Sequence[Heartbeats], detectors: Sequence[FailureDetector], 
 
 
 def operations_per_beat(workers: int) -> dict[str, int]:
-    """What all workers together ask of the store in a second in which all is well.
+    """Number of requests and keys of all workers together in a second in which all is well.
 
     Returns:
         Requests, and keys that they read or write. With each worker reading all lines, as before, these were
@@ -113,7 +114,7 @@ def operations_per_beat(workers: int) -> dict[str, int]:
     reports_read = workers * monitors
     heartbeats_read = monitors * (workers - 1)
     return {
-        "requests": workers + monitors + workers,  # a worker reads everything that it reads by one request
+        "requests": workers + monitors + workers,  # a worker reads by one request
         "keys": posted + reports_read + heartbeats_read,
     }
 
@@ -168,7 +169,7 @@ class Server:
 
 
 class Shared:
-    """One connection to a store that serves the heartbeats of many workers."""
+    """A connection to a store, shared by the heartbeats of many workers."""
 
     def __init__(self, store: dist.TCPStore) -> None:
         self.set, self.multi_get, self.set_timeout = store.set, store.multi_get, store.set_timeout
@@ -192,7 +193,7 @@ def serve_beats(workers: int, beats: int) -> dict[str, float]:
         busy = (server.cpu_seconds - before) / beats
         keys = [f"resist_lightning/heartbeats/busy/{worker}" for worker in range(workers)]
         line = client.get(keys[0])
-        former_beats = max(1, min(beats, 4000 // workers))  # each takes the square
+        former_beats = max(1, min(beats, 4000 // workers))  # the cost of each is quadratic
         before = server.cpu_seconds
         for key in keys * former_beats:
             client.set(key, line)
@@ -202,7 +203,7 @@ def serve_beats(workers: int, beats: int) -> dict[str, float]:
 
 
 def live(number: int, processes: list[Process], port: int, silence: float, found: Any) -> None:
-    """A light worker: watches until one is lost, and tells when it knew."""
+    """A light worker: watches until one is lost, and reports when it knew."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     heartbeats_module.clone_store = store.clone
     own = this_process(number)
@@ -266,7 +267,7 @@ def lose_one(options: Options, how: signal.Signals) -> dict[str, Any]:
 
 
 def run(_: Sequence[str], options: Options) -> None:
-    """Measure; what forks comes first, as long as there is no thread."""
+    """Measure; parts that fork come first, as long as there is no thread."""
     lost = [lose_one(options, how) for how in (signal.SIGSTOP, signal.SIGKILL)]
     print("measured: light processes", flush=True)
     busy = [serve_beats(workers, options.beats) for workers in options.busy]

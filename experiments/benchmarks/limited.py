@@ -1,12 +1,12 @@
-"""Does a network train whose weights, gradients and momentum are ten times what a worker may have?
+"""Does a network train whose weights, gradients and momentum are ten times the memory limit of a worker?
 
 python experiments/benchmarks/limited.py                         (sixteen processes, some minutes; as root)
 python experiments/benchmarks/limited.py size=smoke out=FOLDER   (to see that it works)
 
-The network of phases.py, each worker in a control group with a memory limit: three times its part, a block, and what
-Python takes; for the first worker the weights of the full model, and its part once more, beside this. It trains,
-evaluates, saves, and resumes from what it has saved. Then the same with ResIST, where the network is built in the
-constructor; with DDP and with one process, which get the first worker's limit. The kernel kills who exceeds it.
+The network of phases.py, each worker in a control group with a memory limit: three times its part, a block, and
+Python's own memory; for the first worker also the weights of the full model, and its part once more. It trains,
+evaluates, saves, and resumes from its checkpoint. Then the same with ResIST, where the network is built in the
+constructor; with DDP and with one process, which get the first worker's limit. The kernel kills processes above it.
 Writes experiments/benchmarks/results/limited.jsonl.
 """
 
@@ -32,7 +32,7 @@ from experiments.harness.settings import option
 from experiments.harness.tables import show_and_write
 from experiments.harness.workers import forked
 
-PYTHON = 60_000_000  # what a process takes beside tensors, of pages that it does not share with others
+PYTHON = 60_000_000  # private memory of a process beside tensors
 
 METHODS = ("resist_late", "resist", "ddp", "single")
 
@@ -55,7 +55,7 @@ def work(worker: int, task: tuple[str, int, int, str, list[MemoryGroup]]) -> dic
 
 
 def run_limited(method: str, workers: int, options: Options, limits: Sequence[int]) -> dict[str, Any]:
-    """Train under limits: of the first worker, and of the others each."""
+    """Train under limits: the first worker's, and that of each other one."""
     gc.collect()
     gc.freeze()  # else each worker's collector would write into all pages that they share
     with tempfile.TemporaryDirectory() as folder, memory_groups(limits) as groups:

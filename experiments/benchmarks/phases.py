@@ -1,13 +1,13 @@
-"""What does a worker hold from the start of a training to its end, phase by phase, and with DDP and local SGD?
+"""The memory of a worker from the start of a training to its end, phase by phase, and with DDP and local SGD.
 
 python experiments/benchmarks/phases.py                         (2, 4 and 8 workers, some five minutes)
 python experiments/benchmarks/phases.py size=smoke out=FOLDER   (to see that it works)
 
-Real processes under the Trainer, on the CPU: a chain of residual MLPs, SGD with momentum, batches so small that activations
-do not count. Phases: `start` (from the call of fit to the first batch), `training`, `sync`, `evaluation` and `checkpoint`
-in mid-round, `end`, and `resume` (the start of a second fit, from the checkpoint). In each the most that tensors had from
-malloc (looked at once a millisecond), and the most that was in RAM (by the kernel, exact), above what the process had before
-the module was built. Prints tables, draws a picture and writes experiments/benchmarks/results/held_phases.jsonl.
+Real processes under the Trainer, on the CPU: a chain of residual MLPs, SGD with momentum, batches so small that
+activations do not count. Phases: `start` (from the call of fit to the first batch), `training`, `sync`, `evaluation`
+and `checkpoint` in mid-round, `end`, and `resume` (the start of a second fit, from the checkpoint). In each the peak of
+tensors from malloc (sampled once a millisecond), and the peak in RAM (by the kernel, exact), above the process's memory
+before the module was built. Prints tables, draws a picture and writes experiments/benchmarks/results/held_phases.jsonl.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Phases:
             known = self.found.setdefault(self._phase, {"allocated": 0, "resident": 0})
             for key, value in peaks.items():
                 known[key] = max(known[key], value - self._before[key])
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
         self._on_phase(phase)
         with self._lock:
             self._phase, self._peak = phase, allocated_bytes()
@@ -167,7 +167,7 @@ class Marks(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 == SAVED_AFTER and not self.path.exists():
-            trainer.strategy.barrier()  # all have looked whether it is there
+            trainer.strategy.barrier()  # all have checked whether it exists
             self.phases.mark("checkpoint")
             trainer.save_checkpoint(self.path)
             self.phases.mark("training")
@@ -177,7 +177,7 @@ class Marks(L.Callback):
 
 
 def stated_bytes(part: int, width: int) -> dict[str, int]:
-    """The most that a worker but the first may have in each phase, by the closed form of docs/how-it-works.md.
+    """Maximum bytes of a worker but the first in each phase, by the closed form of docs/how-it-works.md.
 
     Args:
         part: bytes of the weights that it holds, Q + k b.
@@ -220,7 +220,7 @@ def measure(
     method, width, blocks, folder = task
     quiet()
     path = Path(folder) / f"{method}.ckpt"
-    chain(width, 1, inputs)(torch.randn(2, inputs * width)).sum().backward()  # what libraries make once is theirs
+    chain(width, 1, inputs)(torch.randn(2, inputs * width)).sum().backward()  # libraries' one-time allocations
     phases = Phases(on_phase)
     size = width, blocks, inputs
     strategy = fit(method, size, path, phases, None)
@@ -257,7 +257,7 @@ def run(_: Sequence[str], options: Options) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], workers: int, full: int) -> Path:
-    """By phase, the most that a worker other than the first had from malloc."""
+    """Draw the peak bytes from malloc by phase, of the worst worker other than the first."""
     colours = dict(zip(tables.METHODS, (GREY, SKY, ORANGE, BLUE), strict=True))
     methods = tables.methods_in(rows)
     title = f"What a worker holds, {workers} workers"

@@ -21,7 +21,7 @@ WORKERS, LOCAL_STEPS, BATCH, LR = 2, 20, 32, 0.05
 
 
 def measure(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per policy and scale, with the accuracy of every seed."""
+    """A row per policy and scale, with the accuracy of every seed."""
     loading = {"batch_size": BATCH, "limit": settings["limit"], "holdout": 0.02}
     data: ImageData = Digits(**loading)
     if settings["folder"] != "digits":

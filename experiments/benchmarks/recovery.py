@@ -1,13 +1,14 @@
-"""What does it cost to lose little when workers die: snapshots, checkpoints in mid-round, resuming, and the watchdog?
+"""The cost of losing little when workers die: snapshots, checkpoints in mid-round, resuming, and the watchdog.
 
 python experiments/benchmarks/recovery.py
 python experiments/benchmarks/recovery.py size=smoke out=FOLDER files=FOLDER
 
-The paper's network of 41 million parameters, SGD with momentum, real processes over loopback, one thread each; Lightning's
-DDP trains the same network in the same run. Files are flushed to the disk by this package and not by Lightning, and are
-in the page cache when they are read. The added time of a local step is measured on a tiny network: stretches with and
-without the watch and the notes, interleaved; each turn's means over all steps and workers (the median step hides
-what happens once a second). Prints tables and writes experiments/benchmarks/results/recovery.jsonl.
+The paper's network of 41 million parameters, SGD with momentum, real processes over loopback, one thread each;
+Lightning's DDP trains the same network in the same run. Files are flushed to the disk by this package and not by
+Lightning, and are in the page cache when they are read. The added time of a local step is measured on a tiny network:
+stretches with and without the watch and the notes, interleaved; each turn's means over all steps and workers (the
+median step hides costs that occur once a second). Prints tables and writes
+experiments/benchmarks/results/recovery.jsonl.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Saver(L.Callback):
 
 
 class Present(L.Callback):
-    """Which of the watch and the notes there are in a training."""
+    """Records which of the watch and the notes are present in a training."""
 
     def __init__(self) -> None:
         self.parts: set[str] = set()
@@ -230,7 +231,7 @@ def resumes(settings: dict[str, Any], files: Path) -> dict[str, Any]:
 
 
 def nothing(*_: object) -> None:
-    """Stands for what is left out; a mock would cost more than that."""
+    """A stand-in for a part that is left out; a mock would cost more than that."""
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def added(settings: dict[str, Any]) -> dict[str, Any]:
             seconds[name].append(mean(gathered((starts[-1] - starts[first]) / steps)))
     ratios, differences = {}, {}
     for name, values in seconds.items():
-        # By turns: what slows the machine for a while slows both.
+        # By turns: a temporary slow-down of the machine affects both.
         pairs = list(zip(values, seconds["neither"], strict=True))
         ratios[name] = median(value / off for value, off in pairs)
         differences[name] = median(value - off for value, off in pairs)
@@ -273,7 +274,7 @@ def added(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_all(_: int, task: tuple[dict[str, Any], str]) -> dict[str, Any]:
-    """A worker."""
+    """A worker: measures all parts."""
     settings, files = task[0], Path(task[1])
     quiet()
     for message in (".*does not have many workers", ".*your dataloader is not resumable"):

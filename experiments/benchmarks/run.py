@@ -1,4 +1,4 @@
-"""What does it cost? Memory, seconds of a step and of a sync, and which policies train best.
+"""Costs: memory, seconds of a step and of a sync; and which policies train best.
 
 python experiments/benchmarks/run.py                             (all studies)
 python experiments/benchmarks/run.py held_memory workers=[2,4]   (some of them)
@@ -46,7 +46,7 @@ class Options(cli.Command):
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Measure; whatever forks comes first."""
+    """Measure; studies that fork come first."""
     measured: dict[str, Any] = {}
     settings = vars(options)
     if "held_memory" in names:

@@ -47,7 +47,7 @@ def of_a_linear_classifier(train: Features, test: Features) -> float:
 
 
 def measure(seed: int, examples: int) -> dict[str, float]:
-    """One row: accuracies of a task with so many training examples, in [0, 1]."""
+    """A row: accuracies of a task with so many training examples, in [0, 1]."""
     torch.set_num_threads(1)
     data = SpeechShaped(seed=seed, train_size=examples, test_size=examples // 4)
     start = time.perf_counter()

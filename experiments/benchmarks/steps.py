@@ -28,7 +28,7 @@ NEVER = 10**6  # local steps of a round that does not end
 
 
 class Clock(L.Callback):
-    """When each batch began, fetching included."""
+    """Notes the start of each batch, fetching included."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -37,7 +37,7 @@ class Clock(L.Callback):
         self.starts.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """From the start of each batch to the start of the next; the first one warms up."""
+        """Seconds from the start of each batch to the start of the next; the first one warms up."""
         return [after - before for before, after in pairwise(self.starts[1:])]
 
 
@@ -91,7 +91,7 @@ def check_cost(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
     for _ in range(settings["turns"] + 2):  # the first two warm up
         for check, engine in engines.items():
             equal = engine.sync.replicated_tensors(engine.clock.round)
-            dist.barrier()  # or one would wait for the other inside of what is timed
+            dist.barrier()  # or one would wait for the other inside of the timed part
             sync[check].append(seconds_of(engine.after_step))
             if check != "off":
                 hashes[check].append(seconds_of(hash_all, engine, equal))
@@ -125,7 +125,7 @@ def step_time(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
 def only_blocks(net: Any, held: Iterable[int]) -> nn.Module:
     """The paper's network with these of the partitioned blocks, as if it never had the others.
 
-    What a strategy costs is what is left between this network's local step and that of the sub-network.
+    The cost of a strategy is the difference between this network's local step and that of the sub-network.
     """
     first, *partitioned = net.section3
     net.section3 = nn.Sequential(first, *(partitioned[index] for index in held))
@@ -133,7 +133,7 @@ def only_blocks(net: Any, held: Iterable[int]) -> nn.Module:
 
 
 def overhead(worker: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """A step of one process with a network so small that little else is left, in a plain loop and under strategies."""
+    """A step of one process with a network so small that overhead dominates, in a plain loop and under strategies."""
     quiet()
     strategies: dict[str, Callable[[], Strategy]] = {
         "Lightning's DDP": lambda: DDPStrategy(process_group_backend="gloo"),
@@ -167,7 +167,7 @@ def trained_seconds(strategy: Strategy, net: nn.Module, loader: DataLoader[Any])
 
 
 def plain_seconds(net: nn.Module, loader: DataLoader[Any]) -> list[float]:
-    """The loop that a user would write."""
+    """Seconds of the steps of a plain loop, as a user would write it."""
     clock, optimizer = Clock(), make_optimizer(net.train(), 0.01)
     for x, y in loader:
         clock.on_train_batch_start()
@@ -181,7 +181,7 @@ def quiet() -> None:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every worker's."""
+    """Every worker's value."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -75,7 +75,7 @@ def step_time(content: Content) -> Grid:
 
 
 def overhead(content: Content) -> Grid:
-    """Seconds per step of one process, and what they have above a plain loop."""
+    """Seconds per step of one process, and their excess over a plain loop."""
     plain = content["median_seconds"]["plain loop"]
     return Grid.of("One process", content["median_seconds"].items(), {
         "": lambda item: item[0],
@@ -97,7 +97,7 @@ def check_cost(content: Content) -> Grid:
 
 
 def wires(content: Content) -> Grid:
-    """Seconds that a worker computes in a sync, by what numbers are on the wire."""
+    """Seconds of computing of a worker in a sync, by wire format."""
     exact = next(row for row in content["rows"] if row["wire"] == "fp32")
     before = any(row["before"] for row in content["rows"])
     columns: dict[str, Callable[[Any], Any]] = {
@@ -113,7 +113,7 @@ def wires(content: Content) -> Grid:
 
 
 def recovery_snapshots(content: Content) -> Grid:
-    """What it costs to lose little when workers die."""
+    """The cost of snapshots."""
     rows = []
     for every in map(str, content["settings"]["every"]):
         row = content["snapshots"][every]
@@ -164,7 +164,7 @@ def recovery_steps(content: Content) -> Grid:
 
 
 def heartbeats_counted(content: Content) -> Grid:
-    """What all workers ask of the store in a second."""
+    """Requests, keys and bytes of all workers at the store in a second."""
     return Grid.of("Asked of the store in a second", content["counted"], {
         "workers": lambda row: f"{row['workers']:,}",
         "requests": lambda row: f"{row['requests']:,}",
@@ -175,7 +175,7 @@ def heartbeats_counted(content: Content) -> Grid:
 
 
 def heartbeats_busy(content: Content) -> Grid:
-    """How long a real store works on the heartbeats of a second."""
+    """CPU time of a real store for the heartbeats of a second."""
     return Grid.of("A real store is busy in a second for", content["busy"], {
         "workers": lambda row: f"{row['workers']:,}",
         "with two monitors": lambda row: f"{1e3 * row['busy_seconds']:.0f} ms",
@@ -184,7 +184,7 @@ def heartbeats_busy(content: Content) -> Grid:
 
 
 def heartbeats_lost(content: Content) -> Grid:
-    """When the others knew of a lost process."""
+    """Time until the others knew of a lost process."""
     words = {"SIGSTOP": "frozen", "SIGKILL": "killed"}
     return Grid.of("Light processes on one machine", content["lost"], {
         "processes": lambda row: row["processes"],
@@ -210,7 +210,7 @@ def policies(content: Content) -> Grid:
 
 
 def most(rows: Rows, method: str, workers: int, phase: str, *, first: bool, what: str = "allocated") -> int:
-    """The most bytes in a phase: of worker 0, or of the worst of the others."""
+    """Peak bytes in a phase: of worker 0, or of the worst of the others."""
     mine = [
         row for row in rows if (row["method"], row["workers"]) == (method, workers) and (row["worker"] == 0) == first
     ]
@@ -223,14 +223,14 @@ def methods_in(rows: Rows) -> list[str]:
 
 
 def held_phases(content: Content) -> Grid:
-    """The most that the tensors of a worker took in each phase; that of worker 0 in brackets where it is another."""
+    """Peak bytes of a worker's tensors in each phase; those of worker 0 in brackets where they differ."""
     return _by_phase(
         content, "allocated", "Most bytes of tensors by phase, of the worst worker but the first (of the first)"
     )
 
 
 def resident_phases(content: Content) -> Grid:
-    """The same in RAM."""
+    """Peak bytes in RAM, likewise."""
     return _by_phase(
         content, "resident", "Most bytes in RAM by phase, of the worst worker but the first (of the first)"
     )
@@ -257,7 +257,7 @@ def _by_phase(content: Content, what: str, title: str) -> Grid:
 
 
 def limited(content: Content) -> Grid:
-    """Who trains under a memory limit."""
+    """The outcome of each method under a memory limit."""
 
     def outcome(row: Any) -> str:
         killed = row.get("killed")
@@ -274,7 +274,7 @@ def limited(content: Content) -> Grid:
 
 
 def evaluations(content: Content) -> Grid:
-    """What a training lost for each evaluation, in rounds without one; medians over the turns."""
+    """Time that a training lost for each evaluation, in rounds without one; medians over the turns."""
     every, rows = content["settings"]["every"], content["rows"]
     rounds = every * content["settings"]["evaluations"]
     plain = {row["turn"]: row["seconds"] / rounds for row in rows if row["way"] == "none"}

@@ -1,6 +1,6 @@
 """Measures the work of a sync with each format of `wire`: seconds of a worker's processor, and bytes.
 
-Seconds are of the worker's own thread: what waits for the link, or for another process on the same core, is not in them.
+Seconds are of the worker's own thread: waits for the link, or for another process on the same core, are not in them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_another(settings: dict[str, Any]) -> Any:
-    """What :func:`syncs` finds with the package of the checkout ``before``."""
+    """The result of :func:`syncs` with the package of the checkout ``before``."""
     environment = {**os.environ, "MEASURED_CHECKOUT": settings["before"], "PYTHONPATH": settings["before"]}
     command = [sys.executable, __file__, json.dumps(settings)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What a method costs in accuracy, read from the result files of the accuracy studies."""
+"""Costs of the methods in accuracy, read from the result files of the accuracy studies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TITLES = {**residual.TITLES, "ist": "IST"}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one method in one study."""
+    """The cost of a method in accuracy, in one study."""
 
     points: float  # of test accuracy below DDP on equal samples; mean over seeds
     study: str  # in a word, for a cell
@@ -35,7 +35,7 @@ class Study:
     rows: Rows
 
     def costs(self, workers: int) -> dict[str, Cost]:
-        """By method: measured with so many workers; or with the next larger number, or with the largest."""
+        """Costs by method: measured with so many workers; or with the next larger number, or with the largest."""
         found = {}
         for method in TITLES:
             counts = sorted({row["case"]["workers"] for row in chosen(self.rows, method=method)})
@@ -48,12 +48,12 @@ class Study:
         return found
 
     def base(self, workers: int) -> int | None:
-        """Workers of the DDP that methods with so many are compared with; the largest number where theirs is not there."""
+        """Number of workers of the DDP to compare with: the same, or the largest where that was not measured."""
         counts = {row["case"]["workers"] for row in chosen(self.rows, method="ddp")}
         return workers if workers in counts else max(counts, default=None)
 
     def _below_ddp(self, method: str, workers: int) -> list[float]:
-        """Points, of each seed that both have."""
+        """Points of accuracy below DDP, for each seed that both have."""
         ddp = {row["case"]["seed"]: row["last"] for row in chosen(self.rows, method="ddp", workers=self.base(workers))}
         found = []
         for row in chosen(self.rows, method=method, workers=workers):
@@ -64,7 +64,7 @@ class Study:
 
 
 def residual_studies(folders: Sequence[Path] = (residual.RESULTS, residual.SHORT)) -> list[Study]:
-    """Of residual networks: the trainings at full height, and the short ones."""
+    """Studies of residual networks: the full-size trainings, and the short ones."""
     names = {residual.RESULTS: "CIFAR-10", residual.SHORT: "CIFAR-10, short"}
     found = []
     for folder in folders:
@@ -85,7 +85,7 @@ def _residual_words(content: Content) -> str:
 
 
 def neuron_studies(folder: Path = neurons.RESULTS) -> list[Study]:
-    """Of fully connected networks."""
+    """Studies of fully connected networks."""
     content = read(folder, "accuracy")
     if content is None:
         return []
@@ -108,7 +108,7 @@ def _by_default(rows: Rows, task: str) -> Rows:
 
 
 def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
-    """By method, what it costs in each study that has it."""
+    """Costs by method, in each study that has it."""
     found: dict[str, list[Cost]] = {}
     for study in studies:
         for method, cost in study.costs(workers).items():
@@ -117,14 +117,14 @@ def costs_of(studies: Sequence[Study], workers: int) -> dict[str, list[Cost]]:
 
 
 def studies_for(*, neurons_only: bool, workers: int) -> list[Study]:
-    """The studies that tell most of a network: of fully connected ones, or of residual ones with as many workers.
+    """The most telling studies of a network: of fully connected ones, or of residual ones with as many workers.
 
-    Of residual ones the study that compares most methods with DDP: that of full height as soon as it has as many as the
+    Of residual ones the study that compares most methods with DDP; the full-size one as soon as it has as many as the
     short one.
     """
     if neurons_only:
         return neuron_studies()
     telling = [study for study in residual_studies() if study.costs(workers)]
     large = [study for study in telling if any(cost.workers >= workers for cost in study.costs(workers).values())]
-    # The first of those that are level: they come by height.
+    # Of equal ones the first: full-size ones come first.
     return sorted(large or telling, key=lambda study: -len(study.costs(workers)))[:1]

@@ -1,4 +1,4 @@
-"""What a worker of each method holds, sends and computes of a network, by the closed forms of the package."""
+"""Memory, traffic and computation of a worker of each method for a network, by the package's closed forms."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ WHOLE, BLOCKS, NEURONS = "whole", "blocks", "neurons"  # parts of a network that
 METHODS = {
     WHOLE: {"local_sgd": "none", "diloco": "nesterov"}, BLOCKS: {"resist": "none", "resist_outer": "nesterov"},
 }  # fmt: skip
-"""Methods that hold a part, with their option ``outer``."""
+"""By the part that they hold, methods with their option ``outer``."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a user has chosen beside network and link."""
+    """The user's choices beside network and link."""
 
     workers: int
     local_steps: int
@@ -48,13 +48,13 @@ class Setting:
     slots: int = 1  # tensors of optimizer state per parameter: 1 for SGD with momentum, 2 for Adam
 
     def config(self, outer: str, **options: Any) -> Config:
-        """Of the package."""
+        """The package's config."""
         return Config(local_steps=self.local_steps, wire=self.wire, outer=outer, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """One method; parameters and memory are those of the worker that holds the most."""
+    """The footprint of a method; parameters and memory are those of the worker that holds the most."""
 
     method: str
     part: str  # WHOLE, BLOCKS or NEURONS
@@ -72,11 +72,11 @@ class Part:
 
     module: nn.Module
     layout: BlockLayout | NeuronLayout | None
-    hold: Callable[[], None]  # frees what other workers hold
+    hold: Callable[[], None]  # frees the parts of other workers
 
 
 def divide(make: Callable[[], nn.Module], example: Tensor, setting: Setting) -> tuple[dict[str, Part], dict[str, str]]:
-    """The parts that a worker of some method can hold, and for the others, the reason.
+    """The parts that a worker of some method can hold, and the reasons against the other parts.
 
     Args:
         make: makes the network; on the meta device, blocks are not judged by running them.
@@ -90,13 +90,13 @@ def divide(make: Callable[[], nn.Module], example: Tensor, setting: Setting) -> 
         try:
             parts[name] = divided(make(), example, setting)
         except ValueError as error:
-            # The first clause says why; the others list ways out that are no way here.
+            # The first clause has the reason; the others list remedies that do not apply here.
             refused[name] = re.split(r"[;.:] ", first_line(str(error)))[0]
     return parts, refused
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Raise a ValueError unless all of them train in 32 bits, as the closed forms of memory have it."""
+    """Raise a ValueError unless all parameters train in 32 bits, as the closed forms of memory assume."""
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
     if kinds != {"float32"}:
         raise ValueError(
@@ -106,7 +106,7 @@ def check_parameters(module: nn.Module) -> None:
 
 
 def footprints(parts: Mapping[str, Part], setting: Setting) -> list[Footprint]:
-    """One for each method that can train the network; call it before parts are held."""
+    """The footprint of each method that can train the network; call it before parts are held."""
     module = parts[WHOLE].module
     total = sum(parameter.numel() for parameter in module.parameters())
     gradients = ddp_bytes(4 * total, setting.workers, 1)
@@ -134,7 +134,7 @@ def _of_blocks(
         int(memory_bytes(parameters, 0, 0, setting.slots)) + copies
         for parameters, copies in zip(held, copied_bytes(layout), strict=True)
     ]
-    hand_over = 2 if part == BLOCKS else 0  # to who merges a block, and on to its next holders
+    hand_over = 2 if part == BLOCKS else 0  # to the worker that merges a block, and on to its next holders
     return Footprint(
         method, part, max(held), max(memory), found.sent[0], found.slowest, setting.local_steps,
         2 * (setting.workers - 1) + hand_over,
@@ -149,14 +149,14 @@ def copied_bytes(layout: BlockLayout) -> list[int]:
     averaged, outer = sum(map(outer_bytes, together)), layout.config.outer != "none"
     wire = WIRE_FORMATS[layout.config.wire]
     compressed = sum(outer_bytes(tensor) for tensor in together if wire is not None and compressible(tensor))
-    # By rounding, of matrices, in 32 bits as the parameters are.
+    # Rounding errors of matrices, in 32 bits as the parameters are.
     matrices = [tensor for tensor in together if compressible(tensor) and not is_vector(tensor)]
     taken = sum(map(outer_bytes, matrices)) if wire is not None and wire.feedback and not outer else 0
     found = []
     for worker in range(layout.workers):
         owned = [layout.blocks[block] for block, owner in plan.owner.items() if owner == worker]
         merged = sum(map(outer_bytes, parameters_of(owned)))
-        # Of averaged tensors, where the round began is kept once for both.
+        # The values at the beginning of the round are kept once for both, of averaged tensors.
         began = averaged if outer else compressed
         found.append(began + taken + (averaged + 2 * merged if outer else 0))
     return found
@@ -175,7 +175,7 @@ def _of_neurons(layout: NeuronLayout, setting: Setting) -> Footprint:
 
 
 def operations(module: nn.Module, example: Tensor) -> int:
-    """Floating-point operations of a forward of what is held."""
+    """Floating-point operations of a forward pass of the held part."""
     with _evaluating(module):
         return count_flops(module, (), lambda: module(example))[""]
 

@@ -1,4 +1,4 @@
-"""Predicts the seconds of a local step over a link, and says what to take. Standard library only."""
+"""Predicts the seconds of a local step over a link, and recommends a method. Standard library only."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of a local step, with its share of the sync."""
+        """Seconds of a local step, with its share of the sync."""
         return self.compute_seconds + self.communication_seconds
 
     @property
     def communicating(self) -> float:
-        """Share of the time."""
+        """Share of communication in the time."""
         return self.communication_seconds / self.seconds
 
 
@@ -91,13 +91,13 @@ def predict(
 
 
 def scaled(seconds: float, operations: Mapping[str, int]) -> dict[str, float]:
-    """Seconds of a step with each part, from those with the whole network, by what is computed."""
+    """Seconds of a step with each part, from those with the whole network, by the number of operations."""
     return {part: seconds * count / operations["whole"] for part, count in operations.items()}
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to take, and what could be had instead: methods, by name."""
+    """The recommended method, and alternatives, by name."""
 
     method: str
     more_accurate: str | None = None
@@ -106,7 +106,7 @@ class Advice:
 
 
 def advise(rows: Sequence[Row], costs: Mapping[str, float], point: float) -> Advice:
-    """What to take: the method with the best speed, after a fixed price for each point of accuracy that it costs.
+    """Recommend the method with the best speed, after a fixed price for each point of accuracy that it costs.
 
     Args:
         rows: the methods; DDP, which costs nothing, is among them.
@@ -137,5 +137,5 @@ def _smaller(rows: Sequence[Row], taken: Row) -> str | None:
 
 
 def recorded(row: Row) -> dict[str, Any]:
-    """For a result file."""
+    """The row for a result file."""
     return {**asdict(row), "seconds": row.seconds}

@@ -29,7 +29,7 @@ def rows_of(content: Content) -> list[Row]:
 
 
 def studies_of(content: Content) -> list[Study]:
-    """Those that tell what the methods of a result file cost in accuracy."""
+    """The studies that have the accuracy costs of a result file's methods."""
     methods = {row["method"] for row in content["rows"]}
     return studies_for(
         neurons_only="ist" in methods and "resist" not in methods, workers=content["settings"]["workers"]
@@ -88,7 +88,7 @@ def cost_in_words(method: str, costs: Mapping[str, Sequence[Cost]], workers: int
 
 
 def explained(content: Content) -> str:
-    """What the table rests on, and what to take."""
+    """The basis of the table, and the recommendation."""
     settings, studies = content["settings"], studies_of(content)
     costs = costs_of(studies, settings["workers"])
     lines = [f"- Compute: {_compute_in_words(content)}. Communication: bytes of the worker that sends most / bandwidth"]
@@ -134,15 +134,15 @@ def _seeds(study: Study, settings: Mapping[str, Any]) -> str:
 
 
 def in_words(content: Content, costs: Mapping[str, Sequence[Cost]]) -> str:
-    """What to take here, and why."""
+    """The recommendation for a result file, and its reason."""
     rows, point = rows_of(content), content["settings"]["point"]
-    # Where several studies speak of a method, the one that it costs most.
+    # Where several studies have a method, the highest cost counts.
     worst = {method: max(cost.points for cost in found) for method, found in costs.items()}
     return advice_in_words(advise(rows, worst, point), {row.method: row for row in rows}, worst, point)
 
 
 def advice_in_words(advice: Advice, rows: Mapping[str, Row], costs: Mapping[str, float], point: float) -> str:
-    """One or two sentences."""
+    """The recommendation in one or two sentences."""
     taken = rows[advice.method]
     price = f"a point of accuracy is taken to be worth {point:g} times the speed"
     if advice.method == "ddp":
@@ -198,7 +198,7 @@ def check() -> str:
 
 
 def off() -> str:
-    """How far off the predictions are, in a sentence."""
+    """The errors of the predictions, in a sentence."""
     found: dict[str, list[float]] = {}
     for _, row, measured in pairs():
         found.setdefault(row.method, []).append(row.seconds / measured["seconds_per_step"] - 1)
@@ -208,7 +208,7 @@ def off() -> str:
 
 @cache
 def pairs() -> tuple[Pair, ...]:
-    """By link and method, what is predicted and what was measured, of the result file of experiments/links.
+    """By link and method, predictions and measurements, of the result file of experiments/links.
 
     Its own seconds of DDP's compute, without communication, are given as ``step_seconds``.
     """
@@ -226,7 +226,7 @@ def pairs() -> tuple[Pair, ...]:
 
 
 def closed_forms(settings: Mapping[str, Any]) -> tuple[list[Footprint], dict[str, int]]:
-    """Of a network of experiments/networks.py, without memory: the methods, and the operations of each part."""
+    """The methods' footprints and each part's operations, of a network of experiments/networks.py without memory."""
     setting = Setting(settings["workers"], settings["local_steps"], settings["min_blocks"])
     image = torch.empty(settings["batch"], 3, 32, 32, device="meta")
     with torch.device("meta"):

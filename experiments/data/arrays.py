@@ -1,4 +1,4 @@
-"""Examples as one array, and the deterministic subsets that are taken of it."""
+"""Examples as one array, and deterministic subsets of it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def holdout(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split ``range(count)`` at random into the larger part and a hold-out of ``fraction``, both in rising
     order.
 
-    A pure function of its arguments: no global generator is read or moved. Both parts have at least one
+    A pure function of its arguments: no global generator is read or advanced. Both parts have at least one
     element.
 
     Raises:

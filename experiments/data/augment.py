@@ -12,7 +12,7 @@ from experiments.data.arrays import Images
 
 
 class BatchRandomCrop(nn.Module):
-    """Pad with zeros and crop to the old size, at a place of its own for each image.
+    """Pad with zeros and crop to the old size, at a different place for each image.
 
     torchvision's ``v2.RandomCrop`` takes one place for a whole batch, and a call per image costs more than a
     local step of a small network.

@@ -1,4 +1,4 @@
-"""Lists the files of a folder with a sub-folder per class, and caches what is decoded of them in a mapped file."""
+"""Lists the files of a folder with a sub-folder per class, and caches their decoded content in a mapped file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Listing(NamedTuple):
     labels: tuple[int, ...]
 
     def fingerprint(self, how: object) -> str:
-        """Another one where a file has changed, or ``how`` it is decoded."""
+        """A hash that changes with any file, and with ``how`` it is decoded."""
         digest = hashlib.sha256(f"{self.folder.resolve()} {how}".encode())
         for path in self.files:
             status = path.stat()
@@ -46,14 +46,14 @@ def list_files(folder: Path, classes: Sequence[str], suffixes: Collection[str], 
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``make`` returned when it was first called for this path; tensors are mapped from the file, not read.
+    """The result of the first call of ``make`` for this path; tensors are mapped from the file, not read.
 
     Workers of one host share the pages.
     """
     if not path.exists():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may be writing the same file: the rename makes it appear whole, whoever is first.
+        # Another process may be writing the same file: the rename makes it appear whole, whichever is first.
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save(made, draft)
         draft.replace(path)

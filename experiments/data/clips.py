@@ -43,7 +43,7 @@ VERSION_2 = Archive(
 
 
 def is_there(folder: Path) -> bool:
-    """Whether there is a folder with something in it."""
+    """Whether the folder exists and is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
@@ -53,13 +53,13 @@ def download(folder: Path, archive: Archive = VERSION_2) -> None:
     The folder appears whole or not at all; an archive that came whole is not fetched again.
 
     Raises:
-        RuntimeError: what came is not the archive, by its sum.
+        RuntimeError: the downloaded file is not the archive, by its sum.
         OSError: it cannot be fetched or written.
     """
     if is_there(folder):
         return
     draft = folder.with_name(f"{folder.name}.extracting")
-    shutil.rmtree(draft, ignore_errors=True)  # of a run that was broken off
+    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
     download_and_extract_archive(archive.url, str(folder.parent), str(draft), md5=archive.md5)
     draft.replace(folder)
 
@@ -86,7 +86,7 @@ def list_clips(folder: Path) -> Listing:
 
 
 def speaker_percent(file_name: str) -> float:
-    """Where in [0, 100] the data set's README puts a speaker, by SHA-1 of the name before ``_nohash_``.
+    """The place in [0, 100] of a speaker by the data set's README: SHA-1 of the name before ``_nohash_``.
 
     All clips of a speaker, of all words, have the same value; a part of the data is an interval of it.
     """
@@ -99,7 +99,7 @@ def features_of(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
     """The features of the clips that have 16000 samples.
 
     Returns:
-        float32 (clips, 4096), in decibels, and int64 (clips,): which of the files they are.
+        float32 (clips, 4096), in decibels, and int64 (clips,): their places in ``files``.
 
     Raises:
         ValueError: a file that is no wav file, or one of another rate, width or number of channels.

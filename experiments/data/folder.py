@@ -95,7 +95,7 @@ class ImageFolder(ImageData):
         return found
 
     def prepare_data(self) -> None:
-        """Decode what is not in the cache; Lightning calls it in one process per host."""
+        """Decode files that are not in the cache; Lightning calls it in one process per host."""
         for listing in self.listings.values():
             self._cached(listing)
 

@@ -1,7 +1,7 @@
 """Mel spectrograms in decibels, as librosa made them when the paper's data were made.
 
 The released code (December 2020) calls ``librosa.feature.melspectrogram`` with 128 bands on the clip's 16-bit values,
-not divided by 32768, and ``librosa.power_to_db(ref=np.max)``, whose default cuts what is more than 80 dB below the
+not divided by 32768, and ``librosa.power_to_db(ref=np.max)``, whose default cuts values more than 80 dB below the
 clip's loudest value. So a clip lies in [-80, 0] dB, however loud it was recorded, and a clip of zeros is 0 dB
 everywhere. librosa continued a clip at its ends by reflection then; since 0.9.0 it does so with zeros. We reflect.
 
@@ -42,7 +42,7 @@ def decibels(clips: Tensor) -> Tensor:
     window = torch.hann_window(WINDOW, dtype=torch.float64)
     waves = torch.stft(clips.double(), WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
     power = (filter_bank() @ waves.abs().square()).flatten(1)
-    level = 10 * power.clamp_min(LEAST_POWER).log10()  # silence has no logarithm
+    level = 10 * power.clamp_min(LEAST_POWER).log10()  # 0 has no logarithm
     loudest = level.amax(dim=1, keepdim=True)
     return (level - loudest).clamp_min(-DYNAMIC_RANGE).float()
 

@@ -22,7 +22,7 @@ HOLDOUT_SEED = 1  # the hold-out of the authors' code: 10 %, seed 1 (spec, secti
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How examples are split and loaded.
+    """Options of splitting and loading examples.
 
     Raises:
         ValueError: a value outside its limits.
@@ -58,10 +58,10 @@ def check_least(**sizes: tuple[int | None, int]) -> None:
 class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
     """Examples in memory or in a mapped file, split into training, validation (a hold-out of the training) and test.
 
-    How the training examples are dealt to the workers is the strategy's business: shards, or a full copy each.
+    The strategy distributes the training examples over the workers: shards, or a full copy each.
 
     Args:
-        loading: how examples are split and loaded.
+        loading: options of splitting and loading.
         training_transform: turns the examples of a batch into inputs and labels.
         evaluation_transform: the same in validation and test.
     """
@@ -90,14 +90,14 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
         """All training or all test examples, in an order that never changes."""
 
     def check(self) -> None:
-        """Refuse what cannot be used, before anything is decoded or downloaded.
+        """Refuse unusable settings, before anything is decoded or downloaded.
 
         Raises:
             ValueError: a wrong folder; the message says what is missing.
         """
 
     def setup(self, stage: str) -> None:
-        """Read what the stage needs; Lightning calls it in every worker."""
+        """Read the examples of the stage; Lightning calls it in every worker."""
         if stage in ("fit", "validate") and "train" not in self.parts:
             pool = self.read(train=True)
             # The limit comes first: the hold-out is a share of what is used.
@@ -116,7 +116,7 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
             drop_last=self.loading.drop_last,
             collate_fn=self.training_transform,
             num_workers=self.loading.num_workers,
-            pin_memory=torch.cuda.is_available(),  # copies to a GPU do not wait then
+            pin_memory=torch.cuda.is_available(),  # so that copies to a GPU are asynchronous
         )
 
     def val_dataloader(self) -> DataLoader[Examples]:
@@ -133,8 +133,8 @@ class ArrayData(L.LightningDataModule, ABC, Generic[Examples]):
             batch_size=self.loading.eval_batch_size,
             collate_fn=self.evaluation_transform,
             num_workers=self.loading.num_workers,
-            # A loader draws a seed when it starts: from a generator of its own, validating does not move the
-            # global one, and the training is the same as without it.
+            # A loader draws a seed when it starts: from a generator of its own, validating does not advance the global
+            # one, and the training is the same as without it.
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
         )

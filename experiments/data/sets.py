@@ -1,4 +1,4 @@
-"""Data modules without files of one's own: digits, CIFAR, random images."""
+"""Data modules that need no files of the user's: digits, CIFAR, random images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A made task of the shape of Speech Commands, for speed, memory and tests of accuracy without a download."""
+"""A generated task of the shape of Speech Commands, for speed, memory and tests of accuracy without a download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOISE = 0.5  # deviation of the noise of a feature; without noise a feature devi
 
 
 class World(NamedTuple):
-    """What a seed fixes: the prototypes and the network that turns a latent point into features."""
+    """The constants of a seed: the prototypes and the network that turns a latent point into features."""
 
     prototypes: Tensor
     inner: Tensor
@@ -32,11 +32,11 @@ class SpeechShaped(FeatureData):
     A class is eight places in twelve dimensions, which no hyperplane separates from the others'; a network of one tanh
     layer folds them into the features. So a fully connected network learns the task, the better the wider it is, and a
     linear classifier does not. Held-out accuracy with the default sizes, seeds 0 to 2, by
-    experiments/benchmarks/speech_shaped.py (which says of what): two layers of width 512, 0.87 to 0.95; of width 128,
+    experiments/benchmarks/speech_shaped.py (with its conditions): two layers of width 512, 0.87 to 0.95; of width 128,
     0.78 to 0.86; logistic regression, 0.44 to 0.45.
 
     Every worker makes the same examples for itself: in a second, 168 MB with the default sizes. Test examples do not
-    depend on ``train_size``, and no global generator is read or moved.
+    depend on ``train_size``, and no global generator is read or advanced.
 
     Args:
         train_size: examples for training and validation.
@@ -98,5 +98,5 @@ class SpeechShaped(FeatureData):
         )
 
     def _generator(self, stream: int) -> torch.Generator:
-        """One of three streams of the seed: the world, the training, the test."""
+        """The generator of one of three streams of the seed: the world, the training, the test."""
         return torch.Generator().manual_seed(3 * self.seed + stream)

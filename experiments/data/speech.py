@@ -93,7 +93,7 @@ class SpeechCommands(FeatureData):
 
 
 def standardised(listing: Listing) -> dict[str, Any]:
-    """What the cache holds.
+    """The content of the cache.
 
     Returns:
         ``table``, float32 (clips, 4096), of which ``mean`` has been subtracted and which was divided by ``std`` (in
@@ -112,7 +112,7 @@ def standardised(listing: Listing) -> dict[str, Any]:
             f"{listing.folder}: {len(found)} of {len(listing.files)} clips have {mel.SAMPLES} samples, and "
             f"{int(tested.sum())} of them are of the test's speakers; neither training nor test can be empty"
         )
-    # By clips first: `table[~tested]` would be a copy of most of it.
+    # Per clip first: `table[~tested]` would be a copy of most of it.
     variance, mean = torch.var_mean(table, dim=1, correction=0)
     average = mean[~tested].double().mean()
     deviation = (variance + (mean - average) ** 2)[~tested].double().mean().sqrt()

@@ -93,7 +93,7 @@ class Hosts:
 
 
 def diaries(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """What each process has written down, by its pid."""
+    """The diary of each process, by its pid."""
     found = {}
     for path in folder.glob("diary-*.jsonl"):
         lines = path.read_text().split("\n")[:-1]  # the last may be half a line
@@ -117,7 +117,7 @@ def trains(folder: Path, workers: int, after: float) -> bool:
 
 
 def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
-    """What a change of the workers has cost, from the diaries."""
+    """The cost of a change of the workers, from the diaries."""
     rows = list(diaries(folder).values())
     before = [entry for entries in rows for entry in entries if entries[0]["at"] < at]
     after = [entries[0] for entries in rows if entries[0]["at"] > at and entries[0]["workers"] == workers]
@@ -134,7 +134,7 @@ def change(folder: Path, at: float, workers: int) -> dict[str, Any]:
 
 
 def lose_and_return(options: Options) -> dict[str, Any]:
-    """One training; what the two changes of the workers have cost."""
+    """A training; returns the costs of its two changes of the workers."""
     hosts, seconds, limit = options.hosts, options.seconds, options.limit
     with tempfile.TemporaryDirectory(prefix="elastic_") as name:
         folder = Path(name)
@@ -174,7 +174,7 @@ def lose_and_return(options: Options) -> dict[str, Any]:
 
 
 def run(_: Sequence[str], options: Options) -> None:
-    """Lose a host, take it in again, write what it cost."""
+    """Lose a host, take it in again, and write the costs."""
     record = lose_and_return(options)
     settings = options.take("hosts", "steps", "seconds", "away")
     write_record(Path(options.out) / "elastic.jsonl", {"settings": settings, "rendezvous": QUICKLY, **record})

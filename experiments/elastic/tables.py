@@ -1,4 +1,4 @@
-"""The table of the elastic training: what losing a host and taking it back costs."""
+"""The table of the elastic training: the costs of losing a host and taking it back."""
 
 from __future__ import annotations
 

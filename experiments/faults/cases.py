@@ -32,7 +32,7 @@ class Case:
 
     fault: Fault  # the fault
     face: str = "resist"  # ``resist`` or ``local_sgd``
-    workers: int = 2  # how many
+    workers: int = 2  # number of workers
     # ``forked`` (processes that exist already, as under Slurm; nobody watches them), ``popen`` (Lightning's) or
     # ``torchrun``
     launcher: str = "forked"
@@ -54,7 +54,7 @@ SAMPLE = (
 
 
 def draw(number: int, seed: int) -> list[Case]:
-    """So many random cases; every kind at every place comes as often as any other, but for one."""
+    """``number`` random cases; every kind at every place comes equally often, give or take one."""
     generator, pairs = random.Random(seed), list(possible())
     cases: list[Case] = []
     while len(cases) < number:

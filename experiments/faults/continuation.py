@@ -19,23 +19,23 @@ from resist_lightning.strategies.saving.checkpoint_files import CHECKPOINT_KEY
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A training to which nothing happens."""
+    """The reference training, without a fault."""
 
-    checkpoints: Mapping[str, Any]  # what it saved, by name
-    final: Mapping[str, Tensor]  # the weights that every worker ended with
+    checkpoints: Mapping[str, Any]  # its checkpoints, by name
+    final: Mapping[str, Tensor]  # the weights of every worker at the end
 
 
 @dataclass(frozen=True)
 class Left:
-    """What a broken training left."""
+    """The checkpoints and files that a broken training left."""
 
     last: str | None  # name of the last checkpoint that can be read; None if there is none
-    half_written: list[str]  # names of those that cannot
+    half_written: list[str]  # names of unreadable ones
     temporary: int  # files that belong to no checkpoint, in the folders of checkpoints and of temporary files
-    # whether all that the unbroken training saved, too, is what it saved then. What was saved because of the fault is
-    # gone on from
+    # whether all checkpoints that the unbroken training has, too, equal its own. Those saved because of the fault are
+    # resumed from
     equal: bool
-    saved_steps: int  # local steps that the last one has
+    saved_steps: int  # local steps of the last one
 
 
 def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
@@ -46,7 +46,7 @@ def train_unbroken(settings: Settings, folder: Path) -> Unbroken:
     files = {path.stem: read(path)[0] for path in (folder / "checkpoints").glob("*.ckpt")}
     finals = finals_of(folder, settings.workers)
     if not files or not all(same(finals[0], final) for final in finals):
-        # What is compared with it would prove nothing.
+        # A comparison with it would prove nothing.
         raise RuntimeError("a training without a fault saved nothing, or left different weights on its workers.")
     return Unbroken(files, finals[0])
 
@@ -73,7 +73,7 @@ def look(folder: Path, unbroken: Unbroken) -> Left:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
-    """A checkpoint with what every worker has written beside it, and the paths of that."""
+    """A checkpoint with the states in its workers' files, and the paths of these."""
     # On the CPU: this process forks the workers of the next training, which it could not after using a GPU.
     content = torch.load(path, map_location="cpu", weights_only=True)
     beside = [Path(f"{path}.workers") / name for name in content.get(CHECKPOINT_KEY, {}).get("files", [])]
@@ -81,7 +81,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
 
 def check_resuming(settings: Settings, folder: Path, left: Left, unbroken: Unbroken) -> str | None:
-    """Resume a broken training from its last checkpoint, in a new folder; what is wrong with it, or None."""
+    """Resume a broken training from its last checkpoint, in a new folder; returns what went wrong, or None."""
     assert left.last is not None
     resume = str(folder / "checkpoints" / f"{left.last}.ckpt")
     again = folder.with_name(folder.name + "-resumed")
@@ -106,7 +106,7 @@ PATHS = re.compile(r"ModelCheckpoint|callbacks|files$")
 
 
 def same(one: Any, other: Any, but: re.Pattern[str] | None = None) -> bool:
-    """Whether two contents are equal, tensors bit for bit; keys that match ``but`` are passed over."""
+    """Whether two contents are equal, tensors bit for bit; keys that match ``but`` are ignored."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -118,5 +118,5 @@ def same(one: Any, other: Any, but: re.Pattern[str] | None = None) -> bool:
 
 
 def lost_steps(struck_at: int, left: Left) -> int:
-    """Local steps of every worker that must be done again."""
+    """Local steps that every worker must repeat."""
     return max(struck_at - left.saved_steps, 0)

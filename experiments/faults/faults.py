@@ -50,15 +50,15 @@ ONLY_PLACE = {"raise_in_loader": "local steps", "fill_disk": "saving"}
 
 
 class NeverStruck(RuntimeError):
-    """The training came to its end without the fault: what was to be tried was not tried."""
+    """The training ended without the fault, so nothing was tested."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong once, in one worker."""
+    """A failure that happens once, in one worker."""
 
     kind: str  # one of `KINDS`
-    worker: int  # where
+    worker: int  # the worker that it strikes
     place: str  # one of `PLACES`
     round: int  # the round that the worker is in; for a sync, the one that ends
     step: int = 0  # local steps taken in the round; for ``local steps``, and, as the least, for ``saving``
@@ -76,7 +76,7 @@ class Fault:
             )
 
     def __str__(self) -> str:
-        """As a sentence, for records and errors."""
+        """The fault in words, for records and errors."""
         step = f", step={self.step}" if self.place in WITH_STEP else ""
         return f'{self.kind}(worker={self.worker}).at("{self.place}", round={self.round}{step})'
 
@@ -117,7 +117,7 @@ class Injector(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Called when nobody waits for anybody any more."""
+        """Called when no worker waits for another any more."""
         self._disarm()
         if trainer.global_rank == self.fault.worker and not self.struck:
             raise NeverStruck(f"{self.fault} did not happen: the training ended without coming there.")
@@ -166,4 +166,4 @@ def thaw(pid: int) -> None:
 
 
 def _nothing() -> None:
-    """There is nothing to put back."""
+    """A no-op: there is nothing to put back."""

@@ -40,7 +40,7 @@ def _allocate(_: str) -> None:
 
 
 def _nothing_more(_: str) -> None:
-    """The disk is full already when this is called."""
+    """A no-op: the disk is full already when this is called."""
 
 
 INJECTIONS: dict[str, Callable[[str], None]] = {
@@ -57,7 +57,7 @@ INJECTIONS: dict[str, Callable[[str], None]] = {
 
 
 def after_next_message(place: str, strike: Callable[[], None]) -> Disarm:
-    """Strike when this process has next begun to send: posted, and not waited for."""
+    """Strike at this process's next send: posted, and not waited for."""
     name = SENDING[place]
     send = getattr(dist, name)
 
@@ -93,9 +93,9 @@ def in_loader(trainer: L.Trainer, is_now: Callable[[], bool], strike: Callable[[
 def while_saving(strategy: Any, is_now: Callable[[], bool], strike: Callable[[], None], kind: str) -> Disarm:
     """Strike in the middle of a file: the kernel stops the write at :data:`HALF_A_FILE_BYTES` and says so by a signal.
 
-    Whatever writes the file, some of it is on the disk then. Worker 0 is struck in the model's file, which comes last, the
-    others in their own. What the program may outlive, or say in its own words, comes before the write: stopped by the
-    kernel it would fail, too.
+    Whatever writes the file, some of it is on the disk then. Worker 0 is struck in the model's file, which comes last,
+    the others in their own. A fault that the program may outlive, or report in its own words, strikes before the write:
+    a write stopped by the kernel would fail, too.
     """
     writer = strategy.checkpoint_io if strategy.global_rank == 0 else strategy
     save = writer.save_checkpoint

@@ -5,9 +5,9 @@ python experiments/faults/run.py size=sample out=runs/faults
 python experiments/faults/run.py number=20 seed=1 out=runs/faults
 python experiments/faults/run.py join=[runs/a/faults.jsonl,runs/b/faults.jsonl]   (records of different seeds, as one)
 
-After every fault it looks at how each worker ended, at what is left of processes and files, and trains on from the last
-checkpoint to compare the weights, bit for bit, with those of a training to which nothing happened. Prints a table, and
-writes faults.jsonl and faults.png. Ends with exit code 1 if anything was found. Needs Linux.
+After every fault it checks the end of each worker and the processes and files that are left, and resumes from the last
+checkpoint to compare the weights, bit for bit, with those of a training without a fault. Prints a table, and writes
+faults.jsonl and faults.png. Ends with exit code 1 if anything was found. Needs Linux.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Soak:
         self._unbroken: dict[tuple[str, int], Unbroken] = {}
 
     def run(self, case: Case) -> dict[str, Any]:
-        """Inject the fault, look at what is left, resume; the row of the record."""
+        """Inject the fault, check what is left, resume; returns the row of the record."""
         unbroken, settings = self.unbroken(case), self.settings(case)
         folder = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
         limit = self.cfg.limit_seconds + self.cfg.launch_seconds * (case.launcher != "forked")
@@ -116,7 +116,7 @@ class Soak:
 
 
 def soak(options: Options) -> dict[str, Any]:
-    """Run the cases; the record."""
+    """Run the cases; returns the record."""
     cases = draw(options.number, options.seed) if options.cases == "random" else list(SAMPLE[: options.number])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and leave no worker behind

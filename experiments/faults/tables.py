@@ -16,7 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def count(rows: Rows, finding: str) -> int:
-    """Runs in which something of a kind was found."""
+    """Number of runs with findings of a kind."""
     return sum(any(found.startswith(finding) for found in row["findings"]) for row in rows)
 
 
@@ -51,13 +51,13 @@ HEADER = [
 
 
 def by_kind(rows: Rows) -> list[tuple[str, Rows]]:
-    """The kinds that there are, with their runs."""
+    """The kinds that occur, with their runs."""
     found = [(kind, [row for row in rows if row["kind"] == kind]) for kind in KINDS]
     return [(kind, own) for kind, own in found if own]
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """A run in one line, and what was found in lines of its own."""
+    """A run in one line, and its findings in lines of their own."""
     seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f} s"
     head = f"{row['fault']}, {row['face']}, {row['workers']} workers, {row['launcher']}: {seconds}"
     return "".join([head, *(f"\n    {finding}" for finding in row["findings"])])
@@ -67,7 +67,7 @@ OF_EACH = ("seed", "number", "minutes", "output")  # settings in which the recor
 
 
 def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One record of all faults, in the order of the records."""
+    """A single record of all faults, in the order of the records."""
     first = contents[0]
     for other in contents[1:]:
         for key in ("machine", "settings"):
@@ -92,7 +92,7 @@ def joined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def faults_claim(content: Content) -> str:
-    """What was run, on what."""
+    """The cases, the settings and the machine, in words."""
     stamp = content["machine"]
     settings = content["settings"]
     rows = content["rows"]
@@ -127,7 +127,7 @@ def faults_by_place(content: Content) -> Grid:
 
 
 def faults_findings(content: Content) -> Grid | str:
-    """Every run in which something was found."""
+    """Every run with findings."""
     found = [
         [f"`{row['fault']}`, {row['launcher']}", "; ".join(row["findings"])]
         for row in content["rows"]

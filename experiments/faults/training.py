@@ -1,13 +1,13 @@
-"""The small training that faults strike: what one worker of it does, and what it leaves in its folder.
+"""The small training that faults strike: a worker's part, and the files in its folder.
 
 ``python -m experiments.faults.training FOLDER`` (alone, or under torchrun) is a user's training script.
 
-FOLDER/settings.json      what to train
+FOLDER/settings.json      the settings
 FOLDER/pid-0, pid-1 ...   one for each worker
-FOLDER/struck.json        when the fault struck
-FOLDER/error-1.json       what a worker raised, and when
+FOLDER/struck.json        the time of the strike
+FOLDER/error-1.json       the error of a worker, and its time
 FOLDER/checkpoints/       one file for every other local step, at borders of rounds and in their middle
-FOLDER/final-0.pt ...     the weights that a worker ended with
+FOLDER/final-0.pt ...     the weights of a worker at the end
 FOLDER/tmp/               TMPDIR of the workers
 """
 
@@ -57,25 +57,25 @@ MIN_BLOCKS = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """A training."""
+    """The settings of a training."""
 
     face: str  # ``resist`` or ``local_sgd``
-    workers: int  # how many
+    workers: int  # number of workers
     timeout: float  # of the strategy, in seconds
-    silence: float  # of the strategy, in seconds: how long a worker may say nothing
-    fault: Fault | None = None  # what goes wrong, if anything does
+    silence: float  # of the strategy, in seconds: time without a heartbeat
+    fault: Fault | None = None  # the fault, if there is one
     resume: str | None = None  # a checkpoint to resume from
     device: str = "cpu"  # of all workers: several may share a GPU
     backend: str = "gloo"  # of the process group
     variables: list[dict[str, str]] = field(default_factory=list)  # more of each worker's environment; may be empty
 
     def write(self, folder: Path) -> None:
-        """For processes that are started by a launcher."""
+        """Write the settings, for processes that a launcher starts."""
         (folder / "settings.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """What :meth:`write` wrote."""
+        """The settings in the file of :meth:`write`."""
         plain = json.loads((folder / "settings.json").read_text())
         return cls(**{**plain, "fault": plain["fault"] and Fault(**plain["fault"])})
 
@@ -140,7 +140,7 @@ def on_save_error(fault: Fault | None) -> str:
 
 
 def train(folder: Path) -> None:
-    """The life of a worker."""
+    """The whole run of a worker."""
     settings = Settings.read(folder)
     worker = int(os.environ.get("LOCAL_RANK", "0"))
     (folder / f"pid-{worker}").write_text(str(os.getpid()))
@@ -173,7 +173,7 @@ def train(folder: Path) -> None:
 
 
 def train_as_forked(worker: int, folder: Path, port: int) -> None:
-    """:func:`train` in a forked process, which has what torchrun would give it."""
+    """:func:`train` in a forked process, with the variables that torchrun would give it."""
     with (folder / f"output-{worker}.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -190,13 +190,13 @@ def train_as_forked(worker: int, folder: Path, port: int) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What all workers are given."""
+    """Environment variables of all workers."""
     (folder / "tmp").mkdir(exist_ok=True)
     return {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
 
 
 def _seed(worker: int) -> None:
-    """All generators, another way in each worker."""
+    """Seed all generators, differently in each worker."""
     random.seed(worker)
     np.random.seed(worker)
     torch.manual_seed(worker)

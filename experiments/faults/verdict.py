@@ -1,4 +1,4 @@
-"""Compares how a broken training ended with how it must end. Reads nothing, starts nothing."""
+"""Compares the end of a broken training with the required one. Reads nothing, starts nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.faults.continuation import Left, lost_steps
 from experiments.faults.training import SAVE_EVERY, on_save_error
 from experiments.faults.workers import Ended
 
-# How the struck worker ends, and what it raises: its own error must not be hidden by another one.
+# The end of the struck worker, and its error, which another one must not hide.
 OWN_END = {
     "kill": ("SIGKILL", ""),
     "segfault": ("SIGSEGV", ""),
@@ -23,9 +23,9 @@ OWN_END = {
     "terminate": ("exit code 143", "SIGTERMException"),
     "interrupt": ("exit code 1", "SystemExit"),
 }
-# What all workers raise, having agreed to end before the same batch, or that a checkpoint could not be written.
+# The error of all workers, having agreed to end before the same batch, or that a checkpoint could not be written.
 TOGETHER = {"fill_disk": "CheckpointNotWritten", "terminate": "SIGTERMException", "interrupt": "SystemExit"}
-# What it was last heard to do; who is gone in a moment cannot have told of that moment.
+# Its last reported activity; a worker that is gone in a moment cannot have reported that moment.
 DOING = r"last doing: (starting\.|(starting|local steps|handshake|averaging|hand-over|evaluation|saving|finishing), round \d+, local step \d+)"
 # Faults that, struck in the middle of a file, may come out as the failure of the write that they break off.
 IN_A_FILE = ("raise_error", "run_out_of_memory")
@@ -33,7 +33,7 @@ HANG, WRONG = "hang", "wrong continuation"  # how the findings begin that no run
 
 
 def findings(case: Case, ended: Ended, left: Left, resumed: str | None) -> list[str]:
-    """What was wrong with a run; each begins with its kind and a colon."""
+    """The findings of a run; each begins with its kind and a colon."""
     if ended.struck is None:
         return ["not tried: the fault did not strike"]
     return [

@@ -1,4 +1,4 @@
-"""Runs the workers of a training until they have ended or the time is up, and tells how each ended."""
+"""Runs the workers of a training until they have ended or the time is up, and reports the end of each."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ POLL_SECONDS = 0.01
 
 @dataclass
 class Ended:
-    """What became of a training."""
+    """The end of a training: exits, errors and left-overs."""
 
     # of each worker: ``exit code 0``, ``SIGKILL``, ``ended`` (where a launcher alone knows), ``running``
     ends: list[str] = field(default_factory=list)
     errors: list[dict[str, Any] | None] = field(default_factory=list)  # of each worker: type, text and moment, or None
-    struck: dict[str, Any] | None = None  # when the fault struck, what the worker did, and its local steps; or None
+    struck: dict[str, Any] | None = None  # the time of the strike, the worker's activity, and its local steps; or None
     hung: list[int] = field(default_factory=list)  # workers, other than a frozen one, that still ran at the limit
     survived_until: float | None = None  # when the last of them ended
-    # how a frozen worker ended after SIGCONT; None where nothing was frozen, or somebody had ended it
+    # exit of a frozen worker after SIGCONT; None where nothing was frozen, or somebody had ended it
     thawed: str | None = None
     # state letters (``S`` sleeps, ``T`` is stopped) of all processes that were still there
     left_over: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ def run_training(settings: Settings, folder: Path, launcher: str = "forked", *, 
 
 
 class _Watch:
-    """What all ways to start have in common."""
+    """The common part of all ways to start workers."""
 
     def __init__(self, settings: Settings, folder: Path, launcher: str, limit: float) -> None:
         self.settings = settings
@@ -76,11 +76,11 @@ class _Watch:
         self.survivors = [worker for worker in self.workers if worker != self.frozen]
 
     def run(self) -> Ended:
-        """Start, wait for the survivors, thaw who is frozen, see what is left, and kill that."""
+        """Start, wait for the survivors, thaw a frozen worker, note the left-over processes, and kill them."""
         self.start()
         survived_until = self.until(self.survivors_ended, self.limit)
         hung = [worker for worker in self.survivors if self.running(worker)]
-        # Before the survivors have ended it could go on together with them: then nothing would have been tried.
+        # Before the survivors have ended it could go on together with them: then nothing would have been tested.
         thawed = self.thaw() if self.frozen is not None and survived_until is not None else None
         self.settle()
         ended = Ended(
@@ -105,7 +105,7 @@ class _Watch:
         raise NotImplementedError
 
     def ends(self) -> list[str]:
-        """How each worker ended, see `Ended`."""
+        """The end of each worker, see `Ended`."""
         raise NotImplementedError
 
     def frozen_process(self) -> tuple[int, Callable[[], int | None]] | None:
@@ -117,18 +117,18 @@ class _Watch:
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Wait for what ends by itself behind the workers."""
+        """Wait for processes that end by themselves after the workers."""
 
     def known(self) -> set[int | None]:
-        """Processes that are no left-overs: `ends` speaks of them."""
+        """Processes that are no left-overs: `ends` covers them."""
         return set()
 
     def returncode(self) -> int | None:
-        """Of the launcher."""
+        """The launcher's exit code."""
         return None
 
     def thaw(self) -> str | None:
-        """Let a frozen worker go on: it must find that the others are gone. None if somebody has ended it."""
+        """Continue a frozen worker: it must find that the others are gone. None if somebody has ended it."""
         process = self.frozen_process()
         if process is None or process[1]() is not None:
             return None
@@ -138,7 +138,7 @@ class _Watch:
         return name_of_exit(exitcode())
 
     def until(self, done: Callable[[], bool], limit: float) -> float | None:
-        """Wait; when it was done, or None where the limit, counted from the strike, came first."""
+        """Wait; returns the time when it was done, or None where the limit, counted from the strike, came first."""
         start = time.monotonic()
         while not done():
             struck = self.struck()
@@ -156,7 +156,7 @@ class _Watch:
 
 
 class _Forked(_Watch):
-    """Processes without anybody who watches them."""
+    """Processes that no launcher watches."""
 
     def start(self) -> None:
         threads = len(os.listdir("/proc/self/task"))
@@ -190,7 +190,7 @@ class _Forked(_Watch):
 
 
 class _Launched(_Watch):
-    """Started as a user starts a script."""
+    """Processes started as a user starts a script."""
 
     def start(self) -> None:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={self.settings.workers}"]
@@ -216,7 +216,7 @@ class _Launched(_Watch):
         return ["running" if self.running(worker) else "ended" for worker in self.workers]
 
     def frozen_process(self) -> tuple[int, Callable[[], int | None]] | None:
-        """Worker 0 is Lightning's launcher itself."""
+        """Worker 0's process, which is Lightning's launcher itself; else None."""
         lightnings = self.launcher == "popen" and self.frozen == 0
         return (self.process.pid, self.process.poll) if lightnings else None
 
@@ -233,14 +233,14 @@ class _Launched(_Watch):
 
 
 def wait_for(done: Callable[[], bool], seconds: float) -> None:
-    """Until it is done, or so long."""
+    """Wait until it is done, at most for so many seconds."""
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
 def descendants() -> list[int]:
-    """Living processes that come from this one, orphans too."""
+    """Living descendants of this process, orphans too."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -256,7 +256,7 @@ def descendants() -> list[int]:
 
 
 def kill_all() -> None:
-    """Kill all that comes from this process, and wait for it."""
+    """Kill all descendants of this process, and wait for them."""
     for pid in descendants():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -279,7 +279,7 @@ def _parent_and_state(pid: int) -> tuple[int, str]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where it is not there, or being written."""
+    """The content of a file; None where it is missing, or being written."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -35,7 +35,7 @@ QUEUED = 20  # steps, at most
 
 @dataclass(frozen=True)
 class Task:
-    """What a case needs to know; the last of it is what the accuracy study calls its options."""
+    """The settings of a case; the last ones are the accuracy study's options."""
 
     case: Accuracy
     device: str
@@ -83,7 +83,7 @@ def _evaluated(data: Prepared) -> tuple[tuple[str, Batches], ...]:
 
 
 def _train(trainer: Trainer, task: Task, data: Prepared) -> tuple[int, float]:
-    """Steps that fit into the time. The learning rate falls by the time that is used, not by steps."""
+    """Train for the given time; returns steps and seconds. The learning rate falls by time, not by steps."""
     stream = data.stream(task.batch, seed=0)
     workers = task.case.workers
     began = time.perf_counter()
@@ -93,7 +93,7 @@ def _train(trainer: Trainer, task: Task, data: Prepared) -> tuple[int, float]:
         trainer.step(_on(task.device, batches), rate(LR, used / task.seconds, 1))
         step += 1
         if task.device.startswith("cuda") and step % QUEUED == 0:
-            torch.cuda.synchronize()  # or steps would be queued that the time does not have
+            torch.cuda.synchronize()  # or more steps would be queued than the time allows
     return step, time.perf_counter() - began
 
 

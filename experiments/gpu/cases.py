@@ -1,4 +1,4 @@
-"""What the script measures: the cases of each part, and how long each may take. Nothing runs here."""
+"""The cases of each part of the script, and their time limits. Nothing runs here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Steps(Case):
 
 @dataclass(frozen=True)
 class Struck(Case):
-    """A training of two workers, in one of which something goes wrong."""
+    """A training of two workers, one of which is struck by a fault."""
 
     kind: str
     place: str
@@ -55,7 +55,7 @@ class Struck(Case):
 
     @property
     def fault(self) -> Fault:
-        """In worker 1, and in the second round: then there is a checkpoint."""
+        """The fault in worker 1, in the second round: by then there is a checkpoint."""
         return Fault(self.kind, 1, self.place, round=1, step=int(self.place == "local steps"))
 
 
@@ -97,7 +97,7 @@ def accuracy(options: Any) -> list[Accuracy]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the script; seconds are at most."""
+    """A part of the script; seconds are maxima."""
 
     cases: Callable[[Any], Sequence[Any]]
     seconds: float  # of all its cases
@@ -117,16 +117,16 @@ NEED_PROBES = ("contracts", "faults")
 
 
 def chosen_parts(names: Sequence[str]) -> list[str]:
-    """The parts that are asked for, and the probes before those that ask them for a backend."""
+    """The requested parts, and the probes before parts that need them to choose a backend."""
     return [name for name in PARTS if name in names or (name == "probes" and set(names) & set(NEED_PROBES))]
 
 
-LEAST_SECONDS = 5.0  # a case with less than that could do nothing but be killed
+LEAST_SECONDS = 5.0  # a case with less than that could only be killed
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """How long a case may take at the moment, by three limits."""
+    """The present time limit of a case, by three limits."""
 
     case: float  # seconds of any case of its part
     part: float  # seconds that are left to its part
@@ -138,7 +138,7 @@ class Allowance:
 
     @property
     def refusal(self) -> str | None:
-        """Why it is not begun."""
+        """The reason why it is not begun; None if it may."""
         if self.seconds >= LEAST_SECONDS:
             return None
         whose = "the command" if self.all <= self.part else "the part"
@@ -146,7 +146,7 @@ class Allowance:
 
 
 def chosen_backend(device: str, ranks: int, works: Callable[[Probe], bool]) -> tuple[str, bool]:
-    """By what so many ranks on one device talk, and whether by torch's older backend of that name.
+    """The backend of so many ranks on one device, and whether it is torch's older one of that name.
 
     NCCL where a probe of as many ranks came through; else gloo, which sends tensors of a GPU through the host.
     """

@@ -34,14 +34,14 @@ ROUNDS, LOCAL_STEPS = 5, 4
 EVALUATE_EVERY = 7  # local steps: in the second and in the fourth round, not at their borders
 CLASSES, LR = 10, 0.01
 STRATEGIES: dict[str, Any] = {"resist": ResISTStrategy, "local_sgd": LocalSGDStrategy, "ist": ISTStrategy}
-# Of the largest change by training, in double precision. In single precision a sum in another order may turn a ReLU
-# over, and weights were apart by a hundredth of the change; a block at a wrong worker changes them as training does.
+# Of the largest change by training, in double precision. In single precision a sum in another order may flip a ReLU,
+# and weights differed by a hundredth of the change; a block at a wrong worker changes them as much as training does.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a rank needs to know."""
+    """The settings of a rank."""
 
     case: Contract
     device: str
@@ -56,7 +56,7 @@ class Task:
 
 
 def compared(task: Task, *, classic: bool) -> dict[str, Any]:
-    """Train twice, and say how far the two are apart."""
+    """Train twice, and compare the results."""
     if task.case.devices_per_worker > 1 and not has_nodes(task.case.method):
         raise Skipped(f"{STRATEGIES[task.case.method].__name__} has no option devices_per_worker")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it sums of a GPU depend on chance
@@ -91,7 +91,7 @@ def compared(task: Task, *, classic: bool) -> dict[str, Any]:
 
 
 def broken(row: dict[str, Any]) -> list[str]:
-    """Which contracts a comparison breaks."""
+    """The contracts that a comparison breaks."""
     limit = TOLERANCE * row["largest_change_by_training"]
     found = {
         "the ranks end with different models": not row["ranks_equal"],
@@ -126,7 +126,7 @@ def make_strategy(task: Task, **more: Any) -> SubnetStrategy:
 
 
 def make_network(task: Task) -> nn.Module:
-    """The same weights whenever it is made."""
+    """The network, with the same weights whenever it is made."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         if task.case.method == "ist":
@@ -138,7 +138,7 @@ def make_network(task: Task) -> nn.Module:
 
 
 def without_statistics(network: nn.Module) -> nn.Module:
-    """With group norm: the ranks of a worker see a part of its batch each, and batch norm would tell."""
+    """The network with group norm: the ranks of a worker see parts of its batch, and batch norm would show it."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def without_statistics(network: nn.Module) -> nn.Module:
 
 
 def batch_of(task: Task, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """What a rank trains on in a local step; the rank after the last one has what all evaluate."""
+    """The batch of a rank in a local step; the rank after the last one has the batch that all evaluate."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     labels = torch.randint(0, CLASSES, (task.batch,), generator=generator)
     shape = (task.batch, 3, task.pixels, task.pixels)
@@ -180,7 +180,7 @@ class Evaluated(Module):
 
 
 class Bytes(L.Callback):
-    """Adds up what this worker sends, by the closed form where the method is ResIST or local SGD."""
+    """Adds up the bytes that this worker sends, by the closed form where the method is ResIST or local SGD."""
 
     backend = ""
     by_formula: int | None = None
@@ -255,6 +255,6 @@ def _batches(task: Task, step: int) -> Batches:
 
 
 def reproducible() -> None:
-    """The same kernels for all."""
+    """Choose deterministic kernels."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""Strikes one of two workers that share a device, and notes how both end, and what they say."""
+"""Strikes one of two workers that share a device, and records the ends and the errors of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT_SECONDS = 35.0  # from the strike to the end of the survivor
 
 
 def strike(case: Struck, device: str, backend: str, *, classic: bool) -> dict[str, Any]:
-    """Train, strike, look.
+    """Train, strike, check.
 
     Args:
         case: the fault, and the backend that is wanted.

@@ -1,4 +1,4 @@
-"""What the script runs on, and whether NCCL ranks can share a GPU. For processes of their own: they use the GPU."""
+"""Looks at the GPU, and probes whether NCCL ranks can share it. For processes of their own: they use the GPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _driver() -> str | None:
 
 
 def probe(case: Probe, device: str) -> dict[str, Any]:
-    """Do once, on one GPU, all that the package does over a process group."""
+    """Run all of the package's process-group operations once, on one GPU."""
     if device != "cuda":
         raise Skipped("no GPU")
     if case.classic and not has_two_backends():
@@ -105,7 +105,7 @@ def _gather(rank: int, ranks: int, device: torch.device) -> None:
 
 
 def _exchange(rank: int, ranks: int, device: torch.device) -> None:
-    """As a hand-over: to the next rank, from the one before, receives first."""
+    """Exchange as in a hand-over: to the next rank, from the one before, receives first."""
     landing = torch.empty(ENTRIES, device=device)
     receive = dist.P2POp(dist.irecv, landing, (rank - 1) % ranks)
     send = dist.P2POp(dist.isend, torch.full((ENTRIES,), float(rank), device=device), (rank + 1) % ranks)

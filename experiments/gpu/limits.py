@@ -48,7 +48,7 @@ def measured(
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every case with its row, as soon as it is there.
 
-    A row has ``outcome`` (done, skipped, failed, killed), ``reason`` (None if done), ``seconds``, and what ``work`` found.
+    A row has ``outcome`` (done, skipped, failed, killed), ``reason`` (None if done), ``seconds``, and results.
 
     Each case is a fork of this process, which imports everything once and must never use a GPU itself. Left early, by
     an error or Ctrl-C, everything that runs is killed.
@@ -81,7 +81,7 @@ def _begin(case: Any, work: Work, seconds: float) -> Running:
 
 
 def _end(one: Running) -> dict[str, Any]:
-    """Kill what is left of a case, and read what it found."""
+    """Kill the remaining processes of a case, and read its results."""
     in_time = one.process.exitcode is not None
     assert one.process.pid is not None
     with suppress(ProcessLookupError):  # nobody is left of its session
@@ -108,7 +108,7 @@ def _row(folder: Path, one: Running, in_time: bool) -> dict[str, Any]:
 
 
 def _live(case: Any, work: Work, name: str) -> None:
-    """Be the process of a case."""
+    """Run a case in its own process."""
     os.setsid()  # so that all it starts can be killed with it
     folder = Path(name)
     with (folder / "output").open("w") as output:
@@ -116,7 +116,7 @@ def _live(case: Any, work: Work, name: str) -> None:
         os.dup2(output.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tempfile.tempdir = name  # files of who is killed go with the folder
+    tempfile.tempdir = name  # files of a killed process go with the folder
     try:
         row = {"outcome": "done", "reason": None, **work(case)}
     except Skipped as skipped:
@@ -127,4 +127,4 @@ def _live(case: Any, work: Work, name: str) -> None:
     draft.write_text(json.dumps(row))
     draft.rename(folder / "result.json")
     sys.stdout.flush()
-    os._exit(0)  # nothing that the parent has registered is for us
+    os._exit(0)  # without the exit handlers that the parent has registered

@@ -23,7 +23,7 @@ from resist_lightning.models import preact_resnet
 
 ROUNDS, LOCAL_STEPS = 3, 4
 EVALUATE_EVERY, SAVE_EVERY = 6, 7  # in the middle of a round
-# What the user sees of the engine's activities.
+# The engine's activities, as the user sees them.
 PHASES = {
     "local steps": "training", "handshake": "sync", "averaging": "sync", "hand_over": "sync",
     "evaluation": "evaluation", "saving": "checkpoint",
@@ -32,7 +32,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a rank needs to know."""
+    """The settings of a rank."""
 
     case: Memory
     device: str
@@ -42,13 +42,13 @@ class Task:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """The ranks share the device, and each has its own account of it."""
+    """Measure the ranks: they share the device, and each has its own account of it."""
     with tempfile.TemporaryDirectory() as folder:
         return {"by_worker": forked(_train, (task, Path(folder)), task.case.ranks, grouped=False)}
 
 
 class Account(L.Callback):
-    """Notes what is held between local steps, and the most in each phase."""
+    """Notes the memory held between local steps, and the peak in each phase."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -66,7 +66,7 @@ class Account(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         buffers = sum(buffer.nbytes for buffer in pl_module.buffers() if not buffer.is_meta)
-        # Parameters, gradients and momentum of what the worker holds.
+        # Parameters, gradients and momentum of the worker's part.
         bound = 3 * (self._shared + self._held_blocks()) + buffers
         noted = {"closed_form": bound, "held": held_bytes(pl_module, trainer.optimizers[0], pl_module.buffers())}
         if self.device.type == "cuda":
@@ -100,7 +100,7 @@ def _train(rank: int, task_and_folder: tuple[Task, Path]) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(task.device)
     account = Account(device)
-    # "running": what is recorded for the other policy is no part of the closed form.
+    # "running": the inputs recorded for the other policy are not in the closed form.
     strategy = ResISTStrategy(
         local_steps=LOCAL_STEPS, min_blocks=1, batch_norm="running", parallel_devices=[device] * task.case.ranks,
         process_group_backend="gloo",
@@ -119,6 +119,6 @@ def _train(rank: int, task_and_folder: tuple[Task, Path]) -> dict[str, Any]:
 
 
 def _images(task: Task, steps: int) -> DataLoader[Any]:
-    """So many batches for each rank."""
+    """``steps`` batches for each rank."""
     pixels = torch.randn(steps * task.batch * task.case.ranks, 3, task.pixels, task.pixels)
     return DataLoader(TensorDataset(pixels, torch.zeros(len(pixels), dtype=torch.long)), task.batch)

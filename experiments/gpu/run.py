@@ -1,4 +1,4 @@
-"""What only a GPU can show: contracts over NCCL, memory, step times, faults, and accuracy. At most nine minutes.
+"""Measurements that need a GPU: contracts over NCCL, memory, step times, faults, and accuracy. At most nine minutes.
 
 python experiments/gpu/run.py folder=PATH                  (all parts, on the first GPU; PATH: train/<class>/*, test/<class>/*)
 python experiments/gpu/run.py contracts steps              (some of them; a second call resumes)
@@ -61,7 +61,7 @@ class Options(cli.Command):
     training_seconds: float = option(30, "of each training of the accuracy", above=0, smoke=1.5)
 
 
-# What a result depends on, besides the case.
+# Options that a result depends on, besides the case.
 RECORDED = {
     "contracts": ("width", "pixels", "batch"),
     "memory": ("width", "pixels", "batch"),
@@ -72,7 +72,7 @@ RECORDED = {
 
 @dataclass
 class Script:
-    """One call of the command."""
+    """A call of the command."""
 
     options: Options
     machine: dict[str, Any]  # as `hardware.look` found it
@@ -83,7 +83,7 @@ class Script:
         return "cuda:0" if self.machine["device"] == "cuda" else "cpu"
 
     def study(self, name: str) -> Study:
-        """What was measured of a part; what was not done is tried again."""
+        """The rows measured of a part; cases that were not done are tried again."""
         settings = {"device": self.machine["device"], "gpu": self.machine["gpu"]}
         settings |= self.options.take(*RECORDED.get(name, ()))
         study = Study.at(Path(self.options.out) / f"{name}.jsonl", settings, fresh=self.options.fresh)
@@ -92,7 +92,7 @@ class Script:
         return study
 
     def measure(self, name: str, works: Callable[[Probe], bool]) -> Study:
-        """Measure what is missing of a part."""
+        """Measure the missing cases of a part."""
         part, study, began = PARTS[name], self.study(name), time.monotonic()
         study.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -138,7 +138,7 @@ class Script:
 
 
 def run(names: Sequence[str], options: Options) -> int:
-    """Measure, show, and tell by the exit code whether a case failed, was killed, or broke a promise."""
+    """Measure, show, and tell by the exit code whether a case failed, was killed, or broke a contract."""
     began = time.monotonic()
     script = Script(options, look(), began)
     if script.device == "cpu" and options.size == "full":
@@ -153,12 +153,12 @@ def run(names: Sequence[str], options: Options) -> int:
         done[name] = script.measure(name, works)
     show_and_write(Path(options.out), tables.RESULTS, tables.STUDIES, done, [])
     print(f"{time.monotonic() - began:.0f} s")
-    # A probe may fail: that is what it is for.
+    # A probe may fail: that is its purpose.
     return int(any(is_bad(row) for name, study in done.items() if name != "probes" for row in study.rows))
 
 
 def is_bad(row: dict[str, Any]) -> bool:
-    """Whether a row must make somebody look."""
+    """Whether a row needs attention."""
     return row["outcome"] in ("failed", "killed") or bool(row.get("broken")) or bool(row.get("findings"))
 
 
@@ -168,7 +168,7 @@ class Look(Case):
 
 
 def look() -> dict[str, Any]:
-    """What this is run on."""
+    """The GPU and the versions of this machine."""
     ((_, row),) = measured([Look()], hardware.look, lambda: Allowance(LOOK_SECONDS, LOOK_SECONDS, LOOK_SECONDS), 1)
     if row["outcome"] != "done":
         raise Failure(f"the GPU cannot be used: {row['reason']}")

@@ -28,7 +28,7 @@ LR = 0.001
 
 @dataclass(frozen=True)
 class Task:
-    """What a rank needs to know."""
+    """The settings of a rank."""
 
     case: Steps
     device: str
@@ -125,7 +125,7 @@ def make_network(task: Task) -> nn.Module:
 
 
 def batch(task: Task) -> tuple[Tensor, Tensor]:
-    """One batch, which all local steps take."""
+    """The batch of all local steps."""
     x = torch.randn(task.batch, 3, task.pixels, task.pixels, device=task.device)
     if "channels_last" in task.case.mode:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -138,14 +138,14 @@ def autocast(task: Task) -> AbstractContextManager[Any]:
 
 
 def set_precision(mode: str) -> None:
-    """Of what stays in fp32."""
+    """Set the precision of operations that stay in fp32."""
     torch.set_float32_matmul_precision("highest" if mode == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = mode != "fp32"
     torch.backends.cudnn.benchmark = True
 
 
 def seconds_of(step: Callable[[], None], steps: int, device: str) -> float:
-    """Mean over so many steps; a GPU is waited for at their ends only."""
+    """Mean over so many steps; waits for a GPU only before and after all of them."""
     wait: Callable[[], object] = torch.cuda.synchronize if device.startswith("cuda") else _nothing
     wait()
     start = time.perf_counter()
@@ -156,4 +156,4 @@ def seconds_of(step: Callable[[], None], steps: int, device: str) -> float:
 
 
 def _nothing() -> None:
-    """A CPU has done what its calls said when they return."""
+    """A no-op: a CPU's calls return when they are done."""

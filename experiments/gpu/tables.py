@@ -1,4 +1,4 @@
-"""The tables of what was measured on a GPU."""
+"""The tables of the measurements on a GPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def contracts(content: Content) -> Grid:
 
 
 def memory(content: Content) -> Grid:
-    """At rest, and at the peak of each phase; of worker 0."""
+    """Memory of worker 0 at rest, and at the peak of each phase."""
     rows: list[list[object]] = []
     for row in content["rows"]:
         if not done(row):
@@ -105,7 +105,7 @@ def accuracy(content: Content) -> Grid:
 
 
 def in_order(content: Content, *keys: str) -> Rows:
-    """Rows by values of their cases; those that ran at the same time came as they were ready."""
+    """Rows sorted by values of their cases: cases that ran together were written as they ended."""
     return sorted(content["rows"], key=lambda row: [row["case"][key] for key in keys])
 
 
@@ -114,7 +114,7 @@ def done(row: Row) -> bool:
 
 
 def outcome(row: Row) -> str:
-    """In a cell: the reason is a line."""
+    """The outcome in a cell, with the reason in one line."""
     if done(row):
         return "done"
     return f"{row['outcome']}: {' '.join(row['reason'].split())[-160:]}".replace("|", "/")

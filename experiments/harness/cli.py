@@ -20,7 +20,7 @@ BAD_CONFIG, INTERRUPTED = 2, 130  # exit codes
 
 @dataclass(kw_only=True)
 class Command:
-    """The options of an experiment; `size` changes several at once. A `__post_init__` checks what must fit together."""
+    """The options of an experiment; `size` changes several at once. `__post_init__` checks them against each other."""
 
     size: str = option("full", "smoke runs in seconds")
     out: str = option(hint="folder of the result files")
@@ -64,7 +64,7 @@ def read(arguments: Sequence[str], schema: type[Options], studies: Sequence[str]
 
 
 def _check_out(options: Command) -> None:
-    """Results can be written to `out`, which is not the record of the full size for another one."""
+    """Check that results can be written to `out`, and that a smoke run does not overwrite the full record."""
     out = Path(options.out)
     # The folder need not exist yet; the nearest one above it that does must be a folder.
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())

@@ -29,7 +29,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all distinct storages: views of one are counted once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        if not tensor.is_meta:  # of what another worker holds there is a shape only
+        if not tensor.is_meta:  # of tensors that another worker holds there is a shape only
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -54,7 +54,7 @@ def can_ask_malloc() -> bool:
 
 
 def allocated_bytes() -> int:
-    """Bytes that the process has got from malloc and not given back, torch's tensors on the CPU included."""
+    """Bytes that the process has allocated by malloc and not freed, torch's tensors on the CPU included."""
     info = _mallinfo()()
     return int(info.hblkhd + info.uordblks)
 

@@ -11,13 +11,13 @@ _MEMORY = Path("/sys/fs/cgroup/memory")
 
 
 class MemoryGroup:
-    """A group of processes that the kernel gives no more than so much memory; who asks for more is killed."""
+    """A group of processes with a memory limit; the kernel kills those that exceed it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def join(self) -> None:
-        """Move this process into the group. What it shares with the process that forked it stays the latter's."""
+        """Move this process into the group. Pages that it shares with its parent stay the parent's."""
         (self._path / "cgroup.procs").write_text(str(os.getpid()))
 
 

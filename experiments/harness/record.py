@@ -26,12 +26,12 @@ LONGEST_TEXT = 600
 
 
 def write_record(path: Path, content: Mapping[str, Any], **machine: str | None) -> Path:
-    """Write what was measured into a result file, with hardware and versions.
+    """Write measurements into a result file, with hardware and versions.
 
     Args:
         path: the file.
-        content: what was measured.
-        machine: more about the machine. Who gives ``gpu`` here keeps this process, which may fork more, from using it.
+        content: the measurements.
+        machine: more about the machine. A given ``gpu`` keeps this process, which may fork more, from using the GPU.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if "gpu" not in machine:
@@ -58,7 +58,7 @@ def as_lines(content: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a result file says."""
+    """The content of a result file."""
     head, *rows = map(json.loads, path.read_text().splitlines())
     content: dict[str, Any] = dict(head)
     for line in rows:
@@ -72,13 +72,13 @@ def _is_list_of_rows(value: object) -> bool:
 
 
 class Hide(Protocol):
-    """Takes out of a text all that is of this machine only, and shortens it to its beginning or its ``end``."""
+    """Replaces values of this machine in a text, and shortens it to its beginning or its ``end``."""
 
     def __call__(self, text: str, *, end: bool = False) -> str: ...
 
 
 def hiding(folder: Path) -> Hide:
-    """For texts of what ran in ``folder``."""
+    """The `Hide` for texts of processes that ran in ``folder``."""
     known = {str(folder): "FOLDER", str(ROOT): "ROOT", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON"}
     known[socket.gethostname()] = "HOST"
 

@@ -24,12 +24,12 @@ class ConfigError(ValueError):
 
 
 class Failure(RuntimeError):
-    """An experiment that could not be completed, with what is known of the reason."""
+    """An experiment that could not be completed, with the reason as far as it is known."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a value, or each entry of a list, must be besides its type; ``hint`` is the way out."""
+    """The limits of a value, or of each entry of a list, besides its type; ``hint`` is the way out."""
 
     bounds: Mapping[str, float]
     choices: tuple[Any, ...] = ()
@@ -54,7 +54,7 @@ def option(
     """A field of a dataclass of options.
 
     Args:
-        full: its value where nothing else is said.
+        full: its value by default.
         hint: the way out, in messages.
         choices: all values that it may have; of a list, each entry.
         empty: whether a list may have no entries.
@@ -124,7 +124,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def unknown_key(full_key: str, section: Mapping[str, Any], known: Iterable[str], called: str) -> str:
-    """The line that says which keys there are, and the closest one."""
+    """The message with the known keys, and the closest one."""
     prefix, _, key = full_key.rpartition(".")
     visible = [name for name in known if not name.startswith("_") and name != "object"]
     close = difflib.get_close_matches(key, visible, n=1)
@@ -133,7 +133,7 @@ def unknown_key(full_key: str, section: Mapping[str, Any], known: Iterable[str],
 
 
 def _shown(value: Any) -> str:
-    """As it is written on the command line."""
+    """A value as it is written on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,16 +16,16 @@ from experiments.harness.workers import each
 
 @dataclass(frozen=True)
 class Case:
-    """One training or measurement: a dataclass of plain values, which are its key in the result file."""
+    """A training or measurement: a dataclass of plain values, which are its key in the result file."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from other cases."""
+        """The values that distinguish it from other cases."""
         return asdict(self)
 
     @property
     def name(self) -> str:
-        """For progress lines: all that is not the default."""
+        """The values other than the defaults, for progress lines."""
         usual = {item.name: item.default for item in fields(self)}
         return " ".join(f"{key}={value}" for key, value in self.key.items() if value != usual[key])
 
@@ -35,13 +35,13 @@ class Study:
     """The result file of one study."""
 
     path: Path  # the file; it need not exist
-    settings: Mapping[str, Any]  # what all its rows have in common
-    rows: list[dict[str, Any]]  # what was measured so far
-    machine: Mapping[str, str | None] = field(default_factory=dict)  # more about it than every result file says
+    settings: Mapping[str, Any]  # common to all its rows
+    rows: list[dict[str, Any]]  # measured so far
+    machine: Mapping[str, str | None] = field(default_factory=dict)  # additional entries on the machine
 
     @classmethod
     def at(cls, path: Path, ours: Mapping[str, Any], *, fresh: bool) -> Study:
-        """Read what is there, unless it is to be forgotten."""
+        """Read the existing file, unless it is to be forgotten."""
         if fresh or not path.exists():
             return cls(path, ours, [])
         try:
@@ -59,7 +59,7 @@ class Study:
         return cls(path, ours, content["rows"])
 
     def row_of(self, case: Case) -> dict[str, Any] | None:
-        """What was measured for ``case``, or None."""
+        """The row measured for ``case``, or None."""
         return next((row for row in self.rows if row["case"] == case.key), None)
 
     def missing(self, wanted: Sequence[Any]) -> list[Any]:
@@ -69,7 +69,7 @@ class Study:
     def add(self, case: Case, found: Mapping[str, Any]) -> None:
         """Add a row and write the file."""
         self.rows.append({"case": case.key, **found})
-        # Written beside and renamed: who reads, or is killed here, never meets half a file.
+        # Written beside and renamed: a reader never sees half a file, and a kill leaves none.
         draft = self.path.with_suffix(".draft")
         try:
             with redirect_stdout(io.StringIO()):  # it names the file, which is a draft
@@ -83,7 +83,7 @@ class Study:
     def fill(
         self, wanted: Sequence[Any], work: Callable[[Any], dict[str, Any]], told: Callable[[Any], str], jobs: int = 1
     ) -> None:
-        """Measure the cases that are missing, ``jobs`` at a time; ``told`` says in words what was found."""
+        """Measure the missing cases, ``jobs`` at a time; ``told`` puts a result in words."""
         missing = self.missing(wanted)
         for number, (case, found) in enumerate(each(missing, work, jobs), start=1):
             self.add(case, found)

@@ -64,7 +64,7 @@ class Grid:
 
 
 Make = Callable[[Content], "Grid | str"]
-Studies = Mapping[str, Sequence[Make]]  # for each result file, what is made of it: tables, and lines of text
+Studies = Mapping[str, Sequence[Make]]  # for each result file, its tables and lines of text
 
 
 def read(folder: Path, name: str) -> Content | None:
@@ -100,7 +100,7 @@ def show(folder: Path, studies: Studies, names: Iterable[str]) -> None:
 
 
 def show_and_write(out: Path, results: Path, studies: Studies, names: Iterable[str], drawn: Iterable[Path]) -> None:
-    """What a command ends with: the tables on the screen, the pictures' names, and the pages where they show `out`."""
+    """The end of a command: shows tables and names of pictures, and fills the pages if they show `out`."""
     show(out, studies, names)
     for path in drawn:
         print(f"wrote {path}")
@@ -174,7 +174,7 @@ def all_tables() -> dict[str, Callable[[], str]]:
 
 
 def filled(text: str) -> str:
-    """The page with its tables made anew."""
+    """The text of a page with its tables made anew."""
     tables = all_tables()
     return PLACE.sub(lambda place: place[1] + tables[place[2]]() + place[3], text)
 

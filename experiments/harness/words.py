@@ -15,7 +15,7 @@ def strategy_in_words(name: str) -> str:
 
 
 def run_in_words(results: Mapping[str, Any]) -> str:
-    """What trained: ``ResIST, 2 workers``."""
+    """The strategy and the workers of a run: ``ResIST, 2 workers``."""
     name = strategy_in_words(results["strategy"])
     workers = results["workers"]
     return name if workers == 1 else f"{name}, {workers} workers"

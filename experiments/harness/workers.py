@@ -29,14 +29,14 @@ PATIENCE = timedelta(seconds=120)
 def forked(
     program: Program, task: Any, workers: int, *, grouped: bool = True, variables: Variables = lambda worker: {}
 ) -> list[Any]:
-    """Run ``program(worker, task)`` in so many processes, of one thread each; what each returned.
+    """Run ``program(worker, task)`` in so many processes, of one thread each; returns their results.
 
     Forked, so that not every worker imports torch anew: call this before anything is computed here.
 
     Args:
-        program: what each does; what it returns must fit into JSON.
+        program: of each process; its result must fit into JSON.
         task: its second argument.
-        workers: how many there are.
+        workers: number of workers.
         grouped: whether they are in a gloo group when the program begins; else it finds the variables of torchrun.
         variables: more variables of a worker's environment.
     """
@@ -65,7 +65,7 @@ def _in_group(worker: int, program: Program, task: Any, workers: int, folder: st
     dist.init_process_group("gloo", init_method=place, rank=worker, world_size=workers, timeout=PATIENCE)
     try:
         _write(worker, program, task, workers, folder)
-        dist.barrier()  # who leaves early closes connections that others still need
+        dist.barrier()  # a worker that leaves early closes connections that others still need
     finally:
         dist.destroy_process_group()
 

@@ -42,7 +42,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training."""
+    """A training of the accuracy study."""
 
     task: str  # one of `TASKS`
     method: str  # single, ddp, local_sgd or ist
@@ -94,13 +94,13 @@ def _main(task: str, seed: int, workers: list[int]) -> Iterator[Case]:
         yield base(task, method, count, seed)
         if method == "ist":
             yield replace(base(task, method, count, seed), finish=True)
-            # With two workers half of the neurons is what each has anyway.
+            # With two workers each has half of the neurons anyway.
             for shares, last in HOLDERS if count > 2 else ():
                 yield replace(base(task, method, count, seed), shares=shares, finish_rounds=last)
 
 
 def _ablations(usual: Case) -> Iterator[Case]:
-    """One thing changed at a time; where local SGD has it too, beside it."""
+    """One setting changed at a time; beside IST local SGD, where it has the setting too."""
     for case in (usual, replace(usual, method="local_sgd")):
         yield from (replace(case, local_steps=steps) for steps in LENGTHS)
         yield replace(case, schedule="multistep")

@@ -1,4 +1,4 @@
-"""Two pictures: accuracy by the number of workers, and what a worker holds."""
+"""Two pictures: accuracy by the number of workers, and the memory of a worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {"ddp": GREEN, "local_sgd": ORANGE, "ist": BLUE}
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """Draw what the result files of ``folder`` allow; returns the pictures."""
+    """Draw the pictures for which ``folder`` has result files; returns their paths."""
     pictures = []
     accuracy, memory = read(folder, "accuracy"), read(folder, "memory")
     if accuracy and _tasks(accuracy):
@@ -30,7 +30,7 @@ def draw_all(folder: Path) -> list[Path]:
 
 
 def _tasks(content: Content) -> list[str]:
-    """Those that several workers have trained: a single process is a line beside them."""
+    """Tasks that several workers have trained: a single process is a line beside them."""
     drawn = usual(content["rows"]) + usual(content["rows"], shares="0.5")
     return distinct([row for row in drawn if row["case"]["method"] != "single"], "task")
 
@@ -42,7 +42,7 @@ def _accuracy(path: Path, content: Content) -> Path:
             for method, colour in COLOURS.items():
                 label = "IST, one holder for each neuron" if method == "ist" else TITLES[method]
                 _errorbars(axes, rows, {"task": task, "method": method}, colour, label)
-            # With two workers that is what each has anyway.
+            # With two workers each has half anyway.
             half = {"task": task, "method": "ist", "shares": "0.5"}
             _errorbars(axes, rows, half, SKY, "IST, half of the neurons each (min_share=0.5)")
             alone = values(usual(rows, task=task, method="single", workers=1), "last")
@@ -76,7 +76,7 @@ def _held(axes: Axes, groups: list[Any]) -> None:
         last = [worker["steps"][-1] for worker in group["by_worker"]]
         held.append(max(step["parameters"] + step["gradients"] + step["momentum"] for step in last))
         inner.append(max(step["inner"] for step in last))
-        # One worker stores nothing, and nothing has no place on a logarithmic axis.
+        # One worker stores nothing, and 0 has no place on a logarithmic axis.
         stored.append(max(step["store"] for step in last) or float("nan"))
     for colour, label, points, key in (
         (BLUE, "parameters, gradients, momentum", held, "held"),

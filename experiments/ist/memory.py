@@ -23,7 +23,7 @@ ROUNDS, LOCAL_STEPS = 2, 2
 
 @dataclass(frozen=True)
 class Group:
-    """Workers whose memory is measured: how many, and how large their network is."""
+    """Workers whose memory is measured: their number, and the size of their network."""
 
     workers: int
     width: int
@@ -31,7 +31,7 @@ class Group:
 
 
 def measure_group(group: Group) -> dict[str, Any]:
-    """Start the workers, let them train, and gather what each of them held after every local step."""
+    """Start the workers, let them train, and gather the bytes that each of them held after every local step."""
     told = forked(_train, group, group.workers)
     return {"workers": group.workers, "width": group.width, **told[0].pop("full"), "by_worker": told}
 

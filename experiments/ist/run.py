@@ -6,7 +6,7 @@ python experiments/ist/run.py size=smoke out=FOLDER          (seconds)
 
 Studies: accuracy, memory, shapes. Options are key=value: see `Options`. Prints tables, and writes a result file for each
 study and pictures; the full size into experiments/ist/results, and its tables into README.md. A training that was measured
-is not measured again, unless fresh=true. What real links take is measured by experiments/links/run.py and
+is not measured again, unless fresh=true. Times over real links are measured by experiments/links/run.py and
 experiments/time_to_accuracy/run.py with size=ist.
 """
 
@@ -61,7 +61,7 @@ class Options(cli.Command):
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Measure what is missing of these studies, then show them and draw the pictures."""
+    """Measure the missing cases of these studies, then show tables and draw the pictures."""
     out = Path(options.out)
     torch.set_num_threads(1)
     if "memory" in names:

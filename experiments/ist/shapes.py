@@ -88,9 +88,9 @@ def step_seconds(shape: Shape, workers: int, steps: int) -> float:
 
 
 def speed_up(row: dict[str, Any], volume: dict[str, Any], gbit: float) -> dict[str, float]:
-    """Seconds per local step over a link, by formula, and how many times as fast IST is.
+    """Seconds per local step over a link, by formula, and IST's speed-up.
 
-    Of DDP as if all of its communication that can be were hidden behind its compute: less than it takes.
+    For DDP as if all communication that can be hidden behind its compute were hidden: a lower bound.
     """
     full = row["seconds"]["1"]
     subnet = row["seconds"][str(volume["workers"])]

@@ -37,7 +37,7 @@ USUAL = {
 
 
 def usual(rows: Rows, **wanted: Any) -> Rows:
-    """Rows of the main table's settings, but for what is wanted; of single and DDP there are no rounds."""
+    """Rows with the main table's settings, except ``wanted``; single and DDP have no rounds."""
     found = chosen(rows, **{**USUAL, **wanted})
     if "local_steps" not in wanted:
         found += chosen(rows, **{**USUAL, "local_steps": 0, **wanted})
@@ -49,7 +49,7 @@ def _rate(case: dict[str, Any]) -> float:
 
 
 def conditions(content: Content) -> str:
-    """What the accuracies were measured with."""
+    """The conditions of the accuracies."""
     size, lines = content["settings"]["size"], []
     for name in distinct(content["rows"], "task"):
         task, rows = TASKS[name], chosen(content["rows"], task=name)
@@ -114,7 +114,7 @@ def holders(content: Content) -> Grid:
 
 
 def _against(base: Rows, own: Rows) -> tuple[str, str]:
-    """Points that the base is better by, and the part of its bytes that is sent."""
+    """Points by which the base is better, and the sent bytes as a share of its own."""
     if not base:
         return "-", "-"
     lost = mean(values(base, "last")) - mean(values(own, "last"))
@@ -123,7 +123,7 @@ def _against(base: Rows, own: Rows) -> tuple[str, str]:
 
 
 def _setting(shares: str, finish_rounds: int) -> str:
-    """The options that stand for it."""
+    """The options of a setting, in words."""
     if not shares:
         return "one holder (the paper's)"
     text = f"`growth=[{shares}]`" if "," in shares else f"`min_share={shares}`"
@@ -135,7 +135,7 @@ def _sent(rows: Rows) -> str:
 
 
 def _pair(content: Content, task: str, **wanted: Any) -> list[object]:
-    """Accuracies of IST and of local SGD with something changed, and n."""
+    """Accuracies of IST and of local SGD with a setting changed, and n."""
     ist, local_sgd = (
         usual(content["rows"], task=task, workers=ABLATED, method=method, **wanted) for method in ("ist", "local_sgd")
     )
@@ -265,7 +265,7 @@ def speed(content: Content) -> Grid:
 
 
 def step_conditions(content: Content) -> str:
-    """What the seconds of the paper's networks were measured with."""
+    """The conditions of the measured seconds of the paper's networks."""
     settings = content["settings"]
     return (
         f"{settings['inputs']} inputs, 35 classes, batch {BATCH}, one thread; n = {settings['steps']} local steps "

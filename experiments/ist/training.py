@@ -42,7 +42,7 @@ FINISH = 0.1  # share of the steps that a finish takes
 
 
 def data_of(task: str, size: str) -> ArrayData[Any]:
-    """Where a task's examples come from."""
+    """The data module of a task."""
     small = size == "smoke"
     if task == "digits":
         return Digits(limit=50 if small else None)
@@ -76,7 +76,7 @@ def make_network(task: str, size: str, **options: Any) -> nn.Module:
 
 
 def measure(case: Case, size: str, passes: int | None) -> dict[str, Any]:
-    """Train and evaluate ``case``: one row of a record, accuracies in per cent."""
+    """Train and evaluate ``case``: a row of a record, accuracies in per cent."""
     started, data = time.perf_counter(), prepared(case.task, size)
     steps = steps_of(samples(case.task, size, passes), TASKS[case.task].batch, case.workers)
     finish_at = round(steps * (1 - FINISH)) if case.finish else steps
@@ -101,7 +101,7 @@ def train(
 ) -> Trainer:
     """Train ``case`` for so many local steps, from ``finish_at`` on (``steps``: never) as local SGD.
 
-    ``told`` is told what trains, and the number of local steps done.
+    ``told`` is called with the trainer, and the number of local steps done.
     """
 
     def after_step(trainer: Trainer, done: int) -> Trainer | None:
@@ -121,12 +121,12 @@ def make_start(case: Case, size: str) -> nn.Module:
 
 
 def make_optimizer(module: nn.Module, case: Case) -> torch.optim.SGD:
-    """As in the authors' code: no weight decay, and usually no momentum."""
+    """The optimizer of the authors' code: no weight decay, and usually no momentum."""
     return torch.optim.SGD(module.parameters(), case.lr, momentum=case.sgd_momentum)
 
 
 def make_trainer(case: Case, network: nn.Module, steps: int) -> Trainer:
-    """What trains ``case`` for so many local steps."""
+    """The trainer of ``case`` for so many local steps."""
     if case.method in ("single", "ddp"):
         return DataParallel(network, make_optimizer(network, case), case.workers)
     if case.method == "local_sgd":
@@ -148,13 +148,13 @@ def _config(case: Case) -> NeuronConfig:
 
 
 def finisher(case: Case, network: nn.Module) -> Simulated:
-    """Local SGD from a network."""
+    """Local SGD that starts from a network."""
     config = Config(local_steps=case.local_steps, seed=case.seed, momentum="reset", blocks=[])
     return Simulated(Simulator(network, lambda copied: make_optimizer(copied, case), config, case.workers))
 
 
 def sent_bytes(case: Case, size: str, steps: int, finish_at: int) -> float:
-    """By closed form, what a worker sends in a training, mean over workers; of IST over its own rounds."""
+    """Bytes that a worker sends in a training by closed form, mean over workers; of IST over its own rounds."""
     with torch.device("meta"):
         network = make_start(case, size)
     parameters = sum(tensor.nbytes for tensor in network.parameters())

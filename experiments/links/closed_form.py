@@ -19,7 +19,7 @@ from resist_lightning.state.optimizer_state import OptimizerStates
 def closed_form(engine: Engine, rounds: Iterable[int], workers: Collection[int]) -> list[dict[str, int]]:
     """For the sync that ends each of these rounds: bytes that these workers send to others, and receive from them.
 
-    Several workers must have numbers that follow one another, and send blocks uncompressed.
+    Several workers must have consecutive numbers, and send blocks uncompressed.
     """
     layout = engine.layout
     if isinstance(layout, NeuronLayout):
@@ -41,12 +41,12 @@ def closed_form(engine: Engine, rounds: Iterable[int], workers: Collection[int])
 
 
 def neuron_bytes(layout: NeuronLayout, states: OptimizerStates, round: int) -> list[int]:
-    """Bytes that each worker of IST sends at the end of ``round``: its slices, and the mean of what all hold whole."""
+    """Bytes that each IST worker sends at the end of ``round``: its slices, and a mean of tensors that all hold."""
     return [sum(sent.values()) + shared_bytes(layout) for sent in layout.hand_over_bytes(round, states)]
 
 
 def shared_bytes(layout: NeuronLayout) -> int:
-    """Bytes that each worker of IST sends at a sync for the mean of what all hold whole."""
+    """Bytes that each worker of IST sends at a sync for the mean of tensors that all hold whole."""
     changing, sizes = layout.changing(), Counter[object]()
     for name, tensor in layout.shared.items():
         if name in changing:
@@ -55,7 +55,7 @@ def shared_bytes(layout: NeuronLayout) -> int:
 
 
 def _of_neurons(layout: NeuronLayout, states: OptimizerStates, round: int, worker: int) -> dict[str, int]:
-    """What arrives is counted over the pieces of the plan, without optimizer state."""
+    """Bytes of a worker of IST; received ones are counted over the pieces of the plan, without optimizer state."""
     plan, received = layout.plan(round), shared_bytes(layout)
     tensors = {**dict(layout.module.named_parameters()), **dict(layout.module.named_buffers())}
     all_moves = (merged_pieces, handed_over_pieces) if plan.several_holders else (pieces,)

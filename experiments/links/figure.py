@@ -14,7 +14,7 @@ from experiments.networks import in_words
 
 
 def draw_links(path: Path, content: Content) -> Path:
-    """One panel per bandwidth, each with its own scale: a slow link would flatten all others."""
+    """A panel per bandwidth, each with its own scale: a slow link would flatten all others."""
     rows, settings = content["rows"], content["settings"]
     links = list(dict.fromkeys(row["bandwidth_gbit"] for row in rows))
     most = max(sum(row["bandwidth_gbit"] == gbit for row in rows) for gbit in links)

@@ -1,4 +1,4 @@
-"""Predicts how long a local step takes over a link: by computing, bytes, bandwidth and overlap. Standard library only."""
+"""Predicts seconds of a local step over a link: by computing, bytes, bandwidth and overlap. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sync_seconds(link_bytes: float, gbit: float) -> float:
 
 
 def step_seconds(compute: float, sync: float, local_steps: int, overlap: int) -> float:
-    """Seconds of a local step, with its share of what the training waits for.
+    """Seconds of a local step, with its share of the wait for a sync.
 
     ::
 

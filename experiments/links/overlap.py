@@ -1,4 +1,4 @@
-"""What does a sync cost that runs beside the training? Measured over links of chosen bandwidth, and predicted.
+"""The cost of a sync that runs beside the training, measured over links of chosen bandwidth, and predicted.
 
 python experiments/links/overlap.py                     (ten minutes on two cores that are idle)
 python experiments/links/overlap.py size=smoke
@@ -101,7 +101,7 @@ def network_of(settings: Mapping[str, Any]) -> nn.Module:
 
 
 def rounds_of(way: str, settings: Mapping[str, Any]) -> tuple[Engine, Round]:
-    """An engine, and what trains a round with it and returns its seconds, the sync at its end included."""
+    """An engine, and a function that trains a round with it and returns its seconds, the sync at its end included."""
     torch.manual_seed(0)
     model = network_of(settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -176,7 +176,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
 
 
 def told(engine: Engine, worker: int, seconds: list[float]) -> dict[str, Any]:
-    """What a worker tells of one way: seconds of its rounds, bytes of all its syncs, and the overlap at last."""
+    """A worker's report on one way: seconds of its rounds, bytes of all its syncs, and the last overlap."""
     syncs = closed_form(engine, range(engine.clock.round), [worker])
     return {
         "seconds": seconds,
@@ -190,7 +190,7 @@ def told(engine: Engine, worker: int, seconds: list[float]) -> dict[str, Any]:
 def rows_of(
     case: dict[str, Any], settings: Mapping[str, Any], workers: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row for each way, from what the workers tell."""
+    """A row for each way, from the workers' reports."""
     rows = []
     for way in ways_of(settings):
         own = [worker[way] for worker in workers]
@@ -214,7 +214,7 @@ def rows_of(
 
 
 def beyond(options: Options) -> list[dict[str, Any]]:
-    """For the prediction of more workers at the first case's width: bytes of a sync, and the share of computing."""
+    """Bytes of a sync and the share of computing, to predict more workers at the first case's width."""
     first = options.cases[0]
     with torch.device("meta"):
         net = network_of({"depth": options.depth, **first})

@@ -1,4 +1,4 @@
-"""Two workers send each other a buffer at once: what do receives posted before sends save?
+"""The gain of receives posted before sends, with two workers that send each other a buffer at once.
 
 python experiments/links/receives_first.py megabytes=37.8 bandwidth_gbit=0.1
 
@@ -83,7 +83,7 @@ def main(place: Place, settings: dict[str, Any]) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(settings["repeats"]):
         for name, way in WAYS.items():
-            into.fill_(-1)  # what arrived before must not look like what arrives now
+            into.fill_(-1)  # old values must not look like those that arrive now
             dist.barrier()
             start = time.perf_counter()
             way(out, into, peer)

@@ -66,7 +66,7 @@ class Rig(cli.Command):
         self._check_network()
 
     def _check_network(self) -> None:
-        """The network can be made, and the methods can divide it."""
+        """Check that the network can be made, and that the methods can divide it."""
         if not isinstance(self.network, dict):
             raise ConfigError(f"network={self.network}: must have depth and width_multiplier, or depth and width")
         neurons = networks.fully_connected(self.network)
@@ -85,7 +85,7 @@ class Rig(cli.Command):
             raise ConfigError(f"network={self.network}: {error}") from error
 
     def recorded(self) -> dict[str, Any]:
-        """The options as plain data; without what says something of this machine only."""
+        """The options as plain data, without those of this machine only."""
         here = ("size", "out", "name", "folder", "cache_dir")
         return {key: value for key, value in asdict(self).items() if key not in here}
 
@@ -125,9 +125,9 @@ def network(
     mtu: int = 1500,
     least_burst: int = LEAST_BURST_BYTES,
 ) -> Iterator[tuple[Loopback, list[float | None]]]:
-    """The workers' network, and which of the bandwidths it can have (None: unshaped); says what is missing.
+    """The workers' network, and its possible bandwidths (None: unshaped); prints a missing requirement.
 
-    See `namespaces`; the least bucket of a shaper must be small against what is sent at once.
+    See `namespaces`; the least bucket of a shaper must be small against the bytes sent at once.
     """
     missing = why_no_namespaces()
     if missing:

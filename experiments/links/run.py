@@ -76,7 +76,7 @@ class Options(Rig):
         if self.workers % self.per_node or self.workers == self.per_node:
             raise ConfigError(f"per_node={self.per_node} must divide workers={self.workers} into two nodes or more")
         for method in self.methods if self.per_node > 1 else ():
-            # Of others, what of their bytes crosses the links of nodes is in no closed form.
+            # For others, no closed form has the bytes that cross the links of nodes.
             if method not in ("ddp", "resist", "local_sgd") and not method.endswith("_node"):
                 raise ConfigError(
                     f"methods: {method!r} needs per_node=1; for per_node={self.per_node} take ddp, resist, local_sgd or "

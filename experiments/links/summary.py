@@ -2,8 +2,8 @@
 
 Seconds per local step, of a method with rounds: the slowest worker's median step + a sync / local steps of a round; or,
 where as many steps were really run between two syncs, the wall clock of the whole window over its steps.
-Of DDP: the mean of whole steps; what exceeds the median step without communication is its sync, so far as the backward
-pass does not hide it.
+Of DDP: the mean of whole steps; the excess over the median step without communication is its sync, so far as the
+backward pass does not hide it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARAMETER_SERVER = "parameter_server"
 
 
 def summarise(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row per bandwidth and method, and a computed one per bandwidth for the parameter server."""
+    """A row per bandwidth and method, and a computed one per bandwidth for the parameter server."""
     rows: list[Row] = []
     for gbit in dict.fromkeys(run["bandwidth_gbit"] for run in runs):  # a link is compared with itself only
         here = [run for run in runs if run["bandwidth_gbit"] == gbit]
@@ -83,9 +83,9 @@ def _ideal(run: Mapping[str, Any]) -> float | None:
 
 
 def _bytes(run: Mapping[str, Any], per_node: int) -> dict[str, float | None]:
-    """Bytes that a node sends in a sync, mean over nodes and syncs; the kernel's with what else was sent.
+    """Bytes that a node sends in a sync, mean over nodes and syncs; the kernel's with all other traffic.
 
-    What workers of one node send each other is counted, and in the closed form; it crosses no link.
+    Bytes between workers of one node are counted, and in the closed form; they cross no link.
     """
     workers = run["workers"]
     syncs = len(workers[0]["syncs"])
@@ -154,7 +154,7 @@ def _parameter_server(
 
 
 def _compare(rows: Sequence[Row]) -> None:
-    """Speed-ups, the share of the limit, and how near a sync is to what the link allows; in place."""
+    """Add speed-ups, the share of the limit, and the ratio of a sync to the link's limit; in place."""
     compared = {"speed_up_over_ddp": "ddp", "speed_up_over_local_sgd": "local_sgd", "share_of_limit": "none"}
     for row in rows:
         for key, method in compared.items():
@@ -165,7 +165,7 @@ def _compare(rows: Sequence[Row]) -> None:
         if ideal:
             allowed = row["compute_seconds"] + ideal / row["local_steps"]
             row["step_over_ideal"] = row["seconds_per_step"] / allowed
-            if row["method"] != "ddp":  # what its backward pass hides is in no sync
+            if row["method"] != "ddp":  # communication hidden by its backward pass is in no sync
                 row["sync_over_ideal"] = row["sync_seconds"] / ideal
 
 

@@ -36,7 +36,7 @@ def bandwidth(gbit: float | None) -> str:
 
 
 def links_claim(content: Content) -> str:
-    """The findings against the aims, for the rows that an aim speaks of."""
+    """The results against the aims, for the rows that have an aim."""
     rows = [row for row in content["rows"] if (row["bytes_per_sync"] or {}).get("counted")]
     equal = all(row["bytes_per_sync"]["counted"] == row["bytes_per_sync"]["closed_form"] for row in rows)
     sent = [row["bytes_per_sync"] for row in rows]
@@ -137,7 +137,7 @@ def links_bytes(content: Content) -> Grid:
 
 
 def nodes_claim(content: Content) -> str:
-    """What was run, and whether counts, closed forms and kernel agree."""
+    """The conditions, and whether counts, closed forms and kernel agree."""
     settings, rows = content["settings"], [row for row in content["rows"] if row["bytes_per_sync"]]
     nodes = settings["workers"] // settings["per_node"]
     equal = all(row["bytes_per_sync"]["counted"] in (None, row["bytes_per_sync"]["closed_form"]) for row in rows)
@@ -192,7 +192,7 @@ def nodes(content: Content) -> Grid:
 
 
 def receives_first(content: Content) -> Grid:
-    """Seconds of an exchange, by how it is said to gloo."""
+    """Seconds of an exchange, by the way of calling gloo."""
     return Grid.of("Ways to exchange", content["seconds"].items(), {
         "way": lambda way: f"`{way[0]}`",
         "seconds": lambda way: f"{mean(way[1]):.2f}",
@@ -201,7 +201,7 @@ def receives_first(content: Content) -> Grid:
 
 
 def overlap_claim(content: Content) -> str:
-    """What was run, whether the bytes are those of the closed form, and what was measured against the aims."""
+    """The conditions, whether bytes and closed form agree, and the measurements against the aims."""
     settings, rows = content["settings"], content["rows"]
     equal = all(row["bytes_equal_closed_form"] for row in rows)
     lines = [
@@ -220,7 +220,7 @@ def overlap_claim(content: Content) -> str:
 
 
 def overlap(content: Content) -> Grid:
-    """Seconds of a local step, the share of a sync included, by what the training does meanwhile; and predicted."""
+    """Seconds of a local step, the share of a sync included, by way to overlap; and predicted."""
     lines: list[list[object]] = []
     header = ["workers", "width", "link", "local steps of a round", "rounds", "s per local step"]
     header += ["against no communication", "of single rounds", "predicted", "aim", "sent per sync"]
@@ -238,7 +238,7 @@ def overlap(content: Content) -> Grid:
 
 
 def _predicted(content: Content) -> list[list[object]]:
-    """Rows for more workers, which are not measured: as fast as those that were, for what each has to compute."""
+    """Predicted rows for more workers: as fast as measured ones, in proportion to each worker's computing."""
     lines: list[list[object]] = []
     for more in content.get("beyond", []):
         alone = [
@@ -268,9 +268,9 @@ def _beside_none(content: Content) -> list[tuple[Row, Row]]:
 
 
 def _ratios(row: Row, none: Row) -> list[float]:
-    """Of each round, a local step against one without communication, if a round had as many as the case says.
+    """For each round, the ratio of a local step to one without communication, for rounds of the case's length.
 
-    What a sync adds to a round does not depend on how many steps come before its border, so fewer are really run.
+    The time that a sync adds to a round does not depend on the steps before its border, so fewer are really run.
     """
     syncs = max(1, row["steps"] // row["local_steps"])
     ratios = []
@@ -295,7 +295,7 @@ def _of_case(case: Mapping[str, Any]) -> list[object]:
 
 
 def _rounds(row: Row) -> str:
-    """What the training does while a sync is under way."""
+    """The kind of rounds of a row: waiting, or with their overlap."""
     if row["way"] == "fragments":
         return f"fragments, each {row['local_steps']} steps, overlap={row['overlap']}"
     return {"waits": "waits", "auto": f"auto: {row['overlap']}"}.get(row["way"], f"overlap={row['overlap']}")

@@ -37,11 +37,11 @@ PHASES = ("waiting", "averaging", "hand_over")
 
 
 class PhaseClock:
-    """Seconds inside the collective's verbs, by phase of the sync.
+    """Seconds inside the collective's calls, by phase of the sync.
 
-    The header of a sync is the first thing that is sent, and returns when all workers have come: that is *waiting*; but
-    for buffers that the members of a worker share before, which wait for the members.
-    What is left of a sync is *packing*: copies into and out of flat buffers, and compression.
+    The header of a sync is sent first, and returns when all workers have come: that is *waiting*; except for buffers
+    that the members of a worker share before, which wait for the members. The rest of a sync is *packing*: copies into
+    and out of flat buffers, and compression.
     """
 
     def __init__(self, collective: Collective) -> None:
@@ -52,7 +52,7 @@ class PhaseClock:
                 setattr(collective, name, self._timed(getattr(collective, name), name))
 
     def take(self) -> dict[str, float]:
-        """What has added up since it was last taken."""
+        """The seconds added since the last call."""
         taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
         return taken
 
@@ -66,13 +66,13 @@ class PhaseClock:
             finally:
                 self._inside = False
                 self.seconds[_phase(name, args)] += time.perf_counter() - start
-            return self._timed(told, name) if callable(told) else told  # what waits for a mean that was begun
+            return self._timed(told, name) if callable(told) else told  # waits for a mean that was started
 
         return timed
 
 
 def _phase(verb: str, arguments: tuple[Any, ...]) -> str:
-    """Of the sync; a compressed average is an exchange too, of bytes of the kind ``shared``."""
+    """The phase of a call; a compressed average is an exchange too, of bytes of the kind ``shared``."""
     if verb == "exchange":
         return "averaging" if "shared" in arguments[2] else "hand_over"
     return "waiting" if verb in ("gather_numbers", "broadcast_inside") else "averaging"
@@ -81,7 +81,7 @@ def _phase(verb: str, arguments: tuple[Any, ...]) -> str:
 class Window(L.Callback):
     """Opens at the start of a step, before its sync, and closes at the end of another one.
 
-    In DDP's silent steps, the first ones, gradients stay where they are: for the seconds of the compute.
+    In DDP's silent steps, the first ones, gradients are not averaged: for the seconds of the compute.
     """
 
     def __init__(self, place: Place, opens_at: int, closes_after: int, silent_steps: int = 0) -> None:
@@ -162,7 +162,7 @@ class Window(L.Callback):
         }
 
     def _note_bytes(self, engine: Engine) -> None:
-        """What was counted in the window, and the closed forms."""
+        """Note the bytes counted in the window, and the closed forms."""
         collective, place = engine.collective, self.place
         sent, inside = collective.sent_bytes, collective.inside_bytes
         self.result["counted"] = {kind: sent[kind] - self._counted.get(kind, 0) for kind in sent}

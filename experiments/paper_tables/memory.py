@@ -22,14 +22,14 @@ ROUNDS, LOCAL_STEPS, BATCH, IMAGE = 3, 2, 2, 16
 
 @dataclass(frozen=True)
 class Group:
-    """Workers whose memory is measured: how many, and how wide the paper's "101" is."""
+    """Workers whose memory is measured: their number, and the width of the paper's "101"."""
 
     workers: int
     width: float
 
 
 def measure_group(group: Group) -> dict[str, Any]:
-    """Start the workers, let them train, and gather what each of them held after every local step."""
+    """Start the workers, let them train, and gather the bytes that each of them held after every local step."""
     told = forked(_train, group, group.workers)
     return {
         "workers": group.workers,

@@ -39,13 +39,13 @@ TORCHVISION = (
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and what its images are."""
+    """A network, and its images."""
 
     name: str  # as it is shown
     make: Callable[[], nn.Module]  # builds it
     image: int  # height and width of an image
-    shrink: int  # by how much the third section's feature maps are smaller than the image
-    stated: dict[str, float]  # what its makers state: ``parameters`` and ``gmacs``; empty if nothing
+    shrink: int  # the factor by which the third section's feature maps are smaller than the image
+    stated: dict[str, float]  # values that its makers state: ``parameters`` and ``gmacs``; empty if none
 
 
 def networks(size: str) -> list[Network]:
@@ -139,7 +139,7 @@ class _Cost:
         return self._known[len(held)]
 
     def partition(self, least: int | None, workers: int) -> tuple[tuple[int, ...], ...]:
-        """The first round's, by our planner."""
+        """The first round's partition, by our planner."""
         return (
             BlockLayout(self.module, Config(min_blocks=least, blocks=PAPER_BLOCKS), workers).schedule.partition(0).held
         )
@@ -163,7 +163,7 @@ def _subnets(found: dict[str, Any], cost: _Cost, least: int | None, workers: int
 
 
 def _block_macs(block: Block, side: int) -> int:
-    """By hand: a weight of a convolution is used once for each place of the feature map."""
+    """MACs by hand: a weight of a convolution is used once for each place of the feature map."""
     weights = [layer.weight for layer in block.module.modules() if isinstance(layer, nn.Conv2d)]
     return sum(weight.numel() for weight in weights) * side**2
 

@@ -42,7 +42,7 @@ def table_1(workers: int) -> dict[str, Any]:
 
 
 def peer_to_peer(workers: int, rounds: int) -> dict[str, Any]:
-    """What our workers send in a round, all together: a mean over the plans of many rounds.
+    """Bytes that all our workers together send in a round: a mean over the plans of many rounds.
 
     ``same_blocks`` has as many blocks per worker as Table 1 and no running statistics, like the paper's network;
     ``defaults`` has our default minimum and PyTorch's batch norm, whose statistics are averaged too.

@@ -18,13 +18,13 @@ def reached(row: Row, accuracy: float) -> float | None:
 
 
 def target(rows: Rows) -> float:
-    """The accuracy that every method reached: the least of their best, rounded down to a whole per cent."""
+    """The accuracy that every method reached: the minimum of their best, rounded down to a whole per cent."""
     least_of_best = min(max(row["accuracy"]) for row in rows)
     return int(100 * least_of_best + 1e-9) / 100  # 0.29 times 100 is a little less than 29
 
 
 def time_to_accuracy(content: Content) -> Grid:
-    """One row per link and method; the goal is what all of them reached."""
+    """A row per link and method; the goal is the accuracy that all of them reached."""
     rows = content["rows"]
     goal, lines = target(rows), []
     for row in rows:
@@ -45,7 +45,7 @@ def time_to_accuracy(content: Content) -> Grid:
 
 
 def time_to_accuracy_claim(content: Content) -> str:
-    """What was run, on what."""
+    """The conditions of the trainings, in words."""
     settings = content["settings"]
     of_each = "all" if settings["limit"] is None else f"{settings['limit']:,}"
     return (

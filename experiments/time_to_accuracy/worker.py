@@ -18,7 +18,7 @@ from experiments.links.rig import make_strategy
 from experiments.networks import described
 from experiments.trainers import quiet_trainer
 
-# What stands for a folder, and needs none.
+# Data sets that need no folder, by the name that stands for it.
 MADE: dict[str, type[ArrayData[Any]]] = {"digits": Digits, "speech_shaped": SpeechShaped}
 
 
@@ -30,7 +30,7 @@ class Stopwatch(L.Callback):
         step ... step  sync, if one is due | full model, evaluation, back | step ...
         clock runs ────────────────────────┤ clock stands                 ├─ clock runs
 
-    A sync that is due is done before the clock stops: it is what makes the model that is evaluated.
+    A sync that is due is done before the clock stops: it makes the model that is evaluated.
     """
 
     def __init__(self, place: Place) -> None:

@@ -18,10 +18,10 @@ TITLES = {
 PARTITIONING = ("resist", "resist_outer", "resist_growth")
 OUTER = ("diloco", "resist_outer", "resist_growth")
 GROWTH = (0.5, 1.0)  # shares of the blocks, each for half of the rounds
-BLOCKS = "blocks.[!0]*"  # all but the first: what `resist` chooses by default, but in very small networks
+BLOCKS = "blocks.[!0]*"  # all but the first: the default of `resist`, except in very small networks
 RATES_SEED = 1000  # no other study uses it
 ALL_POLICIES = ("reset", "keep", "travel")
-# What happens to Adam's state at a sync, by method; DiLoCo's paper keeps it.
+# Policies for Adam's state at a sync, by method; DiLoCo's paper keeps it.
 POLICIES = {
     "local_sgd": ("reset", "keep"), "diloco": ("keep",), "resist": ALL_POLICIES, "resist_outer": ("keep",),
     "resist_growth": ("keep",),
@@ -30,7 +30,7 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Case(AnyCase):
-    """One training."""
+    """A training of one of the two networks."""
 
     method: str  # a key of `TITLES`
     workers: int  # number of workers
@@ -43,17 +43,17 @@ class Case(AnyCase):
     @property
     @override
     def key(self) -> dict[str, Any]:
-        """As of any case; rows that were measured before there was an outer momentum have none."""
+        """The key in the result file, without a default outer momentum: rows measured before it have none."""
         return {name: value for name, value in super().key.items() if name != "outer_momentum" or value is not None}
 
     @property
     def syncs(self) -> bool:
-        """Whether workers train alone and meet at syncs."""
+        """Whether workers train alone between syncs."""
         return self.method in POLICIES
 
 
 def config_of(case: Case, options: Any) -> Config:
-    """The package's settings for a method with syncs."""
+    """The package's config for a method with syncs."""
     blocks: Any = BLOCKS if case.method in PARTITIONING else []
     outer: Any = "nesterov" if case.method in OUTER else "none"
     momentum: Any = case.momentum

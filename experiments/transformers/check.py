@@ -15,7 +15,7 @@ from experiments.transformers.training import RECIPE, bits, make_network, make_t
 
 
 def cases(options: Any) -> list[Case]:
-    """One case for each kind of communication: state that travels, an outer step, gradients."""
+    """A case for each kind of communication: state that travels, an outer step, gradients."""
     return [
         Case("resist", WORKERS, 0, options.lr, "travel"),
         Case("diloco", WORKERS, 0, options.lr, "keep"),

@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As GPT-2, whose 0.02 is for a width of 768: what is added to the residual stream is smaller with more blocks."""
+        """Initialise as GPT-2, whose 0.02 is for width 768; additions to the residual stream shrink with the depth."""
         usual = 0.02 * (768 / self.token.embedding_dim) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:

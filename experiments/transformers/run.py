@@ -32,7 +32,7 @@ from experiments.transformers.text import digest
 from experiments.transformers.training import measure, prepared
 
 NAMES = ["check", "rates", "language", "images"]
-# What a result depends on, besides the case.
+# Options that a result depends on, besides the case.
 COMMON = ("batch", "width", "depth", "heads", "local_steps")
 TEXT = ("context", "evaluated", "text")
 RECORDED = {
@@ -81,7 +81,7 @@ class Options(cli.Command):
     limit: int | None = option(None, "training images per class, null for all", least=1, smoke=20)
     limit_test: int | None = option(300, "test images per class, null for all", least=1, smoke=5)
     holdout: float = option(0.02, "share of the training images", above=0, below=1, smoke=0.1)
-    # What the images of the accuracy study are asked for besides.
+    # Further options that the images of the accuracy study need.
     shrink: ClassVar[int] = 1
     eval_batch: ClassVar[int] = 250
 
@@ -104,17 +104,17 @@ class Options(cli.Command):
 
     @property
     def text(self) -> str:
-        """Which text: another Python has another one."""
+        """A hash of the text: another Python has another one."""
         return digest()
 
 
 def opened(name: str, options: Options) -> Study:
-    """What was measured of a study so far."""
+    """A study with the rows measured so far."""
     return Study.at(Path(options.out) / f"{name}.jsonl", options.take(*RECORDED[name]), fresh=options.fresh)
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Measure what is missing of these studies, then show them."""
+    """Measure the missing cases of these studies, then show the tables."""
     if "images" in names and options.data != "digits" and options.folder is None:
         raise ConfigError(
             f"folder is missing: data={options.data} needs folder=PATH for the study of images (folder: train/<class>/* and "

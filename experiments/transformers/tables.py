@@ -72,7 +72,7 @@ def images_conditions(content: Content) -> str:
 
 
 def baselines(content: Content) -> str:
-    """What the language model is to be better than."""
+    """The baselines that the language model should beat."""
     found = content["rows"][0]["baselines"]
     words = [f"{name} {bits:.2f}" for name, bits in found.items()]
     return f"Bits per byte of the test text by counting n-grams in the whole training text: {', '.join(words)}.\n"
@@ -115,7 +115,7 @@ def images(content: Content) -> Grid:
 
 
 def _three(found: Any) -> str:
-    """Three digits: differences between methods are of hundredths."""
+    """A mean of three digits, in a cell: differences between methods are of hundredths."""
     listed = list(found)
     apart = f" ± {max(listed) / 2 - min(listed) / 2:.3f}" if len(listed) > 1 else ""
     return f"{mean(listed):.3f}{apart}"

@@ -1,4 +1,4 @@
-"""Text that every Python has: the modules of its standard library as bytes, and what counting n-grams makes of it."""
+"""Text that every Python has: the modules of its standard library as bytes, and n-gram baselines on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def standard_library() -> bytes:
 
 
 def digest() -> str:
-    """Tells whether two Pythons have the same text."""
+    """A hash of the text: two Pythons with the same one have the same text."""
     return hashlib.sha256(standard_library()).hexdigest()[:16]
 
 
@@ -64,7 +64,7 @@ def windows(part: str, context: int, limit: int | None = None) -> Windows:
 def baselines() -> dict[str, float]:
     """Bits per byte of the test text by n-grams counted on the training text, with Witten and Bell's smoothing.
 
-    The n-gram of n bytes is mixed with that of n - 1, weighted by how often its context went on in how many ways.
+    The n-gram of n bytes is mixed with that of n - 1, weighted by counts and numbers of continuations of its context.
     """
     train, test = (torch.cat(stretches()[part]).long() for part in ("train", "test"))
     below = torch.full((1, VOCABULARY), 1 / VOCABULARY)

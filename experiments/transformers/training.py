@@ -75,7 +75,7 @@ def make_network(case: Case, options: Any) -> nn.Module:
 
 
 def make_trainer(case: Case, options: Any) -> Trainer:
-    """What trains ``case``."""
+    """The trainer of ``case``."""
     network = make_network(case, options)
     if not case.syncs:
         return DataParallel(network, RECIPE.optimizer(network, case.lr), case.workers, RECIPE)
@@ -93,7 +93,7 @@ def samples_of(case: Case, options: Any) -> int:
 
 
 def measure(case: Case, options: Any) -> dict[str, Any]:
-    """Train and evaluate ``case``: one row of a record; bits per byte, or accuracies in per cent."""
+    """Train and evaluate ``case``: a row of a record; bits per byte, or accuracies in per cent."""
     started, data = time.process_time(), prepared(case, options)
     steps = steps_of(samples_of(case, options), options.batch, case.workers)
     stream = data.stream(options.batch, case.seed)

@@ -15,7 +15,7 @@ LABELS = {"equal": "equal shares", "auto": 'blocks_per_worker="auto", after meas
 
 
 def draw_steps(path: Path, contents: Sequence[Content]) -> Path:
-    """One panel per number of workers, two bars per worker; on them, its blocks. The highest bar is what all wait for."""
+    """A panel per number of workers, two bars per worker; on them, its blocks. All wait for the highest bar."""
     titles = [f"{content['settings']['workers']} workers (on the bars: blocks)" for content in contents]
     with panels(path, titles, "The last worker is slow") as all_axes:
         for axes, content in zip(all_axes, contents, strict=True):

@@ -16,7 +16,7 @@ WEIGHT = 50
 
 
 def why_no_quota() -> str:
-    """Why no process can be given a part of a core here; empty where it can."""
+    """The reason why no process can be given a part of a core here; empty where it can."""
     if os.geteuid() != 0:
         return "it needs root"
     if not _version_1() and "cpu" not in _read(ROOT / "cgroup.subtree_control").split():

@@ -37,7 +37,7 @@ from resist_lightning.methods.resist.shares import MEASURED_ROUNDS, Cost, slowes
 from resist_lightning.models import PreActResNet
 from resist_lightning.schedule.partition import blocks_per_worker
 
-# The first round that counts: the caches are warm, and the shares are what they stay.
+# The first round that counts: the caches are warm, and the shares no longer change.
 FIRST = {"equal": 1, "auto": 1 + MEASURED_ROUNDS + 1}
 
 
@@ -56,7 +56,7 @@ class Options(cli.Command):
     turns: int = option(5, "of both settings", least=1, smoke=1)
 
     def recorded(self) -> dict[str, Any]:
-        """What the workers are told, and the record says."""
+        """The settings for the workers and the record."""
         cores = [self.cores or 1.2 / self.workers] * self.workers
         cores[-1] /= self.slowdown
         same = self.take("workers", "width", "batch", "local_steps", "min_blocks", "rounds", "turns")
@@ -64,7 +64,7 @@ class Options(cli.Command):
 
 
 def train(worker: int, settings: dict[str, Any], shares: Any, rounds: int) -> dict[str, Any]:
-    """One training; its rounds from the first that counts, with this worker's blocks and wall seconds."""
+    """Train once; returns the rounds from the first that counts, with this worker's blocks and wall seconds."""
     torch.manual_seed(0)
     model = PreActResNet(settings["sections"], 10, width_multiplier=settings["width"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -102,7 +102,7 @@ def work(worker: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rows_of(settings: dict[str, Any], trainings: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per training: blocks and seconds of each worker, and what the measured costs had promised."""
+    """A row per training: blocks and seconds of each worker, and the prediction from the measured costs."""
     blocks = settings["sections"][2] - 1
     equal = blocks_per_worker(blocks, settings["workers"], settings["min_blocks"])
     rows = []

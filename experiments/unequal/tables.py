@@ -29,7 +29,7 @@ def round_seconds(content: Content, shares: str) -> float:
 
 
 def ratios(content: Content) -> list[float]:
-    """How many times shorter a round was, in each turn."""
+    """The factor by which a round was shorter, in each turn."""
     pairs = zip(chosen(content, "equal"), chosen(content, "auto"), strict=True)
     return [median(equal["round_seconds"]) / median(auto["round_seconds"]) for equal, auto in pairs]
 
@@ -39,7 +39,7 @@ def _blocks(rows: Rows) -> str:
 
 
 def compared(contents: Sequence[Content]) -> Grid:
-    """One row per number of workers; of several turns the median, with the least and the most."""
+    """A row per number of workers; of several turns the median, with the least and the most."""
 
     def cores(content: Content) -> str:
         return f"{content['settings']['workers']}: " + ", ".join(f"{c:.2g}" for c in content["settings"]["cores"])
@@ -65,7 +65,7 @@ def unequal() -> str:
 
 
 def unequal_claim() -> str:
-    """What was run, on what."""
+    """The conditions of the trainings, in words."""
     lines = []
     for content in records(RESULTS):
         machine, settings = content["machine"], content["settings"]

@@ -39,7 +39,7 @@ class EndMarker(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it; all checkpoints are on disk by now, also those that a thread has written."""
+        """Write the marker; all checkpoints are on disk by now, also those that a thread has written."""
         if trainer.is_global_zero:
             for folder in _folders(trainer):
                 mark_end(folder, trainer.global_step)
@@ -56,13 +56,13 @@ def _folders(trainer: pl.Trainer) -> list[Path]:
 
 
 def _check_that_it_saves(trainer: pl.Trainer) -> None:
-    """Without validations Lightning never saves where it waits for the end of one, or for a metric of one."""
+    """Raise for a ModelCheckpoint that would never save without validations, as it waits for one or for its metric."""
     if trainer.limit_val_batches != 0:
         return
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
-        # By its name: what a module logs is known when it logs it.
+        # By its name: a module's metrics are unknown until it logs them.
         if callback.monitor is not None and callback.monitor.startswith("val"):
             raise ValueError(
                 f"ModelCheckpoint would never save: monitor={callback.monitor!r} comes from validations, and "

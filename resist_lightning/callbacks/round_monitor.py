@@ -45,9 +45,9 @@ class RoundMonitor(Callback):
       length of the mean change, as a share of the parameters' length); not with an outer optimizer, ``overlap`` or
       ``fragments``;
     - with ``overlap``, ``sync/overlap``: the local steps beside which the sync of this round runs;
-    - to TensorBoard, once in ``picture_every_n_rounds``, ``sync/partition``: who holds which block;
+    - to TensorBoard, every ``picture_every_n_rounds`` rounds, ``sync/partition``: the holders of each block;
     - of stages ``auxnet/mismatch_k`` (‖λ - Y‖ / ‖Y‖ at boundary k), ``auxnet/speedup_predicted`` and
-      ``auxnet/speedup_measured``, which all workers find alike.
+      ``auxnet/speedup_measured``, which are equal on all workers.
 
     The summary is ``resist_summary.json`` in the trainer's ``default_root_dir``.
 
@@ -57,7 +57,7 @@ class RoundMonitor(Callback):
 
     Raises:
         ValueError: if ``every_n_rounds`` is below 1, or ``picture_every_n_rounds`` below 0.
-        ModuleNotFoundError: when ``fit`` starts, if pictures are asked for and matplotlib is not installed.
+        ModuleNotFoundError: when ``fit`` starts, if pictures are requested and matplotlib is not installed.
     """
 
     def __init__(self, every_n_rounds: int = 1, picture_every_n_rounds: int = 0) -> None:
@@ -70,7 +70,7 @@ class RoundMonitor(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        """Forget what an earlier ``fit`` has left."""
+        """Forget the data of an earlier ``fit``."""
         self._alignment = Alignment()
         self._alignment_metrics: dict[str, float] = {}
         self._measured_round = -1
@@ -121,7 +121,7 @@ class RoundMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note what a complete round has changed, and a round that has begun; log what was asked for."""
+        """Sample the weights at the end of a round; when a round has begun, note its partition and log."""
         self._training_seconds += time.perf_counter() - self._batch_start
         engine = _engine(trainer)
         if engine is not None and engine.clock.due and _averages(engine):
@@ -172,7 +172,7 @@ class RoundMonitor(Callback):
         parameters, buffers = list(layout.module.parameters()), list(layout.module.buffers())
         full = sum(parameter.numel() for parameter in parameters)
         shared = [tensor for tensor in layout.shared.values() if isinstance(tensor, nn.Parameter)]
-        # What the others would have sent in the same steps: local SGD averages buffers too, DDP gradients only.
+        # Bytes of the alternatives for the same steps: local SGD averages buffers too, DDP gradients only.
         averaged = sum(tensor.nbytes for tensor in [*parameters, *buffers])
         gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
         return {
@@ -206,7 +206,7 @@ class RoundMonitor(Callback):
         }
 
     def _note_partition(self, engine: Engine) -> None:
-        """Keep the partition of this round, which was just drawn: to draw all of them at the end takes minutes."""
+        """Keep the partition of this round, which was just drawn: drawing all of them at the end takes minutes."""
         if engine.collective.worker != 0:
             return  # worker 0 writes the summary
         layout, round = engine.layout, engine.clock.round
@@ -251,7 +251,7 @@ class RoundMonitor(Callback):
 
 
 def _slowest(step_seconds: list[float]) -> dict[str, float]:
-    """Which worker the others wait for, and how slow it is against the mean of all."""
+    """The slowest worker, for which the others wait, and its step time as a multiple of the mean of all."""
     if not step_seconds or not sum(step_seconds):
         return {}
     slowest = max(step_seconds)
@@ -262,7 +262,7 @@ def _slowest(step_seconds: list[float]) -> dict[str, float]:
 
 
 def _step(trainer: pl.Trainer) -> int:
-    """As Lightning counts what it logs in this batch, which it does next: loggers drop what goes back."""
+    """The step under which Lightning next logs this batch's metrics: loggers drop metrics of earlier steps."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -282,7 +282,7 @@ def _tensor_boards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 
 
 def _check_pictures(trainer: pl.Trainer) -> None:
-    """Raise, or warn, where pictures are asked for and cannot be logged."""
+    """Raise, or warn, where pictures are requested and cannot be logged."""
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("RoundMonitor(picture_every_n_rounds=...) needs matplotlib: pip install matplotlib")
     if not _tensor_boards(trainer):

@@ -13,7 +13,7 @@ from resist_lightning.state.random_state import seed_generators
 
 
 class SeedPerWorker(Callback):
-    """Gives every worker random numbers of its own: dropout, augmentation, whatever is drawn in training.
+    """Gives every worker its own random numbers: for dropout, augmentation and all else drawn in training.
 
     Without it workers that are seeded alike draw alike, as under DDP. When ``fit`` starts, the global generators of
     Python, NumPy and torch are seeded by ``(seed, rank)``; the initial weights stay those of worker 0. A run that

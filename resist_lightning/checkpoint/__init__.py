@@ -1,1 +1,1 @@
-"""Files that are whole or absent."""
+"""Checkpoint and snapshot files, each whole or absent."""

@@ -1,4 +1,4 @@
-"""Writes files atomically and with a checksum, and explains what is wrong with one that cannot be read."""
+"""Writes files atomically and with a checksum, and explains why one cannot be read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SEALED_SUFFIX = ".pt"
 
 _TORCH_WRITER = "inline_container"  # in the text of its errors
 
-# torch.save writes a zip file. Its last record may be followed by a comment, which every reader of zip files passes
-# over: there the seal stands. The record's last two bytes are the comment's length.
+# torch.save writes a zip file. Its last record may be followed by a comment, which all readers of zip files skip: the
+# seal is stored there. The record's last two bytes are the comment's length.
 _ZIP_START, _ZIP_END, _ZIP_END_BYTES, _LENGTH_BYTES = b"PK", b"PK\x05\x06", 22, 2
 _SEAL = re.compile(rb"resist-lightning crc32=([0-9a-f]{8})")
 _SEAL_BYTES = len(b"resist-lightning crc32=00000000")
@@ -38,7 +38,7 @@ _UNREADABLE = {
 
 
 def write_file(state: object, path: Path) -> None:
-    """Write ``state`` with torch.save to ``path``, atomically: whoever is killed on the way leaves what was there.
+    """Write ``state`` with torch.save to ``path``, atomically: a process killed meanwhile leaves the earlier file.
 
     The file carries a checksum of itself, its seal, at its end: torch.load reads it as any other one, and
     :func:`check_seal` finds damage.
@@ -59,10 +59,10 @@ def to_sealed_bytes(state: object) -> bytes:
 
 
 def check_seal(file: IO[bytes], path: object, *, sealed: bool) -> None:
-    """Check that a file is what :func:`write_file` wrote. A file of torch.save, without a seal, passes.
+    """Check that a file is as :func:`write_file` wrote it. A file of torch.save, without a seal, passes.
 
     Args:
-        file: open for reading; it may be anywhere, and is left at its start.
+        file: open for reading, at any position; it is left at its start.
         path: its name, for the error.
         sealed: whether only torch.save or :func:`write_file` can have written it, so that anything else at the end of
             a zip file is damage.
@@ -107,17 +107,17 @@ def read_sealed(path: Path, *, mapped: bool = False) -> Any:
     """Check a file of :func:`write_sealed`, and read it as :func:`read_file` does.
 
     Raises:
-        CheckpointError: if it cannot be read, or its content is not what its name says.
+        CheckpointError: if it cannot be read, or its content does not match the checksum in its name.
     """
     check_sealed(path)
     return read_file(path, mapped=mapped)
 
 
 def check_sealed(path: Path) -> None:
-    """Check that the content of a file of :func:`write_sealed` is what its name says.
+    """Check that the content of a file of :func:`write_sealed` matches the checksum in its name.
 
     Raises:
-        CheckpointError: if it is not, or cannot be read.
+        CheckpointError: if it does not, or cannot be read.
     """
     _, _, expected = path.name.removesuffix(SEALED_SUFFIX).rpartition(".")
     try:
@@ -138,7 +138,7 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
         mapped: read the values of a tensor only when they are used. The file must stay until then.
 
     Raises:
-        CheckpointError: if it cannot be read; the message says what the file is.
+        CheckpointError: if it cannot be read; the message says why.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -147,15 +147,15 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
 
 
 def check_loadable(parts: Mapping[str, Any]) -> None:
-    """Find out when the first file is written, not when a run resumes from it, that :func:`read_file` would refuse it.
+    """Check that :func:`read_file` will accept these parts: found out at the first save, not at a resume.
 
     Raises:
-        ValueError: if one of the parts cannot be loaded; the message names them, and what each stumbles over.
+        ValueError: if parts cannot be loaded; the message names each, with the class that was refused.
     """
     refused = []
     for name, part in parts.items():
         buffer = io.BytesIO()
-        # Without the values of tensors, which may be as large as what this worker holds.
+        # Without the values of tensors, which may be as large as this worker's whole part.
         torch.save(tree_map(lambda value: value.new_empty(0) if type(value) is Tensor else value, part), buffer)
         buffer.seek(0)
         try:
@@ -174,7 +174,7 @@ def check_loadable(parts: Mapping[str, Any]) -> None:
 
 
 def explain(path: Path, error: BaseException) -> str:
-    """What a file that could not be read is, and what to do."""
+    """The message for a file that could not be read: why, and what to do."""
     return f"{path} cannot be loaded: {_what_is_wrong(path, error)}"
 
 
@@ -200,7 +200,7 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
 
 
 def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], sealed: bool = False) -> Path:
-    # Without the process's number, which another host may have too; only one worker writes the file.
+    # Named without the process number, which another host may have too; only one worker writes the file.
     part = folder / f".{stem}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,10 +218,10 @@ def _write(state: object, folder: Path, stem: str, name: Callable[[int], str], s
         path = folder / name(checksummed.crc)
         os.replace(part, path)
     except BaseException as error:
-        with suppress(OSError):  # the folder is none, or may not be written to
+        with suppress(OSError):  # it is no folder, or not writable
             part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(part)  # a full disk does not say of which file
+            error.filename = str(part)  # the error of a full disk names no file
         raise
     return path
 
@@ -252,7 +252,7 @@ def _ends_as_torch_ends(tail: bytes) -> bool:
 
 
 def _behind(error: BaseException) -> BaseException | None:
-    """What torch's writer hides when, after an error, it cannot end the file; None if it does not know either."""
+    """The error that torch's writer hides when it cannot end the file after it; None if there is none."""
     found: BaseException | None = error
     while found is not None and _TORCH_WRITER in str(found):
         found = found.__context__
@@ -268,7 +268,7 @@ def _checksum(path: Path) -> int:
 
 
 class _Checksummed:
-    """A file that adds up the checksum of what is written to it; torch.save writes from front to back."""
+    """A file that computes the checksum of the data written to it; torch.save writes from front to back."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.crc = 0

@@ -28,7 +28,7 @@ _ROWS, _BEST, _HELD = "evaluations.jsonl", "best.ckpt", ".evaluating.ckpt"
 
 @dataclass(frozen=True)
 class Version:
-    """A file as it is now; whoever replaces it makes another version.
+    """A version of a file; a file that replaces it is another version.
 
     Args:
         path: of the file.
@@ -44,7 +44,7 @@ class Version:
 
 
 class FollowedFolder:
-    """A folder that a training writes checkpoints to, and the folder of what an evaluator writes.
+    """A folder that a training writes checkpoints to, and the folder of the evaluator's files.
 
     Args:
         path: of the training's checkpoints.
@@ -72,7 +72,7 @@ class FollowedFolder:
 
     @property
     def ended(self) -> bool:
-        """Whether the training has said that it is complete."""
+        """Whether the training has marked its end."""
         return (self.path / END_MARKER).exists()
 
     def unseen(self) -> list[Version]:
@@ -108,16 +108,16 @@ class FollowedFolder:
         return self._held
 
     def keep_best(self) -> None:
-        """Let the file that is held take the place of the best one."""
+        """Replace the best file by the held one."""
         os.replace(self._held, self.best)
         self.done(_version(self.best))
 
     def release(self) -> None:
-        """Give up the second name."""
+        """Remove the second name."""
         self._held.unlink(missing_ok=True)
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """What was written last by :meth:`write_rows`; empty if nothing was."""
+        """The rows that :meth:`write_rows` wrote last; empty if there are none."""
         if not self._rows.exists():
             return []
         return [json.loads(line) for line in self._rows.read_text().splitlines()]
@@ -135,11 +135,11 @@ def _version(path: Path) -> Version:
 
 
 def mark_end(folder: Path, step: int) -> None:
-    """Say to evaluators that the training in this folder is complete."""
+    """Mark the training in this folder as complete, for evaluators."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / END_MARKER).write_text(json.dumps({"global_step": step}) + "\n")
 
 
 def remove_end(folder: Path) -> None:
-    """Say that it goes on."""
+    """Remove the mark, as the training goes on."""
     (folder / END_MARKER).unlink(missing_ok=True)

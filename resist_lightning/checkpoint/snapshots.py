@@ -8,7 +8,7 @@
            agents.json                                   whose workers may resume from here on their own
 
 At a border every block is whole in the file of some worker, so all files of a round together are the full model, for
-any number of workers: where workers do not have a tensor alike (overlap, fragments), its mean.
+any number of workers: where workers have different values of a tensor (overlap, fragments), it is their mean.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Snapshot:
 
     Args:
         round: the round that begins there.
-        workers: how many wrote it.
+        workers: number of workers that wrote it.
         files: their files, by worker.
     """
 
@@ -71,7 +71,7 @@ class SnapshotFolder:
         whole = self._newest_whole()
         for old in self._rounds()[KEPT_ROUNDS:]:
             if old != whole:
-                # With files of a part (``.part``) that a worker which was killed has left.
+                # Also the partial files (``.part``) of a worker that was killed.
                 _remove(self._of(old).glob(f"*worker-{worker}-of-*.p*t"), self._of(old))
 
     def newest_first(self) -> list[Snapshot]:
@@ -99,7 +99,7 @@ class SnapshotFolder:
                 _remove(self._of(later).glob("*worker-*-of-*.p*t"), self._of(later))
 
     def remove(self) -> None:
-        """Remove all snapshots, and the folder if nothing else is in it: it may be one that the user has for more."""
+        """Remove all snapshots, and the folder if nothing else is in it: the user may keep other files there."""
         self.forget_later(-1)
         _remove([self.path / _AGENTS], self.path)
 
@@ -110,11 +110,11 @@ class SnapshotFolder:
         return []
 
     def make(self) -> None:
-        """Make the folder, if it is not there."""
+        """Make the folder, if it does not exist."""
         self.path.mkdir(parents=True, exist_ok=True)
 
     def set_agents(self, agents: Iterable[int]) -> None:
-        """Write down whose workers may resume from here by themselves."""
+        """Write down the agents whose workers may resume from here by themselves."""
         self.make()
         (self.path / _AGENTS).write_text(json.dumps(sorted(agents)) + "\n")
 
@@ -142,7 +142,7 @@ class SnapshotFolder:
 
 
 def usable(snapshots: Iterable[Snapshot], worker: int, workers: int) -> list[int]:
-    """The rounds that this worker could resume from, newest first: it sees what it needs, and its share is whole.
+    """The rounds that this worker could resume from, newest first: the files it needs exist, and its share is whole.
 
     Where the number of workers has changed, each needs all files, and checks its share of them, so that together they
     read each file once: a round is whole if all workers find it usable.

@@ -1,1 +1,1 @@
-"""Workers agree, or stop."""
+"""Checks that workers agree; they stop if not."""

@@ -1,4 +1,4 @@
-"""Measures whether workers went the same way in a round: the angle between a worker's change and the mean change."""
+"""Measures how the workers' changes in a round align: the cosine of a worker's change and the mean change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _STRIDE = 64
 
 
 class Alignment:
-    """The angle between what a worker changed in a round and what the workers changed on average. Sends nothing.
+    """The alignment of a worker's change in a round with the workers' mean change. Sends nothing.
 
-    It looks at tensors that all workers hold: one entry in 64 of those with 4096 entries or more, and all of smaller
+    It samples tensors that all workers hold: one entry in 64 of those with 4096 entries or more, and all of smaller
     ones. It keeps two copies of this sample.
     """
 
@@ -23,17 +23,17 @@ class Alignment:
         self._ended: Tensor | None = None
 
     def end(self, tensors: Iterable[Tensor]) -> None:
-        """Look at tensors before they are averaged."""
+        """Sample the tensors before they are averaged."""
         self._ended = _sample(tensors)
 
     def measure(self, tensors: Iterable[Tensor]) -> dict[str, float]:
-        """What the round was like, from the same tensors after they were averaged; the next round begins with them.
+        """Metrics of the round, from the same tensors after they were averaged; the next round begins with them.
 
         Returns:
             ``alignment``: the cosine between this worker's change and the mean of all changes, in [-1, 1]; 1 where all
-            workers went the same way, about 1 / sqrt(workers) where their ways have nothing in common. ``change``: the
-            length of the mean change as a share of the length of the tensors. Empty where a round was not seen whole,
-            or nothing was changed.
+            workers changed alike, about 1 / sqrt(workers) where their changes are unrelated. ``change``: the norm of
+            the mean change as a share of the norm of the tensors. Empty where a round was not seen whole, or nothing
+            was changed.
         """
         mean, begun, own = _sample(tensors), self._begun, self._ended
         self._begun, self._ended = mean, None
@@ -48,7 +48,7 @@ class Alignment:
 
 
 def _sample(tensors: Iterable[Tensor]) -> Tensor:
-    """Some entries of each tensor, in one vector of 64-bit numbers on the host."""
+    """A sample of each tensor's entries, in one vector of 64-bit numbers on the host."""
     parts = [tensor.detach().flatten() for tensor in tensors]
     taken = [part[:: _STRIDE if len(part) >= _WHOLE_UP_TO else 1] for part in parts]
     return (

@@ -25,11 +25,11 @@ MIXING = (Purpose.SYNC, Purpose.EVALUATION, Purpose.CHECKPOINT, Purpose.FINISH)
 
 
 class DivergenceChecks:
-    """Finds non-finite values and replicas that differ. What it finds travels in headers.
+    """Finds non-finite values and replicas that differ. The findings travel in headers.
 
     Attributes:
         left_out: workers that the last handshake left out of the means, under ``non_finite="drop"``.
-        losses: tells from which member of a worker NaN or infinity came.
+        losses: locates the members of a worker in which NaN or infinity began.
         frozen: the parameters that no average includes, until the program writes them.
     """
 
@@ -53,12 +53,12 @@ class DivergenceChecks:
         """
         present = {name: buffer for name, buffer in self._layout.module.named_buffers() if not buffer.is_meta}
         masks = [name for name, buffer in present.items() if not _finite(buffer)]
-        # Of the others too: a worker has only its own part, and another one's may come to it.
+        # Of the others too: their parts may come to this worker.
         told = self._collective.gather_bytes(json.dumps(masks).encode())
         self._masks = {name for text in told for name in json.loads(text)}
 
     def note(self, tensors: Mapping[str, Tensor], round: int) -> None:
-        """Hash what a sync has just made equal on all workers; the next handshake compares it. Sends nothing."""
+        """Hash tensors that a sync has just made equal everywhere; the next handshake compares them. Sends nothing."""
         self.losses.begin_round()
         if self._layout.config.check == "off" or self._collective.processes == 1:
             return
@@ -70,8 +70,8 @@ class DivergenceChecks:
     def numbers(self, purpose: Purpose) -> list[float]:
         """Numbers for the others.
 
-        They stand for the replicas' hashes, the first non-finite tensor, the frozen ones that were written, and the
-        weights that the members of a worker hold alike.
+        These are a hash of the replicas, the place of the first non-finite tensor, a digest of the frozen ones that
+        were written, and a hash of the weights that the members of a worker hold alike.
         """
         hashed = as_numbers([together(list(self._hashes.values()))]) if self._hashes else [0.0]
         # Where nothing is averaged, neither could spread, and a search reads all tensors.
@@ -114,7 +114,7 @@ class DivergenceChecks:
             warnings.warn(f"{self._describe(found, clock)} Left out of this round.", stacklevel=5)
 
     def _hash_of_members(self) -> float:
-        """Stands for the weights of this worker, which its members hold alike; 0 where it has one member."""
+        """Hash of this worker's weights, which its members hold alike; 0 with one member, or without checks."""
         if self._collective.members == 1 or self._layout.config.check == "off":
             return 0.0
         hashes = self._hasher.hashes(self._weights().values(), turn=self._round)
@@ -139,7 +139,7 @@ class DivergenceChecks:
                 )
 
     def _unequal(self, worker: int) -> str:
-        """Which weights differ between the members of a worker. Collective: every worker must call this."""
+        """Names of weights that differ between the members of a worker. Collective: every worker must call this."""
         own = self._weights()
         hashes = dict(zip(own, as_numbers(self._hasher.hashes(own.values(), turn=self._round)), strict=True))
         texts = self._collective.gather_bytes(json.dumps(hashes).encode())
@@ -148,7 +148,7 @@ class DivergenceChecks:
         return shorten(names)
 
     def _agree_on_written(self, digests: set[float]) -> None:
-        """Average from now on the frozen tensors that some worker has written; they would diverge in silence."""
+        """Average frozen tensors that some worker has written, from now on; else they would diverge in silence."""
         if digests == {0.0}:
             return
         written = set(self._written)
@@ -166,7 +166,7 @@ class DivergenceChecks:
             )
 
     def _first_not_finite(self) -> int:
-        """Place of the first tensor that is not finite, counted from 1; 0 if there is none. Absent ones are passed."""
+        """Place of the first tensor that is not finite, counted from 1; 0 if there is none. Skips absent ones."""
         names = self._layout.changing() - self._masks
         candidates = []
         for place, (name, tensor) in enumerate(named_tensors(self._layout.module).items(), start=1):
@@ -180,7 +180,7 @@ class DivergenceChecks:
         return 0
 
     def _where_it_began(self, found: Mapping[int, int]) -> dict[int, int]:
-        """Of ``found``, by rank, only the members whose own loss was the first of their worker that was not finite.
+        """The part of ``found``, by rank, with the members whose loss was the first non-finite one of their worker.
 
         Collective where workers have several members: every worker must call this.
         """
@@ -207,7 +207,7 @@ class DivergenceChecks:
         return f"{who} NaN or infinity {where}: {', '.join(places)}.{self._spread()}"
 
     def _spread(self) -> str:
-        """What the members of a worker that are not named have."""
+        """A sentence on how NaN or infinity spreads to a worker's other members; empty if it has one."""
         if self._collective.members == 1:
             return ""
         return (
@@ -230,7 +230,7 @@ _CAUSES = (
 
 
 def _number_of(names: Sequence[str]) -> float:
-    """Stands for some names; 0 for none."""
+    """A digest of names; 0 for none."""
     return float(digest({"written": dict.fromkeys(names, "")})) if names else 0.0
 
 

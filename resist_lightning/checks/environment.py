@@ -1,4 +1,4 @@
-"""Describes what all workers must share before they train: versions, code, settings, optimizers, tensors."""
+"""The fingerprint of a worker before it trains: versions, code, settings, optimizers, tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LIBRARIES = ("torch", "lightning", "torchvision", "timm", "numpy")
 
 
 def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mapping[str, str]) -> Fingerprint:
-    """All that workers must have in common; ``surroundings`` is what the host adds."""
+    """The fingerprint of all that workers must have in common, with the host's own entries, ``surroundings``."""
     named = named_tensors(layout.module)
     order = [*named, *layout.parts()]
     return {
@@ -40,7 +40,7 @@ def fingerprint_of(layout: Layout, states: OptimizerStates, surroundings: Mappin
 
 
 def _versions() -> dict[str, str]:
-    """Of what is loaded. Tags of a build (``+cpu``) are left out: they say where, not what is computed."""
+    """Versions of the loaded libraries. Build tags (``+cpu``) are left out: they tell where, not what is computed."""
     versions = {"Python": platform.python_version()}
     for name in _LIBRARIES:
         if name in sys.modules:
@@ -54,14 +54,14 @@ def _describe(tensor: Tensor) -> str:
     words = [str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
     if isinstance(tensor, nn.Parameter):
         words.append("requires_grad" if tensor.requires_grad else "frozen")
-    # The order of its memory counts: flat buffers are averaged as they lie.
+    # The order of its memory counts: flat buffers are averaged in that order.
     if not tensor.is_contiguous():
         words.append(f"strides {tensor.stride()}")
     return " ".join(words)
 
 
 def _sources(module: nn.Module) -> dict[str, str]:
-    """Hashes of the files that this package and the module's classes come from, but for torch's and Lightning's.
+    """Hashes of the source files of this package and of the module's classes, except torch's and Lightning's.
 
     Classes without a file (made in a notebook) are left out.
     """
@@ -82,7 +82,7 @@ def _sources(module: nn.Module) -> dict[str, str]:
 
 @cache
 def _hash_of_package() -> str:
-    # Of the package, not of this room: a difference in any module makes workers train differently.
+    # Of the whole package, not of this folder: a difference in any module makes workers train differently.
     folder = Path(__file__).parents[1]
     content = b""
     for file in sorted(folder.rglob("*.py")):
@@ -92,7 +92,7 @@ def _hash_of_package() -> str:
 
 @cache
 def _hash_of_file(path: str | None) -> str:
-    """Empty where there is no source to read."""
+    """Hash of a source file; empty where there is none to read."""
     if not path or not path.endswith(".py"):
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Compares what workers have in common and names what differs. Standard library only."""
+"""Compares the environments of workers and names the differences. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHOWN = 5
 
 
 def digest(fingerprint: Fingerprint) -> int:
-    """A number of 48 bits that stands for a fingerprint."""
+    """A hash of a fingerprint, of 48 bits."""
     text = json.dumps(fingerprint, sort_keys=True)
     # Six bytes: it is sent as a float64, which is exact up to 53 bits.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def differences(fingerprints: Sequence[Fingerprint], members: int = 1) -> list[str]:
-    """How processes differ, with the value of each; empty if they do not.
+    """The differences between processes, with the value of each; empty if there are none.
 
     Args:
         fingerprints: by rank.
@@ -38,13 +38,13 @@ def differences(fingerprints: Sequence[Fingerprint], members: int = 1) -> list[s
 
 
 def shorten(items: Sequence[str]) -> str:
-    """The first items of a list, and how many more there are."""
+    """The first items of a list, and the number of the others."""
     more = len(items) - SHOWN
     return ", ".join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def describe_unequal(names: Sequence[str], hashes: Sequence[Sequence[float]], members: int = 1) -> str:
-    """Which tensors differ between processes, and on which of them.
+    """The tensors that differ between processes, and on which of them, in words.
 
     Args:
         names: of the tensors.
@@ -97,7 +97,7 @@ def _workers(ranks: Iterable[int], members: int) -> str:
 
 
 def _union(parts: Iterable[Mapping[str, object]]) -> list[str]:
-    """All keys, in the order in which they come first."""
+    """All keys, in order of first appearance."""
     keys: dict[str, None] = {}
     for part in parts:
         keys.update(dict.fromkeys(part))

@@ -14,7 +14,7 @@ from resist_lightning.state.own_tensors import version
 
 @dataclass(frozen=True)
 class _Mark:
-    """What a tensor was when it was noted: torch's count of writes, and hashes of a sample and of all entries."""
+    """The state of a noted tensor: torch's count of writes, and hashes of a sample and of all entries."""
 
     version: int
     sampled: float
@@ -30,15 +30,15 @@ class FrozenTensors:
         self._marks: dict[str, _Mark] = {}
 
     def note(self, unsettled: Collection[str] = ()) -> None:
-        """Remember the values of those that have become frozen, and that all workers have alike.
+        """Remember the values of newly frozen tensors that all workers have alike.
 
         Args:
-            unsettled: names of those that workers do not have alike yet.
+            unsettled: names of tensors that workers do not have alike yet.
         """
         if self._layout.workers == 1:
             return
         frozen = {name: tensor for name, tensor in self._frozen().items() if name not in unsettled}
-        # One that trains for a while, or is averaged since it was written, has other values afterwards.
+        # A tensor that has trained meanwhile, or is averaged since it was written, has other values now.
         self._marks = {name: mark for name, mark in self._marks.items() if name in frozen}
         new = {name: tensor for name, tensor in frozen.items() if name not in self._marks}
         sampled, whole = _hashes(self._sampled, new), _hashes(self._whole, new)
@@ -46,10 +46,10 @@ class FrozenTensors:
             self._marks[name] = _Mark(version(tensor), sampled[name], whole[name])
 
     def written(self) -> list[str]:
-        """Names of those whose values have changed since :meth:`note`.
+        """Names of tensors whose values have changed since :meth:`note`.
 
-        Looks at a sample of the entries, and at all where torch has counted a write: writes through ``.data`` are not
-        counted.
+        Hashes a sample of the entries, and all of them where the sample differs or torch has counted a write: writes
+        through ``.data`` are not counted.
         """
         companion = self._layout.companion
         if companion is not None and companion.shown:
@@ -61,7 +61,7 @@ class FrozenTensors:
             mark = self._marks[name]
             if sampled[name] != mark.sampled or version(tensor) != mark.version:
                 doubtful[name] = tensor
-        # A write may have left the values as they were.
+        # A write may have left the values unchanged.
         whole = _hashes(self._whole, doubtful)
         return sorted(name for name, number in whole.items() if number != self._marks[name].whole)
 

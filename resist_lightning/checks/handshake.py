@@ -38,7 +38,7 @@ class Host:
         """Receive the numbers of all workers; at every handshake."""
 
     def agree(self, reports: list[list[float]]) -> None:
-        """Receive them at a sync, to change what the next local steps use, equally on all workers."""
+        """Receive them at a sync, to change settings of the next local steps equally on all workers."""
 
 
 class Handshake:
@@ -68,7 +68,7 @@ class Handshake:
             The extra numbers of every process, by rank.
 
         Raises:
-            WorkersDisagree: naming how the workers differ in code, versions, settings, optimizers or models.
+            WorkersDisagree: naming the differences in code, versions, settings, optimizers or models.
         """
         fingerprint = fingerprint_of(self._layout, states, self._host.settings())
         return self.run(Purpose.START, clock, extra, fingerprint=fingerprint)
@@ -82,9 +82,9 @@ class Handshake:
 
         Args:
             purpose: of the handshake.
-            clock: where this worker is.
+            clock: this worker's round and local step.
             extra: at most two numbers to tell the others.
-            fingerprint: compared in the place of the layout, at the start.
+            fingerprint: compared instead of the layout's digest, at the start.
 
         Returns:
             The extra numbers of every process, by rank.
@@ -97,8 +97,8 @@ class Handshake:
         if purpose in (Purpose.START, Purpose.SYNC):
             self._layout.tensors.keep()
         layout = self._layout.digest() if fingerprint is None else digest(fingerprint)
-        # Here, before it begins, the length of the next round is compared: later nobody would meet to do it.
-        # A message of the host's may be that by which workers agree to stop, as LearningRateFinder's is.
+        # The length of the next round is compared here, before it begins: later no handshake would do it.
+        # A host's message may be the one by which workers agree to stop, as LearningRateFinder's is.
         stop = 0 if purpose is Purpose.HOST else self._host.stop_flag()
         state = Header(purpose, clock.round, clock.step, stop, layout, clock.agreed_steps)
         header = header_numbers(state)
@@ -118,7 +118,7 @@ class Handshake:
         rate = end_of_checks + _EXTRA_NUMBERS
         reports = [row[rate + 1 :] for row in rows]
         self._host.on_reports(reports)
-        # Only at a sync, where all workers change what the next round uses at the same step.
+        # Only at a sync, where all workers change settings of the next round at the same step.
         if purpose == Purpose.SYNC:
             self._compare_rates([row[rate] for row in rows])
             self._warn_of_rising_rate(clock)
@@ -153,7 +153,7 @@ class Handshake:
             )
 
     def _compare(self, digests: Sequence[int], fingerprint: Fingerprint) -> None:
-        """Raise if digests differ, naming what does."""
+        """Raise if digests differ, naming the differences."""
         if len(set(digests)) == 1:
             return
         # Only now: fingerprints are long, and on a healthy start nobody needs them.

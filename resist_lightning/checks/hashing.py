@@ -25,7 +25,7 @@ class Hasher:
     Every number is odd, so that a change of one entry always shows; they all differ, so that an exchange of two does.
 
     Args:
-        share: look at one in so many entries of a large tensor. Tensors below 4096 entries are always seen whole.
+        share: hash one in so many entries of a large tensor. Tensors below 4096 entries are always hashed whole.
     """
 
     def __init__(self, share: int) -> None:
@@ -37,7 +37,7 @@ class Hasher:
 
         Args:
             tensors: present ones.
-            turn: which entries the sample takes; in as many turns as its share it takes all.
+            turn: selects the entries of the sample; as many turns as ``share`` cover all.
         """
         return [self._hash(_bits(tensor), turn) for tensor in tensors]
 
@@ -54,7 +54,7 @@ class Hasher:
         return total
 
     def _sample(self, bits: Tensor, turn: int) -> Tensor:
-        """Runs of neighbours, evenly spread, and the rest that fills no row; single entries would load all memory."""
+        """Runs of neighbours, evenly spread, and the incomplete last row; single entries would load all memory."""
         row = _RUN * self._share
         end = len(bits) // row * row
         start = turn % self._share * _RUN
@@ -79,9 +79,9 @@ def as_numbers(hashes: Iterable[Tensor]) -> list[float]:
 
 
 def together(hashes: list[Tensor]) -> Tensor:
-    """One hash for several."""
+    """One combined hash of several."""
     stacked = torch.stack([value.to(hashes[0].device) for value in hashes])
-    # By place, or an exchange of two tensors would not show.
+    # By place, or two swapped tensors would not show.
     places = torch.arange(len(stacked), device=stacked.device)
     return _mix(stacked + places).sum()
 
@@ -99,7 +99,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _mix(values: Tensor) -> Tensor:
-    """Integers that look random, one for each (the end of splitmix64)."""
+    """Pseudo-random integers, one for each (the end of splitmix64)."""
     values = values * -7046029254386353131
     values = (values ^ _shifted(values, 30)) * -4658895280553007687
     values = (values ^ _shifted(values, 27)) * -7723592293110705685
@@ -107,7 +107,7 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """The values shifted to the right, with zeros from the left."""
     mask: int = 2 ** (64 - places) - 1
     return (values >> places) & mask
 
@@ -116,14 +116,14 @@ _MARKS = Hasher(share=1)  # one for all, as it keeps tables
 
 
 def mark(tensor: Tensor, like: Sequence[Any] = ("",)) -> list[Any]:
-    """A mark by which a later write to a tensor is noticed: its data type and a hash of its bits.
+    """A mark that reveals later writes to a tensor: its data type and a hash of its bits.
 
     Args:
         tensor: of any device and memory format.
         like: an earlier mark, of a tensor that may have been converted since.
     """
     dtype = getattr(torch, like[0]) if like[0] else tensor.dtype
-    # In one memory format, as a hash is of the order of memory.
+    # In one memory format, as a hash depends on the order of memory.
     converted = tensor.detach().to(dtype).contiguous()
     (number,) = as_numbers(_MARKS.hashes([converted]))
     return [str(dtype).removeprefix("torch."), int(number)]

@@ -1,4 +1,4 @@
-"""The header of every sync: what all workers must agree on before they mix weights. Standard library only."""
+"""The header of every sync: the state that all workers must agree on before they mix weights. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resist_lightning.errors import WorkersDisagree, process_name
 
 
 class Purpose(IntEnum):
-    """What a handshake is for."""
+    """The purpose of a handshake."""
 
     START = 0
     SYNC = 1
@@ -29,7 +29,7 @@ class Header:
         round: its round.
         step: its local steps in the round.
         stop: whether it was asked to stop.
-        layout: a number that stands for its blocks, shapes and settings.
+        layout: a digest of its blocks, shapes and settings.
         round_steps: local steps of its round; of the next one, where this one is complete.
     """
 

@@ -1,4 +1,4 @@
-"""Notes when the loss of a member was first not finite: its gradient spreads to the members that average with it."""
+"""Notes a member's first non-finite loss: its gradient spreads to the members that average with it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _NEVER = 2**31 - 1
 
 
 class FirstBadLoss:
-    """The first local step of this round in which this process had a loss that is not finite.
+    """The first local step of this round in which this process had a non-finite loss.
 
     Args:
-        watching: whether losses are looked at.
+        watching: whether losses are checked.
     """
 
     def __init__(self, *, watching: bool) -> None:
         self._watching = watching
-        self._first: Tensor | None = None  # where the losses are, so that no step waits for a GPU
+        self._first: Tensor | None = None  # on the losses' device, so that no step waits for a GPU
 
     def begin_round(self) -> None:
         """Forget the losses of the round that has ended."""
         self._first = None
 
     def note(self, loss: Tensor, step: int) -> None:
-        """Look at a loss. Sends nothing, and does not wait for the GPU.
+        """Check a loss. Sends nothing, and does not wait for the GPU.
 
         Args:
             loss: of any shape.
@@ -44,13 +44,13 @@ class FirstBadLoss:
 
 
 def earliest(first: list[int]) -> list[int]:
-    """The members from whom NaN or infinity came to their worker; all if that is not known.
+    """The members in which NaN or infinity began; all if that is not known.
 
     Args:
         first: of each member, the local step of its first bad loss, counted from 1; 0 if it had none.
 
     Returns:
-        Places in the worker. Who came later has it from them: by then its weights were not finite either.
+        Their places in the worker. Later members have it from them: by then their weights were not finite either.
     """
     steps = [step for step in first if step]
     least = min(steps, default=0)

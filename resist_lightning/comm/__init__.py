@@ -1,1 +1,1 @@
-"""Every byte that a worker sends goes through here."""
+"""Communication between workers: every byte that a worker sends goes through here."""

@@ -1,7 +1,7 @@
-"""Lets the processes of worker 0 be torch.distributed's default group for a while: what the others do not take part in.
+"""Temporarily makes worker 0's processes torch.distributed's default group, for work that the others do not join.
 
-Metrics, callbacks and the user's code talk over the default group, whoever evaluates. While worker 0 evaluates alone
-they find a group of its own processes, so that nobody waits for workers that are elsewhere.
+Metrics, callbacks and user code communicate over the default group. While worker 0 evaluates alone, that is a group of
+its own processes, so that nobody waits for workers that are elsewhere.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from resist_lightning.comm.sockets import recording_group
 
 
 class Apart:
-    """The default group of the first processes, to enter and leave.
+    """Switches the default group to its first processes, and back.
 
     Collective: every process must make it, in the same order, when it has joined the default group.
 
     Args:
-        processes: how many of the default group, from the first on.
+        processes: number of processes in the smaller group, counted from rank 0.
 
     Attributes:
-        entered: whether this process talks to these alone now.
+        entered: whether this process communicates with these alone now.
     """
 
     def __init__(self, processes: int) -> None:
@@ -39,7 +39,7 @@ class Apart:
             self._group = None
 
     def enter(self) -> None:
-        """From now on the default group is that of the first processes; on all others nothing happens."""
+        """Make the group of the first processes the default group; on all other processes nothing happens."""
         if self._group is not None and not self.entered:
             self._whole, self.entered = _get_default_group(), True
             _world.default_pg = self._group

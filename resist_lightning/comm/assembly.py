@@ -16,16 +16,15 @@ TensorsOf: TypeAlias = Callable[[int], Sequence[Tensor]]
 
 
 def collect(exchange: Exchange, sources: Mapping[int, Sequence[int]], tensors_of: TensorsOf, kind: str) -> None:
-    """Give worker 0 each block, as the mean of the values that some workers have; the others only send theirs.
+    """Give worker 0 each block, as the mean over its source workers; the others only send theirs.
 
-    A block at a time, so that a worker that sends needs the memory of one block beside what it holds, and worker 0 that
-    of the values of one.
+    A block at a time, so that a sending worker needs memory for one more block, and worker 0 for the copies of one.
 
     Collective: every worker must call this, in the same order; only worker 0 and those that send talk.
 
     Args:
-        exchange: the worker's side of it.
-        sources: for each block, the workers whose values count, its owner first; nobody where worker 0 needs none.
+        exchange: this worker's.
+        sources: for each block, the workers whose values are averaged, its owner first; none where worker 0 needs none.
         tensors_of: the tensors of a block; worker 0 must have memory for them.
         kind: how the bytes are counted.
     """
@@ -39,7 +38,7 @@ def collect(exchange: Exchange, sources: Mapping[int, Sequence[int]], tensors_of
 
 
 def _value_of(exchange: Exchange, peer: int, tensors: Sequence[Tensor], kind: str) -> Sequence[Tensor]:
-    """What worker 0 receives of a worker's tensors, and that worker sends; nothing on all others. Collective."""
+    """Send tensors from worker ``peer`` to worker 0, which returns them; nothing on all others. Collective."""
     me = exchange.collective.worker
     flats = (pack if me == peer else empty_like_packed)(tensors, exchange.device)
     send_to_first(exchange.collective, peer, list(flats.values()), kind)
@@ -49,10 +48,10 @@ def _value_of(exchange: Exchange, peer: int, tensors: Sequence[Tensor], kind: st
 def _take(
     exchange: Exchange, own: Sequence[Tensor], workers: Sequence[int], arrived: Mapping[int, Sequence[Tensor]]
 ) -> None:
-    """Write the mean over some workers into worker 0's tensors, as the first of them would take it."""
+    """Write the mean over some workers into worker 0's tensors, computed as the first of them would compute it."""
     values = []
     for worker in workers:
-        # Worker 0's own are copied, unless the mean is taken in them.
+        # Worker 0's own are copied, as the mean is written over them.
         values.append(arrived[worker] if worker > 0 else [tensor.detach().clone() for tensor in own])
     copy_into(own, values[0])
     others = values[1:]

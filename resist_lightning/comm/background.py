@@ -14,27 +14,27 @@ class Background:
     gloo and the kernels of torch release Python's lock, so the training goes on meanwhile.
 
     Args:
-        work: the function. It must talk to others over connections of its own: see :meth:`Collective.beside`.
-        device: on which it makes tensors. On a GPU it works in the stream that is the current one here, behind what
-            was put there; a thread would begin with the default one of the first GPU.
+        work: the function. It must communicate over its own connections: see :meth:`Collective.beside`.
+        device: of its tensors. On a GPU it works in the caller's current stream, behind the work queued there; by
+            default a thread uses the default stream of the first GPU.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:
         self._work = work
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._error: BaseException | None = None
-        # Not to be waited for at the end of the program: after an error it may wait for a worker that is gone.
+        # A daemon: the program's end must not wait for it, as after an error it may wait for a worker that is gone.
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the function has returned; raises what it has raised."""
+        """Wait until the function has returned; raises its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error
 
     def leave(self, seconds: float) -> None:
-        """Wait for at most so long, and ignore its error: the run has another one."""
+        """Wait for at most so long, and ignore its error: the run already has another one."""
         self._thread.join(seconds)
 
     def _run(self) -> None:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from resist_lightning.comm.packing import by_dtype
 
-_ALIGNMENT = 256  # bytes; kernels choose by 16 of them, and more than an allocator gives nobody asks for
+_ALIGNMENT = 256  # bytes; vectorized kernels need 16, and no caller relies on more than an allocator guarantees
 
 
 class Bucket:
     """Tensors of one data type that are averaged in one flat buffer. They stay the same Python objects.
 
-    Most live in the buffer. Those that cannot (they share their memory with somebody, have gaps, or are elsewhere), and
-    those that have left it (``.to()`` gives a tensor another place), are copied in and out.
+    Most live in the buffer. Those that cannot (they share memory with others, have gaps, or are on another device), and
+    those that have left it (``.to()`` gives a tensor new memory), are copied in and out.
 
     Args:
         tensors: of one data type.
@@ -55,7 +55,7 @@ class Bucket:
             tensor.detach().copy_(place)
 
     def dissolve(self) -> None:
-        """Give every tensor memory of its own again: who saves one of them must not save them all."""
+        """Give every tensor its own memory again: saving one of them must not save the whole buffer."""
         for tensor, place in zip(self._tensors, self._places(), strict=True):
             if tensor.data_ptr() == place.data_ptr():
                 tensor.data = tensor.detach().clone()
@@ -83,10 +83,10 @@ def make_buckets(tensors: Iterable[Tensor], device: torch.device) -> dict[torch.
 
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:
-    """Where in the buffer each tensor begins, in entries.
+    """Offset of each tensor in the buffer, in entries.
 
-    The sizes of the tensors before one are multiples of the power of two that its own size is a multiple of, so that
-    it is aligned as well as its size allows, without padding that would be averaged too.
+    Tensors are laid out by the largest power of two that divides their size, in descending order, so that each is
+    aligned as well as its size allows, without padding that would be averaged too.
     """
     order = sorted(range(len(tensors)), key=lambda index: -_power_of_two_in(tensors[index].nbytes))
     offsets = [0] * len(tensors)
@@ -98,7 +98,7 @@ def _offsets(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _power_of_two_in(size: int) -> int:
-    """The largest power of two that divides a size in bytes, up to the alignment that is wanted."""
+    """The largest power of two that divides a size in bytes, at most `_ALIGNMENT`."""
     return min(size & -size, _ALIGNMENT) or _ALIGNMENT
 
 

@@ -1,4 +1,4 @@
-"""Closed forms of bytes that workers send, of which `methods/*/bytes.py` make those of a sync.
+"""Closed forms of the bytes that workers send; `methods/*/bytes.py` combine them into those of a sync.
 
 `Collective.sent_bytes` counts them as they are sent.
 Bytes are decimal and count what a worker *sends*; what it receives is the same in total. Standard library only.
@@ -14,13 +14,13 @@ TRAINING_KINDS = (*SYNC_KINDS, "boundary", "output")
 
 KINDS = (*TRAINING_KINDS, "evaluation", "checkpoint", "start", "control")
 """Kinds of bytes: training (``shared`` layers, ``merge``, ``hand_over``, optimizer ``state``, velocities of an
-``outer`` optimizer; between stages, what crosses a ``boundary``, and the network's ``output``), observation
+``outer`` optimizer; between stages, tensors at a ``boundary``, and the network's ``output``), observation
 (``evaluation``, ``checkpoint``), once at the ``start``, and ``control`` (headers)."""
 
 
 def all_reduce_bytes(payload_bytes: int, workers: int) -> int:
     """Bytes that one worker sends in an all-reduce of ``payload_bytes``: 2 (S - 1) / S of them, rounded up."""
-    # A ring passes every part on to all but one worker, twice: to add it up, and to spread the sum.
+    # A ring passes each part on to all but one worker, twice: to sum it up, and to distribute the sum.
     return _divided_up(2 * (workers - 1) * payload_bytes, workers)
 
 
@@ -42,9 +42,9 @@ class WireFormat:
         bits: bits of an entry.
         group: entries that share a scale; the last group of a message is filled up.
         scale_bytes: bytes of a scale.
-        feedback: whether what rounding takes from a mean is added the next time.
-        values: how values themselves are sent, where that is otherwise than changes.
-        vectors: how tensors of less than two dimensions are averaged, where that is otherwise than matrices.
+        feedback: whether rounding errors of a mean are added to the next one (error feedback).
+        values: the format of values themselves, if other than that of changes.
+        vectors: the format in which tensors of less than two dimensions are averaged, if other than that of matrices.
     """
 
     bits: int
@@ -56,7 +56,7 @@ class WireFormat:
 
     @property
     def for_values(self) -> WireFormat:
-        """The format of what is handed over, which its next holder knows nothing of."""
+        """The format of handed-over blocks, of which the next holder has no earlier values."""
         return self.values or self
 
     @property
@@ -84,7 +84,7 @@ class WireFormat:
         Args:
             matrices: entries of tensors of two dimensions or more.
             vectors: entries of the others.
-            worker: who sends.
+            worker: the sender.
             workers: number of workers.
         """
         if self.vectors is None:
@@ -92,7 +92,7 @@ class WireFormat:
         return self._mean_bytes(matrices, worker, workers) + self.vectors._mean_bytes(vectors, worker, workers)
 
     def _mean_bytes(self, entries: int, worker: int, workers: int) -> int:
-        """The others' shares to them, and the own share to all of them."""
+        """Bytes of the others' shares, each sent to its worker, and of the own share, sent to all of them."""
         first, last = self.share(entries, worker, workers)
         own = last - first
         others = self.groups(entries) - own
@@ -123,5 +123,5 @@ def _divided_up(number: int, by: int) -> int:
 
 
 def share_of(worker_bytes: int, member: int, members: int) -> int:
-    """The bytes that one member sends of what its worker sends; over all members they add up to ``worker_bytes``."""
+    """The bytes of a worker that one member sends; over all members they add up to ``worker_bytes``."""
     return worker_bytes * (member + 1) // members - worker_bytes * member // members

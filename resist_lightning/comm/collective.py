@@ -57,13 +57,13 @@ class _Inside:
 
 
 class Collective(_Inside, ABC):
-    """Operations with which one worker talks to the others.
+    """Operations by which one worker communicates with the others.
 
     Args:
         worker: number of this process's worker.
-        workers: how many there are.
+        workers: number of workers.
         member: number of this process among the members of its worker.
-        members: how many each worker has.
+        members: number of members of each worker.
 
     Attributes:
         sent_bytes: bytes that this process has sent to other workers, by kind (see
@@ -86,22 +86,22 @@ class Collective(_Inside, ABC):
 
     @property
     def processes(self) -> int:
-        """How many processes all workers have together."""
+        """Number of processes of all workers together."""
         return self.workers * self.members
 
     def by_worker(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """What was gathered of all processes, grouped by worker."""
+        """Rows gathered from all processes, grouped by worker."""
         return [rows[first : first + self.members] for first in range(0, self.processes, self.members)]
 
     def connect(self) -> None:
-        """Connect all pairs of workers, if that is left to the first message: the first syncs would pay for it.
+        """Connect all pairs of workers, where the backend would connect at the first message and delay the first syncs.
 
         Collective: every worker must call this, in the same order.
         """
 
     @abstractmethod
     def beside(self) -> Collective:
-        """The same workers over connections of their own, so that another thread may talk to them meanwhile.
+        """The same workers over separate connections, so that another thread may communicate with them meanwhile.
 
         Bytes that it sends are counted here. Collective: every worker must call this, in the same order.
         """
@@ -130,7 +130,7 @@ class Collective(_Inside, ABC):
 
     @abstractmethod
     def start_all_reduce(self, flat: Tensor, kind: str) -> Callable[[], Tensor]:
-        """Begin to add up ``flat`` over the workers; of integers and booleans, to take the maximum.
+        """Start an all-reduce of ``flat`` over the workers: the sum, or the maximum of integers and booleans.
 
         Collective: every worker must call this, in the same order, with the same size and data type.
 
@@ -178,7 +178,7 @@ class Collective(_Inside, ABC):
 
 
 class SoloCollective(Collective):
-    """One worker alone: nothing is sent."""
+    """The collective of a single worker: it sends nothing."""
 
     def __init__(self) -> None:
         super().__init__(worker=0, workers=1)

@@ -1,4 +1,4 @@
-"""The mean over the workers of tensors that travel in fewer bits: of what has changed since they were equal."""
+"""Averages tensors over the workers in few bits, by their changes since they were last equal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from resist_lightning.comm.quantize import Quantizer, arrange, is_vector
 
 
 class CompressedMean:
-    """Tensors that are equal on all workers when a round begins, and become the mean of the workers' when it ends.
+    """Tensors that are equal on all workers when a round begins, and are averaged when it ends.
 
-    Vectors have a message of their own where the format sends them in other numbers than matrices.
+    Vectors have a message of their own where their format differs from that of matrices.
     """
 
     def __init__(self, collective: Collective, wire: Quantizer) -> None:
@@ -32,12 +32,12 @@ class CompressedMean:
         copies: Mapping[int, Tensor] = MappingProxyType({}),
         kept: Collection[int] = (),
     ) -> None:
-        """Remember tensors that are equal on all workers now; it costs a copy of them.
+        """Remember the values of tensors, which are equal on all workers now; this costs a copy of them.
 
         Args:
             tensors: of the module.
-            copies: by identity, what to remember in the place of a copy.
-            kept: by identity, tensors of which is still remembered what was; all others are forgotten.
+            copies: by identity, tensors to remember instead of a new copy.
+            kept: by identity, tensors whose earlier values stay remembered; all others are forgotten.
         """
         earlier = self._before
         self._before = {key: earlier[key] for key in earlier if key in kept}
@@ -46,7 +46,7 @@ class CompressedMean:
             self._before[key] = copies[key] if key in copies else _copied(tensor.detach(), earlier.pop(key, None))
 
     def state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """By name, the values that differences are taken from, and what rounding has taken; on the CPU."""
+        """By name, the values at the beginning of the round and the rounding errors; on the CPU."""
         state: dict[str, dict[str, Tensor]] = {"before": {}}
         if self._feedback is not None:
             state["taken"] = {}
@@ -55,11 +55,11 @@ class CompressedMean:
             if before is not None:
                 state["before"][name] = before.cpu()
             if taken is not None:
-                state["taken"][name] = taken.cpu().clone()  # else with the memory of all of them
+                state["taken"][name] = taken.cpu().clone()  # a piece of a larger buffer, which would be saved whole
         return state
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
-        """Remember what :meth:`state_dict` has told, of no other tensors. Other formats have taken nothing."""
+        """Restore a :meth:`state_dict`, and forget all else. A state of another format has no rounding errors."""
         before = state["before"].items()
         self._before = {id(tensors[name]): value.to(tensors[name].device, copy=True) for name, value in before}
         if self._feedback is not None:
@@ -67,15 +67,15 @@ class CompressedMean:
             self._feedback.load((tensors[name], value.to(tensors[name].device, copy=True)) for name, value in taken)
 
     def taken(self, tensor: Tensor) -> Tensor | None:
-        """What rounding has taken from a tensor, flat, if that will be added to its next change."""
+        """Rounding errors to be added to a tensor's next change, flat; None if there are none."""
         return self._feedback.of(tensor) if self._feedback is not None else None
 
     def before(self, tensor: Tensor) -> Tensor | None:
-        """What a tensor was when the round began, if it was remembered."""
+        """A tensor's value when the round began; None if it is not remembered."""
         return self._before.get(id(tensor))
 
     def known(self, tensor: Tensor) -> bool:
-        """Whether a tensor was remembered."""
+        """Whether a tensor's value is remembered."""
         return id(tensor) in self._before
 
     def average(
@@ -86,7 +86,7 @@ class CompressedMean:
         copies: Sequence[Tensor] | None = None,
         kept: Collection[int] = (),
     ) -> None:
-        """Replace tensors that :meth:`begin` was given by what they were plus the mean change.
+        """Replace tensors of :meth:`begin` by their remembered values plus the mean change.
 
         Collective: every worker must call this, in the same order, with the same tensors.
 
@@ -95,7 +95,7 @@ class CompressedMean:
             kind: how the bytes are counted.
             left_out: workers that take part, but whose changes do not count.
             copies: of the tensors, which are averaged in their place.
-            kept: by identity, tensors of other messages: what rounding has taken from these stays.
+            kept: by identity, tensors of other messages, whose rounding errors are kept.
         """
         tensors = arrange(tensors)
         if not tensors or self._collective.workers == 1:
@@ -117,12 +117,12 @@ class CompressedMean:
         left_out: Sequence[int],
         kept: Collection[int],
     ) -> None:
-        """Average what travels in one message."""
+        """Average the tensors of one message."""
         if not tensors:
             return
         values = [value.detach() for value in values]
         before = [self._before[id(tensor)].reshape(-1) for tensor in tensors]
-        # Views, but for the few tensors whose entries do not lie in their order in memory.
+        # Views, except of the few tensors whose entries are not in order in memory.
         flats = [value.reshape(-1) for value in values]
         taken = self._feedback.flat(tensors, kept) if self._feedback is not None and mean.feedback else None
         mean.apply(flats, before, kind, left_out, taken)

@@ -38,8 +38,8 @@ class Exchange:
     Args:
         collective: the workers.
         device: where the tensors of present blocks live.
-        wire: how compressed payload is sent; needed only if there is any.
-        module: the user's, whose unit vectors have unit length after an average too.
+        wire: quantizer of compressed payload; needed only if there is any.
+        module: the user's, whose unit vectors are normalised after an average.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Exchange:
         self._buckets: list[Bucket] = []
 
     def put_together(self, groups: Iterable[Iterable[Tensor]]) -> None:
-        """Move tensors that will be averaged together again and again into a buffer for each group and data type.
+        """Move tensors that are averaged together repeatedly into one buffer per group and data type.
 
         Sends nothing.
         """
-        self._buckets = []  # what an earlier call has made goes first
+        self._buckets = []  # those of an earlier call are freed first
         for group in groups:
             self._buckets += make_buckets(group, self.device).values()
 
     def take_apart(self) -> None:
-        """Give the tensors of :meth:`put_together` memory of their own again."""
+        """Give the tensors of :meth:`put_together` their own memory again."""
         for bucket in self._buckets:
             bucket.dissolve()
         self._buckets = []
@@ -86,7 +86,7 @@ class Exchange:
             left_out: workers that take part, but whose values do not count.
 
         Returns:
-            A function that waits for what was begun.
+            A function that waits for the averages.
         """
         begun: list[Finish] = []
         for group in by_dtype(tensors).values():
@@ -108,7 +108,7 @@ class Exchange:
         return finish
 
     def _bucket_of(self, tensors: Sequence[Tensor]) -> Bucket | None:
-        """The buffer that has just these tensors, if there is one."""
+        """The buffer that has exactly these tensors, if there is one."""
         return next((bucket for bucket in self._buckets if bucket.holds(tensors)), None)
 
     def average_at_first(self, tensors: Sequence[Tensor], kind: str, left_out: Sequence[int] = ()) -> None:
@@ -138,7 +138,7 @@ class Exchange:
             copy_into(part, split(flat, part))
 
     def make_members_alike(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Give the members of this worker the first one's values: before anything was trained they may differ.
+        """Give the members of this worker the first one's values: before the training they may differ.
 
         Collective: every member must call this, in the same order.
         """
@@ -150,9 +150,9 @@ class Exchange:
             copy_into(part, split(flat, part))
 
     def merge(self, plan: SyncPlan, payload_of: Callable[[int], Payload], kind: str = "") -> None:
-        """Give every block that several workers held its mean over them, at its owner.
+        """Replace every block that several workers held by its mean over them, at its owner.
 
-        ``kind`` is how all bytes are counted; "" counts a merge as one, and optimizer state apart.
+        ``kind`` is the kind of all bytes; "" counts them as ``merge``, and optimizer state as ``state``.
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
         received, _ = self._transfer(plan.merge, payload_of, kind or "merge", kind or "state")
@@ -169,16 +169,16 @@ class Exchange:
     def hand_over(
         self, plan: SyncPlan, payload_of: Callable[[int], Payload], make_room: Callable[[], None], kind: str = ""
     ) -> None:
-        """Send every block from its owner to its next holders, and put what arrives in place.
+        """Send every block from its owner to its next holders, and copy arriving blocks into place.
 
-        ``make_room`` is called when all has been sent and received, to free blocks that leave and allocate those that
-        arrive. ``kind`` is as for :meth:`merge`.
+        ``make_room`` is called when all messages are sent and received, to free blocks that leave and allocate those
+        that arrive. ``kind`` is as for :meth:`merge`.
 
         Collective: every worker must call this, in the same order; only pairs with a transfer talk.
         """
         received, sent = self._transfer(plan.hand_over, payload_of, kind or "hand_over", kind or "state")
         make_room()
-        # Payloads are asked for again: before, what arrives was a stand-in on the meta device.
+        # Payloads are requested again: before, tensors of arriving blocks were on the meta device.
         for block, tensors in received:
             copy_into(payload_of(block).tensors, tensors)
         for block, message in sent.items():
@@ -188,7 +188,7 @@ class Exchange:
                 copy_into(arrange(payload.compressed), self._decompressed(message, payload))
 
     def normalise(self, averaged: Iterable[Tensor]) -> None:
-        """Bring unit vectors back to length 1, which their mean has not."""
+        """Scale unit vectors back to length 1: their mean is shorter."""
         if self._module is None or self.collective.workers == 1:
             return
         vectors = {id(vector) for vector in unit_vectors(self._module).values()}
@@ -197,10 +197,10 @@ class Exchange:
     def _transfer(
         self, transfers: Sequence[Transfer], payload_of: Callable[[int], Payload], kind: str, state_kind: str
     ) -> tuple[list[tuple[int, list[Tensor]]], dict[int, Tensor]]:
-        """Send and receive at once.
+        """Send and receive all transfers at once.
 
         Returns:
-            Each block that was received, with its tensors; and the compressed messages that were sent, by block.
+            Received blocks with their tensors; and the compressed messages that were sent, by block.
         """
         me = self.collective.worker
         payloads: dict[int, Payload] = {}
@@ -220,7 +220,7 @@ class Exchange:
             # Compressed once per block, not per target: all targets must receive the same rounding.
             if block not in messages:
                 messages[block] = self._compressed(payloads[block])
-            # Counted by what it is for; the collective sees flat buffers only.
+            # Counted by purpose here; the collective sees flat buffers only.
             kinds[payloads[block].kind or kind] += packed_bytes([*payloads[block].block, messages[block]])
             kinds[state_kind] += packed_bytes(payloads[block].state)
 
@@ -244,7 +244,7 @@ class Exchange:
         return received, {block: message for block, message in messages.items() if len(message)}
 
     def _message(self, payloads: Sequence[Payload], messages: Sequence[Tensor]) -> list[Tensor]:
-        """The buffers for one peer: one per data type, then one with everything that is compressed."""
+        """The buffers for one peer: one per data type, then one of all compressed parameters."""
         flats = list(pack(_plain(payloads), self.device).values())
         compressed = torch.cat(list(messages))
         # An empty buffer is not sent: it would be a message of its own.
@@ -259,11 +259,11 @@ class Exchange:
         return flats
 
     def _unpack(self, payloads: Sequence[Payload], flats: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors of each payload in one peer's message; those that were not compressed are views."""
+        """The tensors of each payload in one peer's message; uncompressed ones are views."""
         plain = _plain(payloads)
         types = list(by_dtype(plain))
         views = iter(unpack(dict(zip(types, flats, strict=False)), plain))
-        # Behind the buffers of the data types, as :meth:`_message` has put it.
+        # Behind the buffers of the data types, where :meth:`_message` puts it.
         compressed = flats[-1] if len(flats) > len(types) else None
         start = 0
         found: list[list[Tensor]] = []
@@ -290,5 +290,5 @@ class Exchange:
 
 
 def _plain(payloads: Iterable[Payload]) -> list[Tensor]:
-    """All tensors that travel as they are, in the order of travel."""
+    """All uncompressed tensors, in the order of the message."""
     return [tensor for payload in payloads for tensor in payload.plain]

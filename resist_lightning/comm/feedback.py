@@ -1,4 +1,4 @@
-"""What rounding has taken from means in few bits, to be added to the next ones (error feedback)."""
+"""Rounding errors of quantized means, added to the next ones (error feedback)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Feedback:
-    """A worker's remainders: a number for each entry that is averaged, in a buffer for each message, in its order."""
+    """A worker's rounding errors: one per averaged entry, in one buffer per message, in its order."""
 
     def __init__(self) -> None:
         # By identity of the tensor, its piece of a buffer; and by the tensors together, in their order, the buffer.
@@ -17,11 +17,11 @@ class Feedback:
         self._flats: dict[tuple[int, ...], Tensor] = {}
 
     def flat(self, tensors: Sequence[Tensor], kept: Collection[int] = ()) -> Tensor:
-        """The buffer of the tensors, in their order; zeros where nothing was taken yet.
+        """The rounding errors of the tensors in one buffer, in their order; zeros where there are none yet.
 
         Args:
             tensors: of one message.
-            kept: by identity, tensors of other messages; what was taken from all others is forgotten.
+            kept: by identity, tensors of other messages, whose errors are kept; those of all others are forgotten.
         """
         keys, known = tuple(map(id, tensors)), self._pieces
         self._pieces = {key: piece for key, piece in known.items() if key in kept}
@@ -40,10 +40,10 @@ class Feedback:
         return flat
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """What was taken from a tensor, flat."""
+        """Rounding errors of a tensor, flat; None if there are none."""
         return self._pieces.get(id(tensor))
 
     def load(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Resume with what :meth:`of` returned."""
+        """Restore errors that :meth:`of` returned."""
         self._flats = {}
         self._pieces = {id(tensor): piece for tensor, piece in pieces}

@@ -25,7 +25,7 @@ NCCL = ("nccl", "nccl2", "nccl-legacy", "nccl-lazy")
 """The names of NCCL's backends: torch 2.15 has a new one beside the classic one, and uses it for ``"nccl"``."""
 
 _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
-_ABORT_SECONDS = 10.0  # after which an abort is left to itself
+_ABORT_SECONDS = 10.0  # after which an abort is no longer waited for
 
 
 def check_backend(backend: str | None, device: torch.device, backends: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ def check_backend(backend: str | None, device: torch.device, backends: Mapping[s
 
 
 def _check_bound(device: torch.device) -> None:
-    """Raise where NCCL, or what torch does beside it, would use another GPU than the module's."""
+    """Raise where NCCL, or torch beside it, would use another GPU than the module's."""
     group: Any = _get_default_group()  # torch's stubs do not know all of it
     bound = group.bound_device_id
     if bound is None:
@@ -87,23 +87,23 @@ def join_group(
 ) -> None:
     """Make torch.distributed's default group. Collective: every worker must call this, equally often.
 
-    All groups that a process joins one after the other share one store, each under a name of its own. A store that
-    ends with its group, or in which the next group uses the old names (under torchrun), shows a quick worker where
-    the others *were*; it is then refused the connection.
+    Successive groups of a process share one store, each under a name of its own. With a store that ends with its group,
+    or in which the next group reuses the old names (under torchrun), a fast worker reads where the others *were*, and
+    its connection is refused.
 
     Args:
         backend: ``"gloo"`` or ``"nccl"``.
         address: of worker 0's host.
         port: where worker 0, or torchrun, serves the store.
         worker: this worker's number.
-        workers: how many there are.
-        timeout: for the making of the group and for everything said in it.
+        workers: number of workers.
+        timeout: of creating the group, and of every operation in it.
         device: of this worker, where the backend should bind to it.
         node: number of this worker's host.
 
     Raises:
-        HostsCannotMeet: if those of another host cannot be reached, within seconds.
-        RuntimeError: if the workers do not find one another, with what to look at.
+        HostsCannotMeet: if processes of another host cannot be reached; raised within seconds.
+        RuntimeError: if the workers cannot join one another, with what to check.
     """
     if backend in NCCL:
         # An operation that fails ends with an error; by default NCCL's watchdog would end the process by SIGABRT.
@@ -126,18 +126,18 @@ def _join(
     timeout: timedelta,
     device: torch.device | None,
 ) -> None:
-    # By process, as a forked one must not talk over its parent's connection.
+    # By process, as a forked one must not use its parent's connection.
     key = (os.getpid(), address, port)
     name = next_group(address, port)
     if key not in _stores:
         # Where torch's rendezvous looks for them.
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        # Not as the group's sockets: the store must outlive a cut, as heartbeats go through it.
+        # Not recorded with the group's sockets: the store must outlive a cut, as heartbeats go through it.
         with recording(_store_sockets):
             _stores[key], _, _ = next(rendezvous("env://", worker, workers, timeout=timeout))
     store = _stores[key]
     store.set_timeout(timeout)
-    _groups_joined[key] += 1  # also where it fails: who tries again must not find this try's addresses
+    _groups_joined[key] += 1  # also after a failure: the next attempt must not find this one's addresses
     own = PrefixStore(f"resist_lightning/{name}", store)
     if workers > 1:
         check_hosts(PrefixStore("hosts", own), worker, workers, nccl=backend in NCCL)
@@ -153,7 +153,7 @@ def _join(
 
 
 def _not_joined(backend: str, store: str, worker: int, workers: int, error: RuntimeError) -> str:
-    """What to look at when workers do not find one another."""
+    """The message of a failed join, with what to check."""
     variable = "NCCL_SOCKET_IFNAME" if backend in NCCL else "GLOO_SOCKET_IFNAME"
     return (
         f"rank {worker} of {workers} could not join the others by {backend!r} at {store}: {first_line(str(error))}. "
@@ -169,7 +169,7 @@ def interrupt_group() -> None:
     if not _uses_nccl():
         cut_connections()
         return
-    # Those of the members of workers too; all at once, as the abort of one may wait for an operation of another.
+    # Groups of members too; all at once, as the abort of one may wait for an operation of another.
     aborts = [threading.Thread(target=_abort, args=(group,), daemon=True) for group in list(_world.pg_map)]
     for abort in aborts:
         abort.start()
@@ -187,7 +187,7 @@ def _uses_nccl() -> bool:
 
 
 def messages_sent() -> int:
-    """How many operations this process has begun in the default group; 0 where there is no group. Sends nothing."""
+    """Number of operations this process has started in the default group; 0 without a group. Sends nothing."""
     if not group_exists():
         return 0
     group: Any = _get_default_group()
@@ -198,15 +198,15 @@ def messages_sent() -> int:
 
 
 def group_timeout() -> timedelta:
-    """That of the default group. By itself torch gives other groups 30 minutes (gloo), whatever the default one has."""
+    """The default group's timeout. By default torch gives other groups 30 minutes (gloo), whatever this one has."""
     kind = dist.get_backend_config().split(":")[0]
     group: Any = _get_default_group()
     timeout: timedelta = group._get_backend(torch.device(kind)).options._timeout
     return timeout
 
 
-# At most one, with the default group that it stands beside: the next one of this process has another.
-# By weak references: who keeps a group keeps its connections.
+# At most one second group, with its default group: a later default group gets another one. Weak references, as whoever
+# refers to a group keeps its connections open.
 _second: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []
 
 
@@ -227,7 +227,7 @@ def second_group() -> dist.ProcessGroup:
 
 
 def next_group(address: str, port: int) -> str:
-    """A name for the group that this process will join next through a store; it is the same on all workers.
+    """The name of the group that this process will join next through a store; the same on all workers.
 
     Raises:
         RuntimeError: if torchrun has restarted the workers in a way that leaves no such name.
@@ -236,7 +236,7 @@ def next_group(address: str, port: int) -> str:
 
 
 def connect_to_store(address: str, port: int, timeout: timedelta) -> StoreConnection:
-    """A connection of its own to a store, for another thread while :func:`join_group` makes the group."""
+    """A separate connection to a store, for another thread while :func:`join_group` makes the group."""
     store: StoreConnection = _TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return store
 
@@ -245,7 +245,7 @@ def interrupt_joining(before: Collection[str]) -> None:
     """Make :func:`join_group` raise in another thread: cut all connections that it uses.
 
     Args:
-        before: the sockets that were open before it was called.
+        before: the sockets that were open before the call of :func:`join_group`.
     """
     cut_connections((open_sockets() - set(before)) | _store_sockets)
 
@@ -256,7 +256,7 @@ def clone_store() -> Store:
 
 
 def groups_joined() -> int:
-    """How many groups this process has joined so far."""
+    """Number of groups this process has joined so far."""
     # A forked process has its parent's counts, too.
     own = [count for (pid, _, _), count in _groups_joined.items() if pid == os.getpid()]
     return sum(own)
@@ -267,7 +267,7 @@ def destroy_group() -> None:
     dist.destroy_process_group()
 
 
-# The store of the group, which is an object of its own, and keeps no connection of the group alive.
+# The store of the abandoned group: an object of its own, which keeps no connection of the group alive.
 _abandoned: list[Store] = []
 
 

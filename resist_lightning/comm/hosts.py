@@ -1,4 +1,4 @@
-"""Where a process is reached by those of other hosts, and whether that can work. Standard library only."""
+"""Finds the address at which other hosts reach a process, and checks it. Standard library only."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PROBE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process is.
+    """A process's host and network address.
 
     Args:
         host: its host's name.
-        network: tells hosts of one name, and namespaces of one host, apart.
-        address: at which the backend lets the others reach it; empty where that is not known.
-        reason: why it is that address.
-        port: of ``address``, at which somebody listens while the places are compared; 0 for none.
+        network: distinguishes hosts of one name, and network namespaces of one host.
+        address: at which the backend is reachable for the others; empty if unknown.
+        reason: for this address.
+        port: a listening port at ``address`` while the places are compared; 0 for none.
         interfaces: of the host, in words.
-        problem: why no other process can reach it, whatever the others do; empty if nothing is known.
+        problem: the reason why no other process can reach it, whatever the others do; empty if none is known.
     """
 
     host: str
@@ -47,7 +47,7 @@ class Place:
 
     @classmethod
     def from_json(cls, text: str) -> Place:
-        """The place that :meth:`to_json` has written."""
+        """The place in a text of :meth:`to_json`."""
         return cls(**json.loads(text))
 
 
@@ -60,11 +60,11 @@ def host_name() -> str:
 
 
 def this_place(variables: Mapping[str, str], *, nccl: bool) -> Place:
-    """Where this process is.
+    """This process's place.
 
     Args:
         variables: its environment.
-        nccl: whether the processes talk by NCCL, which chooses an interface by itself; else by gloo.
+        nccl: whether the processes use NCCL, which chooses an interface by itself; else gloo.
     """
     interfaces = interface_addresses()
     host, words = host_name(), in_words(interfaces)
@@ -122,14 +122,14 @@ def first_of_hosts(places: Sequence[Place]) -> list[int]:
 
 
 def who_tries_whom(firsts: Sequence[int]) -> dict[int, int]:
-    """The ranks that try to reach another one: a ring, so that each host is once on either side. Pure."""
+    """The target of each rank that tries to reach another: a ring, so that each host tries and is tried once. Pure."""
     if len(firsts) == 1:
         return {}
     return dict(zip(firsts, [*firsts[1:], firsts[0]], strict=True))
 
 
 def listen(place: Place) -> socket.socket | None:
-    """Listen at the place's address, so that others can try to reach it; None where that is not known."""
+    """Listen at the place's address, so that others can try to reach it; None if it is unknown or cannot be used."""
     if not place.address:
         return None
     with suppress(OSError):
@@ -167,7 +167,7 @@ def interface_addresses() -> dict[str, list[str]]:
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             digits, *_, name = line.split()
             found.setdefault(name, []).append(str(ipaddress.IPv6Address(bytes.fromhex(digits))))
-    # This file has them in any order; gloo sees those first that lead further.
+    # The file is in no order; gloo takes addresses of wider scope first.
     return {name: sorted(addresses, key=_is_local) for name, addresses in found.items()}
 
 
@@ -182,7 +182,7 @@ def in_words(interfaces: Mapping[str, Sequence[str]]) -> str:
 
 
 def _wrong_interfaces(variables: Mapping[str, str], interfaces: Mapping[str, object], *, nccl: bool) -> str:
-    """What is wrong with the variable that names interfaces; empty if nothing is."""
+    """The error in the variable that names interfaces; empty if there is none."""
     name = NCCL if nccl else GLOO
     given = variables.get(name, "")
     if not given:

@@ -13,7 +13,7 @@ from resist_lightning.comm.tensors import sendable, summable
 
 
 def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> Finish:
-    """Begin to replace ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
+    """Start replacing ``flat`` by its mean over the workers; for integers and booleans, by the maximum.
 
     Collective: every worker must call this, in the same order, those that are left out too.
 
@@ -24,7 +24,7 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
         left_out: workers that get the mean, but whose own values do not count; not all of them.
 
     Returns:
-        A function that waits for it.
+        A function that waits for the mean.
     """
     numbers = summable(flat)
     if collective.worker in left_out:
@@ -33,7 +33,7 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
 
     def finish_mean() -> None:
         total = finish_sum()
-        # Divided where it was summed up: a GPU rounds quotients otherwise than a CPU, and gloo serves both.
+        # Divided where it was summed up: a GPU rounds quotients differently from a CPU, and gloo serves both.
         _divide(total, collective.workers, left_out)
         if total is not numbers:
             numbers.copy_(total)
@@ -45,7 +45,7 @@ def start_mean(collective: Collective, flat: Tensor, kind: str, left_out: Sequen
 def mean_at_first(collective: Collective, flat: Tensor, kind: str, left_out: Sequence[int] = ()) -> None:
     """Replace worker 0's ``flat`` by the mean of :func:`start_mean`; the others send theirs, and keep it as it is.
 
-    They send one after the other, so that worker 0 needs one more buffer, however many they are.
+    They send one after the other, so that worker 0 needs only one more buffer.
 
     Collective: every worker must call this, in the same order.
     """
@@ -70,13 +70,13 @@ def mean_at_first(collective: Collective, flat: Tensor, kind: str, left_out: Seq
 
 
 def send_to_first(collective: Collective, peer: int, flats: Sequence[Tensor], kind: str) -> None:
-    """Send flat buffers from one worker to worker 0, whose own are filled; nobody else's are touched.
+    """Send flat buffers from one worker to worker 0, which receives into its own; all others' are left alone.
 
     Collective: every worker must call this, in the same order; only these two talk.
 
     Args:
         collective: the workers.
-        peer: who sends.
+        peer: the sender.
         flats: on these two, of the same sizes and data types.
         kind: how the bytes are counted.
     """
@@ -116,7 +116,7 @@ def mean_into(own: Tensor, others: Sequence[Tensor]) -> None:
     numbers = summable(own)
     received = [summable(other.to(own.device)) for other in others]
     if numbers.is_floating_point():
-        # The mean as an offset from the own value, so that what is equal everywhere (frozen) stays as it is.
+        # The mean as an offset from the own value, so that values equal everywhere (frozen) stay as they are.
         offset = torch.stack([other - numbers for other in received]).sum(0)
         numbers.add_(offset / (len(others) + 1))
     else:
@@ -141,7 +141,7 @@ def _write_back(numbers: Tensor, tensor: Tensor) -> None:
 
 
 def _neutral(dtype: torch.dtype) -> int:
-    """The number that neither adds to a sum nor is a maximum."""
+    """The neutral element of the all-reduce: adds nothing to a sum, and is never above a maximum."""
     if dtype.is_floating_point or dtype == torch.bool:
         return 0
     return torch.iinfo(dtype).min

@@ -1,4 +1,4 @@
-"""Takes the mean over the workers of what each has changed, in messages of few bits."""
+"""Averages the workers' changes, in messages of few bits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from resist_lightning.comm.quantize import Quantizer, piece_entries
 class MeanOfChanges:
     """The mean of the changes of tensors that were equal on all workers.
 
-    Every worker averages an equal share of the entries for all: first each sends the others their shares of its
-    change, then each sends the mean of its own share to all. What is applied is what was sent, so that all workers end
-    with the same, bit for bit.
+    Every worker averages an equal share of the entries for all: first each sends the others their shares of its change,
+    then each sends the mean of its own share to all. All apply the values as sent, so that all workers end with the
+    same, bit for bit.
 
-    Where the format has error feedback, a worker adds to its change what rounding has taken before: from its own
-    changes, where others average them; and from the mean, where it averages for all, as often as it will be divided.
+    With error feedback, a worker adds earlier rounding errors: those of its own changes, in shares that others average;
+    and those of the mean, times the number of workers, in the share that it averages for all.
 
     Attributes:
         feedback: whether the format has error feedback.
@@ -39,7 +39,7 @@ class MeanOfChanges:
         left_out: Sequence[int] = (),
         taken: Tensor | None = None,
     ) -> None:
-        """Replace values by what they were before plus the mean change.
+        """Replace values by the earlier ones plus the mean change.
 
         Collective: every worker must call this, in the same order, with tensors of the same sizes.
 
@@ -48,7 +48,7 @@ class MeanOfChanges:
             before: flat, in the same order; equal on all workers.
             kind: how the bytes are counted.
             left_out: workers that take part, but whose changes do not count.
-            taken: by rounding, of all entries in order; replaced by what it takes now. None without error feedback.
+            taken: rounding errors of all entries in order, replaced by the new ones; None without error feedback.
         """
         counts = self._collective.worker not in left_out
         change = self._encoded_change(values, before, taken if counts else None, counts=counts)
@@ -59,7 +59,7 @@ class MeanOfChanges:
     def _encoded_change(
         self, values: Sequence[Tensor], before: Sequence[Tensor], taken: Tensor | None, *, counts: bool
     ) -> Tensor:
-        """The message with the own change, a row for each group."""
+        """The encoded own change, a row for each group."""
         entries = sum(map(len, before))
         form, device = self._wire.format, before[0].device
         message = torch.empty(form.groups(entries), form.group_bytes, dtype=torch.uint8, device=device)
@@ -81,12 +81,12 @@ class MeanOfChanges:
         return message
 
     def _encode_with_rest(self, rows: Tensor, values: Tensor, rest: Tensor) -> None:
-        """Encode values, and write into ``rest`` what rounding has taken from them; it may be the values themselves."""
+        """Encode values, and write their rounding errors into ``rest``, which may be the values themselves."""
         self._wire.encode_into(rows, values)
         torch.sub(values, self._decode(rows, len(values)), out=rest)
 
     def _mean(self, message: Tensor, entries: int, kind: str, counted: int, taken: Tensor | None) -> Tensor:
-        """The message with the sum of all workers' changes divided by how many count."""
+        """The encoded mean: the sum of all workers' changes divided by the number of those that count."""
         me, workers = self._collective.worker, self._collective.workers
         peers = [worker for worker in range(workers) if worker != me]
         # Shares are whole groups, so that a group's scale always travels with its entries.
@@ -103,16 +103,16 @@ class MeanOfChanges:
         result = torch.empty_like(message)
         means = {worker: result[shares[worker]] for worker in range(workers)}
         own_mean = means.pop(me)
-        # Without what fills up the last group, which would count in its scale.
+        # Without the padding of the last group, which would count in its scale.
         first, last = (min(group * form.group, entries) for group in (shares[me].start, shares[me].stop))
         own_taken = taken[first:last] if taken is not None else None
         self._average(own_mean, [parts[worker] for worker in range(workers)], last - first, counted, own_taken)
         self._exchange(dict.fromkeys(peers, own_mean), means, kind)
-        # The own mean is decoded as well: all apply what was sent, rounding included.
+        # The own mean is decoded as well: all apply the values as sent, rounding included.
         return result
 
     def _average(self, mean: Tensor, parts: Sequence[Tensor], entries: int, counted: int, taken: Tensor | None) -> None:
-        """Write the message with the mean of what the messages of some workers say of so many entries."""
+        """Encode into ``mean`` the mean of the workers' encoded ``parts``, each of so many entries."""
         piece = piece_entries(mean.device) // self._wire.format.group
         done = 0
         for rows, *others in zip(mean.split(piece), *(part.split(piece) for part in parts), strict=True):
@@ -124,14 +124,14 @@ class MeanOfChanges:
             if taken is None:
                 self._wire.encode_into(rows, total.div_(counted))
             else:
-                # The own change is exact here, as it need not be sent; and what this mean loses is for the next one.
+                # Makes the own change exact, as it need not be sent; and the error of this mean is for the next one.
                 rest = taken[done : done + size]
                 self._encode_with_rest(rows, total.add_(rest).div_(counted), rest)
                 rest.mul_(self._collective.workers)
             done += size
 
     def _add(self, mean: Tensor, values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """Make the values what they were before plus the mean change."""
+        """Set the values to the earlier ones plus the mean change."""
         for rows, places in self._pieces(mean, values):
             change, size = self._decode(rows), 0
             for index, first, last in places:
@@ -141,7 +141,7 @@ class MeanOfChanges:
                 size += last - first
 
     def _pieces(self, message: Tensor, flats: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[tuple[int, int, int]]]]:
-        """Some rows of a message at a time, with the parts of flat tensors that are in them, by :func:`cut`."""
+        """Groups of rows of a message, each with the parts of flat tensors in them, by :func:`cut`."""
         piece = piece_entries(message.device)
         return zip(message.split(piece // self._wire.format.group), cut(map(len, flats), piece), strict=True)
 
@@ -152,7 +152,7 @@ class MeanOfChanges:
         return values
 
     def _exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor], kind: str) -> None:
-        """Send what is not empty, receive what is not empty."""
+        """Send and receive all rows that are not empty."""
         outgoing = {peer: [rows.view(-1)] for peer, rows in sends.items() if len(rows)}
         incoming = {peer: [rows.view(-1)] for peer, rows in receives.items() if len(rows)}
         sent_bytes = sum(flat.nbytes for (flat,) in outgoing.values())

@@ -1,7 +1,7 @@
 """The `Collective` of workers that have several members: each byte crosses the link between two workers once.
 
-Member j of a worker sends and receives the j-th part of every buffer; then the members share over their fast link what
-has arrived. All members must come with equal tensors.
+Member j of a worker sends and receives the j-th part of every buffer; then the members exchange the parts that have
+arrived over their fast link. All members must call with equal tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Members:
     Args:
         count: members of each worker.
         inside: the members of this worker, over a fast link.
-        between: this member and those in its place in the other workers, over slow links.
+        between: this member and its counterparts in the other workers, over slow links.
     """
 
     count: int
@@ -173,7 +173,7 @@ class MemberCollective(GroupCollective):
         operations = []
         for peer, flats in sorted(messages.items()):
             partner = peer * self.members + self.member
-            # Of what lands here these are no copies, as it has landed on the device that receives.
+            # For receives these are the landing buffers themselves, which are on the receiving device already.
             parts = self._to_wire([self._parts(flat)[self.member] for flat in flats])
             operations += [dist.P2POp(operation, part, partner, tag=tag) for tag, part in enumerate(parts) if len(part)]
         return operations
@@ -194,7 +194,7 @@ class MemberCollective(GroupCollective):
         self.inside_bytes[kind] += parts[self.member].nbytes * (self.members - 1)
 
     def _count(self, kind: str, worker_bytes: int) -> None:
-        """Count this member's share of what its worker sends; the shares of all members add up to it, exactly."""
+        """Count this member's share of its worker's bytes; the shares of all members add up to them, exactly."""
         self.sent_bytes[kind] += share_of(worker_bytes, self.member, self.members)
 
 

@@ -31,7 +31,7 @@ _splits: list[tuple[weakref.ref[Any], Members]] = []
 def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
     """Make every ``count`` consecutive ranks of the default group the members of one worker.
 
-    From here on :func:`default_collective` speaks of these workers. Groups are created here only, never later.
+    From here on :func:`default_collective` returns these workers. Groups are created here only, never later.
 
     Collective: every process must call this, in the same order, right after it has joined the group.
 
@@ -45,10 +45,10 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
     """
     found = members()
     if found is not None and found.count == count:
-        return  # of an earlier training in the same group
+        return  # split by an earlier training in the same group
     _splits.clear()
     processes = dist.get_world_size()
-    # Before the groups are made: a process that came with another number would wait for groups that nobody makes.
+    # Before the groups are made: a process with another number would wait for groups that nobody makes.
     hosts = _agree(count)
     if count == 1:
         return
@@ -57,7 +57,7 @@ def split_into_workers(count: int, *, across_hosts: bool = False) -> None:
         check_hosts(hosts, count)
     rank = dist.get_rank()
     ranks = range(processes)
-    # Every process makes every group, in one order: torch numbers them by how many were made.
+    # Every process makes every group, in one order: torch numbers them as they are made.
     with recording_group(add=True):
         timeout = group_timeout()
         inside = [dist.new_group(list(ranks[first : first + count]), timeout) for first in range(0, processes, count)]

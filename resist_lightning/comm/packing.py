@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-_PART_BYTES = 2**26  # what is packed at once of a whole model
+_PART_BYTES = 2**26  # packed at once of a whole model
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
@@ -24,7 +24,7 @@ def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
 
 
 def in_parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one data type, some at a time: to pack a whole model would take its memory twice."""
+    """Lists of tensors of one data type, some at a time: to pack a whole model would take its memory twice."""
     for group in by_dtype(tensors).values():
         part: list[Tensor] = []
         for tensor in group:

@@ -1,4 +1,4 @@
-"""What is sent of a block in a message, and under which kind its bytes are counted."""
+"""A block's payload in a message, and the kind under which its bytes are counted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from resist_lightning.comm.quantize import arrange
 
 @dataclass(frozen=True)
 class Payload:
-    """What is sent of a block, or of a velocity of one. Tensors of an absent one are on the meta device.
+    """The payload of a block, or of its velocity. Tensors of an absent block are on the meta device.
 
     Args:
-        block: its parameters and buffers, but for those that are compressed.
+        block: its parameters and buffers, except compressed ones.
         state: its optimizer state, if that travels.
         compressed: parameters that travel in fewer bits.
-        noise: random numbers for rounding these.
-        kind: under which kind the block's bytes are counted; "" for that of the operation.
+        noise: the random generator for rounding these.
+        kind: under which the block's bytes are counted; "" for that of the operation.
     """
 
     block: Sequence[Tensor]
@@ -31,15 +31,15 @@ class Payload:
 
     @property
     def plain(self) -> list[Tensor]:
-        """What travels as it is, in the order of travel."""
+        """The uncompressed tensors, in the order of the message."""
         return [*self.block, *self.state]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of it, in the order of travel."""
+        """All tensors, in the order of the message."""
         return [*self.plain, *arrange(self.compressed)]
 
     @property
     def entries(self) -> int:
-        """Numbers that travel in fewer bits."""
+        """Number of compressed entries."""
         return sum(tensor.numel() for tensor in self.compressed)

@@ -1,10 +1,10 @@
 """Quantizes parameters to bfloat16 or 2 to 8 bits for sending, and back (supplement A.5 of the paper).
 
-Groups of entries share a scale: with 4 to 8 bits the largest magnitude among 256, with 2 bits the root of the mean
-square of 512. What workers *changed* is rounded to the nearest
-value: it shrinks with the learning rate, and the steps of the grid with it. A block goes to a worker that knows nothing
-of it, so its values themselves are sent; they are rounded up or down at random, right on average, since otherwise
-changes smaller than half a step would never arrive (docs/decisions/0008-fewer-bits.md).
+Groups of entries share a scale: with 4 to 8 bits the largest magnitude among 256, with 2 bits the root mean square of
+512. *Changes* are rounded to the nearest value: they shrink with the learning rate, and the steps of the grid with
+them. A block goes to a worker that has no earlier values of it, so its values themselves are sent, rounded up or down
+at random (unbiased), since otherwise changes smaller than half a step would never arrive
+(docs/decisions/0008-fewer-bits.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resist_lightning.comm.byte_formulas import WIRE_FORMATS, WireFormat
 
-# Entries that are encoded or decoded at once. What lies between stays in a CPU's cache; a GPU wants large kernels.
+# Entries encoded or decoded at once. Intermediate values stay in a CPU's cache; a GPU wants large kernels.
 _PIECE_ENTRIES = 2**18
 _PIECE_ENTRIES_ON_DEVICE = 2**24
 
@@ -34,7 +34,7 @@ class Quantizer:
 
     @property
     def for_values(self) -> Quantizer:
-        """The quantizer of what is handed over."""
+        """The quantizer of handed-over blocks."""
         return Quantizer(self.format.for_values)
 
     @property
@@ -43,7 +43,7 @@ class Quantizer:
         return Quantizer(self.format.vectors) if self.format.vectors is not None else None
 
     def encode(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
-        """The message for some values: bytes, flat.
+        """Encode values into a message: bytes, flat.
 
         Args:
             values: flat, floating point.
@@ -57,11 +57,11 @@ class Quantizer:
         return message
 
     def encode_into(self, groups: Tensor, values: Tensor, noise: torch.Generator | None = None) -> None:
-        """Write the message for a few values.
+        """Encode a few values into rows of a message.
 
         Args:
             groups: bytes, a row for each group.
-            values: flat; a last group that they do not fill is filled up with zeros, which change no scale.
+            values: flat; the last group is filled up with zeros, which change no scale.
             noise: as for :meth:`encode`.
         """
         if not len(values):
@@ -100,7 +100,7 @@ class Quantizer:
         return values
 
     def decode_into(self, values: Tensor, groups: Tensor) -> None:
-        """Write the values of a few groups; of the last one, as many as are wanted.
+        """Decode a few groups; of the last one, as many values as still fit.
 
         Args:
             values: float32, flat.
@@ -120,11 +120,11 @@ class Quantizer:
             values.copy_(decoded.flatten()[: len(values)])
 
     def through(self, values: Tensor, noise: torch.Generator | None = None) -> Tensor:
-        """What a receiver makes of some values."""
+        """The values as a receiver decodes them."""
         return self.decode(self.encode(values, noise), len(values))
 
     def _scale(self, grouped: Tensor, padding: int) -> Tensor:
-        """The step of each group; the last one ends with so many zeros that fill it up."""
+        """The step of each group, the last of which ends with ``padding`` zeros."""
         if self._last_code > 3:
             return grouped.abs().amax(1, keepdim=True) / self._zero
         # In halves: a sum in any other order would depend on how many groups are summed at once.
@@ -135,12 +135,12 @@ class Quantizer:
         squares /= self.format.group
         if padding:
             squares[-1] *= self.format.group / (self.format.group - padding)
-        # For numbers of a normal distribution this is the step that errs least.
+        # For normally distributed numbers this step has the smallest error.
         return squares.sqrt_()
 
 
 def piece_entries(device: torch.device) -> int:
-    """How many entries to encode or decode at once: whole groups of any format."""
+    """Number of entries to encode or decode at once: whole groups of any format."""
     return _PIECE_ENTRIES if device.type == "cpu" else _PIECE_ENTRIES_ON_DEVICE
 
 
@@ -158,7 +158,7 @@ def make_quantizer(name: str, *, feedback: bool = True) -> Quantizer | None:
 
 
 def noise_for(seed: int, round: int, block: int, worker: int, device: torch.device) -> torch.Generator:
-    """The random numbers with which a worker rounds a block that it sends. No other generator is read or moved."""
+    """The random generator for rounding a block that a worker sends. No other generator is read or advanced."""
     digest = hashlib.sha256(f"wire {seed} {round} {block} {worker}".encode()).digest()
     noise_seed = int.from_bytes(digest[:8], "big") >> 1
     return torch.Generator(device).manual_seed(noise_seed)
@@ -170,12 +170,12 @@ def compressible(tensor: Tensor) -> bool:
 
 
 def arrange(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """In the order of the message: matrices, then vectors, so that few groups hold entries of both."""
+    """Tensors in the order of the message: matrices, then vectors, so that few groups hold entries of both."""
     return sorted(tensors, key=is_vector)
 
 
 def is_vector(tensor: Tensor) -> bool:
-    """Whether a tensor is a bias, a weight of a norm or the like: small, and of another size than matrices."""
+    """Whether a tensor is a bias, a weight of a norm or the like: small, with values unlike those of matrices."""
     return tensor.dim() < 2
 
 
@@ -191,7 +191,7 @@ def _to_bfloat16(values: Tensor, noise: torch.Generator | None) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Write the codes of each row behind one another, of ``bits`` bits each, the lowest first.
+    """Pack the codes of each row one behind the other, of ``bits`` bits each, the lowest first.
 
     ::
 
@@ -221,5 +221,5 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def _mask(place: int, bits: int) -> int:
-    """A word in which only so many bits from a place on are set."""
+    """A word in which only ``bits`` bits from a place on are set."""
     return int(2**bits - 1) << place

@@ -1,6 +1,6 @@
-"""Compares through the store where the processes are, before the group connects them all.
+"""Compares the addresses of all processes through the store, before the group connects them.
 
-A process that the others cannot reach would be waited for until the timeout, and by then only torch's words are left.
+Otherwise the others wait for an unreachable process until the timeout, and end with an error of torch only.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class HostsCannotMeet(RuntimeError):
 
 
 def await_store(address: str, port: int, *, node: int, served: bool, by_torchrun: bool) -> None:
-    """Wait until the store answers, but not for long where it never will.
+    """Wait until the store answers, but only briefly where it never will.
 
     Args:
         address: of the store.
         port: of the store.
-        node: number of this host; 0 is the one with the store, which is not asked from there.
-        served: whether somebody serves the store before any worker starts, as torchrun's agent does.
+        node: number of this host; the store is on host 0, which does not connect to it here.
+        served: whether the store is up before any worker starts, as that of torchrun's agent is.
         by_torchrun: whether torchrun has chosen the address.
 
     Raises:
-        HostsCannotMeet: if the name cannot be resolved, or a store that is served already does not answer.
+        HostsCannotMeet: if the name cannot be resolved, or a store that is up already does not answer.
     """
     deadline = time.monotonic() + _ANSWER_SECONDS
     while True:
@@ -63,7 +63,7 @@ def with_port(address: str, port: int) -> str:
 
 
 def _ask(address: str, port: int, *, connect: bool) -> tuple[bool, str]:
-    """Whether the name was resolved, and why nobody answers; the latter is empty if somebody does."""
+    """Whether the name was resolved, and the reason why the store does not answer; empty if it does."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -82,10 +82,10 @@ def check_hosts(store: Any, rank: int, processes: int, *, nccl: bool) -> None:
     """Check that the processes of several hosts can reach one another. Collective: every process must call this.
 
     Args:
-        store: of the group that is to be made, under a name that no other group has.
+        store: of the group to be made, under a name that no other group has.
         rank: of this process.
-        processes: how many there are.
-        nccl: whether they will talk by NCCL; else by gloo.
+        processes: number of processes.
+        nccl: whether they will use NCCL; else gloo.
 
     Raises:
         HostsCannotMeet: on every process, naming the host, the variable, and what to set it to.
@@ -101,9 +101,9 @@ def check_hosts(store: Any, rank: int, processes: int, *, nccl: bool) -> None:
 
 
 def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
-    """Tell the others this process's place, and raise on all of them if that cannot work. Collective.
+    """Compare the places of all processes, and raise on all of them if they cannot connect. Collective.
 
-    Rank 0 alone reads them all: the store serves each process three answers, however many there are.
+    Only rank 0 reads all of them: each other process reads three values from the store, whatever their number.
     """
     store.set(f"place/{rank}", place.to_json())
     if rank == 0:
@@ -130,7 +130,7 @@ def compare_places(store: Any, rank: int, processes: int, place: Place) -> None:
 
 
 def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
-    """Wait a little for these keys, and then say whose are not there: no error of theirs may reach this host."""
+    """Wait a little for these keys, then report the ranks that are missing: their errors cannot reach this host."""
     deadline = time.monotonic() + _ANSWER_SECONDS
     pause = _POLL_SECONDS / 20  # most come together
     while not store.check(names):
@@ -147,7 +147,7 @@ def _note_who_is_late(store: Any, names: Sequence[str]) -> None:
 
 
 def _raise(store: Any, problem: str, processes: int, rank: int) -> None:
-    """Raise an error that all processes have been told. The one that serves the store goes last."""
+    """Raise an error on all processes; the one that serves the store goes last."""
     if not problem:
         return
     store.add("told", 1)

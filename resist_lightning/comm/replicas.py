@@ -1,7 +1,7 @@
 """Averages the gradients of a worker's members in every step, by torch's `DistributedDataParallel`.
 
-The reducer of DDP overlaps with the backward pass, and knows the parameters that it was made with. So it is made anew
-after each sync, of the parameters that this worker holds, and given up before anything frees or replaces them.
+DDP's reducer overlaps with the backward pass and is bound to the parameters it was made with. So it is made anew after
+each sync, for the parameters that this worker holds, and released before anything frees or replaces them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Replicas:
         self._calling = False
         self._collective = collective if isinstance(collective, MemberCollective) else None
         self._ddp: DistributedDataParallel | None = None
-        self._reduced: list[nn.Parameter] = []  # that it was made with
-        self._norms: dict[nn.SyncBatchNorm, Any] = {}  # with the groups that they had
+        self._reduced: list[nn.Parameter] = []  # those of the reducer
+        self._norms: dict[nn.SyncBatchNorm, Any] = {}  # with their original groups
         if self._collective is not None:
             for norm in module.modules():
                 if isinstance(norm, nn.SyncBatchNorm):
@@ -97,7 +97,7 @@ class Replicas:
             ddp.require_forward_param_sync = True  # or the next forward would not share the first member's buffers
 
     def prepare_backward(self, loss: Tensor) -> None:
-        """Call it before a backward pass inside of :meth:`call_with_backward`."""
+        """Called before each backward pass inside of :meth:`call_with_backward`."""
         ddp = self._ddp
         if ddp is None or not ddp.require_backward_grad_sync:
             return
@@ -108,8 +108,8 @@ class Replicas:
 
     @contextmanager
     def local_gradients(self) -> Iterator[None]:
-        """Inside, gradients are added up on each member and not averaged, as before the last batch of several."""
-        # Within a training step parameters may be frozen for a moment: what averages this step's gradients must stay.
+        """Inside, gradients accumulate on each member and are not averaged, as before the last of several batches."""
+        # Within a training step parameters may be frozen for a moment: the reducer of this step must stay.
         ddp = self._ddp if self._calling else self.reducing()
         if ddp is None:
             yield
@@ -118,13 +118,13 @@ class Replicas:
             yield
 
     def reducing(self) -> DistributedDataParallel | None:
-        """What averages gradients in this step; None where there is nothing to average.
+        """The reducer of this step's gradients; None where there is nothing to average.
 
-        Collective in its first call after :meth:`release`, and where parameters were frozen or unfrozen: every member
+        Collective in its first call after :meth:`release`, and after parameters were frozen or unfrozen: every member
         must call this.
 
         Raises:
-            RuntimeError: if the step before has left gradients without a mean.
+            RuntimeError: if the previous step has left gradients unaveraged.
         """
         collective = self._collective
         if collective is None:
@@ -133,16 +133,16 @@ class Replicas:
         trained = [tensor for tensor in self._module.parameters() if tensor.requires_grad and not tensor.is_meta]
         if self._ddp is not None and list(map(id, trained)) == list(map(id, self._reduced)):
             return self._ddp
-        self.release()  # what it does not know would train on each member alone
+        self.release()  # parameters unknown to it would train on each member alone
         if not trained:
             return None
         caller = _Caller(self._module, hidden=self._partial)
         absent = [name for name, tensor in _named(caller) if tensor.is_meta]
         # Not by DDP's own function, which marks the tensors too: they will be present in another round.
         vars(caller)["_ddp_params_and_buffers_to_ignore"] = absent
-        # A sum of three depends on its place in a bucket, and DDP orders buckets anew after a step unless it searches
-        # for unused parameters: a resumed round would then add up in another order than the round before it. NCCL
-        # chooses the order by itself.
+        # A sum of three depends on its place in a bucket, and DDP reorders buckets after a step unless it searches for
+        # unused parameters: a resumed round would then sum in another order than the round before it. NCCL chooses the
+        # order by itself.
         ordered = collective.members > _ORDERED and dist.get_backend(collective.inside) == "gloo"
         self._ddp = DistributedDataParallel(
             caller,
@@ -169,7 +169,7 @@ class Replicas:
         self._norms = {}
 
     def _check_finished(self) -> None:
-        """Raise if the last backward pass has left gradients without a mean: DDP sends buckets that are complete."""
+        """Raise if the last backward pass has left gradients unaveraged: DDP sends only buckets that are complete."""
         if self._ddp is None:
             return
         try:
@@ -180,12 +180,12 @@ class Replicas:
             raise RuntimeError(_UNFINISHED.format(", ".join(missing[:5]) or "some")) from error
 
     def end_steps(self) -> None:
-        """Call it before a sync: give up the reducer, and share the first member's buffers, as DDP does in a forward.
+        """Called before a sync: release the reducer, and share the first member's buffers, as DDP does in a forward.
 
         Collective: every member must call this, in the same order.
 
         Raises:
-            RuntimeError: if the last step has left gradients without a mean.
+            RuntimeError: if the last step has left gradients unaveraged.
         """
         self._check_finished()
         self.release()
@@ -199,20 +199,20 @@ class Replicas:
         for flat in flats.values():
             collective.broadcast_inside(flat, "buffers")
         for buffer, first in zip(buffers, unpack(flats, buffers), strict=True):
-            # A write would count as a change since the sync, and have the tensors averaged again.
+            # A write would count as a change since the sync, and the tensors would be averaged again.
             if not torch.equal(buffer, first):
                 buffer.copy_(first)
 
 
 class _Caller(nn.Module):
-    """Calls a function instead of the module, whose parameters DDP finds here.
+    """The module that DDP wraps: it has the user's parameters, and its forward calls any function.
 
     DDP must see the call that computes the loss; and hooks on the user's module must not take that for its forward.
 
     Args:
         module: the user's.
-        hidden: whether torch.compile does not learn of DDP. It would cut graphs at DDP's buckets, and what does that
-            keeps references to parameters, which could then not leave.
+        hidden: whether DDP is hidden from torch.compile, which would cut graphs at DDP's buckets and keep references to
+            parameters, so that they could not leave.
     """
 
     def __init__(self, module: nn.Module, *, hidden: bool) -> None:

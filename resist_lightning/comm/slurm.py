@@ -1,4 +1,4 @@
-"""Reads what SLURM tells the tasks that it starts. Standard library only."""
+"""Checks the number of SLURM's tasks against the Trainer's settings. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 def check_tasks(variables: Mapping[str, str], devices: int, nodes: int) -> None:
     """Check that SLURM has started as many tasks as the Trainer expects.
 
-    Lightning compares its settings with what the *job* asked for. A step may have fewer tasks, and a process of the
+    Lightning compares its settings with the request of the *job*. A step may have fewer tasks, and a process of the
     batch script is no task at all: it would wait for the others until the timeout, or train alone and say nothing.
 
     Args:

@@ -1,8 +1,8 @@
 """Cuts the group's connections when a worker is lost: gloo has no other way to wake a thread that waits in it.
 
 Tried with torch 2.15: ``ProcessGroup.abort`` and ``shutdown``, of the group and of its backend, and
-``destroy_process_group`` return at once from another thread and leave the waiting one where it is. A connection that is
-shut down looks to gloo like a peer that died, and every pending call raises. Standard library only.
+``destroy_process_group`` return at once from another thread, and the waiting thread goes on waiting. A connection that
+is shut down looks to gloo like a peer that died, and every pending call raises. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def recording_group(*, add: bool = False) -> Iterator[None]:
     """Record the connections that are made inside as the group's; those of an earlier group are forgotten.
 
     Args:
-        add: keep those that are recorded, as for subgroups of the group.
+        add: keep those recorded earlier, as for subgroups of the group.
     """
     made: set[str] = set()
     with recording(made):
@@ -44,7 +44,7 @@ def recording(made: set[str]) -> Iterator[None]:
 
 
 def close_inherited() -> None:
-    """In a forked process: close all sockets that were recorded in the one that trains.
+    """In a forked process: close all sockets that were recorded in the training process.
 
     Else its peers would not see them closed when it is killed, and its port would stay taken.
     """
@@ -58,11 +58,11 @@ def close_inherited() -> None:
 
 
 def cut_connections(made: set[str] | None = None) -> int:
-    """Shut down the connections of those names that still exist, by default the group's; from any thread.
+    """Shut down the connections of those names that are still open, by default the group's; from any thread.
 
     Returns:
-        How many there were: none where there is no /proc (Linux has it), or where the group made them later (NCCL, and
-        gloo with ``TORCH_GLOO_LAZY_INIT``).
+        The number of connections that were shut down: none without /proc (Linux has it), or where the group made them
+        later (NCCL, and gloo with ``TORCH_GLOO_LAZY_INIT``).
     """
     names = _of_group if made is None else made
     cut = 0
@@ -70,7 +70,7 @@ def cut_connections(made: set[str] | None = None) -> int:
         if name not in names:
             continue
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            # Raises for the socket that listens: gloo ends the process if that is shut down.
+            # Raises for a listening socket: gloo ends the process if that is shut down.
             connection.getpeername()
             connection.shutdown(socket.SHUT_RDWR)
             cut += 1
@@ -83,7 +83,7 @@ def open_sockets() -> set[str]:
 
 
 def _sockets() -> dict[str, int]:
-    """The sockets of this process, by a name that the kernel does not use again while they are open."""
+    """The sockets of this process, by a name that stays unique while they are open."""
     found = {}
     with suppress(OSError):
         for descriptor in os.listdir("/proc/self/fd"):

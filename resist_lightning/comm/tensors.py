@@ -24,7 +24,7 @@ _WIDER = {
         torch.float32,
     ),
 }
-"""Neither gloo nor NCCL computes with these, and torch hardly: the data type in which they are averaged."""
+"""The data types in which tensors of these types are averaged: gloo and NCCL cannot compute with them."""
 
 _SUMMED = {**_WIDER, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """The data type of a sum where that is not the tensors' own: with 16 bits it is rounded at every worker."""
@@ -55,14 +55,14 @@ def summable(tensor: Tensor) -> Tensor:
 
 
 def averaged_bytes(tensor: Tensor) -> int:
-    """Bytes of what an average of the tensor sends once."""
+    """Payload of an average of the tensor, in bytes."""
     parts = 2 if tensor.is_complex() else 1
     dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
     return parts * tensor.numel() * _SUMMED.get(dtype, dtype).itemsize
 
 
 def averaged_bytes_by_type(tensors: Iterable[Tensor]) -> Counter[str]:
-    """Bytes that an average of the tensors sends once, by data type: each has an all-reduce of its own."""
+    """Payload of an average of the tensors in bytes, by data type: each has an all-reduce of its own."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[str(tensor.dtype)] += averaged_bytes(tensor)
@@ -75,7 +75,7 @@ def sendable(flat: Tensor) -> Tensor:
 
 
 def all_sendable(messages: Mapping[int, Iterable[Tensor]]) -> dict[int, list[Tensor]]:
-    """:func:`sendable` for what goes to, or comes from, each worker."""
+    """:func:`sendable` for the messages to, or from, each worker."""
     return {worker: [sendable(flat) for flat in flats] for worker, flats in messages.items()}
 
 
@@ -85,10 +85,10 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def check_tensors(module: nn.Module) -> None:
-    """Look whether all parameters and buffers can be averaged and sent.
+    """Check that all parameters and buffers can be averaged and sent.
 
     Raises:
-        ValueError: for one that is sparse, quantized or of an unknown data type.
+        ValueError: for a sparse or quantized tensor, or one of an unknown data type.
     """
     for name, tensor in named_tensors(module).items():
         if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
@@ -108,7 +108,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class KnownTensors:
-    """The tensors that a module has now: optimizers, buffers and averages keep referring to these objects."""
+    """A module's tensors at the start: optimizers, buffers and averages keep referring to these objects."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -117,12 +117,12 @@ class KnownTensors:
         self._have_memory = False
 
     def keep(self) -> None:
-        """Find what was put in the place of a known tensor. A buffer's value goes into the known one, which returns.
+        """Find replacements of known tensors. A buffer's new value is copied into the known one, which is put back.
 
-        When it is called first, every tensor gets memory of its own for each of its entries.
+        The first call gives every tensor separate memory for each of its entries.
 
         Raises:
-            RuntimeError: for a parameter, for a new one that trains, and for a buffer of another shape or data type.
+            RuntimeError: for a parameter, a new one that trains, and a persistent buffer of another shape or data type.
         """
         if not self._have_memory:
             _give_memory(self._known.values())
@@ -153,7 +153,7 @@ class KnownTensors:
                 f"{tuple(new.shape)} {new.dtype} now; workers average tensors of one shape and data type. Keep both, "
                 "or register it with persistent=False if it is a cache that each worker may have for itself."
             )
-        # That of an absent block has no memory, and its value comes with the block.
+        # A buffer of an absent block has no memory, and its value comes with the block.
         if not known.is_meta:
             with torch.no_grad():
                 known.copy_(new)
@@ -189,7 +189,7 @@ def _replaced(name: str, *, gone: bool) -> str:
 
 
 def _give_memory(tensors: Iterable[Tensor]) -> None:
-    """Give each entry a place of its own: where several share one (``expand``), no average could be written."""
+    """Give each entry memory of its own: where several share one (``expand``), no average could be written."""
     for tensor in tensors:
         dimensions = zip(tensor.shape, tensor.stride(), strict=True)
         if any(size > 1 and stride == 0 for size, stride in dimensions):

@@ -18,7 +18,7 @@ from resist_lightning.comm.waiting import Operation, wait_polling
 class GroupCollective(Collective):
     """The workers of torch.distributed's default group. Creates no group of its own but for :meth:`beside`.
 
-    Under NCCL every operation is waited for on the host, where it raises if a worker is lost; gloo raises by itself.
+    Under NCCL the host waits for every operation, and raises if a worker is lost; gloo raises by itself.
 
     Args:
         device: of the tensors that will be sent; by default the CPU where gloo serves it, else the current GPU.
@@ -158,7 +158,7 @@ class GroupCollective(Collective):
         return finish
 
     def _greet(self, size: int) -> None:
-        """Send some bytes to every other worker. Collective: every worker must call this, in the same order."""
+        """Send ``size`` bytes to every other worker. Collective: every worker must call this, in the same order."""
         peers = [worker for worker in range(self.workers) if worker != self.worker]
         greeting = torch.zeros(size, dtype=torch.uint8, device=self._device)
         answers = {peer: [torch.empty_like(greeting)] for peer in peers}
@@ -181,7 +181,7 @@ class GroupCollective(Collective):
             work.wait()
 
     def _refuse_nccl(self) -> None:
-        """NCCL executes what is posted in order, so receives that are posted early would block the sends behind."""
+        """Raise under NCCL, which executes operations in order: receives posted early would block the sends behind."""
         if not self._stage:
             raise ValueError(
                 f"messages that are posted early need gloo, and this group has {dist.get_backend()!r}. Choose "
@@ -189,7 +189,7 @@ class GroupCollective(Collective):
             )
 
     def _to_wire(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors where they can be sent: themselves, or copies on the host."""
+        """The tensors on the sending device: themselves, or copies on the host."""
         if not self._stage:
             return list(flats)
         wires = []
@@ -198,7 +198,7 @@ class GroupCollective(Collective):
             if not flat.is_cuda:
                 wires.append(flat.cpu())
                 continue
-            # All copies are begun before the first is waited for.
+            # All copies are started before the first is waited for.
             wires.append(self._landing(flat).copy_(flat, non_blocking=True))
             on_gpu.add(flat.device)
         for device in on_gpu:
@@ -206,17 +206,17 @@ class GroupCollective(Collective):
         return wires
 
     def _landing(self, flat: Tensor) -> Tensor:
-        """Memory to receive into: the tensor's own, or of the host."""
+        """A buffer to receive into: the tensor itself, or one on the host."""
         if not self._stage or flat.is_cpu:
             return flat
-        # Pinned memory is copied several times as fast; torch keeps what is freed for the next sync.
+        # Pinned memory is copied several times as fast; torch caches it for the next sync.
         return torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
 
     def _from_wire(self, wires: Sequence[Tensor], flats: Sequence[Tensor]) -> None:
-        """Copy what :meth:`_to_wire` or :meth:`_landing` has returned back to the tensors, where it is not theirs."""
+        """Copy buffers of :meth:`_to_wire` or :meth:`_landing` back to their tensors, where they are not the same."""
         for wire, flat in zip(wires, flats, strict=True):
             if wire is not flat:
-                flat.copy_(wire, non_blocking=True)  # torch waits with the reuse of pinned memory until it has arrived
+                flat.copy_(wire, non_blocking=True)  # torch does not reuse pinned memory before it has arrived
 
 
 def gather_tensor(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reads what torchrun tells the workers that it starts and restarts. Standard library only."""
+"""Reads the environment variables that torchrun gives its workers. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def started_by_torchrun() -> bool:
 def check_processes(variables: Mapping[str, str], devices: int, nodes: int) -> None:
     """Check that torchrun has started as many processes on this host as the Trainer expects of each.
 
-    Lightning compares the sum over all hosts only: 3 + 1 processes are no 2 + 2.
+    Lightning compares the sum over all hosts only, and takes 3 + 1 processes for 2 + 2.
 
     Args:
         variables: the environment of this process.
@@ -52,10 +52,10 @@ def shares_store() -> bool:
 
 
 def attempt() -> str:
-    """A name for this attempt of a run, the same on all workers, where the store does not end with the attempt.
+    """A name of this attempt of a run, the same on all workers, where the store does not end with the attempt.
 
     Raises:
-        RuntimeError: after a restart where there is no such name: several agents, of which each counts for itself.
+        RuntimeError: after a restart by several agents, where there is no such name: each counts restarts for itself.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not shares_store():
@@ -69,16 +69,16 @@ def attempt() -> str:
 
 
 def agent(fit: int) -> int:
-    """A number that stands for this process's agent and a ``fit`` of its script; 0 without an agent.
+    """A number that identifies this process's agent and a ``fit`` of its script; 0 without an agent.
 
     Args:
-        fit: which one, counted from 1: a script that is started again comes to the same.
+        fit: its number, counted from 1: a script that is started again comes to the same.
     """
     if not started_by_torchrun():
         return 0
     parent, began = os.getppid(), ""
     with suppress(OSError):
-        # The time at which it began: numbers of processes are used again.
+        # The agent's start time, as process numbers are reused.
         stat = Path(f"/proc/{parent}/stat").read_text()
         began = stat.rpartition(")")[2].split()[19]
     name = f"{socket.gethostname()}/{parent}/{began}/{fit}"

@@ -1,4 +1,4 @@
-"""Normalises the vectors of spectral norm after a mean, which is shorter than 1."""
+"""Normalises the vectors of spectral norm after an average, which has shortened them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def unit_vectors(module: nn.Module) -> dict[str, Tensor]:
-    """By name, the buffers of ``module`` that are unit vectors: of torch's spectral norm, the old one and the new."""
+    """The unit vectors among the buffers of ``module``, by name: those of torch's spectral norm, old and new."""
     buffers = dict(module.named_buffers())
     return {name: buffers[name] for name in _names(module) if name in buffers}
 

@@ -1,4 +1,4 @@
-"""Waits for operations of torch.distributed, so that a lost worker raises instead of being waited for."""
+"""Waits for operations of torch.distributed such that a lost worker raises an error instead of a hang."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _checks: list[Callable[[], None]] = []
 
 
 class Operation(Protocol):
-    """What torch.distributed returns for an operation that was begun."""
+    """A handle of a started torch.distributed operation."""
 
     def is_completed(self) -> bool:
-        """Whether it has ended, with an error too."""
+        """Whether it has ended, also with an error."""
 
     def wait(self, timeout: timedelta = ...) -> bool:
         """Wait for its end; raises its error."""
 
 
 def check_while_waiting(check: Callable[[], None]) -> None:
-    """Call ``check`` again and again while this process waits by :func:`wait_polling`; it may raise."""
+    """Call ``check`` repeatedly while this process waits in :func:`wait_polling`; it may raise."""
     _checks.append(check)
 
 
@@ -37,17 +37,17 @@ def forget_check(check: Callable[[], None]) -> None:
 def wait_polling(operations: Sequence[Operation]) -> None:
     """Wait on the host until NCCL has executed operations.
 
-    NCCL's own wait returns at once and lets the GPU wait: an operation that fails later leaves numbers that mean
-    nothing, and reading them waits for a lost worker for ever.
+    NCCL's own wait returns at once and lets the GPU wait: an operation that fails later leaves meaningless numbers, and
+    reading them waits for a lost worker for ever.
 
     Raises:
         RuntimeError: the error of an operation.
-        Exception: what a check raises.
+        Exception: the error of a check.
     """
     for operation in operations:
         while not operation.is_completed():
             for check in tuple(_checks):
                 check()
             time.sleep(_POLL_SECONDS)
-        # Only with a timeout it raises the operation's error.
+        # Raises the operation's error only with a timeout.
         operation.wait(_READING_AN_END)

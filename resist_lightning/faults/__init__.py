@@ -1,1 +1,1 @@
-"""How a lost worker is noticed."""
+"""Detection of lost workers."""

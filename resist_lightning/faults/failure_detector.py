@@ -15,37 +15,37 @@ from resist_lightning.faults.monitors import choose_monitors, choose_neighbours
 from resist_lightning.faults.reasons import timed_out
 
 BEAT_SECONDS = 1.0
-"""How often a worker posts a heartbeat."""
+"""Usual time between two heartbeats of a worker."""
 
 NAP_SECONDS = 5.0
-"""A watchdog that has not run for so long was stopped itself, and may not count that time against the others."""
+"""A watchdog that has not run for this long was itself stopped, and does not count that time against the others."""
 
 SUSPICIOUS_BEATS = 3.0
-"""How many missed beats make a worker suspect when a connection broke."""
+"""Number of missed beats that make a worker suspect when a connection breaks."""
 
 
 M = TypeVar("M", Heartbeat, Report)
 
-_PARENT = -2  # stands among workers for the process without which this one must not run
+_PARENT = -2  # stands, among workers, for the parent process, without which this one must not run
 
 
 class FailureDetector:
-    """One worker's view of which others are alive. All times are those of one monotonic clock, in seconds.
+    """A worker's view of the others: which of them are alive. All times are of one monotonic clock, in seconds.
 
-    A monitor judges by heartbeats, any other worker by reports and by what it sees of the processes of its host.
+    A monitor judges by heartbeats, any other worker by reports and by the processes of its host.
 
     Args:
         worker: this worker's rank.
         processes: all workers, by rank.
-        silence: after how long without a heartbeat a worker counts as lost.
-        store: who serves the store, in words.
+        silence: time without a heartbeat after which a worker counts as lost.
+        store: the server of the store, in words.
         now: the time.
 
     Attributes:
         monitoring: whether this worker is a monitor.
-        neighbours: the processes at which this worker looks.
-        heartbeats: the last one of each worker of which one was read, or posted: this worker's own, too.
-        reports: the last one of each monitor.
+        neighbours: the processes that this worker watches.
+        heartbeats: the last heartbeat read of each worker, and the last one posted by this worker.
+        reports: the last report of each monitor.
     """
 
     def __init__(self, worker: int, processes: Sequence[Process], silence: float, store: str, now: float) -> None:
@@ -58,7 +58,7 @@ class FailureDetector:
         self._processes = processes
         self._silence = silence
         self._store = store
-        # Whose silence counts: of all others for a monitor, of the monitors for any other worker.
+        # Workers whose silence counts: all others for a monitor, the monitors for any other worker.
         watched = range(len(processes)) if self.monitoring else monitors
         self._watched = [other for other in watched if other != worker]
         self._last = dict.fromkeys(self._watched, now)  # when each watched worker was last heard of
@@ -67,12 +67,12 @@ class FailureDetector:
         self._awake = now  # when this process last ran
         self._gone_since: dict[int, float] = {}
 
-    # What comes in.
+    # Input.
 
     def wanted(self) -> list[int]:
         """The workers whose heartbeats are to be read: all others for a monitor, else neighbours that are gone.
 
-        Of one that is gone, the last heartbeat tells whether it had ended before.
+        The last heartbeat of one that is gone tells whether it had ended before.
         """
         return self._watched if self.monitoring else [worker for worker in self._gone_since if worker != _PARENT]
 
@@ -83,13 +83,13 @@ class FailureDetector:
         reports: Mapping[int, Report] | None = None,
         tampered: Collection[int] = (),
     ) -> None:
-        """Record what was read from the store.
+        """Record messages read from the store.
 
         Args:
             heartbeats: by worker.
             now: the time.
             reports: by monitor.
-            tampered: workers in whose place a stranger has written; their silence is not counted, as they may post.
+            tampered: workers whose line a stranger has overwritten; their silence does not count, as they may post.
         """
         reports = reports or {}
         overwritten = set(tampered)
@@ -100,7 +100,7 @@ class FailureDetector:
         self._read = max(self._read, now)
 
     def note_own(self, heartbeat: Heartbeat, now: float) -> None:
-        """Record what this worker posts. A round that has begun shows that all workers have come to a sync."""
+        """Record this worker's heartbeat. A new round in it shows that all workers have come to a sync."""
         before = self.heartbeats.get(self._own.worker)
         self.heartbeats[self._own.worker] = heartbeat
         if before is not None and heartbeat.round > before.round:
@@ -108,23 +108,23 @@ class FailureDetector:
             self._last = {worker: max(last, now) for worker, last in self._last.items()}
 
     def wake(self, now: float) -> None:
-        """Call it every beat. Time in which this process was stopped is not counted against the others."""
+        """Called every beat. Time in which this process was stopped is not counted against the others."""
         nap = now - self._awake
         if nap > NAP_SECONDS:
             self._last = {worker: last + nap for worker, last in self._last.items()}
             self._read += nap
         self._awake = now
 
-    # What comes out.
+    # Output.
 
     def judge(self, now: float, gone: Mapping[int, str], orphaned: str = "") -> Verdict | None:
         """Name the lost worker, if any; certain knowledge comes first.
 
         Args:
             now: the time.
-            gone: neighbours whose process is gone, and how it ended. Their last heartbeat may still be on its way, so
-                it takes another look to count.
-            orphaned: that the process has ended without which this one must not run, in words; or empty.
+            gone: neighbours whose process is gone, and how it ended. Their last heartbeat may still be in transit, so
+                they count only at a later look.
+            orphaned: the end of the process without which this one must not run, in words; or empty.
         """
         certain = self._certain(now, gone, orphaned)
         if certain is not None:
@@ -134,7 +134,7 @@ class FailureDetector:
             if report.verdict:
                 frozen = self._pid_here(report.lost) if report.silent else 0
                 return Verdict(report.verdict, report.lost, report.silent, frozen)
-        # Then what another worker has found out, as of a process of its own host.
+        # Then verdicts of other workers, as about a process of their own host.
         for _, each in self._others():
             if each.text:
                 return Verdict(each.text, each.lost)
@@ -147,7 +147,7 @@ class FailureDetector:
         return self._silent(self._silence)
 
     def report(self, beat: int, verdict: Verdict | None) -> Report:
-        """What this monitor publishes.
+        """This monitor's report.
 
         Args:
             beat: the report's number.
@@ -157,11 +157,11 @@ class FailureDetector:
         return make_report(beat, self._own, verdict, quiet, self.heartbeats, self._processes, self._gone_since.keys())
 
     def suspect(self, error: str, timeout: float) -> Verdict:
-        """Name the most likely worker when a connection broke and nobody is known to be lost.
+        """Name the worker most likely lost when a connection broke and nobody is known to be lost.
 
         Args:
-            error: the text of what was raised.
-            timeout: after how long a worker that waits gives up, in seconds.
+            error: the text of the error.
+            timeout: of a waiting worker, in seconds.
         """
         silent = self._silent(SUSPICIOUS_BEATS * BEAT_SECONDS)
         if silent is not None and self.monitoring:
@@ -197,11 +197,11 @@ class FailureDetector:
         return True
 
     def _take_new(self, known: dict[int, M], found: Mapping[int, M], now: float, *, counts: bool) -> list[int]:
-        """Keep newer messages; returns the workers whose message is older than one already read, so overwritten.
+        """Keep newer messages; returns the workers whose message is older than one already read, and so overwritten.
 
         Args:
             known: the last message of each worker.
-            found: those that were read.
+            found: the messages read.
             now: the time.
             counts: whether a message shows that its worker runs.
         """
@@ -236,11 +236,11 @@ class FailureDetector:
         return [(worker, self.heartbeats[worker]) for worker in sorted(self.heartbeats) if worker != self._own.worker]
 
     def _reports(self) -> list[Report]:
-        """A monitor's own comes first: it is the newest."""
+        """The last report of each monitor; a monitor's own first, as it is the newest."""
         return [self.reports[monitor] for monitor in sorted(self.reports, key=lambda each: each != self._own.worker)]
 
     def _confirmed(self, now: float, gone: Mapping[int, str]) -> list[int]:
-        """Those that have been gone long enough: workers first, then the process without which this one may not run."""
+        """Processes gone for long enough: workers first, then the process without which this one must not run."""
         self._gone_since = {worker: self._gone_since.get(worker, now) for worker in gone}
         confirmed = []
         for worker, since in self._gone_since.items():
@@ -260,7 +260,7 @@ class FailureDetector:
         longest = max(silences, key=lambda worker: silences[worker], default=NOBODY)
         if longest == NOBODY or silences[longest] <= limit:
             return None
-        # One monitor is named by the other one; it is for the workers to notice where both are lost.
+        # One lost monitor is named by the other one; the workers name one only where both are silent.
         if not self.monitoring and min(silences.values()) <= limit:
             return None
         silence = silences[longest]
@@ -278,7 +278,7 @@ class FailureDetector:
         return any(worker in known and known[worker].end != "" for known in (self.heartbeats, self.reports))
 
     def _pid_here(self, worker: int) -> int:
-        """The worker's process, if it is one of this host; else 0."""
+        """The number of the worker's process, if it is one of this host; else 0."""
         lost = self._processes[worker] if worker >= 0 else None
         return lost.pid if lost is not None and lost.home == self._own.home else 0
 

@@ -20,7 +20,7 @@ from resist_lightning.faults.monitors import choose_monitors
 from resist_lightning.faults.signature import Signature
 
 CONNECT_SECONDS = 5.0
-"""Timeout of a new connection, and of reading a line that somebody has removed."""
+"""Timeout of a new connection, and of reading a removed line."""
 
 _KEY_BYTES = 32
 _instances = count()
@@ -28,12 +28,12 @@ _instances = count()
 
 @dataclass
 class Lines:
-    """What was read from the store.
+    """Messages read from the store.
 
     Args:
         heartbeats: by worker; of those that have posted one.
         reports: by monitor; of those that have published one.
-        tampered: workers and monitors in whose place there is a line that no worker has posted, or none any more.
+        tampered: workers and monitors whose line was overwritten by a stranger, or removed.
     """
 
     heartbeats: dict[int, Heartbeat] = field(default_factory=dict)
@@ -42,21 +42,21 @@ class Lines:
 
 
 class Heartbeats:
-    """A connection of its own to the group's store; any thread may use it, one at a time.
+    """A separate connection to the group's store for heartbeats and reports; any thread may use it, one at a time.
 
     Calls raise RuntimeError if the store is gone, and do not return while its host is frozen. Only :meth:`introduce`
     is a collective.
 
     Args:
         own: this process.
-        workers: how many processes there are.
+        workers: number of processes.
         name: the same for all workers. By default the number of instances that this process has made, which is the
             same if all workers make them equally often.
 
     Attributes:
         processes: all of them, by rank.
         monitors: the ranks that read all heartbeats and publish reports.
-        tampered_lines: how many lines were found that no worker has posted there.
+        tampered_lines: number of lines found that no worker has posted, or that were removed.
     """
 
     def __init__(self, own: Process, workers: int, name: str | None = None) -> None:
@@ -67,20 +67,20 @@ class Heartbeats:
         self.tampered_lines = 0
         # The store outlives a fit, and the next one must not read its heartbeats.
         self._prefix = f"resist_lightning/heartbeats/{name or next(_instances)}"
-        self._heard: set[str] = set()  # places where a signed line has been
+        self._heard: set[str] = set()  # places that have had a signed line
         self._doubtful = False  # whether some line may have been removed
         self._sockets: set[str] = set()
         with recording(self._sockets):
             self._store = clone_store()
         self._store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
-        # Empty lines, so that after `introduce` each line is there: reading one that is not waits for it.
+        # Empty lines, so that after `introduce` each line is there: reading a missing one waits for it.
         self._store.set(self._place_of(own.worker), "")
         if own.worker == 0:
             for number in range(2):
                 self._store.set(self._place_of_report(number), "")
 
     def introduce(self) -> None:
-        """Learn who the others are, and the key of this run. Collective: every worker must call this."""
+        """Exchange descriptions of all processes, and the key of this run. Collective: every worker must call this."""
         key = secrets.token_bytes(_KEY_BYTES) if self.own.worker == 0 else b""
         # Over the connections of the group: the store is open to anybody.
         told = GroupCollective().gather_bytes(key + to_line(self.own).encode())
@@ -88,23 +88,23 @@ class Heartbeats:
         self.begin([process for process in processes if process is not None], told[0][:_KEY_BYTES])
 
     def begin(self, processes: list[Process], key: bytes) -> None:
-        """Take in what :meth:`introduce` has learned."""
+        """Set the processes and the key from :meth:`introduce`."""
         self.processes = processes
         self.monitors = choose_monitors(processes)
         self._signature = Signature(key)
 
     def post(self, heartbeat: Heartbeat) -> None:
-        """Post this worker's heartbeat, in the place of its last one."""
+        """Post this worker's heartbeat, replacing its last one."""
         place = self._place_of(self.own.worker)
         self._store.set(place, self._signature.sign(place, to_line(heartbeat)))
 
     def publish(self, report: Report) -> None:
-        """Publish this monitor's report, in the place of its last one."""
+        """Publish this monitor's report, replacing its last one."""
         place = self._place_of_report(self.monitors.index(self.own.worker))
         self._store.set(place, self._signature.sign(place, to_line(report)))
 
     def read(self, workers: Collection[int]) -> Lines:
-        """The reports of all monitors, and the heartbeats of some workers. One request."""
+        """The reports of all monitors, and the heartbeats of some workers. One request, except after an error."""
         of_reports = {self._place_of_report(number): rank for number, rank in enumerate(self.monitors)}
         of_workers = {self._place_of(worker): worker for worker in workers}
         places = [*of_reports, *of_workers]
@@ -127,13 +127,13 @@ class Heartbeats:
         return lines
 
     def connect_again(self) -> None:
-        """After an error: make a new connection, and look which lines there are before the next reading."""
+        """Reconnect after an error, and check which lines exist before the next reading."""
         self._doubtful = True
         with recording(self._sockets):
             self._store = self._store.clone()
 
     def cut(self) -> None:
-        """End a call of another thread that does not return; this object cannot be used any more."""
+        """Interrupt a hanging call of another thread; this object cannot be used any more."""
         cut_connections(self._sockets)
 
     def _verified(self, place: str, posted: bytes | None) -> str | None:

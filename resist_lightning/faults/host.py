@@ -1,4 +1,4 @@
-"""What can be seen of the other processes of this host. Standard library only."""
+"""Identifies this process, and tells whether other processes of this host run. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from resist_lightning.faults.messages import Process
 
 
 def this_process(worker: int, members: int = 1) -> Process:
-    """This process, as the others will know it."""
+    """This process, as described to the others."""
     return Process(worker, socket.gethostname(), _home(), os.getpid(), members)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host runs; one that only waits for its parent to notice its end does not."""
+    """Whether a process of this host runs; a zombie does not."""
     if not Path("/proc/self/stat").exists():  # not Linux: silence will tell
         return True
     try:
@@ -30,7 +30,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _home() -> str:
-    """A name for the processes that this one can see: host, its boot, and the namespace of process numbers."""
+    """A name of the process numbers that this process can see: host, its boot, and the PID namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

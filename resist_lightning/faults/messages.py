@@ -1,4 +1,4 @@
-"""What is posted in the store: a worker's heartbeats, and the monitors' reports. Standard library only."""
+"""The messages in the store: heartbeats of workers, and reports of monitors. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Process:
-    """Where a worker runs; it does not change.
+    """A process of a worker: its rank, host and PID; they do not change.
 
     Args:
         worker: its rank, which is its number where each worker is one process.
         host: its host's name.
-        home: a name of the host's processes; workers with the same one can see each other's.
-        pid: its process.
+        home: a name of its host and PID namespace; workers with the same one can see each other's processes.
+        pid: its process number.
         members: processes of each worker.
     """
 
@@ -35,27 +35,27 @@ class Process:
 
     @property
     def short_name(self) -> str:
-        """The worker, without where it runs."""
+        """The worker's name, without host and PID."""
         return process_name(self.worker, self.members)
 
     @property
     def name(self) -> str:
-        """The worker, where it runs."""
+        """The worker's name, with host and PID."""
         return f"{self.short_name} (host {self.host}, pid {self.pid})"
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a worker posts about itself.
+    """A worker's report about itself, posted in the store.
 
     Args:
         beat: grows by one with each heartbeat.
         what: one of :data:`resist_lightning.schedule.progress.ActivityName`.
         doing: the same in words.
-        seconds: for how long it has been doing that.
+        seconds: duration of that so far.
         round: the round in which it began.
         step: local steps taken in the round by then.
-        end: ``""`` while it runs; how it ended otherwise.
+        end: ``""`` while it runs; its outcome otherwise.
         text: its error where it failed; else its verdict, if it has one.
         lost: the worker that the verdict is about, if known; else -1.
         read: the number of the last report of worker 0 that it has read.
@@ -75,19 +75,19 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Report:
-    """What a monitor publishes about all workers; its size does not grow with their number.
+    """A monitor's report about all workers; its size does not grow with their number.
 
     Args:
         beat: grows by one with each report.
         end: as in the monitor's heartbeat.
-        verdict: that a worker is lost, in words; or empty.
+        verdict: the verdict about a lost worker, in words; or empty.
         lost: the worker that the verdict is about, if known; else -1.
         silent: whether the verdict is about a worker that is silent, and so may be frozen.
         quiet: the worker that has been silent for longest, where that is suspicious; else -1.
         quiet_text: the same in words.
-        late: the worker that is furthest behind in what it does without the others; -1 if none does such things.
-        late_text: what it is still in, in words.
-        doing: what some of the workers were last doing, in words.
+        late: the worker furthest behind in work that it does without the others; -1 if none does such work.
+        late_text: that work, in words.
+        doing: the last activities of some workers, in words.
     """
 
     beat: int = 0
@@ -104,13 +104,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Verdict:
-    """That a worker is lost.
+    """The verdict that a worker is lost.
 
     Args:
-        text: which one, and how, in words.
+        text: the worker, and how it was lost, in words.
         worker: its rank, if known; else -1.
-        silent: whether that is known by its silence, so that it may be frozen.
-        frozen: its process, if that may be frozen on this host, and so cannot end by itself; else 0.
+        silent: whether only its silence shows it, so that it may be frozen.
+        frozen: its process number, if it may be frozen on this host, and so cannot end by itself; else 0.
     """
 
     text: str
@@ -119,8 +119,8 @@ class Verdict:
     frozen: int = 0
 
 
-_NAMED = 8  # workers of whom a report says what they were doing
-_APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # what a worker does without the others
+_NAMED = 8  # workers whose activities a report tells
+_APART: tuple[str, ...] = ("starting", "local steps", "evaluation", "saving")  # activities without the others
 
 
 def make_report(
@@ -132,7 +132,7 @@ def make_report(
     processes: Sequence[Process],
     gone: Collection[int],
 ) -> Report:
-    """A monitor's report.
+    """Make a monitor's report.
 
     Args:
         beat: its number.
@@ -169,14 +169,14 @@ def make_report(
 
 
 def last_of(process: Process, heartbeat: Heartbeat | None) -> str:
-    """What a worker was last doing, as a sentence behind others; empty if that is not known."""
+    """A worker's last activity, as a sentence to append; empty if it is not known."""
     if heartbeat is None:
         return ""
     return f" {process.short_name.capitalize()} was last doing: {heartbeat.doing}."
 
 
 def _latest(heartbeats: Mapping[int, Heartbeat], gone: Collection[int]) -> int:
-    """The worker furthest behind in what it does without the others; among equals, the one longest at it."""
+    """The worker furthest behind in work that it does without the others; among equals, the one longest at it."""
     apart = []
     for worker, each in heartbeats.items():
         if each.what in _APART and not each.end and worker not in gone:
@@ -199,9 +199,9 @@ def to_line(message: Process | Heartbeat | Report) -> str:
 
 
 def parse(kind: type[Message], line: str) -> Message | None:
-    """Parse the line of a message; None if it is none.
+    """Parse a line into a message; None if it is none.
 
-    Fields that are unknown, as of a newer version, are passed over.
+    Unknown fields, as of a newer version, are ignored.
     """
     try:
         given = json.loads(line)

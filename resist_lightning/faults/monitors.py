@@ -1,4 +1,4 @@
-"""Who watches whom, so that all workers together cost the store O(workers) a second. Standard library only."""
+"""Chooses who watches whom, so that all workers together cost the store O(workers) a second. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from resist_lightning.faults.messages import Process
 
 NEIGHBOURS = 8
-"""How many processes of its host a worker looks at: all of them on usual hosts. A monitor looks at all on any."""
+"""Number of processes of its host that a worker watches: all on usual hosts. A monitor watches all on any host."""
 
 
 def choose_monitors(processes: Sequence[Process]) -> list[int]:
@@ -20,7 +20,7 @@ def choose_monitors(processes: Sequence[Process]) -> list[int]:
 
 
 def choose_neighbours(processes: Sequence[Process], worker: int) -> list[Process]:
-    """The processes of its host that ``worker`` looks at: the next ones, in a ring."""
+    """The processes of its host that ``worker`` watches: the next ones, in a ring."""
     here = [process for process in processes if process.home == processes[worker].home]
     own = here.index(processes[worker])
     others = here[own + 1 :] + here[:own]

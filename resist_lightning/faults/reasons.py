@@ -1,28 +1,28 @@
-"""Reads errors and exit codes: which of them tell that another worker is lost. Standard library only."""
+"""Classifies errors and exit codes: which of them tell of a lost worker. Standard library only."""
 
 from __future__ import annotations
 
 import signal
 
 _BROKEN = ("gloo/", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "nccl")
-# NCCL's errors of this worker alone, which no other one has caused.
+# Errors of NCCL that this worker alone has caused.
 _OWN = ("out of memory", "duplicate gpu", "invalid usage", "invalid argument", "unhandled cuda error")
 _TIMED_OUT = ("timed out", "timeout")
 
 
 def is_broken_connection(text: str) -> bool:
-    """Whether the text of a RuntimeError is torch.distributed's, of a connection that broke or timed out."""
+    """Whether the text of a RuntimeError is torch.distributed's, about a broken or timed-out connection."""
     lower = text.lower()
     return any(word in lower for word in _BROKEN) and not any(word in lower for word in _OWN)
 
 
 def timed_out(text: str) -> bool:
-    """Whether the text of an error says that somebody has waited for too long."""
+    """Whether the text of an error tells of a timeout."""
     return any(word in text.lower() for word in _TIMED_OUT)
 
 
 def name_of_exit(code: int) -> str:
-    """How a process ended, in words, e.g. ``was ended by signal 9 (SIGKILL)``."""
+    """A process's exit code in words, e.g. ``was ended by signal 9 (SIGKILL)``."""
     if code >= 0:
         return f"ended with exit code {code} without a word"
     try:

@@ -1,4 +1,4 @@
-"""Tells the lines of this run's workers from those of strangers. Standard library only."""
+"""Signs lines in the store, to tell those of this run's workers from strangers'. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TAG_LETTERS = 32  # 128 bits
 
 
 class Signature:
-    """Shows that a line comes from a worker of this run: a keyed hash (HMAC-SHA256) of its place and its text.
+    """Proves that a line comes from a worker of this run: a keyed hash (HMAC-SHA256) of its place and its text.
 
     Args:
         key: random bytes that only the workers know.
@@ -34,6 +34,6 @@ class Signature:
         return line.decode()
 
     def _tag(self, place: str, line: bytes) -> str:
-        # The place is hashed too: a line of one worker is none of another's.
+        # The place is hashed too: a line of one worker is invalid in another's place.
         signed = place.encode() + b"\0" + line
         return hmac.new(self._key, signed, hashlib.sha256).hexdigest()[:_TAG_LETTERS]

@@ -1,4 +1,4 @@
-"""Watches the others while the workers find one another, which ends otherwise only with the timeout of the group.
+"""Watches for workers that end while the group forms, which the others otherwise notice only at the group's timeout.
 
 There is no group yet, so workers introduce themselves in the store, unsigned: until the group is made, everything
 depends on the store, and a stranger who writes there can keep the workers from starting, but not end a training.
@@ -23,7 +23,7 @@ from resist_lightning.faults.messages import Process, parse, to_line
 from resist_lightning.faults.monitors import NEIGHBOURS
 
 SLOW_SECONDS = 30.0
-"""After so long worker 0 says for whom it waits."""
+"""Time after which worker 0 names the workers that it waits for."""
 
 _CALL_SECONDS = 2.0  # timeout of each call to the store
 _GRACE_SECONDS = 5.0  # in which the main thread should raise, after its connections were cut
@@ -32,17 +32,17 @@ _EXIT_CODE = 75
 
 
 class StartWatch:
-    """Inside, this worker looks for others that end before the group is made, and then raises soon.
+    """Inside, this worker watches for others that end before the group is made, and then raises soon.
 
     Args:
         own: this process.
-        workers: how many processes there are.
+        workers: number of processes.
         address: of the store.
         port: of the store.
-        orphaned: in words, which process has ended without which this one must not run; or empty.
+        orphaned: the end of the process without which this one must not run, in words; or empty.
 
     Attributes:
-        lost: who is lost, in words; or empty.
+        lost: the lost worker, in words; or empty.
     """
 
     def __init__(self, own: Process, workers: int, address: str, port: int, orphaned: Callable[[], str]) -> None:
@@ -53,7 +53,7 @@ class StartWatch:
         self._orphaned = orphaned
         self._began = time.monotonic()
         self._store: StoreConnection | None = None
-        self._named = False  # for whom this worker waits
+        self._named = False  # whether the missing workers were named
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look_around, name="resist_lightning start", daemon=True)
 
@@ -66,7 +66,7 @@ class StartWatch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None and self._thread.is_alive():
-            # A connection that broke may be what the others' end has done: find out who it was.
+            # A broken connection may come from another worker's end: find out whose.
             deadline = time.monotonic() + 2 * BEAT_SECONDS
             while not self.lost and time.monotonic() < deadline:
                 time.sleep(BEAT_SECONDS / 10)
@@ -75,7 +75,7 @@ class StartWatch:
             self._thread.join(2 * _CALL_SECONDS)
 
     def missing(self) -> str:
-        """Who has not come to the store, as a sentence; empty if all have, or the store does not answer."""
+        """The ranks that have not come to the store, as a sentence; empty if all have, or the store does not answer."""
         absent = []
         with suppress(Exception):
             assert self._store is not None
@@ -108,7 +108,7 @@ class StartWatch:
             self._store = store
 
     def _find_lost(self) -> str:
-        """Who has ended: a process of this host among the next ranks, or what another worker has found."""
+        """The lost worker, in words: a process of this host among the next ranks, or one found by another worker."""
         assert self._store is not None
         told = f"{self._prefix}/lost"
         if self._store.check([told]):
@@ -136,7 +136,7 @@ class StartWatch:
             self._ended.wait(2 * BEAT_SECONDS)  # the store ends with this process: the others should read it first
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
-            # Again and again: a client that cannot connect tries anew.
+            # Repeatedly: a client that cannot connect retries.
             interrupt_joining(self._before)
             if self._ended.wait(BEAT_SECONDS / 2):
                 return

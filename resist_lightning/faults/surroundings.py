@@ -1,4 +1,4 @@
-"""What the watchdog must know of the program around it. Standard library only."""
+"""The watchdog's interface to the program around it. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from resist_lightning.schedule.progress import Activity
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Callbacks through which the watchdog learns about the program around it.
+    """Callbacks by which the watchdog queries the program around it.
 
     Args:
-        activity: what this worker is doing, or None as long as there is no engine.
-        store: who serves the store, in words.
+        activity: this worker's activity, or None as long as there is no engine.
+        store: the server of the store, in words.
         how_to_resume: a sentence for the user.
-        how_ended: how the process ``pid`` ended, as far as its parent knows; None if it may be running.
-        orphaned: in words, which process has ended without which this one must not run; or empty.
-        before_exit: called before the process is ended hard.
+        how_ended: the end of process ``pid`` in words, as far as its parent knows; None if it may be running.
+        orphaned: the end of the process without which this one must not run, in words; or empty.
+        before_exit: called before the process is forced to exit.
     """
 
     activity: Callable[[], Activity | None]

@@ -1,7 +1,7 @@
 """The watchdog: background threads that detect a lost worker and make this one end too.
 
-They talk through the group's store, over a connection of their own, and never take part in a collective. There are two,
-because a call to a store whose host is frozen does not return: one posts heartbeats and reads, the other judges.
+They communicate through the group's store, over a connection of their own, and take part in no collective. There are
+two, because a call to a store whose host is frozen does not return: one posts heartbeats and reads, the other judges.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from resist_lightning.faults.surroundings import Surroundings
 from resist_lightning.schedule.progress import Activity
 
 EXIT_CODE = 75
-"""Of a process that could not end by itself: EX_TEMPFAIL, try again."""
+"""Exit code of a process that could not end by itself: EX_TEMPFAIL, try again."""
 
 PATIENCE_SECONDS = 5.0
-"""For how long a worker whose connection broke asks who it was, and worker 0 waits until it is heard."""
+"""Time that a worker with a broken connection searches for the lost one, and that worker 0 waits to be heard."""
 
-# Least time between two heartbeats: a round of few steps must not make the store busy, nor many workers together.
+# Minimum time between two heartbeats: neither short rounds nor many workers together must overload the store.
 _REST_SECONDS = 0.05
 _HEARTBEATS_PER_SECOND = 2000  # of all workers together, at one store
 
@@ -40,14 +40,14 @@ class Watchdog:
     """Posts heartbeats and judges those of the other workers, until :meth:`stop`.
 
     Args:
-        heartbeats: the connection through which they are posted and read; it has been introduced.
-        surroundings: what it must know of the program.
-        silence: after how many seconds without a heartbeat a worker counts as lost; also the time that this worker
-            has to end by itself when another one is lost.
-        timeout: after how many seconds a worker that waits gives up; for messages.
+        heartbeats: the connection through which they are posted and read, after :meth:`Heartbeats.introduce`.
+        surroundings: the program around it.
+        silence: seconds without a heartbeat after which a worker counts as lost; also those that this worker has to end
+            by itself when another one is lost.
+        timeout: of a waiting worker, in seconds; for messages.
 
     Attributes:
-        verdict: who is lost; None as long as nobody is known to be.
+        verdict: on the lost worker; None as long as none is known.
     """
 
     def __init__(self, heartbeats: Heartbeats, surroundings: Surroundings, *, silence: float, timeout: float) -> None:
@@ -68,11 +68,11 @@ class Watchdog:
         self._stopped = threading.Event()
         self._wake = threading.Event()  # post a heartbeat now
         self._arrived = threading.Event()  # the main thread has an error, and will end by itself
-        self._reached = True  # the store, at the last try
+        self._reached = True  # whether the store was, at the last try
         self._ending: tuple[End, str] = ("", "")
         self._posted: End = ""
-        self._said = False  # that strangers write to the store
-        self._urgent = False  # read whenever a heartbeat is posted
+        self._said = False  # whether a warning of strangers' lines was printed
+        self._urgent = False  # read with every heartbeat
         self._beating = threading.Thread(target=self._beat, name="resist_lightning heartbeats", daemon=True)
         self._judging = threading.Thread(target=self._look_around, name="resist_lightning watchdog", daemon=True)
 
@@ -101,7 +101,7 @@ class Watchdog:
         atexit.unregister(self.stop)
 
     def _ended(self, patience: float) -> bool:
-        """Whether the threads end within some seconds."""
+        """Whether the threads end within ``patience`` seconds."""
         deadline = time.monotonic() + patience
         threads = (self._beating, self._judging)
         others = [thread for thread in threads if thread is not threading.current_thread()]
@@ -129,8 +129,8 @@ class Watchdog:
     def explain(self, error: BaseException) -> WorkerLost | None:
         """Convert an error of this worker into the one that names the lost worker; None if the error is its own.
 
-        An error of a connection names no worker: look for up to some seconds who it was. From now on the process is
-        left to end by itself.
+        A connection error names no worker, so this searches for the lost one for some seconds. From now on the process
+        is left to end by itself.
         """
         self._arrived.set()
         if isinstance(error, WorkerLost):
@@ -149,7 +149,7 @@ class Watchdog:
         return self.error()
 
     def post_end(self, end: End, text: str = "") -> None:
-        """Post how this worker ends, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
+        """Post this worker's outcome, and stop. Worker 0, which may serve the store, waits until a failure is heard."""
         self._urgent = True
         self._ending = (end, text)
         must_be_heard = end != "done" and self._process.worker == 0
@@ -170,7 +170,7 @@ class Watchdog:
         self.stop()
 
     def _beat(self) -> None:
-        """Post heartbeats, and read what the others post. May hang in a call until :meth:`stop`."""
+        """Post heartbeats, and read the others'. May hang in a call until :meth:`stop`."""
         while not self._stopped.is_set():
             try:
                 self._exchange()
@@ -186,7 +186,7 @@ class Watchdog:
             self._stopped.wait(self._rest)
 
     def _exchange(self) -> None:
-        """Post a heartbeat; unless that was done just now, also read what the others post, and publish a report."""
+        """Post a heartbeat; also read the others' and publish a report, unless that was done just now."""
         own = self._next()
         with self._lock:
             self._detector.note_own(own, time.monotonic())
@@ -217,7 +217,7 @@ class Watchdog:
         read = self._detector.reports.get(0)
         verdict = self.verdict
         if verdict is not None and end != "failed":
-            text = verdict.text  # at once: the monitors tell it to those that cannot know it
+            text = verdict.text  # at once: the monitors tell it to those that cannot find it out
         self._own = replace(
             self._own,
             beat=self._own.beat + 1,
@@ -241,7 +241,7 @@ class Watchdog:
         return self._own
 
     def _on_change(self, activity: Activity) -> None:
-        """Called by the main thread, in every local step too: a heartbeat at once, if it does something else now."""
+        """Called by the main thread, also in every local step: post a heartbeat at once if the activity changed."""
         if activity.what != self._own.what:
             self._wake.set()
 
@@ -270,7 +270,7 @@ class Watchdog:
             self._wake.set()  # the others should know
 
     def _how_gone(self, pid: int) -> str:
-        """How a process of this host ended; empty if it runs."""
+        """The end of a process of this host, in words; empty if it runs."""
         return self._around.how_ended(pid) or ("" if is_alive(pid) else "ended without a word")
 
     def _end_this_worker(self) -> None:

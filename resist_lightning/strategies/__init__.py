@@ -1,4 +1,4 @@
-"""The strategies that a Lightning ``Trainer`` takes, and what connects them to its loops."""
+"""The strategies that a Lightning ``Trainer`` takes, and the code that connects them to its loops."""
 
 from resist_lightning.strategies.auxnet import AuxNetStrategy
 from resist_lightning.strategies.ist import ISTStrategy

@@ -38,9 +38,8 @@ class AuxNetOptions(StrategyOptions, StageConfig):
     Args:
         check_every_n_steps: steps between two handshakes, in which the workers check one another: a round of the other
             strategies.
-        input: which part of a batch is the network's input, an index or a key; None takes the first tensor. It is
-            read before the first step, for its shape and to measure times; what `training_step` gives to the network
-            must have the same shape.
+        input: index or key of the network's input in a batch; None takes the first tensor. It is read before the first
+            step, for its shape and to measure times; `training_step` must give the network an input of the same shape.
         seed: seed of the order of the samples, of their augmentation and of auxiliary networks; 0 is a seed.
         process_group_backend: ``"gloo"``, on GPUs too: messages that are posted early would block each other under
             NCCL.
@@ -81,16 +80,16 @@ class AuxNetStrategy(SubnetStrategy):
 
     The network is cut by depth. By default stages work on different batches at the same time: each takes the true
     output of the stage before, and its true gradient some steps late. With ``method="penalty"``, the paper's, each
-    stage but the first is fed by a small auxiliary network, which guesses from the image what the stages before would
-    give it, so no stage waits for another's forward pass; and each but the last is trained to give what the next one
-    wants, so none waits for another's backward pass. In a step neighbours exchange two tensors of the boundary's shape,
-    overlapped with computing. Every worker sees the same batches, augmented alike.
+    stage but the first is fed by a small auxiliary network, which guesses the output of the stages before from the
+    image, so no stage waits for another's forward pass; and each but the last is trained towards the output that the
+    next one wants, so none waits for another's backward pass. In a step neighbours exchange two tensors of the
+    boundary's shape, overlapped with computing. Every worker sees the same batches, augmented alike.
 
-    The module's `training_step` runs on every worker, once a batch, and calls the network once: what the network
-    returns there is its true output (the last worker sends it to the others), so losses, logs and metrics are true and
-    equal everywhere; the gradient of the loss trains the last stage, and what lies outside of the network. The loss
-    must be a mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on
-    every worker, without auxiliary networks.
+    The module's `training_step` runs on every worker, once a batch, and calls the network once: the network returns its
+    true output there (the last worker sends it to the others), so losses, logs and metrics are true and equal
+    everywhere; the gradient of the loss trains the last stage, and layers outside of the network. The loss must be a
+    mean over the batch. For evaluation, for checkpoints and after ``fit`` the module is the whole network, on every
+    worker, without auxiliary networks.
 
     Equations and defaults of guesses are derived from the paper's abstract; see docs/auxnet.md.
     """
@@ -107,7 +106,7 @@ class AuxNetStrategy(SubnetStrategy):
 
     @override
     def check_before_launch(self, trainer: pl.Trainer) -> None:
-        """Called by the launcher, before any process starts: raise for what cannot work."""
+        """Called by the launcher, before any process starts: raise for runs that cannot work."""
         super().check_before_launch(trainer)
         if trainer.precision in ("16-mixed", "16"):
             raise ValueError(
@@ -164,7 +163,7 @@ class AuxNetStrategy(SubnetStrategy):
         """Called at the end, after an error too: gives combined loaders back to the user as they were."""
         self._loaders = 0
         module = self.lightning_module
-        if module is not None and module._trainer is not None:  # which it is not where a launch was refused
+        if module is not None and module._trainer is not None:  # it is not attached where a launch was refused
             combined = self._trainer().fit_loop._combined_loader
             if combined is not None:
                 combined.flattened = [unseed_loader(loader) for loader in combined.flattened]

@@ -1,4 +1,4 @@
-"""Serves ``WeightAveraging`` callbacks: a worker averages what it holds, and all see the mean of the averages."""
+"""Supports ``WeightAveraging`` callbacks: each worker averages its part, and all see the mean of the averages."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
 class Averages:
     """Adapts the averaging callback of a trainer, if it has one.
 
-    Its average is a copy of the module, of which a worker holds the parts that it holds of the module. It is updated
-    from those, and shown in the place of the module before a full model is assembled to be evaluated or saved, and at
+    The average is a copy of the module, of which a worker holds the same parts as of the module. It is updated from
+    those, and replaces the module's weights before a full model is assembled for an evaluation or a checkpoint, and at
     the end. So scales and batch-norm statistics of that full model are made for the average.
     """
 
@@ -121,7 +121,7 @@ class Averages:
             )
 
     def show(self) -> None:
-        """Replace the weights by the average, each worker those it holds."""
+        """Replace the weights that this worker holds by their average."""
         companion = self._companion()
         if companion is not None and not companion.shown:
             companion.show()
@@ -145,7 +145,7 @@ class Averages:
         pairs = companion.present()
         held = _Part({name: own for name, (own, _) in pairs.items()})
         whole = average.module
-        # torch pairs the tensors of the two modules by their place, so both must lack the same.
+        # torch pairs the tensors of the two modules by position, so both must lack the same.
         average.module = _Part({name: copy for name, (_, copy) in pairs.items()})
         try:
             AveragedModel.update_parameters(average, held)
@@ -174,13 +174,13 @@ class Averages:
     def _on_load_checkpoint(self, usual: Callable[..., None], *args: Any) -> None:
         checkpoint: Mapping[str, Any] = args[-1]
         ours = CHECKPOINT_KEY in checkpoint and "averaging_state" in checkpoint
-        # Lightning writes this where the weights stand beside their average.
+        # Lightning writes this key where it saves the weights beside their average.
         has_weights = "current_model_state" in checkpoint
         if self._callback._average_model is None or not ours:
             self._begins_as_module = not has_weights
             usual(*args)
             return
-        # After a training of ours it is there too, and is the average again.
+        # A checkpoint saved after such a training has this key too, and the average in it again.
         self._resumed = not has_weights
         with torch.no_grad():
             for name, buffer in self._counters().items():

@@ -1,4 +1,4 @@
-"""The base of the strategies: Lightning's hooks, passed on to the objects that do the work."""
+"""The base class of the strategies: passes Lightning's hooks on to the objects that do the work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SubnetStrategy(MessagesStrategy):
     @property
     @override
     def engine(self) -> Engine | None:
-        """Trains and syncs this worker's part; there is none before the first ``fit``."""
+        """The engine that trains and syncs this worker's part; None before the first ``fit``."""
         return self.session.engine if self.session is not None else None
 
     # Before the training: launcher, process group, loaders, model.
@@ -71,7 +71,7 @@ class SubnetStrategy(MessagesStrategy):
         self._launcher = make_launcher(self, self._start_method, sync_batchnorm=self._layer_sync is not None)
 
     def check_before_launch(self, trainer: pl.Trainer) -> None:
-        """Called by the launcher, before any process starts: raise for what cannot work."""
+        """Called by the launcher, before any process starts: raise for runs that cannot work."""
         check_full_model(trainer, self.engine)
         check_run(trainer, self.config, self.options, self.num_nodes * self.num_processes)
 
@@ -106,7 +106,7 @@ class SubnetStrategy(MessagesStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Asked for each loader: a shard per process, or all of it in a worker-specific order, shared by members."""
+        """Called for each loader: a shard per process, or all data in a worker-specific order, shared by members."""
         kwargs = super().distributed_sampler_kwargs
         if not making_training_loaders(self.session):
             return self.first.whole_data(kwargs) if self.first is not None else kwargs
@@ -138,7 +138,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Called by ``setup``, to wrap the module in DDP, which would send gradients in every step."""
+        """Called by ``setup``; the module is not wrapped in DDP, which would send gradients in every step."""
 
     # The training: steps are counted within a batch, and everything else happens between two.
 
@@ -206,7 +206,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The full model's. Collective in training: every worker must call this, as Trainer.save_checkpoint does."""
+        """The full model's state. Collective in training: every worker must call this, as in save_checkpoint."""
         # Not by the trainer: the main process of forked workers has a module that no trainer is attached to.
         assert self.lightning_module is not None
         module = self.lightning_module
@@ -220,7 +220,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load what a checkpoint of another strategy has of the optimizers; ours have only their parameter groups."""
+        """Load the optimizers' states from another strategy's checkpoint; ours have only their parameter groups."""
         assert self.lightning_module is not None
         if not is_unmade(self.lightning_module):
             super().load_optimizer_state_dict(checkpoint)
@@ -230,7 +230,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write the full model, and beside it what only this package reads. Collective, as Trainer.save_checkpoint."""
+        """Write the full model, and beside it this package's own state. Collective, as Trainer.save_checkpoint."""
         write = partial(self.checkpoint_io.save_checkpoint, checkpoint, filepath, storage_options=storage_options)
         self.saver.save(checkpoint, filepath, write, self.checkpoint_io, self.global_rank, interrupted=self.interrupted)
 
@@ -247,7 +247,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        # A snapshot has no full model, but each worker's part; and who has only a part has no place for one.
+        # A snapshot has each worker's part and no full model; and a worker with only a part has no memory for one.
         if not self.resumer.from_snapshot and not (self.engine is not None and self.engine.incomplete):
             with loading(self._trainer(), self.root_device):
                 super().load_model_state_dict(checkpoint, strict=strict)
@@ -255,7 +255,7 @@ class SubnetStrategy(MessagesStrategy):
 
     @override
     def teardown(self) -> None:
-        """Called at the end, after an error too: leave the group, and move to the CPU what this worker has."""
+        """Called at the end, after an error too: leave the group, and move this worker's part to the CPU."""
         if self.first is not None:
             self.first.remove()
         if self.session is not None:
@@ -277,7 +277,7 @@ class SubnetStrategy(MessagesStrategy):
         return trainer is not None and trainer.interrupted and not self.ends_together()
 
     def ends_together(self) -> bool:
-        """Whether all workers act upon a signal now: they may talk, and save, although the run is interrupted."""
+        """Whether all workers act upon a signal now: they may communicate and save, although the run is interrupted."""
         return self.session is not None and self.session.signals.acting
 
     def _trainer(self) -> pl.Trainer:
@@ -289,4 +289,4 @@ class SubnetStrategy(MessagesStrategy):
         return self.session
 
     def _prepare(self, engine: Engine) -> None:
-        """Called before the engine starts from what was loaded. Collective: every worker must call this."""
+        """Called before the engine starts from the loaded state. Collective: every worker must call this."""

@@ -1,4 +1,4 @@
-"""How workers build the module: worker 0 all of it, and the others its form, until they know what they will hold."""
+"""Builds the module on each worker: whole on worker 0, on the others without memory until they know their parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def building(strategy: Any, usual: AbstractContextManager[None], *, empty: bool)
     Args:
         strategy: of this worker.
         usual: Lightning's context, with device and precision.
-        empty: whether nobody makes values, as with ``Trainer.init_module(empty_init=True)``.
+        empty: whether no values are made, as with ``Trainer.init_module(empty_init=True)``.
     """
     form: AbstractContextManager[Any] = nullcontext()
     if empty:
@@ -48,8 +48,8 @@ def building(strategy: Any, usual: AbstractContextManager[None], *, empty: bool)
 def _only_first_makes_values(collective: Collective) -> Iterator[None]:
     """Inside, all workers but the first build modules without memory.
 
-    Random generators that began as those of rank 0 end as those do: what is drawn later is what it would be if every
-    worker had built all of it. Collective: every worker must enter and leave this, in the same order.
+    Random generators that began as those of rank 0 also end as those: later draws are as if every worker had built the
+    whole module. Collective: every worker must enter and leave this, in the same order.
     """
     begun = {name: _mark(state) for name, state in random_state().items()}
     try:
@@ -69,19 +69,19 @@ def _only_first_makes_values(collective: Collective) -> Iterator[None]:
     told = collective.gather_bytes(b"-" if collective.rank else buffer.getvalue())[0]
     if collective.worker > 0:
         begun_first, ended_first = torch.load(io.BytesIO(told), weights_only=True)
-        # Python's is seldom seeded, and then its own in every process.
+        # Python's is seldom seeded, and then differs in every process.
         alike = [name for name, state in begun.items() if begun_first.get(name) == state]
         set_random_state({**ended, **{name: ended_first[name] for name in alike if name in ended_first}})
 
 
 def _mark(state: Any) -> str:
-    """Stands for the state of one generator."""
+    """A hash of a generator's state."""
     numbers = tree_map(lambda value: value.tolist() if isinstance(value, torch.Tensor) else value, state)
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
 def move_built(trainer: pl.Trainer, device: torch.device) -> None:
-    """Move the module to this worker's device; what other workers will send stays without memory."""
+    """Move the module to this worker's device; tensors that worker 0 will send stay without memory."""
     module = trainer.lightning_module
     if not _gets_values_sent(trainer):
         initialise(module, device)
@@ -100,7 +100,7 @@ def loading(trainer: pl.Trainer, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_module(strategy: Any) -> Iterator[None]:
-    """Inside, the strategy has no module: Lightning would move all of it to the CPU. What has memory is moved then."""
+    """Inside, the strategy has no module: Lightning would move all of it to the CPU. Present tensors are moved then."""
     module, strategy._lightning_module = strategy._lightning_module, None
     try:
         yield
@@ -111,7 +111,7 @@ def without_module(strategy: Any) -> Iterator[None]:
 
 
 def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
-    """Leave out what needs the full model before the training, where a worker has none; say it, once.
+    """Skip uses of the full model before the training, where a worker has none; tell the user, once.
 
     Collective: every worker must call this, in the same order.
     """
@@ -134,7 +134,7 @@ def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
 
 
 def _gets_values_sent(trainer: pl.Trainer) -> bool:
-    """Whether this process is of a worker that worker 0 gives what it will hold."""
+    """Whether this process is of a worker that gets its weights from worker 0."""
     return _is_fitting(trainer.lightning_module) and default_collective().worker > 0
 
 

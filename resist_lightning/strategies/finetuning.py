@@ -1,7 +1,7 @@
-"""Fine-tuning: restores in a resumed run which parameters and layers are frozen.
+"""Fine-tuning: restores the frozen parameters and layers of a resumed run.
 
-Lightning's callbacks unfreeze a layer when its epoch begins, and at no other time. So in a run that is
-resumed later it would still be frozen, unless the checkpoint says what has changed since the run began.
+Lightning's callbacks unfreeze a layer when its epoch begins, and at no other time. So in a run that is resumed later it
+would still be frozen, unless the checkpoint has the changes since the run began.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OF_MODULES = ("training", "track_running_stats")
 
 
 class ModuleModes:
-    """Tracks what the program switches while it trains: frozen parameters, and modules in evaluation mode."""
+    """Tracks the program's switches during training: frozen parameters, and modules in evaluation mode."""
 
     def __init__(self) -> None:
         self._module: nn.Module = nn.Module()
@@ -31,7 +31,7 @@ class ModuleModes:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Inside, report the modes of now: Lightning switches all modules for a validation, and back."""
+        """Inside, report the modes from before: Lightning switches all modules for a validation, and back."""
         self._before_validation = _modes(self._module)
         try:
             yield
@@ -39,12 +39,12 @@ class ModuleModes:
             self._before_validation = None
 
     def changes(self) -> dict[str, bool]:
-        """What differs from the beginning, by ``name.attribute``; nothing before :meth:`begin`."""
+        """The modes that differ from the beginning, by ``name.attribute``; empty before :meth:`begin`."""
         now = self._before_validation or _modes(self._module)
         return {name: value for name, value in now.items() if self._first.get(name, value) != value}
 
     def apply(self, changes: Mapping[str, bool]) -> None:
-        """Switch what :meth:`changes` returned in the run that is resumed."""
+        """Apply the :meth:`changes` of the run that is resumed."""
         owners: dict[str, Any] = dict(self._module.named_modules())
         owners.update(self._module.named_parameters())  # no parameter has the name of a module
         for name, value in changes.items():

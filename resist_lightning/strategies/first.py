@@ -47,7 +47,7 @@ class FirstEvaluates:
 
     @property
     def alone(self) -> bool:
-        """Whether this worker evaluates now, and talks to nobody."""
+        """Whether this worker evaluates alone now, apart from the others."""
         return self._apart.entered
 
     def whole_data(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class FirstEvaluates:
         return {"num_replicas": members, "rank": kwargs["rank"] % members}
 
     def set_up(self, strategy: Any, trainer: pl.Trainer) -> None:
-        """Prepare for a validation or test outside of ``fit``; on a worker that does nothing there is nothing to do."""
+        """Prepare for a validation or test outside of ``fit``; workers that do not evaluate need nothing."""
         if self._first:
             strategy.accelerator.setup(trainer)
             strategy.precision_plugin.convert_module(strategy.model)
@@ -74,26 +74,26 @@ class FirstEvaluates:
         self._patches.replace(loop, "run", lambda: self._run(loop, run))
 
     def patch(self, loop: Any) -> None:
-        """Both, where nobody else patches a loop."""
+        """Patch the run and the end of a loop that nobody else patches."""
         self.patch_run(loop)
         self.patch_end(loop)
 
     def patch_end(self, loop: Any) -> None:
-        """Let all workers have worker 0's metrics when a loop ends; to be called when others have patched its end."""
+        """Give all workers worker 0's metrics when a loop ends; to be called after all other patches of its end."""
         self._patches.replace(loop, "_on_evaluation_end", after(self._share, loop._on_evaluation_end))
 
     def remove(self) -> None:
-        """After an error too: talk to all workers again."""
+        """Communicate with all workers again; called after an error too."""
         self._apart.leave()
         self._patches.remove()
 
     def _run(self, loop: Any, usual: Callable[[], Any]) -> Any:
         outputs = usual() if self._first else self._wait(loop)
-        # Only here somebody uses them, and their floats need no care.
+        # Outputs are used only outside of `fit`, and have floats, which can be sent as they are.
         return outputs if self._trainer.state.fn == TrainerFn.FITTING else self._tell(outputs)
 
     def _wait(self, loop: Any) -> list[Any]:
-        """Do what a loop does on a worker that evaluates nothing."""
+        """Run a loop's bookkeeping on a worker that does not evaluate."""
         loop.setup_data()
         if loop.skip:
             return []
@@ -110,12 +110,12 @@ class FirstEvaluates:
         return []
 
     def _share(self) -> None:
-        """Give all workers what worker 0's evaluation has found, written and decided."""
+        """Give all workers the metrics, written tensors and stop flag of worker 0's evaluation."""
         trainer, engine = self._trainer, self._engine()
         if not self._first:
             self._take(self._tell(None), engine)
             return
-        metrics: Any = trainer._logger_connector.metrics  # before it leaves: what was not reduced yet is reduced now
+        metrics: Any = trainer._logger_connector.metrics  # before it leaves: pending metrics are reduced here
         self._apart.leave()
         found = {
             "callback": {} if trainer.sanity_checking else metrics["callback"],
@@ -161,7 +161,7 @@ def evaluate_alone(trainer: pl.Trainer, config: CommonConfig) -> FirstEvaluates 
 
 
 def check_full_model(trainer: pl.Trainer, engine: Engine | None) -> None:
-    """Refuse what needs the full model on every worker, after a training that has left it on worker 0 alone.
+    """Refuse calls that need the full model on every worker, after a training that has left it on worker 0 alone.
 
     Raises:
         ValueError: for another ``fit`` and for ``predict``.

@@ -53,7 +53,7 @@ class LightningHost(Host):
         """Take the smallest loss scale: workers skip different steps, so their scales drift apart.
 
         Where a round ends, all gradients were used. With manual optimization that is not known, and gradients that are
-        being added up must have one scale; every worker then keeps its own, which divides out.
+        being accumulated must have one scale; every worker then keeps its own, which divides out.
         """
         scaler = self._scaler()
         smallest = min(report[0] for report in reports)

@@ -19,7 +19,7 @@ class LocalSGDOptions(LocalTrainingOptions, Config):
     """Options of :class:`LocalSGDStrategy`: those of :class:`Config` that need no partition.
 
     Args:
-        momentum: what happens to optimizer state at a sync: ``"reset"`` or ``"keep"``; None: ``"reset"`` with SGD,
+        momentum: treatment of optimizer state at a sync: ``"reset"`` or ``"keep"``; None: ``"reset"`` with SGD,
             ``"keep"`` with other optimizers, whose second moments take long to estimate.
     """
 

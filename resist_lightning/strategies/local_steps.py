@@ -37,7 +37,7 @@ class LocalSteps:
             return
         self._stepped = True
         engine.count_step()
-        # What was sent around the strategy is kept apart from a sync by nothing. Stages send in every step.
+        # Messages that bypass the strategy can mix with those of a sync. Stages send in every step.
         if messages_sent() != self._sent and not self._explained and engine.config.trains_alone:
             self._warn_once(_UNKNOWN_MESSAGES)
 
@@ -74,7 +74,7 @@ def unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 
 
 def take_step(trainer: pl.Trainer, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-    """Step, but not where a gradient scaler would fail as an optimizer has no gradients.
+    """Step, except where a gradient scaler would fail because an optimizer has no gradients.
 
     Args:
         trainer: of this worker.

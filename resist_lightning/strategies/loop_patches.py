@@ -54,19 +54,19 @@ class LoopPatches:
     def _patch_validation(self) -> None:
         """Keep a validation's random numbers apart: the loop draws a seed for its loader's iterator."""
         val_loop: Any = self._trainer.fit_loop.epoch_loop.val_loop
-        # From Lightning 2.5.1 on, a resumed run passes over a validation in the second one.
+        # From Lightning 2.5.1 on, a resumed run skips a validation in the second one.
         for name in ("run", "increment_progress_to_evaluation_end"):
             if hasattr(val_loop, name):
                 self._patches.replace(val_loop, name, _isolated(getattr(val_loop, name), self._position))
 
     def _patch_loaders(self, collective: Collective) -> None:
-        """Notice when training loaders are made: by the loop, or by a hook that asks how many steps there will be."""
+        """Detect when training loaders are made: by the loop, or by a hook that asks for the number of steps."""
         fit_loop = self._trainer.fit_loop
         position = self._position
         setup_data, load = fit_loop.setup_data, fit_loop._load_combined_loader_states
 
         def setup_training_data() -> None:
-            # The stage of the trainer does not say of which loop the loaders are.
+            # The stage of the trainer does not tell which loop's loaders these are.
             self.making_loaders = True
             try:
                 setup_data()
@@ -84,7 +84,7 @@ class LoopPatches:
         self._patches.replace(fit_loop, "_load_combined_loader_states", after(load, before_iterator))
 
     def _patch_epochs(self) -> None:
-        """Tell the position in the data of each epoch and batch, which Lightning counts in its loops alone."""
+        """Notify the data position of each epoch and batch, which are counted only in Lightning's loops."""
         fit_loop, epoch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop
         position = self._position
         replace = self._patches.replace
@@ -106,7 +106,7 @@ class LoopPatches:
         self._trained_before = self._trained
 
     def _accumulate_as_scheduled(self) -> None:
-        """Set the number of batches of a step in an epoch that is resumed, whose start Lightning passes over."""
+        """Set the gradient accumulation of a resumed epoch, whose start Lightning skips."""
         if self._trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
             return  # it begins here, and Lightning has done it
         callbacks: list[Any] = getattr(self._trainer, "callbacks", [])
@@ -115,9 +115,9 @@ class LoopPatches:
                 callback.on_train_epoch_start(self._trainer)
 
     def _end_resumed_epoch(self) -> None:
-        """End an epoch in which a batch was trained here as one that began here, so that it has its metrics.
+        """End a resumed epoch as one that began in this run, if it trained a batch of it, so that it has its metrics.
 
-        Lightning passes over a ``ReduceLROnPlateau`` at the end of every epoch that is resumed.
+        Lightning skips a ``ReduceLROnPlateau`` at the end of every epoch that is resumed.
         """
         if self._trained > self._trained_before:
             self._trainer.fit_loop._restarting = False  # as Lightning does right behind the end
@@ -133,7 +133,7 @@ class LoopPatches:
 
 
 def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:
-    """A search for the learning rate loads its own checkpoint, and Lightning then forgets the one to resume."""
+    """Skip the search of a resumed run: it loads its own checkpoint, and Lightning then forgets the one to resume."""
 
     def search_or_not(*args: Any) -> None:
         if trainer._checkpoint_connector._loaded_checkpoint:
@@ -145,7 +145,7 @@ def _unless_resuming(search: Callable[..., None], trainer: pl.Trainer) -> Callab
 
 
 def _unless_exact(reset: Callable[[], None], position: Position) -> Callable[[], None]:
-    """Lightning warns a run that resumes in mid-epoch that its loader starts anew, which ours does not."""
+    """Silence Lightning's warning that a run resumed in mid-epoch starts its loader anew, which ours does not."""
 
     def reset_quietly() -> None:
         if not position.pending:

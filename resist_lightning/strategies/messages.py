@@ -17,7 +17,7 @@ from resist_lightning.strategies.local_steps import LocalSteps
 
 
 class MessagesStrategy(DDPStrategy):
-    """The operations by which everybody but the engine talks to other workers.
+    """The collectives by which everything but the engine communicates with other workers.
 
     Attributes:
         steps: told of messages within a local step.
@@ -30,7 +30,7 @@ class MessagesStrategy(DDPStrategy):
     @property
     @abstractmethod
     def engine(self) -> Engine | None:
-        """Trains and syncs this worker's part; there is none before the first ``fit``."""
+        """The engine that trains and syncs this worker's part; None before the first ``fit``."""
 
     @property
     @abstractmethod
@@ -60,7 +60,7 @@ class MessagesStrategy(DDPStrategy):
         return super().all_gather(tensor, group=group, sync_grads=sync_grads)
 
     def _meet_before_message(self) -> bool:
-        """Shake hands with all workers in training, so that no message pairs with another worker's sync.
+        """Run a handshake with all workers in training, so that no message pairs with another worker's sync.
 
         Collective in training: every worker must call this.
 

@@ -1,4 +1,4 @@
-"""The options that all strategies share, and how a strategy's constructor is made of its options.
+"""The options that all strategies share, and the decorator that makes a strategy's constructor of its options.
 
 An option is written once, as a field of a dataclass: name, type and default in the field, its text in the docstring of
 the class, its check in ``__post_init__``. The options of a method come from the method's own config.
@@ -38,7 +38,7 @@ _Strategy = TypeVar("_Strategy")
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyOptions:
-    """How workers are started and watched, and what is saved: options of every strategy.
+    """Options of every strategy: start and supervision of workers, checkpoints and snapshots.
 
     Args:
         devices_per_worker: processes that make up one worker: they hold the same part of the network, split its
@@ -46,22 +46,22 @@ class StrategyOptions:
         across_hosts: whether the processes of one worker may be on several hosts, as where these have a fast link.
         find_unused_parameters: where a worker has several processes, whether some parameters may get no gradient in a
             step; as in DDP.
-        on_save_error: what happens when a checkpoint cannot be written, e.g. to a full disk: ``"raise"`` ends the
+        on_save_error: response to a checkpoint that cannot be written, e.g. to a full disk: ``"raise"`` ends the
             training on all workers, ``"warn"`` continues; the previous checkpoint stays as it is.
         snapshots: folder to which every worker writes its state between rounds, preferably readable by all workers;
             when torchrun restarts the workers, they resume from the newest snapshot by themselves. Removed at the end
             of the training. None: no snapshots.
         snapshot_every_n_rounds: rounds between two snapshots, at least 1.
-        on_worker_loss: what happens when torchrun restarts with another number of workers: ``"stop"``, or ``"shrink"``
+        on_worker_loss: response to a restart by torchrun with another number of workers: ``"stop"``, or ``"shrink"``
             (resume with the workers that are there; needs ``snapshots``).
-        parallel_devices: devices of this host's processes where ``Trainer(devices=...)`` cannot say it, e.g. one GPU
+        parallel_devices: devices of this host's processes where ``Trainer(devices=...)`` cannot name them, e.g. one GPU
             several times: ``["cuda:0", "cuda:0"]``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; by default NCCL on GPUs, gloo on the CPU and for several
             workers on one GPU.
         timeout: timeout of collectives; must exceed the largest difference in time per round between workers.
         silence: time without a heartbeat (one a second) after which a worker counts as lost: frozen, or on a host that
             cannot be reached. A worker that dies or fails is noticed within seconds.
-        start_method: how Lightning starts workers: ``"popen"`` (runs the script again), ``"spawn"``, ``"fork"``,
+        start_method: Lightning's way to start workers: ``"popen"`` (runs the script again), ``"spawn"``, ``"fork"``,
             ``"forkserver"``; under torchrun leave ``"popen"``.
 
     Raises:
@@ -153,7 +153,7 @@ class LocalTrainingOptions(StrategyOptions):
 
 
 def config_of(options: object, kind: type[_Config]) -> _Config:
-    """The part of ``options`` that a method knows; ``options`` must have the fields of ``kind``. Checks its values."""
+    """The method's part of ``options``, which must have the fields of ``kind``. Checks its values."""
     return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
 
 

@@ -29,11 +29,11 @@ class Patches:
 
 
 def do_nothing(*_: Any, **__: Any) -> None:
-    """Replaces a hook, or a message."""
+    """A no-op in the place of a hook, or of a message."""
 
 
 def after(first: Callable[[], object], usual: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls ``first``, then does as ``usual``."""
+    """A function that calls ``first``, then ``usual``."""
 
     def both(*args: Any, **kwargs: Any) -> Any:
         first()

@@ -25,7 +25,7 @@ __all__ = ["RayAuxNetStrategy", "RayISTStrategy", "RayLocalSGDStrategy", "RayRes
 
 
 class OnRay(SubnetStrategy, RayDDPStrategy):
-    """What the strategies do otherwise where Ray has started the workers, chosen their devices and made their group."""
+    """Adapts the strategies to Ray, which has started the workers, chosen their devices and made their group."""
 
     def __init__(self, config: CommonConfig, options: StrategyOptions, data: Literal["shard", "copy", "same"]) -> None:
         _check_options(options)
@@ -40,7 +40,7 @@ class OnRay(SubnetStrategy, RayDDPStrategy):
 
     @override
     def check_before_launch(self, trainer: pl.Trainer) -> None:
-        """Called by the launcher, before the training: raise for what cannot work."""
+        """Called by the launcher, before the training: raise for runs that cannot work."""
         prepare_trainer(trainer)  # refuses a Trainer without RayLightningEnvironment
         check_run(trainer, self.config, self.options, self.world_size)
 
@@ -62,7 +62,7 @@ class RayLocalSGDStrategy(LocalSGDStrategy, OnRay):
 
 
 def _check_options(options: StrategyOptions) -> None:
-    """Refuse options of what Ray does.
+    """Refuse options of tasks that Ray takes over.
 
     Raises:
         ValueError: with the way out.

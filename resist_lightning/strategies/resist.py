@@ -16,9 +16,9 @@ class ResISTOptions(LocalTrainingOptions, Config):
     """Options of :class:`ResISTStrategy`.
 
     Args:
-        blocks: which residual blocks are partitioned: None (section 3 of a ResNet without its first block, as in the
-            paper, or the blocks of all sections where those are less than half of the parameters), a glob or several
-            over module names such as ``"layer3.*"``, or a predicate of (name, module).
+        blocks: the residual blocks to partition: None (section 3 of a ResNet without its first block, as in the paper,
+            or the blocks of all sections where those are less than half of the parameters), a glob or several over
+            module names such as ``"layer3.*"``, or a predicate of (name, module).
     """
 
     @override

@@ -1,4 +1,4 @@
-"""One ``fit`` of a worker: installs what it needs around Lightning's loops, and runs the engine between batches."""
+"""A worker's session of one ``fit``: patches Lightning's loops, and runs the engine between batches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FitSession:
         patches: undone by :meth:`remove`.
         signals: the signal handlers of this worker.
         first: the validations that worker 0 runs alone; None where all workers evaluate.
-        trainer_state: what the trainer must get back to resume exactly.
+        trainer_state: the trainer's state for an exact resume.
         checkpoint_callbacks: learn of a failure to save.
         loops: the patched loops.
     """
@@ -202,7 +202,7 @@ class FitSession:
         self.signals.remove()
 
     def _sync_early(self) -> None:
-        """Called before a validation and its hooks: after a sync that is due, it finds shared layers equal."""
+        """Called before a validation and its hooks: run a sync that is due, so that it finds shared layers equal."""
         engine = self._running()
         if engine is not None and self._config.sync_before_evaluation:
             with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""What the user is told when a training has ended."""
+"""The message to the user at the end of a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from resist_lightning.engine.engine import Engine
 
 
 def sent_in_words(engine: Engine) -> str:
-    """What a worker has sent on average, in training and for full models; the engine must have finished."""
+    """A worker's mean traffic in training and for full models, in words; the engine must have finished."""
     by_kind = {kind: sum(sent) / len(sent) / 1e6 for kind, sent in engine.sent_bytes_by_worker.items()}
     training = sum(by_kind[kind] for kind in TRAINING_KINDS)
     full_models = by_kind["evaluation"] + by_kind["checkpoint"]

@@ -38,7 +38,7 @@ ADDRESS = "10.77.0.{}"
 LARGEST_WORKERS = 200
 
 LEAST_BURST_BYTES, BURST_SECONDS = 128 * 1024, 1e-3
-QUEUE_BYTES = 16 * 2**20  # of a shaper: more than TCP has under way, so that nothing is dropped
+QUEUE_BYTES = 16 * 2**20  # of a shaper: more than TCP has in flight, so that nothing is dropped
 
 
 class LinksError(Failure):
@@ -46,7 +46,7 @@ class LinksError(Failure):
 
 
 def why_no_namespaces() -> str:
-    """What is missing for namespaces and shaped links; empty if nothing is."""
+    """The missing requirement of namespaces and shaped links; empty if there is none."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"no {' and no '.join(missing)} here (install iproute2)"
@@ -77,15 +77,15 @@ class Loopback:
         self.port = free_port()
 
     def command(self, worker: int) -> list[str]:
-        """What stands before a worker's own command."""
+        """The prefix of a worker's own command."""
         return []
 
     def shape(self, gbit: float | None) -> None:
-        """Nothing can be shaped here."""
+        """Do nothing: the loopback cannot be shaped."""
         assert gbit is None, "the loopback is never shaped"
 
     def shapers(self) -> list[dict[str, Any]]:
-        """What `tc` says of the shapers: there are none."""
+        """`tc`'s statistics of the shapers: there are none."""
         return []
 
 
@@ -114,7 +114,7 @@ class Namespaces(Loopback):
         return f"{self.name}-{worker}"
 
     def command(self, worker: int) -> list[str]:
-        """What stands before a worker's own command; `ip` replaces itself by it, so no process stands between."""
+        """The prefix of a worker's own command; `ip` replaces itself by it, so no process stands between."""
         return ["ip", "netns", "exec", self.namespace(worker)]
 
     def make(self) -> None:
@@ -135,7 +135,7 @@ class Namespaces(Loopback):
             _ip("netns", "exec", own, "sysctl", "-qw", f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}")
 
     def remove(self) -> None:
-        """Remove all that is there of it."""
+        """Remove all namespaces that exist."""
         for name in [self.bridge, *map(self.namespace, range(self.workers))]:
             with suppress(LinksError):  # one that was not made yet; the others must go all the same
                 _ip("netns", "del", name)
@@ -155,7 +155,7 @@ class Namespaces(Loopback):
         self._shaped = gbit is not None
 
     def shapers(self) -> list[dict[str, Any]]:
-        """What `tc` says of every shaper, the workers' ends first: its rate, the bytes that passed, with all headers."""
+        """`tc`'s statistics of every shaper, the workers' ends first: rate, and passed bytes with all headers."""
         found = []
         for namespace, device in self._ends():
             for qdisc in json.loads(_run("tc", "-n", namespace, "-s", "-j", "qdisc", "show", "dev", device)):
@@ -168,7 +168,7 @@ class Namespaces(Loopback):
 
 
 def burst_bytes(bits_per_second: int, least: int = LEAST_BURST_BYTES) -> int:
-    """The bucket of a shaper: small against what is measured, large enough for the rate to be reached."""
+    """The bucket of a shaper: small against the measured traffic, large enough for the rate to be reached."""
     return max(least, round(bits_per_second / 8 * BURST_SECONDS))
 
 
@@ -189,7 +189,7 @@ def namespaces(
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let a SIGTERM do what Ctrl-C does: unwind, and so clean up."""
+    """Let a SIGTERM act as Ctrl-C: unwind, and so clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -237,7 +237,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _run(*command: str) -> str:
-    # A session of its own: Ctrl-C must not end a command in its middle, as what it made would not be known.
+    # A session of its own: Ctrl-C must not end a command in its middle, as its effects would not be known.
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         raise LinksError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or done.returncode}")

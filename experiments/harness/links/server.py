@@ -1,4 +1,4 @@
-"""A namespace from inside: imports the workers' program once, and forks its processes for every measurement.
+"""The server in a namespace: imports the workers' program once, and forks its processes for every measurement.
 
 Importing torch and Lightning takes longer than a short measurement. Nothing computes before the fork, so no thread is
 lost in it, and every measurement begins with the same memory.

@@ -1,7 +1,7 @@
 """Worker processes on a network: started, shaped while they measure, never left behind.
 
-The links carry what is measured and nothing else: they are shaped when all workers are *ready* (the start-up broadcast
-is over), and the limit is lifted when all have *measured* (before the full model is assembled).
+The links are shaped for the measurement only: when all workers are *ready* (the start-up broadcast is over), and the
+limit is lifted when all have *measured* (before the full model is assembled).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class WorkersFailed(Failure):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker finds itself: a worker's side of `LinkedWorkers.run`."""
+    """A worker's place in the network, and its side of `LinkedWorkers.run`."""
 
     worker: int  # its number, torch's rank
-    workers: int  # how many there are
-    per_node: int  # how many of them, with numbers that follow one another, share a namespace and its link
-    folder: str  # where workers and those who started them leave word for each other
-    interface: str  # what its bytes travel through
+    workers: int  # number of workers
+    per_node: int  # number of workers, with consecutive numbers, that share a namespace and its link
+    folder: str  # folder of messages between the workers and the starting process
+    interface: str  # network interface of its traffic
     counts: bool  # whether the interface's counters are its own
 
     @property
     def nodes(self) -> int:
-        """How many namespaces there are."""
+        """Number of namespaces."""
         return self.workers // self.per_node
 
     def ready(self) -> None:
@@ -51,18 +51,18 @@ class Place:
         self._say("ready")
 
     def measured(self) -> tuple[int, int] | None:
-        """Say that nothing is sent any more; return what `bytes` says when that is so of all, before anything else is."""
+        """Say that the measured part is over; returns `bytes` when it is over for all, before anything else is sent."""
         self._say("measured")
         counted = self.bytes()
         self._say("counted")
         return counted
 
     def bytes(self) -> tuple[int, int] | None:
-        """What the kernel has counted so far, sent and received; None on a loopback that all share."""
+        """Bytes that the kernel has counted so far, sent and received; None on a loopback that all share."""
         return interface_bytes(self.interface) if self.counts else None
 
     def report(self, result: dict[str, Any]) -> None:
-        """Leave the worker's result, last of all."""
+        """Write the worker's result, last of all."""
         made = Path(self.folder) / f"making.{self.worker}"
         made.write_text(json.dumps(result))
         made.rename(Path(self.folder) / f"result.{self.worker}")  # it appears whole
@@ -105,7 +105,7 @@ class LinkedWorkers:
                 )
 
     def run(self, settings: dict[str, Any], *, gbit: float | None, timeout: float) -> dict[str, Any]:
-        """Have all workers measure once, over links of this bandwidth; return what they and the shapers report.
+        """Have all workers measure once, over links of this bandwidth; returns their reports, and the shapers'.
 
         The settings are for the workers' program, which calls ``ready``, ``measured`` and ``report`` of its place. After
         ``timeout`` seconds all are killed.
@@ -126,7 +126,7 @@ class LinkedWorkers:
         self._await("measured", folder, deadline)
         shapers = self.network.shapers()  # while nobody sends: before the workers are told that all have measured
         (folder / "measured").touch()
-        self._await("counted", folder, deadline)  # what is sent from now on is in no count
+        self._await("counted", folder, deadline)  # bytes sent from now on are in no count
         self.network.shape(None)
         (folder / "counted").touch()
         self._await("result", folder, deadline)
@@ -134,7 +134,7 @@ class LinkedWorkers:
         return {"workers": reports, "shapers": shapers}
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill the processes that still run."""
         for process in self.processes:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -169,13 +169,13 @@ class LinkedWorkers:
         return "\n".join((self.folder / f"output.{node}").read_text(errors="replace").splitlines()[-lines:])
 
     def _environment(self, node: int) -> dict[str, str]:
-        """As torchrun would set it, every namespace being a host; the server adds what the processes of one do not share."""
+        """The environment as of torchrun, with a namespace as a host; the server adds variables of single processes."""
         return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             # Without it, Lightning gives a worker that is alone on its host all cores, whatever torch.set_num_threads said.
             "OMP_NUM_THREADS": str(self.threads),
-            "RANK": str(node * self.per_node),  # for what reads it when it is imported
+            "RANK": str(node * self.per_node),  # for modules that read it at import
             "GROUP_RANK": str(node),
             "WORLD_SIZE": str(self.count),
             "LOCAL_WORLD_SIZE": str(self.per_node),

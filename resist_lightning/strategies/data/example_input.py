@@ -27,10 +27,10 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
 
     It is made of the first samples of the training data, which go through the collate function and the batch-transfer
     hooks as in training; where those cannot be read without consuming them, the module's ``example_input_array``. No
-    iterator of a loader is made and no random generator moves.
+    iterator of a loader is made and no random generator advances.
 
     Args:
-        trainer: its training loaders are made.
+        trainer: with its training loaders made.
         module: the user's.
         which: the part of a batch that is the network's input, see :func:`select_input`.
 
@@ -57,7 +57,7 @@ def example_input(trainer: pl.Trainer, module: pl.LightningModule, which: int | 
 
 
 def _given(trainer: pl.Trainer, example: Tensor) -> Tensor:
-    """An ``example_input_array`` made fit for measuring: it is often a single sample, of zeros."""
+    """An ``example_input_array`` fit for measuring: often the given one is a single sample, of zeros."""
     found = _checked(example, "example_input_array is")
     if len(found) == 1:
         found = found.expand(2, *found.shape[1:])  # batch norm in training needs two
@@ -75,8 +75,8 @@ def select_input(batch: Any, which: int | str | None) -> Tensor:
         which: index or key of a part. The first tensor in it is taken, depth first; if None, the first in the batch.
 
     Raises:
-        ValueError: if it is not there, or neither a floating tensor with a batch dimension nor token ids; names what
-            the batch has.
+        ValueError: if it is not there, or neither a floating tensor with a batch dimension nor token ids; the message
+            describes the batch.
     """
     has = f"batch is {_description(batch)}"
     part: Any = batch
@@ -125,7 +125,7 @@ def _first_samples(loader: DataLoader[Any]) -> Any:
 
 
 def _first_items(source: object, number: int, kind: str) -> list[Any]:
-    """The first items of what can be iterated again: an iterator would lose them."""
+    """The first items of an iterable; raises for an iterator, which would lose them."""
     assert isinstance(source, Iterable)
     original: Any = source.unseeded if isinstance(source, SeededIterable) else source
     if iter(original) is original:  # an iterator, or a file: it cannot begin again

@@ -1,4 +1,4 @@
-"""Inspects training loaders in Lightning's hands: generators, processes, and when one begins again."""
+"""Inspects Lightning's training loaders: their generators, their processes, and when one is iterated again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 
 class Watched:
-    """A loader that calls ``begins`` each time it is begun again."""
+    """A loader that calls ``begins`` before each iteration over it."""
 
     def __init__(self, loader: Any, begins: Callable[[], None]) -> None:
         self.loader = loader

@@ -26,9 +26,9 @@ class LoaderShield:
     """While installed, keeps signals that are meant for the worker from its loader processes.
 
     SLURM, torchrun and terminals signal all processes of a worker. A loader process that dies of it takes the worker
-    along, before the place where all workers stop together. So each daemonic process that this one
-    starts by :mod:`multiprocessing`, in whatever way, does nothing on these signals, dies at once when this process
-    does, and leaves the worker's connections alone. ``Process.terminate()`` kills it.
+    down, before the point where all workers stop together. So each daemonic process that this one starts by
+    :mod:`multiprocessing`, in whatever way, does nothing on these signals, dies at once when this process does, and
+    leaves the worker's connections alone. ``Process.terminate()`` kills it.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:
@@ -72,9 +72,9 @@ class _Shielded:
 
     Args:
         target: the original one.
-        signals: which it ignores.
+        signals: the signals that it ignores.
         parent: the process with which it dies; 0 if the thread that starts it may end earlier.
-        by_server: whether a fork server starts it, which may be another one's and live on.
+        by_server: whether a fork server starts it, which another process may have started, and which may live on.
     """
 
     target: Callable[..., Any]
@@ -94,7 +94,7 @@ class _Shielded:
         usual = torch_handlers._set_worker_signal_handlers
 
         def set_handlers() -> None:
-            """Torch's own ends the process on SIGTERM."""
+            """Set torch's handlers, then ours: torch's ends the process on SIGTERM."""
             signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
             usual()
             self.ignore()
@@ -104,7 +104,7 @@ class _Shielded:
         return self.target(*args, **kwargs)
 
     def ignore(self) -> None:
-        """Ignore them by handlers, which programs that the process starts do not inherit, unlike SIG_IGN and masks."""
+        """Ignore them by handlers, which programs started by the process do not inherit, unlike SIG_IGN and masks."""
         for number in self.signals:
             signal.signal(number, _do_nothing)
             signal.siginterrupt(number, False)
@@ -119,4 +119,4 @@ def _end_with_worker() -> None:
 
 
 def _do_nothing(_: int, __: FrameType | None) -> None:
-    """Handles a signal."""
+    """A signal handler that does nothing."""

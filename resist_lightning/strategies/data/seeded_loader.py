@@ -30,12 +30,12 @@ def seed_loader(
     """A loader like ``dataloader`` whose data set and collate function draw the same random numbers on all workers.
 
     These are the numbers of torch's, NumPy's and Python's global generators, in loader processes too; a generator that
-    the data set or a sampler made for itself is not seen. A loader that Lightning begins again within an epoch, because
-    another one is longer, repeats its augmentation as it repeats its order.
+    the data set or a sampler made for itself is left alone. A loader that Lightning begins again within an epoch,
+    because another one is longer, repeats its augmentation as it repeats its order.
 
     Args:
-        dataloader: a training loader as ``Strategy.process_dataloader`` gets it; itself and its data set stay as they
-            are. What is no ``DataLoader`` is returned as it is.
+        dataloader: a training loader as ``Strategy.process_dataloader`` gets it; it and its data set are not modified.
+            Any other object than a ``DataLoader`` is returned as it is.
         seed: the same on all workers.
         epoch: gives the number of the running epoch, from 0; asked in this process whenever the loader is iterated.
         stream: the place among several loaders that are combined, so that two of one data set give two views.
@@ -96,7 +96,7 @@ class Seeder:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # For loader processes, which read the shared number: the function has the trainer in it.
+        # For loader processes, which read the shared epoch: the function refers to the trainer.
         return {**vars(self), "_current": None}
 
     def share(self) -> None:
@@ -109,13 +109,13 @@ class Seeder:
             self._epoch.fill_(self._current())
 
     def seed(self, *what: object) -> None:
-        """Seed the global generators for what is drawn next."""
+        """Seed the global generators for the next draws."""
         key = repr((*self._seeds, int(self._epoch), *what))
         seed_generators(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
 class _Forwarding:
-    """Has the attributes of a data set, to read and to set, as a ``worker_init_fn`` does."""
+    """Forwards attributes of a data set, read and set, as by a ``worker_init_fn``."""
 
     unseeded: Any
     """The user's own object."""
@@ -213,7 +213,7 @@ class SeededCollate:
 
 
 class SeededOrder:
-    """A sampler, of samples or of batches, whose random numbers depend on how much it has given."""
+    """A sampler, of samples or of batches, whose random numbers depend on the number of items it has given."""
 
     def __init__(self, sampler: Any, seeder: Seeder) -> None:
         self.unseeded = sampler
@@ -237,7 +237,7 @@ class SeededOrder:
 
 
 class _TellsEpoch(DataLoader[Any]):
-    """Mixed into the class of a user's loader, before it."""
+    """Passes the epoch on to the seeders; mixed into the class of a user's loader, before it."""
 
     _order_seeder: Seeder
 
@@ -260,7 +260,7 @@ def _zero() -> int:
 
 
 def _plain(index: Any) -> object:
-    """An index as Python's own, whichever library's number it is."""
+    """An index as a plain Python number, whichever library's it is."""
     if isinstance(index, list | tuple):
         return [_plain(each) for each in index]
     try:

@@ -37,7 +37,7 @@ def check_run(trainer: pl.Trainer, config: CommonConfig, options: StrategyOption
     """Check trainer, callbacks and module in the main process, which will be one of some ``processes``.
 
     Raises:
-        ValueError: for what cannot work.
+        ValueError: for a run that cannot work.
     """
     resolve_file_urls(trainer)
     if trainer.state.fn != TrainerFn.FITTING:
@@ -151,7 +151,7 @@ def check_callbacks(trainer: pl.Trainer, config: CommonConfig) -> None:
 
 
 def total_steps(trainer: pl.Trainer, collective: Collective) -> int | None:
-    """Local steps of a training from its beginning to its end, of the worker that has fewest; None if not known.
+    """Local steps of a training from its beginning to its end, of the worker with the fewest; None if not known.
 
     Collective: every worker must call this, in the same order.
     """
@@ -176,7 +176,7 @@ def warn_of_short_training(
 
     Args:
         trainer: of this worker, just before its first batch.
-        clock: where the training begins.
+        clock: at the beginning of the training.
         without_effect: of a layout; gives warnings for the clock and the number of local steps.
         alone: whether workers train each by themselves within a round.
     """
@@ -200,14 +200,14 @@ def warn_of_short_training(
 
 
 def check_memory(engine: Engine, trainer: pl.Trainer) -> None:
-    """Check that what this worker holds can train within the memory that it may have. Sends nothing.
+    """Check that this worker's part can train within its memory limit. Sends nothing.
 
     Args:
         engine: has just started.
         trainer: of this worker.
 
     Raises:
-        ValueError: if it needs more, whatever activations take.
+        ValueError: if it needs more, even without activations.
     """
     limit = memory_limit(trainer.strategy.root_device)
     if limit is None:

@@ -48,7 +48,7 @@ class Children:
         atexit.register(self._leave_none)
 
     def how_ended(self, pid: int) -> str | None:
-        """How a child ended, in words; None if it runs, or is none of these."""
+        """The end of a child, in words; None if it runs, or is none of these."""
         for process in self._processes:
             code = process.poll()
             if process.pid == pid and code is not None:

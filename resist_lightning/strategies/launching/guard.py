@@ -23,7 +23,7 @@ from resist_lightning.strategies.launching.children import Children, State
 PARENT = "RESIST_LIGHTNING_PARENT"
 """Environment variable with the id of the process that started this worker by running the script again."""
 
-_LONGEST = 500  # letters of an error that the others are told
+_LONGEST = 500  # characters of an error that are reported to the others
 
 
 class Guard:
@@ -78,7 +78,7 @@ class Guard:
         self._watchdog.start()
 
     def look_up(self) -> None:
-        """Send a heartbeat at once, with what this worker is doing now."""
+        """Send a heartbeat with this worker's present activity, at once."""
         if self._watchdog is not None:
             self._watchdog.wake()
 
@@ -95,7 +95,7 @@ class Guard:
 
     @contextmanager
     def around(self, ends_together: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Report what is raised inside to the others, and convert a broken connection into the WorkerLost behind it.
+        """Report errors raised inside to the others, and convert a broken connection into the WorkerLost behind it.
 
         Args:
             ends_together: whether all workers are ending now, so that the signal's exception is no failure.
@@ -127,7 +127,7 @@ class Guard:
 
 
 def how_to_resume(trainer: pl.Trainer) -> str:
-    """Tells the user how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
+    """A sentence on how to resume: from the snapshots, or the newest checkpoint that the callbacks know."""
     strategy: Any = trainer.strategy
     if strategy.saver.collected:
         return "Ray starts the workers again if FailureConfig(max_failures=...) allows it; see get_checkpoint()."
@@ -155,7 +155,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def parent_watcher() -> Callable[[], str]:
-    """A function that says whether the process that started this worker, and must outlive it, has ended."""
+    """A function that tells, in words, if the process that started this worker, and must outlive it, has ended."""
     main = multiprocessing.parent_process()
     parent = os.getppid()
     by_script = os.environ.get(PARENT) == str(parent)

@@ -61,7 +61,7 @@ def make_launcher(
     """The launcher for a start method; ``popen`` also stands for processes that exist already.
 
     Raises:
-        ValueError: for what cannot work.
+        ValueError: for a launch that cannot work.
     """
     environment = strategy.cluster_environment
     assert environment is not None

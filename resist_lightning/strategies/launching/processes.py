@@ -29,10 +29,10 @@ from resist_lightning.faults.reasons import name_of_exit
 from resist_lightning.strategies.launching.stopping import Forwarder, ending, start_fork_server
 
 ENDING_SECONDS = 15.0
-"""After an error or a second Ctrl-C, for how long workers may end by themselves before they are killed."""
+"""Time for workers to end by themselves after an error or a second Ctrl-C, before they are killed."""
 
 LOOK_SECONDS = 1.0
-"""How often the main process checks for workers that were told to stop and are late."""
+"""Time between two checks of the main process for workers that were told to stop and are late."""
 
 _OMP_PAUSE_SOFT = 1  # in omp.h: settings stay
 
@@ -43,7 +43,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
     """Lightning's launcher by spawn, fork or forkserver, with some differences.
 
     * Lightning sends worker 0's results through a pipe that it reads when the workers have ended, and a worker cannot
-      end before what it wrote is read: more than the 64 KB of a pipe hang. Here they come in a file.
+      end before its output is read: more than the 64 KB of a pipe hang. Here they come in a file.
     * Signals to the main process are the workers': they stop together, within the timeout of collectives. An error in
       the main process ends the workers too.
     """
@@ -84,7 +84,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
             return output.trainer_results
 
     def restore_interrupt(self) -> None:
-        """Undo that Lightning ignores SIGINT for good after a Ctrl-C."""
+        """Restore the handler of SIGINT, which Lightning ignores for good after a Ctrl-C."""
         if self._usual_interrupt is not None:
             signal.signal(signal.SIGINT, self._usual_interrupt)
             self._usual_interrupt = None
@@ -189,7 +189,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Called in worker 0 at the end: what the main process needs to save or resume, beside the weights."""
+        """Called in worker 0 at the end: the state beside the weights that the main process needs to save or resume."""
         strategy: Any = trainer.strategy
         facts = []
         for callback in trainer.checkpoint_callbacks:
@@ -257,7 +257,7 @@ class Results:
         """Called by the main process when all workers have ended.
 
         Raises:
-            WorkerLost: if there is nothing, as a worker has left the training by itself.
+            WorkerLost: if there are none, as a worker has left the training by itself.
         """
         try:
             with self._path.open("rb") as file:

@@ -36,7 +36,7 @@ class Signals:
         members: processes of each worker.
 
     Attributes:
-        acting: whether all workers are ending together, so that they may still talk and save.
+        acting: whether all workers are ending together, so that they may still communicate and save.
         handled: the signals that are noted.
     """
 
@@ -56,7 +56,7 @@ class Signals:
 
     @property
     def requests(self) -> int:
-        """Bits of what this worker was asked to do and has not done yet."""
+        """Bits of the requests to this worker that are still pending."""
         return self._noted
 
     @property
@@ -78,7 +78,7 @@ class Signals:
             signal.signal(number, self._note)
 
     def remove(self) -> None:
-        """Put the original handlers back, and raise again for them what came too late for all workers to agree on."""
+        """Restore the original handlers, and raise again signals that came too late for all workers to agree on."""
         for number, original in self._originals.items():
             if signal.getsignal(number) == self._note:  # else the user has installed another one since
                 signal.signal(number, original)
@@ -100,7 +100,7 @@ class Signals:
                     self._announce(rank, number)
 
     def act(self) -> None:
-        """Act upon what all workers know. Collective: every worker must call this, at the same place.
+        """Act upon the requests that all workers know. Collective: every worker must call this, at the same place.
 
         Raises:
             SIGTERMException: if a worker has received SIGTERM.

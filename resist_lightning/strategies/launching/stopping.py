@@ -44,7 +44,7 @@ class Forwarder:
 
     @contextmanager
     def waiting(self, trainer: pl.Trainer | None) -> Iterator[None]:
-        """Around the wait for the workers.
+        """Inside, the main process waits for the workers, and forwards signals to them.
 
         Raises:
             SIGTERMException: if the workers have stopped because of SIGTERM.
@@ -73,7 +73,7 @@ class Forwarder:
             self._originals = {}
 
     def check(self, workers: Sequence[BaseProcess]) -> None:
-        """Call this repeatedly while waiting: workers that hang must not block the main process for ever.
+        """Called repeatedly while waiting: workers that hang must not block the main process for ever.
 
         Raises:
             SIGTERMException: if SIGTERM was passed on, and workers have not ended within the limit.
@@ -114,12 +114,12 @@ def start_fork_server() -> None:
 
 @contextmanager
 def ending(trainer: pl.Trainer | None) -> Iterator[None]:
-    """Around a worker's life: callbacks learn of an exception here, where the model is and a checkpoint can be written.
+    """Wraps a worker's run: callbacks get an exception here, where the model is and a checkpoint can be written.
 
     Raises:
         SystemExit: in the place of KeyboardInterrupt, with an exit code that tells the main process of it.
     """
-    if hasattr(signal, "pthread_sigmask"):  # a fork server hands down what it blocks
+    if hasattr(signal, "pthread_sigmask"):  # a fork server's children inherit its blocked signals
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _EXIT_CODES.values())
     try:
         yield
@@ -137,7 +137,7 @@ def _exception_of(number: int) -> BaseException:
 
 
 def _save_nothing_more(trainer: pl.Trainer) -> None:
-    """The main process has the model as it was before the training: its callbacks must not write that."""
+    """Keep callbacks from saving: the main process has the model as it was before the training."""
     patches = Patches()
     usual = trainer.strategy.on_exception
 

@@ -39,7 +39,7 @@ class CheckpointCallbacks:
                 patches.replace(callback, "on_exception", self._unannounced(callback.on_exception))
 
     def _alike(self, candidates: Callable[[pl.Trainer], dict[str, Any]]) -> Callable[[pl.Trainer], dict[str, Any]]:
-        """Collective: every worker asks for its metrics where a checkpoint may be due."""
+        """Use worker 0's metrics. Collective: every worker asks for its metrics where a checkpoint may be due."""
 
         def worker_0s(trainer: pl.Trainer) -> dict[str, Any]:
             found = candidates(trainer)
@@ -86,7 +86,7 @@ def report_not_written(text: str, callbacks: CheckpointCallbacks | None) -> None
 
 
 def resolve_file_urls(trainer: pl.Trainer) -> None:
-    """Correct that Lightning reads the ``file:`` of ``dirpath="file:///folder"`` as a folder in the current one."""
+    """Correct ``dirpath="file:///folder"``, whose ``file:`` Lightning reads as a folder in the current one."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             _, found, folder = str(callback.dirpath).partition("/file:/")

@@ -31,7 +31,7 @@ from resist_lightning.errors import CheckpointError, CheckpointNotWritten, Parti
 from resist_lightning.strategies.saving.members import detached
 
 CHECKPOINT_KEY = "resist_lightning"
-"""Key of the state that a checkpoint has beside its ``state_dict``; plain Lightning ignores it."""
+"""Key of a checkpoint's state beside its ``state_dict``; plain Lightning ignores it."""
 
 _NOTHING, _DISK, _OTHER = range(3)  # kinds of failures
 
@@ -85,7 +85,7 @@ def save_together(
         collective: the workers.
 
     Raises:
-        CheckpointNotWritten: on all workers, if the disk of one refused; the checkpoint before it stays as it was.
+        CheckpointNotWritten: on all workers, if one could not write its file; the checkpoint before it stays as it was.
         Exception: of any other kind on the worker where it happened; on the others a RuntimeError with its text.
     """
     local = local_path(path)
@@ -107,7 +107,7 @@ def save_together(
             failure = error
     _share(0, failure, str(path), new, collective)
     if local is not None and collective.rank > 0 and not local.exists():
-        # This worker has a disk of its own; elsewhere worker 0 has removed what no checkpoint names any more.
+        # This worker has a disk of its own; elsewhere worker 0 has removed files that no checkpoint names any more.
         remove_files(local, files_named_in(checkpoint), collective.worker)
 
 
@@ -128,7 +128,7 @@ def _write_own(
         if collective.member == 0:  # which has the state of all members of its worker
             file = write_sealed(own, folder, stems[collective.worker])
             checksum = int(_checksum(file), 16)
-            # The name has the checksum in it, so one that was there is the same, and belongs to the checkpoint before.
+            # The name has the checksum in it, so an existing file is the same, and belongs to the checkpoint before.
             if file.name not in already_there:
                 new.file = file
     except Exception as error:  # noqa: BLE001 - the others wait
@@ -139,7 +139,7 @@ def _write_own(
 
 
 def _pickled_network(checkpoint: Mapping[str, Any]) -> str:
-    """Tells what in a checkpoint pickles the network, of which a worker holds only a part."""
+    """A sentence that names the part of a checkpoint with the network in it, of which a worker holds only a part."""
     values = checkpoint.get("hyper_parameters", {}).items()
     names = [name for name, value in values if isinstance(value, nn.Module)]
     if not names:
@@ -165,8 +165,8 @@ def remove_files(path: Path, keep: Collection[str] = (), worker: int | None = No
     Args:
         path: of the model's file.
         keep: names of files that stay.
-        worker: whose files; None for all workers'.
-        before: remove only what was written earlier, in nanoseconds by the files' own clock; None for all.
+        worker: whose files to remove; None for all workers'.
+        before: remove only files written earlier, in nanoseconds by the files' own clock; None for all.
     """
     folder = folder_of(path)
     names: list[str] = []
@@ -198,7 +198,7 @@ def read_own(state: dict[str, Any], path: _PATH, worker: int) -> dict[str, Any] 
     Args:
         state: the checkpoint's part under :data:`CHECKPOINT_KEY`.
         path: from which it was loaded, which may be a link.
-        worker: whose.
+        worker: its number.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -229,7 +229,7 @@ def folder_of(path: Path) -> Path:
 
 @dataclass
 class _New:
-    """What a save has created so far, to be removed if it fails."""
+    """The folder and file that a save has created so far, to be removed if it fails."""
 
     folder: Path | None = None
     file: Path | None = None
@@ -249,7 +249,7 @@ def _share(number: int, failure: Exception | None, path: str, new: _New, collect
     Collective: every worker must call this, in the same order.
 
     Raises:
-        CheckpointNotWritten: on all workers, if a disk refused; what is new is removed.
+        CheckpointNotWritten: on all workers, if a file could not be written; new files are removed.
         Exception: as :func:`save_together`.
     """
     kind = _NOTHING

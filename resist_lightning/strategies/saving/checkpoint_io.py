@@ -89,7 +89,7 @@ def _load_mapped(path: Path, map_location: Any = "cpu", weights_only: bool | Non
     if not isinstance(found, dict):
         return found  # type: ignore[no-any-return] # the caller looks
     mapped = {key: found[key] for key in ("state_dict", CHECKPOINT_KEY) if key in found}
-    # What is kept longer is copied: somebody may overwrite the file while the run goes on.
+    # All else is kept longer, so it is copied: somebody may overwrite the file while the run goes on.
     return {**copied({key: value for key, value in found.items() if key not in mapped}), **mapped}
 
 
@@ -124,7 +124,7 @@ def write_model(
 def _remove_superseded(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Remove the workers' files beside ``path`` that no checkpoint needs, now that this one is written there.
 
-    A thread may write it while the workers save the next one to the same path: what is newer stays.
+    A thread may write it while the workers save the next one to the same path: newer files stay.
     """
     folder, keep = folder_of(path), files_named_in(checkpoint)
     written = [(folder / name).stat().st_mtime_ns for name in keep if (folder / name).exists()]

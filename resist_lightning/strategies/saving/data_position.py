@@ -7,7 +7,7 @@ Lightning saves no random state, and only worker 0's position in the data::
     random state    random state before each fetch         position = batches trained in the epoch
 
 To resume, the iterator is made again from its random state, the batches that were trained are fetched once more and
-thrown away (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back. Where a
+discarded (a loader with ``state_dict`` is set instead), and the random state of the next fetch is put back. Where a
 shorter one of several loaders was begun again, it is begun again from the same random state.
 """
 
@@ -36,7 +36,7 @@ class Position:
 
     Attributes:
         modes: of the module's parameters and layers, which the program may switch.
-        pending: the state of :meth:`state` from which the next epoch resumes, or nothing.
+        pending: the result of :meth:`state` from which the next epoch resumes, or empty.
     """
 
     def __init__(self, trainer: pl.Trainer, keep_loaders: Callable[[], bool] = lambda: False) -> None:
@@ -48,13 +48,13 @@ class Position:
         self._iterator_made: Randomness = {}
         self._before_fetch: dict[int, Randomness] = {}
         self._begun_again: dict[int, dict[int, Randomness]] = {}  # by loader and fetch: before a shorter one began anew
-        self._order: list[object] | None = []  # from what the iterator took the order of samples when it was made
+        self._order: list[object] | None = []  # the iterator's sampler iterators when it was made
         self.pending: dict[str, Any] = {}
         self._fetched_again: dict[int, Randomness] = {}
         self._loaders: list[dict[str, Any]] = []
 
     def state(self) -> dict[str, Any]:
-        """Where this worker is, for :meth:`restore`: after the batches that it has trained."""
+        """This worker's position after the batches that it has trained, for :meth:`restore`."""
         random = self._before_validation or self.random_state()
         state = {"random": random, "loaders_made_in": self._fit_loop._last_train_dl_reload_epoch}
         progress: Any = self._epoch_loop.batch_progress.current
@@ -97,7 +97,7 @@ class Position:
 
     @contextmanager
     def outside_validation(self) -> Iterator[None]:
-        """Inside, a validation runs: this worker is where it was before, and will be again."""
+        """Inside, a validation runs, and this worker's position stays as it was before."""
         self._before_validation = self.random_state()
         try:
             with self.modes.apart():
@@ -126,14 +126,14 @@ class Position:
             self._set_random_state(self._fetched_again[fetcher.fetched])
         if self._keep_loaders():
             self._loaders = self._loader_states()
-        # What no checkpoint can need any more goes, or an epoch would keep a state per batch.
+        # States that no checkpoint can need any more go, or an epoch would keep one per batch.
         self._before_fetch = {**self._kept(self._trained()), fetcher.fetched: self.random_state()}
 
     def note_epoch(self) -> None:
         """Called just before an epoch begins, with its hooks.
 
-        Of a checkpoint that was written after an epoch's last batch, Lightning counts the epoch as ended, and skips the
-        hooks of the next one as if it were in the middle of it.
+        With a checkpoint written after an epoch's last batch, Lightning counts the epoch as ended, and skips the hooks
+        of the next one as if it were in the middle of it.
         """
         if self._begins_next_epoch() and hasattr(self._fit_loop, "reset_restart_stage"):
             self._fit_loop.reset_restart_stage()
@@ -171,7 +171,7 @@ class Position:
         return ended < self._epochs_processed()
 
     def _begin_with_batch_0(self) -> None:
-        """What Lightning does where a checkpoint was written after an epoch's last batch, if it knows their number."""
+        """Reset the progress of an ended epoch, as Lightning does where it knows the number of batches."""
         loop = self._epoch_loop
         if loop.batch_progress.is_last_batch:
             loop.batch_progress.reset_on_run()
@@ -189,7 +189,7 @@ class Position:
         return loader._iterator if loader is not None else None
 
     def _trained(self) -> int:
-        """How many batches of the epoch are trained."""
+        """Number of batches of the epoch that are trained."""
         progress: Any = self._epoch_loop.batch_progress.current
         return int(progress.processed)
 
@@ -219,7 +219,7 @@ class Position:
             self._set_random_state(state)
         trained = self._trained()
         states = self._begun_again.get(loader, {})
-        # Where trained batches are fetched again, the newest beginning sets all that follows it.
+        # Where trained batches are fetched again, the newest beginning determines all that follows it.
         needed = _newest(states, before=trained)
         later = {fetch: old for fetch, old in states.items() if fetch >= trained}
         self._begun_again[loader] = {**needed, **later, fetcher.fetched: self.random_state()}
@@ -258,7 +258,7 @@ class Position:
             self._fetched_again = pending["before_fetch"]
             self._fetch_again(fetcher, trained)
             self._fetched_again = {}
-        # Of a batch that had been fetched, the state before the fetch; else that of the checkpoint.
+        # For a batch that had been fetched, the state before the fetch; else that of the checkpoint.
         self._set_random_state(pending["before_fetch"].get(fetcher.fetched, pending["random"]))
 
     def _fetch_again(self, fetcher: Any, batches: int) -> None:
@@ -270,7 +270,7 @@ class Position:
         self._watch_loaders()
         draws = False
         for batch in range(batches):
-            # `note_fetch` sets the state of a batch that is known, which says nothing of what its fetch draws.
+            # `note_fetch` sets the state for a known batch, so that a change says nothing of draws in its fetch.
             known = fetcher.fetched in self._fetched_again
             before = self.random_state()["torch"]
             try:

@@ -1,4 +1,4 @@
-"""One state for a worker of several members: what they hold alike, and what each has of its own."""
+"""Gathers the state of a worker of several members: their common part once, and each one's own part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gather_members(own: dict[str, Any], collective: Collective) -> dict[str, Any
     Collective: every member of a worker must call this, in the same order.
 
     Args:
-        own: what this process would need to resume alone.
+        own: this process's own resume state.
         collective: the workers and their members.
     """
     if collective.members == 1:
@@ -41,6 +41,6 @@ def of_member(own: dict[str, Any] | None, collective: Collective) -> dict[str, A
 
 
 def detached(own: dict[str, Any]) -> dict[str, Any]:
-    """A state that was read with ``mapped=True``, with copies in memory of what the run keeps; the rest it copies."""
+    """A state read with ``mapped=True``, with the parts that the run keeps copied to memory; it copies the rest."""
     kept = ("host", "members")
     return {**own, **copied({key: own[key] for key in kept if key in own})}

@@ -49,7 +49,7 @@ class Restarts:
     def __init__(self, folder: Path, options: StrategyOptions, collective: Collective) -> None:
         self.folder = SnapshotFolder(folder)
         self.chosen: Snapshot | None = None
-        self._failing = False  # the newest snapshot could not be written
+        self._failing = False  # whether the newest snapshot could not be written
         self._options = options
         self._collective = collective
 
@@ -79,7 +79,7 @@ class Restarts:
         return False
 
     def choose(self) -> dict[str, Any]:
-        """Agree on the newest round of which every worker can read what it needs, and read it.
+        """Agree on the newest round that every worker can read, and read it.
 
         Collective: every worker must call this, in the same order.
 
@@ -108,7 +108,7 @@ class Restarts:
             )
         # There may be several of a round, of different numbers of workers.
         self.chosen = next(s for s in snapshots if s.round == round and needed(s, worker, workers))
-        # All checksums have been looked at, by some worker each.
+        # Every checksum has been verified, by one worker each.
         first: dict[str, Any] = read_file(needed(self.chosen, worker, workers)[0], mapped=True)
         return first
 
@@ -122,7 +122,7 @@ class Restarts:
     def states(self) -> Iterator[dict[str, Any]]:
         """The chosen snapshot of each worker, by rank; values are read from the disk only when they are used.
 
-        So what all files have, the shared tensors, is read from one of them.
+        So the shared tensors, which all files have, are read from one of them.
 
         Raises:
             CheckpointError: if this worker cannot read all files of it.
@@ -217,7 +217,7 @@ class Restarts:
         rank_zero_info(f"Started again by torchrun: resuming from {self.describe()}.")
 
     def _take_over(self, agents: set[int]) -> OSError | None:
-        """Make the folder this run's; returns the error of a disk that refuses."""
+        """Claim the folder for this run; returns the error of a disk that refuses."""
         try:
             if self.chosen is not None:
                 # By every worker: each host may have a folder of its own.
@@ -225,7 +225,7 @@ class Restarts:
             if self._collective.rank == 0:
                 self.folder.set_agents(agents)
             else:
-                self.folder.make()  # here a disk refuses, rather than at the first snapshot
+                self.folder.make()  # a disk that refuses fails here, rather than at the first snapshot
         except OSError as error:
             return error
         return None

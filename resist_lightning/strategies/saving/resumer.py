@@ -28,15 +28,15 @@ from resist_lightning.strategies.saving.trainer_state import TrainerState
 
 
 class Resumer:
-    """Loads what a run resumes from, starts the engine with it, and writes snapshots of the run."""
+    """Loads a run's resume state, starts the engine from it, and writes snapshots of the run."""
 
     def __init__(self, options: StrategyOptions) -> None:
         self._options = options
         self._snapshots: Restarts | None = None  # of this run
         self._source: Restarts | None = None  # snapshots from which the run resumes
-        self._loaded: dict[str, Any] | None = None  # what this worker reads of the source
+        self._loaded: dict[str, Any] | None = None  # this worker's state in the source
         self._restarted = False  # by torchrun
-        self._checked = False  # what Lightning and its loaders add to snapshots was found loadable
+        self._checked = False  # whether Lightning's and the loaders' part of snapshots was found loadable
         self._loaded_from: _PATH = ""
         self._state: dict[str, Any] = {}
         self._state_of: nn.Module | None = None
@@ -70,7 +70,7 @@ class Resumer:
             patches.replace(connector, "resume_start", lambda _=None, **options: start(str(folder), **options))
 
     def load(self, path: _PATH, plugin: CheckpointIO, read: Callable[[], Any], trainer: pl.Trainer) -> dict[str, Any]:
-        """Load a checkpoint, or what Lightning keeps in checkpoints from a folder of snapshots.
+        """Load a checkpoint; or Lightning's part of one, from a folder of snapshots.
 
         Collective for snapshots: every worker must call this, in the same order.
 
@@ -97,7 +97,7 @@ class Resumer:
         return Restarts(folder, self._options, default_collective())
 
     def take(self, checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
-        """Note what a loaded checkpoint has beside the model, which :meth:`start` puts back."""
+        """Note a loaded checkpoint's state beside the model, which :meth:`start` restores."""
         state = dict(checkpoint.get(CHECKPOINT_KEY, {}))
         if trainer.state.fn != TrainerFn.FITTING:
             # A later fit resumes from the full model alone.
@@ -111,18 +111,18 @@ class Resumer:
         return self._state if self._state_of is module else {}
 
     def set_state(self, state: dict[str, Any], module: nn.Module) -> None:
-        """Note the state of the training that made the module's weights, and attach what cannot fold into them."""
+        """Note the state of the training behind the module's weights, and attach hooks where these are not enough."""
         self._state, self._state_of = state, module
         attach_hooks(module, state)
 
     def start(
         self, engine: Engine, trainer_state: TrainerState, prepare: Callable[[Engine], None], strategy: str
     ) -> None:
-        """Start the engine from what was loaded. Collective: every worker must call this.
+        """Start the engine from the loaded state. Collective: every worker must call this.
 
         Args:
             engine: of this worker.
-            trainer_state: gets what the worker's own file or snapshot has.
+            trainer_state: gets its part of the worker's own file or snapshot.
             prepare: called before the engine starts. Collective.
             strategy: its name, for messages.
         """
@@ -134,17 +134,17 @@ class Resumer:
         own = of_member(own, engine.collective)
         same = engine.restore(state, own)
         if self._source is not None and not same:
-            # Snapshots have no full model, and the parts of these workers are none of those that were written.
+            # Snapshots have no full model, and these workers' parts are not those that were written.
             engine.resumption.put(engine.layout.full_tensors(self._source.states()))
         self._source = self._loaded = None
         if self._snapshots is not None:
             self._snapshots.begin()
         prepare(engine)
         modes = trainer_state.position.modes
-        # The engine starts with the modes that the run began with: what was switched later is a change of these.
+        # The engine starts with the modes that the run began with: later switches are changes of these.
         modes.begin(engine.layout.module)
         exact = engine.start()  # where one worker lacks its own file, nobody uses its own
-        self._state = {**state, **{key: {} for key in ("originals", "norm_statistics") if key in state}}  # are used up
+        self._state = {**state, **{key: {} for key in ("originals", "norm_statistics") if key in state}}  # used up
         modes.apply(state.get("modes", {}))
         if own is not None and exact:
             trainer_state.load_state_dict(own["host"])

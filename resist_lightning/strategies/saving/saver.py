@@ -1,4 +1,4 @@
-"""Writes a strategy's checkpoints: the full model in one file, and beside it what each worker needs to resume."""
+"""Writes a strategy's checkpoints: the full model in one file, and beside it each worker's resume state."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from resist_lightning.strategies.session import FitSession
 class Saver:
     """Takes the state for a checkpoint, writes it, and removes it.
 
-    Lightning asks for the state dict first, and then has it written. What only this package reads is kept here between
-    the two calls.
+    Lightning asks for the state dict first, and then has it written. State that only this package reads is kept here
+    between the two calls.
 
     Args:
         forgiving: whether the training continues when a checkpoint cannot be written.
 
     Attributes:
         last_written: the newest checkpoint that exists; callbacks name theirs before it is written.
-        collected: whether somebody else (Ray) collects the files of a checkpoint from every worker's own path.
+        collected: whether another party (Ray) collects the files of a checkpoint from every worker's own path.
     """
 
     def __init__(self, *, forgiving: bool) -> None:
         self.last_written = ""
         self.collected = False
         self._forgiving = forgiving
-        self._failed = False  # the newest checkpoint could not be written
+        self._failed = False  # whether the newest checkpoint could not be written
         self._written_as: dict[str, str] = {}  # worker 0's names of checkpoints, by this worker's
         self._session: FitSession | None = None
         self._saved: dict[str, Any] = {}
@@ -100,8 +100,8 @@ class Saver:
         copies: dict[str, Any] = {}
         for name, value in engine.module.state_dict().items():
             if isinstance(value, Tensor):
-                # When the file is written, the module is this worker's part again, and what others hold is nobody's but
-                # the file's. A plugin that writes later gets copies of that too, as hooks may change it meanwhile.
+                # When the file is written, the module is this worker's part again, and the other tensors belong to the
+                # file alone. A plugin that writes later gets copies of those too, as hooks may change them meanwhile.
                 copy = not at_once or value.untyped_storage().data_ptr() in own
                 copies[name] = value.detach().to("cpu", copy=copy)
             else:
@@ -118,7 +118,7 @@ class Saver:
         *,
         interrupted: bool,
     ) -> None:
-        """Write the full model, and beside it what each worker has taken.
+        """Write the full model, and beside it the state that each worker has taken.
 
         Collective: every worker must call this, in the same order; all files go where worker 0 says, unless they are
         collected.
@@ -132,7 +132,7 @@ class Saver:
             interrupted: whether an error has ended the run.
 
         Raises:
-            CheckpointNotWritten: on all workers, if a disk refused it, unless the saver is forgiving.
+            CheckpointNotWritten: on all workers, if it could not be written, unless the saver is forgiving.
         """
         own, saved = self._own, self._saved
         self._own, self._saved = None, {}
@@ -151,7 +151,7 @@ class Saver:
             check_loadable(own["host"])
         path = str(filepath) if self.collected else checkpoint_files.agree_on_path(filepath, collective)
         self._written_as[str(filepath)] = path
-        # Who writes a file of its own tells the others that it is busy.
+        # A worker that writes its own file tells the others that it is busy.
         busy = engine.activity.during("saving") if engine is not None and own is not None else nullcontext()
         try:
             with busy:
@@ -171,7 +171,7 @@ class Saver:
         report_not_written(text, self._session.checkpoint_callbacks if self._session is not None else None)
 
     def remove(self, filepath: _PATH, plugin: CheckpointIO, rank: int, members: int) -> None:
-        """Remove what this process has written of a checkpoint, if what takes its place is there."""
+        """Remove this process's files of a checkpoint, if the one that replaces it exists."""
         if self._failed:
             rank_zero_warn(f"{filepath} is kept: the checkpoint that should take its place could not be written.")
             return
@@ -180,7 +180,7 @@ class Saver:
         checkpoint_files.remove(self._written_as.pop(str(filepath), filepath), rank, members)
 
     def find(self, path: _PATH) -> _PATH:
-        """Where the checkpoint is that this worker knows as ``path``."""
+        """The path of the checkpoint that this worker knows as ``path``."""
         return path if checkpoint_files.exists(path) else self._written_as.get(str(path), path)
 
     def end(self, plugin: CheckpointIO) -> None:

@@ -12,7 +12,7 @@ from resist_lightning.strategies.saving.data_position import Position
 
 
 class TrainerState:
-    """What a worker's trainer must get back to resume exactly.
+    """The state of a worker's trainer for an exact resume.
 
     Attributes:
         dumping: whether Lightning is making a checkpoint that must not have the model.
@@ -24,11 +24,11 @@ class TrainerState:
         self._trainer = trainer
 
     def of_worker(self, engine: Engine) -> dict[str, Any]:
-        """What this worker alone has, for its own file: of the engine, and of the trainer."""
+        """This worker's resume state, for its own file: of the engine, and of the trainer."""
         return {**engine.resumption.state_dict(), "host": self.state_dict(engine)}
 
     def state_dict(self, engine: Engine) -> dict[str, Any]:
-        """What this worker's trainer has."""
+        """This trainer's resume state."""
         trainer = self._trainer
         # Gradients are state only while they are being added up over batches.
         manual = not trainer.lightning_module.automatic_optimization  # where only the module knows
@@ -44,7 +44,7 @@ class TrainerState:
         }
 
     def _passed_over(self) -> list[list[Any]]:
-        """The schedules that Lightning would pass over if the run resumed here, and the metric that each follows.
+        """The schedules that Lightning would skip if the run resumed here, and the metric that each follows.
 
         A ``ReduceLROnPlateau`` steps at the end of its epoch, after checkpoints of the last validation. A run that is
         resumed from one of these begins with the next epoch.
@@ -54,7 +54,7 @@ class TrainerState:
         at_end = trainer.fit_loop.epoch_loop._num_ready_batches_reached() and progress.completed < progress.ready
         if not at_end or not trainer.lightning_module.automatic_optimization:
             return []
-        # At the end of the epoch all metrics are those of the epoch; in the validation before it, its own are.
+        # At the end of the epoch all metrics are those of the epoch; in the validation before it, only its own are.
         metrics = trainer.callback_metrics if progress.processed == progress.ready else self._metrics_of_validation()
         found: list[list[Any]] = []
         for place, config in enumerate(trainer.lr_scheduler_configs):
@@ -79,7 +79,7 @@ class TrainerState:
                 self._trainer.lightning_module.lr_scheduler_step(scheduler, metric)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned."""
+        """Restore a :meth:`state_dict`."""
         trainer = self._trainer
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
@@ -93,7 +93,7 @@ class TrainerState:
         self.position.restore(state["position"])
 
     def checkpoint_without_model(self) -> dict[str, Any]:
-        """What Lightning keeps in checkpoints beside the model, as if the fetched batch were still to be fetched."""
+        """Lightning's checkpoint without the model, as if the fetched batch were still to be fetched."""
         self.dumping = True
         try:
             with self.position.before_the_fetch():
@@ -104,6 +104,6 @@ class TrainerState:
         return {key: value for key, value in dumped.items() if "hparams" not in key and "hyper_parameters" not in key}
 
     def with_modes(self, state: dict[str, Any]) -> dict[str, Any]:
-        """``state`` with what the program has frozen or unfrozen since the run began."""
+        """``state`` with the changes of frozen parameters and modes since the run began."""
         changes = self.position.modes.changes()
         return {**state, "modes": changes} if state and changes else state
