@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ os.environ[MARK] = str(os.getpid())
 # One thread a process, as several share a core. Lightning would choose otherwise, and threads change the last bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A shell's background jobs ignore Ctrl-C, and so would all processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the machine may be busy. No database and always the same examples: CI finds what we find.
 hypothesis.settings.register_profile("suite", deadline=None, database=None, derandomize=True, print_blob=True)
