@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -75,12 +77,30 @@ def members() -> Members | None:
     return found if group() is _get_default_group() else None
 
 
-def default_collective(device: torch.device | None = None) -> Collective:
-    """The workers of torch.distributed's default group, or one alone where there is none or it has one member."""
+def default_collective(device: torch.device | None = None, *, warn: bool = False) -> Collective:
+    """The workers of torch.distributed's default group, or one alone where there is none or it has one member.
+
+    Args:
+        device: device of the tensors that workers send.
+        warn: whether to warn if there is no group, and torchrun has started other processes.
+    """
     if not group_exists() or dist.get_world_size() == 1:
+        if warn and not group_exists():
+            _warn_if_others_run()
         return SoloCollective()
     split = members()
     return MemberCollective(split, device) if split is not None else GroupCollective(device)
+
+
+def _warn_if_others_run() -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Only torchrun's word counts: Lightning leaves WORLD_SIZE behind in a main process that has trained.
+    if dist.is_torchelastic_launched() and processes > 1:
+        warnings.warn(
+            f"this process trains alone, although torchrun has started {processes}: there is no process group. Call "
+            "torch.distributed.init_process_group() before you make the Engine.",
+            stacklevel=4,
+        )
 
 
 def check_count(count: int, processes: int) -> None:

@@ -73,7 +73,7 @@ class Engine:
         check_arguments(optimizers, config)
         self.module, self.config = module, (config := config.for_optimizers(optimizers))
         self._device = present_device(module, device)
-        self.collective = collective or default_collective(self._device)
+        self.collective = collective or default_collective(self._device, warn=True)
         self.layout = make_layout(module, config, self.collective.workers, optimizers, members=self.collective.members)
         self.running, self._observed_kind = False, ""
         self.ended_on_first = False  # with the full model on worker 0 alone

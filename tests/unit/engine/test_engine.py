@@ -48,6 +48,18 @@ def test_momentum_may_go_on(momentum):
     assert_equal_states(clone_state(model), clone_state(twin), exactly=True)
 
 
+@pytest.mark.parametrize(("variables", "warned"), [({"TORCHELASTIC_RUN_ID": "1"}, 1), ({}, 0)])
+def test_one_of_several_processes_of_torchrun_that_have_no_group_says_so(variables, warned, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine_for(Config(local_steps=3))
+    said = [str(each.message) for each in caught if "init_process_group" in str(each.message)]
+    assert len(said) == warned
+    assert all("alone, although torchrun has started 2" in text for text in said)
+
+
 def test_counting_and_syncing_may_be_apart():
     engine, model, optimizer = engine_for(Config(local_steps=1))
     engine.start()
