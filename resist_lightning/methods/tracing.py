@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -109,7 +110,9 @@ def follow(tracer: fx.Tracer, root: nn.Module, prefix: str) -> fx.Graph:
         CannotTrace: if torch.fx cannot.
     """
     try:
-        with _compiled_as_written():
+        with _compiled_as_written(), warnings.catch_warnings():
+            # Backward hooks are not called in a trace, which has no backward pass.
+            warnings.filterwarnings("ignore", "For backward hooks to be called")
             return tracer.trace(root, concrete_args=defaults(root) or None)
     except Exception as error:
         # The innermost module that was being called.

@@ -41,7 +41,9 @@ class InputRecorder:
         self.missed = False
         self._module = module
         self._norms = norms_with_statistics(module)
-        self._outermost: object = None  # the module whose forward runs now
+        # The identity of the module whose forward runs now: code that torch.compile has made must not refer to a module
+        # around it.
+        self._outermost: int | None = None
         self._handles: list[RemovableHandle] = []
         self._outside: list[_Outside] = []
         for name in _containers(self._norms):
@@ -92,7 +94,7 @@ class InputRecorder:
         # A forward inside a backward is activation checkpointing, which runs a part of the network a second time.
         if torch._C._current_graph_task_id() != -1:
             return
-        self._outermost = self if compiled else module
+        self._outermost = id(self if compiled else module)
         # Tracers call a forward with inputs that have no values.
         traced = is_exporting() or torch._C._get_tracing_state() is not None
         if not module.training or traced:
@@ -103,7 +105,7 @@ class InputRecorder:
             self.still = frozenset(name for name, norm in self._norms.items() if not norm.training)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self._outermost:
+        if id(module) == self._outermost:
             self._outermost = None
 
     def close(self) -> None:

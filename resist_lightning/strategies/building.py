@@ -125,7 +125,8 @@ def check_built(engine: Engine, trainer: pl.Trainer, patches: Patches) -> None:
     if any(unmade) and trainer.num_sanity_val_steps and not engine.config.first_evaluates:
         patches.replace(trainer, "num_sanity_val_steps", 0)
         rank_zero_info("No sanity check: before the training only worker 0 has the full model.")
-    if not any(unmade) and engine.layout.partial:
+    # Not AuxNet's workers, which build all of it to measure it.
+    if not any(unmade) and engine.layout.partial and engine.config.trains_alone:
         size = sum(parameter.nbytes for parameter in engine.module.parameters())
         rank_zero_info(
             f"Every worker has built the whole module ({size / 1e6:,.1f} MB of parameters), and gives up what others "

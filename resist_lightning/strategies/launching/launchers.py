@@ -65,6 +65,11 @@ def make_launcher(
     """
     environment = strategy.cluster_environment
     assert environment is not None
+    if sync_batchnorm and not strategy.config.trains_alone:
+        raise ValueError(
+            "sync_batchnorm=True has nothing to synchronize: each batch norm is in one stage, which sees all batches. "
+            "Leave it out."
+        )
     if sync_batchnorm and strategy.options.devices_per_worker == 1:
         raise ValueError(
             "sync_batchnorm=True contradicts local training: it would communicate in every step. Leave it out, "

@@ -122,6 +122,16 @@ def test_where_a_training_step_calls_the_network_only_the_network_is_recorded():
     recorder.remove()
 
 
+def test_a_network_in_compiled_code_is_recorded_where_the_code_is_called():
+    module = nn.ModuleDict({"net": torch.compile(Noisy(), backend="eager"), "loss": nn.Linear(2, 1)}).train()
+    recorder, seen = recorded(module)
+    for x in images(2):
+        module["net"](x).sum().backward()
+    assert [name for name, _, _ in seen()] == ["OptimizedModule"] * 2
+    assert recorder.idle
+    recorder.remove()
+
+
 def test_the_recorder_ignores_evaluation_and_calls_without_gradient():
     module = Noisy().train()
     recorder, seen = recorded(module)

@@ -83,8 +83,13 @@ class DelayedStage:
         self._before: dict[str, Tensor] = {}  # the weights before the last step
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters that train now."""
+    def due_parameters(self) -> list[Tensor]:
+        """The parameters that train now, if gradients of them are due after the batch of the last :meth:`forward`.
+
+        Else none: autograd would call the hooks of their gradients, without a gradient.
+        """
+        if not self._due and len(self._late) <= self._wait:
+            return []
         return list(self._weights.trained().values())
 
     @property
@@ -130,9 +135,11 @@ class DelayedStage:
         self._late = deque(self._backward(late) if isinstance(late, Pending) else late for late in self._late)
 
     def take_gradients(self) -> list[Tensor | None]:
-        """For each of :attr:`parameters` the gradient that is due, if there is one. Waits for the next worker."""
+        """For each of :attr:`due_parameters` its gradient, if it has one. Waits for the next worker."""
         self.work_off()
         due, self._due = self._due, []
+        if not due:
+            return []
         found: list[Tensor | None] = []
         for name in self._weights.trained():
             parts = [gradients[name] for gradients in due if name in gradients]

@@ -120,7 +120,8 @@ class StageWorker:
         output = batch.output.take()
         self.spans.begin("loss")
         if self.delayed is not None:
-            return LateGradients.apply(self._anchor, output, self, batch, *self.delayed.parameters)  # type: ignore[no-any-return]
+            due = self.delayed.due_parameters
+            return LateGradients.apply(self._anchor, output, self, batch, *due)  # type: ignore[no-any-return]
         return ReplacedGradient.apply(made, self._anchor, output, self, batch)  # type: ignore[no-any-return]
 
     def end_step(self) -> None:

@@ -22,7 +22,7 @@ from lightning.pytorch.tuner import Tuner
 from omegaconf import OmegaConf
 from torch import nn
 
-from resist_lightning import BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
+from resist_lightning import AuxNetStrategy, BlockSelectionError, ISTStrategy, LocalSGDStrategy, ResISTStrategy
 from resist_lightning.schedule.progress import Clock
 from resist_lightning.schedule.round_length import QSR, PostLocal
 from resist_lightning.strategies.launching.checks import (
@@ -102,9 +102,16 @@ def test_a_fit_that_cannot_work_is_refused(name: str, start_method: Any, trainer
         trainer_with(ResISTStrategy(**options, start_method=start_method), **endless).fit(make_module(), stream(0, 2))
 
 
-@pytest.mark.parametrize("strategy", [ResISTStrategy, LocalSGDStrategy])
-def test_synchronised_batch_norm_is_refused(strategy: Any, trainer_with: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match=r"sync_batchnorm=True contradicts local training.* Leave it out"):
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (ResISTStrategy, "contradicts local training"),
+        (LocalSGDStrategy, "contradicts local training"),
+        (AuxNetStrategy, "has nothing to synchronize"),
+    ],
+)
+def test_synchronised_batch_norm_is_refused(strategy: Any, reason: str, trainer_with: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match=f"sync_batchnorm=True {reason}.* Leave it out"):
         trainer_with(strategy(), sync_batchnorm=True)
 
 

@@ -55,6 +55,13 @@ def test_a_cut_can_be_behind_each_block_and_stem_and_head_go_with_their_neighbou
     assert chain.units == units
 
 
+@pytest.mark.filterwarnings("error")
+def test_backward_hooks_which_a_trace_does_not_call_are_no_warning():
+    net = mlp(MlpBlock)
+    net.body.register_full_backward_hook(lambda *_: None)
+    assert find_chain(net).units == NETWORKS["sequential"][1]
+
+
 def test_a_network_without_residual_blocks_is_cut_before_what_has_parameters():
     net = on_meta(torchvision.models.vgg11)
     units = find_chain(net).units

@@ -204,6 +204,29 @@ def test_a_run_that_resumes_behind_such_a_batch_takes_the_gradients_that_were_du
             assert torch.equal(found[name], value), name
 
 
+def hooked(collective: ThreadCollective, training: Training, batches: int) -> tuple[int, list[bool]]:
+    """The number of this stage's parameters, and for each call of a hook of theirs whether there was a gradient."""
+    staged = make_staged(collective, training.net(), training.config, training.batch(0)[0])
+    names = staged.layout.stage_tensors(collective.worker)
+    parameters = [parameter for name, parameter in staged.net.named_parameters() if name in names]
+    called: list[bool] = []
+    for parameter in parameters:
+        parameter.register_hook(lambda gradient: called.append(gradient is not None))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: called.append(parameter.grad is not None))
+    for number in range(batches):
+        x, y = training.batch(number)
+        training.loss(staged.worker(x), y).backward()
+        staged.worker.end_step()
+    staged.worker.finish()
+    return len(parameters), called
+
+
+def test_hooks_of_gradients_are_called_where_there_is_a_gradient() -> None:
+    found, _ = run_threads(hooked, 3, Training(3), 4)
+    for late, (parameters, called) in zip((2, 1, 0), found, strict=True):
+        assert called == [True] * (2 * parameters * (4 - late))
+
+
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_bytes_are_those_of_a_pipeline_and_the_output(workers: int) -> None:
     found, room = run_threads(by_stages, workers, Training(workers))
