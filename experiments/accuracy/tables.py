@@ -73,6 +73,17 @@ def main(content: Content) -> Grid:
     return Grid("Accuracy on equal samples", header, lines)
 
 
+def summary(content: Content) -> Grid:
+    """The last accuracy of every method, by number of workers."""
+    workers = distinct(content["rows"], "workers")
+    lines = []
+    for (method,), own in grouped(content["rows"], "method", titles=TITLES):
+        found = [mean_of(chosen(own, workers=count), "last") for count in workers]
+        lines.append([TITLES[method], *found])
+    header = [f"{count} worker{'s' if count > 1 else ''}" for count in workers]
+    return Grid("Summary", ["test accuracy, %", *header], lines)
+
+
 def check(content: Content) -> Grid:
     return agreement(content["rows"], lambda case: TITLES[case["method"]], "%", 2)
 
@@ -200,7 +211,7 @@ def rates(content: Content) -> Grid:
     return Grid("Learning rates", ["hold-out accuracy, %", *(f"lr {lr:g}" for lr in found)], lines)
 
 
-STUDIES = {"main": (conditions, main)} | {
+STUDIES = {"main": (conditions, summary, main)} | {
     make.__name__: (make,)
     for make in (check, design, local_steps, momentum, batch_norm, scale, wire, overlap, outer, rates)
 }
